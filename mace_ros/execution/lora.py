@@ -1,0 +1,298 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+LoRA linears that give each token of a packed row the adapter it belongs to.
+
+Adapters live in a fixed number of slots that are overwritten in place. Slot
+``BASE_SLOT`` is the base model (no update) and ``TRAINING_SLOT`` is the adapter that is
+being trained; the others hold served versions. The projections that read the same input
+(query/key/value, gate/up) share one matrix product behind their own module interfaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+import math
+
+import torch
+from torch import nn, Tensor
+import torch.nn.functional as F
+
+BASE_SLOT = 0
+TRAINING_SLOT = 1
+FIRST_SERVED_SLOT = 2
+
+# Children of one module that always receive the same input tensor.
+SHARED_INPUT = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'))
+
+
+@dataclass
+class TokenAdapters:
+    """
+    Which adapter each token of the current row uses; shared by all linears of a model.
+
+    ``slot`` is set when all tokens use the same one; otherwise ``choice`` is a
+    ``[tokens, slots]`` matrix of zeros and ones. ``training`` makes the linears use the
+    master weights, with gradients, for all tokens.
+    """
+
+    slot: int | None = BASE_SLOT
+    choice: Tensor | None = None
+    training: bool = False
+
+
+class _Member:
+    """One original linear layer inside a group: its place in the output, and its LoRA."""
+
+    def __init__(self, name: str, linear: nn.Linear, start: int) -> None:
+        self.name = name
+        self.start = start
+        self.size = linear.out_features
+        self.a: nn.Parameter | None = None   # [rank, in], fp32
+        self.b: nn.Parameter | None = None   # [out, rank], fp32
+
+
+class LinearGroup:
+    """
+    Linear layers with a common input, computed by one product, with slots of LoRA.
+
+    ``weight`` is ``[sum of out, in]``. For each slot, ``slots_a`` holds the stacked A of
+    all adapted members (``[slots * width, in]``, width = members * rank) and ``slots_b``
+    the block-diagonal, scaled B (``[slots * width, sum of out]``).
+    """
+
+    def __init__(self, names: list[str], linears: list[nn.Linear],
+                 adapters: TokenAdapters) -> None:
+        self.adapters = adapters
+        self.weight = torch.cat([x.weight.detach() for x in linears])
+        biases = [x.bias for x in linears]
+        self.bias = None
+        if any(b is not None for b in biases):
+            self.bias = torch.cat([
+                x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach()
+                for x in linears])
+        start = 0
+        self.members = []
+        for name, linear in zip(names, linears, strict=True):
+            self.members.append(_Member(name, linear, start))
+            start += linear.out_features
+        self.out_features = start
+        self.scaling = 1.0
+        self.rank = 0
+        self.width = 0
+        self.slots_a = self.slots_b = self.weight.new_empty(0)
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def adapt(self, targets: set[str], rank: int, scaling: float, slots: int) -> None:
+        """Add LoRA of that rank to the members named in ``targets``."""
+        adapted = [m for m in self.members if m.name in targets]
+        if not adapted:
+            return
+        device, in_features = self.weight.device, self.weight.shape[1]
+        for member in adapted:
+            member.a = nn.Parameter(torch.empty(rank, in_features, device=device))
+            member.b = nn.Parameter(torch.empty(member.size, rank, device=device))
+        self.rank, self.scaling, self.width = rank, scaling, rank * len(adapted)
+        self.slots_a = self.weight.new_zeros(slots * self.width, in_features)
+        self.slots_b = self.weight.new_zeros(slots * self.width, self.out_features)
+
+    @property
+    def adapted(self) -> list[_Member]:
+        """Members that carry LoRA."""
+        return [m for m in self.members if m.a is not None]
+
+    def write_slot(self, slot: int) -> None:
+        """Copy the master weights into a slot, in place."""
+        for i, member in enumerate(self.adapted):
+            assert member.a is not None and member.b is not None
+            rows = slice(slot * self.width + i * self.rank, slot * self.width + (i + 1) * self.rank)
+            self.slots_a[rows].copy_(member.a.detach())
+            self.slots_b[rows, member.start:member.start + member.size].copy_(
+                member.b.detach().t() * self.scaling)
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """
+        Return member ``index``'s output for ``x`` (``[..., in]`` to ``[..., out]``).
+
+        The members of a group are called one after the other with the same tensor; the
+        first call computes for all.
+        """
+        if len(self.members) == 1:
+            return self.compute(x)
+        if self._input is not x or index not in self._outputs:
+            y = self.compute(x)
+            self._input = x
+            # Not by split(): autograd forbids to change its views in place, as OLMo does.
+            self._outputs = {i: y[..., m.start:m.start + m.size]
+                             for i, m in enumerate(self.members)}
+        result = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return result
+
+    def forget(self) -> None:
+        """Drop what a pass left behind that did not call every member."""
+        self._input, self._outputs = None, {}
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return all members' outputs side by side, each token with its adapter."""
+        y = F.linear(x, self.weight, self.bias)
+        adapters = self.adapters
+        if not self.width:
+            return y
+        if adapters.training:
+            return y + self._training_update(x)
+        if adapters.slot == BASE_SLOT:
+            return y
+        flat = y.view(-1, self.out_features)
+        if adapters.slot is not None:
+            rows = slice(adapters.slot * self.width, (adapters.slot + 1) * self.width)
+            low = F.linear(x, self.slots_a[rows]).view(-1, self.width)
+            flat.addmm_(low, self.slots_b[rows])
+            return y
+        assert adapters.choice is not None
+        low = F.linear(x, self.slots_a).view(flat.shape[0], -1, self.width)
+        low = low * adapters.choice.unsqueeze(-1)
+        flat.addmm_(low.view(flat.shape[0], -1), self.slots_b)
+        return y
+
+    def _training_update(self, x: Tensor) -> Tensor:
+        parts = []
+        for member in self.members:
+            if member.a is None or member.b is None:
+                parts.append(x.new_zeros(*x.shape[:-1], member.size))
+            else:
+                low = F.linear(x, member.a.to(x.dtype))
+                parts.append(F.linear(low, member.b.to(x.dtype)) * self.scaling)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class GroupedLinear(nn.Module):
+    """Stands where an ``nn.Linear`` stood; its group computes."""
+
+    def __init__(self, group: LinearGroup, index: int) -> None:
+        super().__init__()
+        self.group = group
+        self.index = index
+
+    @property
+    def weight(self) -> Tensor:
+        """Some models ask a layer for the type or the device of its weight."""
+        member = self.group.members[self.index]
+        return self.group.weight[member.start:member.start + member.size]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this layer's part of the group's output."""
+        return self.group.output(self.index, x)
+
+
+def replace_linears(model: nn.Module, skip: Iterable[nn.Module],
+                    adapters: TokenAdapters) -> list[LinearGroup]:
+    """Put a :class:`GroupedLinear` in the place of every ``nn.Linear`` but those in ``skip``."""
+    skipped = set(map(id, skip))
+    groups = []
+    for prefix, parent in list(model.named_modules()):
+        linears = {name: child for name, child in parent.named_children()
+                   if type(child) is nn.Linear and id(child) not in skipped}
+        for names in _shared_inputs(linears):
+            group = LinearGroup([f'{prefix}.{n}' if prefix else n for n in names],
+                                [linears[n] for n in names], adapters)
+            for index, name in enumerate(names):
+                setattr(parent, name, GroupedLinear(group, index))
+            groups.append(group)
+    return groups
+
+
+def _shared_inputs(linears: Mapping[str, nn.Linear]) -> list[list[str]]:
+    """Return the names grouped by common input."""
+    left = dict(linears)
+    groups = []
+    for names in SHARED_INPUT:
+        if all(n in left for n in names) and len({left[n].in_features for n in names}) == 1:
+            groups.append(list(names))
+            for n in names:
+                del left[n]
+    return groups + [[n] for n in left]
+
+
+class AdapterBank:
+    """
+    The adapters of a model: slots that serve, and the master weights that train.
+
+    Tensors go in and out under PEFT's names
+    (``base_model.model.<layer>.lora_A.weight``), fp32.
+    """
+
+    def __init__(self, groups: list[LinearGroup], *, targets: str, rank: int, alpha: float,
+                 slots: int) -> None:
+        """``targets`` is ``all-linear`` or layer names separated by commas; see PEFT."""
+        names = {m.name for g in groups for m in g.members}
+        if targets != 'all-linear':
+            wanted = {t.strip() for t in targets.split(',')}
+            names = {n for n in names if n.rsplit('.', 1)[-1] in wanted}
+        if not names:
+            raise ValueError(f'adapter.target_modules: no linear layer matches {targets!r}')
+        self.rank, self.alpha, self.slots = rank, alpha, FIRST_SERVED_SLOT + slots
+        self.groups = groups
+        for group in groups:
+            group.adapt(names, rank, alpha / rank, self.slots)
+        self._members = [m for g in groups for m in g.adapted]
+        self.reset()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the master weights, A and B of each adapted layer."""
+        return [p for m in self._members for p in (m.a, m.b) if p is not None]
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Last parts of the adapted layers' names, as ``adapter_config.json`` lists them."""
+        return sorted({m.name.rsplit('.', 1)[-1] for m in self._members})
+
+    @torch.no_grad()
+    def reset(self, seed: int = 0) -> None:
+        """Make the master weights a fresh adapter that changes nothing (PEFT's default)."""
+        generator = torch.Generator().manual_seed(seed)
+        for member in self._members:
+            assert member.a is not None and member.b is not None
+            fresh = torch.empty(member.a.shape)
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+            member.a.copy_(fresh)
+            member.b.zero_()
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make ``tensors`` the master weights; names and shapes must match exactly."""
+        expected = {n for m in self._members for n in _peft_names(m)}
+        if expected != set(tensors):
+            odd = sorted(expected ^ set(tensors))
+            raise ValueError(f'adapter does not fit this model: {len(odd)} tensors missing or '
+                             f'unknown, such as {odd[0]}')
+        for member in self._members:
+            for parameter, name in zip((member.a, member.b), _peft_names(member), strict=True):
+                assert parameter is not None
+                if parameter.shape != tensors[name].shape:
+                    raise ValueError(f'adapter does not fit this model: {name} is '
+                                     f'{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}')
+                parameter.copy_(tensors[name])
+
+    def export(self) -> dict[str, Tensor]:
+        """Return copies of the master weights on the CPU."""
+        result = {}
+        for member in self._members:
+            for parameter, name in zip((member.a, member.b), _peft_names(member), strict=True):
+                assert parameter is not None
+                result[name] = parameter.detach().to('cpu', copy=True)
+        return result
+
+    @torch.no_grad()
+    def write_slot(self, slot: int) -> None:
+        """Copy the master weights into a slot, in place."""
+        for group in self.groups:
+            group.write_slot(slot)
+
+
+def _peft_names(member: _Member) -> tuple[str, str]:
+    stem = f'base_model.model.{member.name}'
+    return f'{stem}.lora_A.weight', f'{stem}.lora_B.weight'

@@ -1,0 +1,335 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+From accepted corrections to a published adapter version, one job at a time.
+
+A job trains the corrections that wait for one profile, together with replayed answers,
+and ends as soon as greedy decoding would give every corrected answer. Everything here
+runs in the device thread and never blocks: disk work goes to the journal's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
+import math
+from statistics import fmean
+import time
+
+from peft import LoraConfig
+from torch import Tensor
+
+from mace_ros.events import (
+    CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState)
+from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.hybrid import HybridModel
+from mace_ros.execution.lora import AdapterBank
+from mace_ros.execution.text import ChatText
+from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
+from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.learning.versions import CorruptVersion, VersionStore
+from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.settings import Settings
+
+# Asked of the base model once; its answers are replayed so that they stay as they are.
+ANCHORS = (
+    'What is water made of?', 'How many days are in a week?', 'Who wrote Romeo and Juliet?',
+    'Say hello.', 'What colour is grass?', 'What is 2 + 2?', 'Name a fruit.',
+    'What do bees make?')
+ANCHOR_TOKENS = 24
+JOB_CORRECTIONS = 4     # corrections learned together at most
+# A right token must lead by this much (in logits) before it counts as learned, so that a
+# different order of additions in another batch does not change the answer.
+LEARNED_MARGIN = 0.5
+
+
+@dataclass
+class _Waiting:
+    record: CorrectionRecord
+    arrived: float    # on the engine's clock
+
+
+@dataclass
+class _Job:
+    profile: str
+    corrections: list[_Waiting]
+    parent: int
+    fetched: Future[tuple[tuple[Answer, ...], dict[str, Tensor] | None]]
+    samples: list[Sample] = field(default_factory=list)
+    replayed: list[Sample] = field(default_factory=list)
+    trainer: Trainer | None = None
+    step: FinetuneStep | None = None
+    judged: bool = False                # this step's scores were looked at
+    steps: int = 0
+    train_tokens: int = 0
+    train_seconds: float = 0.0
+    score_before: float = math.nan
+    score_after: float | None = None    # set when training has ended
+    saving: Future[tuple[VersionRecord, tuple[str, ...]]] | None = None
+    slot: int | None = None
+
+
+class Learner:
+    """Owns the training adapter; the engine runs the steps that it asks for."""
+
+    def __init__(self, *, model: HybridModel, model_name: str, bank: AdapterBank, chat: ChatText,
+                 slots: AdapterSlots, journal: JournalWriter, store: VersionStore,
+                 wake: Callable[[], None]) -> None:
+        """``wake`` is called from another thread when :meth:`advance` can go on."""
+        self._model, self._model_name = model, model_name
+        self._bank, self._chat, self._slots = bank, chat, slots
+        self._journal, self._store, self._wake = journal, store, wake
+        self._waiting: list[_Waiting] = []
+        self._job: _Job | None = None
+        self._anchors: list[Sample] | None = None
+        self.wants_anchors = False
+
+    # -- what comes in ---------------------------------------------------------------
+
+    def restore(self) -> list[VersionEvent]:
+        """
+        Load the live versions from disk; return an event for each (the base model's, if none).
+
+        A version that can't be read is passed over for the base model, and its event
+        says so. Blocks; for configuration only.
+        """
+        events = []
+        for record in self._journal.submit(lambda j: j.lives()).result():
+            slot = self._slots.reserve()
+            if slot is None:
+                events.append(_version_event(
+                    record, self._store, VersionState.REJECTED,
+                    'no adapter slot is left; raise adapter.slots'))
+                continue
+            try:
+                self._bank.load(self._store.load(record.path, record.sha256))
+            except (CorruptVersion, ValueError) as error:
+                self._slots.give_back(slot)
+                events.append(_version_event(
+                    record, self._store, VersionState.REJECTED, str(error)))
+                continue
+            self._bank.write_slot(slot)
+            self._slots.publish(record.profile, record.version, slot)
+            events.append(_version_event(record, self._store))
+        if not any(e.profile == '' and e.state is VersionState.PUBLISHED for e in events):
+            events.append(VersionEvent('', 0, 0, VersionState.PUBLISHED))
+        return events
+
+    def add(self, record: CorrectionRecord, arrived: float) -> list[Event]:
+        """Queue a correction that is in the journal."""
+        events: list[Event] = []
+        for other in [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
+                      and w.record.profile == record.profile]:
+            self._waiting.remove(other)
+            events.append(self._set_state(
+                other.record, CorrectionState.SUPERSEDED, f'by correction {record.id}'))
+        self._waiting.append(_Waiting(record, arrived))
+        return events
+
+    def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
+        """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
+        self._anchors = [_sample(p, o) for p, o in anchors]
+        self.wants_anchors = False
+
+    # -- what the engine runs --------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits to be learned."""
+        return self._job is not None or bool(self._waiting)
+
+    @property
+    def step(self) -> FinetuneStep | None:
+        """The fine-tune step that can run now."""
+        job = self._job
+        return job.step if job is not None and job.score_after is None else None
+
+    def ran(self, tokens: int, seconds: float) -> None:
+        """Note device time spent on the current step, and fine-tune tokens of whole steps."""
+        if self._job is not None:
+            self._job.train_tokens += tokens
+            self._job.train_seconds += seconds
+
+    def advance(self, settings: Settings) -> list[Event]:
+        """Go on as far as possible without waiting; return what happened."""
+        if self._job is None:
+            return self._start(settings)
+        job = self._job
+        if job.saving is not None:
+            return self._publish(job) if job.saving.done() else []
+        if job.score_after is not None:
+            return self._save(job)
+        if job.step is None:
+            if not job.fetched.done() or self._anchors is None:
+                return []
+            return self._prepare(job, settings)
+        if job.step.done:
+            job.steps += 1
+            self._next_step(job, settings)
+        elif job.step.scored and not job.judged:
+            return self._judge(job, settings)
+        return []
+
+    def drop(self, reason: str) -> list[Event]:
+        """Give up the current job, because the device failed; its corrections are FAILED."""
+        job, self._job = self._job, None
+        if job is None:
+            return []
+        if job.slot is not None:
+            self._slots.give_back(job.slot)
+        return [self._set_state(w.record, CorrectionState.FAILED, reason)
+                for w in job.corrections]
+
+    # -- a job's life ----------------------------------------------------------------
+
+    def _start(self, settings: Settings) -> list[Event]:
+        if not self._waiting or settings.finetune.budget == 0:
+            return []
+        profile = self._waiting[0].record.profile
+        chosen = [w for w in self._waiting if w.record.profile == profile][:JOB_CORRECTIONS]
+        self._waiting = [w for w in self._waiting if w not in chosen]
+        count = settings.finetune.replay_samples
+        live = self._slots.live(profile)
+
+        def fetch(journal: Journal) -> tuple[tuple[Answer, ...], dict[str, Tensor] | None]:
+            record = journal.live(live.profile) if live.version else None
+            return (journal.replay_candidates(profile, count),
+                    self._store.load(record.path, record.sha256) if record else None)
+
+        self._job = _Job(profile, chosen, live.version, self._submit(fetch))
+        self.wants_anchors = self._anchors is None
+        return [self._set_state(w.record, CorrectionState.TRAINING) for w in chosen]
+
+    def _prepare(self, job: _Job, settings: Settings) -> list[Event]:
+        assert self._anchors is not None
+        error = job.fetched.exception()
+        if error is not None:
+            return self.drop(f'the live version could not be read: {error}')
+        answers, tensors = job.fetched.result()
+        if tensors is None:
+            self._bank.reset()
+        else:
+            self._bank.load(tensors)
+        job.trainer = Trainer(self._bank, settings.finetune.learning_rate)
+        job.samples = [_sample(w.record.prompt_ids, self._chat.answer(w.record.corrected))
+                       for w in job.corrections]
+        prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
+        earlier = [_sample(a.prompt_ids, a.output_ids) for a in answers
+                   if a.prompt_ids not in prompts and a.output_ids
+                   and len(a.prompt_ids) + len(a.output_ids) <= settings.finetune.max_sample_tokens]
+        # Interleaved, so that a few of each kind come in every step.
+        job.replayed = [s for pair in zip(self._anchors, cycle(earlier), strict=False)
+                        for s in pair] if earlier else list(self._anchors)
+        self._next_step(job, settings)
+        return []
+
+    def _next_step(self, job: _Job, settings: Settings) -> None:
+        assert job.trainer is not None
+        count = min(settings.finetune.replay_samples, len(job.replayed))
+        first = job.steps * count
+        job.judged = False
+        chosen = list(islice(cycle(job.replayed), first, first + count)) if count else []
+        job.step = FinetuneStep(
+            self._model, job.trainer, job.samples + chosen,
+            oldest_correction_at=min(w.arrived for w in job.corrections))
+
+    def _judge(self, job: _Job, settings: Settings) -> list[Event]:
+        """Decide, with the scores of a step's forward, whether its backward is still needed."""
+        assert job.step is not None
+        job.judged = True
+        count = len(job.corrections)
+        scores = job.step.scores()
+        right = [s.margin >= LEARNED_MARGIN for s in scores[:count]]
+        score = fmean(s.log_probability for s in scores[:count])
+        if job.steps == 0:
+            job.score_before = score
+        if not all(right) and job.steps < settings.finetune.max_steps:
+            return []
+        learned = [w for w, ok in zip(job.corrections, right, strict=True) if ok]
+        events: list[Event] = [
+            self._set_state(w.record, CorrectionState.FAILED,
+                            f'not learned after {job.steps} steps (finetune.max_steps)')
+            for w in job.corrections if w not in learned]
+        if learned and job.steps:
+            job.corrections, job.score_after = learned, score
+            return events + self._save(job)
+        self._job = None
+        return events + [
+            self._set_state(w.record, CorrectionState.LEARNED,
+                            'the live version already answers so', job.parent) for w in learned]
+
+    def _save(self, job: _Job) -> list[Event]:
+        """Write the new version to disk, as soon as there is a slot for it."""
+        job.slot = self._slots.reserve()
+        if job.slot is None:
+            return []    # asked again at the next iteration: publication waits, never a request
+        assert job.score_after is not None
+        tensors, config = self._bank.export(), self._peft_config()
+        record = VersionRecord(
+            profile=job.profile, version=0, parent=job.parent,
+            correction_ids=tuple(w.record.id for w in job.corrections),
+            score_before=job.score_before, score_after=job.score_after, train_tokens=job.train_tokens,
+            train_seconds=job.train_seconds, created=time.time())
+
+        def save(journal: Journal) -> tuple[VersionRecord, tuple[str, ...]]:
+            while True:
+                version = journal.next_version(job.profile)
+                try:
+                    saved = self._store.save(job.profile, version, tensors, config)
+                except FileExistsError:   # left by a crash before it was recorded
+                    continue
+                done = replace(record, version=version, path=saved.path, sha256=saved.sha256)
+                return done, journal.publish(done)
+
+        job.saving = self._submit(save)
+        return []
+
+    def _publish(self, job: _Job) -> list[Event]:
+        assert job.saving is not None and job.slot is not None
+        error = job.saving.exception()
+        if error is not None:
+            return self.drop(f'the new version could not be saved: {error}')
+        record, learned = job.saving.result()
+        self._bank.write_slot(job.slot)
+        self._slots.publish(job.profile, record.version, job.slot)
+        self._job = None
+        return [_version_event(record, self._store)] + [
+            CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
+            for i in learned]
+
+    # -- helpers ---------------------------------------------------------------------
+
+    def _submit(self, function: Callable[[Journal], object]) -> Future:  # type: ignore[type-arg]
+        future = self._journal.submit(function)
+        future.add_done_callback(lambda _: self._wake())
+        return future
+
+    def _set_state(self, record: CorrectionRecord, state: CorrectionState, reason: str = '',
+                   version: int = 0) -> CorrectionProgress:
+        self._journal.submit(lambda j: j.set_correction(record.id, state, reason, version))
+        return CorrectionProgress(record.id, state, reason, version)
+
+    def _peft_config(self) -> dict[str, object]:
+        config = LoraConfig(
+            r=self._bank.rank, lora_alpha=self._bank.alpha,  # type: ignore[arg-type]
+            target_modules=self._bank.target_modules, task_type='CAUSAL_LM',
+            base_model_name_or_path=self._model_name, inference_mode=True).to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def _sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int]) -> Sample:
+    """Return a training sequence whose loss is on the answer only."""
+    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (1.0,) * len(answer))
+
+
+def _version_event(record: VersionRecord, store: VersionStore,
+                   state: VersionState | None = None, reason: str = '') -> VersionEvent:
+    return VersionEvent(
+        profile=record.profile, version=record.version, parent=record.parent,
+        state=record.state if state is None else state, reason=reason or record.reason,
+        correction_ids=record.correction_ids, score_before=record.score_before,
+        score_after=record.score_after, train_tokens=record.train_tokens,
+        train_seconds=record.train_seconds, path=str(store.absolute(record.path)),
+        sha256=record.sha256)

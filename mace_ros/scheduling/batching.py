@@ -1,0 +1,279 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The inference half of an iteration, the same for every policy.
+
+Decode rows come first, then prefill chunks by least slack, as large as the slack of the
+running decodes allows; waiting requests are admitted on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+from typing import TypeAlias
+
+from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.plan import EMPTY, PassShape, PrefillChunk, Rejection, State
+from mace_ros.scheduling.request import Request
+from mace_ros.settings import Settings
+
+# Tokens of a KV block: what a request takes is rounded up to them.
+BLOCK_TOKENS = 16
+
+# The least worth computing of a prompt at once, unless less is left of it.
+LEAST_CHUNK = 16
+
+# A request that waited for so many of its TTFT objectives goes before every class of
+# priority: whatever else arrives, it is served.
+PATIENCE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """
+    What one pass does for the requests.
+
+    ``waits`` says whether anybody's first token is still to come: of this pass's
+    prompts or of one that it leaves out. ``free_tokens`` are those of the KV cache that
+    are left after its admissions.
+    """
+
+    decode: tuple[Request, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+    shape: PassShape = EMPTY
+    seconds: float = 0.0
+    waits: bool = False
+    free_tokens: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not (self.decode or self.prefill)
+
+
+class Batcher:
+    """Chooses decode rows, prefill chunks and admissions within the limits of one pass."""
+
+    def __init__(self, settings: Settings, cost: CostModel) -> None:
+        """Take limits and objectives from ``settings``, which may be replaced at any time."""
+        self.settings = settings
+        self._cost = cost
+
+    def batch(self, state: State, now: float) -> Batch:
+        """Return the pass to run now; empty if no request can go on."""
+        limits = self.settings.scheduler
+        rows: list[Request] = []
+        started: list[Request] = []
+        for request in state.running:
+            (rows if request.is_decoding else started).append(request)
+        most_rows = min(limits.max_requests, limits.max_batch_tokens)
+        if len(rows) > most_rows:
+            rows.sort(key=_turn)
+            del rows[most_rows:]
+        batch = _Pass(self._cost, rows, limits.max_batch_tokens, now)
+        queue = _queue(started, state.waiting, batch, now)
+        rejected: dict[Request, str] = {}
+        if self.settings.slo.admission == 'reject':
+            rejected = self._unreachable(queue, state, batch, now)
+        free = state.free_tokens
+        slots = limits.max_requests - len(state.running)
+        held = False   # one that can't wait any longer lacks memory: nobody overtakes it
+        for place, (_, due, _, _, request, waits) in enumerate(queue):
+            if batch.is_full:
+                break
+            need = 0
+            if waits:
+                if request in rejected:
+                    continue
+                need = kv_tokens(request)
+                if held or slots <= 0 or need > free:
+                    if need > self.settings.memory.kv_cache_tokens:
+                        rejected[request] = (
+                            f'{need} tokens of KV cache needed, memory.kv_cache_tokens is '
+                            f'{self.settings.memory.kv_cache_tokens}')
+                    elif slots > 0 and due < now:
+                        held = True
+                    continue
+            if batch.add(request, due, len(queue) - place) and waits:
+                slots -= 1
+                free -= need
+        return Batch(
+            decode=tuple(rows), prefill=tuple(batch.chunks),
+            rejected=tuple([Rejection(r, reason) for r, reason in rejected.items()]),
+            shape=batch.shape, seconds=self._cost.pass_s(*batch.shape),
+            waits=len(queue) > len(rejected), free_tokens=free)
+
+    def _unreachable(
+        self, queue: list[_Place], state: State, batch: _Pass, now: float,
+    ) -> dict[Request, str]:
+        """Return who would get its first token too late, and the reason to tell."""
+        found: dict[Request, str] = {}
+        slots = self.settings.scheduler.max_requests - len(state.running)
+        free = state.free_tokens
+        # A place is free again when an answer ends, at the latest at its longest.
+        step_s = self._cost.pass_s(*batch.shape)
+        ends = sorted([(r.max_tokens - r.output_tokens) * step_s for r in state.running])
+        ahead = late = 0
+        for _, _, _, _, request, waits in queue:
+            ahead += request.remaining_tokens
+            predicted = batch.prefill_s(ahead)
+            if not waits:
+                continue
+            need = kv_tokens(request)
+            fits = slots > 0 and need <= free
+            if not fits and late < len(ends):
+                predicted = max(predicted, ends[late] + batch.prefill_s(request.prompt_tokens))
+            predicted += now - request.arrival
+            if request.first_token_at is None and predicted > request.ttft_slo:
+                found[request] = (
+                    f'predicted time to first token {predicted * 1e3:.0f} ms, objective '
+                    f'{request.ttft_slo * 1e3:.0f} ms')
+                ahead -= request.remaining_tokens
+            elif fits:
+                slots -= 1
+                free -= need
+            else:
+                late += 1
+        return found
+
+
+def kv_tokens(request: Request) -> int:
+    """Return the tokens of KV cache that a request may come to hold, in whole blocks."""
+    return -(-(request.prompt_tokens + request.max_tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+# Rank, latest start, arrival, position and waiting flag of a request without first token.
+_Place: TypeAlias = tuple[float, float, float, int, Request, bool]
+
+
+def _queue(
+    started: list[Request], waiting: list[Request], batch: _Pass, now: float,
+) -> list[_Place]:
+    """
+    Return those whose prompt is to be computed, the most urgent first.
+
+    Within a class of priority: least slack first, that is, by the latest time at which
+    work may start. Whoever ran out of patience goes first, in order of arrival.
+    """
+    places: list[_Place] = []
+    for group, waits in ((started, False), (waiting, True)):
+        for request in group:
+            arrival = request.arrival
+            if now - arrival > PATIENCE * request.ttft_slo:
+                places.append((-math.inf, arrival, arrival, len(places), request, waits))
+                continue
+            due = request.deadline - batch.prefill_s(request.remaining_tokens)
+            places.append((-request.priority, due, arrival, len(places), request, waits))
+    places.sort()
+    return places
+
+
+def _turn(row: Request) -> float:
+    """
+    Return the key by which decode rows take turns when there are too many for one pass.
+
+    By deadline; but the deadlines of a row that is late stay in the past however often
+    it runs, so that it would keep others out for ever: it queues up behind its last token.
+    """
+    return max(row.deadline, row.last_token_at or row.arrival)
+
+
+class _Pass:
+    """A pass while it is being filled with prefill chunks."""
+
+    def __init__(
+        self, cost: CostModel, rows: list[Request], max_tokens: int, now: float,
+    ) -> None:
+        """Begin with the decode rows."""
+        self._cost = cost
+        self._now = now
+        self.chunks: list[PrefillChunk] = []
+        self._ending = 0   # chunks that end their prompt: a first token hangs on the pass
+        context = sum([row.prompt_tokens + row.output_tokens for row in rows])
+        self.shape = PassShape(len(rows), context)
+        self._tokens_left = max_tokens - len(rows)
+        self.is_full = self._tokens_left <= 0
+        # How long the pass may take, by the rows' deadlines. A row that will be late asks
+        # for its time per token; if the device can't give that, it shares with the prompts.
+        self._limit_s = math.inf
+        if rows:
+            alone_s = cost.pass_s(len(rows), context)
+            for row in rows:
+                slack = row.deadline - now
+                if slack < alone_s:
+                    slack = row.tpot_slo if row.tpot_slo > alone_s else 2.0 * alone_s
+                if slack < self._limit_s:
+                    self._limit_s = slack
+        # A line through the cost of a small and of a full prefill beside these rows.
+        self._chunk = max(self._tokens_left, 1)
+        self._chunk_s = cost.pass_s(len(rows), context, 1)
+        self._token_s = (
+            cost.pass_s(len(rows), context, self._chunk) - self._chunk_s) / self._chunk
+
+    def prefill_s(self, tokens: int) -> float:
+        """Return about how long prompts of so many tokens take in passes like this one."""
+        return -(-tokens // self._chunk) * self._chunk_s + tokens * self._token_s
+
+    def add(self, request: Request, due: float, queued: int) -> bool:
+        """
+        Put the next chunk of ``request`` into the pass if there is time for it.
+
+        It had to start at ``due``; with it, ``queued`` requests are waiting.
+        """
+        remaining = request.remaining_tokens
+        most = min(remaining, self._tokens_left)
+        least = min(LEAST_CHUNK, most)
+        tokens = self._most_within(self._limit_s, request, most)
+        if tokens < least:
+            self.is_full = True
+            if self.chunks or self._now - due < request.ttft_slo:
+                return False
+            # So late that it must not wait for the rows any longer: they share the device.
+            alone_s = self._cost.pass_s(*self.shape)
+            tokens = max(self._most_within(2.0 * alone_s, request, most), least)
+        elif self.chunks and not self._is_worth_joining(request, tokens, queued):
+            self.is_full = True
+            return False
+        self.shape = self._with(request, tokens)
+        self.chunks.append(PrefillChunk(request, tokens))
+        self._tokens_left -= tokens
+        if self._tokens_left <= 0:
+            self.is_full = True
+        if tokens == remaining:
+            self._ending += 1
+            slack = request.deadline - self._now
+            if self._cost.pass_s(*self.shape, upper=True) <= slack:
+                self._limit_s = min(self._limit_s, slack)
+        return True
+
+    def _with(self, request: Request, tokens: int) -> PassShape:
+        rows, context, prefill, attended, _ = self.shape
+        attended += tokens * request.computed_tokens + tokens * (tokens + 1) // 2
+        return PassShape(rows, context, prefill + tokens, attended)
+
+    def _most_within(self, seconds: float, request: Request, most: int) -> int:
+        """Return the most tokens (0 to ``most``) with which the pass stays in time."""
+        low, high = 0, most
+        middle = most   # mostly all of it fits
+        while low < high:
+            if self._cost.pass_s(*self._with(request, middle), upper=True) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return low
+
+    def _is_worth_joining(self, request: Request, tokens: int, queued: int) -> bool:
+        """
+        Return whether sharing the pass saves those who wait more than it costs those in it.
+
+        On a device that is busy with few tokens, two prompts one after the other give
+        the first one its answer earlier and the second hardly later.
+        """
+        rows, context, _, _, _ = self.shape
+        longer_s = (self._cost.pass_s(*self._with(request, tokens))
+                    - self._cost.pass_s(*self.shape))
+        own_s = self._cost.pass_s(rows, context, tokens, tokens * request.computed_tokens)
+        return self._ending * longer_s <= queued * (own_s - longer_s)

@@ -1,0 +1,171 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Who decides about learning: the interface, and the baselines that mace is measured against.
+
+All policies serve requests in the same way (:mod:`mace_ros.scheduling.batching`); they
+differ in when they learn. Whoever wants another one derives from :class:`Policy`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from mace_ros.scheduling.batching import Batch, Batcher
+from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.ledger import Ledger
+from mace_ros.scheduling.pieces import NOTHING, Piece, next_piece, plan_of, rest_of_step
+from mace_ros.scheduling.plan import FinetuneWork, Plan, State
+from mace_ros.settings import Settings
+
+
+class Policy(ABC):
+    """Decides one iteration after another."""
+
+    def __init__(self, settings: Settings, cost: CostModel, ledger: Ledger) -> None:
+        """Read from ``settings``, ``cost`` and ``ledger``; the scheduler keeps them current."""
+        self._settings = settings
+        self._cost = cost
+        self._ledger = ledger
+        self._batcher = Batcher(settings, cost)
+
+    def update(self, settings: Settings) -> None:
+        """Put other settings in force."""
+        self._settings = settings
+        self._batcher.settings = settings
+
+    @property
+    def late_for_learning(self) -> int:
+        """Requests that came late, or will, for the sake of learning."""
+        return 0
+
+    @abstractmethod
+    def plan(self, state: State, now: float) -> Plan:
+        """Return what to do now. ``state.finetune`` is None while the budget is used up."""
+
+    def observe(  # noqa: B027 - most need not know
+        self, plan: Plan, serving_s: float, learning_s: float, now: float,
+    ) -> None:
+        """Note what of ``plan`` was run until ``now``, and its device time."""
+
+    def _piece(self, work: FinetuneWork, batch: Batch, seconds: float) -> Piece:
+        """Return the next piece of learning that ends within ``seconds``; at least one."""
+        return next_piece(
+            work, self._cost, batch, seconds, self._settings.scheduler.max_batch_tokens)
+
+    def _step(self, work: FinetuneWork, batch: Batch) -> Plan:
+        """Return a plan that runs what is left of the step, undivided, and none of ``batch``."""
+        alone = Batch(rejected=batch.rejected)
+        return plan_of(alone, rest_of_step(
+            work, self._cost, alone, self._settings.scheduler.max_batch_tokens),
+            interruptible=False)
+
+
+class InferenceOnly(Policy):
+    """Never learns: what answers cost without learning."""
+
+    def plan(self, state: State, now: float) -> Plan:
+        """Return the next pass."""
+        return plan_of(self._batcher.batch(state, now))
+
+
+class Continuous(Policy):
+    """
+    Always learns, in undivided steps.
+
+    While there are requests too, steps and passes alternate: after each step the
+    requests get as much device time as it took.
+    """
+
+    def __init__(self, settings: Settings, cost: CostModel, ledger: Ledger) -> None:
+        """Begin with nothing owed."""
+        super().__init__(settings, cost, ledger)
+        self._owed_s = 0.0   # to the requests; less than 0 if they are ahead
+
+    def plan(self, state: State, now: float) -> Plan:
+        """Return a pass if the requests are owed one, else a whole step."""
+        work = state.finetune
+        if work is None or not state.has_requests:
+            self._owed_s = 0.0
+        batch = self._batcher.batch(state, now)
+        if work is not None and (batch.is_empty or self._owed_s <= 0.0):
+            return self._step(work, batch)
+        return plan_of(batch)
+
+    def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:
+        """Settle what is owed."""
+        self._owed_s += learning_s - serving_s
+
+
+class Periodic(Policy):
+    """
+    Stops the world for a retraining of some steps, every so many seconds.
+
+    A retraining that takes more than half the period is followed by as much time for the
+    requests: they must not be shut out.
+    """
+
+    def __init__(self, settings: Settings, cost: CostModel, ledger: Ledger) -> None:
+        """Begin with a period of serving."""
+        super().__init__(settings, cost, ledger)
+        self._began: float | None = None    # the latest retraining, or serving at first
+        self._ended = 0.0
+        self._steps: int | None = None      # still to run of the retraining that goes on
+
+    def plan(self, state: State, now: float) -> Plan:
+        """Return the next step of a retraining, else the next pass."""
+        finetune = self._settings.finetune
+        if self._began is None:
+            self._began = self._ended = now
+        work = state.finetune
+        if self._steps is not None and (self._steps <= 0 or work is None):
+            self._ended, self._steps = now, None
+        due = max(self._began + finetune.period_s, 2.0 * self._ended - self._began)
+        if self._steps is None and work is not None and now >= due:
+            self._began, self._steps = now, finetune.period_steps
+        batch = self._batcher.batch(state, now)
+        if self._steps is not None and work is not None:
+            return self._step(work, batch)
+        idle = batch.is_empty and work is not None
+        return plan_of(batch, wake_at=due if idle else None)
+
+    def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:
+        """Count the steps that were run to their end."""
+        if self._steps is not None and plan.segments:
+            self._steps -= 1
+
+
+class StaticSplit(Policy):
+    """
+    Gives learning a fixed share of the device time while there are requests too.
+
+    What either side leaves idle goes to the other one, which a split into partitions of
+    a device or into processes with their own threads could not do.
+    """
+
+    def __init__(self, settings: Settings, cost: CostModel, ledger: Ledger) -> None:
+        """Begin with nothing owed."""
+        super().__init__(settings, cost, ledger)
+        self._owed_s = 0.0   # to learning; less than 0 if it is ahead
+
+    def plan(self, state: State, now: float) -> Plan:
+        """Return a pass, and after it the learning that has become due."""
+        work = state.finetune
+        batch = self._batcher.batch(state, now)
+        most_s = self._settings.finetune.max_blocking_ms / 1000.0
+        share = self._settings.scheduler.static_share
+        if work is None or batch.is_empty:
+            self._owed_s = 0.0
+            return plan_of(batch, NOTHING if work is None else self._piece(work, batch, most_s))
+        due_s = self._owed_s + batch.seconds * share / (1.0 - share)
+        if due_s <= 0.0:
+            return plan_of(batch)
+        piece = self._piece(work, batch, min(due_s, most_s))
+        # A piece that is too long for what is due waits until half of it is.
+        return plan_of(batch, piece if piece.seconds <= 2.0 * due_s else NOTHING)
+
+    def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:
+        """Settle what is owed."""
+        if serving_s:
+            share = self._settings.scheduler.static_share
+            self._owed_s += serving_s * share / (1.0 - share) - learning_s

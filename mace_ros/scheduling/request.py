@@ -1,0 +1,74 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""A request as the scheduler sees it: numbers only, no text and no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+
+class RequestState(Enum):
+    """Where a request is on its way."""
+
+    WAITING = auto()   # no KV blocks yet
+    RUNNING = auto()   # holds KV blocks; prefills, then decodes
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """
+    One query on its way through the engine.
+
+    Lengths are in tokens, times in seconds on the scheduler's clock. Of the
+    ``prompt_tokens + output_tokens`` tokens that are known, ``computed_tokens`` have
+    their keys and values in the cache; the rest is what a pass may compute next.
+    """
+
+    id: str
+    arrival: float
+    prompt_tokens: int
+    max_tokens: int
+    ttft_slo: float
+    tpot_slo: float
+    priority: int = 0
+    state: RequestState = RequestState.WAITING
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+    adapter_slot: int = 0
+    started_at: float | None = None       # first prefill
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens of prompt and output so far."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens to compute before the next one can be sampled; 1 for a decode row."""
+        return self.known_tokens - self.computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next pass needs only its newest token."""
+        return self.output_tokens > 0 and self.remaining_tokens == 1
+
+    @property
+    def deadline(self) -> float:
+        """When its next token is due."""
+        if self.first_token_at is None:
+            return self.arrival + self.ttft_slo
+        return self.first_token_at + self.output_tokens * self.tpot_slo
+
+    @property
+    def slo_met(self) -> bool:
+        """Whether the tokens so far came in time (TPOT as a mean over the answer)."""
+        if self.first_token_at is None or self.last_token_at is None:
+            return False
+        spent = self.last_token_at - self.first_token_at
+        return (self.first_token_at - self.arrival <= self.ttft_slo
+                and spent <= self.tpot_slo * max(self.output_tokens - 1, 0))

