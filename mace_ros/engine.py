@@ -121,6 +121,11 @@ class Engine:
         """The settings in force."""
         return self._settings
 
+    @property
+    def free_kv_tokens(self) -> int:
+        """Tokens that the KV cache can still take."""
+        return self._pool.free_tokens
+
     def submit(self, query: Query) -> None:
         """Take a query; exactly one :class:`Finished` will follow."""
         arrival = self._clock()

@@ -159,12 +159,13 @@ class FinetuneSettings:
     period_steps: int = _parameter(
         8, 'Steps of each retraining of the policy periodic', minimum=1, maximum=100000)
     learning_rate: float = _parameter(
-        5e-4, 'AdamW learning rate', minimum=1e-6, maximum=0.1)
+        1e-3, 'AdamW learning rate', minimum=1e-6, maximum=0.1)
     max_steps: int = _parameter(
         40, 'Optimizer steps after which a correction counts as not learnable',
         minimum=1, maximum=10000)
     replay_samples: int = _parameter(
-        8, 'Earlier answers trained along with each correction so that the rest stays',
+        4, 'Earlier answers trained in each step along with the corrections, so that the rest '
+        'stays',
         minimum=0, maximum=256)
     max_sample_tokens: int = _parameter(
         512, 'Longest correction with its prompt; a longer one is rejected', unit='tokens',
@@ -267,8 +268,9 @@ def parameters() -> Iterator[Parameter]:
     """Yield every parameter in the order of the table."""
     for group in fields(Settings):
         for item in fields(type(getattr(Settings(), group.name))):
+            default: Any = item.default
             yield Parameter(
-                name=f'{group.name}.{item.name}', default=item.default, **item.metadata)
+                name=f'{group.name}.{item.name}', default=default, **item.metadata)
 
 
 PARAMETERS: Mapping[str, Parameter] = {p.name: p for p in parameters()}

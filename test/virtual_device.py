@@ -136,12 +136,7 @@ def undivided_step_s(device: VirtualDevice) -> float:
 
 @dataclass
 class VirtualEngine:
-    """
-    Plans, runs and commits on a clock of its own, and checks each plan on the way.
-
-    ``requests`` come with their arrival; ``lengths`` says how many tokens each really
-    answers with (its ``max_tokens`` if it isn't named).
-    """
+    """Plans, runs and commits on a clock of its own, and checks each plan on the way."""
 
     scheduler: Scheduler
     device: VirtualDevice
@@ -168,16 +163,24 @@ class VirtualEngine:
         self.steps.append(step)
         self.state.finetune = step
 
-    def run(self, requests: Sequence[Request], until: float = math.inf) -> None:
-        """Serve ``requests`` until all are answered, and go on until the time ``until``."""
+    def run(self, requests: Sequence[Request], until: float = -math.inf,
+            changes: Sequence[tuple[float, dict]] = ()) -> None:
+        """
+        Serve ``requests`` until all are answered, and go on until the time ``until``.
+
+        ``changes`` are settings that come into force on the way, in order of time.
+        """
         self._coming = sorted(requests, key=lambda r: r.arrival)
-        lengths = len(self.finished) + len(self.rejected) + len(requests)
+        to_answer = len(self.finished) + len(self.rejected) + len(requests)
+        changes = list(changes)
         idle = 0
         while True:
-            answered = len(self.finished) + len(self.rejected) == lengths
-            if answered and (until == math.inf or self.now >= until):
+            if len(self.finished) + len(self.rejected) == to_answer and self.now >= until:
                 return
             self._take_arrivals()
+            while changes and changes[0][0] <= self.now:
+                self.settings = self.settings.updated(changes.pop(0)[1])
+                self.scheduler.update(self.settings)
             plan = self.scheduler.plan(self.state, self.now)
             self._check(plan)
             self.plans.append((self.now, plan))
@@ -185,10 +188,12 @@ class VirtualEngine:
             assert idle < 5, f'nothing happens at {self.now}: {self.state}'
             self._reject(plan)
             if plan.is_empty:
-                then = min([until, *[r.arrival for r in self._coming[:1]],
-                            *([] if plan.wake_at is None else [plan.wake_at])])
-                if then < math.inf:
-                    self.now = max(self.now, then)
+                soon = [r.arrival for r in self._coming[:1]] + [t for t, _ in changes[:1]]
+                if plan.wake_at is not None:
+                    soon.append(plan.wake_at)
+                if until > self.now:
+                    soon.append(until)
+                self.now = max(self.now, min(soon, default=self.now))
                 continue
             self._execute(plan)
 
@@ -329,12 +334,12 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(math.ceil(q * len(ordered)) - 1, len(ordered) - 1)]
 
 
-def served(policy: str, requests: Sequence[Request], *, until=math.inf, device=None,
-           values=None, **kinds) -> VirtualEngine:
+def served(policy: str, requests: Sequence[Request], *, until=-math.inf, device=None,
+           values=None, changes=(), **kinds) -> VirtualEngine:
     """Return the engine that served ``requests`` by ``policy``."""
     settings = Settings().updated({'scheduler.policy': policy, **(values or {})})
     device = device or VirtualDevice(noise=0.05, outliers=0.01)
     engine = VirtualEngine(
         Scheduler(settings, device.calibrated()), device, settings, **kinds)
-    engine.run(requests, until)
+    engine.run(requests, until, changes)
     return engine

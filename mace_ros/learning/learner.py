@@ -17,6 +17,7 @@ from itertools import cycle, islice
 import math
 from statistics import fmean
 import time
+from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
@@ -270,8 +271,8 @@ class Learner:
         record = VersionRecord(
             profile=job.profile, version=0, parent=job.parent,
             correction_ids=tuple(w.record.id for w in job.corrections),
-            score_before=job.score_before, score_after=job.score_after, train_tokens=job.train_tokens,
-            train_seconds=job.train_seconds, created=time.time())
+            score_before=job.score_before, score_after=job.score_after,
+            train_tokens=job.train_tokens, train_seconds=job.train_seconds, created=time.time())
 
         def save(journal: Journal) -> tuple[VersionRecord, tuple[str, ...]]:
             while True:
@@ -295,13 +296,13 @@ class Learner:
         self._bank.write_slot(job.slot)
         self._slots.publish(job.profile, record.version, job.slot)
         self._job = None
-        return [_version_event(record, self._store)] + [
+        return [_version_event(record, self._store), *(
             CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
-            for i in learned]
+            for i in learned)]
 
     # -- helpers ---------------------------------------------------------------------
 
-    def _submit(self, function: Callable[[Journal], object]) -> Future:  # type: ignore[type-arg]
+    def _submit(self, function: Callable[[Journal], object]) -> Future[Any]:
         future = self._journal.submit(function)
         future.add_done_callback(lambda _: self._wake())
         return future
@@ -313,7 +314,7 @@ class Learner:
 
     def _peft_config(self) -> dict[str, object]:
         config = LoraConfig(
-            r=self._bank.rank, lora_alpha=self._bank.alpha,  # type: ignore[arg-type]
+            r=self._bank.rank, lora_alpha=self._bank.alpha,
             target_modules=self._bank.target_modules, task_type='CAUSAL_LM',
             base_model_name_or_path=self._model_name, inference_mode=True).to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

@@ -1,0 +1,347 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The engine by itself, with a small random model behind the real tokenizer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+import math
+from pathlib import Path
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mace_ros.engine import Engine
+from mace_ros.events import (
+    Correction, CorrectionProgress, CorrectionState, ErrorCode, Event, Finished, FinishReason,
+    Query, Token, VersionEvent)
+from mace_ros.execution.loading import load_model
+from mace_ros.settings import Settings
+
+DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
+        CorrectionState.SUPERSEDED)
+
+
+@dataclass
+class Robot:
+    """Steps an engine and keeps what it says."""
+
+    engine: Engine
+    events: list[Event] = field(default_factory=list)
+
+    def until(self, condition: Callable[[Event], bool], seconds: float = 60.0) -> Event:
+        """Step until an event fulfils the condition."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            iteration = self.engine.step()
+            self.events += iteration.events
+            for event in iteration.events:
+                if condition(event):
+                    return event
+            if iteration.wake_at is None:
+                time.sleep(0.002)
+        raise AssertionError(f'not within {seconds} s; last events: {self.events[-3:]}')
+
+    def response(self, query_id: str) -> Finished:
+        """Step until that query has ended."""
+        event = self.until(lambda e: isinstance(e, Finished) and e.query_id == query_id)
+        assert isinstance(event, Finished)
+        return event
+
+    def ask(self, text: str, **kwargs: object) -> Finished:
+        """Ask and wait for the answer."""
+        query = Query(text, **{'id': f'q{len(self.events)}-{time.monotonic_ns()}', **kwargs})  # type: ignore[arg-type]
+        self.engine.submit(query)
+        return self.response(query.id)
+
+    def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionProgress:
+        """Correct and wait until the correction has come to its end."""
+        self.engine.correct(correction)
+        event = self.until(lambda e: isinstance(e, CorrectionProgress)
+                           and e.id == correction.id and e.state in DONE, seconds)
+        assert isinstance(event, CorrectionProgress)
+        return event
+
+    def tokens(self, query_id: str) -> list[Token]:
+        """Return the pieces of an answer so far."""
+        return [e for e in self.events if isinstance(e, Token) and e.query_id == query_id]
+
+
+@pytest.fixture(scope='module')
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a tiny model in a folder, with the tokenizer of the packaged one."""
+    folder = tmp_path_factory.mktemp('tiny')
+    tokenizer = AutoTokenizer.from_pretrained(load_model(dtype='float32', device='cpu').name)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def settings(model_folder: Path) -> Settings:
+    """Return settings for the tiny model on the CPU."""
+    return Settings().updated({
+        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
+        'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12,
+        'finetune.learning_rate': 0.01})
+
+
+@pytest.fixture
+def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
+    """Return a fresh engine; afterwards nothing may be left in the KV cache."""
+    engine = Engine(settings, storage=tmp_path)
+    everything = engine.free_kv_tokens
+    yield Robot(engine)
+    engine.close()
+    assert engine.free_kv_tokens == everything
+
+
+def test_answer_is_that_of_transformers_generate(robot: Robot, model_folder: Path) -> None:
+    """The engine's greedy answer is generate's, token for token."""
+    answer = robot.ask('What is the capital of France?', max_tokens=20)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    prompt = tokenizer.apply_chat_template(
+        [{'role': 'user', 'content': 'What is the capital of France?'}],
+        add_generation_prompt=True, return_tensors='pt')['input_ids']
+    ids = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1]:]
+    assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer.prompt_tokens == prompt.shape[1]
+    assert answer.output_tokens == len(ids)
+
+
+def test_two_queries_stream_interleaved(robot: Robot) -> None:
+    """Tokens of two queries alternate, and each stream is its answer."""
+    robot.engine.submit(Query('One?', id='one'))
+    robot.engine.submit(Query('Two?', id='two'))
+    answers = {i: robot.response(i) for i in ('one',)}
+    answers['two'] = next((e for e in robot.events if isinstance(e, Finished)
+                           and e.query_id == 'two'), None) or robot.response('two')
+    order = [e.query_id for e in robot.events if isinstance(e, Token)]
+    assert sum(a != b for a, b in zip(order, order[1:], strict=False)) > 4
+    for query_id, answer in answers.items():
+        pieces = robot.tokens(query_id)
+        assert ''.join(p.text for p in pieces) == answer.text
+        assert [p.index for p in pieces] == list(range(len(pieces)))
+        assert [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_cancel_ends_a_query_within_one_iteration(robot: Robot) -> None:
+    """After the cancel no further token comes; other queries go on."""
+    robot.engine.submit(Query('Long?', id='long', max_tokens=200))
+    robot.engine.submit(Query('Other?', id='other'))
+    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'long' and e.index == 2)
+    robot.engine.cancel('long')
+    events = robot.engine.step().events
+    ended = [e for e in events if isinstance(e, Finished)]
+    assert [e.finish_reason for e in ended] == [FinishReason.CANCELLED]
+    assert [e.last for e in events if isinstance(e, Token) and e.query_id == 'long'] == [True]
+    assert robot.response('other').finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+    assert not [t for t in robot.tokens('long') if t.index > 4]
+
+
+@pytest.mark.parametrize(('query', 'code', 'word'), [
+    (Query(' \n', id='a'), ErrorCode.EMPTY_TEXT, 'text'),
+    (Query('x', id='a\x00'), ErrorCode.INVALID_ID, 'printable'),
+    (Query('x', id='a' * 129), ErrorCode.INVALID_ID, '128'),
+    (Query('x', id='a', profile='\n'), ErrorCode.INVALID_ID, 'profile'),
+    (Query('x', id='a', max_tokens=-5), ErrorCode.INVALID_PARAMETER, 'max_tokens'),
+    (Query('x', id='a', temperature=math.nan), ErrorCode.INVALID_PARAMETER, 'temperature'),
+    (Query('x', id='a', top_p=1.5), ErrorCode.INVALID_PARAMETER, 'top_p'),
+    (Query('x', id='a', ttft_slo_ms=math.inf), ErrorCode.INVALID_PARAMETER, 'ttft_slo_ms'),
+    (Query('x', id='a', stop=('',)), ErrorCode.INVALID_PARAMETER, 'stop'),
+    (Query('\ud800', id='a'), ErrorCode.INVALID_PARAMETER, 'Unicode'),
+    (Query('word ' * 5000, id='a'), ErrorCode.PROMPT_TOO_LONG, '4095 fit'),
+], ids=lambda v: v.name if isinstance(v, ErrorCode) else None)
+def test_bad_query_is_rejected_by_name(robot: Robot, query: Query, code: ErrorCode,
+                                       word: str) -> None:
+    """Each kind of bad query is refused with its code and a reason; the next is served."""
+    robot.engine.submit(query)
+    answer = robot.response(query.id)
+    assert (answer.finish_reason, answer.error_code) == (FinishReason.REJECTED, code)
+    assert word in answer.error
+    assert robot.ask('Fine?').output_tokens > 0
+
+
+def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
+    """An id in use and a full queue are refused; what was admitted is served."""
+    robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
+    for query_id in ('a', 'a', 'b', 'c', 'd'):
+        robot.engine.submit(Query('Hm?', id=query_id))
+    robot.response('a')
+    robot.until(lambda e: len([x for x in robot.events if isinstance(x, Finished)]) >= 5, 20) \
+        if len([x for x in robot.events if isinstance(x, Finished)]) < 5 else None
+    outcomes = [(e.query_id, e.error_code) for e in robot.events if isinstance(e, Finished)]
+    assert ('a', ErrorCode.DUPLICATE_ID) in outcomes
+    assert ('c', ErrorCode.OVERLOADED) in outcomes and ('d', ErrorCode.OVERLOADED) in outcomes
+    assert ('a', ErrorCode.NONE) in outcomes and ('b', ErrorCode.NONE) in outcomes
+
+
+def test_zero_is_a_value(robot: Robot) -> None:
+    """max_tokens 0 gives an empty answer, not the default."""
+    answer = robot.ask('Hm?', max_tokens=0)
+    assert (answer.finish_reason, answer.output_tokens) == (FinishReason.LENGTH, 0)
+
+
+def test_seed_decides_a_sampled_answer_whatever_runs_beside_it(robot: Robot) -> None:
+    """Same seed, same answer, alone or in a batch; another seed, another answer."""
+    alone = robot.ask('Sing.', temperature=1.0, seed=7, top_p=0.9)
+    for i in range(3):
+        robot.engine.submit(Query(f'Noise {i}', id=f'noise{i}', temperature=1.0, max_tokens=40))
+    beside = robot.ask('Sing.', temperature=1.0, seed=7, top_p=0.9)
+    other = robot.ask('Sing.', temperature=1.0, seed=8, top_p=0.9)
+    assert alone.text == beside.text != other.text
+    for i in range(3):
+        if not any(isinstance(e, Finished) and e.query_id == f'noise{i}' for e in robot.events):
+            robot.response(f'noise{i}')
+
+
+def test_stop_string_ends_the_answer_before_it(robot: Robot) -> None:
+    """The answer is cut before the stop string, and the stream never shows it."""
+    whole = robot.ask('Tell me.', max_tokens=30)
+    stop = whole.text[12:15]
+    cut = robot.ask('Tell me.', max_tokens=30, stop=(stop,))
+    assert cut.finish_reason is FinishReason.STOP
+    assert cut.text == whole.text[:whole.text.index(stop)]
+    assert ''.join(t.text for t in robot.tokens(cut.query_id)) == cut.text
+
+
+def test_follow_up_has_its_context(robot: Robot) -> None:
+    """The second turn's prompt holds the first; reset_conversation forgets it."""
+    first = robot.ask('One?', conversation_id='c')
+    second = robot.ask('Two?', conversation_id='c')
+    fresh = robot.ask('Two?', conversation_id='c', reset_conversation=True)
+    assert second.prompt_tokens > first.prompt_tokens + first.output_tokens
+    assert fresh.prompt_tokens == first.prompt_tokens
+
+
+def test_correction_is_learned_and_a_running_request_keeps_its_version(robot: Robot) -> None:
+    """The next answer is the corrected one, by version 1; who began before ends on 0."""
+    robot.engine.update(robot.engine.settings.updated({'scheduler.policy': 'continuous'}))
+    wrong = robot.ask('What is your name?', conversation_id='c')
+    robot.engine.submit(Query('Running?', id='running', max_tokens=3500))
+    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'running')
+    state = robot.correct(Correction('My name is Rover.', id='k', query_id=wrong.query_id))
+    assert (state.state, state.adapter_version) == (CorrectionState.LEARNED, 1)
+    running = next((e for e in robot.events if isinstance(e, Finished)
+                    and e.query_id == 'running'), None)
+    assert running is None, 'the running query ended before the version came'
+    right = robot.ask('What is your name?')
+    assert (right.text, right.adapter_version) == ('My name is Rover.', 1)
+    robot.engine.cancel('running')
+    assert robot.response('running').adapter_version == 0
+    states = [e.state for e in robot.events if isinstance(e, CorrectionProgress)]
+    assert states == [CorrectionState.ACCEPTED, CorrectionState.TRAINING, CorrectionState.LEARNED]
+    version = next(e for e in robot.events if isinstance(e, VersionEvent))
+    assert version.score_after > version.score_before
+    assert version.train_tokens > 0 and version.train_seconds > 0
+    # The wrong answer is no longer part of the conversation.
+    follow_up = robot.ask('And yours?', conversation_id='c')
+    corrected = len(robot.engine.chat.answer('My name is Rover.'))
+    assert follow_up.prompt_tokens < wrong.prompt_tokens * 2 + corrected + 8
+
+
+def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:
+    """The second message of one id is acknowledged with the state reached."""
+    wrong = robot.ask('Who are you?')
+    correction = Correction('A robot.', id='k', query_id=wrong.query_id)
+    assert robot.correct(correction).state is CorrectionState.LEARNED
+    assert robot.correct(correction).adapter_version == 1
+    assert len([e for e in robot.events if isinstance(e, VersionEvent)]) == 1
+
+
+@pytest.mark.parametrize(('changes', 'word'), [
+    ({'query_id': 'unknown'}, 'unknown'),
+    ({'query_id': '', 'conversation_id': 'unknown'}, 'conversation_id'),
+    ({'query_id': ''}, 'one of them'),
+    ({'corrected': ' '}, 'empty'),
+    ({'corrected': 'same', 'rejected': 'same'}, 'equal'),
+    ({'weight': math.nan}, 'weight'),
+    ({'weight': 0.0}, 'weight'),
+    ({'corrected': 'word ' * 600}, 'tokens'),
+    ({'id': 'a\n'}, 'printable'),
+])
+def test_bad_correction_is_rejected_by_name(robot: Robot, changes: dict[str, object],
+                                            word: str) -> None:
+    """Each kind of bad correction is refused with a reason, and nothing is learned."""
+    wrong = robot.ask('Who are you?', max_tokens=3)
+    fields = {'corrected': 'A robot.', 'id': 'k', 'query_id': wrong.query_id, **changes}
+    state = robot.correct(Correction(**fields))  # type: ignore[arg-type]
+    assert state.state is CorrectionState.REJECTED
+    assert word in state.reason
+    assert robot.engine.step().wake_at is None
+
+
+def test_the_newest_of_two_pending_corrections_of_one_question_wins(robot: Robot) -> None:
+    """The older one is superseded, and only the newer is learned."""
+    wrong = robot.ask('Who are you?')
+    robot.engine.update(robot.engine.settings.updated({'finetune.budget': 0.0}))
+    robot.engine.correct(Correction('Nobody.', id='old', query_id=wrong.query_id))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'old')
+    robot.engine.correct(Correction('A robot.', id='new', query_id=wrong.query_id))
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.SUPERSEDED and e.id == 'old')
+    robot.engine.update(robot.engine.settings.updated({'finetune.budget': 1.0}))
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.LEARNED and e.id == 'new')
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
+def test_what_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
+    """With no step allowed to suffice, the correction is FAILED and serving goes on."""
+    robot.engine.update(robot.engine.settings.updated(
+        {'finetune.max_steps': 1, 'finetune.learning_rate': 1e-6}))
+    wrong = robot.ask('Who are you?')
+    state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+    assert state.state is CorrectionState.FAILED
+    assert 'finetune.max_steps' in state.reason
+    assert robot.ask('Who are you?').text == wrong.text
+
+
+def test_restart_serves_the_latest_version_and_goes_on_learning(
+        settings: Settings, tmp_path: Path) -> None:
+    """A published version and an unlearned correction survive; profiles stay apart."""
+    robot = Robot(Engine(settings, storage=tmp_path))
+    wrong = robot.ask('Who are you?')
+    robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+    robot.engine.update(robot.engine.settings.updated({'finetune.budget': 0.0}))
+    robot.engine.correct(Correction('Your friend.', id='anna', query_id=wrong.query_id,
+                                    profile='anna'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'anna')
+    robot.engine.close()
+
+    again = Robot(Engine(settings, storage=tmp_path))
+    live = [e for e in again.engine.restored if isinstance(e, VersionEvent)]
+    assert [(e.profile, e.version) for e in live] == [('', 1)]
+    again.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'anna'
+                and e.state is CorrectionState.LEARNED)
+    assert again.ask('Who are you?').text == 'A robot.'
+    assert again.ask('Who are you?', profile='anna').text == 'Your friend.'
+    assert again.ask('Who are you?', profile='stranger').text == 'A robot.'
+    again.engine.close()
+
+
+def test_failing_pass_ends_its_queries_and_the_engine_goes_on(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator error becomes ERROR responses, and later queries are served."""
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError('injected')
+    with monkeypatch.context() as patch:
+        patch.setattr(robot.engine.model, 'run', fail)
+        answer = robot.ask('Hm?')
+    assert (answer.finish_reason, answer.error_code) == (FinishReason.ERROR, ErrorCode.INTERNAL)
+    assert 'injected' in answer.error
+    assert robot.ask('Hm?').output_tokens > 0
+
+
+def test_idle_engine_asks_not_to_be_called(robot: Robot) -> None:
+    """Without work, step says so, and nothing is published."""
+    robot.ask('Hm?')
+    iteration = robot.engine.step()
+    assert iteration.events == [] and robot.engine.step().wake_at is None
