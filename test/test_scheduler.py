@@ -156,6 +156,14 @@ def test_decode_rows_take_turns_by_deadline_when_there_are_too_many():
     assert set(plan.decode) == set(rows[3:])
 
 
+def test_a_row_that_is_always_late_does_not_keep_another_out():
+    hopeless, patient = query(0, 0.0, answer=60, tpot=0.001), query(1, 0.0, answer=4, tpot=0.5)
+    served('inference_only', [hopeless, patient], device=VirtualDevice(),
+           changes=[(0.2, {'scheduler.max_requests': 1})])
+    assert patient.last_token_at < hopeless.last_token_at
+    assert patient.slo_met
+
+
 def test_prompts_share_a_pass_only_where_that_pays():
     state = State([query(0, 0.0), query(1, 0.0)], [], None, 10000)
     on_cpu = scheduler().plan(state, 0.0)
@@ -253,9 +261,9 @@ def test_a_change_is_in_force_at_the_next_plan_when_busy(values, shows):
 def test_learning_stays_within_its_budget(policy, budget):
     engine = served(policy, poisson(10, 1.0, seed=4), until=60.0,
                     values={'finetune.budget': budget})
-    accounts = engine.scheduler.statistics(engine.now)
-    assert accounts.learning_s / engine.now == pytest.approx(budget, rel=0.15)
-    assert accounts.learning_share == pytest.approx(budget, abs=0.1)
+    piece_s = 1.4 if policy == 'continuous' else 0.06
+    learning_s = engine.scheduler.statistics(engine.now).learning_s
+    assert 0.85 * budget * engine.now <= learning_s <= budget * engine.now + piece_s
 
 
 def test_no_budget_no_learning_until_it_is_raised():

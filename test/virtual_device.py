@@ -236,6 +236,7 @@ class VirtualEngine:
                 self._admit(chunk.request)
             pass_s = self.device.run(plan.shape)
             self.now += pass_s
+            self._commit(plan)   # tokens go out before the segments run
         step = self.state.finetune
         ran: list[tuple[Segment, float]] = []
         learning_since = self.now
@@ -252,7 +253,6 @@ class VirtualEngine:
                 self._note_waits(learning_since)
                 learning_since = self.now
         self._note_waits(learning_since)
-        self._commit(plan)
         self.scheduler.observe(Measurement(plan, pass_s, tuple(ran)), self.now)
         if step is not None and not step.left:
             self._next_step()

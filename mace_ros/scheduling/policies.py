@@ -157,6 +157,8 @@ class StaticSplit(Policy):
         if work is None or batch.is_empty:
             self._owed_s = 0.0
             return plan_of(batch, NOTHING if work is None else self._piece(work, batch, most_s))
+        if self._owed_s >= most_s:   # more than a piece after each pass would pay back
+            batch = Batch(rejected=batch.rejected)
         due_s = self._owed_s + batch.seconds * share / (1.0 - share)
         if due_s <= 0.0:
             return plan_of(batch)
@@ -166,6 +168,5 @@ class StaticSplit(Policy):
 
     def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:
         """Settle what is owed."""
-        if serving_s:
-            share = self._settings.scheduler.static_share
-            self._owed_s += serving_s * share / (1.0 - share) - learning_s
+        share = self._settings.scheduler.static_share
+        self._owed_s += serving_s * share / (1.0 - share) - learning_s

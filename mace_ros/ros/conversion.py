@@ -1,0 +1,81 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Messages become plain data, and events become messages.
+
+Nothing is checked here: what a message says that can't be is for the engine to refuse,
+with a reason. Only -1, which stands for the node's default, turns into None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from enum import IntEnum
+from typing import Any, TypeVar
+
+from builtin_interfaces.msg import Time
+
+from mace_ros import msg
+from mace_ros.events import (
+    Correction, CorrectionProgress, Event, Finished, Query, Token, VersionEvent)
+
+Number = TypeVar('Number', int, float)
+
+MESSAGE_TYPES: dict[type[Event], type] = {
+    Token: msg.ResponseChunk,
+    Finished: msg.Response,
+    CorrectionProgress: msg.CorrectionStatus,
+    VersionEvent: msg.AdapterVersion,
+}
+
+
+def query_from(message: msg.Query) -> Query:
+    """Return what was asked."""
+    return Query(
+        text=message.text,
+        id=message.id,
+        conversation_id=message.conversation_id,
+        profile=message.profile,
+        system=message.system,
+        max_tokens=_given(message.max_tokens),
+        temperature=_given(message.temperature),
+        top_p=_given(message.top_p),
+        seed=_given(message.seed),
+        stop=tuple(message.stop),
+        ttft_slo_ms=_given(message.ttft_slo_ms),
+        tpot_slo_ms=_given(message.tpot_slo_ms),
+        priority=message.priority,
+        reset_conversation=message.reset_conversation,
+        no_learn=message.no_learn)
+
+
+def correction_from(message: msg.Correction) -> Correction:
+    """Return what was corrected."""
+    return Correction(
+        corrected=message.corrected,
+        id=message.id,
+        query_id=message.query_id,
+        conversation_id=message.conversation_id,
+        prompt=message.prompt,
+        rejected=message.rejected,
+        profile=message.profile,
+        weight=message.weight,
+        source=message.source)
+
+
+def message_from(event: Event, stamp: Time) -> Any:
+    """Return the message that tells of an event; its fields have the event's names."""
+    message = MESSAGE_TYPES[type(event)](
+        **{field.name: _plain(getattr(event, field.name)) for field in fields(event)})
+    message.header.stamp = stamp
+    return message
+
+
+def _given(value: Number) -> Number | None:
+    return None if value == -1 else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, IntEnum):
+        return int(value)
+    return list(value) if isinstance(value, tuple) else value

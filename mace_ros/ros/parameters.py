@@ -1,0 +1,91 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The table of parameters as parameters of a ROS node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from rcl_interfaces.msg import (
+    FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult)
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.node import Node
+from rclpy.parameter import Parameter as NodeParameter
+
+from mace_ros.settings import InvalidSetting, Parameter, PARAMETERS, Settings, Value
+
+
+class ParameterServer:
+    """
+    Declares the table on a node, and keeps :class:`Settings` that are always valid.
+
+    A change is taken as a whole or refused as a whole, with the reason.
+    """
+
+    def __init__(self, node: Node, changed: Callable[[Settings], None]) -> None:
+        """
+        Declare all, and take what the command line and parameter files say.
+
+        ``changed`` gets the new settings after each change. Raises
+        :class:`InvalidSetting` for a start value that is not allowed.
+        """
+        self._changed = changed
+        try:
+            node.declare_parameters(
+                '', [(p.name, p.default, descriptor(p)) for p in PARAMETERS.values()])
+        except InvalidParameterTypeException as error:
+            raise InvalidSetting(f'{error} (a float needs its decimal point)') from error
+        except InvalidParameterValueException as error:
+            raise InvalidSetting(str(error)) from error
+        self._settings = Settings().updated(
+            {name: node.get_parameter(name).value for name in PARAMETERS})
+        # Humble can't tell when a change was made. But no other callback could refuse it
+        # after ours, so there it is as good as made when we agree.
+        self._told_later = hasattr(node, 'add_post_set_parameters_callback')
+        node.add_on_set_parameters_callback(self._on_set)
+        if self._told_later:
+            node.add_post_set_parameters_callback(self._apply)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._settings
+
+    def _on_set(self, parameters: list[NodeParameter]) -> SetParametersResult:
+        try:
+            self._settings.updated(_ours(parameters))
+        except InvalidSetting as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        if not self._told_later:
+            self._apply(parameters)
+        return SetParametersResult(successful=True)
+
+    def _apply(self, parameters: list[NodeParameter]) -> None:
+        values = _ours(parameters)
+        if values:
+            self._settings = self._settings.updated(values)
+            self._changed(self._settings)
+
+
+def descriptor(parameter: Parameter) -> ParameterDescriptor:
+    """Return what ``ros2 param describe`` and rqt_reconfigure show of a parameter."""
+    made = ParameterDescriptor(
+        name=parameter.name,
+        description=parameter.description + (f' [{parameter.unit}]' if parameter.unit else ''),
+        read_only=parameter.read_only)
+    if parameter.choices:
+        made.additional_constraints = 'one of: ' + ', '.join(parameter.choices)
+    if parameter.minimum is None or parameter.maximum is None:
+        return made
+    if isinstance(parameter.default, float):
+        made.floating_point_range = [FloatingPointRange(
+            from_value=float(parameter.minimum), to_value=float(parameter.maximum))]
+    else:
+        made.integer_range = [IntegerRange(
+            from_value=int(parameter.minimum), to_value=int(parameter.maximum), step=1)]
+    return made
+
+
+def _ours(parameters: Iterable[NodeParameter]) -> dict[str, Value]:
+    """Leave out those that every node has, such as use_sim_time."""
+    return {p.name: p.value for p in parameters if p.name in PARAMETERS}
