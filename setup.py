@@ -8,9 +8,11 @@ Build for pip: run the package's own CMakeLists.txt and pack what it installs.
 
 import os
 from pathlib import Path
+import shlex
 import shutil
 import subprocess
 import sys
+from typing import Any
 import xml.etree.ElementTree as ElementTree
 
 from setuptools import Extension, setup
@@ -45,6 +47,12 @@ def ros_prefixes() -> list[str]:
             f'{NAME}: no ROS 2 in {os.pathsep.join(prefixes)}: source a distribution, '
             'or first run pip install -r requirements-ros.txt')
     return prefixes
+
+
+def run(*command: str | Path, **options: Any) -> None:
+    """Run a command that says itself what is wrong if it fails."""
+    if subprocess.run(command, **options).returncode:
+        raise SystemExit(f'{NAME}: failed: {shlex.join(map(str, command))}')
 
 
 class CMakeBuild(build_ext):
@@ -83,15 +91,12 @@ class CMakeBuild(build_ext):
         wanted = '\n'.join(map(str, configure))
         if not record.is_file() or record.read_text() != wanted:
             shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run(configure, check=True, env=env)
+            run(*configure, env=env)
             record.write_text(wanted)
 
-        jobs = str(os.cpu_count() or 1)
-        subprocess.run([cmake, '--build', build, '--parallel', jobs], check=True, env=env)
+        run(cmake, '--build', build, '--parallel', str(os.cpu_count() or 1), env=env)
         shutil.rmtree(stage, ignore_errors=True)
-        subprocess.run(
-            [cmake, '--install', build, '--prefix', stage],
-            check=True, env=env, stdout=subprocess.DEVNULL)
+        run(cmake, '--install', build, '--prefix', stage, env=env, stdout=subprocess.DEVNULL)
         self._pack(stage)
 
     def _pack(self, stage: Path) -> None:

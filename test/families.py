@@ -77,7 +77,7 @@ TARGETS = {'deepseek-v2': 'q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """Return a family's model of three layers, always with the same random weights."""
-    name, special = FAMILIES[family] if family in FAMILIES else (family, {})
+    name, special = FAMILIES[family]
     return random_model(name, **special | changes)
 
 

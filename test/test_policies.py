@@ -3,6 +3,7 @@
 """When each policy learns, on a device that only takes time."""
 
 from functools import cache
+from itertools import pairwise
 
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 import pytest
@@ -65,7 +66,7 @@ def test_periodic_stops_the_world_for_its_steps_every_period():
     steps = [at for at, plan in engine.plans if plan.segments]
     begins = steps[::3]
     assert begins[0] >= 20.0
-    for begin, following in zip(begins, begins[1:], strict=False):
+    for begin, following in pairwise(begins):
         assert 20.0 <= following - begin <= 20.3   # a pass may have to end first
     for group in zip(steps[::3], steps[1::3], steps[2::3], strict=False):
         between = [p for at, p in engine.plans if group[0] <= at <= group[2]]

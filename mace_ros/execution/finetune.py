@@ -83,16 +83,18 @@ class FinetuneStep:
     """
     One optimizer step over a batch of packed samples.
 
-    Implements :class:`mace_ros.scheduling.plan.FinetuneWork`. The loss is the weighted mean cross-entropy of all weighted tokens.
+    Implements :class:`mace_ros.scheduling.plan.FinetuneWork`. The loss is the weighted
+    mean cross-entropy of all weighted tokens.
     """
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
                  head_tokens: int = 64, keep_graphs: bool = True,
                  oldest_correction_at: float = 0.0) -> None:
         """
+        Plan the step; raises ``ValueError`` if no token has a weight.
+
         ``head_tokens`` bounds a HEAD segment. With ``keep_graphs``, a forward that runs
-        alone keeps its layer graphs instead of computing each layer again. Raises
-        ``ValueError`` if no token has a weight.
+        alone keeps its layer graphs instead of computing each layer again.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')

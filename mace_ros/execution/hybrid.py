@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import copy
 from dataclasses import dataclass
 from functools import partial
-import inspect
 from typing import Any
 
 import numpy as np
@@ -98,7 +97,9 @@ class HybridModel:
         decode = [s for s in spans if len(s.tokens) == 1]
         order = decode + [s for s in spans if len(s.tokens) > 1]
         packed = order + (list(finetune.spans) if finetune else [])
-        ids, positions, keep = [], [], {}
+        ids: list[int] = []
+        positions: list[int] = []
+        keep = {}
         for span in packed:
             ids.extend(span.tokens)
             positions.extend(range(span.position, span.position + len(span.tokens)))
@@ -209,13 +210,13 @@ class HybridModel:
         """
         kind = self.model.config.model_type
         limit = 1e-3 if self.dtype == torch.float32 else 0.1
-        best = [float('inf')]
+        best: list[float] = []
         try:
             shapes = self._kv_shapes()
             self.attention.cache = KVCache(shapes, 2 * BLOCK_TOKENS, self.dtype, self.device)
             for ids, logits in zip(samples, reference, strict=True):
                 errors = self._served_errors(ids, logits) + self._trained_errors(ids, logits)
-                best = [min(e, b) for e, b in zip(errors, best * len(errors))]
+                best = [*map(min, errors, best)] if best else errors
                 if max(best) < limit:
                     return shapes
         except (UnsupportedModel, torch.OutOfMemoryError):
@@ -322,8 +323,8 @@ class Skeleton:
     """
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
-        self._recorders = nn.ModuleList(_RecordingLayer(x) for x in layers)
-        self._model = _with_replaced(model, layers, self._recorders)
+        self._recorders = [_RecordingLayer(x) for x in layers]
+        self._model = _with_replaced(model, layers, nn.ModuleList(self._recorders))
 
     def call_layers(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the first layer's input ``[1, tokens, width]`` and each layer's arguments."""
@@ -406,8 +407,6 @@ def check_supported(model: PreTrainedModel) -> None:
             'which the packed pass does not carry')
     if getattr(model.config, 'is_encoder_decoder', False):
         raise UnsupportedModel(f'{kind}: only decoder-only models can be served')
-    if 'logits_to_keep' not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModel(f'{kind}: its forward can not be asked for some logits only')
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -471,5 +470,6 @@ def _sizes(calls: Sequence[dict[str, Any]]) -> list[int]:
 def _relative_errors(ours: Tensor, theirs: Tensor) -> list[float]:
     """Compare row by row, leaving out what is the same for the whole vocabulary."""
     ours, theirs = (x - x.mean(-1, keepdim=True) for x in (ours, theirs))
-    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).tolist()
+    errors = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-30)
+    return errors.nan_to_num(nan=float('inf')).tolist()
 

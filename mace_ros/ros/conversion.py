@@ -15,9 +15,16 @@ from typing import Any, TypeVar
 
 from builtin_interfaces.msg import Time
 
-from mace_ros import msg
 from mace_ros.events import (
-    Correction, CorrectionProgress, Event, Finished, Query, Token, VersionEvent)
+    Correction,
+    CorrectionProgress,
+    Event,
+    Finished,
+    Query,
+    Token,
+    VersionEvent,
+)
+import mace_ros.msg as msg
 
 Number = TypeVar('Number', int, float)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 import time
 import traceback
-from typing import Any, TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node

@@ -10,8 +10,15 @@ import threading
 from typing import TYPE_CHECKING
 
 from mace_ros.events import (
-    Correction, CorrectionProgress, CorrectionState, ErrorCode, Event, Finished, FinishReason,
-    Query)
+    Correction,
+    CorrectionProgress,
+    CorrectionState,
+    ErrorCode,
+    Event,
+    Finished,
+    FinishReason,
+    Query,
+)
 
 if TYPE_CHECKING:
     from mace_ros.engine import Engine

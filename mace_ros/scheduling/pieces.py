@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import math
 
-from mace_ros.scheduling.batching import LEAST_CHUNK, Batch
+from mace_ros.scheduling.batching import Batch, LEAST_CHUNK
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import FinetuneWork, Plan, SegmentKind
 

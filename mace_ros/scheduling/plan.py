@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import auto, Enum
 from typing import NamedTuple, Protocol
 
 from mace_ros.scheduling.request import Request

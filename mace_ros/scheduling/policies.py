@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from mace_ros.scheduling.batching import Batch, Batcher
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.ledger import Ledger
-from mace_ros.scheduling.pieces import NOTHING, Piece, next_piece, plan_of, rest_of_step
+from mace_ros.scheduling.pieces import next_piece, NOTHING, Piece, plan_of, rest_of_step
 from mace_ros.scheduling.plan import FinetuneWork, Plan, State
 from mace_ros.settings import Settings
 
@@ -157,13 +157,17 @@ class StaticSplit(Policy):
         if work is None or batch.is_empty:
             self._owed_s = 0.0
             return plan_of(batch, NOTHING if work is None else self._piece(work, batch, most_s))
-        if self._owed_s >= most_s:   # more than a piece after each pass would pay back
-            batch = Batch(rejected=batch.rejected)
+        if self._owed_s >= most_s:
+            # More than a piece after each pass would pay back: none in between.
+            alone = Batch(rejected=batch.rejected)
+            piece = self._piece(work, alone, most_s)
+            if piece.seconds <= self._owed_s:
+                return plan_of(alone, piece)
         due_s = self._owed_s + batch.seconds * share / (1.0 - share)
         if due_s <= 0.0:
             return plan_of(batch)
         piece = self._piece(work, batch, min(due_s, most_s))
-        # A piece that is too long for what is due waits until half of it is.
+        # A single segment may be longer than what is due: it waits until half of it is.
         return plan_of(batch, piece if piece.seconds <= 2.0 * due_s else NOTHING)
 
     def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:

@@ -1,0 +1,286 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Ask and correct from Python, without knowing ROS.
+
+    with MaceClient() as mace:
+        mace.wait_until_ready()
+        answer = mace.ask('What is your name?')
+        for text in answer:
+            print(text, end='')
+        mace.correct('My name is Rover.', query_id=answer.id).wait()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import threading
+import time
+from typing import Any
+import uuid
+
+from rclpy.context import Context
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+from mace_ros.msg import (
+    AdapterVersion,
+    Cancel,
+    Correction,
+    CorrectionStatus,
+    Query,
+    Response,
+    ResponseChunk,
+)
+from mace_ros.ros.spinning import Spinner
+
+RELIABLE = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED = QoSProfile(
+    depth=1000, reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL)
+DISCOVERY_POLL_S = 0.05
+FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
+                CorrectionStatus.REJECTED, CorrectionStatus.FAILED)
+
+
+class Answer:
+    """An answer on its way; iterate over it for its text as it comes."""
+
+    def __init__(self, query_id: str, changed: threading.Condition,
+                 cancel: Callable[[str], None]) -> None:
+        self.id = query_id
+        self.asked_at = time.monotonic()
+        self.first_text_at: float | None = None
+        self.chunks: list[ResponseChunk] = []
+        self.response: Response | None = None
+        self._changed, self._cancel = changed, cancel
+
+    def __iter__(self) -> Iterator[str]:
+        return self.stream()
+
+    def stream(self, timeout_s: float | None = None) -> Iterator[str]:
+        """Yield the text as it comes; raises TimeoutError if nothing comes for so long."""
+        sent = ''
+        while True:
+            with self._changed:
+                self._wait(lambda known=sent: self.is_complete() or self.text != known, timeout_s)
+                complete, text = self.is_complete(), self.text
+            if text != sent:
+                yield text[len(sent):]
+                sent = text
+            if complete:
+                return
+
+    @property
+    def text(self) -> str:
+        """What was heard so far."""
+        # The response may overtake the last chunks: it comes on another topic.
+        if self.response is not None:
+            return str(self.response.text)
+        return ''.join(chunk.text for chunk in self.chunks)
+
+    def is_complete(self) -> bool:
+        """Return whether the response is there."""
+        return self.response is not None
+
+    def result(self, timeout_s: float | None = None) -> Response:
+        """Wait for the response; raises TimeoutError."""
+        with self._changed:
+            self._wait(self.is_complete, timeout_s)
+        return self.response
+
+    def cancel(self) -> None:
+        """End it early; its response will say CANCELLED."""
+        self._cancel(self.id)
+
+    def _wait(self, happened: Callable[[], bool], timeout_s: float | None) -> None:
+        if not self._changed.wait_for(happened, timeout_s):
+            raise TimeoutError(f'query {self.id}: nothing came for {timeout_s} s')
+
+
+class Learning:
+    """A correction on its way into the model."""
+
+    def __init__(self, correction_id: str, changed: threading.Condition) -> None:
+        self.id = correction_id
+        self.statuses: list[CorrectionStatus] = []
+        self._changed = changed
+
+    @property
+    def status(self) -> CorrectionStatus | None:
+        """The newest status."""
+        return self.statuses[-1] if self.statuses else None
+
+    def is_final(self) -> bool:
+        """Return whether no other status will follow."""
+        return bool(self.statuses) and self.statuses[-1].state in FINAL_STATES
+
+    def wait(self, state: int = CorrectionStatus.LEARNED,
+             timeout_s: float | None = None) -> CorrectionStatus:
+        """
+        Wait for a state, or for a final one, since none can follow; return its status.
+
+        Raises TimeoutError.
+        """
+        def reached() -> list[CorrectionStatus]:
+            return [s for s in self.statuses if s.state == state or s.state in FINAL_STATES]
+
+        with self._changed:
+            if not self._changed.wait_for(reached, timeout_s):
+                raise TimeoutError(f'correction {self.id}: not there after {timeout_s} s')
+            return reached()[0]
+
+    def wait_for_more(self, known: int, timeout_s: float | None = None) -> None:
+        """Wait until there are more statuses than that; raises TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self.statuses) > known, timeout_s):
+                raise TimeoutError(f'correction {self.id}: nothing new for {timeout_s} s')
+
+
+class MaceClient:
+    """Speaks to one node, in a thread of its own."""
+
+    def __init__(self, node: str = '/mace', *, context: Context | None = None) -> None:
+        """
+        Connect to the node of that name.
+
+        Without a ``context`` the client has its own, which takes the domain from the
+        environment, and which no signal ends.
+        """
+        self._own_context = context is None
+        if context is None:
+            context = Context()
+            context.init(args=[])
+        self._context = context
+        self._changed = threading.Condition()
+        self._answers: dict[str, Answer] = {}
+        self._learning: dict[str, Learning] = {}
+        self._versions: dict[str, AdapterVersion] = {}
+
+        self.node = Node(
+            f'mace_client_{uuid.uuid4().hex[:8]}', context=context, use_global_arguments=False,
+            enable_rosout=False, start_parameter_services=False)
+        self._query = self.node.create_publisher(Query, f'{node}/query', RELIABLE)
+        self._correction = self.node.create_publisher(Correction, f'{node}/correction', RELIABLE)
+        self._cancel = self.node.create_publisher(Cancel, f'{node}/cancel', RELIABLE)
+        self.node.create_subscription(
+            ResponseChunk, f'{node}/response_chunk', self._on_chunk, RELIABLE)
+        self.node.create_subscription(Response, f'{node}/response', self._on_response, RELIABLE)
+        self.node.create_subscription(
+            CorrectionStatus, f'{node}/correction_status', self._on_status, RELIABLE)
+        # The last one: the middleware announces them in order, so once the node's latched
+        # version has come, the node knows the subscriptions above as well.
+        self.node.create_subscription(
+            AdapterVersion, f'{node}/adapter_version', self._on_version, LATCHED)
+        self._spinner = Spinner(self.node, name='mace_client', context=context)
+        self._spinner.start()
+
+    def __enter__(self) -> MaceClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._spinner.stop()
+        self.node.destroy_node()
+        if self._own_context:
+            self._context.try_shutdown()
+
+    def wait_until_ready(self, timeout_s: float | None = None) -> AdapterVersion:
+        """Wait until the node serves and hears us; return the version that it serves."""
+        inputs = (self._query, self._correction, self._cancel)
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while '' not in self._versions or not all(p.get_subscription_count() for p in inputs):
+                if end is not None and time.monotonic() > end:
+                    raise TimeoutError(f'the node is not ready after {timeout_s} s')
+                self._changed.wait(DISCOVERY_POLL_S)
+            return self._versions['']
+
+    def ask(self, text: str, *, query_id: str = '', **fields: Any) -> Answer:
+        """
+        Ask; ``fields`` are any others of ``Query.msg``.
+
+        Raises ValueError if this client is still waiting for an answer of that id.
+        """
+        query = Query(id=query_id or str(uuid.uuid4()), text=text, **fields)
+        query.header.stamp = self.node.get_clock().now().to_msg()
+        answer = Answer(query.id, self._changed, self.cancel)
+        with self._changed:
+            if query.id in self._answers:
+                raise ValueError(f'query {query.id} is being answered already')
+            self._answers[query.id] = answer
+        self._query.publish(query)
+        return answer
+
+    def cancel(self, query_id: str) -> None:
+        """End a query early, whoever asked it."""
+        message = Cancel(query_id=query_id)
+        message.header.stamp = self.node.get_clock().now().to_msg()
+        self._cancel.publish(message)
+
+    def correct(self, corrected: str, *, correction_id: str = '', **fields: Any) -> Learning:
+        """
+        Say what should have been answered; ``fields`` are any others of ``Correction.msg``.
+
+        One of ``query_id``, ``conversation_id`` and ``prompt`` is needed.
+        """
+        correction = Correction(
+            id=correction_id or str(uuid.uuid4()), corrected=corrected, **fields)
+        correction.header.stamp = self.node.get_clock().now().to_msg()
+        learning = Learning(correction.id, self._changed)
+        with self._changed:
+            self._learning[correction.id] = learning
+        self._correction.publish(correction)
+        return learning
+
+    def version(self, profile: str = '') -> AdapterVersion | None:
+        """Return the version that serves a profile, if one was announced."""
+        with self._changed:
+            return self._versions.get(profile)
+
+    def wait_for_version(self, version: int, profile: str = '',
+                         timeout_s: float | None = None) -> AdapterVersion:
+        """Wait until this version or a later one serves; raises TimeoutError."""
+        def serves() -> bool:
+            return profile in self._versions and self._versions[profile].version >= version
+
+        with self._changed:
+            if not self._changed.wait_for(serves, timeout_s):
+                raise TimeoutError(f'version {version} does not serve after {timeout_s} s')
+            return self._versions[profile]
+
+    # -- in the client's thread ------------------------------------------------------
+
+    def _on_chunk(self, message: ResponseChunk) -> None:
+        with self._changed:
+            answer = self._answers.get(message.query_id)
+            if answer is not None:
+                answer.chunks.append(message)
+                if answer.first_text_at is None:
+                    answer.first_text_at = time.monotonic()
+                self._changed.notify_all()
+
+    def _on_response(self, message: Response) -> None:
+        with self._changed:
+            answer = self._answers.pop(message.query_id, None)
+            if answer is not None:
+                answer.response = message
+                self._changed.notify_all()
+
+    def _on_status(self, message: CorrectionStatus) -> None:
+        with self._changed:
+            learning = self._learning.get(message.id)
+            if learning is not None:
+                learning.statuses.append(message)
+                if learning.is_final():
+                    del self._learning[message.id]
+                self._changed.notify_all()
+
+    def _on_version(self, message: AdapterVersion) -> None:
+        if message.state != AdapterVersion.REJECTED:
+            with self._changed:
+                self._versions[message.profile] = message
+                self._changed.notify_all()
