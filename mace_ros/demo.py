@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 import os
 from pathlib import Path
 import random
@@ -140,7 +141,7 @@ class Demo:
         """Print each state that the correction comes to; return the final one."""
         start, printed = time.monotonic(), 0
         while not printed or not learning.is_final() or printed < len(learning.statuses):
-            self._wait(lambda seen=printed: learning.wait_for_more(seen, 1.0), LEARN_TIMEOUT_S)
+            self._wait(partial(learning.wait_for_more, printed, 1.0), LEARN_TIMEOUT_S)
             for status in learning.statuses[printed:]:
                 self._screen.line(
                     f'   {STATES[status.state]} after {time.monotonic() - start:.1f} s '
@@ -221,7 +222,7 @@ def main() -> int:
     os.environ.update(
         # Nobody else hears it, and it hears nobody else.
         ROS_AUTOMATIC_DISCOVERY_RANGE='LOCALHOST', ROS_DOMAIN_ID=str(random.randint(1, 101)),
-        ROS_LOG_DIR=str(folder / 'log'))
+        ROS_LOG_DIR=str(folder / 'log'), RCUTILS_CONSOLE_OUTPUT_FORMAT='[{severity}] {message}')
     screen = Screen()
     screen.step(f'Start the node; it keeps what it learns in {folder}')
     try:

@@ -24,13 +24,23 @@ import torch
 from mace_ros.answering import Answering, begin
 from mace_ros.conversations import Conversations, Turn
 from mace_ros.events import (
-    Correction, CorrectionProgress, CorrectionState, ErrorCode, Event, Finished, FinishReason,
-    InvalidCorrection, InvalidQuery, Query)
+    Correction,
+    CorrectionProgress,
+    CorrectionState,
+    ErrorCode,
+    Event,
+    Finished,
+    FinishReason,
+    InvalidCorrection,
+    InvalidQuery,
+    Query,
+)
 from mace_ros.execution.finetune import FinetuneStep
-from mace_ros.execution.hybrid import BLOCK_TOKENS, FinetuneRows, HybridModel, Span
+from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import load_model, Progress
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
+from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, Span
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 import math
 from pathlib import Path
 import time
@@ -14,9 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mace_ros.engine import Engine
 from mace_ros.events import (
-    Correction, CorrectionProgress, CorrectionState, ErrorCode, Event, Finished, FinishReason,
-    Query, Token, VersionEvent)
-from mace_ros.execution.loading import load_model
+    Correction,
+    CorrectionProgress,
+    CorrectionState,
+    ErrorCode,
+    Event,
+    Finished,
+    FinishReason,
+    Query,
+    Token,
+    VersionEvent,
+)
+from mace_ros.execution.loading import LoadedModel
 from mace_ros.settings import Settings
 
 DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
@@ -69,10 +79,10 @@ class Robot:
 
 
 @pytest.fixture(scope='module')
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel) -> Path:
     """Make a tiny model in a folder, with the tokenizer of the packaged one."""
     folder = tmp_path_factory.mktemp('tiny')
-    tokenizer = AutoTokenizer.from_pretrained(load_model(dtype='float32', device='cpu').name)
+    tokenizer = base_model.tokenizer
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -124,7 +134,7 @@ def test_two_queries_stream_interleaved(robot: Robot) -> None:
     answers['two'] = next((e for e in robot.events if isinstance(e, Finished)
                            and e.query_id == 'two'), None) or robot.response('two')
     order = [e.query_id for e in robot.events if isinstance(e, Token)]
-    assert sum(a != b for a, b in zip(order, order[1:], strict=False)) > 4
+    assert sum(a != b for a, b in pairwise(order)) > 4
     for query_id, answer in answers.items():
         pieces = robot.tokens(query_id)
         assert ''.join(p.text for p in pieces) == answer.text

@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
-from mace_ros.execution.hybrid import BLOCK_TOKENS, HybridModel, Span
+from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
+from mace_ros.execution.spans import BLOCK_TOKENS, Span
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.scheduling.plan import SegmentKind
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import copy
 from dataclasses import dataclass, field
-import os
 from pathlib import Path
 import random
 import weakref
@@ -35,15 +34,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
-from mace_ros.execution.hybrid import (
-    BLOCK_TOKENS,
-    context_length,
-    HybridModel,
-    Span,
-    UnsupportedModel,
-)
-from mace_ros.execution.loading import load_model, LoadedModel
+from mace_ros.execution.hybrid import HybridModel
+from mace_ros.execution.loading import LoadedModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.execution.support import context_length, UnsupportedModel
 from mace_ros.memory.block_pool import BlockPool
 
 TOLERANCE = 1e-4
@@ -68,11 +63,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope='module')
-def base_model() -> LoadedModel:
-    return load_model(os.environ.get('MACE_TEST_MODEL', ''), device='cpu', dtype='float32')
 
 
 @dataclass

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from mace_ros.learning.versions import CONFIG, WEIGHTS, CorruptVersion, VersionStore, profile_folder
+from mace_ros.learning.versions import CONFIG, CorruptVersion, profile_folder, VersionStore, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 TENSORS = {
@@ -212,7 +212,7 @@ def test_peft_loads_a_saved_version(
 ) -> None:
     """The adapter does what it did before it was saved, without a network."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict, LoraConfig, PeftModel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -43,32 +43,30 @@ class KVCache:
 
 
 @dataclass
-class Chunk:
-    """Consecutive tokens of one sequence: rows ``start:stop`` of the packed row."""
-
-    start: int
-    stop: int
-    context: int             # tokens of the sequence before them, in the cache
-    slots: Tensor            # cache slots of context and chunk, [context + stop - start]
-
-
-@dataclass
 class Row:
     """
-    The packed row of the current pass; masks are made once and shared by the layers.
+    Who sees whom in the packed row of a pass; masks are made once and shared by the layers.
 
-    Rows ``0:len(decode_lengths)`` are decode rows; ``decode_slots`` is
-    ``[rows, longest]`` and ``decode_lengths`` counts the tokens that each row sees,
-    itself included. Then come the chunks. With ``sequences`` set (lengths, adding up to
-    the row) the row is whole training sequences and the cache is not touched.
+    First come the decode rows, one token each: row i sees the tokens at
+    ``decode_slots[i, :decode_lengths[i]]`` of the cache, itself included. Then comes the
+    block: chunks of sequences in any order. A token of the block sees the keys of its own
+    sequence (``query_owner == key_owner``) up to its own place in it. The keys are the
+    block's own (``key_slots`` None), or those at ``key_slots`` of the cache: the block's
+    own and what came before them. Without ``write_slots`` the cache is not touched.
     """
 
-    write_slots: Tensor | None = None
-    decode_slots: Tensor | None = None
-    decode_lengths: Tensor | None = None
-    chunks: list[Chunk] = field(default_factory=list)
-    sequences: tuple[int, ...] | None = None
-    masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
+    write_slots: Tensor | None = None     # [tokens]
+    decode_slots: Tensor | None = None    # [decode rows, longest]
+    decode_lengths: Tensor | None = None  # [decode rows]
+    query_owner: Tensor | None = None     # [block tokens]
+    query_place: Tensor | None = None     # [block tokens]
+    key_owner: Tensor | None = None       # [keys]
+    key_place: Tensor | None = None       # [keys]
+    key_slots: Tensor | None = None       # [keys]
+    # Set if the block is one sequence from its beginning: its length. No mask is needed
+    # then, unless a window is shorter.
+    single: int | None = None
+    masks: dict[tuple[str, int | None], Tensor | None] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None) -> Tensor:
         """Return ``[rows, 1, 1, longest]``, true where a decode row may look."""
@@ -83,42 +81,29 @@ class Row:
             self.masks[key] = mask[:, None, None]
         return self.masks[key]  # type: ignore[return-value]
 
-    def chunk_mask(self, chunk: Chunk, window: int | None) -> Tensor | None:
-        """Return ``[tokens, context + tokens]``, or None for plain causal attention."""
-        tokens, total = chunk.stop - chunk.start, chunk.context + chunk.stop - chunk.start
-        if window is not None and window >= total:
-            window = None
-        if window is None and chunk.context == 0:
+    def block_mask(self, window: int | None) -> Tensor | None:
+        """Return ``[block tokens, keys]``, true where one may look; None is plain causal."""
+        if self.single is not None and (window is None or window >= self.single):
             return None
-        key = ('chunk', tokens, chunk.context, window)
+        key = ('block', window)
         if key not in self.masks:
-            device = chunk.slots.device
-            query = torch.arange(chunk.context, total, device=device)[:, None]
-            place = torch.arange(total, device=device)[None]
-            mask = place <= query
-            if window is not None:
-                mask &= place > query - window
-            self.masks[key] = mask
-        return self.masks[key]
-
-    def sequence_mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Return ``[tokens, tokens]``, causal inside each sequence; None if there is one."""
-        assert self.sequences is not None
-        if window is not None and window >= max(self.sequences):
-            window = None
-        if window is None and len(self.sequences) == 1:
-            return None
-        key = ('sequences', window)
-        if key not in self.masks:
-            lengths = torch.tensor(self.sequences, device=device)
-            owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-            place = torch.arange(int(lengths.sum()), device=device)
-            distance = place[:, None] - place[None]
-            mask = (owner[:, None] == owner[None]) & (distance >= 0)
+            assert self.query_owner is not None and self.query_place is not None
+            assert self.key_owner is not None and self.key_place is not None
+            distance = self.query_place[:, None] - self.key_place[None]
+            mask = (self.query_owner[:, None] == self.key_owner[None]) & (distance >= 0)
             if window is not None:
                 mask &= distance < window
             self.masks[key] = mask
         return self.masks[key]
+
+
+def whole_sequences(lengths: Sequence[int], device: torch.device) -> Row:
+    """Return the row of whole sequences one after the other, without cache: for training."""
+    owner = torch.repeat_interleave(
+        torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    place = torch.cat([torch.arange(n, device=device) for n in lengths])
+    return Row(query_owner=owner, query_place=place, key_owner=owner, key_place=place,
+               single=lengths[0] if len(lengths) == 1 else None)
 
 
 class AttentionState:
@@ -154,26 +139,24 @@ def packed_attention(
         others |= {'attention_mask': attention_mask, 'bidirectional': is_causal is False}
         given = {k for k, v in others.items() if v is not None and v is not False}
         state.ignored |= given - _REDUNDANT
-    if row.sequences is not None:
-        mask = row.sequence_mask(sliding_window, query.device)
-        return attend(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2), None
-
-    assert state.cache is not None and row.write_slots is not None
-    keys, values = state.cache.keys[layer], state.cache.values[layer]
-    keys.index_copy_(0, row.write_slots, key[0].transpose(0, 1))
-    values.index_copy_(0, row.write_slots, value[0].transpose(0, 1))
     parts = []
-    if row.decode_slots is not None:
-        parts.append(_decode(query, keys, values, row, scaling, sliding_window, softcap, s_aux))
-    for chunk in row.chunks:
-        q = query[:, :, chunk.start:chunk.stop]
-        if chunk.context:
-            k = keys[chunk.slots].transpose(0, 1)[None]
-            v = values[chunk.slots].transpose(0, 1)[None]
+    if row.write_slots is not None:
+        assert state.cache is not None
+        keys, values = state.cache.keys[layer], state.cache.values[layer]
+        keys.index_copy_(0, row.write_slots, key[0].transpose(0, 1))
+        values.index_copy_(0, row.write_slots, value[0].transpose(0, 1))
+        if row.decode_slots is not None:
+            parts.append(_decode(query, keys, values, row, scaling, sliding_window, softcap, s_aux))
+    if row.query_owner is not None:
+        first = query.shape[2] - row.query_owner.shape[0]
+        if row.key_slots is None:
+            k, v = key[:, :, first:], value[:, :, first:]
         else:
-            k, v = key[:, :, chunk.start:chunk.stop], value[:, :, chunk.start:chunk.stop]
-        mask = row.chunk_mask(chunk, sliding_window)
-        parts.append(attend(q, k, v, mask, scaling, softcap, s_aux)[0].transpose(0, 1))
+            k = keys.index_select(0, row.key_slots).transpose(0, 1)[None]
+            v = values.index_select(0, row.key_slots).transpose(0, 1)[None]
+        out = attend(query[:, :, first:], k, v, row.block_mask(sliding_window), scaling, softcap,
+                     s_aux)
+        parts.append(out[0].transpose(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from mace_ros.execution.attention import Row
-from mace_ros.execution.hybrid import FinetuneRows, HybridModel, run_layer, Span
+from mace_ros.execution.attention import Row, whole_sequences
+from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, TRAINING_SLOT
+from mace_ros.execution.skeleton import run_layer
+from mace_ros.execution.spans import FinetuneRows, Span
 from mace_ros.scheduling.plan import Segment, SegmentKind
 
 
@@ -104,7 +106,7 @@ class FinetuneStep:
         self.keep_graphs = keep_graphs
         self.oldest_correction_at = oldest_correction_at
         self._lengths = tuple(len(s.tokens) for s in samples)
-        self._row = Row(sequences=self._lengths)
+        self._row = whole_sequences(self._lengths, model.device)
         self.tokens = sum(self._lengths)
         self._blocks: list[list[int]] = []
         self._ridden = 0

@@ -32,12 +32,13 @@ class TokenAdapters:
     """
     Which adapter each token of the current row uses; shared by all linears of a model.
 
-    ``slot`` is set when all tokens use the same one; otherwise ``choice`` is a
-    ``[tokens, slots]`` matrix of zeros and ones. ``training`` makes the linears use the
+    Without ``choice``, a ``[tokens, slots]`` matrix of zeros and ones, all tokens use
+    ``slot``. ``training`` makes the linears use the
     master weights, with gradients, for all tokens.
     """
 
-    slot: int | None = BASE_SLOT
+    slots: int = FIRST_SERVED_SLOT
+    slot: int = BASE_SLOT
     choice: Tensor | None = None
     training: bool = False
 
@@ -53,25 +54,34 @@ class _Member:
         self.b: nn.Parameter | None = None   # [out, rank], fp32
 
 
-class LinearGroup:
+class LinearGroup(nn.Module):
     """
     Linear layers with a common input, computed by one product, with slots of LoRA.
 
     ``weight`` is ``[sum of out, in]``. For each slot, ``slots_a`` holds the stacked A of
     all adapted members (``[slots * width, in]``, width = members * rank) and ``slots_b``
-    the block-diagonal, scaled B (``[slots * width, sum of out]``).
+    the block-diagonal, scaled B (``[slots * width, sum of out]``). ``weight`` and
+    ``slots_a`` are the two parts of ``extended``, so that a row that mixes adapters still
+    takes one product over its input.
     """
+
+    extended: Tensor
+    extended_bias: Tensor | None
+    slots_b: Tensor
 
     def __init__(self, names: list[str], linears: list[nn.Linear],
                  adapters: TokenAdapters) -> None:
+        super().__init__()
         self.adapters = adapters
-        self.weight = torch.cat([x.weight.detach() for x in linears])
-        biases = [x.bias for x in linears]
-        self.bias = None
-        if any(b is not None for b in biases):
-            self.bias = torch.cat([
-                x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach()
+        weight = torch.cat([x.weight.detach() for x in linears])
+        bias = None
+        if any(x.bias is not None for x in linears):
+            bias = torch.cat([
+                weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach()
                 for x in linears])
+        self.register_buffer('extended', weight, persistent=False)
+        self.register_buffer('extended_bias', bias, persistent=False)
+        self.register_buffer('slots_b', weight.new_empty(0), persistent=False)
         start = 0
         self.members = []
         for name, linear in zip(names, linears, strict=True):
@@ -81,7 +91,6 @@ class LinearGroup:
         self.scaling = 1.0
         self.rank = 0
         self.width = 0
-        self.slots_a = self.slots_b = self.weight.new_empty(0)
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
@@ -95,8 +104,27 @@ class LinearGroup:
             member.a = nn.Parameter(torch.empty(rank, in_features, device=device))
             member.b = nn.Parameter(torch.empty(member.size, rank, device=device))
         self.rank, self.scaling, self.width = rank, scaling, rank * len(adapted)
-        self.slots_a = self.weight.new_zeros(slots * self.width, in_features)
         self.slots_b = self.weight.new_zeros(slots * self.width, self.out_features)
+        self.extended = torch.cat([
+            self.weight, self.weight.new_zeros(slots * self.width, in_features)])
+        if self.extended_bias is not None:
+            self.extended_bias = torch.cat([
+                self.extended_bias, self.weight.new_zeros(slots * self.width)])
+
+    @property
+    def weight(self) -> Tensor:
+        """The layers' own weights, one below the other."""
+        return self.extended[:self.out_features]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layers' own biases."""
+        return None if self.extended_bias is None else self.extended_bias[:self.out_features]
+
+    @property
+    def slots_a(self) -> Tensor:
+        """A of all slots."""
+        return self.extended[self.out_features:]
 
     @property
     def adapted(self) -> list[_Member]:
@@ -138,24 +166,26 @@ class LinearGroup:
 
     def compute(self, x: Tensor) -> Tensor:
         """Return all members' outputs side by side, each token with its adapter."""
-        y = F.linear(x, self.weight, self.bias)
         adapters = self.adapters
+        if adapters.choice is not None and self.width and not adapters.training:
+            return self._compute_mixed(x, adapters.choice)
+        y = F.linear(x, self.weight, self.bias)
         if not self.width:
             return y
         if adapters.training:
             return y + self._training_update(x)
-        if adapters.slot == BASE_SLOT:
-            return y
-        flat = y.view(-1, self.out_features)
-        if adapters.slot is not None:
+        if adapters.slot != BASE_SLOT:
             rows = slice(adapters.slot * self.width, (adapters.slot + 1) * self.width)
             low = F.linear(x, self.slots_a[rows]).view(-1, self.width)
-            flat.addmm_(low, self.slots_b[rows])
-            return y
-        assert adapters.choice is not None
-        low = F.linear(x, self.slots_a).view(flat.shape[0], -1, self.width)
-        low = low * adapters.choice.unsqueeze(-1)
-        flat.addmm_(low.view(flat.shape[0], -1), self.slots_b)
+            y.view(-1, self.out_features).addmm_(low, self.slots_b[rows])
+        return y
+
+    def _compute_mixed(self, x: Tensor, choice: Tensor) -> Tensor:
+        """Return the outputs of a row whose tokens use several adapters."""
+        both = F.linear(x, self.extended, self.extended_bias)
+        y, low = both.split([self.out_features, both.shape[-1] - self.out_features], dim=-1)
+        low = low.reshape(*choice.shape, self.width) * choice.unsqueeze(-1)
+        y.view(-1, self.out_features).addmm_(low.view(choice.shape[0], -1), self.slots_b)
         return y
 
     def _training_update(self, x: Tensor) -> Tensor:
@@ -236,6 +266,7 @@ class AdapterBank:
             raise ValueError(f'adapter.target_modules: no linear layer matches {targets!r}')
         self.rank, self.alpha, self.slots = rank, alpha, FIRST_SERVED_SLOT + slots
         self.groups = groups
+        groups[0].adapters.slots = self.slots
         for group in groups:
             group.adapt(names, rank, alpha / rank, self.slots)
         self._members = [m for g in groups for m in g.adapted]

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 import threading
 from typing import Any, TypeVar
 
-from mace_ros.learning.journal import MAX_ANSWERS, Journal, JournalError
+from mace_ros.learning.journal import Journal, JournalError, MAX_ANSWERS
 
 T = TypeVar('T')
 _Job = tuple[Callable[[Journal], Any], Future[Any]]

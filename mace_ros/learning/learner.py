@@ -22,8 +22,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from mace_ros.events import (
-    CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState)
+from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
 from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank

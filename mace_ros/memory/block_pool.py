@@ -41,7 +41,8 @@ class BlockPool:
         needed = self.blocks_for(tokens)
         if needed > len(self._free):
             raise OutOfBlocks(f'{needed} KV blocks needed, {len(self._free)} free')
-        taken, self._free = self._free[len(self._free) - needed:], self._free[:len(self._free) - needed]
+        kept = len(self._free) - needed
+        taken, self._free = self._free[kept:], self._free[:kept]
         return taken
 
     def release(self, blocks: list[int]) -> None:

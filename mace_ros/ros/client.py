@@ -14,6 +14,7 @@ Ask and correct from Python, without knowing ROS.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 import threading
 import time
 from typing import Any
@@ -63,7 +64,7 @@ class Answer:
         sent = ''
         while True:
             with self._changed:
-                self._wait(lambda known=sent: self.is_complete() or self.text != known, timeout_s)
+                self._wait(partial(self._has_more, sent), timeout_s)
                 complete, text = self.is_complete(), self.text
             if text != sent:
                 yield text[len(sent):]
@@ -92,6 +93,9 @@ class Answer:
     def cancel(self) -> None:
         """End it early; its response will say CANCELLED."""
         self._cancel(self.id)
+
+    def _has_more(self, known: str) -> bool:
+        return self.is_complete() or self.text != known
 
     def _wait(self, happened: Callable[[], bool], timeout_s: float | None) -> None:
         if not self._changed.wait_for(happened, timeout_s):

@@ -1,0 +1,58 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which models the packed pass can carry, and up to which length."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class UnsupportedModel(ValueError):
+    """The packed pass can't carry this model; the message names it and says why."""
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Find the list of decoder layers."""
+    layers = model.config.get_text_config().num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return module
+    raise UnsupportedModel(f'{model.config.model_type}: its decoder layers could not be found')
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise :class:`UnsupportedModel` unless every layer is plain attention we can carry."""
+    kind = model.config.model_type
+    config = model.config.get_text_config()
+    if not getattr(model, '_supports_attention_backend', False):
+        raise UnsupportedModel(
+            f'{kind}: transformers does not run it through its attention interface, '
+            'which the packed pass needs')
+    odd = {t for t in getattr(config, 'layer_types', None) or ()
+           if t not in ('full_attention', 'sliding_attention')}
+    if getattr(model, '_is_stateful', False) or odd:
+        raise UnsupportedModel(
+            f'{kind}: it keeps recurrent or hybrid state ({", ".join(sorted(odd)) or "stateful"}) '
+            'which the packed pass does not carry')
+    if getattr(model.config, 'is_encoder_decoder', False):
+        raise UnsupportedModel(f'{kind}: only decoder-only models can be served')
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """
+    Return the longest sequence the model can take.
+
+    RoPE variants that switch their frequencies with the longest position of a batch
+    (``longrope``, ``dynamic``) are kept below the switch: beyond it one long request
+    would change the others in its row.
+    """
+    config = model.config.get_text_config()
+    longest = int(config.max_position_embeddings)
+    rope = getattr(config, 'rope_parameters', None) or {}
+    for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if entry.get('rope_type') in ('longrope', 'dynamic'):
+            original = entry.get('original_max_position_embeddings') or getattr(
+                config, 'original_max_position_embeddings', None)
+            longest = min(longest, int(original or longest))
+    return longest

@@ -1,0 +1,113 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The node in a process of its own, and what tests need to talk to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from graph import ENVIRONMENT
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
+
+from mace_ros.ros.client import MaceClient
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS_PER_TICK = 1 / os.sysconf('SC_CLK_TCK')
+
+
+class NodeProcess:
+    """``mace_node`` in a process that can be started again on the same storage."""
+
+    def __init__(self, folder: Path, *, namespace: str = '', **parameters: object) -> None:
+        self.folder = folder
+        self.name = f'{namespace}/mace'
+        self._arguments = ['-r', f'__ns:={namespace}'] if namespace else []
+        for name, value in {'storage.folder': folder / 'storage', **parameters}.items():
+            self._arguments += ['-p', f'{name}:={value}']
+        self._log = folder / 'node.log'
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        environment = {
+            **os.environ, **ENVIRONMENT, 'HF_HUB_OFFLINE': '1',
+            'ROS_LOG_DIR': str(self.folder / 'log')}
+        with self._log.open('a') as log:
+            self.process = subprocess.Popen(
+                [sys.executable, '-m', 'mace_ros.ros.node', '--ros-args', *self._arguments],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+    @property
+    def log(self) -> str:
+        """All that it has printed."""
+        return self._log.read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Return the exit code."""
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def cpu_seconds(self) -> float:
+        """Time that all its threads have computed."""
+        fields = Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()
+        return (int(fields[11]) + int(fields[12])) * SECONDS_PER_TICK
+
+
+class Recorder:
+    """Keeps all messages of some topics, in the order in which they came."""
+
+    def __init__(self, client: MaceClient, **topics: type) -> None:
+        self.messages: list[Any] = []
+        self._node = client.node
+        self._subscriptions = [
+            self._node.create_subscription(kind, f'/mace/{name}', self.messages.append, 1000)
+            for name, kind in topics.items()]
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+
+    def of(self, kind: type, **fields: object) -> list[Any]:
+        """Return the messages of a type with these values."""
+        return [m for m in list(self.messages) if isinstance(m, kind)
+                and all(getattr(m, name) == value for name, value in fields.items())]
+
+
+def set_parameters(client: MaceClient, values: dict[str, object], *,
+                   node: str = '/mace', timeout_s: float = 10.0) -> list[tuple[bool, str]]:
+    """Set parameters through the node's service; return (successful, reason) of each."""
+    service = client.node.create_client(SetParameters, f'{node}/set_parameters')
+    try:
+        assert service.wait_for_service(timeout_s)
+        request = SetParameters.Request(parameters=[
+            Parameter(name, value=value).to_parameter_msg() for name, value in values.items()])
+        done: Future[Any] = Future()
+        service.call_async(request).add_done_callback(lambda reply: done.set_result(reply.result()))
+        return [(r.successful, r.reason) for r in done.result(timeout_s).results]
+    finally:
+        client.node.destroy_client(service)
+
+
+def eventually(happened: Callable[[], Any], client: MaceClient, timeout_s: float) -> Any:
+    """Wait for something that messages to the client bring about; return it."""
+    with client._changed:
+        found = client._changed.wait_for(happened, timeout_s)
+    assert found, f'it did not happen within {timeout_s} s'
+    return found
