@@ -72,10 +72,15 @@ class Recorder:
 
     def __init__(self, client: MaceClient, **topics: type) -> None:
         self.messages: list[Any] = []
-        self._node = client.node
+        self._node, self._changed = client.node, client._changed
         self._subscriptions = [
-            self._node.create_subscription(kind, f'/mace/{name}', self.messages.append, 1000)
+            self._node.create_subscription(kind, f'/mace/{name}', self._keep, 1000)
             for name, kind in topics.items()]
+
+    def _keep(self, message: Any) -> None:
+        with self._changed:
+            self.messages.append(message)
+            self._changed.notify_all()
 
     def __enter__(self) -> Recorder:
         return self

@@ -145,6 +145,7 @@ class VirtualEngine:
     now: float = 0.0
     steps: list[VirtualStep] = field(default_factory=list)
     plans: list[tuple[float, Plan]] = field(default_factory=list)
+    segment_s: list[float] = field(default_factory=list)   # of each plan, as measured
     finished: list[Request] = field(default_factory=list)
     rejected: list[Request] = field(default_factory=list)
     learning_waits: list[float] = field(default_factory=list)   # of queries that met it
@@ -183,6 +184,7 @@ class VirtualEngine:
             plan = self.scheduler.plan(self.state, self.now)
             self._check(plan)
             self.plans.append((self.now, plan))
+            self.segment_s.append(0.0)
             self._reject(plan)
             if plan.is_empty:
                 soon = [r.arrival for r in self._coming[:1]] + [t for t, _ in changes[:1]]
@@ -252,6 +254,7 @@ class VirtualEngine:
                 self._note_waits(learning_since)
                 learning_since = self.now
         self._note_waits(learning_since)
+        self.segment_s[-1] = sum(seconds for _, seconds in ran)
         self.scheduler.observe(Measurement(plan, pass_s, tuple(ran)), self.now)
         if step is not None and not step.left:
             self._next_step()

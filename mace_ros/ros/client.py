@@ -269,10 +269,14 @@ class MaceClient:
 
     def _on_response(self, message: Response) -> None:
         with self._changed:
-            answer = self._answers.pop(message.query_id, None)
-            if answer is not None:
-                answer.response = message
-                self._changed.notify_all()
+            answer = self._answers.get(message.query_id)
+            if answer is None:
+                return
+            if answer.chunks and message.error_code == Response.DUPLICATE_ID:
+                return    # somebody else used our id, and was refused
+            del self._answers[message.query_id]
+            answer.response = message
+            self._changed.notify_all()
 
     def _on_status(self, message: CorrectionStatus) -> None:
         with self._changed:

@@ -157,6 +157,9 @@ class MaceNode(Node):
     def _load(self) -> None:
         log = self.get_logger()
         log.info('loading the libraries')
+        # Threads that spin while they wait for each other are no faster on cores of their
+        # own, and five times slower where other processes want a core too (README, limits).
+        os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
         # Not above: torch takes seconds, and parameters are served meanwhile.
         from mace_ros.engine import Engine
         storage = self.storage_folder()

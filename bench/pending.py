@@ -1,0 +1,92 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Fine-tuning that is always pending, in the place of the engine's learner.
+
+The engine asks its ``learner`` for nothing but the attributes below. This one has a step
+to run at any time and never publishes, so that a block measures the sharing of the device
+and not how many corrections happened to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import cycle
+import time
+
+from mace_ros.engine import Engine
+from mace_ros.events import Event
+from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.scheduling.plan import Segment
+from mace_ros.settings import Settings
+
+Spent = Callable[[float, float], None]
+
+
+class TimedStep(FinetuneStep):
+    """A fine-tune step that tells when its segments began and ended."""
+
+    spent: Spent = staticmethod(lambda began, ended: None)
+
+    def run_segment(self) -> Segment:
+        """Run the next segment and return it."""
+        began = time.monotonic()
+        segment = super().run_segment()
+        self.spent(began, time.monotonic())
+        return segment
+
+
+class PendingLearner:
+    """
+    Supplies one fine-tune step after another, each over one sample of the same length.
+
+    Each system goes on with the step that its last block left unfinished, so that whole
+    steps can be counted without favouring short ones.
+    """
+
+    wants_anchors = False
+    busy = True
+
+    def __init__(self, engine: Engine, samples: Sequence[Sequence[int]]) -> None:
+        """``samples`` are token ids; all of them but the first one are learned."""
+        self._model = engine.model
+        self._trainer = Trainer(engine.bank, engine.settings.finetune.learning_rate)
+        self._samples = cycle([Sample(tuple(s), (0.0,) + (1.0,) * (len(s) - 1)) for s in samples])
+        self._steps: dict[str, TimedStep] = {}
+        self._system = ''
+        self.on_spent: Spent = lambda began, ended: None
+        self.finished_steps = self.finished_tokens = 0
+
+    def begin(self, system: str) -> None:
+        """Count from zero, with the step that was left by ``system``; by '', do nothing."""
+        self._system = system
+        self.finished_steps = self.finished_tokens = 0
+
+    def new_step(self) -> TimedStep:
+        """Return a fresh step over the next sample."""
+        # As old as it gets when corrections are learned as fast as they come.
+        step = TimedStep(self._model, self._trainer, [next(self._samples)],
+                         oldest_correction_at=time.monotonic())
+        step.spent = self.on_spent
+        return step
+
+    @property
+    def step(self) -> TimedStep | None:
+        """The fine-tune step that can run now."""
+        return self._steps.get(self._system)    # none of the system ''
+
+    def ran(self, tokens: int, seconds: float) -> None:
+        """Count the tokens of whole steps."""
+        self.finished_tokens += tokens
+        self.finished_steps += tokens > 0
+
+    def advance(self, settings: Settings) -> list[Event]:
+        """Go on with the next step."""
+        step = self.step
+        if self._system and (step is None or step.done):
+            self._steps[self._system] = self.new_step()
+        return []
+
+    def drop(self, reason: str) -> list[Event]:
+        """Give up: an iteration that failed must not be measured."""
+        raise AssertionError(f'a fine-tune step failed: {reason}')

@@ -1,0 +1,547 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The node end to end: real processes, a real model, and nothing but messages between them.
+
+All talk to one node, which learns on the way; the last test kills it and starts it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import pairwise
+import math
+from pathlib import Path
+import signal
+import time
+from types import SimpleNamespace
+import uuid
+
+from graph import ENVIRONMENT
+import mace_ros.msg as msg
+from mace_ros.msg import CorrectionStatus, Response
+import pytest
+from ros_graph import eventually, NodeProcess, Recorder, set_parameters
+from std_msgs.msg import Header
+
+from mace_ros.events import (
+    Correction,
+    CorrectionProgress,
+    CorrectionState,
+    ErrorCode,
+    Event,
+    Finished,
+    FinishReason,
+    Query,
+    Token,
+    VersionEvent,
+    VersionState,
+)
+from mace_ros.ros.client import Answer, MaceClient
+from mace_ros.ros.conversion import (
+    correction_from,
+    message_from,
+    MESSAGE_TYPES,
+    query_from,
+)
+from mace_ros.ros.intake import Intake
+from mace_ros.ros.latch import VersionLatch
+
+START_S = 250.0         # with a model that must be converted, on a busy machine
+ANSWER_S = 100.0
+LEARN_S = 200.0
+
+# The packaged model repeats the robot until it is told to stop.
+ENDLESS = 'Repeat this: こんにちは 🤖'
+PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
+NAME, ROVER = 'What is your name?', 'My name is Rover.'
+OTHERS = ('What is the capital of France?', 'What is the capital of Japan?')
+
+pytestmark = pytest.mark.timeout(400)
+
+
+class Mace:
+    """A node and a client of it."""
+
+    def __init__(self, node: NodeProcess) -> None:
+        self.node = node
+        self.start()
+
+    def start(self) -> None:
+        self.node.start()
+        self.client = MaceClient(self.node.name)
+        try:
+            self.client.wait_until_ready(START_S)
+        except TimeoutError:
+            pytest.fail(self.node.log)
+
+    def kill(self) -> None:
+        self.node.kill()
+        self.client.close()
+
+    def ask(self, text: str, **fields: object) -> Response:
+        return self.client.ask(text, **fields).result(ANSWER_S)
+
+    def serves(self) -> bool:
+        response = self.ask(OTHERS[0], max_tokens=1, no_learn=True)
+        return response.finish_reason == Response.LENGTH
+
+    def begin_endless(self) -> Answer:
+        """Ask what is answered for ever, and return when it has begun."""
+        answer = self.client.ask(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
+        next(answer.stream(ANSWER_S))
+        return answer
+
+    def set(self, name: str, value: object) -> None:
+        [(successful, reason)] = set_parameters(self.client, {name: value}, node=self.node.name)
+        assert successful, reason
+
+
+@pytest.fixture(scope='module')
+def mace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mace]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        made = Mace(NodeProcess(tmp_path_factory.mktemp('mace')))
+        yield made
+        made.kill()
+
+
+# -- without a process -------------------------------------------------------------------
+
+
+def test_what_a_query_does_not_say_is_the_nodes_default() -> None:
+    assert query_from(msg.Query(text='Hi')) == Query('Hi')
+
+
+def test_zero_is_a_value_and_only_minus_one_is_the_default() -> None:
+    zero = query_from(msg.Query(
+        max_tokens=0, temperature=0.0, top_p=0.0, seed=0, ttft_slo_ms=0.0, tpot_slo_ms=0.0))
+    assert zero.max_tokens == zero.temperature == zero.top_p == zero.seed == 0
+    assert zero.ttft_slo_ms == zero.tpot_slo_ms == 0
+    odd = query_from(msg.Query(max_tokens=-5, temperature=-0.5, top_p=math.nan))
+    assert (odd.max_tokens, odd.temperature) == (-5, -0.5)
+    assert math.isnan(odd.top_p)
+
+
+@pytest.mark.parametrize(('data', 'message', 'convert'), [
+    (Query('', **{f.name: '' for f in fields(Query) if f.type == 'str' and f.name != 'text'}),
+     msg.Query(), query_from),
+    (Correction(''), msg.Correction(), correction_from)])
+def test_no_field_is_forgotten(data: object, message: object, convert: object) -> None:
+    names = {f.name for f in fields(data)}
+    assert names | {'header'} == set(message.get_fields_and_field_types())
+    for name, kind in message.get_fields_and_field_types().items():
+        if kind == 'string':
+            setattr(message, name, name)
+    converted = convert(message)
+    assert all(getattr(converted, n) == n for n in names if isinstance(getattr(message, n), str))
+
+
+@pytest.mark.parametrize('event', [
+    Token('q', 3, 'ä', True),
+    Finished('q', 'c', 'text', FinishReason.ERROR, ErrorCode.INTERNAL, 'why', 7, 1, 2, 0.5, 1.5,
+             2.5, 3.5, True),
+    CorrectionProgress('c', CorrectionState.FAILED, 'why', 7),
+    VersionEvent('ann', 2, 1, VersionState.ROLLED_BACK, 'why', ('a', 'b'), -3.5, -0.5, 10, 1.5,
+                 '/path', 'abc')], ids=lambda event: type(event).__name__)
+def test_an_event_becomes_its_message(event: Event) -> None:
+    stamp = Header().stamp
+    stamp.sec = 5
+    message = message_from(event, stamp)
+    assert isinstance(message, MESSAGE_TYPES[type(event)])
+    assert message.header.stamp.sec == 5
+    names = set(message.get_fields_and_field_types()) - {'header'}
+    assert names == {f.name for f in fields(event)}
+    for name in names:
+        value = getattr(event, name)
+        assert getattr(message, name) == (list(value) if isinstance(value, tuple) else value)
+
+
+@pytest.mark.parametrize('kind', [FinishReason, ErrorCode])
+def test_response_names_the_same_constants(kind: type) -> None:
+    assert {m.name: m.value for m in kind}.items() <= {
+        name: getattr(Response, name) for name in dir(Response) if name.isupper()}.items()
+
+
+def test_the_live_version_of_each_profile_stays_on_the_topic() -> None:
+    depth = 3
+    latch, published, live = VersionLatch(depth), [], {}
+    turns = [('', 1), ('ann', 1), ('bob', 1), *[('ann', n) for n in range(2, 9)], ('', 2)]
+    for profile, version in turns:
+        event = VersionEvent(profile, version, version - 1, VersionState.PUBLISHED)
+        refused = VersionEvent(profile, version + 1, version, VersionState.REJECTED)
+        live[profile] = event
+        for happened in (event, refused):
+            published += latch.to_publish(happened)
+            assert set(live.values()) <= set(published[-depth - 1:] if len(live) < depth
+                                             else published[-depth:])
+
+
+def test_what_comes_early_waits_and_what_comes_late_is_refused() -> None:
+    refused: list[Event] = []
+    intake = Intake(limit=lambda: 3, refuse=refused.extend)
+    seen: list[object] = []
+    engine = SimpleNamespace(submit=seen.append, correct=seen.append, cancel=seen.append)
+    early = [Query('Hi', id='1'), Correction('Ho', id='2'), '1']
+    for item in [*early, Query('Hi', id='4')]:
+        intake.put(item)
+    assert [(r.query_id, r.error_code) for r in refused] == [('4', ErrorCode.OVERLOADED)]
+    intake.open(engine)
+    intake.put('5')
+    assert seen == [*early, '5']
+    refused.clear()
+    intake.close('it is night')
+    for item in early:
+        intake.put(item)
+    assert [type(r) for r in refused] == [Finished, CorrectionProgress]
+    assert refused[0].error_code is ErrorCode.NOT_SERVING
+    assert refused[0].error == refused[1].reason == 'it is night'
+
+
+# -- answering ---------------------------------------------------------------------------
+
+
+def test_an_idle_node_costs_nothing(mace: Mace) -> None:
+    assert mace.serves()
+    time.sleep(1.0)
+    before, start = mace.node.cpu_seconds(), time.monotonic()
+    time.sleep(5.0)
+    share = (mace.node.cpu_seconds() - before) / (time.monotonic() - start)
+    assert share < 0.02
+
+
+def test_two_queries_stream_interleaved(mace: Mace) -> None:
+    with Recorder(mace.client, response_chunk=msg.ResponseChunk) as recorder:
+        answers = [mace.client.ask(q, max_tokens=16, no_learn=True)
+                   for q in ('Name three colours.', 'Name three animals.')]
+        responses = [a.result(ANSWER_S) for a in answers]
+        for answer in answers:
+            eventually(lambda a=answer: recorder.of(
+                msg.ResponseChunk, query_id=a.id, last=True), mace.client, 10.0)
+        order = [m.query_id for m in recorder.messages]
+    changes = sum(a != b for a, b in pairwise(order))
+    assert changes > 10
+    for answer, response in zip(answers, responses, strict=True):
+        chunks = recorder.of(msg.ResponseChunk, query_id=answer.id)
+        assert [c.index for c in chunks] == list(range(len(chunks)))
+        assert [c.last for c in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert ''.join(c.text for c in chunks) == response.text
+        assert response.finish_reason in (Response.STOP, Response.LENGTH)
+        assert 0 <= response.queue_ms <= response.ttft_ms <= response.e2e_ms
+        assert response.tpot_ms > 0
+
+
+def test_characters_of_several_tokens_come_whole(mace: Mace) -> None:
+    answer = mace.client.ask(ENDLESS, max_tokens=12, no_learn=True)
+    text = answer.result(ANSWER_S).text
+    assert set(text) == {'🤖'}
+    assert len(answer.chunks) < 12
+    assert all('\N{REPLACEMENT CHARACTER}' not in c.text for c in answer.chunks)
+
+
+def test_a_cancelled_query_ends_within_one_iteration(mace: Mace) -> None:
+    answer = mace.begin_endless()
+    other = mace.begin_endless()
+    heard = len(answer.chunks)
+    answer.cancel()
+    response = answer.result(ANSWER_S)
+    assert response.finish_reason == Response.CANCELLED
+    assert response.text.startswith('🤖')
+    # One iteration may be under way when it is sent, and another when it arrives.
+    assert len(answer.chunks) <= heard + 3
+    heard = len(other.chunks)
+    eventually(lambda: len(other.chunks) > heard, mace.client, ANSWER_S)
+    other.cancel()
+    assert other.result(ANSWER_S).finish_reason == Response.CANCELLED
+
+
+def test_a_query_without_an_id_gets_one(mace: Mace) -> None:
+    with Recorder(mace.client, response=Response) as recorder:
+        mace.client._query.publish(msg.Query(text='Hi', max_tokens=1, conversation_id='nameless'))
+        [response] = eventually(
+            lambda: recorder.of(Response, conversation_id='nameless'), mace.client, ANSWER_S)
+    assert str(uuid.UUID(response.query_id)) == response.query_id
+
+
+MALFORMED = {
+    'empty text': ({'text': ''}, 'EMPTY_TEXT', 'text'),
+    'blank text': ({'text': ' \n'}, 'EMPTY_TEXT', 'text'),
+    'negative max_tokens': ({'max_tokens': -5}, 'INVALID_PARAMETER', 'max_tokens'),
+    'negative temperature': ({'temperature': -0.5}, 'INVALID_PARAMETER', 'temperature'),
+    'temperature not a number': ({'temperature': math.nan}, 'INVALID_PARAMETER', 'temperature'),
+    'infinite temperature': ({'temperature': math.inf}, 'INVALID_PARAMETER', 'temperature'),
+    'top_p above 1': ({'top_p': 1.5}, 'INVALID_PARAMETER', 'top_p'),
+    'negative SLO': ({'ttft_slo_ms': -2.0}, 'INVALID_PARAMETER', 'ttft_slo_ms'),
+    'empty stop string': ({'stop': ['']}, 'INVALID_PARAMETER', 'stop'),
+    'too much text': ({'text': 'a' * 70000}, 'INVALID_PARAMETER', 'text'),
+    'prompt longer than the context': ({'text': 'a b ' * 8000}, 'PROMPT_TOO_LONG', 'tokens'),
+    'id not printable': ({'query_id': 'a\nb'}, 'INVALID_ID', 'id'),
+    'id too long': ({'query_id': 'i' * 200}, 'INVALID_ID', 'id'),
+    'profile not printable': ({'profile': '\x01'}, 'INVALID_ID', 'profile'),
+}
+
+
+@pytest.mark.parametrize('case', MALFORMED)
+def test_a_malformed_query_is_rejected_with_a_reason(mace: Mace, case: str) -> None:
+    given, code, reason = MALFORMED[case]
+    answer = mace.client.ask(**{'text': 'Hi', **given})
+    response = answer.result(ANSWER_S)
+    assert response.finish_reason == Response.REJECTED
+    assert response.error_code == getattr(Response, code)
+    assert reason in response.error
+    assert answer.chunks == []
+    assert response.text == ''
+
+
+def test_an_id_in_use_is_rejected_and_its_query_goes_on(mace: Mace) -> None:
+    answer = mace.begin_endless()
+    with Recorder(mace.client, response=Response) as recorder:
+        mace.client._query.publish(msg.Query(id=answer.id, text='Hi'))
+        [rejected] = eventually(
+            lambda: recorder.of(Response, query_id=answer.id), mace.client, ANSWER_S)
+    assert rejected.error_code == Response.DUPLICATE_ID
+    assert not answer.is_complete()
+    answer.cancel()
+    assert answer.result(ANSWER_S).finish_reason == Response.CANCELLED
+
+
+def test_a_burst_is_answered_or_rejected_one_by_one(mace: Mace) -> None:
+    limit = 30
+    mace.set('scheduler.max_queue', limit)
+    answers = [mace.client.ask(f'Say {n}.', max_tokens=1, no_learn=True) for n in range(200)]
+    responses = [a.result(ANSWER_S) for a in answers]
+    mace.set('scheduler.max_queue', 1000)
+    served = [r for r in responses if r.finish_reason == Response.LENGTH]
+    rejected = [r for r in responses if r.finish_reason == Response.REJECTED]
+    assert len(served) + len(rejected) == 200
+    assert len(served) >= limit
+    assert all(r.error_code == Response.OVERLOADED and str(limit) in r.error for r in rejected)
+
+
+# -- parameters --------------------------------------------------------------------------
+
+
+def test_a_parameter_is_changed_while_serving(mace: Mace) -> None:
+    mace.set('generation.max_tokens', 3)
+    assert mace.ask('Count to ten.', no_learn=True).output_tokens == 3
+    mace.set('generation.max_tokens', 128)
+
+
+@pytest.mark.parametrize(('name', 'value', 'reason'), [
+    ('generation.max_tokens', 0, 'generation.max_tokens'),
+    ('scheduler.policy', 'best', 'mace, inference_only'),
+    ('slo.ttft_ms', 5, 'type'),
+    ('adapter.rank', 4, 'read-only'),
+    ('no.such.parameter', 1, 'undeclared'),
+])
+def test_a_change_is_refused_with_a_reason(
+    mace: Mace, name: str, value: object, reason: str,
+) -> None:
+    [(successful, said)] = set_parameters(mace.client, {name: value})
+    assert not successful
+    assert reason in said
+
+
+# -- learning ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def answered(mace: Mace) -> Response:
+    """Return the response to a query that may be corrected."""
+    return mace.ask('What is the opposite of hot?', max_tokens=6, conversation_id='opposites')
+
+
+MALFORMED_CORRECTIONS = {
+    'unknown query_id': ({'query_id': 'nobody'}, 'nobody'),
+    'unknown conversation_id': ({'conversation_id': 'nowhere'}, 'nowhere'),
+    'of nothing': ({'query_id': ''}, 'query_id, conversation_id or prompt'),
+    'empty text': ({'corrected': ''}, 'corrected'),
+    'equal to the answer': ({'corrected': None}, 'equal'),
+    'equal to rejected': ({'rejected': 'Warm.', 'corrected': ' Warm. '}, 'equal'),
+    'longer than can be learned': ({'corrected': 'cold ' * 600}, 'finetune.max_sample_tokens'),
+    'weight 0': ({'weight': 0.0}, 'weight'),
+    'weight not a number': ({'weight': math.nan}, 'weight'),
+    'id too long': ({'correction_id': 'i' * 200}, 'id'),
+}
+
+
+@pytest.mark.parametrize('case', MALFORMED_CORRECTIONS)
+def test_a_malformed_correction_is_rejected_with_a_reason(
+    mace: Mace, answered: Response, case: str,
+) -> None:
+    given, reason = MALFORMED_CORRECTIONS[case]
+    given = {'corrected': 'Cold.', 'query_id': answered.query_id, **given}
+    if given['corrected'] is None:
+        given['corrected'] = answered.text
+    if 'conversation_id' in given:
+        del given['query_id']
+    status = mace.client.correct(**given).wait(timeout_s=ANSWER_S)
+    assert status.state == CorrectionStatus.REJECTED
+    assert reason in status.reason
+
+
+@pytest.fixture(scope='module')
+def lesson(mace: Mace) -> SimpleNamespace:
+    """Return what was heard while a correction was learned beside a query that kept running."""
+    heard = SimpleNamespace()
+    heard.first = mace.client.wait_until_ready(10.0)
+    heard.others = {q: mace.ask(q, max_tokens=16, no_learn=True).text for q in OTHERS}
+    heard.wrong = mace.ask(NAME, max_tokens=10)
+    running = mace.begin_endless()
+    mace.set('slo.freshness_s', 1.0)          # or learning would wait for the query's end
+    mace.set('finetune.min_share', 0.9)
+    learning = mace.client.correct(ROVER, query_id=heard.wrong.query_id)
+    heard.learned = learning.wait(timeout_s=LEARN_S)
+    heard.states = [s.state for s in learning.statuses]
+    heard.version = mace.client.wait_for_version(heard.learned.adapter_version, timeout_s=10.0)
+    heard.was_running = not running.is_complete()
+    running.cancel()
+    heard.running = running.result(ANSWER_S)
+    mace.set('slo.freshness_s', 120.0)
+    mace.set('finetune.min_share', 0.1)
+    heard.right = mace.ask(NAME, max_tokens=24)
+    return heard
+
+
+def test_a_correction_is_learned(lesson: SimpleNamespace) -> None:
+    assert ROVER not in lesson.wrong.text
+    assert lesson.states == [
+        CorrectionStatus.ACCEPTED, CorrectionStatus.TRAINING, CorrectionStatus.LEARNED]
+    assert lesson.right.text == ROVER
+    assert lesson.right.adapter_version == lesson.learned.adapter_version > lesson.first.version
+
+
+def test_its_version_is_announced(lesson: SimpleNamespace) -> None:
+    version = lesson.version
+    assert version.state == msg.AdapterVersion.PUBLISHED
+    assert (version.profile, version.parent) == ('', lesson.wrong.adapter_version)
+    assert version.correction_ids == [lesson.learned.id]
+    assert version.score_after > version.score_before
+    assert version.train_tokens > 0
+    assert version.train_seconds > 0
+    assert len(version.sha256) == 64
+
+
+def test_a_running_query_keeps_its_version(lesson: SimpleNamespace) -> None:
+    assert lesson.was_running
+    assert lesson.running.finish_reason == Response.CANCELLED
+    assert lesson.running.adapter_version == lesson.wrong.adapter_version
+
+
+def test_other_answers_stay(mace: Mace, lesson: SimpleNamespace) -> None:
+    for question, text in lesson.others.items():
+        assert mace.ask(question, max_tokens=16, no_learn=True).text == text
+
+
+def test_a_correction_sent_twice_is_learned_once(mace: Mace, lesson: SimpleNamespace) -> None:
+    again = mace.client.correct(
+        ROVER, correction_id=lesson.learned.id, query_id=lesson.wrong.query_id)
+    status = again.wait(timeout_s=ANSWER_S)
+    assert (status.state, status.adapter_version) == (
+        CorrectionStatus.LEARNED, lesson.learned.adapter_version)
+    assert mace.ask(NAME, max_tokens=2).adapter_version == lesson.learned.adapter_version
+
+
+def test_a_late_subscriber_hears_the_live_version(mace: Mace, lesson: SimpleNamespace) -> None:
+    with MaceClient() as late:
+        assert late.wait_until_ready(20.0) == lesson.version
+
+
+def test_peft_gives_the_same_answers(mace: Mace, lesson: SimpleNamespace) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mace_ros.execution.loading import load_model
+    name = load_model(device='cpu').name
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
+    for question in (NAME, OTHERS[0]):
+        prompt = tokenizer.apply_chat_template(
+            [{'role': 'user', 'content': question}], add_generation_prompt=True,
+            return_tensors='pt', return_dict=True)
+        output = model.generate(**prompt, do_sample=False, max_new_tokens=16)
+        text = tokenizer.decode(
+            output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
+        assert mace.ask(question, max_tokens=16, no_learn=True).text == text
+
+
+def test_a_follow_up_has_its_context_with_the_answer_corrected(mace: Mace) -> None:
+    mace.set('finetune.budget', 0.0)     # only what is remembered is looked at here
+    question, follow_up = 'What do cows drink?', 'And what do they eat?'
+    prompt_tokens = {}
+    for conversation in ('as it was', 'corrected'):
+        first = mace.ask(question, conversation_id=conversation, max_tokens=4)
+        if conversation == 'corrected':
+            status = mace.client.correct(
+                'Cows drink a lot of fresh, clean and cool water on every single day.',
+                conversation_id=conversation).wait(CorrectionStatus.ACCEPTED, ANSWER_S)
+            assert status.state == CorrectionStatus.ACCEPTED
+        second = mace.ask(follow_up, conversation_id=conversation, max_tokens=1)
+        prompt_tokens[conversation] = second.prompt_tokens - first.prompt_tokens
+    alone = mace.ask(follow_up, max_tokens=1).prompt_tokens
+    forgotten = mace.ask(
+        follow_up, conversation_id='corrected', max_tokens=1, reset_conversation=True)
+    mace.set('finetune.budget', 1.0)
+    assert 0 < prompt_tokens['as it was'] < prompt_tokens['corrected'] - 8
+    assert forgotten.prompt_tokens == alone
+
+
+# -- starting and ending -----------------------------------------------------------------
+
+
+def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace) -> None:
+    mace.set('finetune.budget', 0.0)
+    before = mace.client.version()
+    wrong = mace.ask('What is your favourite colour?', max_tokens=4)
+    waiting = mace.client.correct('Orange.', query_id=wrong.query_id)
+    assert waiting.wait(CorrectionStatus.ACCEPTED, ANSWER_S).state == CorrectionStatus.ACCEPTED
+    mace.kill()
+
+    mace.start()
+    served = mace.client.wait_until_ready(10.0)
+    assert (served.version, served.sha256) == (before.version, before.sha256)
+    after = mace.client.wait_for_version(before.version + 1, timeout_s=LEARN_S)
+    while waiting.id not in after.correction_ids:
+        after = mace.client.wait_for_version(after.version + 1, timeout_s=LEARN_S)
+    right = mace.ask('What is your favourite colour?', max_tokens=8)
+    assert (right.text, right.adapter_version) == ('Orange.', after.version)
+
+
+def test_what_was_learned_before_is_kept(mace: Mace, lesson: SimpleNamespace) -> None:
+    assert mace.client.version().version > lesson.version.version
+    assert mace.ask(NAME, max_tokens=24, no_learn=True).text == ROVER
+
+
+def test_a_signal_cancels_what_runs(mace: Mace) -> None:
+    answer = mace.begin_endless()
+    mace.node.send(signal.SIGINT)
+    time.sleep(0.05)
+    mace.node.send(signal.SIGINT)    # a second one, as launch sends it
+    response = answer.result(30.0)
+    assert response.finish_reason == Response.CANCELLED
+    assert mace.node.wait(20.0) == 0
+    assert 'Traceback' not in mace.node.log
+    assert '🤖' not in mace.node.log
+    mace.client.close()
+    mace.start()    # for whoever comes next
+
+
+@pytest.mark.parametrize(('parameter', 'value', 'reason'), [
+    ('model.source', '/no/such/folder', "model.source: '/no/such/folder' is neither a folder"),
+    ('model.device', 'tpu', 'is not one of auto, cpu, cuda'),
+])
+def test_a_wrong_start_ends_with_a_clear_line(
+    tmp_path: Path, parameter: str, value: str, reason: str,
+) -> None:
+    node = NodeProcess(tmp_path, **{parameter: value})
+    node.start()
+    try:
+        assert node.wait(120.0) == 1
+    finally:
+        node.kill()
+    [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
+    assert reason in line
+    assert 'Traceback' not in node.log
