@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import takewhile
 import os
 from pathlib import Path
 import time
@@ -35,9 +36,10 @@ from mace_ros.events import (
     InvalidQuery,
     Query,
 )
+from mace_ros.execution.calibration import measure
 from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.loading import load_model, Progress
+from mace_ros.execution.loading import load_model, Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
 from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, Span
@@ -54,6 +56,8 @@ from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
 from mace_ros.validation import checked_correction, checked_query
+
+CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,13 @@ class Engine:
         self.learner = Learner(
             model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
             slots=self._slots, journal=self._journal, store=VersionStore(folder), wake=wake)
-        self.scheduler = Scheduler(settings, CostModel())
+        cost = CostModel()
+        with reporting(progress, 'measuring the device'):
+            end = clock() + CALIBRATION_S
+            cost.calibrate(takewhile(lambda _: clock() < end, measure(
+                self.model, self.bank, max_tokens=settings.scheduler.max_batch_tokens,
+                clock=clock)))
+        self.scheduler = Scheduler(settings, cost)
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._state = State()
         self._answering: dict[str, Answering] = {}

@@ -167,6 +167,11 @@ class FinetuneSettings:
         4, 'Earlier answers trained in each step along with the corrections, so that the rest '
         'stays',
         minimum=0, maximum=256)
+    recompute: str = _parameter(
+        'auto', "Whether a layer's forward is computed again in its backward (less memory) or "
+        'its graph is kept (less time): auto keeps it when the forward ran alone; never also '
+        'keeps the forward from riding in inference passes',
+        choices=('auto', 'always', 'never'))
     max_sample_tokens: int = _parameter(
         512, 'Longest correction with its prompt; a longer one is rejected', unit='tokens',
         minimum=16, maximum=8192)

@@ -3,12 +3,12 @@
 """
 The node end to end: real processes, a real model, and nothing but messages between them.
 
-All talk to one node, which learns on the way; the last test kills it and starts it again.
+All talk to one node, which learns on the way, and is killed and started again towards the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from itertools import pairwise
 import math
@@ -18,7 +18,7 @@ import time
 from types import SimpleNamespace
 import uuid
 
-from graph import ENVIRONMENT
+from graph import ENVIRONMENT, wait_until
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
@@ -66,15 +66,21 @@ class Mace:
 
     def __init__(self, node: NodeProcess) -> None:
         self.node = node
-        self.start()
 
     def start(self) -> None:
-        self.node.start()
-        self.client = MaceClient(self.node.name)
+        self.ask_early()
         try:
             self.client.wait_until_ready(START_S)
         except TimeoutError:
             pytest.fail(self.node.log)
+
+    def ask_early(self) -> None:
+        """Start the node, and ask while it is still loading the model."""
+        self.node.start()
+        self.client = MaceClient(self.node.name)
+        assert wait_until(self.client._query.get_subscription_count, START_S), self.node.log
+        assert self.client.version() is None
+        self.early = self.client.ask(OTHERS[0], max_tokens=1, no_learn=True)
 
     def kill(self) -> None:
         self.node.kill()
@@ -104,6 +110,7 @@ def mace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mace]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         made = Mace(NodeProcess(tmp_path_factory.mktemp('mace')))
+        made.start()
         yield made
         made.kill()
 
@@ -125,18 +132,16 @@ def test_zero_is_a_value_and_only_minus_one_is_the_default() -> None:
     assert math.isnan(odd.top_p)
 
 
-@pytest.mark.parametrize(('data', 'message', 'convert'), [
-    (Query('', **{f.name: '' for f in fields(Query) if f.type == 'str' and f.name != 'text'}),
-     msg.Query(), query_from),
-    (Correction(''), msg.Correction(), correction_from)])
-def test_no_field_is_forgotten(data: object, message: object, convert: object) -> None:
-    names = {f.name for f in fields(data)}
-    assert names | {'header'} == set(message.get_fields_and_field_types())
-    for name, kind in message.get_fields_and_field_types().items():
-        if kind == 'string':
-            setattr(message, name, name)
-    converted = convert(message)
-    assert all(getattr(converted, n) == n for n in names if isinstance(getattr(message, n), str))
+@pytest.mark.parametrize(('kind', 'message', 'convert'), [
+    (Query, msg.Query(), query_from), (Correction, msg.Correction(), correction_from)])
+def test_no_field_is_forgotten(kind: type, message: object, convert: Callable) -> None:
+    types = message.get_fields_and_field_types()
+    assert set(types) == {'header', *(f.name for f in fields(kind))}
+    samples = {'string': 'text', 'boolean': True, 'sequence<string>': ['text']}
+    for name in set(types) - {'header'}:
+        setattr(message, name, samples.get(types[name], 3))
+        value = getattr(convert(message), name)
+        assert value == (('text',) if isinstance(value, tuple) else getattr(message, name))
 
 
 @pytest.mark.parametrize('event', [
@@ -175,8 +180,7 @@ def test_the_live_version_of_each_profile_stays_on_the_topic() -> None:
         live[profile] = event
         for happened in (event, refused):
             published += latch.to_publish(happened)
-            assert set(live.values()) <= set(published[-depth - 1:] if len(live) < depth
-                                             else published[-depth:])
+            assert set(live.values()) <= set(published[-depth:])
 
 
 def test_what_comes_early_waits_and_what_comes_late_is_refused() -> None:
@@ -201,6 +205,10 @@ def test_what_comes_early_waits_and_what_comes_late_is_refused() -> None:
 
 
 # -- answering ---------------------------------------------------------------------------
+
+
+def test_a_query_that_comes_early_is_answered(mace: Mace) -> None:
+    assert mace.early.result(ANSWER_S).finish_reason == Response.LENGTH
 
 
 def test_an_idle_node_costs_nothing(mace: Mace) -> None:
@@ -492,6 +500,38 @@ def test_a_follow_up_has_its_context_with_the_answer_corrected(mace: Mace) -> No
 # -- starting and ending -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(('parameter', 'value', 'reason'), [
+    ('model.source', '/no/such/folder', "model.source: '/no/such/folder' is neither a folder"),
+    ('model.device', 'tpu', 'is not one of auto, cpu, cuda'),
+])
+def test_a_wrong_start_ends_with_a_clear_line(
+    tmp_path: Path, parameter: str, value: str, reason: str,
+) -> None:
+    node = NodeProcess(tmp_path, **{parameter: value})
+    node.start()
+    try:
+        assert node.wait(120.0) == 1
+    finally:
+        node.kill()
+    [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
+    assert reason in line
+    assert 'Traceback' not in node.log
+
+
+def test_a_signal_ends_the_loading(mace: Mace, tmp_path: Path) -> None:
+    loading = Mace(NodeProcess(tmp_path, namespace='/loading'))
+    loading.ask_early()
+    try:
+        assert wait_until(lambda: 'loading the libraries' in loading.node.log, 10.0)
+        loading.node.send(signal.SIGINT)
+        assert loading.node.wait(10.0) == 0
+        response = loading.early.result(10.0)
+        assert response.finish_reason == Response.REJECTED
+        assert response.error_code == Response.NOT_SERVING
+    finally:
+        loading.kill()
+
+
 def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace) -> None:
     mace.set('finetune.budget', 0.0)
     before = mace.client.version()
@@ -516,32 +556,12 @@ def test_what_was_learned_before_is_kept(mace: Mace, lesson: SimpleNamespace) ->
 
 
 def test_a_signal_cancels_what_runs(mace: Mace) -> None:
+    """The last test: the node is gone then."""
     answer = mace.begin_endless()
     mace.node.send(signal.SIGINT)
     time.sleep(0.05)
     mace.node.send(signal.SIGINT)    # a second one, as launch sends it
-    response = answer.result(30.0)
-    assert response.finish_reason == Response.CANCELLED
+    assert answer.result(30.0).finish_reason == Response.CANCELLED
     assert mace.node.wait(20.0) == 0
     assert 'Traceback' not in mace.node.log
-    assert '🤖' not in mace.node.log
-    mace.client.close()
-    mace.start()    # for whoever comes next
-
-
-@pytest.mark.parametrize(('parameter', 'value', 'reason'), [
-    ('model.source', '/no/such/folder', "model.source: '/no/such/folder' is neither a folder"),
-    ('model.device', 'tpu', 'is not one of auto, cpu, cuda'),
-])
-def test_a_wrong_start_ends_with_a_clear_line(
-    tmp_path: Path, parameter: str, value: str, reason: str,
-) -> None:
-    node = NodeProcess(tmp_path, **{parameter: value})
-    node.start()
-    try:
-        assert node.wait(120.0) == 1
-    finally:
-        node.kill()
-    [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
-    assert reason in line
-    assert 'Traceback' not in node.log
+    assert '🤖' not in mace.node.log     # what is asked and answered is nobody else's business

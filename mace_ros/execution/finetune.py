@@ -90,13 +90,14 @@ class FinetuneStep:
     """
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
-                 head_tokens: int = 64, keep_graphs: bool = True,
+                 head_tokens: int = 64, keep_graphs: bool = True, may_ride: bool = True,
                  oldest_correction_at: float = 0.0) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.
 
         ``head_tokens`` bounds a HEAD segment. With ``keep_graphs``, a forward that runs
-        alone keeps its layer graphs instead of computing each layer again.
+        alone keeps its layer graphs instead of computing each layer again. Without
+        ``may_ride`` it always runs alone.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
@@ -110,7 +111,7 @@ class FinetuneStep:
         self.tokens = sum(self._lengths)
         self._blocks: list[list[int]] = []
         self._ridden = 0
-        self._alone = False
+        self._alone = not may_ride
         device = model.device
         ids = [t for s in samples for t in s.tokens]
         positions = [p for n in self._lengths for p in range(n)]
@@ -189,16 +190,20 @@ class FinetuneStep:
         """Note that the rows' pass has run."""
         self._ridden += tokens
         if self._ridden == self.tokens:
-            self._segments = [s for s in self._segments if s.kind is not SegmentKind.FORWARD]
+            again = Segment(SegmentKind.BACKWARD_RECOMPUTED, self.tokens)
+            self._segments = [again if s.kind is SegmentKind.BACKWARD else s
+                              for s in self._segments if s.kind is not SegmentKind.FORWARD]
 
     # -- the segments ----------------------------------------------------------------
 
     def _plan_segments(self) -> list[Segment]:
         layers = len(self.model.layers)
+        backward = (SegmentKind.BACKWARD if self.keep_graphs
+                    else SegmentKind.BACKWARD_RECOMPUTED)
         return (
             [Segment(SegmentKind.FORWARD, self.tokens)] * layers
             + [Segment(SegmentKind.HEAD, len(rows)) for rows, _, _ in self._targets]
-            + [Segment(SegmentKind.BACKWARD, self.tokens)] * layers
+            + [Segment(backward, self.tokens)] * layers
             + [Segment(SegmentKind.OPTIMIZER, self.tokens)])
 
     def segments(self) -> Iterator[Segment]:
@@ -229,7 +234,7 @@ class FinetuneStep:
                 self._forward_layer(len(self._hidden) - 1)
             case SegmentKind.HEAD:
                 self._head(len(self._chunk_scores))
-            case SegmentKind.BACKWARD:
+            case SegmentKind.BACKWARD | SegmentKind.BACKWARD_RECOMPUTED:
                 self._backward_layer(len(self._hidden) - 1)
             case SegmentKind.OPTIMIZER:
                 self.trainer.update()

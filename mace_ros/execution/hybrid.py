@@ -69,6 +69,8 @@ class HybridModel:
         self.attention.cache = KVCache(
             shapes, -(-kv_tokens // BLOCK_TOKENS) * BLOCK_TOKENS, self.dtype, self.device)
 
+    block_tokens = BLOCK_TOKENS
+
     @property
     def kv_blocks(self) -> int:
         """Blocks that the KV cache holds."""

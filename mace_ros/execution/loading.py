@@ -61,7 +61,7 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
         name = str(_converted(path, cache_folder(cache), progress))
     else:
         name = str(path) if path.is_dir() else source
-    with _reporting(progress, f'loading {name} as {dtype} on {device}'), _quiet():
+    with reporting(progress, f'loading {name} as {dtype} on {device}'), _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(
@@ -102,7 +102,7 @@ def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f'.{gguf.stem}-', dir=cache))
     try:
-        with _reporting(progress, f'converting {gguf.name} (once)'), _quiet():
+        with reporting(progress, f'converting {gguf.name} (once)'), _quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -122,7 +122,7 @@ def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
 
 
 @contextmanager
-def _reporting(progress: Progress, text: str) -> Iterator[None]:
+def reporting(progress: Progress, text: str) -> Iterator[None]:
     """Tell ``progress`` at the start, every two seconds, and at the end."""
     start, done = time.monotonic(), threading.Event()
     progress(text)

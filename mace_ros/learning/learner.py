@@ -233,6 +233,8 @@ class Learner:
         chosen = list(islice(cycle(job.replayed), first, first + count)) if count else []
         job.step = FinetuneStep(
             self._model, job.trainer, job.samples + chosen,
+            keep_graphs=settings.finetune.recompute != 'always',
+            may_ride=settings.finetune.recompute != 'never',
             oldest_correction_at=min(w.arrived for w in job.corrections))
 
     def _judge(self, job: _Job, settings: Settings) -> list[Event]:

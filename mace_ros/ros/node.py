@@ -158,7 +158,7 @@ class MaceNode(Node):
         log = self.get_logger()
         log.info('loading the libraries')
         # Threads that spin while they wait for each other are no faster on cores of their
-        # own, and five times slower where other processes want a core too (README, limits).
+        # own, and five times slower where other processes want a core too (measured).
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
         # Not above: torch takes seconds, and parameters are served meanwhile.
         from mace_ros.engine import Engine
@@ -243,8 +243,8 @@ class MaceNode(Node):
         log = self.get_logger()
         if isinstance(event, VersionEvent):
             text = f'adapter version {event.version} of profile {event.profile!r}'
-            if event.state is VersionState.REJECTED:
-                log.warning(f'{text} was rejected: {event.reason}')
+            if event.state is not VersionState.PUBLISHED:
+                log.warning(f'{text}: {event.state.name} {event.reason}'.rstrip())
             elif event.version:
                 log.info(f'{text} is live: {len(event.correction_ids)} corrections in '
                          f'{event.train_seconds:.1f} s, {event.path}')
@@ -290,9 +290,13 @@ def parse(arguments: Sequence[str]) -> None:
 def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; return the exit code."""
     arguments: list[Any] = sys.argv if args is None else args
-    parse(remove_ros_args(arguments)[1:])
     stop = StopSignal()
-    rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        parse(remove_ros_args(arguments)[1:])
+        rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:    # of rcl: bad arguments, or no keys where security is on
+        print(f'mace_node: {type(error).__name__}: {error}', file=sys.stderr)
+        return 2
     try:
         node = MaceNode(failed=stop.send)
     except InvalidSetting as error:
