@@ -246,6 +246,10 @@ class Engine:
             return [Finished(
                 query.id, query.conversation_id, '', FinishReason.REJECTED, error.code,
                 str(error), e2e_ms=(self._clock() - arrival) * 1e3)]
+        except Exception as error:    # such as a chat template that refuses the conversation
+            return [Finished(
+                query.id, query.conversation_id, '', FinishReason.ERROR, ErrorCode.INTERNAL,
+                f'{type(error).__name__}: {error}')]
         self._start(answering)
         if answering.request.max_tokens == 0:
             return self._end(answering, FinishReason.LENGTH)
@@ -340,6 +344,7 @@ class Engine:
                 break
             started = self._clock()
             segment = step.run_segment()
+            self.model.synchronize()
             spent = self._clock() - started
             segments.append((segment, spent))
             self.learner.ran(segment.tokens if step.done else 0, spent)

@@ -111,6 +111,19 @@ def test_a_slower_machine_is_noticed_for_what_has_not_run_since():
     assert cost.segment_s(head.kind, head.tokens) == pytest.approx(device.seconds(head), rel=0.2)
 
 
+def test_a_change_of_one_size_only_is_learned():
+    device = VirtualDevice(noise=0.03, seed=19)
+    cost = device.calibrated()
+    small, large = PassShape(1, 100), PassShape(16, 1600)
+    for slower in (1.0, 2.0):
+        for _ in range(100 if slower == 1.0 else 40):
+            observe(cost, large, slower * device.run(large))
+            for _ in range(3):
+                observe(cost, small, device.run(small))
+    assert cost.pass_s(*large) == pytest.approx(2.0 * device.seconds(large), rel=0.15)
+    assert cost.pass_s(*small) == pytest.approx(device.seconds(small), rel=0.1)
+
+
 def test_segments_are_predicted_by_kind_and_tokens():
     device = VirtualDevice(noise=0.05, seed=14)
     cost = CostModel()

@@ -350,6 +350,25 @@ def test_failing_pass_ends_its_queries_and_the_engine_goes_on(
     assert robot.ask('Hm?').output_tokens > 0
 
 
+def test_template_without_system_role_puts_it_into_the_first_question(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system prompt is not lost, and a template that fails breaks one query only."""
+    plain = robot.ask('Hm?', max_tokens=1)
+    tokenizer = robot.engine.chat.tokenizer
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, 'chat_template', (
+            '{% if messages[0].role == "system" %}{{ raise_exception("no system role") }}'
+            '{% endif %}{{ messages[0].content }}'))
+        served = robot.ask('Hm?', system='Be brief and kind to everybody.', max_tokens=1)
+        bare = robot.ask('Hm?', max_tokens=1)
+        patch.setattr(tokenizer, 'chat_template', '{{ raise_exception("never") }}')
+        broken = robot.ask('Hm?')
+    assert served.prompt_tokens > bare.prompt_tokens + 5
+    assert (broken.finish_reason, broken.error_code) == (FinishReason.ERROR, ErrorCode.INTERNAL)
+    assert 'never' in broken.error
+    assert robot.ask('Hm?', max_tokens=1).text == plain.text
+
+
 def test_idle_engine_asks_not_to_be_called(robot: Robot) -> None:
     """Without work, step says so, and nothing is published."""
     robot.ask('Hm?')

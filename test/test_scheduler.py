@@ -130,7 +130,7 @@ def test_least_slack_goes_first_within_a_class_of_priority():
 
 def test_a_prefill_chunk_leaves_the_decode_rows_their_deadline():
     now = 100.0
-    for spare in (0.05, 0.08, 0.12, 0.2):
+    for spare in (0.03, 0.05, 0.08, 0.12, 0.2):
         row = running(0, now=now, tpot=0.3, behind=0.3 - spare)
         state = State([query(1, now, prompt=200)], [row], None, 10000)
         plan = scheduler().plan(state, now)
@@ -147,6 +147,12 @@ def test_a_late_row_does_not_stop_prefills():
     plan = scheduler().plan(state, now)
     assert plan.decode == (row,)
     assert 16 <= plan.prefill[0].tokens < 100   # nor does the prefill stop it
+
+
+def test_a_prompt_that_is_late_twice_over_no_longer_waits_for_rows_without_slack():
+    row, prompt = query(0, 0.0, answer=300, tpot=0.0258), query(1, 0.3)
+    served('inference_only', [row, prompt], device=VirtualDevice())
+    assert 0.9 < ttft(prompt) < 1.4
 
 
 def test_decode_rows_take_turns_by_deadline_when_there_are_too_many():

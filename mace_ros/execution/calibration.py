@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-
 from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, TRAINING_SLOT
@@ -53,7 +51,7 @@ def measure(model: HybridModel, bank: AdapterBank, *, max_tokens: int,
             while not step.done:
                 started = clock()
                 segment = step.run_segment()
-                _finish(model)
+                model.synchronize()
                 yield segment, clock() - started
 
 
@@ -62,12 +60,6 @@ def _passes(model: HybridModel, spans: list[Span], shape: PassShape,
     for repeat in range(REPEATS + 1):
         started = clock()
         model.run(spans)
-        _finish(model)
+        model.synchronize()
         if repeat:
             yield shape, clock() - started
-
-
-def _finish(model: HybridModel) -> None:
-    """Wait for the device."""
-    if model.device.type == 'cuda':
-        torch.cuda.synchronize()

@@ -128,6 +128,11 @@ class HybridModel:
         logits: Tensor = output.logits[0].float()
         return logits
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that its time can be told."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
     def tensor(self, values: Any) -> Tensor:
         """Return integers as a tensor on the device."""
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -29,6 +30,17 @@ class ChatText:
         if self.tokenizer.chat_template is None:
             lines = [f'{m["role"].capitalize()}: {m["content"]}' for m in messages]
             return self.tokenizer.encode('\n'.join([*lines, 'Assistant:']))
+        try:
+            return self._templated(messages)
+        except TemplateError:
+            if messages[0]['role'] != 'system' or len(messages) < 2:
+                raise
+            # Some templates (Gemma's) know no system role: the first question says it then.
+            system, first, *rest = messages
+            content = f'{system["content"]}\n\n{first["content"]}'
+            return self._templated([{'role': first['role'], 'content': content}, *rest])
+
+    def _templated(self, messages: Sequence[Message]) -> list[int]:
         ids: list[int] = self.tokenizer.apply_chat_template(
             [dict(m) for m in messages], add_generation_prompt=True, return_dict=False)
         return ids

@@ -160,6 +160,7 @@ class MaceNode(Node):
         # Threads that spin while they wait for each other are no faster on cores of their
         # own, and five times slower where other processes want a core too (measured).
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+        os.environ.setdefault('TQDM_DISABLE', '1')    # bars are not for a log
         # Not above: torch takes seconds, and parameters are served meanwhile.
         from mace_ros.engine import Engine
         storage = self.storage_folder()
@@ -175,10 +176,11 @@ class MaceNode(Node):
         engine = self._engine
         assert engine is not None
         self._update(self._table.settings)    # what was set while the model was loaded
-        self._publish(engine.restored)
         self._intake.open(engine)
         self._device.drive(engine)
         self.get_logger().info('ready')
+        # Before the events of the first iteration, which this thread has yet to run.
+        self._publish(engine.restored)
 
     def _unload(self) -> None:
         engine, self._engine = self._engine, None

@@ -26,8 +26,9 @@ Sample: TypeAlias = tuple[PassShape | Segment, float]
 # Before anything was measured: a slow device, so that nothing is promised.
 UNKNOWN_S, UNKNOWN_TOKEN_S = 0.01, 0.001
 
-# The pace is the median of so many ratios to the curves: nearly half may be outliers.
-PACE_OVER = 9
+# The pace is the median of so many ratios to the curves: two may be outliers, and a
+# change is followed within three.
+PACE_OVER = 5
 
 
 class CostModel:

@@ -37,6 +37,7 @@ class Curve:
     DRIFT = 0.01          # of a level, with each measurement of it
     CONTEXT_SPREAD = 0.3  # a pass of one token may so far grow by 1000 units of context
     CONTEXT_DRIFT = 0.003
+    SURE = 0.5            # most variance of a sure prediction, of a measurement's variance
 
     def __init__(self, contexts: int = 0) -> None:
         """Begin without a measurement, for measurements with so many ``contexts``."""
@@ -96,7 +97,7 @@ class Curve:
                                else (self.CONTEXT_DRIFT, self.CONTEXT_SPREAD))
                 covariance[i, i] = min(covariance[i, i] + drift ** 2, most ** 2)
         self._publish()
-        return unsure < noise
+        return unsure < self.SURE * noise
 
     def _start(self, tokens: int, seconds: float) -> None:
         """Guess the curve from one measurement: flat up to some tens of tokens, then linear."""

@@ -105,7 +105,7 @@ class Mace(Policy):
         """Return what may be learned in or after this pass, all of whose rows decode."""
         pass_s = self._cost.pass_s(*batch.shape, upper=True)
         most_s = min(room.slowdown_s, blocking_s)
-        if most_s <= 0.0 or room.this_s < pass_s:
+        if most_s <= 0.0:
             return NOTHING
         # Of the KV cache a forward that rides takes blocks for each of its samples.
         if work.ridable_tokens and batch.free_tokens >= 2 * work.ridable_tokens:
