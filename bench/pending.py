@@ -27,40 +27,53 @@ class TimedStep(FinetuneStep):
     """A fine-tune step that tells when its segments began and ended."""
 
     spent: Spent = staticmethod(lambda began, ended: None)
+    _whole = 0
 
     def run_segment(self) -> Segment:
         """Run the next segment and return it."""
+        self._whole = self._whole or len(list(self.segments()))
         began = time.monotonic()
         segment = super().run_segment()
         self.spent(began, time.monotonic())
         return segment
 
+    @property
+    def progress(self) -> float:
+        """The part of the step that is done, by its segments; what rode counts for nothing."""
+        return 1.0 - len(list(self.segments())) / self._whole if self._whole else 0.0
+
 
 class PendingLearner:
-    """
-    Supplies one fine-tune step after another, each over one sample of the same length.
-
-    Each system goes on with the step that its last block left unfinished, so that whole
-    steps can be counted without favouring short ones.
-    """
+    """Supplies one fine-tune step after another, each over one sample of the same length."""
 
     wants_anchors = False
     busy = True
 
     def __init__(self, engine: Engine, samples: Sequence[Sequence[int]]) -> None:
-        """``samples`` are token ids; all of them but the first one are learned."""
+        """Learn all but the first token of each of ``samples`` (token ids)."""
         self._model = engine.model
         self._trainer = Trainer(engine.bank, engine.settings.finetune.learning_rate)
         self._samples = cycle([Sample(tuple(s), (0.0,) + (1.0,) * (len(s) - 1)) for s in samples])
-        self._steps: dict[str, TimedStep] = {}
-        self._system = ''
+        self._pending = False
+        self.step: TimedStep | None = None      # that can run now
         self.on_spent: Spent = lambda began, ended: None
         self.finished_steps = self.finished_tokens = 0
 
-    def begin(self, system: str) -> None:
-        """Count from zero, with the step that was left by ``system``; by '', do nothing."""
-        self._system = system
+    def begin(self) -> None:
+        """Have fine-tuning pending from now on, and count from zero."""
+        self._pending = True
         self.finished_steps = self.finished_tokens = 0
+
+    def end(self) -> int:
+        """
+        Have nothing to learn any more; return the tokens learned since the beginning.
+
+        A step that is cut off counts by its part: whole steps alone would favour whom
+        they don't get in the way of.
+        """
+        unfinished = self.step.progress * self.step.tokens if self.step is not None else 0.0
+        self._pending, self.step = False, None
+        return self.finished_tokens + round(unfinished)
 
     def new_step(self) -> TimedStep:
         """Return a fresh step over the next sample."""
@@ -70,11 +83,6 @@ class PendingLearner:
         step.spent = self.on_spent
         return step
 
-    @property
-    def step(self) -> TimedStep | None:
-        """The fine-tune step that can run now."""
-        return self._steps.get(self._system)    # none of the system ''
-
     def ran(self, tokens: int, seconds: float) -> None:
         """Count the tokens of whole steps."""
         self.finished_tokens += tokens
@@ -82,9 +90,8 @@ class PendingLearner:
 
     def advance(self, settings: Settings) -> list[Event]:
         """Go on with the next step."""
-        step = self.step
-        if self._system and (step is None or step.done):
-            self._steps[self._system] = self.new_step()
+        if self._pending and (self.step is None or self.step.done):
+            self.step = self.new_step()
         return []
 
     def drop(self, reason: str) -> list[Event]:

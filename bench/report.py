@@ -77,7 +77,7 @@ def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
 def number(value: Any) -> str:
     """Return a cell as text: numbers with three digits, a dash for what is missing."""
     if value is None:
-        return '–'
+        return '-'
     if isinstance(value, float):
         return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}'
     return str(value)

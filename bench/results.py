@@ -195,7 +195,7 @@ class Recorder:
     """Notes when and how a benchmark was started, and writes its results in the end."""
 
     def __init__(self, settings: Mapping[str, Any], *, quick: bool = False) -> None:
-        """``settings`` are the options in force; those of a quick run are kept apart."""
+        """Begin; ``settings`` are the options in force. Results of a quick run are kept apart."""
         self.quick = quick
         self._settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
         self._machine = machine()

@@ -56,7 +56,7 @@ class Served:
                   max_tokens: int) -> Block:
         """Serve ``arrivals`` under a policy, for at least so long and until all are answered."""
         self._set({'scheduler.policy': system})
-        self.learner.begin(system)
+        self.learner.begin()
         begun = time.monotonic()
         ids = [f'{system}/{block}/{i}' for i in range(len(arrivals))]
         feeder = threading.Thread(target=self._feed, args=(begun, arrivals, ids, max_tokens))
@@ -72,6 +72,7 @@ class Served:
 
         self.drive(finished, until=begun + seconds)
         ended = time.monotonic()
+        tokens = self.learner.end()
         feeder.join()
         log = self.engine.log
         rows = [request_row(system, block, begun, log.answered(i, begun + a.at), self._slo)
@@ -79,7 +80,7 @@ class Served:
         return Block(
             rows,
             block_row(system, block, wall_s=ended - begun, busy_s=log.busy_s,
-                      finetune_tokens=self.learner.finished_tokens,
+                      finetune_tokens=tokens,
                       finetune_steps=self.learner.finished_steps),
             [{'system': system, 'block': block, 'wait_ms': log.finetune_wait_s(i) * 1e3}
              for i in ids],
@@ -115,7 +116,7 @@ class Served:
         """Keep so many requests in flight under ``mace``, and return the iterations."""
         before = self.engine.settings
         self._set({'scheduler.policy': 'mace', 'scheduler.max_requests': in_flight})
-        self.learner.begin('mace')
+        self.learner.begin()
         ends, count = time.monotonic() + seconds, 0
 
         def ask() -> None:
@@ -137,6 +138,7 @@ class Served:
         for _ in range(in_flight):
             ask()
         self.drive(finished, until=ends)
+        self.learner.end()
         rows = iteration_rows('mace', 0, self.engine.log)
         for i in range(count):
             self.engine.cancel(f'crowd/{i}')
@@ -170,7 +172,6 @@ class Served:
                 arrival.text, id=query_id, max_tokens=max_tokens, temperature=0.0))
 
     def _set(self, values: dict[str, Any]) -> None:
-        self.learner.begin('')
         self.engine.update(self.engine.settings.updated(values))
         self.engine.step()      # settings are in force from the next iteration on
 

@@ -394,7 +394,7 @@ def test_no_segment_runs_before_all_tokens_rode() -> None:
         step.rode(rows.tokens)
     assert step.ridable_tokens == 0
     assert [s.kind for s in step.segments()] == [
-        SegmentKind.HEAD, *[SegmentKind.BACKWARD] * 3, SegmentKind.OPTIMIZER]
+        SegmentKind.HEAD, *[SegmentKind.BACKWARD_RECOMPUTED] * 3, SegmentKind.OPTIMIZER]
 
 
 def test_a_step_without_anything_to_learn_is_refused() -> None:

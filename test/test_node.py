@@ -22,6 +22,8 @@ from graph import ENVIRONMENT, wait_until
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
+from rclpy.context import Context
+from rclpy.node import Node
 from ros_graph import eventually, NodeProcess, Recorder, set_parameters
 from std_msgs.msg import Header
 
@@ -45,6 +47,7 @@ from mace_ros.ros.conversion import (
     MESSAGE_TYPES,
     query_from,
 )
+from mace_ros.ros.device import Device
 from mace_ros.ros.intake import Intake
 from mace_ros.ros.latch import VersionLatch
 
@@ -202,6 +205,68 @@ def test_what_comes_early_waits_and_what_comes_late_is_refused() -> None:
     assert [type(r) for r in refused] == [Finished, CorrectionProgress]
     assert refused[0].error_code is ErrorCode.NOT_SERVING
     assert refused[0].error == refused[1].reason == 'it is night'
+
+
+class ScriptedEngine:
+    """Steps as it is told to: a delay until it wants to be woken, None, or an error."""
+
+    def __init__(self, *script: float | Exception | None) -> None:
+        self.script = list(script)
+        self.stepped_at: list[float] = []
+
+    def step(self) -> SimpleNamespace:
+        now = time.monotonic()
+        self.stepped_at.append(now)
+        what = self.script.pop(0) if self.script else None
+        if isinstance(what, Exception):
+            raise what
+        return SimpleNamespace(events=[], wake_at=None if what is None else now + what)
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    context = Context()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'OFF')
+        context.init(args=[])
+    node = Node('owner', context=context)
+    reasons: list[str] = []
+    made = Device(node, publish=lambda events: None, hopeless=reasons.append)
+    made.reasons = reasons
+    yield made
+    assert made.stop(5.0)
+    context.shutdown()
+
+
+def test_iterations_follow_each_other_or_wait_as_the_engine_says(device: Device) -> None:
+    engine = ScriptedEngine(0.0, 0.0, 0.3, None, None)
+    device.call(lambda: device.drive(engine)).result(5.0)
+    assert wait_until(lambda: len(engine.stepped_at) == 4, 5.0)
+    time.sleep(0.3)
+    assert len(engine.stepped_at) == 4
+    device.wake()
+    assert wait_until(lambda: len(engine.stepped_at) == 5, 5.0)
+    waits = [b - a for a, b in pairwise(engine.stepped_at)]
+    assert waits[2] >= 0.3 > max(waits[:2])
+    assert device.reasons == []
+
+
+def test_a_failed_iteration_is_tried_again(device: Device) -> None:
+    engine = ScriptedEngine(ValueError('broken'), 0.0, ValueError('broken'), None)
+    device.call(lambda: device.drive(engine)).result(5.0)
+    assert wait_until(lambda: not engine.script, 5.0)
+    assert device.reasons == []
+
+
+def test_an_engine_that_always_fails_is_given_up(device: Device) -> None:
+    engine = ScriptedEngine(*[ValueError('broken')] * 9)
+    device.call(lambda: device.drive(engine)).result(5.0)
+    assert wait_until(lambda: device.reasons, 5.0)
+    device.wake()
+    time.sleep(0.3)
+    assert len(device.reasons) == 1
+    assert 'broken' in device.reasons[0]
+    assert len(engine.stepped_at) == 3
 
 
 # -- answering ---------------------------------------------------------------------------

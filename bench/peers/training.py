@@ -26,6 +26,7 @@ class PeftTraining:
         self._optimizer = torch.optim.AdamW(
             [p for p in self._model.parameters() if p.requires_grad], lr=learning_rate,
             weight_decay=0.0, fused=True)
+        self._tokens = len(samples[0])
         self._samples = cycle([torch.tensor([list(s)]) for s in samples])
         self._go = go
 
@@ -46,10 +47,10 @@ class PeftTraining:
         """Take so many steps; return the seconds of each."""
         return [self.step() for _ in range(count)]
 
-    def train(self) -> list[tuple[float, float]]:
-        """Take steps while ``go`` is set; return when each began and ended."""
+    def train(self) -> list[tuple[float, float, int]]:
+        """Take steps while ``go`` is set; return when each began and ended, and its tokens."""
         spent = []
         while self._go.is_set():
-            ended_before = time.monotonic()
-            spent.append((ended_before, ended_before + self.step()))
+            began = time.monotonic()
+            spent.append((began, began + self.step(), self._tokens))
         return spent

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 import multiprocessing
 from multiprocessing.connection import Connection
 import os
@@ -70,23 +71,22 @@ class Worker:
 def _serve(connection: Connection, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Be the other process."""
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    call: Callable[[], Any] = lambda: make(**arguments)     # noqa: E731
-    served: Any = None
+    made: list[Any] = []
+    if not _answer(connection, lambda: made.append(make(**arguments))):
+        return
     while True:
-        try:
-            result = call()
-            if served is None:
-                served, result = result, None
-            connection.send((False, result))
-        except Exception as error:
-            lines = traceback.format_exc().splitlines()
-            connection.send((True, '\n'.join([f'{type(error).__name__}: {error}', *lines])))
-            if served is None:
-                return
         try:
             method, values = connection.recv()
         except EOFError:
             return
+        _answer(connection, partial(getattr(made[0], method), *values))
 
-        def call(method: str = method, values: tuple[Any, ...] = values) -> Any:
-            return getattr(served, method)(*values)
+
+def _answer(connection: Connection, call: Callable[[], Any]) -> bool:
+    """Send what ``call`` returns, or how it failed; return whether it did not."""
+    try:
+        connection.send((False, call()))
+        return True
+    except Exception as error:
+        connection.send((True, f'{type(error).__name__}: {error}\n{traceback.format_exc()}'))
+        return False

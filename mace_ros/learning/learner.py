@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import cycle, islice
+from itertools import cycle
 import math
 from statistics import fmean
 import time
@@ -51,17 +51,28 @@ class _Waiting:
     arrived: float    # on the engine's clock
 
 
+@dataclass(frozen=True)
+class _Fetched:
+    """What a job needs from disk."""
+
+    answers: tuple[Answer, ...]                 # given earlier, to be replayed
+    learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
+    tensors: dict[str, Tensor] | None           # of the live version; None: the base model
+
+
 @dataclass
 class _Job:
     profile: str
     corrections: list[_Waiting]
     parent: int
-    fetched: Future[tuple[tuple[Answer, ...], dict[str, Tensor] | None]]
+    fetched: Future[_Fetched]
     samples: list[Sample] = field(default_factory=list)
-    replayed: list[Sample] = field(default_factory=list)
+    kept: list[Sample] = field(default_factory=list)        # earlier corrections
+    replayed: list[Sample] = field(default_factory=list)    # earlier answers
     trainer: Trainer | None = None
     step: FinetuneStep | None = None
     judged: bool = False                # this step's scores were looked at
+    must_be_right: int = 0              # of its samples, the first so many
     steps: int = 0
     train_tokens: int = 0
     train_seconds: float = 0.0
@@ -193,10 +204,11 @@ class Learner:
         count = settings.finetune.replay_samples
         live = self._slots.live(profile)
 
-        def fetch(journal: Journal) -> tuple[tuple[Answer, ...], dict[str, Tensor] | None]:
+        def fetch(journal: Journal) -> _Fetched:
             record = journal.live(live.profile) if live.version else None
-            return (journal.replay_candidates(profile, count),
-                    self._store.load(record.path, record.sha256) if record else None)
+            return _Fetched(
+                journal.replay_candidates(profile, count), journal.learned(live.profile),
+                self._store.load(record.path, record.sha256) if record else None)
 
         self._job = _Job(profile, chosen, live.version, self._submit(fetch))
         self.wants_anchors = self._anchors is None
@@ -207,18 +219,22 @@ class Learner:
         error = job.fetched.exception()
         if error is not None:
             return self.drop(f'the live version could not be read: {error}')
-        answers, tensors = job.fetched.result()
-        if tensors is None:
+        fetched = job.fetched.result()
+        if fetched.tensors is None:
             self._bank.reset()
         else:
-            self._bank.load(tensors)
+            self._bank.load(fetched.tensors)
         job.trainer = Trainer(self._bank, settings.finetune.learning_rate)
         job.samples = [_sample(w.record.prompt_ids, self._chat.answer(w.record.corrected))
                        for w in job.corrections]
         prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
-        earlier = [_sample(a.prompt_ids, a.output_ids) for a in answers
+        earlier = [_sample(a.prompt_ids, a.output_ids) for a in fetched.answers
                    if a.prompt_ids not in prompts and a.output_ids
                    and len(a.prompt_ids) + len(a.output_ids) <= settings.finetune.max_sample_tokens]
+        # The newest correction of a question is the one to keep.
+        newest = {r.prompt_ids: r for r in fetched.learned if r.prompt_ids not in prompts}
+        job.kept = [_sample(r.prompt_ids, self._chat.answer(r.corrected))
+                    for r in newest.values()]
         # Interleaved, so that a few of each kind come in every step.
         job.replayed = [s for pair in zip(self._anchors, cycle(earlier), strict=False)
                         for s in pair] if earlier else list(self._anchors)
@@ -227,12 +243,14 @@ class Learner:
 
     def _next_step(self, job: _Job, settings: Settings) -> None:
         assert job.trainer is not None
-        count = min(settings.finetune.replay_samples, len(job.replayed))
-        first = job.steps * count
+        count = settings.finetune.replay_samples
         job.judged = False
-        chosen = list(islice(cycle(job.replayed), first, first + count)) if count else []
+        # Up to half of what is replayed are earlier corrections; all in their turn.
+        kept = _turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
+        replayed = _turn(job.replayed, count - len(kept), job.steps)
+        job.must_be_right = len(job.samples) + len(kept)
         job.step = FinetuneStep(
-            self._model, job.trainer, job.samples + chosen,
+            self._model, job.trainer, job.samples + kept + replayed,
             keep_graphs=settings.finetune.recompute != 'always',
             may_ride=settings.finetune.recompute != 'never',
             oldest_correction_at=min(w.arrived for w in job.corrections))
@@ -243,13 +261,13 @@ class Learner:
         job.judged = True
         count = len(job.corrections)
         scores = job.step.scores()
-        right = [s.margin >= LEARNED_MARGIN for s in scores[:count]]
+        right = [s.margin >= LEARNED_MARGIN for s in scores[:job.must_be_right]]
         score = fmean(s.log_probability for s in scores[:count])
         if job.steps == 0:
             job.score_before = score
         if not all(right) and job.steps < settings.finetune.max_steps:
             return []
-        learned = [w for w, ok in zip(job.corrections, right, strict=True) if ok]
+        learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok]
         events: list[Event] = [
             self._set_state(w.record, CorrectionState.FAILED,
                             f'not learned after {job.steps} steps (finetune.max_steps)')
@@ -319,6 +337,13 @@ class Learner:
             target_modules=self._bank.target_modules, task_type='CAUSAL_LM',
             base_model_name_or_path=self._model_name, inference_mode=True).to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def _turn(samples: list[Sample], count: int, turn: int) -> list[Sample]:
+    """Return the next ``count`` samples, so that each one comes equally often."""
+    if not samples:
+        return []
+    return [samples[i % len(samples)] for i in range(turn * count, (turn + 1) * count)]
 
 
 def _sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int]) -> Sample:

@@ -30,6 +30,10 @@ UNKNOWN_S, UNKNOWN_TOKEN_S = 0.01, 0.001
 # change is followed within three.
 PACE_OVER = 5
 
+# How much of the pace the curves take to pass (an exponent): a pace that lasts becomes the
+# device's own, or else pace and curves could drift apart for ever without being wrong.
+PASSING = 0.95
+
 
 class CostModel:
     """
@@ -114,7 +118,7 @@ class CostModel:
             expected = self._expected_s(what)
             predicted += expected
             measured += seconds
-            if self._learn(what, seconds / self._pace):
+            if self._learn(what, seconds / self._pace ** PASSING):
                 ratio = seconds / expected
                 (self._segment_ratios[what.kind] if isinstance(what, Segment)
                  else self._pass_ratios).add(ratio)

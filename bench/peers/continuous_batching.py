@@ -1,0 +1,83 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The continuous batching of transformers, with a PEFT adapter attached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import time
+from typing import Any
+
+from peft import PeftModel
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+from bench.load import Answered, Arrival
+
+TIMEOUT_S = 600.0
+
+
+class ContinuousBatching:
+    """Its manager, fed with requests as they arrive."""
+
+    def __init__(self, model: str, adapter: str, dtype: str) -> None:
+        """Load ``model`` with the PEFT ``adapter``, and start the manager's thread."""
+        base = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), use_safetensors=True, attn_implementation='sdpa')
+        # Its layers with LoRA; the manager wants the transformers model itself.
+        self._model: Any = PeftModel.from_pretrained(base, adapter).eval().base_model.model
+        # Sized for this load: left to itself, the cache takes the memory of the machine.
+        self._manager = self._model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=16, num_blocks=1024, max_batch_tokens=256, max_requests_per_batch=64))
+        self._manager.start()
+        self._asked = 0
+
+    def threads(self, count: int) -> None:
+        """Compute with so many threads from now on."""
+        torch.set_num_threads(count)
+
+    def run_block(self, begun: float, arrivals: Sequence[Arrival],
+                  max_tokens: int) -> tuple[list[Answered], float]:
+        """
+        Serve ``arrivals``; return what became of them, and the seconds with any in flight.
+
+        One thread both feeds and listens: between two arrivals it waits for tokens.
+        """
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        due: dict[str, float] = {}
+        waiting, left = list(arrivals), len(arrivals)
+        busy, busy_since = 0.0, 0.0
+        deadline = time.monotonic() + TIMEOUT_S
+        while left:
+            now = time.monotonic()
+            if now > deadline:
+                raise TimeoutError(f'{left} requests did not end: {self._manager.get_result}')
+            while waiting and begun + waiting[0].at <= now:
+                arrival = waiting.pop(0)
+                name = f'r{self._asked}'
+                self._asked += 1
+                if len(due) == len(last):
+                    busy_since = now
+                due[name] = begun + arrival.at
+                self._manager.add_request(
+                    list(arrival.ids), request_id=name, max_new_tokens=max_tokens, streaming=True)
+            until = begun + waiting[0].at if waiting else now + 1.0
+            output = self._manager.get_result(timeout=max(until - now, 1e-4))
+            if output is None:
+                continue
+            if output.error:
+                raise RuntimeError(output.error)
+            now = time.monotonic()
+            first.setdefault(output.request_id, now)
+            if output.is_finished():
+                if len(output.generated_tokens) != max_tokens:
+                    raise AssertionError(f'{len(output.generated_tokens)} tokens came')
+                last[output.request_id] = now
+                left -= 1
+                if len(due) == len(last):
+                    busy += now - busy_since
+        # When a request was begun isn't told: its queueing is part of its first token.
+        return [Answered(due[n], due[n], first[n], last[n], max_tokens) for n in due], busy
