@@ -257,6 +257,16 @@ def test_correction_is_learned_and_a_running_request_keeps_its_version(robot: Ro
     assert follow_up.prompt_tokens < wrong.prompt_tokens * 2 + corrected + 8
 
 
+def test_earlier_correction_is_kept_when_another_is_learned(robot: Robot) -> None:
+    """Both corrections are answered right by the second version."""
+    for text, corrected in (('Who are you?', 'A robot.'), ('Where do you live?', 'In the hall.')):
+        wrong = robot.ask(text)
+        robot.correct(Correction(corrected, query_id=wrong.query_id, id=corrected))
+    assert robot.ask('Who are you?').text == 'A robot.'
+    last = robot.ask('Where do you live?')
+    assert (last.text, last.adapter_version) == ('In the hall.', 2)
+
+
 def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:
     """The second message of one id is acknowledged with the state reached."""
     wrong = robot.ask('Who are you?')

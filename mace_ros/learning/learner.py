@@ -267,10 +267,12 @@ class Learner:
             job.score_before = score
         if not all(right) and job.steps < settings.finetune.max_steps:
             return []
-        learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok]
+        keeps = all(right[count:])
+        learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok and keeps]
+        reason = ('not learned' if keeps else 'not learned without losing an earlier correction')
         events: list[Event] = [
             self._set_state(w.record, CorrectionState.FAILED,
-                            f'not learned after {job.steps} steps (finetune.max_steps)')
+                            f'{reason} after {job.steps} steps (finetune.max_steps)')
             for w in job.corrections if w not in learned]
         if learned and job.steps:
             job.corrections, job.score_after = learned, score

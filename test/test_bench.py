@@ -1,0 +1,42 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks can be asked for help, and their report tells what falls short."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from bench.results import check
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize('module', ['bench', 'bench.colocation', 'bench.report'])
+def test_help(module: str) -> None:
+    done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith('usage: ')
+
+
+def test_check_compares_value_and_target() -> None:
+    assert check('a', 1.0, '<= 1.15').holds
+    assert not check('a', 1.2, '<= 1.15').holds
+    assert not check('a', float('nan'), '<= 1.15').holds
+
+
+@pytest.mark.parametrize(('value', 'code'), [(1.0, 0), (2.0, 1)])
+def test_report_exits_by_what_holds(tmp_path: Path, value: float, code: int) -> None:
+    result = {'bench': 'x', 'checks': [asdict(check('a', value, '<= 1.5'))], 'reported': [],
+              'tables': []}
+    (tmp_path / 'x.json').write_text(json.dumps(result))
+    done = subprocess.run([sys.executable, '-m', 'bench.report', '--results', str(tmp_path)],
+                          cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert ('FALLS SHORT' in done.stdout) == bool(code)
