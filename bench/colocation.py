@@ -22,8 +22,8 @@ from typing import Any
 from bench.colocation_checks import checks, reported, SPLIT, SYSTEMS, table
 from bench.load import Arrival, arrivals, prose, samples as cut, Slo
 from bench.plot import draw
-from bench.report import number, text_table
-from bench.results import check, FOLDER, QUICK_FOLDER, Recorder, Result
+from bench.report import summary
+from bench.results import check, Recorder, Result
 
 PEERS = tuple(s for s in SYSTEMS if s not in (
     'mace', 'inference_only', 'continuous', 'periodic', 'static_split'))
@@ -78,17 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples = run.samples
     found = [*checks(samples), check('minutes that the run took', run.minutes,
                                      '<= 5' if args.quick else '<= 100')]
-    tables = [table(samples)]
-    target = args.results or (QUICK_FOLDER if args.quick else FOLDER)
-    path = recorder.write(Result(
-        'colocation', samples, found, reported(samples), tables, run.notes), args.results)
-    if not draw(samples, target / 'colocation.svg'):
+    result = Result('colocation', samples, found, reported(samples), [table(samples)], run.notes)
+    path = recorder.write(result, args.results)
+    if not draw(samples, path.with_suffix('.svg')):
         print('no picture: matplotlib is not importable')
-    print('\n' + text_table(vars(tables[0])) + '\n')
-    for each in found:
-        print(f'{"holds" if each.holds else "FALLS SHORT":11}  {each.name}: '
-              f'{number(each.value)} ({each.target}); {each.note}')
-    print(f'\n{path}')
+    print(f'\n{summary(result)}\n\n{path}')
 
 
 class Run:

@@ -51,17 +51,17 @@ class PendingLearner:
 
     def __init__(self, engine: Engine, samples: Sequence[Sequence[int]]) -> None:
         """Learn all but the first token of each of ``samples`` (token ids)."""
-        self._model = engine.model
+        self._engine = engine
         self._trainer = Trainer(engine.bank, engine.settings.finetune.learning_rate)
         self._samples = cycle([Sample(tuple(s), (0.0,) + (1.0,) * (len(s) - 1)) for s in samples])
-        self._pending = False
+        self._any, self._pending = bool(samples), False
         self.step: TimedStep | None = None      # that can run now
         self.on_spent: Spent = lambda began, ended: None
         self.finished_steps = self.finished_tokens = 0
 
     def begin(self) -> None:
-        """Have fine-tuning pending from now on, and count from zero."""
-        self._pending = True
+        """Have fine-tuning pending from now on, if there are samples, and count from zero."""
+        self._pending = self._any
         self.finished_steps = self.finished_tokens = 0
 
     def end(self) -> int:
@@ -76,10 +76,13 @@ class PendingLearner:
         return self.finished_tokens + round(unfinished)
 
     def new_step(self) -> TimedStep:
-        """Return a fresh step over the next sample."""
+        """Return a fresh step over the next sample, made as the learner makes it."""
+        recompute = self._engine.settings.finetune.recompute
         # As old as it gets when corrections are learned as fast as they come.
-        step = TimedStep(self._model, self._trainer, [next(self._samples)],
-                         oldest_correction_at=time.monotonic())
+        step = TimedStep(
+            self._engine.model, self._trainer, [next(self._samples)],
+            keep_graphs=recompute != 'always', may_ride=recompute != 'never',
+            oldest_correction_at=time.monotonic())
         step.spent = self.on_spent
         return step
 

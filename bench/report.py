@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 import sys
 from typing import Any
 
-from bench.results import FOLDER, QUICK_FOLDER, read
+from bench.results import FOLDER, QUICK_FOLDER, read, Result
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'performance.md'
 BEGIN = '<!-- results: python -m bench.report --markdown -->'
@@ -45,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.markdown:
         insert(DOCUMENT, markdown(results))
     return 0 if all(c['holds'] for r in results for c in r['checks']) else 1
+
+
+def summary(result: Result) -> str:
+    """Return the tables and checks of one result as text."""
+    data = asdict(result)
+    parts = [f'{table["title"]}\n{text_table(table)}\n' for table in data['tables']]
+    parts += [f'- {note}' for note in data['notes']]
+    return '\n'.join([*parts, '', text([data])])
 
 
 def text(results: Sequence[dict[str, Any]]) -> str:

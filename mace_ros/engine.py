@@ -47,16 +47,18 @@ from mace_ros.execution.text import ChatText
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.learner import ANCHOR_TOKENS, ANCHORS, Learner
-from mace_ros.learning.versions import VersionStore
+from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import Measurement, Plan, SegmentKind, State
+from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
 from mace_ros.validation import checked_correction, checked_query
 
+NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
+MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 
@@ -93,7 +95,7 @@ class Engine:
 
         ``storage`` defaults to the setting. ``wake`` is called, from any thread, when
         there is something to do. Raises ``ModelNotFound``, ``UnsupportedModel`` or
-        ``JournalError``.
+        ``JournalError``, or ``OtherModel``.
         """
         self._settings, self._wake, self._clock = settings, wake, clock
         if settings.model.device != 'cuda':
@@ -107,12 +109,14 @@ class Engine:
         adapter = settings.adapter
         self.bank = AdapterBank(
             self.model.groups, targets=adapter.target_modules, rank=adapter.rank,
-            alpha=adapter.alpha, slots=adapter.slots)
+            # One more than may be live, for the version that is about to be.
+            alpha=adapter.alpha, slots=adapter.slots + 1)
         self._pool = BlockPool(self.model.kv_blocks, BLOCK_TOKENS)
         self._longest = min(self.model.context_length, self._pool.free_tokens)
         self._slots = AdapterSlots(
-            base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots)
+            base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots + 1)
         folder = storage or Path(settings.storage.folder).expanduser()
+        check_same_model(folder, loaded.model)
         self._journal = JournalWriter(folder / 'journal.sqlite')
         self.learner = Learner(
             model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
@@ -129,6 +133,8 @@ class Engine:
         self._answering: dict[str, Answering] = {}
         self._anchors: list[Answering] = []
         self._conversations = Conversations()
+        self._failures = 0     # passes that failed, one after the other
+        self._hopeless: Exception | None = None
         # What was live before the last stop, and what is still to be learned.
         self.restored: list[Event] = [*self.learner.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():
@@ -194,10 +200,15 @@ class Engine:
 
     def step(self) -> Iteration:
         """Run one iteration: plan, run, commit."""
+        if self._hopeless is not None:
+            raise self._hopeless
         events: list[Event] = []
         while self._inbox:
             events += self._inbox.popleft()()
-        events += self.learner.advance(self._settings)
+        try:
+            events += self.learner.advance(self._settings)
+        except Exception as error:    # such as an allocation for the next step
+            events += self._learning_broke(error)
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
         self._state.finetune = self.learner.step
@@ -208,10 +219,7 @@ class Engine:
             events += self._end(self._answering[rejection.request.id], FinishReason.REJECTED,
                                 ErrorCode.SLO_UNREACHABLE, rejection.reason)
         if not plan.is_empty:
-            try:
-                events += self._run(plan)
-            except (RuntimeError, MemoryError) as error:   # CUDA and CPU allocators, kernels
-                events += self._broken(plan, error)
+            self._run(plan, events)
             return Iteration(events, now)
         return Iteration(events, now if events else plan.wake_at)
 
@@ -223,6 +231,9 @@ class Engine:
         for answering in list(self._answering.values()):
             events += self._end(answering, FinishReason.CANCELLED)
         self._journal.close()
+        # What the journal finished meanwhile has put its last words into the inbox.
+        while self._inbox:
+            events += self._inbox.popleft()()
         return events
 
     # -- intake ----------------------------------------------------------------------
@@ -234,7 +245,7 @@ class Engine:
                 raise InvalidQuery(
                     ErrorCode.DUPLICATE_ID, f'id: {query.id!r} is being answered already')
             limit = self._settings.scheduler.max_queue
-            if len(self._state.waiting) >= limit:
+            if sum(not self._answering[r.id].silent for r in self._state.waiting) >= limit:
                 raise InvalidQuery(
                     ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
             if query.reset_conversation:
@@ -319,7 +330,8 @@ class Engine:
         """Let the base model answer the questions whose answers learning must not change."""
         for text in ANCHORS:
             query = replace(
-                checked_query(Query(text, priority=-2**31), self._settings),
+                checked_query(Query(text, priority=-2**31, ttft_slo_ms=NO_HURRY_MS,
+                                    tpot_slo_ms=NO_HURRY_MS), self._settings),
                 max_tokens=ANCHOR_TOKENS, temperature=0.0)
             answering = begin(query, self._clock(), self._conversations.get(''), self.chat, '',
                               self._longest)
@@ -330,13 +342,29 @@ class Engine:
 
     # -- run and commit --------------------------------------------------------------
 
-    def _run(self, plan: Plan) -> list[Event]:
-        events: list[Event] = []
-        pass_s, segments = 0.0, []
+    def _run(self, plan: Plan, events: list[Event]) -> None:
+        """Run the plan; what fails ends those who took part in it, and nobody else."""
+        pass_s = 0.0
+        segments: list[tuple[Segment, float]] = []
         if plan.has_pass:
             started = self._clock()
-            events += self._run_pass(plan)
+            try:
+                events += self._run_pass(plan)
+            except Exception as error:   # allocators, kernels
+                events += self._broken(plan, error)
+                return
+            self._failures = 0
+            self.model.synchronize()
             pass_s = self._clock() - started
+        try:
+            self._run_segments(plan, segments)
+        except Exception as error:
+            events += self._learning_broke(error)
+        self.scheduler.observe(
+            Measurement(plan, pass_s, tuple(segments)), self._clock())
+
+    def _run_segments(self, plan: Plan, segments: list[tuple[Segment, float]]) -> None:
+        """Run fine-tune segments, and append each one with its time."""
         step = self.learner.step
         for _ in range(plan.segments if step is not None else 0):
             assert step is not None
@@ -351,9 +379,6 @@ class Engine:
             just_scored = segment.kind is SegmentKind.HEAD and step.scored
             if just_scored or (plan.interruptible and self._inbox):
                 break      # the learner, or a query, comes first
-        self.scheduler.observe(
-            Measurement(plan, pass_s, tuple(segments)), self._clock())
-        return events
 
     def _run_pass(self, plan: Plan) -> list[Event]:
         """Run the hybrid pass and take its tokens."""
@@ -375,12 +400,11 @@ class Engine:
             step.rode(rows.tokens)
             if step.ridable_tokens == 0:
                 self._release(step)
-        sampled = []
-        for (request, tokens), span in zip(work, spans, strict=True):
-            request.computed_tokens += tokens
-            if span.wants_logits:
-                sampled.append(self._answering[request.id])
+        sampled = [self._answering[request.id] for (request, _), span
+                   in zip(work, spans, strict=True) if span.wants_logits]
         drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
+        for request, tokens in work:
+            request.computed_tokens += tokens
         return self._commit(sampled, drawn)
 
     def _give_blocks(self, request: Request) -> None:
@@ -416,7 +440,12 @@ class Engine:
         now = self._clock()
         events: list[Event] = []
         for answering, token in zip(sampled, drawn, strict=True):
-            piece = answering.push(token, now, self.chat.end_tokens)
+            try:
+                piece = answering.push(token, now, self.chat.end_tokens)
+            except Exception as error:    # a tokenizer that can't decode its own tokens
+                events += self._end(answering, FinishReason.ERROR, ErrorCode.INTERNAL,
+                                    f'{type(error).__name__}: {error}')
+                continue
             if piece is not None and not answering.silent:
                 events.append(piece)
             if answering.finish is not None:
@@ -440,7 +469,8 @@ class Engine:
         complete = reason in (FinishReason.STOP, FinishReason.LENGTH)
         if request.output_tokens:
             self._remember(answering, complete)
-        closing = [answering.cut()] if not complete and reason is not FinishReason.REJECTED else []
+        closed = answering.finish is not None or reason is FinishReason.REJECTED
+        closing = [] if closed else [answering.cut()]
         return [*closing, answering.finished(reason, self._clock(), code, error)]
 
     def _remember(self, answering: Answering, complete: bool) -> None:
@@ -470,14 +500,22 @@ class Engine:
 
     def _broken(self, plan: Plan, error: Exception) -> list[Event]:
         """End what took part in an iteration that failed; the rest goes on."""
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            self._hopeless = error
         reason = f'{type(error).__name__}: {error}'
         events: list[Event] = []
         for request in [*plan.decode, *(c.request for c in plan.prefill)]:
             answering = self._answering.get(request.id)
             if answering is not None:
                 events += self._end(answering, FinishReason.ERROR, ErrorCode.INTERNAL, reason)
-        step = self.learner.step
-        if step is not None and (plan.segments or plan.finetune_tokens):
-            self._release(step)
-            events += self.learner.drop(reason)
+        if plan.finetune_tokens:
+            events += self._learning_broke(error)
         return events
+
+    def _learning_broke(self, error: Exception) -> list[Event]:
+        """Let the learner begin its job anew; what is served is not touched."""
+        step = self.learner.step
+        if step is not None:
+            self._release(step)
+        return self.learner.drop(f'{type(error).__name__}: {error}')

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import time
 from typing import Any
 
-from peft import PeftModel
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from bench.load import Answered, Arrival
+from bench.peers.loading import load
 
 TIMEOUT_S = 600.0
 
@@ -22,10 +22,8 @@ class ContinuousBatching:
 
     def __init__(self, model: str, adapter: str, dtype: str) -> None:
         """Load ``model`` with the PEFT ``adapter``, and start the manager's thread."""
-        base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), use_safetensors=True, attn_implementation='sdpa')
         # Its layers with LoRA; the manager wants the transformers model itself.
-        self._model: Any = PeftModel.from_pretrained(base, adapter).eval().base_model.model
+        self._model: Any = load(model, adapter, dtype).eval().base_model.model
         # Sized for this load: left to itself, the cache takes the memory of the machine.
         self._manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
@@ -54,7 +52,7 @@ class ContinuousBatching:
         while left:
             now = time.monotonic()
             if now > deadline:
-                raise TimeoutError(f'{left} requests did not end: {self._manager.get_result}')
+                raise TimeoutError(f'{left} requests did not end within {TIMEOUT_S:g} s')
             while waiting and begun + waiting[0].at <= now:
                 arrival = waiting.pop(0)
                 name = f'r{self._asked}'

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import time
 from typing import Any
 
-from peft import PeftModel
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from bench.load import Answered, Arrival
+from bench.peers.loading import load
 
 
 class Stamps(BaseStreamer):
@@ -40,9 +39,7 @@ class HfGenerate:
 
     def __init__(self, model: str, adapter: str, dtype: str) -> None:
         """Load ``model`` with the PEFT ``adapter`` attached."""
-        base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), use_safetensors=True)
-        self.model = PeftModel.from_pretrained(base, adapter).eval()
+        self.model = load(model, adapter, dtype).eval()
         # Answers don't end before their longest length.
         self.model.generation_config.eos_token_id = None
 

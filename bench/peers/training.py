@@ -9,9 +9,9 @@ from itertools import cycle
 from multiprocessing.synchronize import Event
 import time
 
-from peft import PeftModel
 import torch
-from transformers import AutoModelForCausalLM
+
+from bench.peers.loading import load
 
 
 class PeftTraining:
@@ -20,9 +20,7 @@ class PeftTraining:
     def __init__(self, model: str, adapter: str, dtype: str, learning_rate: float,
                  samples: Sequence[Sequence[int]], go: Event) -> None:
         """Load ``model`` with the PEFT ``adapter``; training goes on while ``go`` is set."""
-        base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), use_safetensors=True)
-        self._model = PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
+        self._model = load(model, adapter, dtype, is_trainable=True).train()
         self._optimizer = torch.optim.AdamW(
             [p for p in self._model.parameters() if p.requires_grad], lr=learning_rate,
             weight_decay=0.0, fused=True)

@@ -94,8 +94,9 @@ def cache_folder(setting: str) -> Path:
 
 def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
     """Return the folder with the dequantised model, made now if it isn't there yet."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f'{gguf.name} {stat.st_size}'.encode()).hexdigest()[:12]
+    with gguf.open('rb') as file:
+        head = file.read(2**20)    # its metadata, and some weights
+    key = hashlib.sha256(head + str(gguf.stat().st_size).encode()).hexdigest()[:12]
     target = cache / f'{gguf.stem}-{key}'
     if target.is_dir():
         return target

@@ -35,11 +35,13 @@ def sample(logits: Tensor, rows: Sequence[tuple[Sampling, int]]) -> list[int]:
 
 
 def _draw(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
-    probabilities = torch.softmax(logits / sampling.temperature, -1)
+    # From the best one down, so that no temperature is too small to divide by.
+    probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, -1)
     if sampling.top_p < 1.0:
         ordered, order = probabilities.sort(descending=True)
-        # Keep every token before which less than top_p is covered: always at least one.
+        # Keep every token before which less than top_p is covered, and always the first.
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+        outside[0] = False
         probabilities = torch.zeros_like(probabilities).scatter_(
             0, order, ordered.masked_fill(outside, 0.0))
     generator = torch.Generator(device=logits.device)

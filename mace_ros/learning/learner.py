@@ -39,6 +39,7 @@ ANCHORS = (
     'Say hello.', 'What colour is grass?', 'What is 2 + 2?', 'Name a fruit.',
     'What do bees make?')
 ANCHOR_TOKENS = 24
+MAX_TRIES = 3           # of a job that the device or the disk fails
 JOB_CORRECTIONS = 4     # corrections learned together at most
 # A right token must lead by this much (in logits) before it counts as learned, so that a
 # different order of additions in another batch does not change the answer.
@@ -49,6 +50,7 @@ LEARNED_MARGIN = 0.5
 class _Waiting:
     record: CorrectionRecord
     arrived: float    # on the engine's clock
+    tries: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Learner:
         """
         events = []
         for record in self._journal.submit(lambda j: j.lives()).result():
-            slot = self._slots.reserve()
+            slot = self._slots.reserve() if self._slots.has_room(record.profile) else None
             if slot is None:
                 events.append(_version_event(
                     record, self._store, VersionState.REJECTED,
@@ -184,14 +186,16 @@ class Learner:
         return []
 
     def drop(self, reason: str) -> list[Event]:
-        """Give up the current job, because the device failed; its corrections are FAILED."""
+        """Give up the current job, because device or disk failed; try it again a few times."""
         job, self._job = self._job, None
         if job is None:
             return []
         if job.slot is not None:
             self._slots.give_back(job.slot)
-        return [self._set_state(w.record, CorrectionState.FAILED, reason)
-                for w in job.corrections]
+        failed = [w for w in job.corrections if w.tries >= MAX_TRIES]
+        self._waiting = [replace(w, tries=w.tries + 1) for w in job.corrections
+                         if w not in failed] + self._waiting
+        return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
 
     # -- a job's life ----------------------------------------------------------------
 
@@ -201,6 +205,11 @@ class Learner:
         profile = self._waiting[0].record.profile
         chosen = [w for w in self._waiting if w.record.profile == profile][:JOB_CORRECTIONS]
         self._waiting = [w for w in self._waiting if w not in chosen]
+        if not self._slots.has_room(profile):
+            return [self._set_state(
+                w.record, CorrectionState.FAILED,
+                'every adapter slot has the live version of a profile; raise adapter.slots')
+                for w in chosen]
         count = settings.finetune.replay_samples
         live = self._slots.live(profile)
 
@@ -210,7 +219,8 @@ class Learner:
                 journal.replay_candidates(profile, count), journal.learned(live.profile),
                 self._store.load(record.path, record.sha256) if record else None)
 
-        self._job = _Job(profile, chosen, live.version, self._submit(fetch))
+        parent = live.version if live.profile == profile else 0
+        self._job = _Job(profile, chosen, parent, self._submit(fetch))
         self.wants_anchors = self._anchors is None
         return [self._set_state(w.record, CorrectionState.TRAINING) for w in chosen]
 
@@ -225,7 +235,8 @@ class Learner:
         else:
             self._bank.load(fetched.tensors)
         job.trainer = Trainer(self._bank, settings.finetune.learning_rate)
-        job.samples = [_sample(w.record.prompt_ids, self._chat.answer(w.record.corrected))
+        job.samples = [_sample(w.record.prompt_ids, self._chat.answer(w.record.corrected),
+                               w.record.weight)
                        for w in job.corrections]
         prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
         earlier = [_sample(a.prompt_ids, a.output_ids) for a in fetched.answers
@@ -284,11 +295,11 @@ class Learner:
 
     def _save(self, job: _Job) -> list[Event]:
         """Write the new version to disk, as soon as there is a slot for it."""
-        job.slot = self._slots.reserve()
-        if job.slot is None:
-            return []    # asked again at the next iteration: publication waits, never a request
         assert job.score_after is not None
         tensors, config = self._bank.export(), self._peft_config()
+        job.slot = self._slots.reserve()
+        if job.slot is None:
+            return []    # asked again: publication waits for a request to end, never the reverse
         record = VersionRecord(
             profile=job.profile, version=0, parent=job.parent,
             correction_ids=tuple(w.record.id for w in job.corrections),
@@ -348,9 +359,10 @@ def _turn(samples: list[Sample], count: int, turn: int) -> list[Sample]:
     return [samples[i % len(samples)] for i in range(turn * count, (turn + 1) * count)]
 
 
-def _sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int]) -> Sample:
+def _sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int],
+            weight: float = 1.0) -> Sample:
     """Return a training sequence whose loss is on the answer only."""
-    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (1.0,) * len(answer))
+    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
 
 
 def _version_event(record: VersionRecord, store: VersionStore,

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 import re
 import shutil
+from typing import TYPE_CHECKING
 import unicodedata
 
 from safetensors import SafetensorError
@@ -25,10 +26,17 @@ import torch
 
 from mace_ros.learning.journal import make_folder, sync_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WEIGHTS = 'adapter_model.safetensors'
 CONFIG = 'adapter_config.json'
 
 _TEMPORARY = '.tmp-'
+
+
+class OtherModel(ValueError):
+    """The storage folder was learned by another base model; the message says what to do."""
 
 
 class CorruptVersion(RuntimeError):
@@ -153,6 +161,26 @@ class VersionStore:
         return CorruptVersion(
             f'{self.absolute(path) / name}: {why}; put back a backup of that folder, or publish '
             'an earlier version')
+
+
+def check_same_model(folder: Path, model: PreTrainedModel) -> None:
+    """
+    Raise :class:`OtherModel` unless the storage folder is this base model's, or new.
+
+    Token ids in the journal, and adapters, mean nothing to another model.
+    """
+    config = model.config.get_text_config()
+    name = (f'{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, '
+            f'vocabulary of {config.vocab_size}\n')
+    note = folder / 'model.txt'
+    if not note.exists():
+        make_folder(folder)
+        _write(note, name.encode())
+        sync_folder(folder)
+    elif note.read_text() != name:
+        raise OtherModel(
+            f'{folder} holds what another model learned ({note.read_text().strip()}; this one is '
+            f'{name.strip()}); set storage.folder to another folder, or model.source back')
 
 
 def profile_folder(profile: str) -> str:

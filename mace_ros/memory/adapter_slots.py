@@ -29,6 +29,7 @@ class AdapterSlots:
     """
 
     def __init__(self, *, base_slot: int, first: int, count: int) -> None:
+        self._count = count
         self._base = LiveVersion('', BASE_VERSION, base_slot)
         self._free = list(range(first + count - 1, first - 1, -1))
         self._live: dict[str, LiveVersion] = {}
@@ -38,6 +39,11 @@ class AdapterSlots:
     def free(self) -> int:
         """Slots that a new version could take."""
         return len(self._free)
+
+    def has_room(self, profile: str) -> bool:
+        """Whether that profile may have a version of its own, now or after some request."""
+        # One slot is for the next version of a profile that has one already.
+        return profile in self._live or len(self._live) < self._count - 1
 
     def live(self, profile: str) -> LiveVersion:
         """Return the version that a query of that profile is served now."""

@@ -53,6 +53,8 @@ class Intake:
     def open(self, engine: Engine) -> None:
         """Hand over what has waited, and from now on all that comes."""
         with self._lock:
+            if self._closed:
+                return
             self._engine = engine
             while self._waiting:
                 _hand_over(self._waiting.popleft(), engine)

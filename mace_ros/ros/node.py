@@ -157,9 +157,9 @@ class MaceNode(Node):
     def _load(self) -> None:
         log = self.get_logger()
         log.info('loading the libraries')
-        # Threads that spin while they wait for each other are no faster on cores of their
-        # own, and five times slower where other processes want a core too (measured).
-        os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+        # OpenMP's threads spin for each other a moment only, and then sleep: for ever would
+        # be no faster, and many times slower where other processes want a core, too.
+        os.environ.setdefault('GOMP_SPINCOUNT', '20000')
         os.environ.setdefault('TQDM_DISABLE', '1')    # bars are not for a log
         # Not above: torch takes seconds, and parameters are served meanwhile.
         from mace_ros.engine import Engine
@@ -174,7 +174,8 @@ class MaceNode(Node):
 
     def _serve(self) -> None:
         engine = self._engine
-        assert engine is not None
+        if engine is None:     # stopped meanwhile
+            return
         self._update(self._table.settings)    # what was set while the model was loaded
         self._intake.open(engine)
         self._device.drive(engine)
