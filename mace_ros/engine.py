@@ -209,6 +209,8 @@ class Engine:
             events += self.learner.advance(self._settings)
         except Exception as error:    # such as an allocation for the next step
             events += self._learning_broke(error)
+        if events:
+            return Iteration(events, self._clock())    # said before the next pass, not after it
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
         self._state.finetune = self.learner.step

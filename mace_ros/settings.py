@@ -136,7 +136,8 @@ class AdapterSettings:
         'all-linear', 'Which linear layers are adapted: all-linear, or names separated by commas',
         read_only=True)
     slots: int = _parameter(
-        4, 'Profiles that can have a live adapter version at once', minimum=1, maximum=64, read_only=True)
+        4, 'Profiles that can have a live adapter version at once', minimum=1, maximum=64,
+        read_only=True)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class FinetuneStep:
     """
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
-                 head_tokens: int = 64, keep_graphs: bool = True, may_ride: bool = True,
+                 head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
                  oldest_correction_at: float = 0.0) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.

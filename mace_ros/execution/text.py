@@ -102,7 +102,8 @@ class TextStream:
     def finish(self) -> str:
         """Return what was held back at the end of the answer."""
         if not self.stopped:
-            self._text += self._chat.decode(self._ids)[len(self._text):]
+            # A character that the answer's end cut through is left out.
+            self._text += self._chat.decode(self._ids)[len(self._text):].rstrip('\ufffd')
         rest, self._sent = self._text[self._sent:], len(self._text)
         return rest
 
