@@ -7,9 +7,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import colocation, report
+from bench import colocation, decode, report
 
-BENCHES = (colocation,)
+BENCHES = (decode, colocation)
 
 
 def main() -> int:

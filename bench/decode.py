@@ -181,7 +181,7 @@ def perplexity(engine: Any) -> dict[str, Any]:
         places = torch.arange(len(ids), device=ids.device)
         with torch.no_grad():
             logits = model.forward_row(
-                whole_sequences((len(ids),), ids.device), ids, places, BASE_SLOT, places)
+                whole_sequences((len(ids),), ids.device), ids, places, BASE_SLOT, places, ())
         total += float(F.cross_entropy(logits[:-1], ids[1:], reduction='sum'))
         count += len(ids) - 1
     return {'perplexity': math.exp(total / count), 'tokens': count}
