@@ -34,9 +34,10 @@ class Batch:
     """
     What one pass does for the requests.
 
-    ``waits`` says whether anybody's first token is still to come: of this pass's
-    prompts or of one that it leaves out. ``free_tokens`` are those of the KV cache that
-    are left after its admissions.
+    ``due`` is the first deadline of its decode rows, ``next_due`` that of the tokens after
+    those. ``waits`` says whether anybody waits beside them: for a first token, or for a
+    turn to decode. ``free_tokens`` are those of the KV cache that are left after the
+    admissions.
     """
 
     decode: tuple[Request, ...] = ()
@@ -44,6 +45,8 @@ class Batch:
     rejected: tuple[Rejection, ...] = ()
     shape: PassShape = EMPTY
     seconds: float = 0.0
+    due: float = math.inf
+    next_due: float = math.inf
     waits: bool = False
     free_tokens: int = 0
 
@@ -66,13 +69,36 @@ class Batcher:
         limits = self.settings.scheduler
         rows: list[Request] = []
         started: list[Request] = []
+        context = 0
+        due = next_due = math.inf
         for request in state.running:
-            (rows if request.is_decoding else started).append(request)
+            # Request.is_decoding and .deadline, inlined: a pass may have many rows.
+            output = request.output_tokens
+            known = request.prompt_tokens + output
+            if not output or known - request.computed_tokens != 1:
+                started.append(request)
+                continue
+            rows.append(request)
+            context += known
+            tpot = request.tpot_slo
+            deadline = (request.first_token_at or 0.0) + output * tpot
+            if deadline < due:
+                due = deadline
+            if deadline + tpot < next_due:
+                next_due = deadline + tpot
         most_rows = min(limits.max_requests, limits.max_batch_tokens)
-        if len(rows) > most_rows:
+        crowded = len(rows) > most_rows
+        if crowded:
             rows.sort(key=_turn)
             del rows[most_rows:]
-        batch = _Pass(self._cost, rows, limits.max_batch_tokens, now)
+            context = sum([row.prompt_tokens + row.output_tokens for row in rows])
+        shape = PassShape(len(rows), context)
+        alone_s = self._cost.pass_s(*shape)
+        if not (started or state.waiting):
+            return Batch(decode=tuple(rows), shape=shape, seconds=alone_s, due=due,
+                         next_due=next_due, waits=crowded, free_tokens=state.free_tokens)
+        batch = _Pass(self._cost, shape, _limit_s(rows, due, alone_s, now),
+                      limits.max_batch_tokens, now)
         queue = _queue(started, state.waiting, batch, now)
         rejected: dict[Request, str] = {}
         if self.settings.slo.admission == 'reject':
@@ -102,8 +128,8 @@ class Batcher:
         return Batch(
             decode=tuple(rows), prefill=tuple(batch.chunks),
             rejected=tuple([Rejection(r, reason) for r, reason in rejected.items()]),
-            shape=batch.shape, seconds=self._cost.pass_s(*batch.shape),
-            waits=len(queue) > len(rejected), free_tokens=free)
+            shape=batch.shape, seconds=self._cost.pass_s(*batch.shape), due=due,
+            next_due=next_due, waits=crowded or len(queue) > len(rejected), free_tokens=free)
 
     def _unreachable(
         self, queue: list[_Place], state: State, batch: _Pass, now: float,
@@ -161,10 +187,13 @@ def _queue(
     for group, waits in ((started, False), (waiting, True)):
         for request in group:
             arrival = request.arrival
-            if now - arrival > PATIENCE * request.ttft_slo:
+            objective = request.ttft_slo
+            if now - arrival > PATIENCE * objective:
                 places.append((-math.inf, arrival, arrival, len(places), request, waits))
                 continue
-            due = request.deadline - batch.prefill_s(request.remaining_tokens)
+            # Only who was preempted has a first token already.
+            deadline = request.deadline if request.output_tokens else arrival + objective
+            due = deadline - batch.prefill_s(request.remaining_tokens)
             places.append((-request.priority, due, arrival, len(places), request, waits))
     places.sort()
     return places
@@ -180,37 +209,43 @@ def _turn(row: Request) -> float:
     return max(row.deadline, row.last_token_at or row.arrival)
 
 
+def _limit_s(rows: list[Request], due: float, alone_s: float, now: float) -> float:
+    """
+    Return how long a pass may take by the deadlines of its rows, the first of them ``due``.
+
+    Alone they take ``alone_s``. A row that will be late in any case asks for its time per
+    token; if the device can't give that, it shares the device evenly with the prompts.
+    """
+    if due - now >= alone_s:
+        return due - now
+    limit = math.inf
+    for row in rows:
+        slack = row.deadline - now
+        if slack < alone_s:
+            slack = row.tpot_slo if row.tpot_slo > alone_s else 2.0 * alone_s
+        limit = min(limit, slack)
+    return limit
+
+
 class _Pass:
     """A pass while it is being filled with prefill chunks."""
 
-    def __init__(
-        self, cost: CostModel, rows: list[Request], max_tokens: int, now: float,
-    ) -> None:
-        """Begin with the decode rows."""
+    def __init__(self, cost: CostModel, rows: PassShape, limit_s: float, max_tokens: int,
+                 now: float) -> None:
+        """Begin with the decode rows, whose deadlines allow it to take ``limit_s``."""
         self._cost = cost
         self._now = now
+        self._limit_s = limit_s
+        self.shape = rows
         self.chunks: list[PrefillChunk] = []
         self._ending = 0   # chunks that end their prompt: a first token hangs on the pass
-        context = sum([row.prompt_tokens + row.output_tokens for row in rows])
-        self.shape = PassShape(len(rows), context)
-        self._tokens_left = max_tokens - len(rows)
+        self._tokens_left = max_tokens - rows.decode_rows
         self.is_full = self._tokens_left <= 0
-        # How long the pass may take, by the rows' deadlines. A row that will be late asks
-        # for its time per token; if the device can't give that, it shares with the prompts.
-        self._limit_s = math.inf
-        if rows:
-            alone_s = cost.pass_s(len(rows), context)
-            for row in rows:
-                slack = row.deadline - now
-                if slack < alone_s:
-                    slack = row.tpot_slo if row.tpot_slo > alone_s else 2.0 * alone_s
-                if slack < self._limit_s:
-                    self._limit_s = slack
         # A line through the cost of a small and of a full prefill beside these rows.
         self._chunk = max(self._tokens_left, 1)
-        self._chunk_s = cost.pass_s(len(rows), context, 1)
-        self._token_s = (
-            cost.pass_s(len(rows), context, self._chunk) - self._chunk_s) / self._chunk
+        self._chunk_s = cost.pass_s(rows.decode_rows, rows.decode_context, 1)
+        full_s = cost.pass_s(rows.decode_rows, rows.decode_context, self._chunk)
+        self._token_s = (full_s - self._chunk_s) / self._chunk
 
     def prefill_s(self, tokens: int) -> float:
         """Return about how long prompts of so many tokens take in passes like this one."""

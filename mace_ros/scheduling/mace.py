@@ -19,8 +19,8 @@ gains nothing there and costs latency; at saturation weaving is all there is. He
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import math
-from typing import NamedTuple
 
 from mace_ros.scheduling.batching import Batch
 from mace_ros.scheduling.cost_model import CostModel
@@ -39,22 +39,16 @@ from mace_ros.scheduling.request import Request
 from mace_ros.settings import Settings
 
 
-class _Room(NamedTuple):
-    """How long learning may take beside the answers, in seconds."""
-
-    slowdown_s: float   # by what each answer may be lengthened
-    this_s: float       # until the first deadline: this pass must end before it
-    next_s: float       # until the first deadline of the tokens after those
-
-
 class Mace(Policy):
     """Learns in idle time, within a small share of the answers' time, and when overdue."""
 
     def __init__(self, settings: Settings, cost: CostModel, ledger: Ledger) -> None:
         """Begin without knowing any request."""
         super().__init__(settings, cost, ledger)
-        # When each row was first seen decoding, and the ledger's learning time then.
-        self._since: dict[Request, tuple[float, float]] = {}
+        # What each row had earned when it was first seen decoding (see _slowdown_s).
+        self._earned: dict[Request, float] = {}
+        # A step, its tokens that may ride, and what each of them saves.
+        self._saving: tuple[FinetuneWork | None, int, float] = (None, 0, 0.0)
         self._delayed: set[Request] = set()
         self._late = 0
 
@@ -62,6 +56,12 @@ class Mace(Policy):
     def late_for_learning(self) -> int:
         """Requests that overdue learning was predicted to make late."""
         return self._late
+
+    def update(self, settings: Settings) -> None:
+        """Put other settings in force."""
+        if settings.scheduler.max_slowdown != self._settings.scheduler.max_slowdown:
+            self._earned.clear()   # by another rate: begin again
+        super().update(settings)
 
     def plan(self, state: State, now: float) -> Plan:
         """Return the next pass with the learning that there is room for."""
@@ -71,12 +71,14 @@ class Mace(Policy):
             return plan_of(batch)
         blocking_s = self._settings.finetune.max_blocking_ms / 1000.0
         if batch.is_empty:
-            if not state.running:
+            if not state.running and (self._earned or self._delayed):
                 self._forget()
             return plan_of(batch, self._piece(work, batch, blocking_s))
         piece = NOTHING
         if not batch.waits:
-            piece = self._beside(work, batch, self._room(state, batch, now), blocking_s, now)
+            most_s = min(self._slowdown_s(batch, now), blocking_s)
+            if most_s > 0.0:
+                piece = self._beside(work, batch, most_s, now)
         if piece is NOTHING and now - work.oldest_correction_at > self._settings.slo.freshness_s:
             claim_s = min(self._ledger.claim_s, blocking_s)
             if claim_s > 0.0:
@@ -84,38 +86,46 @@ class Mace(Policy):
                 self._count_late(state, batch, piece, now)
         return plan_of(batch, piece)
 
-    def _room(self, state: State, batch: Batch, now: float) -> _Room:
-        gain = self._settings.scheduler.max_slowdown - 1.0
-        learned = self._ledger.learning_s
-        since = self._since
-        slowdown = first = then = math.inf
-        for row in state.running:
-            began, learned_before = since.setdefault(row, (now, learned))
-            delayed = learned - learned_before
-            slowdown = min(slowdown, gain * (now - began - delayed + batch.seconds) - delayed)
-            deadline = row.deadline
-            first = min(first, deadline)
-            then = min(then, deadline + row.tpot_slo)
-        if len(since) > 2 * len(state.running) + 64:
-            self._forget(state.running)
-        return _Room(slowdown, first - now, then - now)
+    def _slowdown_s(self, batch: Batch, now: float) -> float:
+        """
+        Return by how much this iteration may still lengthen each answer, all of which decode.
 
-    def _beside(self, work: FinetuneWork, batch: Batch, room: _Room, blocking_s: float,
-                now: float) -> Piece:
-        """Return what may be learned in or after this pass, all of whose rows decode."""
+        An answer that has taken t seconds, d of them for learning, may be lengthened by
+        ``gain * (t - d) - d`` more. Time and learning being the same for all, that is
+        the difference of what is earned now and what was earned when it began.
+        """
+        gain = self._settings.scheduler.max_slowdown - 1.0
+        earned = gain * now - (1.0 + gain) * self._ledger.learning_s
+        since = self._earned
+        latest = -math.inf
+        for row in batch.decode:
+            began = since.get(row)
+            if began is None:
+                began = since[row] = earned
+            if began > latest:
+                latest = began
+        if len(since) > 2 * len(batch.decode) + 64:
+            self._forget(batch.decode)
+        return earned + gain * batch.seconds - latest
+
+    def _beside(self, work: FinetuneWork, batch: Batch, most_s: float, now: float) -> Piece:
+        """Return what may be learned within ``most_s`` in or after a pass of decode rows."""
         pass_s = self._cost.pass_s(*batch.shape, upper=True)
-        most_s = min(room.slowdown_s, blocking_s)
-        if most_s <= 0.0:
-            return NOTHING
+        ridable = work.ridable_tokens
         # Of the KV cache a forward that rides takes blocks for each of its samples.
-        if work.ridable_tokens and batch.free_tokens >= 2 * work.ridable_tokens:
-            piece = tokens_within(
-                work, self._cost, batch, min(room.this_s, pass_s + most_s),
-                self._settings.scheduler.max_batch_tokens)
-            if piece.tokens and piece.seconds <= riding_saves_s(work, self._cost, piece.tokens):
-                return piece
+        if ridable and batch.free_tokens >= 2 * ridable:
+            if self._saving[:2] != (work, ridable):
+                self._saving = (work, ridable, riding_saves_s(work, self._cost))
+            saving_s = self._saving[2]
+            if saving_s > 0.0:
+                piece = tokens_within(
+                    work, self._cost, batch, min(batch.due - now, pass_s + most_s),
+                    self._settings.scheduler.max_batch_tokens)
+                if piece.tokens and piece.seconds <= saving_s * piece.tokens:
+                    return piece
         # Segments delay the token after the one of this pass.
-        piece = segments_within(work, self._cost, min(most_s, room.next_s - 2.0 * pass_s))
+        piece = segments_within(
+            work, self._cost, min(most_s, batch.next_due - now - 2.0 * pass_s))
         return piece if piece.segments else NOTHING
 
     def _count_late(self, state: State, batch: Batch, piece: Piece, now: float) -> None:
@@ -133,8 +143,8 @@ class Mace(Policy):
         if len(self._delayed) > 2 * len(state.running) + 64:
             self._forget(state.running + state.waiting)
 
-    def _forget(self, but: list[Request] | None = None) -> None:
+    def _forget(self, but: Iterable[Request] = ()) -> None:
         """Drop what is kept of requests other than these."""
-        kept = set(but or ())
-        self._since = {r: since for r, since in self._since.items() if r in kept}
+        kept = set(but)
+        self._earned = {r: earned for r, earned in self._earned.items() if r in kept}
         self._delayed &= kept

@@ -32,12 +32,17 @@ def segments_within(work: FinetuneWork, cost: CostModel, seconds: float, *,
                     at_least: int = 0) -> Piece:
     """Return the next segments that surely end within ``seconds``, ``at_least`` so many."""
     count, predicted, upper = 0, 0.0, 0.0
+    last, each_s, each_upper = None, 0.0, 0.0
     for segment in work.segments():
-        upper += cost.segment_s(segment.kind, segment.tokens, upper=True)
+        if segment is not last:   # mostly they are many of one kind
+            last = segment
+            each_s = cost.segment_s(segment.kind, segment.tokens)
+            each_upper = cost.segment_s(segment.kind, segment.tokens, upper=True)
+        upper += each_upper
         if upper > seconds and count >= at_least:
             break
         count += 1
-        predicted += cost.segment_s(segment.kind, segment.tokens)
+        predicted += each_s
     return Piece(segments=count, seconds=predicted)
 
 
@@ -85,9 +90,9 @@ def rest_of_step(work: FinetuneWork, cost: CostModel, batch: Batch, max_tokens: 
     return next_piece(work, cost, batch, math.inf, max_tokens)
 
 
-def riding_saves_s(work: FinetuneWork, cost: CostModel, tokens: int) -> float:
+def riding_saves_s(work: FinetuneWork, cost: CostModel) -> float:
     """
-    Return the device time saved later on if ``tokens`` of the forward ride now.
+    Return the device time saved later on for each token of the forward that rides now.
 
     They need no forward of their own. But a forward that rides keeps no layer graphs:
     where it would have kept them alone, each layer of the backward is computed twice.
@@ -110,7 +115,7 @@ def riding_saves_s(work: FinetuneWork, cost: CostModel, tokens: int) -> float:
         last = segment
     if last is None:
         return math.inf   # it began to ride: there is no other way
-    return (forward_s - max(again_s, 0.0)) * tokens / work.ridable_tokens
+    return (forward_s - max(again_s, 0.0)) / work.ridable_tokens
 
 
 def plan_of(batch: Batch, piece: Piece = NOTHING, *, interruptible: bool = True,
