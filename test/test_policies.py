@@ -23,6 +23,8 @@ from virtual_device import (
 )
 
 from mace_ros.scheduling.plan import SegmentKind
+from mace_ros.scheduling.scheduler import Scheduler
+from mace_ros.settings import Settings
 
 
 def saturated(policy: str, seconds: float = 60.0, **kinds) -> VirtualEngine:
@@ -200,6 +202,38 @@ def test_tokens_ride_where_that_saves_device_time_and_only_there():
     # On a large GPU the weights are read anyway; but a forward that rides loses its graphs.
     assert ridden(VirtualDevice(curve=GPU_PASS), recompute=True) > 10 * STEP_TOKENS
     assert ridden(VirtualDevice(), recompute=False) == 0
+
+
+def test_whether_riding_pays_is_asked_again_for_each_step():
+    device = VirtualDevice(curve=GPU_PASS)
+    settings = Settings().updated({'scheduler.max_slowdown': 1.5})
+    engine = VirtualEngine(Scheduler(settings, device.calibrated()), device, settings)
+    engine.run([query(0, 0.0, answer=100)])
+    assert engine.scheduler.statistics(engine.now).ridden_tokens == 0
+    engine.recompute = True   # of later steps
+    engine.run([query(1, engine.now, answer=300)])
+    assert engine.scheduler.statistics(engine.now).ridden_tokens > STEP_TOKENS
+
+
+def test_a_new_slowdown_counts_from_when_it_is_set():
+    values = {'scheduler.max_slowdown': 3.0}
+    engine = served('mace', [query(0, 1000.0, answer=400, tpot=9.0)], values=values,
+                    changes=[(1004.0, {'scheduler.max_slowdown': 1.2})])
+    first, then = (
+        sum(seconds for (at, plan), seconds in zip(engine.plans, engine.segment_s, strict=True)
+            if plan.decode and begin <= at < begin + 4.0) for begin in (1000.0, 1004.0))
+    assert first == pytest.approx(2.0 / 3.0 * 4.0, rel=0.15)
+    assert then == pytest.approx(0.2 / 1.2 * 4.0, rel=0.15)
+
+
+def test_no_learning_while_rows_wait_for_their_turn_to_decode():
+    engine = served('mace', [query(n, 0.0, answer=40) for n in range(4)], until=30.0,
+                    values={'scheduler.max_slowdown': 3.0},
+                    changes=[(0.4, {'scheduler.max_requests': 2})])
+    crowded = max(at for at, plan in engine.plans if len(plan.decode) == 2)
+    assert crowded > 1.0
+    last_of_four = sorted(r.last_token_at for r in engine.finished)[1]
+    assert not any(p.segments for at, p in engine.plans if 0.4 < at < last_of_four)
 
 
 def test_a_forward_that_began_to_ride_goes_on_when_idle():

@@ -184,6 +184,7 @@ def _queue(
     work may start. Whoever ran out of patience goes first, in order of arrival.
     """
     places: list[_Place] = []
+    prefill_s = batch.prefill_s
     for group, waits in ((started, False), (waiting, True)):
         for request in group:
             arrival = request.arrival
@@ -193,7 +194,8 @@ def _queue(
                 continue
             # Only who was preempted has a first token already.
             deadline = request.deadline if request.output_tokens else arrival + objective
-            due = deadline - batch.prefill_s(request.remaining_tokens)
+            remaining = request.prompt_tokens + request.output_tokens - request.computed_tokens
+            due = deadline - prefill_s(remaining)
             places.append((-request.priority, due, arrival, len(places), request, waits))
     places.sort()
     return places

@@ -114,9 +114,10 @@ class Mace(Policy):
         ridable = work.ridable_tokens
         # Of the KV cache a forward that rides takes blocks for each of its samples.
         if ridable and batch.free_tokens >= 2 * ridable:
-            if self._saving[:2] != (work, ridable):
-                self._saving = (work, ridable, riding_saves_s(work, self._cost))
-            saving_s = self._saving[2]
+            step, tokens, saving_s = self._saving
+            if step is not work or tokens != ridable:
+                saving_s = riding_saves_s(work, self._cost)
+                self._saving = (work, ridable, saving_s)
             if saving_s > 0.0:
                 piece = tokens_within(
                     work, self._cost, batch, min(batch.due - now, pass_s + most_s),
