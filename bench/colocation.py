@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add('--quick', action='store_true',
         help='a few requests only, within five minutes: says that all runs, not how well')
     add('--blocks', type=int, help='interleaved blocks (default: 6; quick: 2)')
-    add('--requests', type=int, help='requests per block and system (default: 20; quick: 3)')
+    add('--requests', type=int, help='requests per block and system (default: 20; quick: 2)')
     add('--peer-blocks', type=int,
         help=f'blocks of the peers but {SPLIT} (default: 3; quick: 1)')
     add('--systems', nargs='+', choices=list(SYSTEMS), default=list(SYSTEMS), metavar='SYSTEM',
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     args = parser().parse_args(arguments)
-    defaults = (2, 3, 1) if args.quick else (6, 20, 3)
+    defaults = (2, 2, 1) if args.quick else (6, 20, 3)
     for name, default in zip(('blocks', 'requests', 'peer_blocks'), defaults, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -112,7 +112,7 @@ class Run:
         """Learn the adapter, load all systems, warm them up and find the rate of arrivals."""
         # Only here, so that --help answers at once.
         from bench.adapter import publish
-        from bench.serving import POLICIES, Served
+        from bench.serving import POLICIES, precision_of, Served
         from mace_ros.execution.loading import load_model
         from mace_ros.execution.text import ChatText
         from mace_ros.settings import Settings
@@ -137,13 +137,14 @@ class Run:
         dtype = args.peer_dtype or str(self._served.engine.model.dtype).removeprefix('torch.')
         self.notes.append(
             f'{args.threads} threads; weights of our engine '
-            f'{str(self._served.engine.model.dtype).removeprefix("torch.")} (model.weight_dtype '
-            f'{args.dtype}), of the peers {dtype}.')
+            f'{precision_of(self._served.engine)} (model.weight_dtype {args.dtype}), of the peers '
+            f'{dtype}.')
         self._load_peers(model, published.path, dtype, ids, settings)
         self.say(f'warming up: {", ".join([*self._policies, *self._peers])}')
         warm = arrivals(self._encode, 'warm up', count=3, seconds=1.0, tokens=args.prompt_tokens)
         for policy in POLICIES:
-            self._served.run_block(policy, -1, warm[:2], 0.0, args.output_tokens)
+            self._served.run_block(policy, -1, warm[:1 if args.quick else 3], 0.0,
+                                   args.output_tokens)
         self._served.undivided_steps(2)
         for name, peer in list(self._peers.items()):
             self._try(name, peer.warm_up, warm[:1], args.output_tokens)

@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, folder: Path, notes: list[str]) -> dict[st
     from bench.adapter import publish
     from bench.peers.generate import HfGenerate
     from bench.peers.worker import PeerFailed, Worker
-    from bench.serving import Served
+    from bench.serving import precision_of, Served
     from mace_ros.execution.loading import load_model, packaged_gguf
     from mace_ros.execution.text import ChatText
     from mace_ros.settings import PARAMETERS, Settings
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, folder: Path, notes: list[str]) -> dict[st
             served = Served(
                 plain.updated({'model.weight_dtype': dtype}),
                 published.copy(folder / f'served-{dtype}'), (), lambda text: None)
-            name = str(served.engine.model.groups[0].weight.dtype).removeprefix('torch.')
+            name = precision_of(served.engine)
             if dtype == 'auto':
                 default = name
             elif name == default:

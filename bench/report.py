@@ -98,7 +98,8 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
     for result in results:
         where, packages = result['machine'], result['machine']['packages']
         device = where['gpu'] or f'{where["cores"]} cores of {where["cpu"]}'
-        software = ', '.join(f'{k} {v}' for k, v in packages.items())
+        software = ', '.join([*(f'{k} {v}' for k, v in packages.items()),
+                              *(f'{k}={v}' for k, v in where['environment'].items())])
         parts.append(
             f'### `{result["command"]}`\n\n{result["started"][:10]}, commit {where["commit"]}, '
             f'{device} ({", ".join(where["flags"])}), {where["memory_gib"]:g} GiB, Python '

@@ -153,6 +153,9 @@ def machine() -> dict[str, Any]:
         'cpu': model, 'cores': len(os.sched_getaffinity(0)), 'flags': flags,
         'memory_gib': round(pages / 2**30, 1), 'gpu': _gpu(), 'system': platform.platform(),
         'python': platform.python_version(), 'packages': versions, 'commit': _commit(),
+        # What decides how threads work and wait.
+        'environment': {k: v for k, v in sorted(os.environ.items())
+                        if k.startswith(('OMP_', 'GOMP_', 'KMP_', 'MKL_'))},
         'load_before': round(os.getloadavg()[0], 2)}
 
 

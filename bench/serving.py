@@ -32,6 +32,13 @@ class Block:
     iterations: list[dict[str, Any]] = field(default_factory=list)
 
 
+def precision_of(engine: Any) -> str:
+    """Return how an engine holds its weights: a value of ``model.weight_dtype``."""
+    if engine.model.groups[0].int8 is not None:
+        return 'int8'
+    return str(engine.model.dtype).removeprefix('torch.')
+
+
 class Served:
     """An engine with an adapter attached and fine-tuning always pending, and its load."""
 

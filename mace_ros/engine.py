@@ -39,7 +39,7 @@ from mace_ros.events import (
 from mace_ros.execution.calibration import measure
 from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.loading import load_model, Progress, reporting
+from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
 from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, Span
@@ -54,7 +54,7 @@ from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.settings import Settings
+from mace_ros.settings import InvalidSetting, Settings
 from mace_ros.validation import checked_correction, checked_query
 
 NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
@@ -94,18 +94,12 @@ class Engine:
         Load the model and the live adapter versions.
 
         ``storage`` defaults to the setting. ``wake`` is called, from any thread, when
-        there is something to do. Raises ``ModelNotFound``, ``UnsupportedModel`` or
-        ``JournalError``, or ``OtherModel``.
+        there is something to do. Raises ``ModelNotFound``, ``UnsupportedModel``,
+        ``InvalidSetting``, ``JournalError`` or ``OtherModel``.
         """
         self._settings, self._wake, self._clock = settings, wake, clock
-        if settings.model.device != 'cuda':
-            torch.set_num_threads(settings.model.threads or os.cpu_count() or 1)
-        loaded = load_model(
-            settings.model.source, device=settings.model.device,
-            dtype=settings.model.weight_dtype, cache=settings.storage.model_cache,
-            progress=progress)
+        loaded, self.model = _load(settings, progress)
         self.chat = ChatText(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
-        self.model = HybridModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens)
         adapter = settings.adapter
         self.bank = AdapterBank(
             self.model.groups, targets=adapter.target_modules, rank=adapter.rank,
@@ -521,3 +515,20 @@ class Engine:
         if step is not None:
             self._release(step)
         return self.learner.drop(f'{type(error).__name__}: {error}')
+
+
+def _load(settings: Settings, progress: Progress) -> tuple[LoadedModel, HybridModel]:
+    model = settings.model
+    device = best_device() if model.device == 'auto' else model.device
+    dtype = model.weight_dtype
+    if dtype == 'auto':
+        dtype = 'int8' if device == 'cpu' else 'bfloat16'
+    if dtype == 'int8' and device != 'cpu':
+        raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs alone, not for {device}')
+    if device == 'cpu':
+        torch.set_num_threads(model.threads or os.cpu_count() or 1)
+    loaded = load_model(
+        model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
+        cache=settings.storage.model_cache, progress=progress)
+    return loaded, HybridModel(
+        loaded.model, kv_tokens=settings.memory.kv_cache_tokens, int8=dtype == 'int8')

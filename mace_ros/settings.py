@@ -48,8 +48,9 @@ class ModelSettings:
         'auto', 'Where it runs; auto takes a CUDA device if there is one',
         choices=('auto', 'cpu', 'cuda'), read_only=True)
     weight_dtype: str = _parameter(
-        'auto', 'Precision of the base weights; auto is bfloat16 on CUDA and float32 on CPU',
-        choices=('auto', 'float32', 'bfloat16'), read_only=True)
+        'auto', 'Precision of the base weights: auto is bfloat16 on CUDA and int8 on a CPU; int8 '
+        'rounds the linear layers to 8 bits, and computes in bfloat16 if the CPU can',
+        choices=('auto', 'float32', 'bfloat16', 'int8'), read_only=True)
     threads: int = _parameter(
         0, 'CPU threads of the one pool that computes; 0 for one per core',
         minimum=0, maximum=1024, read_only=True)

@@ -103,11 +103,11 @@ def random_model(config_name: str, **settings: Any) -> PreTrainedModel:
 
 
 def with_reference(model: PreTrainedModel, *, kv_tokens: int = 1024,
-                   targets: str = 'all-linear', slots: int = 2,
+                   targets: str = 'all-linear', slots: int = 2, int8: bool = False,
                    ) -> tuple[HybridModel, AdapterBank, PreTrainedModel]:
     """Convert ``model``; return it, its adapters, and an unconverted copy."""
     reference = copy.deepcopy(model)
-    hybrid = HybridModel(model, kv_tokens=kv_tokens)
+    hybrid = HybridModel(model, kv_tokens=kv_tokens, int8=int8)
     bank = AdapterBank(hybrid.groups, targets=targets, rank=RANK, alpha=ALPHA, slots=slots)
     return hybrid, bank, reference
 

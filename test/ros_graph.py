@@ -26,10 +26,14 @@ SECONDS_PER_TICK = 1 / os.sysconf('SC_CLK_TCK')
 class NodeProcess:
     """``mace_node`` in a process that can be started again on the same storage."""
 
-    def __init__(self, folder: Path, *, namespace: str = '', **parameters: object) -> None:
+    def __init__(self, folder: Path, *, namespace: str = '', log_level: str = 'info',
+                 **parameters: object) -> None:
         self.folder = folder
         self.name = f'{namespace}/mace'
-        self._arguments = ['-r', f'__ns:={namespace}'] if namespace else []
+        logger = f'{namespace}/mace'.strip('/').replace('/', '.')
+        self._arguments = ['--log-level', f'{logger}:={log_level}']
+        if namespace:
+            self._arguments += ['-r', f'__ns:={namespace}']
         for name, value in {'storage.folder': folder / 'storage', **parameters}.items():
             self._arguments += ['-p', f'{name}:={value}']
         self._log = folder / 'node.log'

@@ -187,6 +187,31 @@ def test_packed_requests_are_answered_as_by_transformers(family: str, tmp_path: 
             assert_answers_like(reference, request)
 
 
+@pytest.mark.parametrize('family', ['llama', 'gpt-neox', 'gemma2', 'opt'])
+def test_weights_of_8_bits_answer_as_transformers_with_rounded_ones(
+        family: str, tmp_path: Path) -> None:
+    rng = random.Random(family)
+    model, bank, reference = with_reference(tiny_model(family), int8=True)
+    with torch.no_grad():
+        for name, linear in reference.named_modules():
+            if type(linear) is not torch.nn.Linear or 'project_' in name:   # around the layers
+                continue
+            scale = linear.weight.abs().amax(1, keepdim=True) / 127
+            linear.weight.copy_((linear.weight / scale).round() * scale)
+    path = publish(tmp_path, bank, random_adapter(bank, 0))
+    bank.write_slot(FIRST_SERVED_SLOT)
+    step = FinetuneStep(model, Trainer(bank, 1e-2), [random_sample(rng, 37)])
+    requests = [Request(random_ids(rng, length), slot, 6)
+                for length, slot in ((41, 0), (30, FIRST_SERVED_SLOT), (1, FIRST_SERVED_SLOT))]
+
+    serve(model, requests, rng, chunks=(1, 3, 19), step=step)
+
+    assert_answers_like(reference, requests[0])
+    peft = PeftModel.from_pretrained(reference, str(path)).eval()
+    assert_answers_like(peft, requests[1])
+    assert_answers_like(peft, requests[2])
+
+
 def test_smollm2_answers_as_by_transformers(base_model: LoadedModel) -> None:
     rng = random.Random(0)
     reference, tokenizer = base_model.model, base_model.tokenizer

@@ -586,10 +586,11 @@ def test_a_wrong_start_ends_with_a_clear_line(
 
 
 def test_a_signal_ends_the_loading(mace: Mace, tmp_path: Path) -> None:
-    loading = Mace(NodeProcess(tmp_path, namespace='/loading'))
+    loading = Mace(NodeProcess(tmp_path, namespace='/loading', log_level='debug'))
     loading.ask_early()
     try:
-        assert wait_until(lambda: 'loading the libraries' in loading.node.log, 10.0)
+        assert wait_until(lambda: loading.early.id in loading.node.log, 10.0)     # it came in
+        assert 'loading the libraries' in loading.node.log
         loading.node.send(signal.SIGINT)
         assert loading.node.wait(10.0) == 0
         response = loading.early.result(10.0)

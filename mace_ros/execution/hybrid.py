@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from mace_ros.execution import selfcheck
 from mace_ros.execution.attention import AttentionState, KVCache, NAME, Row, whole_sequences
-from mace_ros.execution.lora import replace_linears, TokenAdapters
+from mace_ros.execution.lora import replace_head, replace_linears, TokenAdapters
 from mace_ros.execution.skeleton import hidden_of, Skeleton
 from mace_ros.execution.spans import BLOCK_TOKENS, cache_slots, FinetuneRows, Span
 from mace_ros.execution.support import (
@@ -36,9 +36,9 @@ from mace_ros.execution.support import (
 class HybridModel:
     """A causal language model of transformers, made to run packed rows."""
 
-    def __init__(self, model: PreTrainedModel, *, kv_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, kv_tokens: int, int8: bool = False) -> None:
         """
-        Convert ``model`` in place.
+        Convert ``model`` in place; ``int8`` rounds its linear layers' weights to 8 bits.
 
         Raises :class:`UnsupportedModel`, also if the packed pass or the fine-tune layers
         do not compute what the model's own forward computes on a few random tokens.
@@ -57,6 +57,7 @@ class HybridModel:
             inside = set(map(id, self.layers.modules()))
             outside = [m for m in model.modules() if id(m) not in inside]
             self.groups = replace_linears(model, outside, self.adapters)
+            head = replace_head(model, model.get_output_embeddings(), self.adapters)
             model.set_attn_implementation(NAME)
             for module in model.modules():
                 if hasattr(module, 'layer_idx'):
@@ -66,6 +67,9 @@ class HybridModel:
                 shapes = self._kv_shapes()
             self.attention.cache = KVCache(shapes, 2 * BLOCK_TOKENS, self.dtype, self.device)
             selfcheck.compare(self, ids, reference)
+        if int8:     # after the comparison, which is about the code and not about rounding
+            for group in [*self.groups, *head]:
+                group.round_to_int8()
         self.attention.cache = KVCache(
             shapes, -(-kv_tokens // BLOCK_TOKENS) * BLOCK_TOKENS, self.dtype, self.device)
 

@@ -50,10 +50,8 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
     ``progress`` is told what goes on, at least every two seconds. Raises
     :class:`ModelNotFound`.
     """
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if dtype == 'auto':
-        dtype = 'bfloat16' if device == 'cuda' else 'float32'
+    device = best_device() if device == 'auto' else device
+    dtype = best_dtype(device) if dtype == 'auto' else dtype
     path = Path(source).expanduser() if source else packaged_gguf()
     if path.suffix == '.gguf':
         if not path.is_file():
@@ -72,6 +70,19 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
                 f'model.source: {name!r} is neither a folder with safetensors, a GGUF file nor '
                 f'a hub id that can be reached from here: {error}') from error
     return LoadedModel(model, tokenizer, name)
+
+
+def best_device() -> str:
+    """Return ``cuda`` if there is such a device, otherwise ``cpu``."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def best_dtype(device: str) -> str:
+    """Return ``bfloat16`` where the device multiplies it natively, otherwise ``float32``."""
+    if device == 'cuda':
+        return 'bfloat16'
+    native = torch.cpu.get_capabilities()
+    return 'bfloat16' if any(native.get(x) for x in ('avx512_bf16', 'amx_bf16')) else 'float32'
 
 
 def packaged_gguf() -> Path:

@@ -17,7 +17,8 @@ import math
 
 import torch
 from torch import nn, Tensor
-import torch.nn.functional as F
+
+from mace_ros.execution.products import Int8Weight, is_few, linear
 
 BASE_SLOT = 0
 TRAINING_SLOT = 1
@@ -62,18 +63,22 @@ class LinearGroup(nn.Module):
     all adapted members (``[slots * width, in]``, width = members * rank) and ``slots_b``
     the block-diagonal, scaled B (``[slots * width, sum of out]``). ``weight`` and
     ``slots_a`` are the two parts of ``extended``, so that a row that mixes adapters still
-    takes one product over its input.
+    takes one product over its input. ``exact_a`` and ``exact_b`` are the same in fp32.
     """
 
     extended: Tensor
     extended_bias: Tensor | None
     slots_b: Tensor
+    exact_a: Tensor
+    exact_b: Tensor
 
     def __init__(self, names: list[str], linears: list[nn.Linear],
                  adapters: TokenAdapters) -> None:
         super().__init__()
         self.adapters = adapters
-        weight = torch.cat([x.weight.detach() for x in linears])
+        # One layer keeps its tensor: a head may share it with the embedding.
+        weight = (linears[0].weight.detach() if len(linears) == 1
+                  else torch.cat([x.weight.detach() for x in linears]))
         bias = None
         if any(x.bias is not None for x in linears):
             bias = torch.cat([
@@ -81,18 +86,24 @@ class LinearGroup(nn.Module):
                 for x in linears])
         self.register_buffer('extended', weight, persistent=False)
         self.register_buffer('extended_bias', bias, persistent=False)
-        self.register_buffer('slots_b', weight.new_empty(0), persistent=False)
+        for name in ('slots_b', 'exact_a', 'exact_b'):
+            self.register_buffer(name, weight.new_empty(0), persistent=False)
         start = 0
         self.members = []
-        for name, linear in zip(names, linears, strict=True):
-            self.members.append(_Member(name, linear, start))
-            start += linear.out_features
+        for name, layer in zip(names, linears, strict=True):
+            self.members.append(_Member(name, layer, start))
+            start += layer.out_features
         self.out_features = start
         self.scaling = 1.0
         self.rank = 0
         self.width = 0
+        self.int8: Int8Weight | None = None
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
+
+    def round_to_int8(self) -> None:
+        """Let the weight be what 8 bits can say, so that few tokens need read no more."""
+        self.int8 = Int8Weight(self.weight)
 
     def adapt(self, targets: set[str], rank: int, scaling: float, slots: int) -> None:
         """Add LoRA of that rank to the members named in ``targets``."""
@@ -110,6 +121,10 @@ class LinearGroup(nn.Module):
         if self.extended_bias is not None:
             self.extended_bias = torch.cat([
                 self.extended_bias, self.weight.new_zeros(slots * self.width)])
+        # Those of few tokens on a CPU; where weights are fp32, no second copy.
+        few = device.type == 'cpu'
+        self.exact_a = self.slots_a.float() if few else self.exact_a
+        self.exact_b = self.slots_b.float() if few else self.exact_b
 
     @property
     def weight(self) -> Tensor:
@@ -136,9 +151,13 @@ class LinearGroup(nn.Module):
         for i, member in enumerate(self.adapted):
             assert member.a is not None and member.b is not None
             rows = slice(slot * self.width + i * self.rank, slot * self.width + (i + 1) * self.rank)
+            columns = slice(member.start, member.start + member.size)
+            b = member.b.detach().t() * self.scaling
             self.slots_a[rows].copy_(member.a.detach())
-            self.slots_b[rows, member.start:member.start + member.size].copy_(
-                member.b.detach().t() * self.scaling)
+            self.slots_b[rows, columns].copy_(b)
+            if self.exact_a.numel():
+                self.exact_a[rows].copy_(member.a.detach())
+                self.exact_b[rows, columns].copy_(b)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """
@@ -167,25 +186,45 @@ class LinearGroup(nn.Module):
     def compute(self, x: Tensor) -> Tensor:
         """Return all members' outputs side by side, each token with its adapter."""
         adapters = self.adapters
-        if adapters.choice is not None and self.width and not adapters.training:
-            return self._compute_mixed(x, adapters.choice)
-        y = F.linear(x, self.weight, self.bias)
-        if not self.width:
-            return y
-        if adapters.training:
-            return y + self._training_update(x)
-        if adapters.slot != BASE_SLOT:
-            rows = slice(adapters.slot * self.width, (adapters.slot + 1) * self.width)
-            low = F.linear(x, self.slots_a[rows]).view(-1, self.width)
-            y.view(-1, self.out_features).addmm_(low, self.slots_b[rows])
+        if adapters.training and self.width:
+            return linear(x, self.weight, self.bias) + self._training_update(x)
+        few = is_few(x) and not torch.is_grad_enabled()
+        unadapted = not self.width or (adapters.choice is None and adapters.slot == BASE_SLOT)
+        if few or unadapted:
+            y = (self.int8.linear(x, self.bias) if few and self.int8 is not None
+                 else linear(x, self.weight, self.bias))
+            return y if unadapted else self._add_exact(y, x)
+        if adapters.choice is not None:
+            both = linear(x, self.extended, self.extended_bias)
+            y, low = both.split([self.out_features, both.shape[-1] - self.out_features], dim=-1)
+            low = low.reshape(*adapters.choice.shape, self.width) * adapters.choice.unsqueeze(-1)
+            b = self.slots_b
+        else:
+            y = linear(x, self.weight, self.bias)
+            low, b = linear(x, self.slots_a[self._rows()]), self.slots_b[self._rows()]
+        y.view(-1, self.out_features).addmm_(low.reshape(-1, b.shape[0]), b)
         return y
 
-    def _compute_mixed(self, x: Tensor, choice: Tensor) -> Tensor:
-        """Return the outputs of a row whose tokens use several adapters."""
-        both = F.linear(x, self.extended, self.extended_bias)
-        y, low = both.split([self.out_features, both.shape[-1] - self.out_features], dim=-1)
-        low = low.reshape(*choice.shape, self.width) * choice.unsqueeze(-1)
-        y.view(-1, self.out_features).addmm_(low.view(choice.shape[0], -1), self.slots_b)
+    def _rows(self) -> slice:
+        """Return where the slot that all tokens use lies."""
+        return slice(self.adapters.slot * self.width, (self.adapters.slot + 1) * self.width)
+
+    def _add_exact(self, y: Tensor, x: Tensor) -> Tensor:
+        """
+        Add the adapters' updates to ``y`` in place, computed in fp32.
+
+        For so few tokens they are far cheaper on a CPU than products in bfloat16, whose
+        kernels take ten microseconds to begin.
+        """
+        choice, rows = self.adapters.choice, self._rows()
+        x = x.view(-1, x.shape[-1]).float()
+        if choice is None:
+            update = torch.mm(torch.mm(x, self.exact_a[rows].t()), self.exact_b[rows])
+        else:
+            low = torch.mm(x, self.exact_a.t()).view(*choice.shape, self.width)
+            low = low * choice.unsqueeze(-1)
+            update = torch.mm(low.view(x.shape[0], -1), self.exact_b)
+        y.view(-1, self.out_features).add_(update)
         return y
 
     def _training_update(self, x: Tensor) -> Tensor:
@@ -194,8 +233,8 @@ class LinearGroup(nn.Module):
             if member.a is None or member.b is None:
                 parts.append(x.new_zeros(*x.shape[:-1], member.size))
             else:
-                low = F.linear(x, member.a.to(x.dtype))
-                parts.append(F.linear(low, member.b.to(x.dtype)) * self.scaling)
+                low = linear(x, member.a.to(x.dtype))
+                parts.append(linear(low, member.b.to(x.dtype)) * self.scaling)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -227,12 +266,28 @@ def replace_linears(model: nn.Module, skip: Iterable[nn.Module],
         linears = {name: child for name, child in parent.named_children()
                    if type(child) is nn.Linear and id(child) not in skipped}
         for names in _shared_inputs(linears):
-            group = LinearGroup([f'{prefix}.{n}' if prefix else n for n in names],
-                                [linears[n] for n in names], adapters)
-            for index, name in enumerate(names):
-                setattr(parent, name, GroupedLinear(group, index))
-            groups.append(group)
+            groups.append(_group(parent, prefix, {n: linears[n] for n in names}, adapters))
     return groups
+
+
+def replace_head(model: nn.Module, head: nn.Module | None,
+                 adapters: TokenAdapters) -> list[LinearGroup]:
+    """Put a :class:`GroupedLinear` in the place of the head, if it is an ``nn.Linear``."""
+    for prefix, parent in list(model.named_modules()):
+        for name, child in parent.named_children():
+            if child is head and type(child) is nn.Linear:
+                return [_group(parent, prefix, {name: child}, adapters)]
+    return []
+
+
+def _group(parent: nn.Module, prefix: str, linears: Mapping[str, nn.Linear],
+           adapters: TokenAdapters) -> LinearGroup:
+    """Put grouped layers in the place of children of ``parent``, which is called ``prefix``."""
+    group = LinearGroup([f'{prefix}.{n}' if prefix else n for n in linears],
+                        list(linears.values()), adapters)
+    for index, name in enumerate(linears):
+        setattr(parent, name, GroupedLinear(group, index))
+    return group
 
 
 def _shared_inputs(linears: Mapping[str, nn.Linear]) -> list[list[str]]:

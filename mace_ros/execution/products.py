@@ -1,0 +1,58 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Products of a few tokens with a weight matrix, in the form that is fastest on a CPU.
+
+A decode row reads every weight for one token: memory bounds it, and how close a kernel
+comes to that bound differs by a factor of three (``docs/performance.md``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+
+# Up to here a product is bound by reading the weight, not by arithmetic.
+FEW_TOKENS = 8
+
+
+def is_few(x: Tensor) -> bool:
+    """Return whether ``x`` (``[..., in]``, on a CPU) holds so few tokens."""
+    return x.device.type == 'cpu' and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """
+    Return what ``F.linear`` returns for ``x`` (``[..., in]``), rounding aside.
+
+    For few tokens in fp32, MKL computes ``weight @ x.T`` in a third of the time of
+    ``x @ weight.T``, and two columns faster than one.
+    """
+    if x.dtype != torch.float32 or not is_few(x) or not torch.backends.mkl.is_available():
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    tokens = rows.shape[0]
+    if tokens == 1:
+        rows = torch.cat([rows, rows])
+    y = (torch.mm(weight, rows.t()) if bias is None
+         else torch.addmm(bias[:, None], weight, rows.t()))
+    return y[:, :tokens].t().contiguous().view(*x.shape[:-1], -1)
+
+
+class Int8Weight:
+    """A weight ``[out, in]`` rounded to 8 bits, with a scale for each output."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """Round ``weight`` in place to what 8 bits can say, and keep those 8 bits."""
+        scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
+        self._values = (weight.float() / scales.float()[:, None]).round().clamp(
+            -127, 127).to(torch.int8)
+        self._scales = scales
+        weight.copy_(self._values.float() * scales.float()[:, None])
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``[..., out]`` for ``x``, ``[..., in]``; at its best with few tokens."""
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self._values, self._scales)
+        y = y.view(*x.shape[:-1], -1)
+        return y if bias is None else y.add_(bias)

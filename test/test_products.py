@@ -1,0 +1,42 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Products in other forms are those of PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mace_ros.execution.products import FEW_TOKENS, Int8Weight, linear
+
+SHAPES = [(), (0,), (1,), (2,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (1, 1), (1, 5), (2, 3)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_linear_is_that_of_pytorch(
+        shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype)
+    b = torch.randn(33, dtype=dtype) if bias else None
+    y = linear(x, weight, b)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, F.linear(x, weight, b))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_weight_of_8_bits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(33, 48, dtype=dtype)
+    weight[5] = 0
+    rounded = weight.clone()
+    int8 = Int8Weight(rounded)
+    steps = weight.float().abs().amax(1, keepdim=True) / 127
+    assert ((rounded - weight).abs() <= 0.51 * steps + 2e-2 * weight.abs()).all()
+    assert rounded[7].unique().numel() < 48 or dtype == torch.float32
+    x, bias = torch.randn(1, 3, 48, dtype=dtype), torch.randn(33, dtype=dtype)
+    torch.testing.assert_close(int8.linear(x), F.linear(x, rounded), rtol=2e-2, atol=5e-2)
+    torch.testing.assert_close(
+        int8.linear(x, bias), F.linear(x, rounded, bias), rtol=2e-2, atol=5e-2)
+    if dtype == torch.float32:
+        torch.testing.assert_close(int8.linear(x), F.linear(x, rounded), rtol=1e-4, atol=1e-4)
