@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+import gc
 from itertools import takewhile
 import os
 from pathlib import Path
@@ -129,6 +130,9 @@ class Engine:
         self._conversations = Conversations()
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
+        # All that stays as it is: a full collection that looks at it takes 30 ms.
+        gc.collect()
+        gc.freeze()
         # What was live before the last stop, and what is still to be learned.
         self.restored: list[Event] = [*self.learner.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():

@@ -19,6 +19,8 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from mace_ros.execution import causal
+
 NAME = 'mace_packed'
 
 # Arguments of the interface that change nothing here: dropout is off, and the row tells
@@ -63,10 +65,10 @@ class Row:
     key_owner: Tensor | None = None       # [keys]
     key_place: Tensor | None = None       # [keys]
     key_slots: Tensor | None = None       # [keys]
-    # Set if the block is one sequence from its beginning: its length. No mask is needed
-    # then, unless a window is shorter.
-    single: int | None = None
-    masks: dict[tuple[str, int | None], Tensor | None] = field(default_factory=dict)
+    # Set if the block is nothing but sequences from their beginnings: their lengths. Each
+    # attends by itself then, without a mask, unless a window is shorter.
+    lengths: tuple[int, ...] = ()
+    masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None) -> Tensor:
         """Return ``[rows, 1, 1, longest]``, true where a decode row may look."""
@@ -79,12 +81,14 @@ class Row:
             if window is not None:
                 mask &= place[None] > last - window
             self.masks[key] = mask[:, None, None]
-        return self.masks[key]  # type: ignore[return-value]
+        return self.masks[key]
 
-    def block_mask(self, window: int | None) -> Tensor | None:
-        """Return ``[block tokens, keys]``, true where one may look; None is plain causal."""
-        if self.single is not None and (window is None or window >= self.single):
-            return None
+    def is_plain(self, window: int | None) -> bool:
+        """Return whether each sequence of the block attends causally to itself alone."""
+        return bool(self.lengths) and (window is None or window >= max(self.lengths))
+
+    def block_mask(self, window: int | None) -> Tensor:
+        """Return ``[block tokens, keys]``, true where one may look."""
         key = ('block', window)
         if key not in self.masks:
             assert self.query_owner is not None and self.query_place is not None
@@ -102,8 +106,10 @@ def whole_sequences(lengths: Sequence[int], device: torch.device) -> Row:
     owner = torch.repeat_interleave(
         torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
     place = torch.cat([torch.arange(n, device=device) for n in lengths])
+    # Elsewhere one kernel for all, with a mask, is faster than one for each.
+    apart = len(lengths) == 1 or device.type == 'cpu'
     return Row(query_owner=owner, query_place=place, key_owner=owner, key_place=place,
-               single=lengths[0] if len(lengths) == 1 else None)
+               lengths=tuple(lengths) if apart else ())
 
 
 class AttentionState:
@@ -150,13 +156,17 @@ def packed_attention(
     if row.query_owner is not None:
         first = query.shape[2] - row.query_owner.shape[0]
         if row.key_slots is None:
-            k, v = key[:, :, first:], value[:, :, first:]
+            q, k, v = (x[:, :, first:] for x in (query, key, value))
         else:
+            q = query[:, :, first:]
             k = keys.index_select(0, row.key_slots).transpose(0, 1)[None]
             v = values.index_select(0, row.key_slots).transpose(0, 1)[None]
-        out = attend(query[:, :, first:], k, v, row.block_mask(sliding_window), scaling, softcap,
-                     s_aux)
-        parts.append(out[0].transpose(0, 1))
+        if row.is_plain(sliding_window):
+            each = zip(*(x.split(row.lengths, 2) for x in (q, k, v)), strict=True)
+            outs = [attend(a, b, c, None, scaling, softcap, s_aux) for a, b, c in each]
+        else:
+            outs = [attend(q, k, v, row.block_mask(sliding_window), scaling, softcap, s_aux)]
+        parts += [out[0].transpose(0, 1) for out in outs]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
@@ -180,6 +190,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     """Scaled dot-product attention; ``mask`` None is causal. Shapes as in PyTorch's SDPA."""
     grouped = query.shape[1] != key.shape[1]
     if softcap is None and sinks is None:
+        if mask is None and causal.suits(query):
+            return causal.attend_causally(query, key, value, scaling)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
             scale=scaling, enable_gqa=grouped)

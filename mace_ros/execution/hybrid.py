@@ -168,7 +168,7 @@ class HybridModel:
             block = whole_sequences([len(s.tokens) for s in chunks], self.device)
             row.query_owner, row.query_place = block.query_owner, block.query_place
             row.key_owner, row.key_place = block.key_owner, block.key_place
-            row.single = block.single
+            row.lengths = block.lengths
             return
         places = [np.arange(len(x)) for x in slots]
         owners = [np.full(len(x), i) for i, x in enumerate(slots)]

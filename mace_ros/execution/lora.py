@@ -11,9 +11,10 @@ being trained; the others hold served versions. The projections that read the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 import math
+from typing import Any
 
 import torch
 from torch import nn, Tensor
@@ -34,8 +35,8 @@ class TokenAdapters:
     Which adapter each token of the current row uses; shared by all linears of a model.
 
     Without ``choice``, a ``[tokens, slots]`` matrix of zeros and ones, all tokens use
-    ``slot``. ``training`` makes the linears use the
-    master weights, with gradients, for all tokens.
+    ``slot``. ``training`` makes all use the training slot, with gradients for the master
+    weights.
     """
 
     slots: int = FIRST_SERVED_SLOT
@@ -146,11 +147,22 @@ class LinearGroup(nn.Module):
         """Members that carry LoRA."""
         return [m for m in self.members if m.a is not None]
 
+    def slot(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return A ``[width, in]`` and scaled B ``[width, sum of out]`` of a slot."""
+        rows = slice(slot * self.width, (slot + 1) * self.width)
+        return self.slots_a[rows], self.slots_b[rows]
+
+    def member_rows(self) -> Iterator[tuple[_Member, slice]]:
+        """Yield each adapted member and the rows that it has of a slot."""
+        for i, member in enumerate(self.adapted):
+            yield member, slice(i * self.rank, (i + 1) * self.rank)
+
     def write_slot(self, slot: int) -> None:
         """Copy the master weights into a slot, in place."""
-        for i, member in enumerate(self.adapted):
+        first = slot * self.width
+        for member, rows in self.member_rows():
             assert member.a is not None and member.b is not None
-            rows = slice(slot * self.width + i * self.rank, slot * self.width + (i + 1) * self.rank)
+            rows = slice(first + rows.start, first + rows.stop)
             columns = slice(member.start, member.start + member.size)
             b = member.b.detach().t() * self.scaling
             self.slots_a[rows].copy_(member.a.detach())
@@ -187,7 +199,9 @@ class LinearGroup(nn.Module):
         """Return all members' outputs side by side, each token with its adapter."""
         adapters = self.adapters
         if adapters.training and self.width:
-            return linear(x, self.weight, self.bias) + self._training_update(x)
+            parameters = [p for m in self.adapted for p in (m.a, m.b)]
+            y: Tensor = _TrainedProduct.apply(x, self, *parameters)
+            return y
         few = is_few(x) and not torch.is_grad_enabled()
         unadapted = not self.width or (adapters.choice is None and adapters.slot == BASE_SLOT)
         if few or unadapted:
@@ -201,13 +215,10 @@ class LinearGroup(nn.Module):
             b = self.slots_b
         else:
             y = linear(x, self.weight, self.bias)
-            low, b = linear(x, self.slots_a[self._rows()]), self.slots_b[self._rows()]
+            a, b = self.slot(adapters.slot)
+            low = linear(x, a)
         y.view(-1, self.out_features).addmm_(low.reshape(-1, b.shape[0]), b)
         return y
-
-    def _rows(self) -> slice:
-        """Return where the slot that all tokens use lies."""
-        return slice(self.adapters.slot * self.width, (self.adapters.slot + 1) * self.width)
 
     def _add_exact(self, y: Tensor, x: Tensor) -> Tensor:
         """
@@ -216,9 +227,10 @@ class LinearGroup(nn.Module):
         For so few tokens they are far cheaper on a CPU than products in bfloat16, whose
         kernels take ten microseconds to begin.
         """
-        choice, rows = self.adapters.choice, self._rows()
+        choice, slot = self.adapters.choice, self.adapters.slot
         x = x.view(-1, x.shape[-1]).float()
         if choice is None:
+            rows = slice(slot * self.width, (slot + 1) * self.width)
             update = torch.mm(torch.mm(x, self.exact_a[rows].t()), self.exact_b[rows])
         else:
             low = torch.mm(x, self.exact_a.t()).view(*choice.shape, self.width)
@@ -227,15 +239,43 @@ class LinearGroup(nn.Module):
         y.view(-1, self.out_features).add_(update)
         return y
 
-    def _training_update(self, x: Tensor) -> Tensor:
-        parts = []
-        for member in self.members:
-            if member.a is None or member.b is None:
-                parts.append(x.new_zeros(*x.shape[:-1], member.size))
-            else:
-                low = linear(x, member.a.to(x.dtype))
-                parts.append(linear(low, member.b.to(x.dtype)) * self.scaling)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+class _TrainedProduct(torch.autograd.Function):
+    """
+    A group's product under the training slot, with gradients of ``x`` and the master weights.
+
+    What autograd makes of it layer by layer takes twice as many small products: here the
+    members' A are one matrix, and so are their B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: LinearGroup, *_: Tensor) -> Tensor:
+        """Return all members' outputs side by side; the parameters are in the slot."""
+        a, b = group.slot(TRAINING_SLOT)
+        y = linear(x, group.weight, group.bias)
+        low = linear(x, a)
+        y.view(-1, group.out_features).addmm_(low.view(-1, group.width), b)
+        ctx.save_for_backward(x, low)
+        ctx.group = group
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``x`` and of each adapted member's A and B."""
+        group: LinearGroup = ctx.group
+        x, low = (t.view(-1, t.shape[-1]) for t in ctx.saved_tensors)
+        gradient = gradients[0].reshape(-1, group.out_features)
+        a, b = group.slot(TRAINING_SLOT)
+        of_low = gradient @ b.t()
+        of_a = of_low.t() @ x
+        of_b = low.t() @ gradient
+        of_x = (gradient @ group.weight).addmm_(of_low, a)
+        parts: list[Tensor] = []
+        for member, rows in group.member_rows():
+            columns = slice(member.start, member.start + member.size)
+            parts.append(of_a[rows].float())
+            parts.append(of_b[rows, columns].t().float() * group.scaling)
+        return of_x.view(ctx.saved_tensors[0].shape), None, *parts
 
 
 class GroupedLinear(nn.Module):
