@@ -267,7 +267,8 @@ def test_a_change_is_in_force_at_the_next_plan_when_busy(values, shows):
 def test_learning_stays_within_its_budget(policy, budget):
     engine = served(policy, poisson(10, 1.0, seed=4), until=60.0,
                     values={'finetune.budget': budget})
-    piece_s = 1.4 if policy == 'continuous' else 0.06
+    # One piece may be overdrawn: of 50 ms as predicted, by a model that can be wrong.
+    piece_s = 1.4 if policy == 'continuous' else 0.08
     learning_s = engine.scheduler.statistics(engine.now).learning_s
     assert 0.85 * budget * engine.now <= learning_s <= budget * engine.now + piece_s
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import groupby
+from operator import itemgetter
 from statistics import median
 from typing import Any, TypeAlias
 
@@ -101,28 +102,34 @@ class CostModel:
 
     def calibrate(self, samples: Iterable[Sample]) -> None:
         """Learn from ``samples``; several of one thing in a row count as their median."""
-        for what, group in groupby(samples, key=lambda sample: sample[0]):
+        for what, group in groupby(samples, key=itemgetter(0)):
             seconds = [s for _, s in group]
             for _ in seconds:
                 self._learn(what, median(seconds))
 
     def observe(self, measurement: Measurement) -> float:
-        """Learn from an iteration; return the seconds that were predicted for what it ran."""
+        """
+        Learn from an iteration; return the seconds that were predicted for what it ran.
+
+        Several segments of one size in a row count as their median.
+        """
         predicted = measured = 0.0
         parts: list[Sample] = list(measurement.segments)
         if measurement.pass_s > 0.0 and measurement.plan.shape.tokens:
             parts.insert(0, (measurement.plan.shape, measurement.pass_s))
-        for what, seconds in parts:
+        for what, group in groupby(parts, key=itemgetter(0)):
+            times = [s for _, s in group]
+            seconds = times[0] if len(times) == 1 else median(times)
             if seconds <= 0.0:
                 continue   # a clock too coarse
             expected = self._expected_s(what)
-            predicted += expected
-            measured += seconds
+            predicted += expected * len(times)
+            measured += sum(times)
             if self._learn(what, seconds / self._pace ** PASSING):
-                ratio = seconds / expected
+                # Of them all, since a plan counts on all of them ending in time.
                 (self._segment_ratios[what.kind] if isinstance(what, Segment)
-                 else self._pass_ratios).add(ratio)
-                self._recent.append(ratio * self._pace)
+                 else self._pass_ratios).add(sum(times) / (expected * len(times)))
+                self._recent.append(seconds / expected * self._pace)
         if measured > 0.0:
             self._errors.append(abs(predicted - measured) / measured)
         if len(self._recent) == PACE_OVER:

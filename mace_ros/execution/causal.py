@@ -1,0 +1,64 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Causal attention of one short sequence, with its gradients, for training on a CPU.
+
+The backward of PyTorch's kernel for CPUs is made for long sequences: at 128 tokens in
+bfloat16 the plain products below take a third of its time (``docs/performance.md``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LONGEST = 256
+
+
+def suits(query: Tensor) -> bool:
+    """Return whether :func:`attend_causally` is the faster way for ``query``."""
+    return (query.device.type == 'cpu' and query.shape[2] <= LONGEST
+            and query.requires_grad and torch.is_grad_enabled())
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """
+    Return what SDPA returns with ``is_causal`` and ``enable_gqa``.
+
+    ``query`` is ``[1, heads, tokens, head size]``, ``key`` and ``value`` have as many heads
+    or a divisor of them.
+    """
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    result: Tensor = _CausalAttention.apply(query, key, value, scale)
+    return result
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Query heads that share a KV head are rows of one product."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        _, heads, tokens, _ = query.shape
+        kv_heads = key.shape[1]
+        q = (query[0] * scale).reshape(kv_heads, -1, query.shape[3])
+        scores = torch.bmm(q, key[0].transpose(1, 2)).view(heads, tokens, tokens)
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.float().masked_fill_(later, float('-inf'))
+        weights = torch.softmax(scores, -1).to(query.dtype).view(kv_heads, -1, tokens)
+        ctx.save_for_backward(q, key[0], value[0], weights)
+        ctx.scale = scale
+        return torch.bmm(weights, value[0]).view(1, heads, tokens, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, key, value, weights = ctx.saved_tensors
+        gradient = gradients[0].reshape(*weights.shape[:2], -1)
+        of_value = torch.bmm(weights.transpose(1, 2), gradient)
+        of_weights = torch.bmm(gradient, value.transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
+        of_key = torch.bmm(of_scores.transpose(1, 2), q)
+        shape = (1, -1, key.shape[1], key.shape[2])
+        return of_query.view(shape), of_key[None], of_value[None], None
