@@ -111,11 +111,11 @@ class MeasuredEngine(Engine):
 
     def step(self) -> Iteration:
         """Run one iteration, and note it unless it did nothing."""
-        self._now, self._sampled = Spent(), []
+        self._sampled = []
         begun = time.monotonic()
         iteration = super().step()
         ended = time.monotonic()
-        # Whoever called hears of a token only now, after the segments of the iteration.
+        # Whoever called hears of a token only now.
         for answering in self._sampled:
             stamps = self.log.stamps.get(answering.query.id)
             if stamps is None:
@@ -123,9 +123,11 @@ class MeasuredEngine(Engine):
                     answering.request.arrival, answering.request.started_at, ended)
             stamps.last = ended
             stamps.tokens += 1
-        if self._now.measured_s:
-            self._now.wall_s = ended - begun
-            self.log.iterations.append(self._now)
+        self._now.wall_s += ended - begun
+        if self._begun is None:     # else the next call goes on with it
+            if self._now.measured_s:
+                self.log.iterations.append(self._now)
+            self._now = Spent()
         return iteration
 
     def learned(self, began: float, ended: float) -> None:

@@ -128,6 +128,8 @@ class Engine:
         self._answering: dict[str, Answering] = {}
         self._anchors: list[Answering] = []
         self._conversations = Conversations()
+        # The plan whose segments are still to run, and the seconds of its pass.
+        self._begun: tuple[Plan, float] | None = None
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
         # All that stays as it is: a full collection that looks at it takes 30 ms.
@@ -197,10 +199,19 @@ class Engine:
     # -- called from the device's thread ---------------------------------------------
 
     def step(self) -> Iteration:
-        """Run one iteration: plan, run, commit."""
+        """
+        Run one iteration: plan, run, commit.
+
+        One that has something to say before its segments returns it first; the next call
+        goes on with them.
+        """
         if self._hopeless is not None:
             raise self._hopeless
         events: list[Event] = []
+        if self._begun is not None:
+            (plan, pass_s), self._begun = self._begun, None
+            self._finish(plan, pass_s, events)
+            return Iteration(events, self._clock())
         while self._inbox:
             events += self._inbox.popleft()()
         try:
@@ -345,7 +356,6 @@ class Engine:
     def _run(self, plan: Plan, events: list[Event]) -> None:
         """Run the plan; what fails ends those who took part in it, and nobody else."""
         pass_s = 0.0
-        segments: list[tuple[Segment, float]] = []
         if plan.has_pass:
             started = self._clock()
             try:
@@ -356,6 +366,14 @@ class Engine:
             self._failures = 0
             self.model.synchronize()
             pass_s = self._clock() - started
+        if events and plan.segments:
+            self._begun = (plan, pass_s)
+        else:
+            self._finish(plan, pass_s, events)
+
+    def _finish(self, plan: Plan, pass_s: float, events: list[Event]) -> None:
+        """Run the plan's segments, and let the scheduler know what all of it took."""
+        segments: list[tuple[Segment, float]] = []
         try:
             self._run_segments(plan, segments)
         except Exception as error:
@@ -368,17 +386,16 @@ class Engine:
         step = self.learner.step
         for _ in range(plan.segments if step is not None else 0):
             assert step is not None
-            if step.done:
-                break
+            if step.done or (plan.interruptible and self._inbox):
+                break      # the learner, or a query, comes first
             started = self._clock()
             segment = step.run_segment()
             self.model.synchronize()
             spent = self._clock() - started
             segments.append((segment, spent))
             self.learner.ran(segment.tokens if step.done else 0, spent)
-            just_scored = segment.kind is SegmentKind.HEAD and step.scored
-            if just_scored or (plan.interruptible and self._inbox):
-                break      # the learner, or a query, comes first
+            if segment.kind is SegmentKind.HEAD and step.scored:
+                break      # the learner may have seen enough
 
     def _run_pass(self, plan: Plan) -> list[Event]:
         """Run the hybrid pass and take its tokens."""

@@ -138,7 +138,7 @@ def test_a_query_waits_for_one_bounded_piece_of_learning(blocking_ms):
     assert max(engine.learning_waits) <= 0.035
     planned = [plan.predicted_s for _, plan in engine.plans if plan.segments and not plan.has_pass]
     longest = max(blocking_ms, 30.0) / 1e3   # at least one segment, however long
-    assert max(planned) <= 1.05 * longest
+    assert max(planned) <= 1.1 * longest
     if blocking_ms == 200.0:
         assert quantile(planned, 0.5) >= 0.7 * longest
 
