@@ -7,9 +7,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import colocation, decode, report
+from bench import colocation, decode, kernels, report
 
-BENCHES = (decode, colocation)
+BENCHES = (kernels, decode, colocation)
 
 
 def main() -> int:

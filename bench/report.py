@@ -111,11 +111,12 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
             parts += _markdown_rows(table['columns'], table['rows'])
             if table['note']:
                 parts.append(f'\n{table["note"]}')
-        parts.append('\n**Checks**\n')
-        parts += _markdown_rows(
-            ('', 'check', 'value', 'target', 'how'),
-            [('✓' if c['holds'] else '✗', c['name'], c['value'], c['target'], c['note'])
-             for c in sorted(result['checks'], key=lambda c: c['holds'])])
+        if result['checks']:
+            parts.append('\n**Checks**\n')
+            parts += _markdown_rows(
+                ('', 'check', 'value', 'target', 'how'),
+                [('✓' if c['holds'] else '✗', c['name'], c['value'], c['target'], c['note'])
+                 for c in sorted(result['checks'], key=lambda c: c['holds'])])
         if result['reported']:
             parts.append('\n**Reported**\n')
             parts += _markdown_rows(

@@ -38,6 +38,7 @@ from mace_ros.events import (
     Query,
 )
 from mace_ros.execution.calibration import measure
+from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress, reporting
@@ -60,6 +61,7 @@ from mace_ros.validation import checked_correction, checked_query
 
 NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
+CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 
@@ -116,6 +118,14 @@ class Engine:
         self.learner = Learner(
             model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
             slots=self._slots, journal=self._journal, store=VersionStore(folder), wake=wake)
+        if self.model.device.type == 'cuda' and settings.model.device_graphs:
+            with reporting(progress, 'capturing device graphs'):
+                end = clock() + CAPTURE_S
+                captured = capture(
+                    self.model, max_rows=settings.scheduler.max_requests,
+                    max_tokens=settings.scheduler.max_batch_tokens, max_context=self._longest,
+                    may_go_on=lambda: clock() < end)
+            progress(str(captured))
         cost = CostModel()
         with reporting(progress, 'measuring the device'):
             end = clock() + CALIBRATION_S
@@ -132,7 +142,7 @@ class Engine:
         self._begun: tuple[Plan, float] | None = None
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
-        # All that stays as it is: a full collection that looks at it takes 30 ms.
+        # All that stays: a full collection need not look at it again and again.
         gc.collect()
         gc.freeze()
         # What was live before the last stop, and what is still to be learned.

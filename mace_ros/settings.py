@@ -51,6 +51,9 @@ class ModelSettings:
         'auto', 'Precision of the base weights: auto is bfloat16 on CUDA and int8 on a CPU; int8 '
         'rounds the linear layers to 8 bits, and computes in bfloat16 if the CPU can',
         choices=('auto', 'float32', 'bfloat16', 'int8'), read_only=True)
+    device_graphs: bool = _parameter(
+        True, 'On CUDA, capture passes and fine-tune layers as device graphs at the start, which '
+        'takes up to a minute', read_only=True)
     threads: int = _parameter(
         0, 'CPU threads of the one pool that computes; 0 for one per core',
         minimum=0, maximum=1024, read_only=True)
@@ -265,6 +268,8 @@ class Parameter:
         """Return the allowed values in words, as tables and descriptors show them."""
         if self.choices:
             return ', '.join(self.choices)
+        if isinstance(self.default, bool):
+            return 'true, false'
         if self.minimum is not None and self.maximum is not None:
             return f'{self.minimum:g} to {self.maximum:g}'
         return 'any'

@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mace_ros.execution.loading import load_model, LoadedModel
 
@@ -13,3 +17,18 @@ from mace_ros.execution.loading import load_model, LoadedModel
 def base_model() -> LoadedModel:
     """Return the packaged model, in fp32 on the CPU; tests must not change it."""
     return load_model(device='cpu', dtype='float32')
+
+
+@pytest.fixture(scope='session')
+def model_folder(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel) -> Path:
+    """Make a tiny model in a folder, with the tokenizer of the packaged one."""
+    folder = tmp_path_factory.mktemp('tiny')
+    tokenizer = base_model.tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

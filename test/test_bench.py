@@ -17,7 +17,9 @@ from bench.results import check
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize('module', ['bench', 'bench.colocation', 'bench.decode', 'bench.report'])
+@pytest.mark.parametrize('module', [
+    'bench', 'bench.colocation', 'bench.decode', 'bench.gpu', 'bench.kernels',
+    'bench.report'])
 def test_help(module: str) -> None:
     done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
                           capture_output=True, timeout=60)

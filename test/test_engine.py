@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mace_ros.engine import Engine
 from mace_ros.events import (
@@ -27,7 +27,6 @@ from mace_ros.events import (
     VersionEvent,
 )
 from mace_ros.execution.finetune import FinetuneStep
-from mace_ros.execution.loading import LoadedModel
 from mace_ros.learning.versions import OtherModel
 from mace_ros.settings import Settings
 
@@ -78,21 +77,6 @@ class Robot:
     def tokens(self, query_id: str) -> list[Token]:
         """Return the pieces of an answer so far."""
         return [e for e in self.events if isinstance(e, Token) and e.query_id == query_id]
-
-
-@pytest.fixture(scope='module')
-def model_folder(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel) -> Path:
-    """Make a tiny model in a folder, with the tokenizer of the packaged one."""
-    folder = tmp_path_factory.mktemp('tiny')
-    tokenizer = base_model.tokenizer
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope='module')

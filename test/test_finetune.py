@@ -34,6 +34,7 @@ from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.execution.static_layers import StaticLayers
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.scheduling.plan import SegmentKind
 
@@ -160,8 +161,9 @@ DRIVES: dict[str, tuple[Drive, bool]] = {
 
 
 def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
-                    targets: str = 'all-linear') -> None:
+                    targets: str = 'all-linear', static: Sequence[int] = ()) -> None:
     model, bank, reference = with_reference(tiny_model(family), targets=targets)
+    model.static_layers += [StaticLayers(model, tokens) for tokens in static]
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
         random_adapter(bank, slot)
         bank.write_slot(slot)
@@ -184,6 +186,13 @@ def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
 def test_gradients_are_those_of_peft(way: str) -> None:
     drive, keep_graphs = DRIVES[way]
     check_gradients('llama', drive, keep_graphs=keep_graphs)
+
+
+@pytest.mark.parametrize('way', ['alone, graphs kept', 'ridden among requests'])
+@pytest.mark.parametrize('tokens', [112, 150])
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'phi3', 'opt'])
+def test_gradients_of_layers_at_fixed_addresses(family: str, tokens: int, way: str) -> None:
+    check_gradients(family, DRIVES[way][0], static=[16, tokens])
 
 
 @pytest.mark.parametrize('way', ['alone, graphs kept', 'ridden among requests'])

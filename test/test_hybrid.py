@@ -37,7 +37,8 @@ from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import LoadedModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
-from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, Span
+from mace_ros.execution.static_pass import Bucket, buckets, StaticPasses
 from mace_ros.execution.support import context_length, UnsupportedModel
 from mace_ros.memory.block_pool import BlockPool
 
@@ -158,11 +159,28 @@ def random_sample(rng: random.Random, count: int) -> Sample:
 # -- the same as transformers and PEFT ---------------------------------------------------
 
 
+class EveryBucket(StaticPasses):
+    """Passes that are all padded to their bucket, as device graphs replay them."""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def run(self, spans: Sequence[Span], finetune: FinetuneRows | None) -> Tensor | None:
+        bucket = Bucket.of(spans, finetune)
+        if bucket not in self._passes:
+            self.prepare(bucket)
+        return super().run(spans, finetune)
+
+
+@pytest.mark.parametrize('padded', [False, True])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_packed_requests_are_answered_as_by_transformers(family: str, tmp_path: Path) -> None:
+def test_packed_requests_are_answered_as_by_transformers(
+        family: str, padded: bool, tmp_path: Path) -> None:
     rng = random.Random(family)
     model, bank, reference = with_reference(
         tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
+    if padded:
+        model.static = EveryBucket(model)
     adapters = {}
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
         adapters[slot] = publish(tmp_path / f'v{slot}', bank, random_adapter(bank, slot))
@@ -288,6 +306,26 @@ def test_no_schedule_changes_the_logits(
             computed[i] += tokens
             assert relative_error(row, expected.logits[slots[i]][i][computed[i] - 1]) < TOLERANCE
     assert computed == [len(ids) for ids in texts]
+
+
+@given(rows=st.integers(0, 16), position=st.integers(0, 1999), chunks=st.lists(
+    st.tuples(st.integers(2, 256), st.integers(0, 1000)), max_size=3), rides=st.booleans())
+@settings(deadline=None, derandomize=True)
+def test_every_pass_within_the_limits_has_a_bucket_that_holds_it(
+        rows: int, position: int, chunks: list[tuple[int, int]], rides: bool) -> None:
+    spans = [Span((0,), position, range(200), 0, True)] * rows + [
+        Span((0,) * n, first, range(200), 0, True) for n, first in chunks]
+    tokens = sum(n for n, _ in chunks)
+    if tokens > 256 or not (spans or rides):
+        return
+    riding = FinetuneRows([Span((0,) * 8, 0, [0], 0, False)], []) if rides else None
+    bucket = Bucket.of(spans, riding)
+
+    ready = set(buckets(max_rows=16, max_tokens=264, max_context=2000))
+
+    assert bucket in ready or bucket.keys > 8192
+    assert bucket.decode >= rows and bucket.decode * bucket.blocks * BLOCK_TOKENS >= rows * position
+    assert bucket.block >= tokens and bucket.keys >= sum(n + first for n, first in chunks)
 
 
 # -- isolation and memory ----------------------------------------------------------------

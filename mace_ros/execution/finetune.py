@@ -106,19 +106,23 @@ class FinetuneStep:
         self.keep_graphs = keep_graphs
         self.oldest_correction_at = oldest_correction_at
         self._lengths = tuple(len(s.tokens) for s in samples)
-        self._row = whole_sequences(self._lengths, model.device)
         self.tokens = sum(self._lengths)
+        self._static = next((x for x in model.static_layers if x.tokens >= self.tokens), None)
+        padding = self._static.tokens - self.tokens if self._static is not None else 0
+        self._padded = (*self._lengths, padding) if padding else self._lengths
+        self._row = (whole_sequences(self._lengths, model.device) if self._static is None
+                     else self._static.row)
         self._blocks: list[list[int]] = []
         self._ridden = 0
         self._alone = not may_ride
         device = model.device
-        ids = [t for s in samples for t in s.tokens]
-        positions = [p for n in self._lengths for p in range(n)]
+        ids = [t for s in samples for t in s.tokens] + [0] * padding
+        positions = [p for n in self._padded for p in range(n)]
         self._ids = torch.tensor([ids], device=device)
         with torch.no_grad(), model.training(self._row):
             first, self._calls = model.skeleton.call_layers(
                 self._ids, torch.tensor([positions], device=device))
-        # Input of each layer, and the last layer's output: [tokens, width].
+        # Input of each layer, and the last layer's output: [tokens and padding, width].
         self._hidden: list[Tensor] = [first[0]]
         self._graphs: list[tuple[Tensor, Tensor]] = []
         self._targets = self._supervised(head_tokens)
@@ -173,9 +177,7 @@ class FinetuneStep:
         if not 0 < tokens <= self.ridable_tokens:
             raise ValueError(f'{tokens} tokens asked to ride, {self.ridable_tokens} left')
         if len(self._hidden) == 1:
-            width = self._hidden[0].shape[1]
-            self._hidden += [self._hidden[0].new_empty(self.tokens, width)
-                             for _ in self.model.layers]
+            self._hidden += [torch.zeros_like(self._hidden[0]) for _ in self.model.layers]
         first, last = self._ridden, self._ridden + tokens
         spans, start = [], 0
         for sample, blocks in zip(self.samples, self._blocks, strict=True):
@@ -243,6 +245,15 @@ class FinetuneStep:
     def _release(self) -> None:
         """Free the tensors of the step, whoever may still hold it for its scores."""
         self._hidden, self._calls, self._gradient, self._row = [], [], None, Row()
+        if self._static is not None:
+            self._static.end()
+
+    def _layer(self, index: int, x: Tensor) -> Tensor:
+        """Return a layer's output for ``x``, ``[1, tokens and padding, width]``."""
+        if self._static is None:
+            return run_layer(self.model.layers[index], x, self._calls[index])
+        self._static.begin(self, self._padded, self._calls)
+        return self._static.run(index, x)
 
     def _forward_layer(self, index: int) -> None:
         self._alone = True
@@ -250,7 +261,7 @@ class FinetuneStep:
         with torch.set_grad_enabled(self.keep_graphs), self.model.training(self._row):
             if self.keep_graphs:
                 x = x.detach().requires_grad_()
-            y = run_layer(self.model.layers[index], x, self._calls[index])
+            y = self._layer(index, x)
         if self.keep_graphs:
             self._graphs.append((x, y))
         self._hidden.append(y.detach()[0])
@@ -285,7 +296,7 @@ class FinetuneStep:
         else:
             x = self._hidden[index][None].detach().requires_grad_()
             with torch.enable_grad(), self.model.training(self._row):
-                y = run_layer(self.model.layers[index], x, self._calls[index])
+                y = self._layer(index, x)
         assert self._gradient is not None
         y.backward(self._gradient[None])
         assert x.grad is not None

@@ -25,6 +25,8 @@ from mace_ros.execution.attention import AttentionState, KVCache, NAME, Row, who
 from mace_ros.execution.lora import replace_head, replace_linears, TokenAdapters
 from mace_ros.execution.skeleton import hidden_of, Skeleton
 from mace_ros.execution.spans import BLOCK_TOKENS, cache_slots, FinetuneRows, Span
+from mace_ros.execution.static_layers import StaticLayers
+from mace_ros.execution.static_pass import StaticPasses
 from mace_ros.execution.support import (
     check_supported,
     context_length,
@@ -51,6 +53,8 @@ class HybridModel:
         self.context_length = context_length(model)
         self.adapters = TokenAdapters()
         self.attention = AttentionState()
+        self.static = StaticPasses(self)
+        self.static_layers: list[StaticLayers] = []     # for training, the shortest first
         with selfcheck.short_windows(model, self.context_length):
             ids = selfcheck.check_tokens(model, self.context_length)
             reference = selfcheck.own_logits(model, ids)
@@ -70,16 +74,12 @@ class HybridModel:
         if int8:     # after the comparison, which is about the code and not about rounding
             for group in [*self.groups, *head]:
                 group.round_to_int8()
+        self.kv_blocks = -(-kv_tokens // BLOCK_TOKENS)
+        self.scratch_block = self.kv_blocks     # that of padding
         self.attention.cache = KVCache(
-            shapes, -(-kv_tokens // BLOCK_TOKENS) * BLOCK_TOKENS, self.dtype, self.device)
+            shapes, (self.kv_blocks + 1) * BLOCK_TOKENS, self.dtype, self.device)
 
     block_tokens = BLOCK_TOKENS
-
-    @property
-    def kv_blocks(self) -> int:
-        """Blocks that the KV cache holds."""
-        assert self.attention.cache is not None
-        return self.attention.cache.keys[0].shape[0] // BLOCK_TOKENS
 
     @torch.no_grad()
     def run(self, spans: Sequence[Span], finetune: FinetuneRows | None = None) -> Tensor:
@@ -87,8 +87,13 @@ class HybridModel:
         Compute one packed pass.
 
         Returns the fp32 logits ``[spans that want them, vocabulary]`` in the order of
-        ``spans``. The layer inputs of ``finetune``'s tokens are stored in its buffers.
+        ``spans``, valid until the next pass. The layer inputs of ``finetune``'s tokens are
+        stored in its buffers.
         """
+        if self.static:
+            static = self.static.run(spans, finetune)
+            if static is not None:
+                return static
         decode = [s for s in spans if len(s.tokens) == 1]
         order = decode + [s for s in spans if len(s.tokens) > 1]
         packed = order + (list(finetune.spans) if finetune else [])

@@ -157,19 +157,17 @@ class LinearGroup(nn.Module):
         for i, member in enumerate(self.adapted):
             yield member, slice(i * self.rank, (i + 1) * self.rank)
 
-    def write_slot(self, slot: int) -> None:
-        """Copy the master weights into a slot, in place."""
+    def slot_parts(self, slot: int) -> Iterator[tuple[_Member, Tensor, Tensor]]:
+        """Yield each adapted member, and where its A and its scaled B.T are kept for a slot."""
         first = slot * self.width
+        kept = [(self.slots_a, self.slots_b)]
+        if self.exact_a.numel() and self.exact_a.dtype != self.slots_a.dtype:
+            kept.append((self.exact_a, self.exact_b))
         for member, rows in self.member_rows():
-            assert member.a is not None and member.b is not None
             rows = slice(first + rows.start, first + rows.stop)
             columns = slice(member.start, member.start + member.size)
-            b = member.b.detach().t() * self.scaling
-            self.slots_a[rows].copy_(member.a.detach())
-            self.slots_b[rows, columns].copy_(b)
-            if self.exact_a.numel():
-                self.exact_a[rows].copy_(member.a.detach())
-                self.exact_b[rows, columns].copy_(b)
+            for a, b in kept:
+                yield member, a[rows], b[rows, columns]
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """
@@ -224,8 +222,7 @@ class LinearGroup(nn.Module):
         """
         Add the adapters' updates to ``y`` in place, computed in fp32.
 
-        For so few tokens they are far cheaper on a CPU than products in bfloat16, whose
-        kernels take ten microseconds to begin.
+        For so few tokens a CPU's kernels for bfloat16 take longer to begin than to compute.
         """
         choice, slot = self.adapters.choice, self.adapters.slot
         x = x.view(-1, x.shape[-1]).float()
@@ -415,8 +412,16 @@ class AdapterBank:
     @torch.no_grad()
     def write_slot(self, slot: int) -> None:
         """Copy the master weights into a slot, in place."""
+        bs: list[Tensor] = [*self.parameters()[1::2]]
+        scaled = torch._foreach_mul(bs, self.alpha / self.rank)
+        of_member = dict(zip(map(id, self._members), scaled, strict=True))
+        targets, sources = [], []
         for group in self.groups:
-            group.write_slot(slot)
+            for member, a, b in group.slot_parts(slot):
+                assert member.a is not None
+                targets += [a, b]
+                sources += [member.a, of_member[id(member)].t()]
+        torch._foreach_copy_(targets, sources)
 
 
 def _peft_names(member: _Member) -> tuple[str, str]:

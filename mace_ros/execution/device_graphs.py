@@ -1,0 +1,63 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Capture CUDA graphs of passes and of training layers, before anybody waits for an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from mace_ros.execution.hybrid import HybridModel
+from mace_ros.execution.static_layers import StaticLayers
+from mace_ros.execution.static_pass import buckets
+
+# Tokens of a fine-tune step; a longer one runs eagerly.
+STEP_TOKENS = (64, 128, 256, 512)
+
+
+@dataclass
+class Captured:
+    """What is replayed from now on, and why the rest is not."""
+
+    passes: int = 0
+    steps: list[int] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return a line for the log."""
+        text = f'device graphs: {self.passes} pass shapes, fine-tune steps of {self.steps} tokens'
+        if self.failures:
+            text += f'; {len(self.failures)} run eagerly: {self.failures[0]}'
+        return text
+
+
+def capture(model: HybridModel, *, max_rows: int, max_tokens: int, max_context: int,
+            may_go_on: Callable[[], bool]) -> Captured:
+    """
+    Capture while ``may_go_on``; what is left out, or can't be captured, runs eagerly.
+
+    Call it when the adapters have their slots: graphs replay on their addresses.
+    """
+    captured = Captured()
+    for tokens in STEP_TOKENS:
+        if not may_go_on() or tokens > model.context_length:
+            break
+        layers = StaticLayers(model, tokens)
+        try:
+            layers.capture(model)
+        except RuntimeError as error:    # also when memory runs out
+            torch.cuda.synchronize()
+            captured.failures.append(f'steps of {tokens} tokens: {error}')
+            break
+        model.static_layers.append(layers)
+        captured.steps.append(tokens)
+    for failure in model.static.capture(buckets(max_rows, max_tokens, max_context)):
+        if failure:
+            captured.failures.append(failure)
+        # A family that can't be captured fails for each bucket alike.
+        if not may_go_on() or len(captured.failures) > 3:
+            break
+    captured.passes = len(model.static)
+    return captured
