@@ -57,6 +57,7 @@ test: setup  ## run the tests; PYTEST_ARGS='-k launch -x' goes to pytest
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 bench: setup  ## run the benchmarks; BENCH_ARGS goes to them
+	@$(pip) install --quiet 'mace-ros[bench]'
 	@$(RUN) -m bench $(BENCH_ARGS)
 
 lint: setup  ## check style and types
