@@ -182,6 +182,15 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
+class GateSettings:
+    """When a trained version may be published."""
+
+    tolerance: float = _parameter(
+        0.1, 'Largest share of the earlier corrections, and of the answers that are to stay, which '
+        'a new version may lose', minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True)
 class StorageSettings:
     """Where versions, corrections and converted models are kept."""
 
@@ -205,6 +214,7 @@ class Settings:
     memory: MemorySettings = field(default_factory=MemorySettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
 
     def updated(self, values: Mapping[str, Value]) -> Settings:

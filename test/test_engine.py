@@ -25,8 +25,10 @@ from mace_ros.events import (
     Query,
     Token,
     VersionEvent,
+    VersionState,
 )
 from mace_ros.execution.finetune import FinetuneStep
+from mace_ros.learning.learner import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.versions import OtherModel
 from mace_ros.settings import Settings
 
@@ -448,3 +450,36 @@ def test_idle_engine_asks_not_to_be_called(robot: Robot) -> None:
     robot.ask('Hm?')
     iteration = robot.engine.step()
     assert iteration.events == [] and robot.engine.step().wake_at is None
+
+
+def test_no_version_is_published_that_changes_what_is_guarded(
+        settings: Settings, tmp_path: Path) -> None:
+    """Without replay, learning would change other answers; the gate does not let it."""
+    robot = Robot(Engine(settings.updated({
+        'finetune.replay_samples': 0, 'gate.tolerance': 0.0}), storage=tmp_path))
+    before = [robot.ask(text, max_tokens=ANCHOR_TOKENS, no_learn=True).text for text in ANCHORS]
+    wrong = robot.ask('Who are you?')
+
+    learned = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+
+    rejected = [e for e in robot.events if isinstance(e, VersionEvent)
+                and e.state is VersionState.REJECTED]
+    assert rejected and all('would change' in e.reason and e.version for e in rejected)
+    assert learned.state is CorrectionState.LEARNED
+    assert learned.adapter_version > max(e.version for e in rejected)
+    assert robot.ask('Who are you?').text == 'I am Rover.'
+    after = [robot.ask(text, max_tokens=ANCHOR_TOKENS, no_learn=True).text for text in ANCHORS]
+    assert after == before
+
+
+def test_a_correction_that_always_fails_the_gate_fails(settings: Settings, tmp_path: Path) -> None:
+    """It gives up after finetune.max_steps, says why, and serves what it served."""
+    robot = Robot(Engine(settings.updated({
+        'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 3,
+        'finetune.learning_rate': 0.1}), storage=tmp_path))
+    before = robot.ask('Who are you?')
+
+    failed = robot.correct(Correction('I am Rover.', id='k', query_id=before.query_id))
+
+    assert failed.state is CorrectionState.FAILED
+    assert robot.ask('Who are you?').text == before.text

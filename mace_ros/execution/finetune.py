@@ -90,20 +90,21 @@ class FinetuneStep:
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
                  head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
-                 oldest_correction_at: float = 0.0) -> None:
+                 learns: bool = True, oldest_correction_at: float = 0.0) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.
 
         ``head_tokens`` bounds a HEAD segment. With ``keep_graphs``, a forward that runs
         alone keeps its layer graphs instead of computing each layer again. Without
-        ``may_ride`` it always runs alone.
+        ``may_ride`` it always runs alone. One that does not learn ends with its scores.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
         self.model = model
         self.trainer = trainer
         self.samples = tuple(samples)
-        self.keep_graphs = keep_graphs
+        self.learns = learns
+        self.keep_graphs = keep_graphs and learns
         self.oldest_correction_at = oldest_correction_at
         self._lengths = tuple(len(s.tokens) for s in samples)
         self.tokens = sum(self._lengths)
@@ -114,7 +115,7 @@ class FinetuneStep:
                      else self._static.row)
         self._blocks: list[list[int]] = []
         self._ridden = 0
-        self._alone = not may_ride
+        self._alone = not (may_ride and learns)
         device = model.device
         ids = [t for s in samples for t in s.tokens] + [0] * padding
         positions = [p for n in self._padded for p in range(n)]
@@ -201,9 +202,10 @@ class FinetuneStep:
         layers = len(self.model.layers)
         backward = (SegmentKind.BACKWARD if self.keep_graphs
                     else SegmentKind.BACKWARD_RECOMPUTED)
-        return (
-            [Segment(SegmentKind.FORWARD, self.tokens)] * layers
-            + [Segment(SegmentKind.HEAD, len(rows)) for rows, _, _ in self._targets]
+        scoring = ([Segment(SegmentKind.FORWARD, self.tokens)] * layers
+                   + [Segment(SegmentKind.HEAD, len(rows)) for rows, _, _ in self._targets])
+        return scoring if not self.learns else (
+            scoring
             + [Segment(backward, self.tokens)] * layers
             + [Segment(SegmentKind.OPTIMIZER, self.tokens)])
 
@@ -239,7 +241,8 @@ class FinetuneStep:
                 self._backward_layer(len(self._hidden) - 1)
             case SegmentKind.OPTIMIZER:
                 self.trainer.update()
-                self._release()
+        if self.done:
+            self._release()
         return segment
 
     def _release(self) -> None:
@@ -271,7 +274,7 @@ class FinetuneStep:
             self._gradient = torch.zeros_like(self._hidden[-1])
         rows, tokens, weights = self._targets[index]
         hidden = self._hidden[-1][rows].requires_grad_()
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.learns):
             logits = self.model.skeleton.logits(hidden)
         # By hand what autograd makes of cross_entropy: with fewer passes over the vocabulary.
         with torch.no_grad():
@@ -279,6 +282,8 @@ class FinetuneStep:
             right = log_p.gather(1, tokens[:, None])
             best_other = log_p.scatter(1, tokens[:, None], float('-inf')).amax(1, keepdim=True)
             self._chunk_scores.append(torch.cat([right, right - best_other], 1))
+            if not self.learns:
+                return
             share = (weights / self._normaliser)[:, None]
             gradient = log_p.exp_().mul_(share).scatter_add_(1, tokens[:, None], -share)
         logits.backward(gradient.to(logits.dtype))

@@ -10,10 +10,11 @@ runs in the device thread and never blocks: disk work goes to the journal's thre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import cycle
+from itertools import zip_longest
 import math
 from statistics import fmean
 import time
@@ -23,10 +24,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
-from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.text import ChatText
+from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.versions import CorruptVersion, VersionStore
@@ -63,6 +65,15 @@ class _Fetched:
 
 
 @dataclass
+class _Scoring:
+    """Scores of the gate's samples, batch by batch."""
+
+    batches: Iterator[list[Sample]]
+    step: FinetuneStep | None = None
+    scores: list[SampleScore] = field(default_factory=list)
+
+
+@dataclass
 class _Job:
     profile: str
     corrections: list[_Waiting]
@@ -73,6 +84,10 @@ class _Job:
     replayed: list[Sample] = field(default_factory=list)    # earlier answers
     trainer: Trainer | None = None
     step: FinetuneStep | None = None
+    gate: Gate | None = None
+    scoring: _Scoring | None = None     # of the gate's samples, before or after training
+    before: list[SampleScore] | None = None     # those under the live version
+    lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
     judged: bool = False                # this step's scores were looked at
     must_be_right: int = 0              # of its samples, the first so many
     steps: int = 0
@@ -82,6 +97,11 @@ class _Job:
     score_after: float | None = None    # set when training has ended
     saving: Future[tuple[VersionRecord, tuple[str, ...]]] | None = None
     slot: int | None = None
+
+    @property
+    def oldest(self) -> float:
+        """When the oldest of its corrections arrived."""
+        return min(w.arrived for w in self.corrections)
 
 
 class Learner:
@@ -96,7 +116,8 @@ class Learner:
         self._journal, self._store, self._wake = journal, store, wake
         self._waiting: list[_Waiting] = []
         self._job: _Job | None = None
-        self._anchors: list[Sample] | None = None
+        self._anchors: list[tuple[list[int], list[int]]] | None = None    # prompt, output
+        self._rejections: deque[Future[VersionRecord]] = deque()
         self.wants_anchors = False
 
     # -- what comes in ---------------------------------------------------------------
@@ -143,7 +164,7 @@ class Learner:
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
-        self._anchors = [_sample(p, o) for p, o in anchors]
+        self._anchors = anchors
         self.wants_anchors = False
 
     # -- what the engine runs --------------------------------------------------------
@@ -157,19 +178,28 @@ class Learner:
     def step(self) -> FinetuneStep | None:
         """The fine-tune step that can run now."""
         job = self._job
-        return job.step if job is not None and job.score_after is None else None
+        if job is None:
+            return None
+        if job.scoring is not None:
+            return job.scoring.step
+        return job.step if job.score_after is None else None
 
     def ran(self, tokens: int, seconds: float) -> None:
         """Note device time spent on the current step, and fine-tune tokens of whole steps."""
-        if self._job is not None:
-            self._job.train_tokens += tokens
-            self._job.train_seconds += seconds
+        job = self._job
+        if job is not None:
+            job.train_tokens += tokens if job.scoring is None else 0
+            job.train_seconds += seconds
 
     def advance(self, settings: Settings) -> list[Event]:
         """Go on as far as possible without waiting; return what happened."""
+        if self._rejections and self._rejections[0].done():
+            return self._announce_rejection(self._rejections.popleft())
         if self._job is None:
             return self._start(settings)
         job = self._job
+        if job.scoring is not None:
+            return self._go_on_scoring(job, job.scoring, settings)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
         if job.score_after is not None:
@@ -239,17 +269,19 @@ class Learner:
                                w.record.weight)
                        for w in job.corrections]
         prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
-        earlier = [_sample(a.prompt_ids, a.output_ids) for a in fetched.answers
-                   if a.prompt_ids not in prompts and a.output_ids
-                   and len(a.prompt_ids) + len(a.output_ids) <= settings.finetune.max_sample_tokens]
         # The newest correction of a question is the one to keep.
         newest = {r.prompt_ids: r for r in fetched.learned if r.prompt_ids not in prompts}
         job.kept = [_sample(r.prompt_ids, self._chat.answer(r.corrected))
                     for r in newest.values()]
+        prompts |= newest.keys()
+        earlier = [_sample(a.prompt_ids, a.output_ids) for a in fetched.answers
+                   if a.prompt_ids not in prompts and a.output_ids
+                   and len(a.prompt_ids) + len(a.output_ids) <= settings.finetune.max_sample_tokens]
+        anchors = [_sample(p, o) for p, o in self._anchors if tuple(p) not in prompts]
         # Interleaved, so that a few of each kind come in every step.
-        job.replayed = [s for pair in zip(self._anchors, cycle(earlier), strict=False)
-                        for s in pair] if earlier else list(self._anchors)
-        self._next_step(job, settings)
+        job.replayed = [s for pair in zip_longest(anchors, earlier) for s in pair if s is not None]
+        job.gate = Gate({'earlier corrections': job.kept, 'other answers': job.replayed})
+        self._score(job)    # under the live version, before anything changes
         return []
 
     def _next_step(self, job: _Job, settings: Settings) -> None:
@@ -258,13 +290,66 @@ class Learner:
         job.judged = False
         # Up to half of what is replayed are earlier corrections; all in their turn.
         kept = _turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
-        replayed = _turn(job.replayed, count - len(kept), job.steps)
-        job.must_be_right = len(job.samples) + len(kept)
+        must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
+        job.must_be_right = len(must_be_right)
         job.step = FinetuneStep(
-            self._model, job.trainer, job.samples + kept + replayed,
+            self._model, job.trainer,
+            must_be_right + _turn(job.replayed, count - len(kept), job.steps),
             keep_graphs=settings.finetune.recompute != 'always',
             may_ride=settings.finetune.recompute != 'never',
-            oldest_correction_at=min(w.arrived for w in job.corrections))
+            oldest_correction_at=job.oldest)
+
+    def _score(self, job: _Job) -> None:
+        """Begin to score what the gate guards."""
+        assert job.gate is not None
+        job.step, job.scoring = None, _Scoring(job.gate.batches())
+
+    def _go_on_scoring(self, job: _Job, scoring: _Scoring, settings: Settings) -> list[Event]:
+        if scoring.step is not None:
+            if not scoring.step.done:
+                return []
+            scoring.scores += scoring.step.scores()
+        batch = next(scoring.batches, None)
+        if batch is not None:
+            assert job.trainer is not None
+            scoring.step = FinetuneStep(
+                self._model, job.trainer, batch, learns=False, oldest_correction_at=job.oldest)
+            return []
+        job.scoring = None
+        if job.before is None:
+            job.before = scoring.scores
+            self._next_step(job, settings)
+            return []
+        assert job.gate is not None
+        verdict = job.gate.judge(job.before, scoring.scores, settings.gate.tolerance)
+        return self._reject(job, verdict, settings) if verdict.reason else self._save(job)
+
+    def _reject(self, job: _Job, verdict: Verdict, settings: Settings) -> list[Event]:
+        """Don't publish; go on with what was lost among what must be right, if that may help."""
+        record = VersionRecord(
+            profile=job.profile, version=0, parent=job.parent, state=VersionState.REJECTED,
+            reason=verdict.reason, correction_ids=tuple(w.record.id for w in job.corrections),
+            score_before=job.score_before, score_after=job.score_after or math.nan,
+            train_tokens=job.train_tokens, train_seconds=job.train_seconds, created=time.time())
+
+        def write(journal: Journal) -> VersionRecord:
+            numbered = replace(record, version=journal.next_version(job.profile))
+            journal.record_version(numbered)
+            return numbered
+
+        self._rejections.append(self._submit(write))
+        if job.steps < settings.finetune.max_steps:
+            job.lost += [s for s in verdict.lost if s not in job.lost]
+            job.score_after = None
+            self._next_step(job, settings)
+            return []
+        self._job = None
+        reason = f'{verdict.reason} after {job.steps} steps (finetune.max_steps)'
+        return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in job.corrections]
+
+    def _announce_rejection(self, written: Future[VersionRecord]) -> list[Event]:
+        # One that the disk refused is only not on record: it was to be thrown away.
+        return [] if written.exception() else [_version_event(written.result(), self._store)]
 
     def _judge(self, job: _Job, settings: Settings) -> list[Event]:
         """Decide, with the scores of a step's forward, whether its backward is still needed."""
@@ -287,7 +372,8 @@ class Learner:
             for w in job.corrections if w not in learned]
         if learned and job.steps:
             job.corrections, job.score_after = learned, score
-            return events + self._save(job)
+            self._score(job)
+            return events
         self._job = None
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,
@@ -372,5 +458,6 @@ def _version_event(record: VersionRecord, store: VersionStore,
         state=record.state if state is None else state, reason=reason or record.reason,
         correction_ids=record.correction_ids, score_before=record.score_before,
         score_after=record.score_after, train_tokens=record.train_tokens,
-        train_seconds=record.train_seconds, path=str(store.absolute(record.path)),
+        train_seconds=record.train_seconds,
+        path=str(store.absolute(record.path)) if record.path else '',
         sha256=record.sha256)
