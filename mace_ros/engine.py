@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 import gc
 from itertools import takewhile
 import os
@@ -61,6 +62,7 @@ from mace_ros.validation import checked_correction, checked_query
 
 NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
+MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
@@ -124,6 +126,7 @@ class Engine:
                 captured = capture(
                     self.model, max_rows=settings.scheduler.max_requests,
                     max_tokens=settings.scheduler.max_batch_tokens, max_context=self._longest,
+                    steps=settings.finetune.recompute != 'always',
                     may_go_on=lambda: clock() < end)
             progress(str(captured))
         cost = CostModel()
@@ -133,6 +136,8 @@ class Engine:
                 self.model, self.bank, max_tokens=settings.scheduler.max_batch_tokens,
                 clock=clock)))
         self.scheduler = Scheduler(settings, cost)
+        self.learner.tokens_within = partial(
+            cost.tokens_within, SegmentKind.BACKWARD_RECOMPUTED, most=MAX_STEP_TOKENS)
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._state = State()
         self._answering: dict[str, Answering] = {}
@@ -140,6 +145,7 @@ class Engine:
         self._conversations = Conversations()
         # The plan whose segments are still to run, and the seconds of its pass.
         self._begun: tuple[Plan, float] | None = None
+        self._spoke = False    # the latest iteration only said something
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
         # All that stays: a full collection need not look at it again and again.
@@ -228,8 +234,10 @@ class Engine:
             events += self.learner.advance(self._settings)
         except Exception as error:    # such as an allocation for the next step
             events += self._learning_broke(error)
-        if events:
-            return Iteration(events, self._clock())    # said before the next pass, not after it
+        if events and not self._spoke:     # before the pass; but messages must not hold it up
+            self._spoke = True
+            return Iteration(events, self._clock())
+        self._spoke = False
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
         self._state.finetune = self.learner.step
@@ -252,6 +260,7 @@ class Engine:
         for answering in list(self._answering.values()):
             events += self._end(answering, FinishReason.CANCELLED)
         self._journal.close()
+        gc.unfreeze()
         # What the journal finished meanwhile has put its last words into the inbox.
         while self._inbox:
             events += self._inbox.popleft()()
@@ -404,8 +413,8 @@ class Engine:
             spent = self._clock() - started
             segments.append((segment, spent))
             self.learner.ran(segment.tokens if step.done else 0, spent)
-            if segment.kind is SegmentKind.HEAD and step.scored:
-                break      # the learner may have seen enough
+            if segment.kind is SegmentKind.HEAD and self.learner.wants_to_judge:
+                break      # it may have seen enough
 
     def _run_pass(self, plan: Plan) -> list[Event]:
         """Run the hybrid pass and take its tokens."""

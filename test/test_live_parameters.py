@@ -109,12 +109,14 @@ def test_each_live_parameter_is_in_force_at_the_next_iteration(watched: Watched)
 
 
 def test_no_budget_stops_learning_at_the_next_segment(watched: Watched) -> None:
+    # So little at a time that it does not end by itself.
+    assert all(ok for ok, _ in set_parameters(
+        watched.client, {'finetune.max_steps': 10000, 'finetune.learning_rate': 1e-6}))
     correction = watched.client.correct('Never mind the question.', prompt='Who are you?')
     engine = watched.node._engine
-    assert wait_until(lambda: engine.learner.step is not None, 30.0)
+    assert wait_until(lambda: engine.learner.step is not None, 30.0), correction.status
     assert set_parameters(watched.client, {'finetune.budget': 0.0}) == [(True, '')]
     learned = engine.scheduler.statistics(time.monotonic()).learning_s
     time.sleep(0.5)
     assert engine.scheduler.statistics(time.monotonic()).learning_s - learned < 0.1
     assert not correction.is_final()
-    set_parameters(watched.client, {'finetune.budget': 1.0})

@@ -19,8 +19,8 @@ LONGEST = 256
 
 def suits(query: Tensor) -> bool:
     """Return whether :func:`attend_causally` is the faster way for ``query``."""
-    return (query.device.type == 'cpu' and query.shape[2] <= LONGEST
-            and query.requires_grad and torch.is_grad_enabled())
+    return (query.device.type == 'cpu' and query.dtype == torch.bfloat16
+            and query.shape[2] <= LONGEST and query.requires_grad and torch.is_grad_enabled())
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

@@ -15,6 +15,7 @@ from mace_ros.execution.static_pass import buckets
 
 # Tokens of a fine-tune step; a longer one runs eagerly.
 STEP_TOKENS = (64, 128, 256, 512)
+LEFT_FREE = 0.15    # of the device's memory, which others may share
 
 
 @dataclass
@@ -34,15 +35,17 @@ class Captured:
 
 
 def capture(model: HybridModel, *, max_rows: int, max_tokens: int, max_context: int,
-            may_go_on: Callable[[], bool]) -> Captured:
+            steps: bool = True, may_go_on: Callable[[], bool]) -> Captured:
     """
     Capture while ``may_go_on``; what is left out, or can't be captured, runs eagerly.
 
-    Call it when the adapters have their slots: graphs replay on their addresses.
+    Without ``steps``, passes only: graphs of fine-tune layers hold what each layer keeps for
+    its backward. A part of the device's memory stays free. Call it when the adapters have
+    their slots: graphs replay on their addresses.
     """
     captured = Captured()
-    for tokens in STEP_TOKENS:
-        if not may_go_on() or tokens > model.context_length:
+    for tokens in STEP_TOKENS if steps else ():
+        if not may_go_on() or not _has_room() or tokens > model.context_length:
             break
         layers = StaticLayers(model, tokens)
         try:
@@ -57,7 +60,12 @@ def capture(model: HybridModel, *, max_rows: int, max_tokens: int, max_context: 
         if failure:
             captured.failures.append(failure)
         # A family that can't be captured fails for each bucket alike.
-        if not may_go_on() or len(captured.failures) > 3:
+        if not may_go_on() or not _has_room() or len(captured.failures) > 3:
             break
     captured.passes = len(model.static)
     return captured
+
+
+def _has_room() -> bool:
+    free, total = torch.cuda.mem_get_info()
+    return free > LEFT_FREE * total

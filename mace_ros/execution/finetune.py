@@ -62,6 +62,11 @@ class Trainer:
             bank.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
         bank.write_slot(TRAINING_SLOT)
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Use this rate from the next update on."""
+        for group in self._optimizer.param_groups:
+            group['lr'] = rate
+
     def start_backward(self) -> None:
         """Forget gradients that a step left which was given up on its way."""
         self._optimizer.zero_grad(set_to_none=True)
@@ -248,15 +253,13 @@ class FinetuneStep:
     def _release(self) -> None:
         """Free the tensors of the step, whoever may still hold it for its scores."""
         self._hidden, self._calls, self._gradient, self._row = [], [], None, Row()
-        if self._static is not None:
-            self._static.end()
 
-    def _layer(self, index: int, x: Tensor) -> Tensor:
+    def _layer(self, index: int, x: Tensor, *, again: bool = False) -> Tensor:
         """Return a layer's output for ``x``, ``[1, tokens and padding, width]``."""
         if self._static is None:
             return run_layer(self.model.layers[index], x, self._calls[index])
         self._static.begin(self, self._padded, self._calls)
-        return self._static.run(index, x)
+        return self._static.run(index, x, again=again)
 
     def _forward_layer(self, index: int) -> None:
         self._alone = True
@@ -301,7 +304,7 @@ class FinetuneStep:
         else:
             x = self._hidden[index][None].detach().requires_grad_()
             with torch.enable_grad(), self.model.training(self._row):
-                y = self._layer(index, x)
+                y = self._layer(index, x, again=True)
         assert self._gradient is not None
         y.backward(self._gradient[None])
         assert x.grad is not None

@@ -104,7 +104,8 @@ class LinearGroup(nn.Module):
 
     def round_to_int8(self) -> None:
         """Let the weight be what 8 bits can say, so that few tokens need read no more."""
-        self.int8 = Int8Weight(self.weight)
+        rounded = Int8Weight(self.weight)
+        self.int8 = rounded if rounded.has_kernel else None
 
     def adapt(self, targets: set[str], rank: int, scaling: float, slots: int) -> None:
         """Add LoRA of that rank to the members named in ``targets``."""

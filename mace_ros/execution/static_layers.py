@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TYPE_CHECKING
+import weakref
 
 import torch
 from torch import Tensor
@@ -44,10 +45,11 @@ class StaticLayers:
                 run_layer(layer, hidden, call)
         self._width = hidden.shape[-1]
         self._calls = _cloned(calls)
-        self._layers: list[Layer] = [
+        self._eager: list[Layer] = [
             partial(_run, layer, call)
             for layer, call in zip(model.layers, self._calls, strict=True)]
-        self._user: object = None
+        self._layers = self._eager
+        self._user: Callable[[], object] = lambda: None
 
     def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]]) -> None:
         """
@@ -55,9 +57,9 @@ class StaticLayers:
 
         Does nothing while ``user`` stays the same.
         """
-        if user is self._user:
+        if user is self._user():
             return
-        self._user = user
+        self._user = weakref.ref(user)
         fresh = _masked(lengths, self.row.query_owner.device)  # type: ignore[union-attr]
         for (kind, window), mask in self.row.masks.items():
             assert kind == 'block'
@@ -68,13 +70,14 @@ class StaticLayers:
                 old.copy_(new)
                 done.add(id(old))
 
-    def end(self) -> None:
-        """Let go of the user."""
-        self._user = None
+    def run(self, index: int, x: Tensor, *, again: bool = False) -> Tensor:
+        """
+        Return the output of a layer, ``[1, tokens, width]``, with a graph if ``x`` has one.
 
-    def run(self, index: int, x: Tensor) -> Tensor:
-        """Return the output of a layer, ``[1, tokens, width]``, with a graph if ``x`` has one."""
-        return self._layers[index](x)
+        ``again`` is a layer that is computed once more in its backward: eagerly, since the
+        graphs share memory that is laid out for all forwards before all backwards.
+        """
+        return (self._eager if again else self._layers)[index](x)
 
     def capture(self, model: HybridModel) -> None:
         """
@@ -91,7 +94,7 @@ class StaticLayers:
         with torch.enable_grad(), model.training(self.row):
             graphed = torch.cuda.make_graphed_callables(
                 # The gradients of weights are captured if they are arguments.
-                tuple(_taking_weights(run) for run in self._layers),
+                tuple(_taking_weights(run) for run in self._eager),
                 tuple((x, *w) for x, w in zip(inputs, weights, strict=True)),
                 allow_unused_input=True)
         self._layers = [_giving_weights(g, w) for g, w in zip(graphed, weights, strict=True)]

@@ -95,13 +95,27 @@ def buckets(max_rows: int, max_tokens: int, max_context: int) -> Iterator[Bucket
                     yield Bucket(rows, blocks, block, keys, True)
 
 
+class Outputs:
+    """What passes leave behind; one for all of them, since each overwrites the last one's."""
+
+    def __init__(self, model: HybridModel, wanted: Sequence[Bucket]) -> None:
+        """Reserve room for any of ``wanted``."""
+        config = model.model.config.get_text_config()
+        rows = max((b.logits for b in wanted), default=0)
+        tokens = max((b.block for b in wanted if b.saves), default=0)
+        self.logits = torch.zeros(rows, config.vocab_size, device=model.device)
+        # Each layer's input, and the last one's output.
+        self.saved = [torch.zeros(tokens, config.hidden_size, dtype=model.dtype,
+                                  device=model.device) for _ in range(len(model.layers) + 1)]
+
+
 class StaticPass:
     """Passes of one bucket; computed eagerly until :meth:`capture` is called."""
 
-    def __init__(self, model: HybridModel, bucket: Bucket) -> None:
-        """Reserve the buffers."""
+    def __init__(self, model: HybridModel, bucket: Bucket, outputs: Outputs) -> None:
+        """Reserve the inputs; ``outputs`` must have room for the bucket."""
         self.bucket = bucket
-        self._model = model
+        self._model, self._outputs = model, outputs
         tokens = bucket.decode + bucket.block
         sizes = {
             'ids': tokens, 'positions': tokens, 'write': tokens, 'slots': tokens,
@@ -120,12 +134,6 @@ class StaticPass:
             self._fill[name] = self._host[start:start + size].numpy()
             self._views[name] = self._static[start:start + size]
             start += size
-        self._saved: list[Tensor] = []
-        if bucket.saves:
-            width = model.model.config.get_text_config().hidden_size
-            self._saved = [self._static.new_zeros(bucket.block, width, dtype=model.dtype)
-                           for _ in range(len(model.layers) + 1)]
-        self._logits = torch.empty(0)
         self._replay: Callable[[], None] = self._compute
         self._pad()
         self._static.copy_(self._host)
@@ -156,9 +164,9 @@ class StaticPass:
         self._replay()
         if finetune is not None:
             rows = slice(end - finetune.tokens, end)
-            for target, saved in zip(finetune.hidden, self._saved, strict=True):
+            for target, saved in zip(finetune.hidden, self._outputs.saved, strict=True):
                 target.copy_(saved[rows])
-        return self._logits[:wanted]
+        return self._outputs.logits[:wanted]
 
     def _compute(self) -> None:
         """Run the model on what is in the static buffer."""
@@ -173,8 +181,9 @@ class StaticPass:
             row.query_owner, row.query_place = views['query_owner'], views['query_place']
             row.key_owner, row.key_place = views['key_owner'], views['key_place']
             row.key_slots = views['key_slots']
-        self._logits = self._model.forward_row(
-            row, views['ids'], views['positions'], views['slots'], views['keep'], self._saved)
+        saved = [x[:bucket.block] for x in self._outputs.saved] if bucket.saves else []
+        self._outputs.logits[:bucket.logits].copy_(self._model.forward_row(
+            row, views['ids'], views['positions'], views['slots'], views['keep'], saved))
 
     def _pad(self) -> None:
         """Make every token, key and decode row padding."""
@@ -242,7 +251,8 @@ class StaticPasses:
 
     def prepare(self, bucket: Bucket) -> StaticPass:
         """Reserve a bucket's buffers and let passes use them from now on."""
-        made = self._passes[bucket] = StaticPass(self._model, bucket)
+        made = self._passes[bucket] = StaticPass(
+            self._model, bucket, Outputs(self._model, [bucket]))
         return made
 
     def run(self, spans: Sequence[Span], finetune: FinetuneRows | None) -> Tensor | None:
@@ -257,12 +267,14 @@ class StaticPasses:
         """
         Capture a device graph for each bucket; yield '' for each, or why it can't be.
 
-        They never run at once and share memory. The stream is their own, because graphs
-        that were captured on one stream share a workspace of cuBLAS.
+        They never run at once, and share memory and outputs. The stream is their own, because
+        graphs that were captured on one stream share a workspace of cuBLAS.
         """
+        wanted = list(wanted)
+        outputs = Outputs(self._model, wanted)
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for bucket in wanted:
-            static = StaticPass(self._model, bucket)
+            static = StaticPass(self._model, bucket, outputs)
             try:
                 static.capture(stream, pool)
             except RuntimeError as error:     # such as experts that are chosen on the host

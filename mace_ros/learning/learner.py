@@ -119,6 +119,8 @@ class Learner:
         self._anchors: list[tuple[list[int], list[int]]] | None = None    # prompt, output
         self._rejections: deque[Future[VersionRecord]] = deque()
         self.wants_anchors = False
+        # How many tokens a step may have whose pieces end within so many seconds.
+        self.tokens_within: Callable[[float], int] = lambda seconds: 512
 
     # -- what comes in ---------------------------------------------------------------
 
@@ -184,6 +186,13 @@ class Learner:
             return job.scoring.step
         return job.step if job.score_after is None else None
 
+    @property
+    def wants_to_judge(self) -> bool:
+        """Whether a step's scores are known that nobody has looked at."""
+        job = self._job
+        return (job is not None and job.scoring is None and job.step is not None
+                and job.step.scored and not job.judged)
+
     def ran(self, tokens: int, seconds: float) -> None:
         """Note device time spent on the current step, and fine-tune tokens of whole steps."""
         job = self._job
@@ -193,8 +202,10 @@ class Learner:
 
     def advance(self, settings: Settings) -> list[Event]:
         """Go on as far as possible without waiting; return what happened."""
-        if self._rejections and self._rejections[0].done():
-            return self._announce_rejection(self._rejections.popleft())
+        while self._rejections and self._rejections[0].done():
+            written = self._rejections.popleft()
+            if written.exception() is None:     # else it is not on record; nothing else is lost
+                return [_version_event(written.result(), self._store)]
         if self._job is None:
             return self._start(settings)
         job = self._job
@@ -234,6 +245,9 @@ class Learner:
             return []
         profile = self._waiting[0].record.profile
         chosen = [w for w in self._waiting if w.record.profile == profile][:JOB_CORRECTIONS]
+        most = self.tokens_within(settings.finetune.max_blocking_ms / 1e3)
+        while len(chosen) > 1 and sum(self._length(w.record) for w in chosen) > most:
+            chosen.pop()
         self._waiting = [w for w in self._waiting if w not in chosen]
         if not self._slots.has_room(profile):
             return [self._set_state(
@@ -281,8 +295,7 @@ class Learner:
         # Interleaved, so that a few of each kind come in every step.
         job.replayed = [s for pair in zip_longest(anchors, earlier) for s in pair if s is not None]
         job.gate = Gate({'earlier corrections': job.kept, 'other answers': job.replayed})
-        self._score(job)    # under the live version, before anything changes
-        return []
+        return self._score(job, settings)    # under the live version, before it changes
 
     def _next_step(self, job: _Job, settings: Settings) -> None:
         assert job.trainer is not None
@@ -291,18 +304,24 @@ class Learner:
         # Up to half of what is replayed are earlier corrections; all in their turn.
         kept = _turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
         must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
+        replayed = _turn(job.replayed, count - len(kept), job.steps)
+        # A piece of learning is a layer of all tokens: with more it would take too long.
+        most = self.tokens_within(settings.finetune.max_blocking_ms / 1e3)
+        must_be_right = _first(must_be_right, most, at_least=len(job.samples))
+        replayed = _first(replayed, most - sum(len(s.tokens) for s in must_be_right))
         job.must_be_right = len(must_be_right)
+        job.trainer.set_learning_rate(settings.finetune.learning_rate)
         job.step = FinetuneStep(
-            self._model, job.trainer,
-            must_be_right + _turn(job.replayed, count - len(kept), job.steps),
+            self._model, job.trainer, must_be_right + replayed,
             keep_graphs=settings.finetune.recompute != 'always',
             may_ride=settings.finetune.recompute != 'never',
             oldest_correction_at=job.oldest)
 
-    def _score(self, job: _Job) -> None:
+    def _score(self, job: _Job, settings: Settings) -> list[Event]:
         """Begin to score what the gate guards."""
         assert job.gate is not None
         job.step, job.scoring = None, _Scoring(job.gate.batches())
+        return self._go_on_scoring(job, job.scoring, settings)
 
     def _go_on_scoring(self, job: _Job, scoring: _Scoring, settings: Settings) -> list[Event]:
         if scoring.step is not None:
@@ -347,10 +366,6 @@ class Learner:
         reason = f'{verdict.reason} after {job.steps} steps (finetune.max_steps)'
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in job.corrections]
 
-    def _announce_rejection(self, written: Future[VersionRecord]) -> list[Event]:
-        # One that the disk refused is only not on record: it was to be thrown away.
-        return [] if written.exception() else [_version_event(written.result(), self._store)]
-
     def _judge(self, job: _Job, settings: Settings) -> list[Event]:
         """Decide, with the scores of a step's forward, whether its backward is still needed."""
         assert job.step is not None
@@ -372,8 +387,7 @@ class Learner:
             for w in job.corrections if w not in learned]
         if learned and job.steps:
             job.corrections, job.score_after = learned, score
-            self._score(job)
-            return events
+            return events + self._score(job, settings)
         self._job = None
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,
@@ -430,12 +444,26 @@ class Learner:
         self._journal.submit(lambda j: j.set_correction(record.id, state, reason, version))
         return CorrectionProgress(record.id, state, reason, version)
 
+    def _length(self, record: CorrectionRecord) -> int:
+        return len(record.prompt_ids) + len(self._chat.answer(record.corrected))
+
     def _peft_config(self) -> dict[str, object]:
         config = LoraConfig(
             r=self._bank.rank, lora_alpha=self._bank.alpha,
             target_modules=self._bank.target_modules, task_type='CAUSAL_LM',
             base_model_name_or_path=self._model_name, inference_mode=True).to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def _first(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
+    """Return the first samples that have no more than ``tokens``, but ``at_least`` so many."""
+    count = total = 0
+    for sample in samples:
+        total += len(sample.tokens)
+        if total > tokens and count >= at_least:
+            break
+        count += 1
+    return samples[:count]
 
 
 def _turn(samples: list[Sample], count: int, turn: int) -> list[Sample]:

@@ -106,7 +106,7 @@ class Batcher:
         free = state.free_tokens
         slots = limits.max_requests - len(state.running)
         held = False   # one that can't wait any longer lacks memory: nobody overtakes it
-        for place, (_, due, _, _, request, waits) in enumerate(queue):
+        for place, (_, latest, _, _, request, waits) in enumerate(queue):
             if batch.is_full:
                 break
             need = 0
@@ -119,10 +119,10 @@ class Batcher:
                         rejected[request] = (
                             f'{need} tokens of KV cache needed, memory.kv_cache_tokens is '
                             f'{self.settings.memory.kv_cache_tokens}')
-                    elif slots > 0 and due < now:
+                    elif slots > 0 and latest < now:
                         held = True
                     continue
-            if batch.add(request, due, len(queue) - place) and waits:
+            if batch.add(request, latest, len(queue) - place) and waits:
                 slots -= 1
                 free -= need
         return Batch(

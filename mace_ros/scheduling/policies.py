@@ -44,9 +44,9 @@ class Policy(ABC):
         """Return what to do now. ``state.finetune`` is None while the budget is used up."""
 
     def observe(  # noqa: B027 - most need not know
-        self, plan: Plan, serving_s: float, learning_s: float, now: float,
+        self, serving_s: float, learning_s: float, steps: int,
     ) -> None:
-        """Note what of ``plan`` was run until ``now``, and its device time."""
+        """Note the device time of an iteration, and how many fine-tune steps ended in it."""
 
     def _piece(self, work: FinetuneWork, batch: Batch, seconds: float) -> Piece:
         """Return the next piece of learning that ends within ``seconds``; at least one."""
@@ -92,7 +92,7 @@ class Continuous(Policy):
             return self._step(work, batch)
         return plan_of(batch)
 
-    def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:
+    def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Settle what is owed."""
         self._owed_s += learning_s - serving_s
 
@@ -129,10 +129,10 @@ class Periodic(Policy):
         idle = batch.is_empty and work is not None
         return plan_of(batch, wake_at=due if idle else None)
 
-    def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:
+    def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Count the steps that were run to their end."""
-        if self._steps is not None and plan.segments:
-            self._steps -= 1
+        if self._steps is not None:
+            self._steps -= steps
 
 
 class StaticSplit(Policy):
@@ -170,7 +170,7 @@ class StaticSplit(Policy):
         # A single segment may be longer than what is due: it waits until half of it is.
         return plan_of(batch, piece if piece.seconds <= 2.0 * due_s else NOTHING)
 
-    def observe(self, plan: Plan, serving_s: float, learning_s: float, now: float) -> None:
+    def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Settle what is owed."""
         share = self._settings.scheduler.static_share
         self._owed_s += serving_s * share / (1.0 - share) - learning_s

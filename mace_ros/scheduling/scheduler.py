@@ -98,8 +98,8 @@ class Scheduler:
             learning_s = measured_s - serving_s
         predicted_s = self.cost.observe(measurement)
         self._ledger.spend(serving_s, learning_s, now)
-        self._policy.observe(plan, serving_s, learning_s, now)
         steps = [s.tokens for s, _ in measurement.segments if s.kind is SegmentKind.OPTIMIZER]
+        self._policy.observe(serving_s, learning_s, len(steps))
         self._counts = replace(
             counts,
             iterations=counts.iterations + 1,

@@ -1,0 +1,42 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a training sequence is that of PyTorch, and so are its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mace_ros.execution.causal import attend_causally, suits
+
+
+@pytest.mark.parametrize('scaling', [None, 0.3])
+@pytest.mark.parametrize('heads, kv_heads', [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize('tokens', [1, 2, 17])
+def test_output_and_gradients_are_those_of_pytorch(
+        tokens: int, heads: int, kv_heads: int, scaling: float | None) -> None:
+    torch.manual_seed(0)
+    shapes = [(heads, 8), (kv_heads, 8), (kv_heads, 12)]     # values of a size of their own
+    given = [torch.randn(1, n, tokens, size).transpose(1, 2).contiguous().transpose(1, 2)
+             for n, size in shapes]
+    ours = [x.clone().requires_grad_() for x in given]
+    theirs = [x.clone().requires_grad_() for x in given]
+    weight = torch.randn(1, heads, tokens, 12)
+
+    y = attend_causally(*ours, scaling)
+    y.backward(weight)
+
+    expected = F.scaled_dot_product_attention(
+        *theirs, is_causal=True, enable_gqa=True, scale=scaling)
+    expected.backward(weight)
+    torch.testing.assert_close(y, expected)
+    for x, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_only_training_in_bfloat16_takes_it() -> None:
+    query = torch.randn(1, 2, 5, 8, dtype=torch.bfloat16)
+    assert not suits(query)
+    assert suits(query.requires_grad_())
+    assert not suits(torch.randn(1, 2, 5, 8, requires_grad=True))
+    with torch.no_grad():
+        assert not suits(query)
