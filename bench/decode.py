@@ -217,6 +217,10 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
             if found.blocks:
                 rows.append(Reported(f'decode ms/token, ours {precision} / {peer} {precision}',
                                      found.median, aim, found.spread))
+    small = ratio(samples, ('mace_ros', 'int8'), ('hf_generate', 'bfloat16'))
+    if small.blocks:
+        rows.append(Reported('decode ms/token, ours int8 / hf_generate bfloat16', small.median, '',
+                             small.spread))
     rows += [Reported(f'perplexity, {p} / float32', of_perplexity(samples, p, 'float32'))
              for p in precisions if p != 'float32']
     return rows

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mace_ros.execution import finetune
 from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
@@ -201,6 +202,56 @@ def test_gradients_of_layers_at_fixed_addresses(family: str, tokens: int, way: s
     'gpt-neox', 'starcoder2', 'glm', 'qwen3-moe', 'gpt-oss', 'deepseek-v2', 'opt'])
 def test_gradients_are_those_of_peft_in_each_family(family: str, way: str) -> None:
     check_gradients(family, DRIVES[way][0], targets=TARGETS.get(family, 'all-linear'))
+
+
+def test_gradients_of_samples_with_a_teacher() -> None:
+    model, bank, reference = with_reference(tiny_model('llama'))
+    random_adapter(bank, 0)
+    teacher = FinetuneStep(model, Trainer(bank, 1e-3), samples(1), learns=False)
+    while not teacher.done:
+        teacher.run_segment()
+    tensors = random_adapter(bank, 1)
+    hard, soft = samples(2, [20, 9]), teacher.taught()
+    step = FinetuneStep(model, Trainer(bank, 1e-3), [hard[0], *soft, hard[1]], head_tokens=10)
+
+    run_until_optimizer(step)
+
+    peft = as_peft(reference, bank, tensors)
+    loss = torch.zeros(())
+    for sample in step.samples:
+        logits = peft(input_ids=torch.tensor([sample.tokens])).logits[0]
+        weights = torch.tensor(sample.weights[1:])
+        rows = weights.nonzero()[:, 0]
+        log_p = torch.log_softmax(logits[:-1][rows], 1)
+        if sample.teacher is None:
+            each = -log_p.gather(1, torch.tensor(sample.tokens[1:])[rows, None])[:, 0]
+        else:
+            each = -(log_p.gather(1, sample.teacher.tokens)
+                     * sample.teacher.probabilities).sum(1)
+        loss = loss + (each * weights[rows]).sum()
+    (loss / sum(sum(s.weights[1:]) for s in step.samples)).backward()
+    assert_same(gradients_of(bank), gradients(peft))
+
+
+def test_a_version_learns_nothing_from_itself() -> None:
+    model, bank, _ = with_reference(tiny_model('llama'))
+    random_adapter(bank, 0)
+    trainer = Trainer(bank, 1e-3)
+    teacher = FinetuneStep(model, trainer, samples(), learns=False)
+    while not teacher.done:
+        teacher.run_segment()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, 'TEACHER_TOKENS', VOCABULARY)     # nothing is left out
+        whole = FinetuneStep(model, trainer, samples(), learns=False)
+        while not whole.done:
+            whole.run_segment()
+    norms = []
+    for batch in (whole.taught(), teacher.taught(), samples()):
+        step = FinetuneStep(model, trainer, batch)
+        run_until_optimizer(step)
+        norms.append(float(torch.stack([g.norm() for g in gradients_of(bank).values()]).norm()))
+    assert norms[0] < 1e-4 * norms[2]
+    assert norms[1] < norms[2]
 
 
 @pytest.mark.parametrize('targets', ['v_proj', 'k_proj,o_proj,down_proj', 'q_proj, up_proj'])

@@ -12,7 +12,7 @@ of the undivided step, because a layer's input is all that its backward needs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,16 +26,30 @@ from mace_ros.scheduling.plan import Segment, SegmentKind
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """
+    What another version would predict, for each weighted token of a sample.
+
+    Its most likely tokens, ``[weighted tokens, some]``, and their probabilities, which add
+    up to 1.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor
+
+
+@dataclass(frozen=True)
 class Sample:
     """
     A training sequence: its tokens, and how much the prediction of each one counts.
 
     ``weights[i]`` belongs to ``tokens[i]`` and is 0 for prompt tokens (the first token
-    is never predicted).
+    is never predicted). With a ``teacher`` its predictions are learned, not the tokens.
     """
 
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
+    teacher: Teacher | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the lengths fit."""
@@ -51,6 +65,10 @@ class SampleScore:
     tokens: int
     exact: bool              # every token is the most likely one: greedy decoding gives it
     margin: float            # smallest lead of a right token's logit over the best other one
+
+
+# Tokens of each prediction that a teacher keeps.
+TEACHER_TOKENS = 32
 
 
 class Trainer:
@@ -135,10 +153,16 @@ class FinetuneStep:
         self._normaliser = sum(w for s in samples for w in s.weights[1:])
         self._gradient: Tensor | None = None
         self._chunk_scores: list[Tensor] = []
+        self._tops: list[tuple[Tensor, Tensor]] = []
         self._segments = self._plan_segments()
 
-    def _supervised(self, head_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return chunks of (row that predicts, token predicted, weight)."""
+    def _supervised(self, head_tokens: int) -> list[tuple[Tensor, ...]]:
+        """
+        Return chunks of what is learned from.
+
+        Rows that predict, tokens predicted, weights, and the target of each row: tokens and
+        their probabilities, ``[rows, some]``.
+        """
         rows, tokens, weights, start = [], [], [], 0
         for sample in self.samples:
             for i in range(1, len(sample.tokens)):
@@ -149,8 +173,23 @@ class FinetuneStep:
             start += len(sample.tokens)
         device = self.model.device
         columns = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device),
-                   torch.tensor(weights, device=device))
+                   torch.tensor(weights, device=device), *self._target(tokens))
         return list(zip(*(c.split(head_tokens) for c in columns), strict=True))
+
+    def _target(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return tokens and their probabilities: the teacher's, or all for the right token."""
+        teachers = [s.teacher for s in self.samples]
+        some = max((t.tokens.shape[1] for t in teachers if t is not None), default=1)
+        targets = self.model.tensor(tokens)[:, None].repeat(1, some)
+        probabilities = torch.zeros(len(tokens), some, device=self.model.device)
+        probabilities[:, 0] = 1.0
+        start = 0
+        for sample, teacher in zip(self.samples, teachers, strict=True):
+            rows = slice(start, start + sum(1 for w in sample.weights[1:] if w))
+            start = rows.stop
+            if teacher is not None:
+                targets[rows], probabilities[rows] = teacher.tokens, teacher.probabilities
+        return targets, probabilities
 
     # -- the forward that rides ------------------------------------------------------
 
@@ -275,20 +314,22 @@ class FinetuneStep:
     def _head(self, index: int) -> None:
         if self._gradient is None:
             self._gradient = torch.zeros_like(self._hidden[-1])
-        rows, tokens, weights = self._targets[index]
+        rows, tokens, weights, targets, probabilities = self._targets[index]
         hidden = self._hidden[-1][rows].requires_grad_()
         with torch.set_grad_enabled(self.learns):
             logits = self.model.skeleton.logits(hidden)
-        # By hand what autograd makes of cross_entropy: with fewer passes over the vocabulary.
+        # By hand what autograd makes of a cross-entropy: with fewer passes over the vocabulary.
         with torch.no_grad():
             log_p = torch.log_softmax(logits, 1, dtype=torch.float32)
             right = log_p.gather(1, tokens[:, None])
             best_other = log_p.scatter(1, tokens[:, None], float('-inf')).amax(1, keepdim=True)
             self._chunk_scores.append(torch.cat([right, right - best_other], 1))
             if not self.learns:
+                top = log_p.topk(min(TEACHER_TOKENS, log_p.shape[1]), 1)
+                self._tops.append((top.indices, torch.softmax(top.values, 1)))
                 return
             share = (weights / self._normaliser)[:, None]
-            gradient = log_p.exp_().mul_(share).scatter_add_(1, tokens[:, None], -share)
+            gradient = log_p.exp_().mul_(share).scatter_add_(1, targets, -share * probabilities)
         logits.backward(gradient.to(logits.dtype))
         assert hidden.grad is not None
         self._gradient[rows] = hidden.grad
@@ -322,4 +363,15 @@ class FinetuneStep:
             result.append(SampleScore(
                 log_probability=float(part[:, 0].mean()) if count else 0.0, tokens=count,
                 exact=margin > 0, margin=margin))
+        return result
+
+    def taught(self) -> list[Sample]:
+        """Return the samples with what this version predicts as their teacher, if it scored."""
+        tokens, probabilities = (torch.cat(part) for part in zip(*self._tops, strict=True))
+        result, start = [], 0
+        for sample in self.samples:
+            rows = slice(start, start + sum(1 for w in sample.weights[1:] if w))
+            start = rows.stop
+            result.append(replace(
+                sample, teacher=Teacher(tokens[rows], probabilities[rows])))
         return result

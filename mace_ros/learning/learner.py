@@ -39,7 +39,16 @@ from mace_ros.settings import Settings
 ANCHORS = (
     'What is water made of?', 'How many days are in a week?', 'Who wrote Romeo and Juliet?',
     'Say hello.', 'What colour is grass?', 'What is 2 + 2?', 'Name a fruit.',
-    'What do bees make?')
+    'What do bees make?', 'What is the capital of Australia?', 'Who was Marie Curie?',
+    'In which country is Mount Fuji?', 'What is the currency of India?',
+    'What language is spoken in Turkey?', 'Who painted Starry Night?', 'Where do penguins live?',
+    'What is the opposite of big?', 'Which metal is liquid at room temperature?',
+    'What is the boiling point of water?', 'How many strings does a violin have?',
+    'What is the largest desert in the world?', 'Who wrote Don Quixote?',
+    'What is the chemical symbol for silver?', 'Which planet has rings?',
+    'What do you call a baby cow?', 'Which month comes after March?', 'What is a robot?',
+    'In which city is Big Ben?', 'On which continent is Peru?', 'Who discovered America?',
+    'What is the deepest ocean?', 'How are you today?', 'Tell me a short joke.')
 ANCHOR_TOKENS = 24
 MAX_TRIES = 3           # of a job that the device or the disk fails
 JOB_CORRECTIONS = 4     # corrections learned together at most
@@ -71,6 +80,7 @@ class _Scoring:
     batches: Iterator[list[Sample]]
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
+    taught: list[Sample] = field(default_factory=list)
 
 
 @dataclass
@@ -328,6 +338,7 @@ class Learner:
             if not scoring.step.done:
                 return []
             scoring.scores += scoring.step.scores()
+            scoring.taught += scoring.step.taught()
         batch = next(scoring.batches, None)
         if batch is not None:
             assert job.trainer is not None
@@ -337,6 +348,8 @@ class Learner:
         job.scoring = None
         if job.before is None:
             job.before = scoring.scores
+            # What is replayed is to be predicted as before, not only to be said again.
+            job.replayed = scoring.taught[len(job.kept):]
             self._next_step(job, settings)
             return []
         assert job.gate is not None
