@@ -247,7 +247,7 @@ class FinetuneStep:
         backward = (SegmentKind.BACKWARD if self.keep_graphs
                     else SegmentKind.BACKWARD_RECOMPUTED)
         scoring = ([Segment(SegmentKind.FORWARD, self.tokens)] * layers
-                   + [Segment(SegmentKind.HEAD, len(rows)) for rows, _, _ in self._targets])
+                   + [Segment(SegmentKind.HEAD, len(rows)) for rows, *_ in self._targets])
         return scoring if not self.learns else (
             scoring
             + [Segment(backward, self.tokens)] * layers
