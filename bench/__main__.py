@@ -7,9 +7,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import colocation, decode, kernels, report
+from bench import colocation, decode, kernels, learning, report
 
-BENCHES = (kernels, decode, colocation)
+BENCHES = (kernels, decode, learning, colocation)
 
 
 def main() -> int:
