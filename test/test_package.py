@@ -15,6 +15,7 @@ import pytest
 from test_installed import PREFIX
 
 import mace_ros
+from mace_ros.events import ErrorCode
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ElementTree.parse(ROOT / 'package.xml')
@@ -60,9 +61,20 @@ def test_versions_agree():
 
 
 def test_every_message_is_built():
-    listed = re.findall(r'^  (msg/\w+\.msg)$', (ROOT / 'CMakeLists.txt').read_text(), re.MULTILINE)
+    listed = re.findall(
+        r'^  (\w+/\w+\.(?:action|msg|srv))$', (ROOT / 'CMakeLists.txt').read_text(), re.MULTILINE)
 
-    assert listed == sorted(f'msg/{path.name}' for path in (ROOT / 'msg').iterdir())
+    assert listed == [f'{folder}/{path.name}' for folder in ('action', 'msg', 'srv')
+                      for path in sorted((ROOT / folder).iterdir())]
+
+
+def test_every_launch_argument_is_documented():
+    declared = re.findall(
+        r"DeclareLaunchArgument\(\s*'(\w+)'", (ROOT / 'launch/mace.launch.py').read_text())
+    section = (ROOT / 'docs/interfaces.md').read_text().partition('## Launch')[2]
+
+    assert len(declared) > 4
+    assert sorted(declared) == sorted(re.findall(r'^\| `(\w+)` \|', section, re.MULTILINE))
 
 
 @pytest.mark.parametrize('path', PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -97,3 +109,26 @@ def test_pip_installs_every_other_module_in_use():
         if 'extra ==' not in line}
 
     assert {name for name in modules if not required & set(providers.get(name, []))} == set()
+
+
+def messages():
+    """Return all texts of the package, with a blank where something is put in."""
+    for path in (ROOT / 'mace_ros').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield ''.join(getattr(v, 'value', '') if isinstance(v, ast.Constant) else ' '
+                              for v in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_message_that_is_explained_is_one_of_ours():
+    texts = [*messages(), *ErrorCode.__members__]
+    rows = re.findall(
+        r'^\| (`.*?) \| ', (ROOT / 'docs/troubleshooting.md').read_text(), re.MULTILINE)
+    quoted = [quote for row in rows for quote in re.findall('`([^`]+)`', row)]
+    parts = {part for quote in quoted for part in re.split(r'\.\.\.| ?\bN\b ?|: ', quote)
+             if len(part) > 4 and not part.endswith('MemoryError')}
+
+    assert len(quoted) > 20
+    assert {part for part in parts if not any(part.strip() in text for text in texts)} == set()
