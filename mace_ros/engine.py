@@ -37,10 +37,12 @@ from mace_ros.events import (
     InvalidCorrection,
     InvalidQuery,
     Query,
+    VersionEvent,
 )
 from mace_ros.execution.calibration import measure
 from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.finetune import FinetuneStep
+from mace_ros.execution.hardware import hardware
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
@@ -58,6 +60,7 @@ from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, St
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import InvalidSetting, Settings
+from mace_ros.telemetry.status import Status
 from mace_ros.validation import checked_correction, checked_query
 
 NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
@@ -104,6 +107,7 @@ class Engine:
         """
         self._settings, self._wake, self._clock = settings, wake, clock
         loaded, self.model = _load(settings, progress)
+        self.hardware = hardware(self.model.device)
         self.chat = ChatText(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
         adapter = settings.adapter
         self.bank = AdapterBank(
@@ -148,6 +152,7 @@ class Engine:
         self._spoke = False    # the latest iteration only said something
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
+        self._journal_error = ''
         # All that stays: a full collection need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -208,6 +213,14 @@ class Engine:
             return []
         self._enqueue(apply)
 
+    def versions(self, profile: str) -> Future[list[VersionEvent]]:
+        """Read all versions of a profile, oldest first."""
+        return self.learner.versions(profile)
+
+    def live_version(self, profile: str) -> int:
+        """Return the version that serves a profile."""
+        return self._slots.live(profile).version
+
     def _enqueue(self, action: Callable[[], list[Event]]) -> None:
         self._inbox.append(action)
         self._wake()
@@ -228,8 +241,7 @@ class Engine:
             (plan, pass_s), self._begun = self._begun, None
             self._finish(plan, pass_s, events)
             return Iteration(events, self._clock())
-        while self._inbox:
-            events += self._inbox.popleft()()
+        events += self._take_in()
         try:
             events += self.learner.advance(self._settings)
         except Exception as error:    # such as an allocation for the next step
@@ -252,16 +264,39 @@ class Engine:
             return Iteration(events, now)
         return Iteration(events, now if events else plan.wake_at)
 
-    def close(self) -> list[Event]:
-        """Cancel what runs, and wait until the journal is on disk."""
-        events: list[Event] = []
-        while self._inbox:
-            events += self._inbox.popleft()()
+    def status(self) -> Status:
+        """Return what is going on between two iterations."""
+        now, state = self._clock(), self._state
+        decode_rows = sum(r.is_decoding for r in state.running)
+        unlearned = self.learner.unlearned
+        return Status(
+            now=now, statistics=self.scheduler.statistics(now),
+            queue_depth=self._queue_depth, prefilling=len(state.running) - decode_rows,
+            decode_rows=decode_rows,
+            kv_use=1.0 - self._pool.free_blocks / self._pool.num_blocks,
+            corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
+            live_version=self.live_version(''), profiles=self._slots.profiles,
+            journal_error=self._journal_error)
+
+    def pause(self) -> list[Event]:
+        """Cancel what runs, and hear all that the journal has to say; may be gone on from."""
+        # What it was given before is through when this is, or has failed.
+        self._journal.submit(lambda _: None).exception()
+        events = self._take_in()
         for answering in list(self._answering.values()):
             events += self._end(answering, FinishReason.CANCELLED)
+        return events
+
+    def close(self) -> list[Event]:
+        """Cancel what runs, and wait until the journal is on disk."""
+        events = self.pause()
         self._journal.close()
         gc.unfreeze()
         # What the journal finished meanwhile has put its last words into the inbox.
+        return events + self._take_in()
+
+    def _take_in(self) -> list[Event]:
+        events: list[Event] = []
         while self._inbox:
             events += self._inbox.popleft()()
         return events
@@ -275,7 +310,7 @@ class Engine:
                 raise InvalidQuery(
                     ErrorCode.DUPLICATE_ID, f'id: {query.id!r} is being answered already')
             limit = self._settings.scheduler.max_queue
-            if sum(not self._answering[r.id].silent for r in self._state.waiting) >= limit:
+            if self._queue_depth >= limit:
                 raise InvalidQuery(
                     ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
             if query.reset_conversation:
@@ -295,6 +330,10 @@ class Engine:
         if answering.request.max_tokens == 0:
             return self._end(answering, FinishReason.LENGTH)
         return []
+
+    @property
+    def _queue_depth(self) -> int:
+        return sum(not self._answering[r.id].silent for r in self._state.waiting)
 
     def _start(self, answering: Answering) -> None:
         """Let a request wait for its turn; it keeps the adapter version that is live now."""
@@ -345,6 +384,8 @@ class Engine:
     def _accepted(self, correction: Correction, done: Future[Accepted]) -> list[Event]:
         """Report what the journal said."""
         error = done.exception()
+        if not isinstance(error, InvalidCorrection):
+            self._journal_error = str(error or '')
         if error is not None:
             return [CorrectionProgress(correction.id, CorrectionState.REJECTED, str(error))]
         accepted = done.result()

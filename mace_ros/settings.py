@@ -203,6 +203,32 @@ class StorageSettings:
 
 
 @dataclass(frozen=True)
+class MonitorSettings:
+    """What is told about the node itself, and when it counts as unwell."""
+
+    rate_hz: float = _parameter(
+        2.0, 'How often ~/scheduler is published', unit='Hz', minimum=0.1, maximum=100.0)
+    window_s: float = _parameter(
+        60.0, 'Time over which SLO attainment and latency percentiles are taken', unit='s',
+        minimum=1.0, maximum=3600.0)
+    slo_target: float = _parameter(
+        0.9, 'Share of answers within their SLOs below which /diagnostics warns',
+        minimum=0.0, maximum=1.0)
+    max_temperature_c: float = _parameter(
+        90.0, 'Temperature of the device above which /diagnostics warns', unit='°C',
+        minimum=0.0, maximum=150.0)
+
+
+@dataclass(frozen=True)
+class LifecycleSettings:
+    """How the node comes to life."""
+
+    autostart: bool = _parameter(
+        True, 'Whether the node configures and activates itself; if not, a lifecycle manager '
+        'does', read_only=True)
+
+
+@dataclass(frozen=True)
 class Settings:
     """All parameters; ``settings.slo.ttft_ms`` is the ROS parameter ``slo.ttft_ms``."""
 
@@ -216,6 +242,8 @@ class Settings:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
 
     def updated(self, values: Mapping[str, Value]) -> Settings:
         """

@@ -187,6 +187,12 @@ class Learner:
         return self._job is not None or bool(self._waiting)
 
     @property
+    def unlearned(self) -> list[float]:
+        """When each correction arrived, on the engine's clock, that is not yet learned."""
+        job = self._job
+        return [w.arrived for w in [*(job.corrections if job else []), *self._waiting]]
+
+    @property
     def step(self) -> FinetuneStep | None:
         """The fine-tune step that can run now."""
         job = self._job
@@ -247,6 +253,11 @@ class Learner:
         self._waiting = [replace(w, tries=w.tries + 1) for w in job.corrections
                          if w not in failed] + self._waiting
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
+
+    def versions(self, profile: str) -> Future[list[VersionEvent]]:
+        """Read all versions of a profile from the journal, oldest first."""
+        return self._journal.submit(lambda journal: [
+            _version_event(record, self._store) for record in journal.versions(profile)])
 
     # -- a job's life ----------------------------------------------------------------
 

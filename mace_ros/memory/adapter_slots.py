@@ -40,6 +40,11 @@ class AdapterSlots:
         """Slots that a new version could take."""
         return len(self._free)
 
+    @property
+    def profiles(self) -> int:
+        """Profiles that have a live version of their own."""
+        return len(self._live)
+
     def has_room(self, profile: str) -> bool:
         """Whether that profile may have a version of its own, now or after some request."""
         # One slot is for the next version of a profile that has one already.

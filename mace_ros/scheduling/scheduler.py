@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.ledger import Ledger
 from mace_ros.scheduling.mace import Mace
-from mace_ros.scheduling.plan import Measurement, Plan, SegmentKind, State
+from mace_ros.scheduling.plan import EMPTY, Measurement, PassShape, Plan, SegmentKind, State
 from mace_ros.scheduling.policies import Continuous, InferenceOnly, Periodic, Policy, StaticSplit
 from mace_ros.settings import Settings
 
@@ -45,6 +45,7 @@ class Statistics:
     finetune_steps: int = 0
     rejected: int = 0          # requests turned away
     late_for_learning: int = 0   # requests made late by overdue learning, as predicted
+    shape: PassShape = EMPTY   # of the latest iteration's pass
     predicted_s: float = 0.0   # what the latest iteration ran was predicted to take ...
     measured_s: float = 0.0    # ... and took
 
@@ -108,7 +109,7 @@ class Scheduler:
             ridden_tokens=counts.ridden_tokens + shape.finetune_tokens,
             finetune_tokens=counts.finetune_tokens + sum(steps),
             finetune_steps=counts.finetune_steps + len(steps),
-            predicted_s=predicted_s, measured_s=measured_s)
+            shape=shape, predicted_s=predicted_s, measured_s=measured_s)
 
     def update(self, settings: Settings) -> None:
         """Put other settings in force from the next plan on."""

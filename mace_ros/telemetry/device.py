@@ -1,0 +1,193 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Load, memory and temperature of the device.
+
+A Jetson's GPU is read from sysfs, since NVML answers there with NOT_SUPPORTED or with
+zeros; other CUDA devices through NVML; and a CPU through /proc and sysfs. Nothing here
+raises, and what can't be known is NaN, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from mace_ros.telemetry.status import Hardware
+
+# Where the drivers of the Jetson generations tell the GPU's load, per mille.
+JETSON_LOADS = (
+    'sys/devices/platform/gpu.0/load',
+    'sys/devices/gpu.0/load',
+    'sys/devices/platform/bus@0/17000000.gpu/load',
+)
+GPU_ZONES = ('gpu-thermal', 'GPU-therm')
+CPU_ZONES = ('x86_pkg_temp', 'cpu-thermal', 'CPU-therm', 'cpu_thermal', 'soc-thermal')
+CPU_SENSORS = ('coretemp', 'k10temp', 'zenpower')     # below hwmon
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The device at a moment; NaN is unknown."""
+
+    load: float = math.nan                # share of the time in which it worked
+    memory_used_mb: float = math.nan      # by everybody; the system's where memory is unified
+    memory_total_mb: float = math.nan
+    temperature_c: float = math.nan
+    power_w: float = math.nan
+    process_memory_mb: float = math.nan   # resident, of this process
+
+    @property
+    def memory_use(self) -> float:
+        """Share of the memory that is taken."""
+        return self.memory_used_mb / self.memory_total_mb
+
+
+class DeviceCounters:
+    """Reads the counters of one device; one thread at a time."""
+
+    def __init__(self, hardware: Hardware, *, root: Path = Path('/'),
+                 nvml: Any = None) -> None:
+        """``root`` and ``nvml`` (the module pynvml) can be replaced by a test."""
+        self._root = root
+        self._cpu_times: tuple[float, float] | None = None
+        self._sources: list[Callable[[], Reading]] = [self._process]
+        if hardware.kind == 'cuda':
+            if any((root / path).exists() for path in JETSON_LOADS):
+                self._sources.append(self._jetson)
+            else:
+                self._nvml = nvml or _pynvml()
+                self._handle = _handle(self._nvml, hardware.uuid)
+                self._sources.append(self._discrete)
+        else:
+            self._sources.append(self._cpu)
+
+    def read(self) -> Reading:
+        """Return what is known now."""
+        values: dict[str, float] = {}
+        for source in self._sources:
+            reading = source()
+            for field in fields(Reading):
+                value = getattr(reading, field.name)
+                if math.isfinite(value):
+                    values[field.name] = value
+        return Reading(**values)
+
+    # -- sources ---------------------------------------------------------------------
+
+    def _process(self) -> Reading:
+        pages = _number(self._read('proc/self/statm').split(), 1)
+        return Reading(process_memory_mb=pages * os.sysconf('SC_PAGE_SIZE') / 1e6)
+
+    def _jetson(self) -> Reading:
+        loads = (_number([self._read(path)]) for path in JETSON_LOADS)
+        used, total = self._system_memory()
+        return Reading(
+            load=next((x / 1000 for x in loads if not math.isnan(x)), math.nan),
+            memory_used_mb=used, memory_total_mb=total,
+            temperature_c=self._zone(GPU_ZONES))
+
+    def _discrete(self) -> Reading:
+        memory = self._ask('nvmlDeviceGetMemoryInfo')
+        total = _positive(getattr(memory, 'total', math.nan)) / 1e6
+        used = load = math.nan
+        # A driver that knows no memory gives zeros for everything else as well.
+        if not math.isnan(total):
+            used = getattr(memory, 'used', math.nan) / 1e6
+            load = getattr(self._ask('nvmlDeviceGetUtilizationRates'), 'gpu', math.nan) / 100
+        return Reading(
+            load=load, memory_used_mb=used, memory_total_mb=total,
+            temperature_c=_positive(self._ask('nvmlDeviceGetTemperature', 0)),
+            power_w=_positive(self._ask('nvmlDeviceGetPowerUsage')) / 1000)
+
+    def _cpu(self) -> Reading:
+        used, total = self._system_memory()
+        temperature = self._zone(CPU_ZONES)
+        return Reading(
+            load=self._cpu_load(), memory_used_mb=used, memory_total_mb=total,
+            temperature_c=self._sensor() if math.isnan(temperature) else temperature)
+
+    # -- helpers ---------------------------------------------------------------------
+
+    def _cpu_load(self) -> float:
+        """Return the share since the last call; unknown at the first."""
+        times = [_number([x]) for x in self._read('proc/stat').partition('\n')[0].split()[1:9]]
+        if len(times) < 5:
+            return math.nan
+        before, self._cpu_times = self._cpu_times, (sum(times), times[3] + times[4])
+        if before is None or self._cpu_times[0] <= before[0]:
+            return math.nan
+        total, idle = (new - old for new, old in zip(self._cpu_times, before, strict=True))
+        return min(max(1.0 - idle / total, 0.0), 1.0)
+
+    def _system_memory(self) -> tuple[float, float]:
+        """Return used and total MB; what the page cache holds counts as free."""
+        known = {}
+        for line in self._read('proc/meminfo').splitlines():
+            name, _, rest = line.partition(':')
+            known[name] = _number(rest.split()) * 1024 / 1e6
+        total = _positive(known.get('MemTotal', math.nan))
+        return total - known.get('MemAvailable', math.nan), total
+
+    def _zone(self, names: tuple[str, ...]) -> float:
+        for zone in self._folders('sys/class/thermal', 'thermal_zone*'):
+            if self._read(zone / 'type') in names:
+                return _positive(_number([self._read(zone / 'temp')])) / 1000
+        return math.nan
+
+    def _sensor(self) -> float:
+        for sensor in self._folders('sys/class/hwmon', 'hwmon*'):
+            if self._read(sensor / 'name') in CPU_SENSORS:
+                return _positive(_number([self._read(sensor / 'temp1_input')])) / 1000
+        return math.nan
+
+    def _folders(self, parent: str, pattern: str) -> Iterator[Path]:
+        try:
+            yield from sorted((self._root / parent).glob(pattern))
+        except OSError:
+            return
+
+    def _read(self, path: str | Path) -> str:
+        try:
+            return (self._root / path).read_text().strip()
+        except (OSError, ValueError):
+            return ''
+
+    def _ask(self, function: str, *arguments: object) -> Any:
+        try:
+            return getattr(self._nvml, function)(self._handle, *arguments)
+        except Exception:    # NVMLError has a class for each code, and pynvml may be missing
+            return math.nan
+
+
+def _pynvml() -> Any:
+    try:
+        import pynvml
+        pynvml.nvmlInit()
+    except Exception:    # no module, no driver, no device
+        return None
+    return pynvml
+
+
+def _handle(nvml: Any, uuid: str) -> Any:
+    # By its UUID: CUDA_VISIBLE_DEVICES changes the numbers.
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+    except Exception:
+        return None
+
+
+def _number(words: list[str], position: int = 0) -> float:
+    try:
+        return float(words[position])
+    except (IndexError, ValueError):
+        return math.nan
+
+
+def _positive(value: float) -> float:
+    """Return the value; unknown if it is zero, which no such counter can be."""
+    return value if value > 0 else math.nan

@@ -1,0 +1,161 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the node is well: numbers in, findings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+import threading
+
+from mace_ros.events import (
+    CorrectionProgress,
+    CorrectionState,
+    Event,
+    Finished,
+    VersionEvent,
+    VersionState,
+)
+from mace_ros.settings import Settings
+from mace_ros.telemetry.device import Reading
+from mace_ros.telemetry.status import Status
+from mace_ros.telemetry.window import Attainment, LatencyWindow
+
+FEW_REQUESTS = 5          # too few to judge an attainment by
+STALLED_S = 10.0          # without a sample from the device's thread, and ...
+STALLED_SAMPLES = 3       # ... so many missing, while it should serve
+MEMORY_WARN, MEMORY_ERROR = 0.92, 0.98
+ACTIVE = 'active'
+
+
+class Level(IntEnum):
+    """How bad it is; the values are those of ``DiagnosticStatus``."""
+
+    OK = 0
+    WARN = 1
+    ERROR = 2
+
+
+@dataclass
+class Finding:
+    """What there is to say about one thing; the worst problem comes first in ``message``."""
+
+    name: str
+    values: dict[str, float | int | str] = field(default_factory=dict)
+    problems: list[tuple[Level, str]] = field(default_factory=list)
+    well: str = 'OK'        # the message where there is no problem
+
+    @property
+    def level(self) -> Level:
+        """The worst level."""
+        return max((level for level, _ in self.problems), default=Level.OK)
+
+    @property
+    def message(self) -> str:
+        """All problems in a line."""
+        worst_first = sorted(self.problems, key=lambda problem: -problem[0])
+        return '; '.join(text for _, text in worst_first) or self.well
+
+    def add(self, level: Level, text: str) -> None:
+        """Note a problem."""
+        self.problems.append((level, text))
+
+
+class Health:
+    """Hears what happens, from any thread, and says what to make of it."""
+
+    def __init__(self) -> None:
+        """Begin with a node that is well, and not configured."""
+        self.window = LatencyWindow()
+        self.state = 'unconfigured'     # the lifecycle's
+        self.doing = ''                 # while it changes
+        self.fault = ''                 # why it does not do what it was told to
+        self.frozen = False             # learning, by ~/freeze_learning
+        self._lock = threading.Lock()
+        self._failed: list[tuple[float, str]] = []          # corrections
+        self._refused: dict[str, str] = {}                  # versions, by profile
+
+    def note(self, event: Event, now: float) -> None:
+        """Take in an event."""
+        if isinstance(event, Finished):
+            self.window.add(event, now)
+        elif isinstance(event, CorrectionProgress):
+            if event.state is CorrectionState.FAILED:
+                with self._lock:
+                    self._failed.append((now, event.reason))
+        elif isinstance(event, VersionEvent):
+            with self._lock:
+                if event.state is VersionState.PUBLISHED:
+                    self._refused.pop(event.profile, None)
+                elif event.state is VersionState.REJECTED:
+                    self._refused[event.profile] = f'version {event.version}: {event.reason}'
+
+    def findings(self, status: Status | None, reading: Reading, settings: Settings,
+                 now: float) -> Iterator[Finding]:
+        """Say how it is at ``now``; ``status`` is the latest one, if there is one."""
+        attainment = self.window.attainment(now, settings.monitor.window_s)
+        yield self._serving(status, attainment, settings, now)
+        yield self._learning(status, settings, now)
+        yield self._device(reading, settings)
+
+    def _serving(self, status: Status | None, attainment: Attainment, settings: Settings,
+                 now: float) -> Finding:
+        found = Finding('serving', {'state': self.state}, well=self.doing or self.state)
+        if self.fault:
+            found.add(Level.ERROR, self.fault)
+        if status is not None and self.state == ACTIVE:
+            found.values.update(
+                queue_depth=status.queue_depth, prefilling=status.prefilling,
+                decode_rows=status.decode_rows, kv_use=status.kv_use,
+                busy_share=status.statistics.busy_share)
+            silent_s = now - status.now
+            if silent_s > max(STALLED_S, STALLED_SAMPLES / settings.monitor.rate_hz):
+                found.add(Level.ERROR, f'an iteration takes {silent_s:.0f} s already')
+        found.values.update(
+            requests=attainment.requests, slo_attainment=attainment.slo_attainment,
+            ttft_p95_ms=attainment.ttft_p95_ms, tpot_p95_ms=attainment.tpot_p95_ms)
+        if attainment.errors:
+            found.add(Level.ERROR, f'{attainment.errors} answers broke off: {attainment.error}')
+        if attainment.turned_away:
+            found.add(Level.WARN, f'{attainment.turned_away} queries were turned away: too much '
+                      'load')
+        if attainment.requests >= FEW_REQUESTS and (
+                attainment.slo_attainment < settings.monitor.slo_target):
+            found.add(Level.WARN, f'SLOs met by {attainment.slo_attainment:.0%} of '
+                      f'{attainment.requests} answers')
+        return found
+
+    def _learning(self, status: Status | None, settings: Settings, now: float) -> Finding:
+        found = Finding('learning', well='frozen' if self.frozen else 'OK')
+        if status is not None:
+            found.values.update(
+                corrections_waiting=status.corrections_waiting, freshness_s=status.freshness_s,
+                live_version=status.live_version, learning_share=status.statistics.learning_share)
+            if status.journal_error:
+                found.add(Level.ERROR, status.journal_error)
+            if status.freshness_s > settings.slo.freshness_s:
+                found.add(Level.WARN, f'{status.corrections_waiting} corrections wait, the oldest '
+                          f'for {status.freshness_s:.0f} s'
+                          + (': learning is frozen' if self.frozen else ''))
+        with self._lock:
+            self._failed = [
+                f for f in self._failed if f[0] > now - settings.monitor.window_s]
+            failed, refused = list(self._failed), dict(self._refused)
+        if failed:
+            found.add(Level.WARN, f'{len(failed)} corrections failed: {failed[-1][1]}')
+        for profile, reason in refused.items():
+            found.add(Level.ERROR, f'profile {profile!r}: {reason}')
+        return found
+
+    def _device(self, reading: Reading, settings: Settings) -> Finding:
+        found = Finding('device', {
+            f.name: getattr(reading, f.name) for f in fields(reading)})
+        # A comparison with NaN is False: what is not known is no problem.
+        if reading.memory_use > MEMORY_ERROR:
+            found.add(Level.ERROR, f'{reading.memory_use:.0%} of its memory is taken')
+        elif reading.memory_use > MEMORY_WARN:
+            found.add(Level.WARN, f'{reading.memory_use:.0%} of its memory is taken')
+        if reading.temperature_c > settings.monitor.max_temperature_c:
+            found.add(Level.WARN, f'{reading.temperature_c:.0f} °C')
+        return found

@@ -1,0 +1,40 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine does at a moment, in plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mace_ros.scheduling.scheduler import Statistics
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the engine runs on; ``uuid`` is a CUDA device's, as NVML knows it."""
+
+    kind: str = 'cpu'       # or 'cuda'
+    name: str = ''
+    uuid: str = ''
+
+
+@dataclass(frozen=True)
+class Status:
+    """
+    A snapshot between two iterations; ``now`` is on the engine's clock.
+
+    ``journal_error`` says why the latest correction could not be written, and is empty
+    if it could.
+    """
+
+    now: float
+    statistics: Statistics
+    queue_depth: int = 0
+    prefilling: int = 0
+    decode_rows: int = 0
+    kv_use: float = 0.0
+    corrections_waiting: int = 0
+    freshness_s: float = 0.0
+    live_version: int = 0
+    profiles: int = 0
+    journal_error: str = ''
