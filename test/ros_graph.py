@@ -14,12 +14,17 @@ import sys
 from typing import Any
 
 from graph import ENVIRONMENT
+from mace_ros.action import Generate
+from mace_ros.msg import Query, Response, ResponseChunk
 from rcl_interfaces.srv import SetParameters
+from rclpy.action import ActionClient
 from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile
 
 from mace_ros.ros.client import MaceClient
 
 ROOT = Path(__file__).resolve().parent.parent
+ANSWER_S = 100.0
 SECONDS_PER_TICK = 1 / os.sysconf('SC_CLK_TCK')
 
 
@@ -99,19 +104,58 @@ class Recorder:
                 and all(getattr(m, name) == value for name, value in fields.items())]
 
 
-def set_parameters(client: MaceClient, values: dict[str, object], *,
-                   node: str = '/mace', timeout_s: float = 10.0) -> list[tuple[bool, str]]:
-    """Set parameters through the node's service; return (successful, reason) of each."""
-    service = client.node.create_client(SetParameters, f'{node}/set_parameters')
+def call(client: MaceClient, kind: type, name: str, *, timeout_s: float = 10.0,
+         **fields: object) -> Any:
+    """Call a service with a request of these fields; return its response."""
+    service = client.node.create_client(kind, name)
     try:
-        assert service.wait_for_service(timeout_s)
-        request = SetParameters.Request(parameters=[
-            Parameter(name, value=value).to_parameter_msg() for name, value in values.items()])
-        done: Future[Any] = Future()
-        service.call_async(request).add_done_callback(lambda reply: done.set_result(reply.result()))
-        return [(r.successful, r.reason) for r in done.result(timeout_s).results]
+        assert service.wait_for_service(timeout_s), name
+        return resolved(service.call_async(kind.Request(**fields)), timeout_s)
     finally:
         client.node.destroy_client(service)
+
+
+def set_parameters(client: MaceClient, values: dict[str, object], *,
+                   node: str = '/mace') -> list[tuple[bool, str]]:
+    """Set parameters through the node's service; return (successful, reason) of each."""
+    response = call(client, SetParameters, f'{node}/set_parameters', parameters=[
+        Parameter(name, value=value).to_parameter_msg() for name, value in values.items()])
+    return [(r.successful, r.reason) for r in response.results]
+
+
+def resolved(future: Any, timeout_s: float) -> Any:
+    """Wait for a future of rclpy."""
+    done: Future[Any] = Future()
+    future.add_done_callback(lambda f: done.set_result(f.result()))
+    return done.result(timeout_s)
+
+
+class Generator:
+    """A client of the action."""
+
+    def __init__(self, client: MaceClient) -> None:
+        self._client = ActionClient(
+            client.node, Generate, '/mace/generate',
+            feedback_sub_qos_profile=QoSProfile(depth=1000))
+        assert self._client.wait_for_server(10.0)
+        self.chunks: list[ResponseChunk] = []
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.destroy()
+
+    def send(self, text: str, **fields: object) -> Any:
+        """Return the goal's handle."""
+        return resolved(self._client.send_goal_async(
+            Generate.Goal(query=Query(text=text, **fields)),
+            feedback_callback=lambda m: self.chunks.append(m.feedback.chunk)), ANSWER_S)
+
+    def result(self, goal: Any) -> tuple[int, Response]:
+        """Return the goal's status and the response."""
+        reply = resolved(goal.get_result_async(), ANSWER_S)
+        return reply.status, reply.result.response
 
 
 def eventually(happened: Callable[[], Any], client: MaceClient, timeout_s: float) -> Any:

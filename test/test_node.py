@@ -18,13 +18,14 @@ import time
 from types import SimpleNamespace
 import uuid
 
+from action_msgs.msg import GoalStatus
 from graph import ENVIRONMENT, wait_until
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
 from rclpy.context import Context
 from rclpy.node import Node
-from ros_graph import eventually, NodeProcess, Recorder, set_parameters
+from ros_graph import eventually, Generator, NodeProcess, Recorder, set_parameters
 from std_msgs.msg import Header
 
 from mace_ros.events import (
@@ -328,6 +329,18 @@ def test_a_cancelled_query_ends_within_one_iteration(mace: Mace) -> None:
     eventually(lambda: len(other.chunks) > heard, mace.client, ANSWER_S)
     other.cancel()
     assert other.result(ANSWER_S).finish_reason == Response.CANCELLED
+
+
+def test_a_cancelled_goal_ends_within_one_iteration(mace: Mace) -> None:
+    with Generator(mace.client) as generator:
+        goal = generator.send(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
+        assert wait_until(lambda: generator.chunks, ANSWER_S)
+        heard = len(generator.chunks)
+        goal.cancel_goal_async()
+        status, response = generator.result(goal)
+    assert (status, response.finish_reason) == (
+        GoalStatus.STATUS_CANCELED, Response.CANCELLED)
+    assert len(generator.chunks) <= heard + 3
 
 
 def test_a_query_without_an_id_gets_one(mace: Mace) -> None:

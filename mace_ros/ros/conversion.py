@@ -78,6 +78,14 @@ def message_from(event: Event, stamp: Time) -> Any:
     return message
 
 
+def latency_from(event: Finished, stamp: Time) -> msg.Latency:
+    """Return the numbers of an outcome."""
+    names = set(msg.Latency.get_fields_and_field_types()) - {'header'}
+    message = msg.Latency(**{name: _plain(getattr(event, name)) for name in names})
+    message.header.stamp = stamp
+    return message
+
+
 def _given(value: Number) -> Number | None:
     return None if value == -1 else value
 

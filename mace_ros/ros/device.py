@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.service import Service
 
 from mace_ros.events import Event
 from mace_ros.ros.spinning import Spinner
@@ -77,6 +78,12 @@ class Device:
         self._calls.append(run)
         self.wake()
         return future
+
+    def adopt(self, service: Service) -> None:
+        """Serve a service of the owner in the device's thread, between two iterations."""
+        self._owner._services.remove(service)
+        self._node._services.append(service)
+        self.wake()    # the executor looks at its services when it next waits
 
     def wake(self) -> None:
         """Have another iteration run soon; from any thread."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What comes in while there is no engine: it waits for the first, and is refused after the last."""
+"""What comes in while no engine serves: it waits for the first one, or is refused."""
 
 from __future__ import annotations
 
@@ -53,14 +53,12 @@ class Intake:
     def open(self, engine: Engine) -> None:
         """Hand over what has waited, and from now on all that comes."""
         with self._lock:
-            if self._closed:
-                return
-            self._engine = engine
+            self._engine, self._closed = engine, ''
             while self._waiting:
                 _hand_over(self._waiting.popleft(), engine)
 
     def close(self, reason: str) -> None:
-        """Refuse what waits and all that comes, for this reason."""
+        """Refuse what waits, and all that comes until it is opened, for this reason."""
         with self._lock:
             self._engine, self._closed = None, reason
             waiting, self._waiting = self._waiting, deque()

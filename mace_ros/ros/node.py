@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, TimeoutError as FutureTimeout
+from concurrent.futures import TimeoutError as FutureTimeout
 import os
 from pathlib import Path
 import sys
@@ -21,8 +21,10 @@ import traceback
 from typing import Any, TYPE_CHECKING
 
 import rclpy
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.context import Context
 from rclpy.duration import Duration
+from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
 from rclpy.logging import get_logger
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -42,12 +44,17 @@ from mace_ros.events import (
 import mace_ros.msg as msg
 from mace_ros.ros.conversion import correction_from, message_from, query_from
 from mace_ros.ros.device import Device
+from mace_ros.ros.goals import GenerateServer
 from mace_ros.ros.intake import Intake
 from mace_ros.ros.latch import VersionLatch
+from mace_ros.ros.monitor import Monitor
 from mace_ros.ros.parameters import ParameterServer
+from mace_ros.ros.services import Services
 from mace_ros.ros.spinning import Spinner
 from mace_ros.ros.stop_signal import StopSignal
 from mace_ros.settings import InvalidSetting, Settings
+from mace_ros.telemetry.health import ACTIVE, Health
+from mace_ros.telemetry.status import Hardware, Status
 
 if TYPE_CHECKING:
     from mace_ros.engine import Engine
@@ -59,22 +66,32 @@ RELIABLE = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
 END_TIMEOUT_S = 7.0
 ACKNOWLEDGE_TIMEOUT_S = 1.0
 
+NOT_ACTIVE = 'the node is not active'
 
-class MaceNode(Node):
-    """Answers queries and learns from corrections; see the README for its topics."""
+
+class MaceNode(LifecycleNodeMixin, Node):
+    """
+    Answers queries and learns from corrections; see docs/interfaces.md.
+
+    A managed node. Its transitions run in the device's thread, between two iterations,
+    so that the thread that serves ROS goes on while a model is loaded.
+    """
 
     def __init__(self, *, context: Context | None = None,
                  failed: Callable[[], None] = lambda: None) -> None:
         """
-        Declare parameters and topics; what comes in waits until :meth:`activate`.
+        Declare parameters and interfaces.
 
         ``failed`` is called, in another thread, once :attr:`failure` says why the node
         can't go on. Raises :class:`InvalidSetting`.
         """
-        super().__init__('mace', context=context)
+        Node.__init__(self, 'mace', context=context)
+        # Reentrant: ~/get_state answers while ~/change_state is busy in the other thread.
+        LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
         self.failure = ''
         self._on_failure = failed
         self._engine: Engine | None = None
+        self._stopping = False
         self._update_lock = threading.Lock()
         self._table = ParameterServer(self, self._update)
 
@@ -93,66 +110,102 @@ class MaceNode(Node):
         }
         self._intake = Intake(
             limit=lambda: self._table.settings.scheduler.max_queue, refuse=self._publish)
+        if not self._table.settings.lifecycle.autostart:
+            self._intake.close(NOT_ACTIVE)
         self._device = Device(self, publish=self._publish, hopeless=self._give_up)
+        self._device.adopt(self._service_change_state)
+        self._health = Health()
+        self._monitor = Monitor(
+            self, health=self._health, settings=lambda: self._table.settings,
+            sample=lambda: self._device.call(self._sample))
+        self._goals = GenerateServer(self, self._intake.put)
+        self._calls = Services(self, engine=lambda: self._engine, freeze=self._freeze)
         self.create_subscription(msg.Query, '~/query', self._on_query, RELIABLE)
         self.create_subscription(msg.Correction, '~/correction', self._on_correction, RELIABLE)
         self.create_subscription(msg.Cancel, '~/cancel', self._on_cancel, RELIABLE)
 
-    # -- its life --------------------------------------------------------------------
+    # -- its life; all in the device's thread, unless it says something else -----------
 
     def start(self) -> None:
-        """Configure, then activate; an error is logged, and ends the node."""
-        def check(done: Future[None]) -> None:
-            error = done.exception()
-            if error is None:
+        """Configure and activate, unless a lifecycle manager does; from any thread."""
+        if self._table.settings.lifecycle.autostart:
+            self._device.call(self._autostart)
+
+    def _autostart(self) -> None:
+        for transition in (self.trigger_configure, self.trigger_activate):
+            if self._stopping:
                 return
-            self.get_logger().debug(''.join(traceback.format_exception(error)))
+            if transition() is not TransitionCallbackReturn.SUCCESS:
+                self._give_up(self._health.fault or 'somebody else changed its state')
+                return
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the model and what was learned."""
+        return self._transition('inactive', 'loading the model', self._load)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Serve, beginning with what came in meanwhile if the node starts itself."""
+        return self._transition(ACTIVE, 'activating', self._serve)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Take nothing more, and cancel what runs; what is still to be learned waits."""
+        return self._transition('inactive', 'deactivating', self._pause)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free the device."""
+        return self._transition('unconfigured', 'freeing the device', self._unload)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Cancel what runs, bring the journal to disk, and free the device."""
+        return self._transition('finalized', 'shutting down', self._unload)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free what a failed transition left behind, so that it can be configured again."""
+        fault = self._health.fault
+        outcome = self._transition('unconfigured', 'freeing the device', self._unload)
+        self._health.fault = fault or self._health.fault
+        return outcome
+
+    def _transition(self, goal: str, doing: str,
+                    work: Callable[[], None]) -> TransitionCallbackReturn:
+        """Do the work; rclpy would keep to itself why it failed."""
+        health = self._health
+        health.doing, health.fault = doing, ''
+        try:
+            work()
+        except Exception as error:
+            self.get_logger().debug(traceback.format_exc())
             # Named errors say themselves what to do; of others the type may help.
             named = type(error).__module__.startswith('mace_ros.')
-            self._give_up(str(error) if named else f'{type(error).__name__}: {error}')
-
-        def configured(done: Future[None]) -> None:
-            check(done)
-            if done.exception() is None:
-                self.activate().add_done_callback(check)
-
-        self.configure().add_done_callback(configured)
-
-    def configure(self) -> Future[None]:
-        """Load the model and what was learned, in the device's thread."""
-        return self._device.call(self._load)
-
-    def activate(self) -> Future[None]:
-        """Serve, beginning with what came in meanwhile."""
-        return self._device.call(self._serve)
-
-    def deactivate(self) -> Future[None]:
-        """Take nothing more, and run no further iteration."""
-        self._intake.close('the node is stopping')
-        return self._device.call(lambda: self._device.drive(None))
-
-    def cleanup(self) -> Future[None]:
-        """Cancel what runs, bring the journal to disk, and free the device."""
-        return self._device.call(self._unload)
+            health.fault = str(error) if named else f'{type(error).__name__}: {error}'
+            self.get_logger().error(f'{doing} failed: {health.fault}')
+            return TransitionCallbackReturn.ERROR
+        finally:
+            health.doing = ''
+        health.state = goal
+        return TransitionCallbackReturn.SUCCESS
 
     def stop(self) -> bool:
         """
-        Deactivate, clean up, and wait until everybody has heard it.
+        Shut down, and wait until everybody has heard it; from the main thread.
 
         Returns False if the device's thread can't be ended, as while it loads a model.
         """
         end = time.monotonic() + END_TIMEOUT_S
-        self.deactivate()
-        freed = self.cleanup()
+        self._stopping = True
+        self._intake.close('the node is stopping')
+        freed = self._device.call(self._end)
         if self._engine is not None:
             try:
                 freed.result(END_TIMEOUT_S)
             except FutureTimeout:
                 self.get_logger().error('an iteration does not end; giving up on it')
-            except Exception as error:
-                self.get_logger().error(f'the engine could not be closed: {error}')
         self._wait_until_heard()
         return self._device.stop(max(0.1, end - time.monotonic()) if freed.done() else 0.1)
+
+    def _end(self) -> None:
+        if self._health.state != 'finalized':    # by ~/change_state
+            self.trigger_shutdown()
 
     def _load(self) -> None:
         log = self.get_logger()
@@ -167,30 +220,46 @@ class MaceNode(Node):
         self._engine = Engine(
             self._table.settings, storage=storage, wake=self._device.wake,
             progress=self._say)
+        self._monitor.watch(self._engine.hardware)
         log.info(f'journal and adapter versions are in {storage}')
 
     def _say(self, text: str) -> None:
+        self._health.doing = text
         self.get_logger().info(text)
 
     def _serve(self) -> None:
         engine = self._engine
-        if engine is None:     # stopped meanwhile
-            return
+        assert engine is not None
         self._update(self._table.settings)    # what was set while the model was loaded
         self._intake.open(engine)
+        if self._stopping:     # meanwhile: it must not stay open
+            self._intake.close('the node is stopping')
         self._device.drive(engine)
         self.get_logger().info('ready')
         # Before the events of the first iteration, which this thread has yet to run.
-        self._publish(engine.restored)
+        restored, engine.restored = engine.restored, []
+        self._publish(restored)
+
+    def _pause(self) -> None:
+        self._intake.close('the node is stopping' if self._stopping else NOT_ACTIVE)
+        self._device.drive(None)
+        if self._engine is not None:
+            self._publish(self._engine.pause())
 
     def _unload(self) -> None:
+        self._pause()
         engine, self._engine = self._engine, None
         if engine is not None:
             self._publish(engine.close())
+            self._monitor.watch(Hardware())
+            del engine
+        if 'torch' in sys.modules:    # also after a model that could not be loaded to its end
+            from mace_ros.execution.hardware import release_memory
+            release_memory()
 
     def _give_up(self, reason: str) -> None:
         self.get_logger().fatal(reason)
-        self.failure = reason
+        self.failure = self._health.fault = reason
         self._intake.close(reason)
         self._on_failure()
 
@@ -212,6 +281,9 @@ class MaceNode(Node):
         name = self.get_fully_qualified_name().strip('/').replace('/', '__')
         return home / 'mace_ros' / name
 
+    def _sample(self) -> Status | None:
+        return None if self._engine is None else self._engine.status()
+
     # -- what comes in; only enqueued ------------------------------------------------
 
     def _on_query(self, message: msg.Query) -> None:
@@ -225,11 +297,19 @@ class MaceNode(Node):
     def _on_cancel(self, message: msg.Cancel) -> None:
         self._intake.put(message.query_id)
 
+    def _freeze(self, frozen: bool) -> None:
+        self._health.frozen = frozen
+        self._update(self._table.settings)
+
     def _update(self, _: Settings) -> None:
+        self._monitor.settings_changed()
         # Whoever comes last hands over the newest, not the one that it came with.
         with self._update_lock:
+            settings = self._table.settings
+            if self._health.frozen:
+                settings = settings.updated({'finetune.budget': 0.0})
             if self._engine is not None:
-                self._engine.update(self._table.settings)
+                self._engine.update(settings)
 
     # -- what goes out ---------------------------------------------------------------
 
@@ -238,7 +318,10 @@ class MaceNode(Node):
         for event in events:
             due = self._latch.to_publish(event) if isinstance(event, VersionEvent) else [event]
             for each in due:
-                self._outputs[type(each)].publish(message_from(each, stamp))
+                message = message_from(each, stamp)
+                self._outputs[type(each)].publish(message)
+                self._goals.hear(each, message)
+            self._monitor.hear(event, stamp)
             self._log(event)
 
     def _log(self, event: Event) -> None:
@@ -278,7 +361,10 @@ parameters (all are in share/mace_ros/config/mace.yaml, with comments):
   --ros-args -p NAME:=VALUE            any other
 
 topics: query, correction, cancel (in); response_chunk, response, correction_status,
-adapter_version (out); all below the node's name, which is /mace.
+adapter_version, latency, scheduler (out)
+services: freeze_learning, list_versions, and those of a lifecycle node
+action: generate
+All of these are below the node's name, which is /mace. /diagnostics is not.
 """
 
 

@@ -1,0 +1,98 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The action ``~/generate``: queries as goals, chunks as feedback, the response as result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+import uuid
+
+from rclpy.action import ActionServer, CancelResponse, GoalResponse
+from rclpy.action.server import ServerGoalHandle
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+
+from mace_ros.action import Generate
+from mace_ros.events import ErrorCode, Event, Finished, Query, Token
+from mace_ros.msg import Response
+from mace_ros.ros.conversion import query_from
+
+RESULT_S = 60           # a result is kept so long for those who ask late
+# Chunks come faster than most nodes spin; the default keeps ten.
+FEEDBACK = QoSProfile(depth=1000)
+
+
+@dataclass
+class _Goal:
+    handle: ServerGoalHandle
+    began: bool = False
+
+
+class GenerateServer:
+    """
+    Hands goals to the intake, and tells them what is heard of their queries.
+
+    A goal's callback would have to wait for the answer, and rclpy's executors wake a
+    waiting coroutine late or never. So a goal is executed only when its response is there.
+    """
+
+    def __init__(self, node: Node, put: Callable[[Query | str], None]) -> None:
+        """``put`` takes a query, or the id of one to cancel, and returns at once."""
+        self._node, self._put = node, put
+        self._goals: dict[str, _Goal] = {}      # by query id
+        self._server = ActionServer(
+            node, Generate, '~/generate', lambda handle: None,
+            goal_callback=self._may_start, handle_accepted_callback=self._start,
+            cancel_callback=self._cancel, feedback_pub_qos_profile=FEEDBACK,
+            result_timeout=RESULT_S)
+
+    def hear(self, event: Event, message: Any) -> None:
+        """Take an event and its message; from any thread."""
+        if isinstance(event, Token):
+            goal = self._goals.get(event.query_id)
+            if goal is not None:
+                goal.began = True
+                goal.handle.publish_feedback(Generate.Feedback(chunk=message))
+        elif isinstance(event, Finished):
+            goal = self._goals.get(event.query_id)
+            if goal is None or (goal.began and event.error_code is ErrorCode.DUPLICATE_ID):
+                return    # the latter is for somebody else, who used our id
+            del self._goals[event.query_id]
+            # Where a cancellation comes in as well: they must not meet half-way.
+            executor = self._node.executor
+            if executor is not None:     # none: the node has come to its end
+                executor.create_task(self._finish, goal.handle, message)
+
+    # -- in the thread that serves ROS -----------------------------------------------
+
+    def _may_start(self, goal: Generate.Goal) -> GoalResponse:
+        return GoalResponse.REJECT if goal.query.id in self._goals else GoalResponse.ACCEPT
+
+    def _start(self, handle: ServerGoalHandle) -> None:
+        query_id = _query_id(handle)
+        self._goals[query_id] = _Goal(handle)
+        self._put(replace(query_from(handle.request.query), id=query_id))
+
+    def _cancel(self, handle: ServerGoalHandle) -> CancelResponse:
+        self._put(_query_id(handle))
+        return CancelResponse.ACCEPT
+
+    def _finish(self, handle: ServerGoalHandle, response: Response) -> None:
+        handle.execute(partial(_end, response))
+
+
+def _query_id(handle: ServerGoalHandle) -> str:
+    return handle.request.query.id or str(uuid.UUID(bytes=bytes(handle.goal_id.uuid)))
+
+
+def _end(response: Response, handle: ServerGoalHandle) -> Generate.Result:
+    if response.finish_reason in (Response.STOP, Response.LENGTH):
+        handle.succeed()
+    elif handle.is_cancel_requested:
+        handle.canceled()
+    else:
+        handle.abort()
+    return Generate.Result(response=response)

@@ -1,0 +1,217 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""A node that somebody else brings to life, through the services of a lifecycle node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+import resource
+import signal
+import threading
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from graph import ENVIRONMENT, wait_until
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from mace_ros.msg import CorrectionStatus, Response
+import pytest
+from ros_graph import call, NodeProcess
+
+from mace_ros.ros.client import MaceClient
+
+START_S = 60.0
+ANSWER_S = 30.0
+CYCLES = 20
+MEGABYTE = 1 << 20
+
+pytestmark = pytest.mark.timeout(240)
+
+
+class Managed:
+    """A node, and a client of it that also manages it."""
+
+    def __init__(self, folder: Path, **parameters: object) -> None:
+        self.node = NodeProcess(folder, **{'lifecycle.autostart': 'false', **parameters})
+        self.node.start()
+        self.client = MaceClient()
+
+    def close(self) -> None:
+        self.node.kill()
+        self.client.close()
+
+    def change(self, label: str) -> bool:
+        return call(self.client, ChangeState, '/mace/change_state', timeout_s=START_S,
+                    transition=Transition(label=label)).success
+
+    @property
+    def state(self) -> int:
+        return call(self.client, GetState, '/mace/get_state', timeout_s=START_S).current_state.id
+
+    def ask(self, **fields: object) -> Response:
+        return self.client.ask('Hi', **{'max_tokens': 2, **fields}).result(ANSWER_S)
+
+    def diagnosed(self, name: str, level: bytes, text: str = '') -> bool:
+        """Wait until a diagnostic status says this."""
+        found = []
+        subscription = self.client.node.create_subscription(
+            DiagnosticArray, '/diagnostics', lambda array: found.extend(
+                s for s in array.status if (s.name, s.level) == (f'mace: {name}', level)
+                and text in s.message), 10)
+        try:
+            return wait_until(lambda: found, 5.0)
+        finally:
+            self.client.node.destroy_subscription(subscription)
+
+    def live(self) -> bool:
+        return self.change('configure') and self.change('activate')
+
+    def rest(self) -> bool:
+        return self.change('deactivate') and self.change('cleanup')
+
+    def memory(self) -> int:
+        """Return the resident bytes."""
+        pages = Path(f'/proc/{self.node.process.pid}/statm').read_text().split()[1]
+        return int(pages) * 4096
+
+
+@pytest.fixture(scope='module', autouse=True)
+def own_domain() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope='module')
+def managed(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Managed]:
+    made = Managed(tmp_path_factory.mktemp('managed'), **{
+        'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
+        'memory.kv_cache_tokens': 524288, 'finetune.learning_rate': 0.01})
+    yield made
+    made.close()
+
+
+def test_it_waits_to_be_configured_and_refuses_meanwhile(managed: Managed) -> None:
+    assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
+    assert wait_until(managed.client._query.get_subscription_count, START_S)
+    response = managed.ask()
+    assert (response.finish_reason, response.error_code) == (
+        Response.REJECTED, Response.NOT_SERVING)
+    assert 'not active' in response.error
+    assert not managed.change('activate')     # not before it is configured
+    assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
+
+
+def test_it_tells_its_state_while_it_is_configured(managed: Managed) -> None:
+    changing = threading.Thread(target=managed.change, args=['configure'])
+    changing.start()
+    states = []
+    while changing.is_alive():
+        started = time.monotonic()
+        states.append(managed.state)
+        assert time.monotonic() - started < 5.0     # loading takes longer, and holds up nobody
+    changing.join()
+    assert State.TRANSITION_STATE_CONFIGURING in states
+    assert managed.state == State.PRIMARY_STATE_INACTIVE
+    assert managed.ask().error_code == Response.NOT_SERVING
+
+
+def test_deactivation_cancels_what_runs_and_loses_no_correction(managed: Managed) -> None:
+    assert managed.change('activate')
+    managed.client.wait_until_ready(ANSWER_S)
+    answered = managed.ask()
+    endless = managed.client.ask('Hi', max_tokens=3000, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
+    next(endless.stream(ANSWER_S))
+    learning = managed.client.correct('Ho.', query_id=answered.query_id)
+    assert managed.change('deactivate')
+    assert endless.result(ANSWER_S).finish_reason == Response.CANCELLED
+    assert learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S).state == CorrectionStatus.ACCEPTED
+    assert managed.ask().error_code == Response.NOT_SERVING
+
+    assert managed.change('activate')
+    assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
+    assert managed.ask(max_tokens=8).text == 'Ho.'
+    assert managed.rest()
+
+
+def test_twenty_lives_leave_no_memory_behind(managed: Managed) -> None:
+    used, freed = [], []
+    for _ in range(CYCLES):
+        assert managed.live()
+        assert managed.ask(max_tokens=8).text == 'Ho.'      # what was learned is still there
+        used.append(managed.memory())
+        assert managed.rest()
+        freed.append(managed.memory())
+    assert min(used) > max(freed) + 100 * MEGABYTE     # there was something to be freed
+    # The first lives warm caches of libraries.
+    assert max(freed[3:]) < 1.05 * freed[3]
+    assert max(used[3:]) < 1.05 * used[3]
+
+
+def test_a_corrupt_version_is_told_of_and_served_again_once_it_is_whole(managed: Managed) -> None:
+    [adapter] = managed.node.folder.glob('storage/adapters/*/*/adapter_model.safetensors')
+    whole = adapter.read_bytes()
+    adapter.write_bytes(whole[:-4] + b'\0\1\2\3')
+    assert managed.live()
+    response = managed.ask(max_tokens=8)
+    assert (response.finish_reason, response.adapter_version) == (Response.LENGTH, 0)
+    assert response.text != 'Ho.'
+    assert managed.diagnosed('learning', DiagnosticStatus.ERROR, adapter.name)
+    assert managed.rest()
+
+    adapter.write_bytes(whole)
+    assert managed.live()
+    assert managed.ask(max_tokens=8).text == 'Ho.'
+    assert managed.diagnosed('learning', DiagnosticStatus.OK)
+
+
+def test_a_full_disk_refuses_corrections_and_nothing_else(managed: Managed) -> None:
+    """The node is active."""
+    def correct() -> CorrectionStatus:
+        learning = managed.client.correct('He.', prompt='Who?')
+        return learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
+
+    pid, unlimited = managed.node.process.pid, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    try:
+        refused = correct()
+        assert refused.state == CorrectionStatus.REJECTED
+        assert 'journal' in refused.reason
+        assert managed.ask(max_tokens=8).text == 'Ho.'
+        assert managed.diagnosed('learning', DiagnosticStatus.ERROR, 'journal')
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+    assert correct().state == CorrectionStatus.ACCEPTED
+    assert managed.diagnosed('learning', DiagnosticStatus.OK)
+    assert managed.rest()
+
+
+def test_shutdown_comes_from_any_state(managed: Managed) -> None:
+    """The last test of this node."""
+    assert managed.live()
+    assert managed.change('shutdown')
+    assert managed.state == State.PRIMARY_STATE_FINALIZED
+    managed.node.send(signal.SIGINT)
+    assert managed.node.wait(10.0) == 0
+    assert 'Traceback' not in managed.node.log
+
+
+def test_a_failed_configuration_says_why_and_can_be_repeated(
+    tmp_path: Path, model_folder: Path,
+) -> None:
+    missing = tmp_path / 'model'
+    node = Managed(tmp_path, **{'model.source': missing})
+    try:
+        assert not node.change('configure')
+        assert node.state == State.PRIMARY_STATE_UNCONFIGURED
+        reason = f"model.source: '{missing}' is neither a folder"
+        assert reason in node.node.log
+        assert node.diagnosed('serving', DiagnosticStatus.ERROR, reason)
+        missing.symlink_to(model_folder)
+        assert node.live()
+        assert node.diagnosed('serving', DiagnosticStatus.OK, 'active')
+        assert node.ask().finish_reason == Response.LENGTH
+    finally:
+        node.close()

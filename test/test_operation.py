@@ -1,0 +1,445 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""A running node as its operators know it: interfaces, action, services, monitoring, abuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import math
+from pathlib import Path
+import random
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+from action_msgs.msg import GoalStatus
+from diagnostic_msgs.msg import DiagnosticArray
+from graph import ENVIRONMENT, wait_until
+import mace_ros.msg as msg
+from mace_ros.msg import CorrectionStatus, Response
+from mace_ros.srv import ListVersions
+import pytest
+from rcl_interfaces.srv import GetParameters
+from rclpy.action.graph import get_action_server_names_and_types_by_node
+from rclpy.qos import DurabilityPolicy, ReliabilityPolicy
+from ros_graph import (
+    call,
+    eventually,
+    Generator,
+    NodeProcess,
+    Recorder,
+    resolved,
+    ROOT,
+    set_parameters,
+)
+from std_srvs.srv import SetBool
+
+from mace_ros.ros.client import MaceClient
+from mace_ros.settings import Parameter, PARAMETERS
+
+START_S = 100.0
+ANSWER_S = 60.0
+PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope='module')
+def node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        made = NodeProcess(tmp_path_factory.mktemp('operated'), **{
+            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
+            'finetune.learning_rate': 0.01, 'monitor.rate_hz': 10.0})
+        made.start()
+        yield made
+        made.kill()
+
+
+@pytest.fixture(scope='module')
+def client(node: NodeProcess) -> Iterator[MaceClient]:
+    with MaceClient() as made:
+        made.wait_until_ready(START_S)
+        yield made
+
+
+@pytest.fixture
+def generator(client: MaceClient) -> Iterator[Generator]:
+    with Generator(client) as made:
+        yield made
+
+
+# -- the documents -----------------------------------------------------------------------
+
+NOT_OURS = re.compile(r'/(rosout|parameter_events|\w*parameter\w*|get_type_description)$')
+
+
+def table(file: str, columns: int) -> list[list[str]]:
+    """Return the rows of the tables of interfaces in a document."""
+    rows = [[cell.strip() for cell in line.strip('|\n').split('|')]
+            for line in (ROOT / file).read_text().splitlines() if re.match(r'\| `(~?/)', line)]
+    return [[re.sub(r'\[?`([^`]*)`(\(.*?\)|\]\(.*?\))?', r'\1', cell) for cell in row]
+            for row in rows if len(row) == columns]
+
+
+def running(node: Any, kind: str) -> dict[tuple[str, str], str]:
+    """Return (name, type) of each topic of the running node, and its direction."""
+    listed = {
+        'in': node.get_subscriber_names_and_types_by_node,
+        'out': node.get_publisher_names_and_types_by_node,
+        'service': node.get_service_names_and_types_by_node}[kind]('mace', '/')
+    return {(name.replace('/mace/', '~/', 1), types[0]): kind for name, types in listed
+            if not NOT_OURS.search(name) and '/_action/' not in name}
+
+
+def test_the_documented_topics_are_those_of_the_node(client: MaceClient) -> None:
+    documented = {(name, kind): direction
+                  for name, kind, direction, *_ in table('docs/interfaces.md', 5)}
+    actual = {**running(client.node, 'in'), **running(client.node, 'out')}
+    assert documented == actual
+
+
+def test_their_documented_qos_is_that_of_the_node(client: MaceClient) -> None:
+    for name, _, direction, qos, _ in table('docs/interfaces.md', 5):
+        topic = name.replace('~', '/mace')
+        ends = (client.node.get_publishers_info_by_topic(topic) if direction == 'out'
+                else client.node.get_subscriptions_info_by_topic(topic))
+        [profile] = [e.qos_profile for e in ends if e.node_name == 'mace']
+        assert profile.reliability == ReliabilityPolicy.RELIABLE
+        assert (profile.durability == DurabilityPolicy.TRANSIENT_LOCAL) == (
+            'transient local' in qos), name
+
+
+def test_the_documented_services_and_actions_are_those_of_the_node(client: MaceClient) -> None:
+    documented = {(name, kind) for name, kind, _ in table('docs/interfaces.md', 3)}
+    actions = {(name.replace('/mace/', '~/', 1), kind) for name, kinds in
+               get_action_server_names_and_types_by_node(client.node, 'mace', '/')
+               for kind in kinds}
+    assert documented == actions | set(running(client.node, 'service'))
+
+
+def test_the_readme_names_interfaces_as_they_are(client: MaceClient) -> None:
+    actual = {name: (kind.rpartition('/')[2], direction) for (name, kind), direction in {
+        **running(client.node, 'in'), **running(client.node, 'out'),
+        **running(client.node, 'service')}.items()}
+    actual['~/generate'] = ('Generate', 'action')
+    rows = table('README.md', 4)
+    assert {'~/query', '~/response', '~/correction', '~/generate'} <= {row[0] for row in rows}
+    for name, kind, direction, _ in rows:
+        assert actual[name] == (kind, re.split(r'[;,]', direction)[0])
+
+
+# -- the action --------------------------------------------------------------------------
+
+
+def test_action_and_topics_give_the_same_tokens(
+    client: MaceClient, generator: Generator,
+) -> None:
+    fields = {'max_tokens': 12, 'no_learn': True}
+    by_topic = client.ask('What is the capital of France?', **fields)
+    expected = by_topic.result(ANSWER_S)
+    with Recorder(client, response=Response, response_chunk=msg.ResponseChunk) as recorder:
+        status, response = generator.result(
+            generator.send('What is the capital of France?', id='by action', **fields))
+        heard = eventually(
+            lambda: recorder.of(Response, query_id='by action'), client, ANSWER_S)
+        chunks = eventually(lambda: len(recorder.of(msg.ResponseChunk)) == len(by_topic.chunks)
+                            and recorder.of(msg.ResponseChunk), client, ANSWER_S)
+    assert status == GoalStatus.STATUS_SUCCEEDED
+    assert response.query_id == 'by action'
+    assert response.text == expected.text
+    assert [response] == heard
+    assert wait_until(lambda: len(generator.chunks) == len(chunks), ANSWER_S)
+    assert generator.chunks == chunks
+    assert [c.text for c in chunks] == [c.text for c in by_topic.chunks]
+
+
+@pytest.mark.parametrize('through', ['the action', 'the topic'])
+def test_a_goal_is_cancelled_through_either(
+    client: MaceClient, generator: Generator, through: str,
+) -> None:
+    query_id = f'cancelled through {through}'
+    goal = generator.send('Hi', id=query_id, max_tokens=3000, **PATIENT)
+    assert wait_until(lambda: generator.chunks, ANSWER_S)
+    if through == 'the action':
+        assert len(resolved(goal.cancel_goal_async(), ANSWER_S).goals_canceling) == 1
+    else:
+        client.cancel(query_id)
+    status, response = generator.result(goal)
+    assert response.finish_reason == Response.CANCELLED
+    assert status == (GoalStatus.STATUS_CANCELED if through == 'the action'
+                      else GoalStatus.STATUS_ABORTED)
+    assert generator.chunks[-1].last
+
+
+def test_a_topic_query_that_takes_a_goals_id_does_not_end_it(
+    client: MaceClient, generator: Generator,
+) -> None:
+    goal = generator.send('Hi', id='mine', max_tokens=3000, **PATIENT)
+    assert wait_until(lambda: generator.chunks, ANSWER_S)
+    with Recorder(client, response=Response) as recorder:
+        client._query.publish(msg.Query(id='mine', text='Hi'))
+        eventually(lambda: recorder.of(
+            Response, error_code=Response.DUPLICATE_ID), client, ANSWER_S)
+    assert not generator.send('Hi', id='mine').accepted
+    goal.cancel_goal_async()
+    assert generator.result(goal)[1].finish_reason == Response.CANCELLED
+
+
+def test_a_rejected_goal_says_why(generator: Generator) -> None:
+    status, response = generator.result(generator.send(''))
+    assert status == GoalStatus.STATUS_ABORTED
+    assert (response.finish_reason, response.error_code) == (
+        Response.REJECTED, Response.EMPTY_TEXT)
+    assert len(response.query_id) == 36     # the goal's own
+
+
+# -- learning ----------------------------------------------------------------------------
+
+
+def test_frozen_learning_keeps_corrections_for_later(client: MaceClient) -> None:
+    answered = client.ask('What is your name?', max_tokens=4).result(ANSWER_S)
+    assert call(client, SetBool, '/mace/freeze_learning', data=True).success
+    learning = client.correct('Rover.', query_id=answered.query_id)
+    learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
+    with Recorder(client, scheduler=msg.Scheduler) as recorder:
+        frozen = eventually(lambda: recorder.of(
+            msg.Scheduler, learning_frozen=True, corrections_waiting=1)[5:], client, 10.0)[-1]
+    assert frozen.finetune_rate == 0
+    assert frozen.freshness_s > 0
+    assert [s.state for s in learning.statuses] == [CorrectionStatus.ACCEPTED]
+    # A parameter that is set meanwhile does not thaw it.
+    assert set_parameters(client, {'finetune.budget': 1.0}) == [(True, '')]
+    time.sleep(0.5)
+    assert len(learning.statuses) == 1
+    assert call(client, SetBool, '/mace/freeze_learning', data=False).success
+    learned = learning.wait(timeout_s=ANSWER_S)
+    assert learned.state == CorrectionStatus.LEARNED
+
+    listed = call(client, ListVersions, '/mace/list_versions')
+    assert listed.success
+    assert listed.live_version == learned.adapter_version == listed.versions[-1].version
+    assert listed.versions[-1].correction_ids == [learning.id]
+    assert listed.versions[-1].sha256 == client.version().sha256
+    nobody = call(client, ListVersions, '/mace/list_versions', profile='nobody')
+    assert (nobody.success, nobody.versions) == (True, [])
+
+
+# -- what it tells of itself -------------------------------------------------------------
+
+
+def test_each_response_has_its_latency(client: MaceClient) -> None:
+    with Recorder(client, latency=msg.Latency) as recorder:
+        response = client.ask('Hi', max_tokens=4).result(ANSWER_S)
+        [latency] = eventually(
+            lambda: recorder.of(msg.Latency, query_id=response.query_id), client, ANSWER_S)
+    for name in set(latency.get_fields_and_field_types()) - {'header'}:
+        assert getattr(latency, name) == getattr(response, name), name
+
+
+def test_the_scheduler_is_told_at_the_rate_that_is_set(client: MaceClient) -> None:
+    endless = client.ask('Hi', max_tokens=3000, **PATIENT)
+    next(endless.stream(ANSWER_S))
+    with Recorder(client, scheduler=msg.Scheduler) as recorder:
+        eventually(lambda: recorder.messages, client, 10.0)
+        start = len(recorder.messages)
+        time.sleep(2.0)
+        count = len(recorder.messages) - start
+    endless.cancel()
+    assert 15 <= count <= 25       # at 10 Hz
+    latest = recorder.messages[-1]
+    assert (latest.decode_rows, latest.queue_depth) == (1, 0)
+    assert latest.decode_rate > 1
+    assert 0 < latest.kv_use < 1
+    assert latest.busy_share > 0
+    assert latest.predicted_ms > 0
+    assert latest.measured_ms > 0
+    assert latest.iterations > recorder.messages[start].iterations
+
+
+def test_diagnostics_tell_that_it_is_well(client: MaceClient) -> None:
+    arrays: list[DiagnosticArray] = []
+    subscription = client.node.create_subscription(
+        DiagnosticArray, '/diagnostics', arrays.append, 10)
+    assert wait_until(lambda: len(arrays) > 2, 10.0)
+    client.node.destroy_subscription(subscription)
+    statuses = {status.name: status for status in arrays[-1].status}
+    assert set(statuses) == {'mace: serving', 'mace: learning', 'mace: device'}
+    serving = statuses['mace: serving']
+    assert serving.hardware_id
+    assert {v.key: v.value for v in serving.values}['state'] == 'active'
+    memory = {v.key: v.value for v in statuses['mace: device'].values}['process_memory_mb']
+    assert float(memory) > 50
+    stamps = [a.header.stamp.sec + a.header.stamp.nanosec * 1e-9 for a in arrays]
+    assert stamps[-1] - stamps[-2] == pytest.approx(1.0, abs=0.3)
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, '-m', f'mace_ros.programs.{name}', *arguments], cwd=ROOT,
+        capture_output=True, text=True, timeout=60)
+
+
+def test_the_programs_ask_correct_and_watch(client: MaceClient) -> None:
+    asked = program('ask', 'What is your colour?', '--id', 'colour', '--max-tokens', '3')
+    assert asked.returncode == 0, asked.stderr
+    assert 'query colour: adapter version' in asked.stderr
+    corrected = program('correct', 'Orange.', '--id', 'colour')
+    assert corrected.stdout.split()[:3] == ['ACCEPTED', 'TRAINING', 'LEARNED'], corrected
+    assert program('ask', 'What is your colour?', '--max-tokens', '8').stdout == 'Orange.\n'
+    watched = program('monitor', '--count', '2')
+    heading, *lines = watched.stdout.splitlines()
+    assert [len(line.split()) for line in lines] == [len(heading.split())] * 2
+    assert lines[-1].split()[-1] == str(client.version().version)
+    refused = program('ask', '')
+    assert (refused.returncode, 'text: empty' in refused.stderr) == (1, True)
+    assert program('ask', 'Hi', '--node', '/nobody', '--timeout', '1').returncode == 1
+
+
+# -- abuse -------------------------------------------------------------------------------
+
+# What this node was started with, or what would make the rest of the file slow.
+KEPT = {'monitor.rate_hz': 10.0, 'finetune.learning_rate': 0.01}
+
+
+def bounds(parameter: Parameter) -> tuple[list[object], list[object]]:
+    """Return values that are allowed, and values that are not."""
+    wrong: list[object] = ['text', True, 1, 1.0, [1, 2]]
+    wrong = [w for w in wrong if type(w) is not type(parameter.default)]
+    if parameter.choices:
+        return list(parameter.choices), [*wrong, 'no such choice', '']
+    if parameter.minimum is None or parameter.maximum is None:
+        return [parameter.default], wrong
+    kind = type(parameter.default)
+    low, high = kind(parameter.minimum), kind(parameter.maximum)
+    beyond = ([low - 1, high + 1] if kind is int else
+              [math.nextafter(low, -math.inf) - 1e-6, high * 1.001 + 1e-6,
+               math.inf, -math.inf, math.nan])
+    return [low, high], [*wrong, *beyond]
+
+
+def test_parameters_are_taken_to_their_bounds_and_not_beyond(client: MaceClient) -> None:
+    writable = [p for p in PARAMETERS.values() if not p.read_only]
+    for parameter in writable:
+        allowed, refused = bounds(parameter)
+        for value in allowed:
+            assert set_parameters(client, {parameter.name: value}) == [(True, '')]
+            answer = client.ask('Hi', max_tokens=1, no_learn=True).result(ANSWER_S)
+            assert answer.finish_reason in (Response.STOP, Response.LENGTH), parameter.name
+        for value in refused:
+            [(successful, reason)] = set_parameters(client, {parameter.name: value})
+            assert not successful, (parameter.name, value)
+            assert reason
+        assert set_parameters(client, {
+            parameter.name: KEPT.get(parameter.name, parameter.default)}) == [(True, '')]
+    for parameter in PARAMETERS.values():
+        if parameter.read_only:
+            [(successful, reason)] = set_parameters(client, {parameter.name: parameter.default})
+            assert not successful
+            assert 'read-only' in reason
+
+
+ALPHABETS = ('abc XYZ.,?', 'äöü ß é', 'こんにちは ロボット', '🤖👋🏽 ', '\x00\n\t\x07 \u202e\ufeff')
+NUMBERS = (-1.0, 0.0, 1.0, 0.5, -0.5, 1e30, math.nan, math.inf, -math.inf)
+INTEGERS = (-1, 0, 1, 2, -5, -2**31, 2**31 - 1)
+
+
+class Fuzzer:
+    """Makes messages of which few are as they should be; the same ones each time."""
+
+    def __init__(self, answered: Response) -> None:
+        self._random = random.Random(4)
+        self._answered = answered
+
+    def text(self) -> str:
+        # Some are as long as is allowed, and some longer.
+        length = self._random.choice((0, 1, 5, 20, 20, 100, 300) * 20 + (65536, 65537))
+        return ''.join(self._random.choices(self._random.choice(ALPHABETS), k=length))
+
+    def id(self) -> str:
+        kind = self._random.randrange(6)
+        if kind == 0:
+            return ''
+        if kind == 1:
+            return self.text()[:200]
+        return f'fuzz {self._random.randrange(300)}'     # often used twice
+
+    def query(self) -> msg.Query:
+        pick = self._random.choice
+        return msg.Query(
+            id=self.id(), conversation_id=pick(('', 'a', self.id())), profile=pick(('', '', '\n')),
+            system=pick(('', self.text())), text=self.text(), max_tokens=pick((0, 1, 1, 2, -5)),
+            temperature=pick(NUMBERS), top_p=pick(NUMBERS), seed=pick(INTEGERS),
+            stop=pick(([], [], [self.text()], ['a'] * 20)), ttft_slo_ms=pick(NUMBERS),
+            tpot_slo_ms=pick(NUMBERS), priority=pick(INTEGERS),
+            reset_conversation=pick((False, True)), no_learn=True)
+
+    def correction(self) -> msg.Correction:
+        pick = self._random.choice
+        return msg.Correction(
+            id=self.id(), query_id=pick(('', self.id(), self._answered.query_id)),
+            conversation_id=pick(('', 'a', self.id())), prompt=pick(('', self.text())),
+            rejected=pick(('', self.text())), corrected=self.text(),
+            profile=pick(('', '\n')), weight=pick(NUMBERS), source=self.text())
+
+    def cancel(self) -> msg.Cancel:
+        return msg.Cancel(query_id=self.id())
+
+
+def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProcess) -> None:
+    before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
+    assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
+    fuzzer = Fuzzer(before)
+    with Recorder(client, response=Response, correction_status=CorrectionStatus) as recorder:
+        for wave in range(1, 21):      # a wave fits the depth of the topics
+            for _ in range(100):
+                client._query.publish(fuzzer.query())
+                client._correction.publish(fuzzer.correction())
+                client._cancel.publish(fuzzer.cancel())
+            expected = 100 * wave
+            eventually(lambda n=expected: len(recorder.of(Response)) >= n
+                       and len(recorder.of(CorrectionStatus)) >= n, client, ANSWER_S)
+        time.sleep(0.3)
+        responses, statuses = recorder.of(Response), recorder.of(CorrectionStatus)
+    assert len(responses) == 2000
+    assert all(r.error for r in responses if r.finish_reason == Response.REJECTED)
+    assert [r.error for r in responses if r.finish_reason == Response.ERROR] == []
+    assert sum(r.finish_reason in (Response.STOP, Response.LENGTH) for r in responses) > 20
+    assert all(s.reason for s in statuses if s.state == CorrectionStatus.REJECTED)
+    assert 'Traceback' not in node.log
+    after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
+    assert after.text == before.text == 'Orange.'
+
+    # Nothing that was acknowledged is lost: of an id that was not known, this would be refused.
+    accepted = {s.id for s in statuses if s.state == CorrectionStatus.ACCEPTED}
+    assert len(accepted) > 5
+    for correction_id in accepted:
+        again = client.correct('x', correction_id=correction_id, prompt='y', rejected='x')
+        eventually(lambda s=again: s.statuses, client, ANSWER_S)
+        assert again.statuses[0].state != CorrectionStatus.REJECTED, again.statuses
+
+
+def test_two_hundred_queries_at_once_hold_up_no_callback(client: MaceClient) -> None:
+    service = client.node.create_client(GetParameters, '/mace/get_parameters')
+    assert service.wait_for_service(10.0)
+    request = GetParameters.Request(names=['slo.ttft_ms'])
+    waits = []
+    start = time.monotonic()
+    answers = []
+    while not answers or not all(a.is_complete() for a in answers):
+        if len(answers) < 200:
+            answers += [client.ask(f'Say {n}.', max_tokens=8, no_learn=True) for n in range(10)]
+        asked = time.monotonic()
+        resolved(service.call_async(request), ANSWER_S)
+        waits.append(time.monotonic() - asked)
+        time.sleep(0.02)
+        assert time.monotonic() < start + ANSWER_S
+    client.node.destroy_client(service)
+    responses = [a.result(0.0) for a in answers]
+    assert len(responses) == 200
+    assert all(r.finish_reason in (Response.STOP, Response.LENGTH) or (
+        r.finish_reason == Response.REJECTED and r.error) for r in responses)
+    assert sorted(waits)[math.ceil(0.99 * len(waits)) - 1] < 0.1
