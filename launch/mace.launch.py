@@ -25,6 +25,14 @@ ARGUMENTS = [
         'model', default_value='',
         description="Base model: a hub id, a local folder or a GGUF file; empty for params_file's"),
     DeclareLaunchArgument(
+        'policy', default_value='',
+        choices=['', 'mace', 'inference_only', 'continuous', 'periodic', 'static_split'],
+        description="Who shares out the device (scheduler.policy); empty for params_file's"),
+    DeclareLaunchArgument(
+        'autostart', default_value='true', choices=['true', 'false'],
+        description='Whether the node configures and activates itself; if not, it waits for a '
+                    'lifecycle manager, or for `ros2 lifecycle set`'),
+    DeclareLaunchArgument(
         'log_level', default_value='info', choices=['debug', 'info', 'warn', 'error', 'fatal'],
         description='Least severe messages that are logged'),
     DeclareLaunchArgument(
@@ -32,17 +40,24 @@ ARGUMENTS = [
         description='Whether a node that died is started again, with what it had learned'),
 ]
 
+# Arguments that stand for a parameter of another name.
+OVERRIDES = {'model': 'model.source', 'policy': 'scheduler.policy'}
+
 
 def start_node(context: LaunchContext) -> list[Node]:
-    """Return the node; a function, since an empty `model` must not override params_file."""
-    model = LaunchConfiguration('model').perform(context)
-    override = {'model.source': ParameterValue(model, value_type=str)}
+    """Return the node; a function, since an empty argument must not override params_file."""
+    overrides = {'lifecycle.autostart': ParameterValue(
+        LaunchConfiguration('autostart'), value_type=bool)}
+    for argument, parameter in OVERRIDES.items():
+        value = LaunchConfiguration(argument).perform(context)
+        if value:
+            overrides[parameter] = ParameterValue(value, value_type=str)
     return [Node(
         package='mace_ros',
         executable='mace_node',
         name='mace',
         namespace=LaunchConfiguration('namespace'),
-        parameters=[LaunchConfiguration('params_file'), *([override] if model else [])],
+        parameters=[LaunchConfiguration('params_file'), overrides],
         ros_arguments=['--log-level', LaunchConfiguration('log_level')],
         output='both',
         respawn=LaunchConfiguration('respawn'),

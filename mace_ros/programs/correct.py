@@ -1,0 +1,57 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Say what the robot should have answered, and wait until it has learned it."""
+
+from __future__ import annotations
+
+from functools import partial
+import sys
+from typing import Any
+
+from mace_ros.msg import CorrectionStatus
+from mace_ros.programs.common import parser, run
+from mace_ros.ros.client import MaceClient
+
+STATES = {getattr(CorrectionStatus, name): name for name in (
+    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
+
+
+def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool,
+            client: MaceClient) -> int:
+    """Correct, and print each state that the correction comes to."""
+    client.wait_until_ready(timeout_s)
+    learning = client.correct(corrected, **fields)
+    printed = 0
+    while True:
+        learning.wait_for_more(printed, timeout_s)
+        for status in learning.statuses[printed:]:
+            print(f'{STATES[status.state]} {status.reason}'.rstrip(), flush=True)
+            printed += 1
+            if status.state == CorrectionStatus.LEARNED:
+                print(f'adapter version {status.adapter_version}')
+            if status.state in (CorrectionStatus.REJECTED, CorrectionStatus.FAILED):
+                return 1
+            if status.state != CorrectionStatus.TRAINING and (
+                    not wait or status.state != CorrectionStatus.ACCEPTED):
+                return 0
+
+
+def main() -> int:
+    """Run the program; return the exit code."""
+    arguments = parser('mace_correct', __doc__)
+    arguments.add_argument('corrected', help='the right answer')
+    which = arguments.add_mutually_exclusive_group(required=True)
+    which.add_argument('--id', default='', help='of the query whose answer was wrong')
+    which.add_argument('--conversation', default='', help='whose last answer was wrong')
+    which.add_argument('--prompt', default='', help='the question itself')
+    arguments.add_argument('--profile', default='', help='whose adapter learns')
+    arguments.add_argument('--no-wait', action='store_true', help='return once it is on disk')
+    given = arguments.parse_args()
+    fields = {'query_id': given.id, 'conversation_id': given.conversation,
+              'prompt': given.prompt, 'profile': given.profile, 'source': 'mace_correct'}
+    return run(partial(correct, given.corrected, fields, given.timeout, not given.no_wait),
+               given.node)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
