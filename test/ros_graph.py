@@ -70,6 +70,11 @@ class NodeProcess:
             self.process.kill()
             self.process.wait()
 
+    def memory(self) -> int:
+        """Return its resident bytes."""
+        pages = Path(f'/proc/{self.process.pid}/statm').read_text().split()[1]
+        return int(pages) * os.sysconf('SC_PAGE_SIZE')
+
     def cpu_seconds(self) -> float:
         """Time that all its threads have computed."""
         fields = Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()

@@ -483,3 +483,30 @@ def test_a_correction_that_always_fails_the_gate_fails(settings: Settings, tmp_p
 
     assert failed.state is CorrectionState.FAILED
     assert robot.ask('Who are you?').text == before.text
+
+
+def test_status_tells_what_is_going_on_and_a_pause_ends_it(robot: Robot) -> None:
+    """Counts are those of the requests; after a pause nothing is left, and the engine goes on."""
+    engine = robot.engine
+    engine.update(engine.settings.updated({'scheduler.max_requests': 2, 'finetune.budget': 0.0}))
+    for name in 'abc':
+        engine.submit(Query('Long?', id=name, max_tokens=300))
+    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'b')
+    engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'k')
+    status = engine.status()
+    assert (status.decode_rows, status.prefilling, status.queue_depth) == (2, 0, 1)
+    assert 0.0 < status.kv_use < 1.0
+    assert (status.corrections_waiting, status.live_version, status.profiles) == (1, 0, 0)
+    assert 0.0 <= status.freshness_s < 60.0
+    assert status.statistics.shape.decode_rows == 2
+
+    engine.correct(Correction('A hat.', id='l', prompt='What is that?'))
+    events = engine.pause()
+    ended = {e.query_id: e.finish_reason for e in events if isinstance(e, Finished)}
+    assert ended == dict.fromkeys('abc', FinishReason.CANCELLED)
+    assert [e.id for e in events if isinstance(e, CorrectionProgress)] == ['l']
+    status = engine.status()
+    assert (status.decode_rows, status.queue_depth, status.kv_use) == (0, 0, 0.0)
+    assert status.corrections_waiting == 2
+    assert robot.ask('Hm?').output_tokens > 0

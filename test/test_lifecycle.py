@@ -70,11 +70,6 @@ class Managed:
     def rest(self) -> bool:
         return self.change('deactivate') and self.change('cleanup')
 
-    def memory(self) -> int:
-        """Return the resident bytes."""
-        pages = Path(f'/proc/{self.node.process.pid}/statm').read_text().split()[1]
-        return int(pages) * 4096
-
 
 @pytest.fixture(scope='module', autouse=True)
 def own_domain() -> Iterator[None]:
@@ -141,9 +136,9 @@ def test_twenty_lives_leave_no_memory_behind(managed: Managed) -> None:
     for _ in range(CYCLES):
         assert managed.live()
         assert managed.ask(max_tokens=8).text == 'Ho.'      # what was learned is still there
-        used.append(managed.memory())
+        used.append(managed.node.memory())
         assert managed.rest()
-        freed.append(managed.memory())
+        freed.append(managed.node.memory())
     assert min(used) > max(freed) + 100 * MEGABYTE     # there was something to be freed
     # The first lives warm caches of libraries.
     assert max(freed[3:]) < 1.05 * freed[3]

@@ -225,8 +225,9 @@ PROBLEMS = {
     'a silent device': ('serving', Level.ERROR, 'an iteration takes 40 s already'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
     'an old correction': ('learning', Level.WARN, '2 corrections wait, the oldest for 500 s'),
-    'a failed correction': ('learning', Level.WARN, '1 corrections failed: not learned'),
-    'a corrupt version': ('learning', Level.ERROR, "profile 'ann': version 7: bad checksum"),
+    'a failed correction': ('learning', Level.WARN, 'a correction failed: not learned'),
+    'a bad version': ('learning', Level.WARN, "not good enough to serve: version 7 of profile ''"),
+    'a corrupt version': ('learning', Level.ERROR, "version 7 of profile 'ann': bad checksum"),
     'little memory': ('device', Level.WARN, '95% of its memory'),
     'no memory': ('device', Level.ERROR, '99% of its memory'),
     'heat': ('device', Level.WARN, '95 °C'),
@@ -252,7 +253,11 @@ def test_a_problem_is_found(case: str) -> None:
     elif case == 'a failed correction':
         health.note(CorrectionProgress('c', CorrectionState.FAILED, 'not learned'), 99.0)
     elif case == 'a corrupt version':
-        health.note(VersionEvent('ann', 7, 6, VersionState.REJECTED, 'bad checksum'), 1.0)
+        health.note(VersionEvent(
+            'ann', 7, 6, VersionState.REJECTED, 'bad checksum', path='/v7'), 1.0)
+        health.note(VersionEvent('ann', 0, 0, VersionState.PUBLISHED), 1.0)    # in its place
+    elif case == 'a bad version':
+        health.note(VersionEvent('', 7, 6, VersionState.REJECTED, 'worse'), 99.0)
     elif case == 'heat':
         reading = Reading(temperature_c=95.0)
     else:
@@ -267,7 +272,7 @@ def test_a_problem_is_found(case: str) -> None:
 
 def test_a_version_that_is_published_ends_the_alarm() -> None:
     health = Health()
-    health.note(VersionEvent('', 7, 6, VersionState.REJECTED, 'bad checksum'), 1.0)
+    health.note(VersionEvent('', 7, 6, VersionState.REJECTED, 'bad checksum', path='/v7'), 1.0)
     health.note(VersionEvent('', 8, 6, VersionState.PUBLISHED), 2.0)
     assert findings(health)['learning'].level is Level.OK
 

@@ -73,8 +73,8 @@ class Health:
         self.fault = ''                 # why it does not do what it was told to
         self.frozen = False             # learning, by ~/freeze_learning
         self._lock = threading.Lock()
-        self._failed: list[tuple[float, str]] = []          # corrections
-        self._refused: dict[str, str] = {}                  # versions, by profile
+        self._setbacks: list[tuple[float, str]] = []      # of learning, with their times
+        self._unreadable: dict[str, str] = {}             # versions, by profile
 
     def note(self, event: Event, now: float) -> None:
         """Take in an event."""
@@ -82,14 +82,22 @@ class Health:
             self.window.add(event, now)
         elif isinstance(event, CorrectionProgress):
             if event.state is CorrectionState.FAILED:
-                with self._lock:
-                    self._failed.append((now, event.reason))
+                self._set_back(f'a correction failed: {event.reason}', now)
         elif isinstance(event, VersionEvent):
-            with self._lock:
-                if event.state is VersionState.PUBLISHED:
-                    self._refused.pop(event.profile, None)
-                elif event.state is VersionState.REJECTED:
-                    self._refused[event.profile] = f'version {event.version}: {event.reason}'
+            what = f'version {event.version} of profile {event.profile!r}: {event.reason}'
+            if event.state is not VersionState.REJECTED:
+                if event.version:      # the base model says nothing of the version it stands for
+                    with self._lock:
+                        self._unreadable.pop(event.profile, None)
+            elif event.path:           # it was published once, and can't be loaded now
+                with self._lock:
+                    self._unreadable[event.profile] = what
+            else:
+                self._set_back(f'not good enough to serve: {what}', now)
+
+    def _set_back(self, what: str, now: float) -> None:
+        with self._lock:
+            self._setbacks.append((now, what))
 
     def findings(self, status: Status | None, reading: Reading, settings: Settings,
                  now: float) -> Iterator[Finding]:
@@ -139,13 +147,14 @@ class Health:
                           f'for {status.freshness_s:.0f} s'
                           + (': learning is frozen' if self.frozen else ''))
         with self._lock:
-            self._failed = [
-                f for f in self._failed if f[0] > now - settings.monitor.window_s]
-            failed, refused = list(self._failed), dict(self._refused)
-        if failed:
-            found.add(Level.WARN, f'{len(failed)} corrections failed: {failed[-1][1]}')
-        for profile, reason in refused.items():
-            found.add(Level.ERROR, f'profile {profile!r}: {reason}')
+            self._setbacks = [
+                s for s in self._setbacks if s[0] > now - settings.monitor.window_s]
+            setbacks = [text for _, text in self._setbacks]
+            unreadable = list(self._unreadable.values())
+        if setbacks:
+            found.add(Level.WARN, f'{len(setbacks)} setbacks, the latest: {setbacks[-1]}')
+        for text in unreadable:
+            found.add(Level.ERROR, text)
         return found
 
     def _device(self, reading: Reading, settings: Settings) -> Finding:
