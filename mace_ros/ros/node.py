@@ -240,14 +240,18 @@ class MaceNode(LifecycleNodeMixin, Node):
         restored, engine.restored = engine.restored, []
         self._publish(restored)
 
-    def _pause(self) -> None:
+    def _rest(self) -> None:
         self._intake.close('the node is stopping' if self._stopping else NOT_ACTIVE)
         self._device.drive(None)
-        if self._engine is not None:
-            self._publish(self._engine.pause())
+
+    def _pause(self) -> None:
+        self._rest()
+        assert self._engine is not None
+        self._publish(self._engine.pause())
 
     def _unload(self) -> None:
-        self._pause()
+        self._rest()
+        # Let go of first: one that can't be closed must not be kept either.
         engine, self._engine = self._engine, None
         if engine is not None:
             self._publish(engine.close())
