@@ -16,7 +16,7 @@ from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
-from ros_graph import call, NodeProcess
+from ros_graph import call, NodeProcess, set_parameters
 
 from mace_ros.ros.client import MaceClient
 
@@ -174,6 +174,8 @@ def test_a_full_disk_refuses_corrections_and_nothing_else(managed: Managed) -> N
         learning = managed.client.correct('He.', prompt='Who?')
         return learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
 
+    # What can be learned of it is another matter, of which diagnostics tell as well.
+    assert set_parameters(managed.client, {'finetune.budget': 0.0}) == [(True, '')]
     pid, unlimited = managed.node.process.pid, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     try:
