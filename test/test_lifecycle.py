@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 import resource
 import signal
+import statistics
 import threading
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -80,7 +81,8 @@ def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
         made = Managed(folder, **{
             'model.source': folder / 'model', 'model.threads': 1,
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 524288,
-            'finetune.learning_rate': 0.01})
+            # So that setbacks of learning, if there are any, are soon forgotten.
+            'finetune.learning_rate': 0.01, 'monitor.window_s': 1.0})
         yield made
         made.close()
 
@@ -147,8 +149,9 @@ def test_twenty_lives_leave_no_memory_behind(managed: Managed) -> None:
         freed.append(managed.node.memory())
     assert min(used) > max(freed) + 100 * MEGABYTE     # there was something to be freed
     # The first lives warm caches of libraries.
-    assert max(freed[3:]) < 1.05 * freed[3]
-    assert max(used[3:]) < 1.05 * used[3]
+    for resident in (used[3:], freed[3:]):
+        usual = statistics.median(resident)
+        assert 0.95 * usual < min(resident) <= max(resident) < 1.05 * usual, resident
 
 
 def test_a_corrupt_version_is_told_of_and_served_again_once_it_is_whole(managed: Managed) -> None:
