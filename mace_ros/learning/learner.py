@@ -404,7 +404,7 @@ class Learner:
             return []
         keeps = all(right[count:])
         learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok and keeps]
-        reason = ('not learned' if keeps else 'not learned without losing an earlier correction')
+        reason = ('not learned' if keeps else 'not learned without losing what was right before')
         events: list[Event] = [
             self._set_state(w.record, CorrectionState.FAILED,
                             f'{reason} after {job.steps} steps (finetune.max_steps)')
