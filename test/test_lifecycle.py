@@ -82,7 +82,7 @@ def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
             'model.source': folder / 'model', 'model.threads': 1,
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 524288,
             # So that setbacks of learning, if there are any, are soon forgotten.
-            'finetune.learning_rate': 0.01, 'monitor.window_s': 1.0})
+            'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0, 'monitor.window_s': 1.0})
         yield made
         made.close()
 

@@ -53,7 +53,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterat
             patch.setenv(name, value)
         made = NodeProcess(tmp_path_factory.mktemp('operated'), **{
             'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            'finetune.learning_rate': 0.01, 'monitor.rate_hz': 10.0})
+            'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0, 'monitor.rate_hz': 10.0})
         made.start()
         yield made
         made.kill()
@@ -302,7 +302,7 @@ def test_the_programs_ask_correct_and_watch(client: MaceClient) -> None:
 # -- abuse -------------------------------------------------------------------------------
 
 # What this node was started with, or what would make the rest of the file slow.
-KEPT = {'monitor.rate_hz': 10.0, 'finetune.learning_rate': 0.01}
+KEPT = {'monitor.rate_hz': 10.0, 'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0}
 
 
 def bounds(parameter: Parameter) -> tuple[list[object], list[object]]:
