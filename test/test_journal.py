@@ -20,7 +20,9 @@ import threading
 import pytest
 
 from mace_ros.events import CorrectionState, VersionState
-from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, JournalError, VersionRecord
+from mace_ros.learning import journal_file
+from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
+from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +99,25 @@ def test_the_file_is_set_up_for_power_failures(journal: Journal, path: Path) -> 
     """WAL with synchronous=FULL; kill -9 could not tell it from NORMAL."""
     assert journal._db.execute('PRAGMA journal_mode').fetchone()[0] == 'wal'
     assert journal._db.execute('PRAGMA synchronous').fetchone()[0] == 2
-    assert journal._db.execute('PRAGMA user_version').fetchone()[0] == 1
+    assert journal._db.execute('PRAGMA user_version').fetchone()[0] == 2
+
+
+def test_a_journal_of_an_earlier_schema_is_brought_up_to_date(path: Path) -> None:
+    """What version 1 wrote is all there, and the new columns have their defaults."""
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as old:
+        for statement in journal_file._STEPS[0]:
+            old.execute(statement)
+        old.execute('PRAGMA user_version = 1')
+        old.execute("INSERT INTO answers VALUES (1, 'q', '', 'ann', '[1]', '[]', 'a', '[2]', 3, 0, "
+                    "4.5, 'key')")
+        old.execute("INSERT INTO profiles VALUES ('ann', 0, 2)")
+    with Journal(path) as journal:
+        assert journal.answer('q') == Answer(
+            'q', (1,), (), 'a', (2,), profile='ann', adapter_version=3, time=4.5)
+        assert journal.next_version('ann') == 3
+    with Journal(path) as journal:
+        assert journal.answer('q') is not None
 
 
 def test_the_last_answer_of_a_conversation(journal: Journal) -> None:
@@ -374,7 +394,7 @@ def test_a_full_disk_in_a_group_fails_all_that_it_takes_back(path: Path) -> None
 DISK_FAILS = """
 import resource, sys
 sys.path.insert(0, 'test')
-from mace_ros.learning.journal import JournalError
+from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
 from test_journal import correction
 
@@ -450,7 +470,7 @@ def test_another_process_may_hold_it_for_a_moment(
     path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Longer than the timeout is an error with advice; afterwards all goes on."""
-    monkeypatch.setattr('mace_ros.learning.journal._BUSY_SECONDS', 0.05)
+    monkeypatch.setattr('mace_ros.learning.journal_file._BUSY_SECONDS', 0.05)
     with JournalWriter(path) as writer:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute('BEGIN IMMEDIATE')

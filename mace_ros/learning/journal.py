@@ -13,112 +13,26 @@ may start in 1970 and jump.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 import hashlib
 import json
 import math
 import os
-from pathlib import Path
 import sqlite3
 from typing import Any, TypeAlias
 
 from mace_ros.events import CorrectionState, VersionState
+from mace_ros.learning.journal_file import JournalFile
 
 Messages: TypeAlias = tuple[Mapping[str, str], ...]
 """A prompt as the chat template takes it: each mapping has ``role`` and ``content``."""
 
 MAX_ANSWERS = 10000
 
-_SCHEMA_VERSION = 1
-_BUSY_SECONDS = 5.0
 _PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
 # Constants of ours, so they can stand in the SQL text.
-_PENDING_SQL = f'({", ".join(str(int(state)) for state in _PENDING)})'
-
-_SCHEMA = (
-    """
-    CREATE TABLE answers (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        query_id TEXT NOT NULL UNIQUE,
-        conversation_id TEXT NOT NULL,
-        profile TEXT NOT NULL,
-        prompt_ids TEXT NOT NULL,
-        messages TEXT NOT NULL,
-        text TEXT NOT NULL,
-        output_ids TEXT NOT NULL,
-        adapter_version INTEGER NOT NULL,
-        no_learn INTEGER NOT NULL,
-        time REAL NOT NULL,
-        question TEXT NOT NULL)
-    """,
-    "CREATE INDEX answers_conversation ON answers (conversation_id) WHERE conversation_id <> ''",
-    'CREATE INDEX answers_replay ON answers (profile, question, query_id) WHERE no_learn = 0',
-    """
-    CREATE TABLE corrections (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE,
-        query_id TEXT NOT NULL,
-        conversation_id TEXT NOT NULL,
-        profile TEXT NOT NULL,
-        prompt_ids TEXT NOT NULL,
-        messages TEXT NOT NULL,
-        rejected TEXT NOT NULL,
-        corrected TEXT NOT NULL,
-        weight REAL NOT NULL,
-        source TEXT NOT NULL,
-        received REAL NOT NULL,
-        state INTEGER NOT NULL,
-        reason TEXT NOT NULL,
-        adapter_version INTEGER NOT NULL,
-        question TEXT NOT NULL)
-    """,
-    'CREATE INDEX corrections_state ON corrections (state, profile)',
-    'CREATE INDEX corrections_query ON corrections (query_id)',
-    'CREATE INDEX corrections_question ON corrections (profile, question)',
-    """
-    CREATE TABLE versions (
-        profile TEXT NOT NULL,
-        version INTEGER NOT NULL,
-        parent INTEGER NOT NULL,
-        state INTEGER NOT NULL,
-        reason TEXT NOT NULL,
-        correction_ids TEXT NOT NULL,
-        score_before REAL,
-        score_after REAL,
-        train_tokens INTEGER NOT NULL,
-        train_seconds REAL NOT NULL,
-        path TEXT NOT NULL,
-        sha256 TEXT NOT NULL,
-        created REAL NOT NULL,
-        PRIMARY KEY (profile, version))
-    """,
-    # last_version is the highest number ever given out, so that none is given out twice.
-    """
-    CREATE TABLE profiles (
-        profile TEXT PRIMARY KEY,
-        live_version INTEGER NOT NULL DEFAULT 0,
-        last_version INTEGER NOT NULL DEFAULT 0)
-    """,
-)
-
-# What SQLite says (sqlite_errorcode needs Python 3.11), and what a person can do about it.
-_REMEDIES = {
-    'disk is full': 'free space on its file system, then send again what was not acknowledged',
-    'disk I/O error': 'check its file system (full, unplugged, damaged?), then send again what '
-                      'was not acknowledged',
-    'readonly': 'make the file and its folder writable, or set storage.folder to one that is',
-    'unable to open': 'make its folder writable, or set storage.folder to one that is',
-    'locked': 'another process holds it; stop that process, or set another storage.folder',
-    'malformed': 'it is damaged: put back a backup, or move it away to start with an empty one',
-    'not a database': 'it is damaged or not ours: put back a backup, or move it away to start '
-                      'with an empty one',
-}
-
-
-class JournalError(RuntimeError):
-    """The journal could not be read or written; the message says what to do."""
+PENDING_SQL = f'({", ".join(str(int(state)) for state in _PENDING)})'
 
 
 @dataclass(frozen=True)
@@ -132,6 +46,7 @@ class Answer:
     output_ids: tuple[int, ...]
     conversation_id: str = ''
     profile: str = ''
+    lineage: str = ''           # the profile whose version answered: this one, or the robot's
     adapter_version: int = 0
     no_learn: bool = False
     time: float = 0.0
@@ -186,7 +101,7 @@ class VersionRecord:
     created: float = 0.0
 
 
-class Journal:
+class Journal(JournalFile):
     """
     The journal file at ``path``, opened or made; for one thread.
 
@@ -197,19 +112,8 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str], *, max_answers: int = MAX_ANSWERS) -> None:
         """Open the journal, making the file and its folder if need be."""
-        self.path = Path(path).absolute()
+        super().__init__(path)
         self._max_answers = max_answers
-        try:
-            make_folder(self.path.parent)
-            # Transactions are ours (isolation_level None), see transaction().
-            self._db = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise _journal_error(self.path, error) from error
-        try:
-            self._prepare()
-        except BaseException:
-            self._db.close()
-            raise
 
     def __enter__(self) -> Journal:
         """Return the journal itself."""
@@ -219,67 +123,33 @@ class Journal:
         """Close the journal."""
         self.close()
 
-    def close(self) -> None:
-        """Close the file; nothing is lost, whatever was written is on disk already."""
-        self._db.close()
-
-    @property
-    def in_transaction(self) -> bool:
-        """Whether a transaction is open."""
-        return self._db.in_transaction
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """
-        Make what happens inside one transaction: all or nothing, on disk at the end.
-
-        Inside another one it is a savepoint: an error undoes only what came after it, and
-        the outermost transaction is the one that reaches the disk.
-        """
-        outermost = not self._db.in_transaction
-        # IMMEDIATE: take the write lock now, rather than fail half-way because of another
-        # process.
-        self._execute('BEGIN IMMEDIATE' if outermost else 'SAVEPOINT nested')
-        try:
-            yield
-            self._execute('COMMIT' if outermost else 'RELEASE nested')
-        except BaseException:
-            # After some errors (disk full) SQLite has already rolled everything back.
-            if self._db.in_transaction:
-                if outermost:
-                    self._execute('ROLLBACK')
-                else:
-                    self._execute('ROLLBACK TO nested')
-                    self._execute('RELEASE nested')
-            raise
-
     # Answers
 
     def record_answer(self, answer: Answer) -> None:
         """Record an answer (again, if its query id was used before) and forget old ones."""
         with self.transaction():
             # REPLACE gives the row a new number: an id used again is the newest answer.
-            number = self._insert(
+            number = self.insert(
                 'INSERT OR REPLACE', 'answers',
                 query_id=answer.query_id, conversation_id=answer.conversation_id,
                 profile=answer.profile, prompt_ids=_json(answer.prompt_ids),
                 messages=_json(answer.messages), text=answer.text,
-                output_ids=_json(answer.output_ids), adapter_version=answer.adapter_version,
-                no_learn=answer.no_learn, time=answer.time,
+                output_ids=_json(answer.output_ids), lineage=answer.lineage,
+                adapter_version=answer.adapter_version, no_learn=answer.no_learn, time=answer.time,
                 question=_question(answer.messages, answer.prompt_ids))
-            self._execute(
+            self.execute(
                 'DELETE FROM answers WHERE number <= ? AND query_id NOT IN ('
-                f'SELECT query_id FROM corrections WHERE state IN {_PENDING_SQL})',
+                f'SELECT query_id FROM corrections WHERE state IN {PENDING_SQL})',
                 number - self._max_answers)
 
     def answer(self, query_id: str) -> Answer | None:
         """Return the answer to that query, if it is still kept."""
-        row = self._one('SELECT * FROM answers WHERE query_id = ?', query_id)
+        row = self.one('SELECT * FROM answers WHERE query_id = ?', query_id)
         return None if row is None else _answer(row)
 
     def last_answer(self, conversation_id: str) -> Answer | None:
         """Return the newest answer of that conversation; the empty id is no conversation."""
-        row = self._one(
+        row = self.one(
             "SELECT * FROM answers WHERE conversation_id = ? AND conversation_id <> '' "
             'ORDER BY number DESC LIMIT 1', conversation_id)
         return None if row is None else _answer(row)
@@ -295,7 +165,7 @@ class Journal:
         that was ever corrected in this profile, for a wrong answer is often given twice
         but corrected once.
         """
-        return tuple(map(_answer, self._rows(
+        return tuple(map(_answer, self.rows(
             'SELECT * FROM answers WHERE number IN ('
             'SELECT max(number) FROM answers AS a WHERE profile = ? AND no_learn = 0 '
             'AND query_id NOT IN (SELECT value FROM json_each(?)) '
@@ -312,7 +182,7 @@ class Journal:
         with self.transaction():
             if self.correction(record.id) is not None:
                 return False
-            self._insert(
+            self.insert(
                 'INSERT', 'corrections',
                 id=record.id, query_id=record.query_id, conversation_id=record.conversation_id,
                 profile=record.profile, prompt_ids=_json(record.prompt_ids),
@@ -325,7 +195,7 @@ class Journal:
 
     def correction(self, correction_id: str) -> CorrectionRecord | None:
         """Return the correction of that id."""
-        row = self._one('SELECT * FROM corrections WHERE id = ?', correction_id)
+        row = self.one('SELECT * FROM corrections WHERE id = ?', correction_id)
         return None if row is None else _correction(row)
 
     def set_correction(
@@ -334,7 +204,7 @@ class Journal:
     ) -> bool:
         """Write what became of a correction; return False if there is none of that id."""
         with self.transaction():
-            cursor = self._execute(
+            cursor = self.execute(
                 'UPDATE corrections SET state = ?, reason = ?, adapter_version = ? WHERE id = ?',
                 int(state), reason, adapter_version, correction_id)
         return cursor.rowcount == 1
@@ -342,7 +212,7 @@ class Journal:
     def pending(self, profile: str | None = None) -> tuple[CorrectionRecord, ...]:
         """Return what is still to be learned, oldest first; None is all profiles."""
         return self._corrections(
-            f'state IN {_PENDING_SQL} AND profile = coalesce(?, profile)', profile)
+            f'state IN {PENDING_SQL} AND profile = coalesce(?, profile)', profile)
 
     def learned(self, profile: str) -> tuple[CorrectionRecord, ...]:
         """Return the corrections that are live in the profile's version, oldest first."""
@@ -358,10 +228,10 @@ class Journal:
         It stays taken, whether its version is published, rejected or lost in a crash.
         """
         with self.transaction():
-            self._execute(
+            self.execute(
                 'INSERT INTO profiles (profile, last_version) VALUES (?, 1) '
                 'ON CONFLICT (profile) DO UPDATE SET last_version = last_version + 1', profile)
-            row = self._one('SELECT last_version FROM profiles WHERE profile = ?', profile)
+            row = self.one('SELECT last_version FROM profiles WHERE profile = ?', profile)
             assert row is not None
             return int(row['last_version'])
 
@@ -370,12 +240,12 @@ class Journal:
         if record.version < 1:
             raise ValueError(f'version {record.version}: 1 is the first after the base model')
         with self.transaction():
-            if self._one('SELECT 1 FROM versions WHERE profile = ? AND version = ?',
+            if self.one('SELECT 1 FROM versions WHERE profile = ? AND version = ?',
                          record.profile, record.version) is not None:
                 raise ValueError(
                     f'version {record.version} of profile {record.profile!r} is already in the '
                     'journal; take a new number from next_version()')
-            self._insert(
+            self.insert(
                 'INSERT', 'versions',
                 profile=record.profile, version=record.version, parent=record.parent,
                 state=int(record.state), reason=record.reason,
@@ -383,7 +253,7 @@ class Journal:
                 score_before=record.score_before, score_after=record.score_after,
                 train_tokens=record.train_tokens, train_seconds=record.train_seconds,
                 path=record.path, sha256=record.sha256, created=record.created)
-            self._execute(
+            self.execute(
                 'INSERT INTO profiles (profile, last_version) VALUES (?, ?) '
                 'ON CONFLICT (profile) DO UPDATE '
                 'SET last_version = max(last_version, excluded.last_version)',
@@ -400,11 +270,11 @@ class Journal:
             raise ValueError(f'version {record.version} is {record.state.name}, not PUBLISHED')
         with self.transaction():
             self.record_version(record)
-            self._execute(
+            self.execute(
                 'UPDATE profiles SET live_version = ? WHERE profile = ?',
                 record.version, record.profile)
-            learned = tuple(row['id'] for row in self._rows(
-                f'SELECT id FROM corrections WHERE state IN {_PENDING_SQL} '
+            learned = tuple(row['id'] for row in self.rows(
+                f'SELECT id FROM corrections WHERE state IN {PENDING_SQL} '
                 'AND id IN (SELECT value FROM json_each(?)) ORDER BY number',
                 _json(record.correction_ids)))
             for correction_id in learned:
@@ -418,89 +288,19 @@ class Journal:
 
     def lives(self) -> tuple[VersionRecord, ...]:
         """Return the live version of each profile that has one."""
-        return tuple(map(_version, self._rows(
+        return tuple(map(_version, self.rows(
             'SELECT versions.* FROM versions JOIN profiles USING (profile) '
             'WHERE version = live_version ORDER BY profile')))
 
     def versions(self, profile: str | None = None) -> tuple[VersionRecord, ...]:
         """Return all recorded versions, oldest first; None is all profiles."""
-        return tuple(map(_version, self._rows(
+        return tuple(map(_version, self.rows(
             'SELECT * FROM versions WHERE profile = coalesce(?, profile) '
             'ORDER BY profile, version', profile)))
 
-    # SQLite
-
-    def _prepare(self) -> None:
-        self._db.row_factory = sqlite3.Row
-        row = self._one('PRAGMA journal_mode = WAL')
-        if row is None or row[0] != 'wal':
-            raise JournalError(
-                f'journal {self.path}: its file system cannot share memory between processes '
-                '(a network drive?); set storage.folder to a local one')
-        # In WAL mode the default, NORMAL, may lose the last commits when power fails.
-        self._execute('PRAGMA synchronous = FULL')
-        with self.transaction():
-            row = self._one('PRAGMA user_version')
-            found = row[0] if row is not None else 0
-            if found > _SCHEMA_VERSION:
-                raise JournalError(
-                    f'journal {self.path}: written by a newer mace_ros (schema {found}, this one '
-                    f'knows {_SCHEMA_VERSION}); update mace_ros, or set another storage.folder')
-            if found == 0:
-                for statement in _SCHEMA:
-                    self._execute(statement)
-                self._execute(f'PRAGMA user_version = {_SCHEMA_VERSION}')
-
-    def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:
-        try:
-            return self._db.execute(statement, values)
-        except sqlite3.Error as error:
-            raise _journal_error(self.path, error) from error
-
-    def _rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
-        cursor = self._execute(statement, *values)
-        try:
-            return cursor.fetchall()
-        except sqlite3.Error as error:
-            raise _journal_error(self.path, error) from error
-
-    def _one(self, statement: str, *values: object) -> sqlite3.Row | None:
-        return next(iter(self._rows(statement, *values)), None)
-
-    def _insert(self, verb: str, table: str, **columns: object) -> int:
-        names, marks = ', '.join(columns), ', '.join('?' * len(columns))
-        cursor = self._execute(
-            f'{verb} INTO {table} ({names}) VALUES ({marks})', *columns.values())
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
-
     def _corrections(self, where: str, *values: object) -> tuple[CorrectionRecord, ...]:
-        return tuple(map(_correction, self._rows(
+        return tuple(map(_correction, self.rows(
             f'SELECT * FROM corrections WHERE {where} ORDER BY number', *values)))
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, in such a way that they survive a power failure."""
-    missing = [f for f in (folder, *folder.parents) if not f.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        sync_folder(made.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in that folder are on disk, as fsync does for a file's content."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _journal_error(path: Path, error: Exception) -> JournalError:
-    advice = next(
-        (advice for said, advice in _REMEDIES.items() if said in str(error)),
-        'check that its folder can be written and is not full')
-    return JournalError(f'journal {path}: {error}; {advice}')
 
 
 def _question(messages: Messages, prompt_ids: Sequence[int]) -> str:

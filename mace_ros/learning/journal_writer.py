@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 import threading
 from typing import Any, TypeVar
 
-from mace_ros.learning.journal import Journal, JournalError, MAX_ANSWERS
+from mace_ros.learning.journal import Journal, MAX_ANSWERS
+from mace_ros.learning.journal_file import JournalError
 
 T = TypeVar('T')
 _Job = tuple[Callable[[Journal], Any], Future[Any]]

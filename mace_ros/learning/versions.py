@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 import torch
 
-from mace_ros.learning.journal import make_folder, sync_folder
+from mace_ros.learning.journal_file import make_folder, sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
