@@ -49,9 +49,10 @@ from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
 from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, Span
 from mace_ros.execution.text import ChatText
+from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.learner import ANCHOR_TOKENS, ANCHORS, Learner
+from mace_ros.learning.learner import Learner
 from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks

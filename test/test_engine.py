@@ -28,7 +28,7 @@ from mace_ros.events import (
     VersionState,
 )
 from mace_ros.execution.finetune import FinetuneStep
-from mace_ros.learning.learner import ANCHOR_TOKENS, ANCHORS
+from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.versions import OtherModel
 from mace_ros.settings import Settings
 

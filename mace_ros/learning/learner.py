@@ -11,107 +11,35 @@ runs in the device thread and never blocks: disk work goes to the journal's thre
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import zip_longest
 import math
 from statistics import fmean
 import time
 from typing import Any
 
-from peft import LoraConfig
-from torch import Tensor
-
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
-from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.text import ChatText
+from mace_ros.learning.describing import peft_config, version_event
 from mace_ros.learning.gate import Gate, Verdict
-from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
+from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
+from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.learning.samples import first_within, sample, turn
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.settings import Settings
 
-# Asked of the base model once; its answers are replayed so that they stay as they are.
-ANCHORS = (
-    'What is water made of?', 'How many days are in a week?', 'Who wrote Romeo and Juliet?',
-    'Say hello.', 'What colour is grass?', 'What is 2 + 2?', 'Name a fruit.',
-    'What do bees make?', 'What is the capital of Australia?', 'Who was Marie Curie?',
-    'In which country is Mount Fuji?', 'What is the currency of India?',
-    'What language is spoken in Turkey?', 'Who painted Starry Night?', 'Where do penguins live?',
-    'What is the opposite of big?', 'Which metal is liquid at room temperature?',
-    'What is the boiling point of water?', 'How many strings does a violin have?',
-    'What is the largest desert in the world?', 'Who wrote Don Quixote?',
-    'What is the chemical symbol for silver?', 'Which planet has rings?',
-    'What do you call a baby cow?', 'Which month comes after March?', 'What is a robot?',
-    'In which city is Big Ben?', 'On which continent is Peru?', 'Who discovered America?',
-    'What is the deepest ocean?', 'How are you today?', 'Tell me a short joke.')
-ANCHOR_TOKENS = 24
 MAX_TRIES = 3           # of a job that the device or the disk fails
 JOB_CORRECTIONS = 4     # corrections learned together at most
 # A right token must lead by this much (in logits) before it counts as learned, so that a
 # different order of additions in another batch does not change the answer.
 LEARNED_MARGIN = 0.5
-
-
-@dataclass
-class _Waiting:
-    record: CorrectionRecord
-    arrived: float    # on the engine's clock
-    tries: int = 1
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    """What a job needs from disk."""
-
-    answers: tuple[Answer, ...]                 # given earlier, to be replayed
-    learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
-    tensors: dict[str, Tensor] | None           # of the live version; None: the base model
-
-
-@dataclass
-class _Scoring:
-    """Scores of the gate's samples, batch by batch."""
-
-    batches: Iterator[list[Sample]]
-    step: FinetuneStep | None = None
-    scores: list[SampleScore] = field(default_factory=list)
-    taught: list[Sample] = field(default_factory=list)
-
-
-@dataclass
-class _Job:
-    profile: str
-    corrections: list[_Waiting]
-    parent: int
-    fetched: Future[_Fetched]
-    samples: list[Sample] = field(default_factory=list)
-    kept: list[Sample] = field(default_factory=list)        # earlier corrections
-    replayed: list[Sample] = field(default_factory=list)    # earlier answers
-    trainer: Trainer | None = None
-    step: FinetuneStep | None = None
-    gate: Gate | None = None
-    scoring: _Scoring | None = None     # of the gate's samples, before or after training
-    before: list[SampleScore] | None = None     # those under the live version
-    lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
-    judged: bool = False                # this step's scores were looked at
-    must_be_right: int = 0              # of its samples, the first so many
-    steps: int = 0
-    train_tokens: int = 0
-    train_seconds: float = 0.0
-    score_before: float = math.nan
-    score_after: float | None = None    # set when training has ended
-    saving: Future[tuple[VersionRecord, tuple[str, ...]]] | None = None
-    slot: int | None = None
-
-    @property
-    def oldest(self) -> float:
-        """When the oldest of its corrections arrived."""
-        return min(w.arrived for w in self.corrections)
 
 
 class Learner:
@@ -124,8 +52,8 @@ class Learner:
         self._model, self._model_name = model, model_name
         self._bank, self._chat, self._slots = bank, chat, slots
         self._journal, self._store, self._wake = journal, store, wake
-        self._waiting: list[_Waiting] = []
-        self._job: _Job | None = None
+        self._waiting: list[Waiting] = []
+        self._job: Job | None = None
         self._anchors: list[tuple[list[int], list[int]]] | None = None    # prompt, output
         self._rejections: deque[Future[VersionRecord]] = deque()
         self.wants_anchors = False
@@ -145,7 +73,7 @@ class Learner:
         for record in self._journal.submit(lambda j: j.lives()).result():
             slot = self._slots.reserve() if self._slots.has_room(record.profile) else None
             if slot is None:
-                events.append(_version_event(
+                events.append(version_event(
                     record, self._store, VersionState.REJECTED,
                     'no adapter slot is left; raise adapter.slots'))
                 continue
@@ -153,12 +81,12 @@ class Learner:
                 self._bank.load(self._store.load(record.path, record.sha256))
             except (CorruptVersion, ValueError) as error:
                 self._slots.give_back(slot)
-                events.append(_version_event(
+                events.append(version_event(
                     record, self._store, VersionState.REJECTED, str(error)))
                 continue
             self._bank.write_slot(slot)
             self._slots.publish(record.profile, record.version, slot)
-            events.append(_version_event(record, self._store))
+            events.append(version_event(record, self._store))
         if not any(e.profile == '' and e.state is VersionState.PUBLISHED for e in events):
             events.append(VersionEvent('', 0, 0, VersionState.PUBLISHED))
         return events
@@ -171,7 +99,7 @@ class Learner:
             self._waiting.remove(other)
             events.append(self._set_state(
                 other.record, CorrectionState.SUPERSEDED, f'by correction {record.id}'))
-        self._waiting.append(_Waiting(record, arrived))
+        self._waiting.append(Waiting(record, arrived))
         return events
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
@@ -221,7 +149,7 @@ class Learner:
         while self._rejections and self._rejections[0].done():
             written = self._rejections.popleft()
             if written.exception() is None:     # else it is not on record; nothing else is lost
-                return [_version_event(written.result(), self._store)]
+                return [version_event(written.result(), self._store)]
         if self._job is None:
             return self._start(settings)
         job = self._job
@@ -257,7 +185,7 @@ class Learner:
     def versions(self, profile: str) -> Future[list[VersionEvent]]:
         """Read all versions of a profile from the journal, oldest first."""
         return self._journal.submit(lambda journal: [
-            _version_event(record, self._store) for record in journal.versions(profile)])
+            version_event(record, self._store) for record in journal.versions(profile)])
 
     # -- a job's life ----------------------------------------------------------------
 
@@ -278,18 +206,18 @@ class Learner:
         count = settings.finetune.replay_samples
         live = self._slots.live(profile)
 
-        def fetch(journal: Journal) -> _Fetched:
+        def fetch(journal: Journal) -> Fetched:
             record = journal.live(live.profile) if live.version else None
-            return _Fetched(
+            return Fetched(
                 journal.replay_candidates(profile, count), journal.learned(live.profile),
                 self._store.load(record.path, record.sha256) if record else None)
 
         parent = live.version if live.profile == profile else 0
-        self._job = _Job(profile, chosen, parent, self._submit(fetch))
+        self._job = Job(profile, chosen, parent, self._submit(fetch))
         self.wants_anchors = self._anchors is None
         return [self._set_state(w.record, CorrectionState.TRAINING) for w in chosen]
 
-    def _prepare(self, job: _Job, settings: Settings) -> list[Event]:
+    def _prepare(self, job: Job, settings: Settings) -> list[Event]:
         assert self._anchors is not None
         error = job.fetched.exception()
         if error is not None:
@@ -300,36 +228,36 @@ class Learner:
         else:
             self._bank.load(fetched.tensors)
         job.trainer = Trainer(self._bank, settings.finetune.learning_rate)
-        job.samples = [_sample(w.record.prompt_ids, self._chat.answer(w.record.corrected),
+        job.samples = [sample(w.record.prompt_ids, self._chat.answer(w.record.corrected),
                                w.record.weight)
                        for w in job.corrections]
         prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
         # The newest correction of a question is the one to keep.
         newest = {r.prompt_ids: r for r in fetched.learned if r.prompt_ids not in prompts}
-        job.kept = [_sample(r.prompt_ids, self._chat.answer(r.corrected))
+        job.kept = [sample(r.prompt_ids, self._chat.answer(r.corrected))
                     for r in newest.values()]
         prompts |= newest.keys()
-        earlier = [_sample(a.prompt_ids, a.output_ids) for a in fetched.answers
+        earlier = [sample(a.prompt_ids, a.output_ids) for a in fetched.answers
                    if a.prompt_ids not in prompts and a.output_ids
                    and len(a.prompt_ids) + len(a.output_ids) <= settings.finetune.max_sample_tokens]
-        anchors = [_sample(p, o) for p, o in self._anchors if tuple(p) not in prompts]
+        anchors = [sample(p, o) for p, o in self._anchors if tuple(p) not in prompts]
         # Interleaved, so that a few of each kind come in every step.
         job.replayed = [s for pair in zip_longest(anchors, earlier) for s in pair if s is not None]
         job.gate = Gate({'earlier corrections': job.kept, 'other answers': job.replayed})
         return self._score(job, settings)    # under the live version, before it changes
 
-    def _next_step(self, job: _Job, settings: Settings) -> None:
+    def _next_step(self, job: Job, settings: Settings) -> None:
         assert job.trainer is not None
         count = settings.finetune.replay_samples
         job.judged = False
         # Up to half of what is replayed are earlier corrections; all in their turn.
-        kept = _turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
+        kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
         must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
-        replayed = _turn(job.replayed, count - len(kept), job.steps)
+        replayed = turn(job.replayed, count - len(kept), job.steps)
         # A piece of learning is a layer of all tokens: with more it would take too long.
         most = self.tokens_within(settings.finetune.max_blocking_ms / 1e3)
-        must_be_right = _first(must_be_right, most, at_least=len(job.samples))
-        replayed = _first(replayed, most - sum(len(s.tokens) for s in must_be_right))
+        must_be_right = first_within(must_be_right, most, at_least=len(job.samples))
+        replayed = first_within(replayed, most - sum(len(s.tokens) for s in must_be_right))
         job.must_be_right = len(must_be_right)
         job.trainer.set_learning_rate(settings.finetune.learning_rate)
         job.step = FinetuneStep(
@@ -338,13 +266,13 @@ class Learner:
             may_ride=settings.finetune.recompute != 'never',
             oldest_correction_at=job.oldest)
 
-    def _score(self, job: _Job, settings: Settings) -> list[Event]:
+    def _score(self, job: Job, settings: Settings) -> list[Event]:
         """Begin to score what the gate guards."""
         assert job.gate is not None
-        job.step, job.scoring = None, _Scoring(job.gate.batches())
+        job.step, job.scoring = None, Scoring(job.gate.batches())
         return self._go_on_scoring(job, job.scoring, settings)
 
-    def _go_on_scoring(self, job: _Job, scoring: _Scoring, settings: Settings) -> list[Event]:
+    def _go_on_scoring(self, job: Job, scoring: Scoring, settings: Settings) -> list[Event]:
         if scoring.step is not None:
             if not scoring.step.done:
                 return []
@@ -367,7 +295,7 @@ class Learner:
         verdict = job.gate.judge(job.before, scoring.scores, settings.gate.tolerance)
         return self._reject(job, verdict, settings) if verdict.reason else self._save(job)
 
-    def _reject(self, job: _Job, verdict: Verdict, settings: Settings) -> list[Event]:
+    def _reject(self, job: Job, verdict: Verdict, settings: Settings) -> list[Event]:
         """Don't publish; go on with what was lost among what must be right, if that may help."""
         record = VersionRecord(
             profile=job.profile, version=0, parent=job.parent, state=VersionState.REJECTED,
@@ -390,7 +318,7 @@ class Learner:
         reason = f'{verdict.reason} after {job.steps} steps (finetune.max_steps)'
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in job.corrections]
 
-    def _judge(self, job: _Job, settings: Settings) -> list[Event]:
+    def _judge(self, job: Job, settings: Settings) -> list[Event]:
         """Decide, with the scores of a step's forward, whether its backward is still needed."""
         assert job.step is not None
         job.judged = True
@@ -417,10 +345,10 @@ class Learner:
             self._set_state(w.record, CorrectionState.LEARNED,
                             'the live version already answers so', job.parent) for w in learned]
 
-    def _save(self, job: _Job) -> list[Event]:
+    def _save(self, job: Job) -> list[Event]:
         """Write the new version to disk, as soon as there is a slot for it."""
         assert job.score_after is not None
-        tensors, config = self._bank.export(), self._peft_config()
+        tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
         job.slot = self._slots.reserve()
         if job.slot is None:
             return []    # asked again: publication waits for a request to end, never the reverse
@@ -443,7 +371,7 @@ class Learner:
         job.saving = self._submit(save)
         return []
 
-    def _publish(self, job: _Job) -> list[Event]:
+    def _publish(self, job: Job) -> list[Event]:
         assert job.saving is not None and job.slot is not None
         error = job.saving.exception()
         if error is not None:
@@ -452,7 +380,7 @@ class Learner:
         self._bank.write_slot(job.slot)
         self._slots.publish(job.profile, record.version, job.slot)
         self._job = None
-        return [_version_event(record, self._store), *(
+        return [version_event(record, self._store), *(
             CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
             for i in learned)]
 
@@ -470,46 +398,3 @@ class Learner:
 
     def _length(self, record: CorrectionRecord) -> int:
         return len(record.prompt_ids) + len(self._chat.answer(record.corrected))
-
-    def _peft_config(self) -> dict[str, object]:
-        config = LoraConfig(
-            r=self._bank.rank, lora_alpha=self._bank.alpha,
-            target_modules=self._bank.target_modules, task_type='CAUSAL_LM',
-            base_model_name_or_path=self._model_name, inference_mode=True).to_dict()
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-
-
-def _first(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
-    """Return the first samples that have no more than ``tokens``, but ``at_least`` so many."""
-    count = total = 0
-    for sample in samples:
-        total += len(sample.tokens)
-        if total > tokens and count >= at_least:
-            break
-        count += 1
-    return samples[:count]
-
-
-def _turn(samples: list[Sample], count: int, turn: int) -> list[Sample]:
-    """Return the next ``count`` samples, so that each one comes equally often."""
-    if not samples:
-        return []
-    return [samples[i % len(samples)] for i in range(turn * count, (turn + 1) * count)]
-
-
-def _sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int],
-            weight: float = 1.0) -> Sample:
-    """Return a training sequence whose loss is on the answer only."""
-    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
-
-
-def _version_event(record: VersionRecord, store: VersionStore,
-                   state: VersionState | None = None, reason: str = '') -> VersionEvent:
-    return VersionEvent(
-        profile=record.profile, version=record.version, parent=record.parent,
-        state=record.state if state is None else state, reason=reason or record.reason,
-        correction_ids=record.correction_ids, score_before=record.score_before,
-        score_after=record.score_after, train_tokens=record.train_tokens,
-        train_seconds=record.train_seconds,
-        path=str(store.absolute(record.path)) if record.path else '',
-        sha256=record.sha256)

@@ -1,0 +1,34 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""How a version is described: to the world in an event, to PEFT in its configuration."""
+
+from __future__ import annotations
+
+from peft import LoraConfig
+
+from mace_ros.events import VersionEvent, VersionState
+from mace_ros.execution.lora import AdapterBank
+from mace_ros.learning.journal import VersionRecord
+from mace_ros.learning.versions import VersionStore
+
+
+def version_event(record: VersionRecord, store: VersionStore,
+                  state: VersionState | None = None, reason: str = '') -> VersionEvent:
+    """Return what is told about a version; ``state`` and ``reason`` replace its own."""
+    return VersionEvent(
+        profile=record.profile, version=record.version, parent=record.parent,
+        state=record.state if state is None else state, reason=reason or record.reason,
+        correction_ids=record.correction_ids, score_before=record.score_before,
+        score_after=record.score_after, train_tokens=record.train_tokens,
+        train_seconds=record.train_seconds,
+        path=str(store.absolute(record.path)) if record.path else '',
+        sha256=record.sha256)
+
+
+def peft_config(bank: AdapterBank, model_name: str) -> dict[str, object]:
+    """Return the ``adapter_config.json`` of adapters that ``bank`` trains."""
+    config = LoraConfig(
+        r=bank.rank, lora_alpha=bank.alpha, target_modules=bank.target_modules,
+        task_type='CAUSAL_LM', base_model_name_or_path=model_name,
+        inference_mode=True).to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

@@ -1,0 +1,77 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of a job: the corrections of one profile, on their way to a version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+import math
+
+from torch import Tensor
+
+from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
+from mace_ros.learning.gate import Gate
+from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
+
+
+@dataclass
+class Waiting:
+    """A correction that is to be learned."""
+
+    record: CorrectionRecord
+    arrived: float    # on the engine's clock
+    tries: int = 1
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a job needs from disk."""
+
+    answers: tuple[Answer, ...]                 # given earlier, to be replayed
+    learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
+    tensors: dict[str, Tensor] | None           # of the live version; None: the base model
+
+
+@dataclass
+class Scoring:
+    """Scores of the gate's samples, batch by batch."""
+
+    batches: Iterator[list[Sample]]
+    step: FinetuneStep | None = None
+    scores: list[SampleScore] = field(default_factory=list)
+    taught: list[Sample] = field(default_factory=list)
+
+
+@dataclass
+class Job:
+    """Corrections that are learned together, and how far that has come."""
+
+    profile: str
+    corrections: list[Waiting]
+    parent: int
+    fetched: Future[Fetched]
+    samples: list[Sample] = field(default_factory=list)
+    kept: list[Sample] = field(default_factory=list)        # earlier corrections
+    replayed: list[Sample] = field(default_factory=list)    # earlier answers
+    trainer: Trainer | None = None
+    step: FinetuneStep | None = None
+    gate: Gate | None = None
+    scoring: Scoring | None = None     # of the gate's samples, before or after training
+    before: list[SampleScore] | None = None     # those under the live version
+    lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
+    judged: bool = False                # this step's scores were looked at
+    must_be_right: int = 0              # of its samples, the first so many
+    steps: int = 0
+    train_tokens: int = 0
+    train_seconds: float = 0.0
+    score_before: float = math.nan
+    score_after: float | None = None    # set when training has ended
+    saving: Future[tuple[VersionRecord, tuple[str, ...]]] | None = None
+    slot: int | None = None
+
+    @property
+    def oldest(self) -> float:
+        """When the oldest of its corrections arrived."""
+        return min(w.arrived for w in self.corrections)

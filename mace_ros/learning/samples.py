@@ -1,0 +1,31 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Training sequences: how they are made, and which of them take their turn."""
+
+from __future__ import annotations
+
+from mace_ros.execution.finetune import Sample
+
+
+def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
+    """Return the first samples that have no more than ``tokens``, but ``at_least`` so many."""
+    count = total = 0
+    for sample in samples:
+        total += len(sample.tokens)
+        if total > tokens and count >= at_least:
+            break
+        count += 1
+    return samples[:count]
+
+
+def turn(samples: list[Sample], count: int, turn: int) -> list[Sample]:
+    """Return the next ``count`` samples, so that each one comes equally often."""
+    if not samples:
+        return []
+    return [samples[i % len(samples)] for i in range(turn * count, (turn + 1) * count)]
+
+
+def sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int],
+            weight: float = 1.0) -> Sample:
+    """Return a training sequence whose loss is on the answer only."""
+    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
