@@ -113,6 +113,13 @@ class Ledger:
         return max(self._claim.seconds, 0.0)
 
     @property
+    def claims_at(self) -> float:
+        """When time will be missing from its minimum share, if learning gets none till then."""
+        if self._now is None or self._claim.rate <= 0.0:
+            return math.inf
+        return self._now - min(self._claim.seconds, 0.0) / self._claim.rate
+
+    @property
     def serving_share(self) -> float:
         """Share of the latest device time that went into answers."""
         return min(self._serving / self._wall, 1.0) if self._wall else 0.0

@@ -86,6 +86,14 @@ class Mace(Policy):
                 self._count_late(state, batch, piece, now)
         return plan_of(batch, piece)
 
+    def quiet_until(self, state: State, now: float) -> float:
+        """Return when learning is overdue, if somebody waits."""
+        work = state.finetune
+        if work is None or not state.waiting:
+            return now
+        return max(work.oldest_correction_at + self._settings.slo.freshness_s,
+                   self._ledger.claims_at)
+
     def _slowdown_s(self, batch: Batch, now: float) -> float:
         """
         Return by how much this iteration may still lengthen each answer, all of which decode.

@@ -10,6 +10,7 @@ differ in when they learn. Whoever wants another one derives from :class:`Policy
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+import math
 
 from mace_ros.scheduling.batching import Batch, Batcher
 from mace_ros.scheduling.cost_model import CostModel
@@ -48,6 +49,14 @@ class Policy(ABC):
     ) -> None:
         """Note the device time of an iteration, and how many fine-tune steps ended in it."""
 
+    def quiet_until(self, state: State, now: float) -> float:
+        """
+        Return until when plans of decode rows alone get no learning, as long as they go on.
+
+        Asked right after such a plan, of a state with fine-tune work. ``now`` says nothing.
+        """
+        return now
+
     def _piece(self, work: FinetuneWork, batch: Batch, seconds: float) -> Piece:
         """Return the next piece of learning that ends within ``seconds``; at least one."""
         return next_piece(
@@ -67,6 +76,10 @@ class InferenceOnly(Policy):
     def plan(self, state: State, now: float) -> Plan:
         """Return the next pass."""
         return plan_of(self._batcher.batch(state, now))
+
+    def quiet_until(self, state: State, now: float) -> float:
+        """Return that learning never comes."""
+        return math.inf
 
 
 class Continuous(Policy):
@@ -91,6 +104,10 @@ class Continuous(Policy):
         if work is not None and (batch.is_empty or self._owed_s <= 0.0):
             return self._step(work, batch)
         return plan_of(batch)
+
+    def quiet_until(self, state: State, now: float) -> float:
+        """Return when what is owed is paid."""
+        return now + self._owed_s
 
     def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Settle what is owed."""
@@ -120,7 +137,7 @@ class Periodic(Policy):
         work = state.finetune
         if self._steps is not None and (self._steps <= 0 or work is None):
             self._ended, self._steps = now, None
-        due = max(self._began + finetune.period_s, 2.0 * self._ended - self._began)
+        due = self._due(self._began)
         if self._steps is None and work is not None and now >= due:
             self._began, self._steps = now, finetune.period_steps
         batch = self._batcher.batch(state, now)
@@ -128,6 +145,14 @@ class Periodic(Policy):
             return self._step(work, batch)
         idle = batch.is_empty and work is not None
         return plan_of(batch, wake_at=due if idle else None)
+
+    def _due(self, began: float) -> float:
+        """Return when the retraining after the one that began then is due."""
+        return max(began + self._settings.finetune.period_s, 2.0 * self._ended - began)
+
+    def quiet_until(self, state: State, now: float) -> float:
+        """Return when the next retraining is due."""
+        return now if self._began is None or self._steps is not None else self._due(self._began)
 
     def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Count the steps that were run to their end."""

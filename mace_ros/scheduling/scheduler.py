@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+import math
 
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.ledger import Ledger
@@ -85,6 +86,20 @@ class Scheduler:
             self._counts = replace(
                 self._counts, rejected=self._counts.rejected + len(plan.rejected))
         return plan
+
+    def quiet_until(self, state: State, now: float) -> float:
+        """
+        Return a time until which :meth:`plan` adds no learning to the rows that it just planned.
+
+        To be asked right after it gave a plan of decode rows alone; it holds as long as the
+        same rows decode and nobody comes. Who asks early loses nothing.
+        """
+        if state.finetune is None:
+            return math.inf
+        if not self._ledger.may_learn:
+            again = self._ledger.learns_again_at
+            return math.inf if again is None else again
+        return self._policy.quiet_until(state, now)
 
     def observe(self, measurement: Measurement, now: float) -> None:
         """Learn from an iteration that ended at ``now``."""
