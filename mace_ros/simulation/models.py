@@ -62,24 +62,21 @@ class ModelShape:
         return rank * ends
 
 
-def _model(name: str, source: str, *shape: int, tied: bool = True) -> ModelShape:
-    return ModelShape(name, source, *shape, tied=tied)
-
-
 # layers, hidden, intermediate, heads, KV heads, head dimension, vocabulary
 MODELS: Mapping[str, ModelShape] = {m.name: m for m in (
-    _model('smollm2-135m', 'HuggingFaceTB/SmolLM2-135M', 30, 576, 1536, 9, 3, 64, 49152),
-    _model('smollm2-360m', 'HuggingFaceTB/SmolLM2-360M', 32, 960, 2560, 15, 5, 64, 49152),
-    _model('smollm2-1.7b', 'HuggingFaceTB/SmolLM2-1.7B', 24, 2048, 8192, 32, 32, 64, 49152),
-    _model('llama-3.2-1b', 'meta-llama/Llama-3.2-1B', 16, 2048, 8192, 32, 8, 64, 128256),
-    _model('llama-3.2-3b', 'meta-llama/Llama-3.2-3B', 28, 3072, 8192, 24, 8, 128, 128256),
-    _model('llama-3-8b', 'meta-llama/Meta-Llama-3-8B', 32, 4096, 14336, 32, 8, 128, 128256,
-           tied=False),
-    _model('qwen2.5-0.5b', 'Qwen/Qwen2.5-0.5B', 24, 896, 4864, 14, 2, 64, 151936),
-    _model('qwen2.5-1.5b', 'Qwen/Qwen2.5-1.5B', 28, 1536, 8960, 12, 2, 128, 151936),
-    _model('qwen2.5-3b', 'Qwen/Qwen2.5-3B', 36, 2048, 11008, 16, 2, 128, 151936),
-    _model('qwen2.5-7b', 'Qwen/Qwen2.5-7B', 28, 3584, 18944, 28, 4, 128, 152064, tied=False),
-    _model('qwen3-0.6b', 'Qwen/Qwen3-0.6B', 28, 1024, 3072, 16, 8, 128, 151936),
-    _model('qwen3-1.7b', 'Qwen/Qwen3-1.7B', 28, 2048, 6144, 16, 8, 128, 151936),
-    _model('qwen3-4b', 'Qwen/Qwen3-4B', 36, 2560, 9728, 32, 8, 128, 151936),
+    ModelShape('smollm2-135m', 'HuggingFaceTB/SmolLM2-135M', 30, 576, 1536, 9, 3, 64, 49152),
+    ModelShape('smollm2-360m', 'HuggingFaceTB/SmolLM2-360M', 32, 960, 2560, 15, 5, 64, 49152),
+    ModelShape('smollm2-1.7b', 'HuggingFaceTB/SmolLM2-1.7B', 24, 2048, 8192, 32, 32, 64, 49152),
+    ModelShape('llama-3.2-1b', 'meta-llama/Llama-3.2-1B', 16, 2048, 8192, 32, 8, 64, 128256),
+    ModelShape('llama-3.2-3b', 'meta-llama/Llama-3.2-3B', 28, 3072, 8192, 24, 8, 128, 128256),
+    ModelShape('llama-3-8b', 'meta-llama/Meta-Llama-3-8B', 32, 4096, 14336, 32, 8, 128, 128256,
+               tied=False),
+    ModelShape('qwen2.5-0.5b', 'Qwen/Qwen2.5-0.5B', 24, 896, 4864, 14, 2, 64, 151936),
+    ModelShape('qwen2.5-1.5b', 'Qwen/Qwen2.5-1.5B', 28, 1536, 8960, 12, 2, 128, 151936),
+    ModelShape('qwen2.5-3b', 'Qwen/Qwen2.5-3B', 36, 2048, 11008, 16, 2, 128, 151936),
+    ModelShape('qwen2.5-7b', 'Qwen/Qwen2.5-7B', 28, 3584, 18944, 28, 4, 128, 152064,
+               tied=False),
+    ModelShape('qwen3-0.6b', 'Qwen/Qwen3-0.6B', 28, 1024, 3072, 16, 8, 128, 151936),
+    ModelShape('qwen3-1.7b', 'Qwen/Qwen3-1.7B', 28, 2048, 6144, 16, 8, 128, 151936),
+    ModelShape('qwen3-4b', 'Qwen/Qwen3-4B', 36, 2560, 9728, 32, 8, 128, 151936),
 )}

@@ -1,0 +1,148 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Several policies under one load, and under more and less of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any
+
+from mace_ros.settings import Settings
+from mace_ros.simulation import trace
+from mace_ros.simulation.learning import Mistakes
+from mace_ros.simulation.replay import Load, Outcome, replay, Target
+from mace_ros.simulation.trace import Arrival
+
+TOLD_EVERY_S = 0.2
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Where arrivals come from: a recorded trace (``recorded``), or a generator.
+
+    ``scale`` is the factor to the trace's rate, or to ``rate`` (requests per second).
+    """
+
+    kind: str                                   # trace, poisson or bursty
+    name: str                                   # to show
+    recorded: tuple[Arrival, ...] = ()
+    rate: float = 0.1
+    scale: float = 1.0
+
+    def arrivals(self, count: int, seed: int, factor: float = 1.0) -> list[Arrival]:
+        """Return so many arrivals, at ``factor`` times the rate."""
+        scale = self.scale * factor
+        if self.kind == 'trace':
+            return trace.thinned(self.recorded, scale, count, seed)
+        make = trace.poisson if self.kind == 'poisson' else trace.bursty
+        return make(self.rate * scale, count, seed)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be simulated; all of it decides about the result, and nothing else does."""
+
+    target: Target
+    source: Source
+    settings: Settings = field(default_factory=Settings)
+    policies: tuple[str, ...] = ('mace', 'periodic', 'continuous', 'inference_only')
+    requests: int = 1000
+    learning: str = 'corrections'
+    mistakes: Mistakes = field(default_factory=Mistakes)
+    sample_tokens: int = 256
+    loads: tuple[float, ...] = ()       # further factors to the load ...
+    load_requests: int = 200            # ... with so many requests each
+    seed: int = 0
+
+    def load(self, count: int, factor: float = 1.0) -> Load:
+        """Return what is asked and learned at a factor."""
+        return Load(self.source.arrivals(count, self.seed, factor), self.learning,
+                    self.mistakes, self.sample_tokens, self.seed)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One replay of a study; settings of its own may be put over the study's."""
+
+    study: Study
+    policy: str
+    count: int
+    factor: float = 1.0
+    values: tuple[tuple[str, Any], ...] = ()
+    skips: bool = True
+
+    def run(self, on_progress: Callable[[int], None] = lambda done: None) -> Outcome:
+        """Run it."""
+        study = self.study
+        return replay(
+            study.target, study.settings.updated(dict(self.values)), self.policy,
+            study.load(self.count, self.factor), factor=self.factor, skips=self.skips,
+            on_progress=on_progress)
+
+
+def tasks_of(study: Study, skips: bool = True) -> list[Task]:
+    """Return the replays of a study: all policies as asked for, then at the other loads."""
+    main = [Task(study, policy, study.requests, skips=skips) for policy in study.policies]
+    return main + [Task(study, policy, study.load_requests, factor, skips=skips)
+                   for factor in study.loads for policy in study.policies]
+
+
+def run(tasks: Sequence[Task], *, processes: int,
+        on_progress: Callable[[int], None] = lambda done: None) -> list[Outcome]:
+    """
+    Run tasks in so many processes; return their outcomes in the same order.
+
+    ``on_progress`` is told how many requests were answered since it was told last.
+    """
+    if processes <= 1 or len(tasks) <= 1:
+        return [task.run(on_progress) for task in tasks]
+    context = get_context('spawn')
+    counter = context.Value('q', 0)
+    told = 0
+    # The long ones first, so that no process is left alone with one in the end.
+    order = sorted(range(len(tasks)), key=lambda i: -tasks[i].count)
+    with ProcessPoolExecutor(
+            processes, mp_context=context, initializer=_share, initargs=(counter,)) as pool:
+        futures = {pool.submit(_run, tasks[i]): i for i in order}
+        found: dict[int, Outcome] = {}
+        pending = set(futures)
+        while pending:
+            try:
+                for future in as_completed(pending, timeout=TOLD_EVERY_S):
+                    pending.discard(future)
+                    found[futures[future]] = future.result()
+            except TimeoutError:
+                pass
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            done = counter.value
+            on_progress(done - told)
+            told = done
+    return [found[i] for i in range(len(tasks))]
+
+
+_counter: Synchronized[int] | None = None   # of this worker process
+
+
+def _share(counter: Synchronized[int]) -> None:
+    global _counter
+    _counter = counter
+
+
+def _run(task: Task) -> Outcome:
+    def on_progress(done: int) -> None:
+        if _counter is not None:
+            with _counter.get_lock():
+                _counter.value += done
+    return task.run(on_progress)
+
+
+def with_values(study: Study, values: dict[str, Any]) -> Study:
+    """Return a study with other parameters."""
+    return replace(study, settings=study.settings.updated(values))

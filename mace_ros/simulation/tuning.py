@@ -1,0 +1,131 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters keep the objectives with the most learning, found by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mace_ros.settings import PARAMETERS, Settings, Value
+from mace_ros.simulation.replay import summary
+from mace_ros.simulation.report import markdown
+from mace_ros.simulation.study import run, Study, Task
+
+# What is tried of each parameter, one parameter after the other.
+CANDIDATES: Mapping[str, tuple[Value, ...]] = {
+    'scheduler.max_batch_tokens': (128, 256, 512, 1024),
+    'scheduler.max_slowdown': (1.0, 1.02, 1.05, 1.1, 1.2, 1.5),
+    'finetune.max_blocking_ms': (10.0, 25.0, 50.0, 100.0, 200.0),
+    'finetune.min_share': (0.0, 0.05, 0.1, 0.2)}
+ROUNDS = 2
+# So much of the attainment without learning may be lost where the target can't be reached.
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some parameters, and what came of them."""
+
+    values: tuple[tuple[str, Value], ...]
+    attainment: float
+    learning: float      # fine-tune tokens per second
+
+    def is_better(self, other: Trial, target: float) -> bool:
+        """Return whether it keeps the target with more learning, or comes closer to it."""
+        keeps, kept = self.attainment >= target, other.attainment >= target
+        if keeps and kept:
+            return self.learning > other.learning
+        return keeps or (not kept and self.attainment > other.attainment)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The search: the trials in their order, the target and the best one."""
+
+    trials: tuple[Trial, ...]
+    target: float
+    best: Trial
+
+
+def tune(study: Study, *, processes: int,
+         on_progress: Callable[[int], Any] = lambda done: None) -> Tuning:
+    """
+    Search the parameters of :data:`CANDIDATES`, each in turn with the others as they are.
+
+    The share of requests in time is to be that of ``monitor.slo_target``, or, where not
+    even serving alone reaches it, nearly what serving alone does.
+    """
+    known: dict[tuple[tuple[str, Value], ...], Trial] = {}
+
+    def trials(policy: str, all_values: list[dict[str, Value]]) -> list[Trial]:
+        keys = [tuple(sorted(values.items())) for values in all_values]
+        new = [key for key in dict.fromkeys(keys) if policy != 'mace' or key not in known]
+        rows = [summary(o) for o in run(
+            [Task(study, policy, study.requests, values=key) for key in new],
+            processes=processes)]
+        on_progress(len(new))
+        found = {key: Trial(key, row['slo_attainment'], row['finetune_tokens_per_s'])
+                 for key, row in zip(new, rows, strict=True)}
+        if policy != 'mace':
+            return list(found.values())
+        known.update(found)
+        return [known[key] for key in keys]
+
+    batches = CANDIDATES['scheduler.max_batch_tokens']
+    alone = max(t.attainment for t in trials(
+        'inference_only', [{'scheduler.max_batch_tokens': n} for n in batches]))
+    target = min(study.settings.monitor.slo_target, alone - TOLERANCE)
+    values: dict[str, Value] = {name: study.settings.value(name) for name in CANDIDATES}
+    best = trials('mace', [values])[0]
+    for _ in range(ROUNDS):
+        before = best
+        for name, candidates in CANDIDATES.items():
+            for trial in trials('mace', [{**values, name: each} for each in candidates]):
+                if trial.is_better(best, target):
+                    best = trial
+            values = dict(best.values)
+        if best is before:
+            break
+    return Tuning(tuple(known.values()), target, best)
+
+
+def table(tuning: Tuning) -> str:
+    """Return the trials in Markdown, the best one first."""
+    ordered = sorted(tuning.trials, key=lambda t: (t is not tuning.best, -t.learning))
+    return markdown(
+        (*CANDIDATES, 'in time', 'fine-tune tokens/s'),
+        [(*(f'{dict(t.values)[name]:g}' for name in CANDIDATES), f'{t.attainment:.1%}',
+          f'{t.learning:.4g}') for t in ordered])
+
+
+def yaml(study: Study, tuning: Tuning) -> str:
+    """Return the best parameters, and all others that are not the defaults, for the node."""
+    settings = study.settings.updated({'scheduler.policy': 'mace', **dict(tuning.best.values)})
+    best = tuning.best
+    lines = [
+        f'# For {study.target.model} on {study.target.device} ({study.target.mode}), '
+        f'{study.source.name}, scale {study.source.scale:g}.',
+        f'# Simulated: {best.attainment:.1%} of the requests in time (target '
+        f'{tuning.target:.1%}), {best.learning:.4g} fine-tune tokens/s.',
+        '# Written by: python -m mace_ros.simulation --tune', '', '/**:', '  ros__parameters:']
+    defaults = Settings()
+    group = ''
+    for name in PARAMETERS:
+        value = settings.value(name)
+        if name not in CANDIDATES and name != 'scheduler.policy' and (
+                value == defaults.value(name)):
+            continue
+        first, _, key = name.partition('.')
+        if first != group:
+            group = first
+            lines.append(f'    {group}:')
+        lines.append(f'      {key}: {_literal(value)}')
+    return '\n'.join(lines) + '\n'
+
+
+def _literal(value: Value) -> str:
+    if isinstance(value, bool):
+        return 'true' if value else 'false'
+    return f"'{value}'" if isinstance(value, str) else repr(value)
