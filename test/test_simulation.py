@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+from hypothesis import given, Phase, settings as hypothesis_settings, strategies as st
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -162,7 +162,8 @@ def outcome_of(policy, arrivals, *, learning='corrections', skips=True, values=N
                   Load(arrivals, learning, seed=seed), skips=skips)
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=60, deadline=None, phases=[
+    Phase.explicit, Phase.reuse, Phase.generate])     # to shrink a replay takes minutes
 @given(seed=st.integers(0, 10**6), policy=st.sampled_from(POLICIES),
        rate=st.sampled_from([0.05, 0.3, 1.0, 3.0]), learning=st.sampled_from(
            ['corrections', 'always', 'none']),

@@ -94,10 +94,12 @@ class Continuous(Policy):
         """Begin with nothing owed."""
         super().__init__(settings, cost, ledger)
         self._owed_s = 0.0   # to the requests; less than 0 if they are ahead
+        self._shares = False    # whether there is anything to share with
 
     def plan(self, state: State, now: float) -> Plan:
         """Return a pass if the requests are owed one, else a whole step."""
         work = state.finetune
+        self._shares = work is not None
         if work is None or not state.has_requests:
             self._owed_s = 0.0
         batch = self._batcher.batch(state, now)
@@ -111,7 +113,8 @@ class Continuous(Policy):
 
     def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Settle what is owed."""
-        self._owed_s += learning_s - serving_s
+        if self._shares:
+            self._owed_s += learning_s - serving_s
 
 
 class Periodic(Policy):
@@ -172,10 +175,12 @@ class StaticSplit(Policy):
         """Begin with nothing owed."""
         super().__init__(settings, cost, ledger)
         self._owed_s = 0.0   # to learning; less than 0 if it is ahead
+        self._shares = False    # whether there is anything to share with
 
     def plan(self, state: State, now: float) -> Plan:
         """Return a pass, and after it the learning that has become due."""
         work = state.finetune
+        self._shares = work is not None
         batch = self._batcher.batch(state, now)
         most_s = self._settings.finetune.max_blocking_ms / 1000.0
         share = self._settings.scheduler.static_share
@@ -198,4 +203,5 @@ class StaticSplit(Policy):
     def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Settle what is owed."""
         share = self._settings.scheduler.static_share
-        self._owed_s += serving_s * share / (1.0 - share) - learning_s
+        if self._shares:
+            self._owed_s += serving_s * share / (1.0 - share) - learning_s
