@@ -54,11 +54,12 @@ from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.learner import Learner
 from mace_ros.learning.versions import check_same_model, VersionStore
-from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.memory.prefix import Prefix
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
-from mace_ros.scheduling.request import Request, RequestState
+from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import InvalidSetting, Settings
 from mace_ros.telemetry.status import Status
@@ -145,6 +146,9 @@ class Engine:
             cost.tokens_within, SegmentKind.BACKWARD_RECOMPUTED, most=MAX_STEP_TOKENS)
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._state = State()
+        self._residence = Residence(
+            self._pool, self._state, sharing=settings.memory.prefix_sharing)
+        self._was_idle = True
         self._answering: dict[str, Answering] = {}
         self._anchors: list[Answering] = []
         self._conversations = Conversations()
@@ -211,6 +215,7 @@ class Engine:
         def apply() -> list[Event]:
             self._settings = settings
             self.scheduler.update(settings)
+            self._residence.share(settings.memory.prefix_sharing)
             return []
         self._enqueue(apply)
 
@@ -254,12 +259,17 @@ class Engine:
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
         self._state.finetune = self.learner.step
-        self._state.free_tokens = self._pool.free_tokens
+        self._residence.refresh()
         now = self._clock()
         plan = self.scheduler.plan(self._state, now)
         for rejection in plan.rejected:
-            events += self._end(self._answering[rejection.request.id], FinishReason.REJECTED,
-                                ErrorCode.SLO_UNREACHABLE, rejection.reason)
+            events += self._end(
+                self._answering[rejection.request.id], FinishReason.REJECTED,
+                ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
+                rejection.reason)
+        if plan.lacks_memory and self._learning_makes_room():
+            return Iteration(events, now)     # and plan again
+        self._check_when_idle()
         if not plan.is_empty:
             self._run(plan, events)
             return Iteration(events, now)
@@ -274,7 +284,10 @@ class Engine:
             now=now, statistics=self.scheduler.statistics(now),
             queue_depth=self._queue_depth, prefilling=len(state.running) - decode_rows,
             decode_rows=decode_rows,
-            kv_use=1.0 - self._pool.free_blocks / self._pool.num_blocks,
+            kv_use=self._pool.held_blocks / max(self._pool.limit, 1),
+            kv_cached=self._pool.cached_blocks / max(self._pool.limit, 1),
+            shared_tokens=self._residence.shared_tokens,
+            preemptions=self._residence.preemptions,
             corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
             live_version=self.live_version(''), profiles=self._slots.profiles,
             journal_error=self._journal_error)
@@ -334,12 +347,15 @@ class Engine:
 
     @property
     def _queue_depth(self) -> int:
-        return sum(not self._answering[r.id].silent for r in self._state.waiting)
+        return sum(r.started_at is None and not self._answering[r.id].silent
+                   for r in self._state.waiting)
 
-    def _start(self, answering: Answering) -> None:
+    def _start(self, answering: Answering, *, base: bool = False) -> None:
         """Let a request wait for its turn; it keeps the adapter version that is live now."""
         answering.version = self._slots.pin(answering.query.profile)
-        answering.request.adapter_slot = answering.version.slot
+        answering.request.adapter_slot = BASE_SLOT if base else answering.version.slot
+        answering.request.prefix = Prefix(
+            BASE_IDENTITY if base else answering.version.identity, answering.ids, BLOCK_TOKENS)
         self._answering[answering.query.id] = answering
         self._state.waiting.append(answering.request)
 
@@ -408,8 +424,7 @@ class Engine:
             answering = begin(query, self._clock(), self._conversations.get(''), self.chat, '',
                               self._longest)
             answering.silent = True
-            self._start(answering)
-            answering.request.adapter_slot = BASE_SLOT
+            self._start(answering, base=True)
             self._anchors.append(answering)
 
     # -- run and commit --------------------------------------------------------------
@@ -417,8 +432,9 @@ class Engine:
     def _run(self, plan: Plan, events: list[Event]) -> None:
         """Run the plan; what fails ends those who took part in it, and nobody else."""
         pass_s = 0.0
+        started = self._clock()
+        self._residence.begin(plan, started)
         if plan.has_pass:
-            started = self._clock()
             try:
                 events += self._run_pass(plan)
             except Exception as error:   # allocators, kernels
@@ -461,10 +477,9 @@ class Engine:
     def _run_pass(self, plan: Plan) -> list[Event]:
         """Run the hybrid pass and take its tokens."""
         spans: list[Span] = []
-        work = [*((r, 1) for r in plan.decode), *((c.request, c.tokens) for c in plan.prefill)]
+        work = [*((r, 1) for r in plan.decode),
+                *((c.request, min(c.tokens, c.request.remaining_tokens)) for c in plan.prefill)]
         for request, tokens in work:
-            if request.state is RequestState.WAITING:
-                self._give_blocks(request)
             done = request.computed_tokens
             spans.append(Span(
                 self._answering[request.id].ids[done:done + tokens], done, request.blocks,
@@ -482,15 +497,8 @@ class Engine:
                    in zip(work, spans, strict=True) if span.wants_logits]
         drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
         for request, tokens in work:
-            request.computed_tokens += tokens
+            self._residence.computed(request, tokens)
         return self._commit(sampled, drawn)
-
-    def _give_blocks(self, request: Request) -> None:
-        request.blocks = self._pool.allocate(request.prompt_tokens + request.max_tokens)
-        request.state = RequestState.RUNNING
-        request.started_at = self._clock()
-        self._state.waiting.remove(request)
-        self._state.running.append(request)
 
     def _ride(self, step: FinetuneStep, tokens: int) -> FinetuneRows | None:
         """Return the next fine-tune rows; None if there is no room for their keys and values."""
@@ -512,6 +520,23 @@ class Engine:
     def _release(self, step: FinetuneStep) -> None:
         for blocks in step.take_blocks():
             self._pool.release(blocks)
+
+    def _learning_makes_room(self) -> bool:
+        """Let the step give up the KV blocks with which it rides; return whether it had any."""
+        step = self.learner.step
+        if step is None or not step.holds_blocks:
+            return False
+        self._release(step)
+        step.stop_riding()
+        return True
+
+    def _check_when_idle(self) -> None:
+        """Account for every KV block when the last request has gone."""
+        idle = not self._state.has_requests
+        if idle and not self._was_idle:
+            step = self.learner.step
+            self._pool.check(step.blocks if step is not None else ())
+        self._was_idle = idle
 
     def _commit(self, sampled: list[Answering], drawn: list[int]) -> list[Event]:
         """Give each answer its new token, and end those that are complete."""
@@ -535,10 +560,7 @@ class Engine:
         """Take a request out of the engine; return its last events."""
         query, request = answering.query, answering.request
         del self._answering[query.id]
-        (self._state.waiting if request.state is RequestState.WAITING
-         else self._state.running).remove(request)
-        request.state = RequestState.FINISHED
-        self._pool.release(request.blocks)
+        self._residence.leave(request)
         assert answering.version is not None
         self._slots.unpin(answering.version)
         if answering.silent:

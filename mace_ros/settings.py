@@ -126,6 +126,9 @@ class MemorySettings:
     kv_cache_tokens: int = _parameter(
         16384, 'Tokens that the KV cache holds, all requests together', unit='tokens',
         minimum=256, maximum=16777216, read_only=True)
+    prefix_sharing: bool = _parameter(
+        True, 'Keep the KV cache of earlier prompts and answers while there is room, and share '
+        'it with requests that begin alike under the same adapter version')
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def serve(model: HybridModel, requests: Sequence[Request], rng: random.Random, *
     and some fine-tune rows while there are any; segments of the step run in between.
     """
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
-    rng.shuffle(pool._free)   # tables are not contiguous
+    rng.shuffle(pool._empty)   # tables are not contiguous
     for request in requests:
         request.blocks = pool.allocate(len(request.prompt) + request.max_tokens)
     if step is not None:

@@ -40,6 +40,7 @@ def running(number: int, *, now: float, output: int = 5, prompt: int = 64, tpot:
     request.computed_tokens = prompt + output - 1
     request.first_token_at = now + tpot - behind - output * tpot
     request.last_token_at = now
+    request.blocks = list(range(-(-request.known_tokens // 16)))
     return request
 
 
@@ -183,11 +184,11 @@ def test_admission_waits_for_memory_and_late_ones_are_not_overtaken():
     big = query('big', 0.0, prompt=100, answer=100)
     small = query('small', 0.0, prompt=10, answer=5, ttft=5.0)
     row = running(9, now=0.0, tpot=10.0)
-    state = State([big, small], [row], None, free_tokens=100)
+    state = State([big, small], [row], None, free_tokens=112)
     plans = scheduler()
     assert [c.request for c in plans.plan(state, 0.0).prefill] == [small]
     assert not plans.plan(state, 1.0).prefill   # big is late: what gets free is for it
-    state.free_tokens = 208
+    state.free_tokens = 160
     assert plans.plan(state, 1.0).prefill[0].request is big
 
 
@@ -195,7 +196,8 @@ def test_a_request_larger_than_the_cache_is_rejected_by_name():
     state = State([query(0, 0.0, prompt=300, answer=300)], [], None, free_tokens=512)
     plan = scheduler(memory__kv_cache_tokens=512).plan(state, 0.0)
     assert plan.rejected[0].reason == (
-        '608 tokens of KV cache needed, memory.kv_cache_tokens is 512')
+        '608 tokens of KV cache needed, 512 is all there is (memory.kv_cache_tokens, '
+        'memory.budget_mb)')
 
 
 # -- admission by prediction -----------------------------------------------------------

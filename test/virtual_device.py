@@ -11,7 +11,7 @@ import math
 import random
 
 from mace_ros.memory.block_pool import BlockPool
-from mace_ros.scheduling.batching import BLOCK_TOKENS, kv_tokens
+from mace_ros.scheduling.batching import BLOCK_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import (
     Measurement,
@@ -22,6 +22,7 @@ from mace_ros.scheduling.plan import (
     State,
 )
 from mace_ros.scheduling.request import Request, RequestState
+from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
 
@@ -154,7 +155,8 @@ class VirtualEngine:
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.settings.memory.kv_cache_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
-        self.state = State(free_tokens=self.pool.free_tokens)
+        self.state = State()
+        self.residence = Residence(self.pool, self.state)
         self._coming: list[Request] = []
         if self.learns:
             self._next_step()
@@ -181,6 +183,7 @@ class VirtualEngine:
             while changes and changes[0][0] <= self.now:
                 self.settings = self.settings.updated(changes.pop(0)[1])
                 self.scheduler.update(self.settings)
+            self.residence.refresh()
             plan = self.scheduler.plan(self.state, self.now)
             self._check(plan)
             self.plans.append((self.now, plan))
@@ -216,7 +219,9 @@ class VirtualEngine:
         assert len(plan.decode) <= limits.max_requests
         admitted = [r for r in chunks if r.state is RequestState.WAITING]
         assert not admitted or len(self.state.running) + len(admitted) <= limits.max_requests
-        assert sum(map(kv_tokens, admitted)) <= self.state.free_tokens
+        assert not (plan.preempted and admitted)
+        assert not set(plan.preempted) & set(busy)
+        assert all(r in self.state.running for r in plan.preempted)
         step = self.state.finetune
         if step is None:
             assert not plan.segments and not plan.finetune_tokens
@@ -227,14 +232,13 @@ class VirtualEngine:
 
     def _reject(self, plan: Plan) -> None:
         for rejection in plan.rejected:
-            self.state.waiting.remove(rejection.request)
+            self.residence.leave(rejection.request)
             self.rejected.append(rejection.request)
 
     def _execute(self, plan: Plan) -> None:
         pass_s = 0.0
+        self.residence.begin(plan, self.now)     # raises if the blocks don't suffice
         if plan.has_pass:
-            for chunk in plan.prefill:
-                self._admit(chunk.request)
             pass_s = self.device.run(plan.shape)
             self.now += pass_s
             self._commit(plan)   # tokens go out before the segments run
@@ -268,18 +272,10 @@ class VirtualEngine:
                 request.started_at = self.now
                 self.learning_waits.append(self.now - max(request.arrival, since))
 
-    def _admit(self, request: Request) -> None:
-        if request.state is RequestState.WAITING:
-            request.blocks = self.pool.allocate(kv_tokens(request))
-            request.state = RequestState.RUNNING
-            self.state.waiting.remove(request)
-            self.state.running.append(request)
-            self.state.free_tokens = self.pool.free_tokens
-
     def _commit(self, plan: Plan) -> None:
         for request, tokens in [*((r, 1) for r in plan.decode),
                                 *((c.request, c.tokens) for c in plan.prefill)]:
-            request.computed_tokens += tokens
+            self.residence.computed(request, tokens)
             if request.remaining_tokens:
                 continue
             request.output_tokens += 1
@@ -287,10 +283,7 @@ class VirtualEngine:
             if request.first_token_at is None:
                 request.first_token_at = self.now
             if request.output_tokens == request.max_tokens:
-                request.state = RequestState.FINISHED
-                self.state.running.remove(request)
-                self.pool.release(request.blocks)
-                self.state.free_tokens = self.pool.free_tokens
+                self.residence.leave(request)
                 self.finished.append(request)
 
     @property

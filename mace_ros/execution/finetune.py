@@ -207,6 +207,11 @@ class FinetuneStep:
         """Take the KV blocks for riding, one table per sequence."""
         self._blocks = blocks
 
+    @property
+    def blocks(self) -> tuple[list[int], ...]:
+        """The KV blocks that are held."""
+        return tuple(self._blocks)
+
     def take_blocks(self) -> list[list[int]]:
         """Give the KV blocks back."""
         blocks, self._blocks = self._blocks, []
@@ -239,6 +244,13 @@ class FinetuneStep:
             again = Segment(SegmentKind.BACKWARD_RECOMPUTED, self.tokens)
             self._segments = [again if s.kind is SegmentKind.BACKWARD else s
                               for s in self._segments if s.kind is not SegmentKind.FORWARD]
+
+    def stop_riding(self) -> None:
+        """Run the forward alone from its beginning; nothing of it has been used yet."""
+        if self._ridden == self.tokens:
+            return     # it rode to its end, and needs no keys any more
+        del self._hidden[1:]
+        self._ridden, self._alone = 0, True
 
     # -- the segments ----------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 BASE_VERSION = 0
+BASE_IDENTITY = ''
 
 
 @dataclass(frozen=True, order=True)
@@ -17,6 +18,11 @@ class LiveVersion:
     profile: str
     version: int
     slot: int
+
+    @property
+    def identity(self) -> str:
+        """What names its weights for ever; a slot is overwritten."""
+        return f'{self.profile}\n{self.version}' if self.version else BASE_IDENTITY
 
 
 class AdapterSlots:

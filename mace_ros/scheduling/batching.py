@@ -5,6 +5,10 @@ The inference half of an iteration, the same for every policy.
 
 Decode rows come first, then prefill chunks by least slack, as large as the slack of the
 running decodes allows; waiting requests are admitted on the way.
+
+KV blocks are given for what is computed, not for what an answer may come to. When the next
+tokens of those that run don't fit, whoever can best afford it gives up its blocks and waits
+again.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from mace_ros.settings import Settings
 # Tokens of a KV block: what a request takes is rounded up to them.
 BLOCK_TOKENS = 16
 
+# Blocks beyond its prompt that must be free for a request to be admitted, so that it is not
+# soon preempted. Those that run keep one each, for their next tokens.
+AHEAD_BLOCKS = 2
+
 # The least worth computing of a prompt at once, unless less is left of it.
 LEAST_CHUNK = 16
 
@@ -36,13 +44,15 @@ class Batch:
 
     ``due`` is the first deadline of its decode rows, ``next_due`` that of the tokens after
     those. ``waits`` says whether anybody waits beside them: for a first token, or for a
-    turn to decode. ``free_tokens`` are those of the KV cache that are left after the
-    admissions.
+    turn to decode. ``free_tokens`` are those of the KV cache that nobody needs soon, after
+    the admissions. ``lacks_memory`` says that somebody could do more with more of it.
     """
 
     decode: tuple[Request, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    preempted: tuple[Request, ...] = ()
+    lacks_memory: bool = False
     shape: PassShape = EMPTY
     seconds: float = 0.0
     due: float = math.inf
@@ -71,7 +81,10 @@ class Batcher:
         started: list[Request] = []
         context = 0
         due = next_due = math.inf
-        for request in state.running:
+        running, preempted = state.running, _too_many(state, now)
+        if preempted:
+            running = [r for r in running if r not in preempted]
+        for request in running:
             # Request.is_decoding and .deadline, inlined: a pass may have many rows.
             output = request.output_tokens
             known = request.prompt_tokens + output
@@ -94,18 +107,27 @@ class Batcher:
             context = sum([row.prompt_tokens + row.output_tokens for row in rows])
         shape = PassShape(len(rows), context)
         alone_s = self._cost.pass_s(*shape)
+        free = state.free_tokens // BLOCK_TOKENS + sum([state.frees(r) for r in preempted])
+        free -= sum([_lacks(row) for row in rows])
+        # Kept back: for the next tokens of the rows, and for the rest of the prompts begun.
+        unclaimed = free - len(rows) - sum([_growth(r, r.known_tokens + 1) for r in started])
         if not (started or state.waiting):
             return Batch(decode=tuple(rows), shape=shape, seconds=alone_s, due=due,
-                         next_due=next_due, waits=crowded, free_tokens=state.free_tokens)
+                         next_due=next_due, waits=crowded or bool(preempted), preempted=preempted,
+                         lacks_memory=bool(preempted), free_tokens=_tokens(unclaimed))
         batch = _Pass(self._cost, shape, _limit_s(rows, due, alone_s, now),
                       limits.max_batch_tokens, now)
         queue = _queue(started, state.waiting, batch, now)
         rejected: dict[Request, str] = {}
+        capacity = state.capacity_tokens or self.settings.memory.kv_cache_tokens
         if self.settings.slo.admission == 'reject':
-            rejected = self._unreachable(queue, state, batch, now)
-        free = state.free_tokens
-        slots = limits.max_requests - len(state.running)
-        held = False   # one that can't wait any longer lacks memory: nobody overtakes it
+            rejected = self._unreachable(queue, state, unclaimed, batch, now)
+        too_large: list[Rejection] = []
+        slots = limits.max_requests - len(running)
+        lacks_memory = bool(preempted)
+        # Nobody is admitted while others must leave, nor overtakes one that can't wait any
+        # longer and lacks memory.
+        held = bool(preempted)
         for place, (_, latest, _, _, request, waits) in enumerate(queue):
             if batch.is_full:
                 break
@@ -113,31 +135,46 @@ class Batcher:
             if waits:
                 if request in rejected:
                     continue
-                need = kv_tokens(request)
-                if held or slots <= 0 or need > free:
-                    if need > self.settings.memory.kv_cache_tokens:
-                        rejected[request] = (
-                            f'{need} tokens of KV cache needed, memory.kv_cache_tokens is '
-                            f'{self.settings.memory.kv_cache_tokens}')
-                    elif slots > 0 and latest < now:
-                        held = True
+                if request.most_tokens > capacity:
+                    too_large.append(Rejection(
+                        request, f'{kv_tokens(request)} tokens of KV cache needed, {capacity} is '
+                        'all there is (memory.kv_cache_tokens, memory.budget_mb)', too_large=True))
                     continue
-            if batch.add(request, latest, len(queue) - place) and waits:
+                need = _admission(request)
+                if held or slots <= 0 or need > unclaimed:
+                    if slots > 0:
+                        lacks_memory = True
+                        held = held or latest < now
+                    continue
+                room = request.remaining_tokens
+            else:
+                room = _tokens(len(request.blocks) + free) - request.computed_tokens
+                if room <= 0:
+                    lacks_memory = True
+                    continue
+            tokens = batch.add(request, latest, len(queue) - place, room)
+            if tokens and waits:
                 slots -= 1
-                free -= need
+                unclaimed -= need
+            if tokens:
+                free -= _growth(request, request.computed_tokens + tokens)
+        rejections = [*(Rejection(r, reason) for r, reason in rejected.items()), *too_large]
+        if not (rows or batch.chunks or preempted) and started and lacks_memory:
+            # Prompts begun hold all the memory: one of them must let the others go on.
+            preempted = (max(started, key=lambda r: _rank(r, now)),)
         return Batch(
-            decode=tuple(rows), prefill=tuple(batch.chunks),
-            rejected=tuple([Rejection(r, reason) for r, reason in rejected.items()]),
+            decode=tuple(rows), prefill=tuple(batch.chunks), rejected=tuple(rejections),
+            preempted=preempted, lacks_memory=lacks_memory,
             shape=batch.shape, seconds=self._cost.pass_s(*batch.shape), due=due,
-            next_due=next_due, waits=crowded or len(queue) > len(rejected), free_tokens=free)
+            next_due=next_due, waits=crowded or bool(preempted) or len(queue) > len(rejections),
+            free_tokens=_tokens(unclaimed))
 
     def _unreachable(
-        self, queue: list[_Place], state: State, batch: _Pass, now: float,
+        self, queue: list[_Place], state: State, free: int, batch: _Pass, now: float,
     ) -> dict[Request, str]:
         """Return who would get its first token too late, and the reason to tell."""
         found: dict[Request, str] = {}
         slots = self.settings.scheduler.max_requests - len(state.running)
-        free = state.free_tokens
         # A place is free again when an answer ends, at the latest at its longest.
         step_s = self._cost.pass_s(*batch.shape)
         ends = sorted([(r.max_tokens - r.output_tokens) * step_s for r in state.running])
@@ -147,7 +184,7 @@ class Batcher:
             predicted = batch.prefill_s(ahead)
             if not waits:
                 continue
-            need = kv_tokens(request)
+            need = _admission(request)
             fits = slots > 0 and need <= free
             if not fits and late < len(ends):
                 predicted = max(predicted, ends[late] + batch.prefill_s(request.prompt_tokens))
@@ -167,7 +204,55 @@ class Batcher:
 
 def kv_tokens(request: Request) -> int:
     """Return the tokens of KV cache that a request may come to hold, in whole blocks."""
-    return -(-(request.prompt_tokens + request.max_tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
+    return _tokens(_blocks(request.most_tokens))
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def _tokens(blocks: int) -> int:
+    return max(blocks, 0) * BLOCK_TOKENS
+
+
+def _growth(request: Request, tokens: int) -> int:
+    """Return the blocks that a request takes to have so many of its tokens computed."""
+    return max(_blocks(tokens) - (len(request.blocks) or request.shared_blocks), 0)
+
+
+def _lacks(row: Request) -> bool:
+    """Whether a decode row needs a block for its next token."""
+    return row.computed_tokens >= len(row.blocks) * BLOCK_TOKENS
+
+
+def _admission(request: Request) -> int:
+    """Return the blocks that must be free for a request to begin."""
+    return _growth(request, min(
+        request.known_tokens + AHEAD_BLOCKS * BLOCK_TOKENS, request.most_tokens))
+
+
+def _rank(request: Request, now: float) -> tuple[float, float, float]:
+    """Return the key by which requests keep their blocks, the first ones first."""
+    arrival = request.arrival
+    if now - arrival > PATIENCE * request.ttft_slo:
+        return -math.inf, arrival, arrival
+    return -request.priority, request.deadline, arrival
+
+
+def _too_many(state: State, now: float) -> tuple[Request, ...]:
+    """Return who must give up its blocks for the next tokens of the others to fit."""
+    free = state.free_tokens // BLOCK_TOKENS
+    if free >= len(state.running):
+        return ()     # enough for a block each
+    leaving: list[Request] = []
+    staying = sorted(state.running, key=lambda r: _rank(r, now))
+    need = sum([r.is_decoding and _lacks(r) for r in staying])
+    while need > free and staying:
+        last = staying.pop()
+        leaving.append(last)
+        free += state.frees(last)
+        need -= last.is_decoding and _lacks(last)
+    return tuple(leaving)
 
 
 # Rank, latest start, arrival, position and waiting flag of a request without first token.
@@ -253,26 +338,27 @@ class _Pass:
         """Return about how long prompts of so many tokens take in passes like this one."""
         return -(-tokens // self._chunk) * self._chunk_s + tokens * self._token_s
 
-    def add(self, request: Request, due: float, queued: int) -> bool:
+    def add(self, request: Request, due: float, queued: int, room: int) -> int:
         """
         Put the next chunk of ``request`` into the pass if there is time for it.
 
-        It had to start at ``due``; with it, ``queued`` requests are waiting.
+        It had to start at ``due``; with it, ``queued`` requests are waiting. There is memory
+        for ``room`` tokens. Returns the tokens of the chunk, or 0.
         """
         remaining = request.remaining_tokens
-        most = min(remaining, self._tokens_left)
+        most = min(remaining, self._tokens_left, room)
         least = min(LEAST_CHUNK, most)
         tokens = self._most_within(self._limit_s, request, most)
         if tokens < least:
             self.is_full = True
             if self.chunks or self._now - due < request.ttft_slo:
-                return False
+                return 0
             # So late that it must not wait for the rows any longer: they share the device.
             alone_s = self._cost.pass_s(*self.shape)
             tokens = max(self._most_within(2.0 * alone_s, request, most), least)
         elif self.chunks and not self._is_worth_joining(request, tokens, queued):
             self.is_full = True
-            return False
+            return 0
         self.shape = self._with(request, tokens)
         self.chunks.append(PrefillChunk(request, tokens))
         self._tokens_left -= tokens
@@ -283,7 +369,7 @@ class _Pass:
             slack = request.deadline - self._now
             if self._cost.pass_s(*self.shape, upper=True) <= slack:
                 self._limit_s = min(self._limit_s, slack)
-        return True
+        return tokens
 
     def _with(self, request: Request, tokens: int) -> PassShape:
         rows, context, prefill, attended, _ = self.shape

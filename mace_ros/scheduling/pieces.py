@@ -124,6 +124,7 @@ def plan_of(batch: Batch, piece: Piece = NOTHING, *, interruptible: bool = True,
     return Plan(
         decode=batch.decode, prefill=batch.prefill, finetune_tokens=piece.tokens,
         segments=piece.segments, interruptible=interruptible, rejected=batch.rejected,
+        preempted=batch.preempted, lacks_memory=batch.lacks_memory,
         predicted_s=batch.seconds + piece.seconds, wake_at=wake_at,
         shape=batch.shape._replace(finetune_tokens=piece.tokens)
         if piece.tokens else batch.shape)

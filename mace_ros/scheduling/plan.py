@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import auto, Enum
 from typing import NamedTuple, Protocol
@@ -45,19 +45,27 @@ class FinetuneWork(Protocol):
         """Return the segments left in this step if nothing more rides, in their order."""
 
 
+def _all_blocks(request: Request) -> int:
+    return len(request.blocks)
+
+
 @dataclass(slots=True)
 class State:
     """
     What the scheduler decides from.
 
     ``waiting`` and ``running`` are in order of arrival. ``free_tokens`` is how many
-    tokens the KV cache can still take on.
+    tokens the KV cache can still take on; negative if some must leave. Of its
+    ``capacity_tokens``, 0 is unknown. ``frees`` says how many blocks preempting a request
+    makes free.
     """
 
     waiting: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
     finetune: FinetuneWork | None = None
     free_tokens: int = 0
+    capacity_tokens: int = 0
+    frees: Callable[[Request], int] = _all_blocks
 
     @property
     def has_requests(self) -> bool:
@@ -98,10 +106,11 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A waiting request that is turned away, and why."""
+    """A waiting request that is turned away, and why: by its objective, or its size."""
 
     request: Request
     reason: str
+    too_large: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +118,13 @@ class Plan:
     """
     One iteration: at most one hybrid pass, then some fine-tune segments.
 
-    A waiting request in ``prefill`` is thereby admitted. ``finetune_tokens`` ride in
-    the pass. Of the current step's remaining segments the first ``segments`` run after
-    it; if ``interruptible``, they stop early when a query arrives. A plan that does
-    nothing may name the time at which to ask again. ``shape`` is the pass's size when
-    it was planned: its requests have moved on by the time it is measured.
+    First the running requests in ``preempted`` lose their KV blocks and wait again, since
+    the others need them. A waiting request in ``prefill`` is thereby admitted.
+    ``finetune_tokens`` ride in the pass. Of the current step's remaining segments the first
+    ``segments`` run after it; if ``interruptible``, they stop early when a query arrives. A
+    plan that does nothing may name the time at which to ask again. ``lacks_memory`` says that somebody
+    waits, or was preempted, for nothing but KV blocks. ``shape`` is the pass's size when it
+    was planned: its requests have moved on by the time it is measured.
     """
 
     decode: tuple[Request, ...] = ()
@@ -122,6 +133,8 @@ class Plan:
     segments: int = 0
     interruptible: bool = True
     rejected: tuple[Rejection, ...] = ()
+    preempted: tuple[Request, ...] = ()
+    lacks_memory: bool = False
     predicted_s: float = 0.0
     wake_at: float | None = None
     shape: PassShape = EMPTY
@@ -133,8 +146,8 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the iteration does nothing on the device."""
-        return not self.has_pass and self.segments == 0
+        """Whether the iteration does nothing."""
+        return not (self.has_pass or self.segments or self.preempted)
 
 
 @dataclass(frozen=True, slots=True)

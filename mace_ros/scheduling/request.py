@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import auto, Enum
 
+from mace_ros.memory.prefix import Prefix
+
 
 class RequestState(Enum):
     """Where a request is on its way."""
@@ -23,7 +25,10 @@ class Request:
 
     Lengths are in tokens, times in seconds on the scheduler's clock. Of the
     ``prompt_tokens + output_tokens`` tokens that are known, ``computed_tokens`` have
-    their keys and values in the cache; the rest is what a pass may compute next.
+    their keys and values in the cache; the rest is what a pass may compute next. While it
+    waits, they are those that would be shared if it were admitted, and ``shared_blocks`` is
+    how many of their blocks others hold. One that was preempted waits again, with its
+    output.
     """
 
     id: str
@@ -37,10 +42,17 @@ class Request:
     computed_tokens: int = 0
     output_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
+    shared_blocks: int = 0
+    prefix: Prefix | None = None    # names of its blocks; without, it shares none
     adapter_slot: int = 0
     started_at: float | None = None       # first prefill
     first_token_at: float | None = None
     last_token_at: float | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it may come to."""
+        return self.prompt_tokens + self.max_tokens
 
     @property
     def known_tokens(self) -> int:

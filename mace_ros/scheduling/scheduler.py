@@ -78,7 +78,7 @@ class Scheduler:
         self._ledger.advance(now)
         held = state.finetune is not None and not self._ledger.may_learn
         if held:
-            state = State(state.waiting, state.running, None, state.free_tokens)
+            state = replace(state, finetune=None)
         plan = self._policy.plan(state, now)
         if held and plan.is_empty and plan.wake_at is None:
             plan = replace(plan, wake_at=self._ledger.learns_again_at)

@@ -33,6 +33,9 @@ class Status:
     prefilling: int = 0
     decode_rows: int = 0
     kv_use: float = 0.0
+    kv_cached: float = 0.0      # share that nobody holds, kept to be found again
+    shared_tokens: int = 0      # found in the KV cache instead of computed, since the start
+    preemptions: int = 0        # since the start
     corrections_waiting: int = 0
     freshness_s: float = 0.0
     live_version: int = 0

@@ -1,0 +1,107 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests lie in the KV cache: the bookkeeping that a plan asks for."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from mace_ros.memory.block_pool import BlockPool
+from mace_ros.scheduling.plan import Plan, State
+from mace_ros.scheduling.request import Request, RequestState
+
+# How many of those that wait are looked up before each plan: the others' turn is far off.
+LOOKED_UP = 64
+
+
+class Residence:
+    """
+    Moves the requests of a :class:`State` in and out of the blocks of a pool.
+
+    For each iteration: :meth:`refresh`, plan, :meth:`begin`, run, :meth:`computed`. It is
+    the same on a device and in a simulation.
+    """
+
+    def __init__(self, pool: BlockPool, state: State, *, sharing: bool = True) -> None:
+        """Begin with nobody in the cache; ``sharing`` says whether blocks are found again."""
+        self.pool = pool
+        self._sharing = sharing
+        self.preemptions = 0    # so far
+        self.shared_tokens = 0  # found in the cache instead of computed, so far
+        self._state = state
+        state.frees = lambda request: pool.frees(request.blocks)
+        self.refresh()
+
+    def share(self, sharing: bool) -> None:
+        """Share blocks from now on, or no longer; what is shared stays so."""
+        if self._sharing and not sharing:
+            self.pool.forget()
+        self._sharing = sharing
+
+    def refresh(self) -> None:
+        """Bring what the scheduler reads of the memory up to date."""
+        state, pool = self._state, self.pool
+        state.free_tokens = pool.free_tokens
+        state.capacity_tokens = pool.limit * pool.block_size
+        for request in state.waiting[:LOOKED_UP]:
+            self._look_up(request)
+
+    def begin(self, plan: Plan, now: float) -> None:
+        """Preempt, admit, and give blocks for what the plan's pass computes."""
+        for request in plan.preempted:
+            self.preempt(request)
+        for row in plan.decode:
+            self.pool.grow(row.blocks, row.computed_tokens + 1)
+        for chunk in plan.prefill:
+            request = chunk.request
+            if request.state is RequestState.WAITING:
+                self._admit(request, now)
+            self.pool.grow(request.blocks, request.computed_tokens + min(
+                chunk.tokens, request.remaining_tokens))
+
+    def computed(self, request: Request, tokens: int) -> None:
+        """Note that a pass computed the next ``tokens`` tokens of a request."""
+        size = self.pool.block_size
+        full = request.computed_tokens // size
+        request.computed_tokens += tokens
+        now_full = request.computed_tokens // size
+        if now_full > full and self._sharing and request.prefix is not None:
+            names = request.prefix.names(now_full)
+            for i in range(full, now_full):
+                self.pool.name(request.blocks[i], names[i])
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks, and let it wait in its place of arrival."""
+        self.pool.release(request.blocks)
+        self._state.running.remove(request)
+        request.state = RequestState.WAITING
+        insort(self._state.waiting, request, key=lambda r: r.arrival)
+        self.preemptions += 1
+        self._look_up(request)
+
+    def leave(self, request: Request) -> None:
+        """Let a request go, from wherever it is."""
+        waits = request.state is RequestState.WAITING
+        (self._state.waiting if waits else self._state.running).remove(request)
+        request.state = RequestState.FINISHED
+        self.pool.release(request.blocks)
+
+    def _admit(self, request: Request, now: float) -> None:
+        request.blocks = self.pool.hold(self._look_up(request))
+        self.shared_tokens += request.computed_tokens
+        request.state = RequestState.RUNNING
+        if request.started_at is None:
+            request.started_at = now
+        self._state.waiting.remove(request)
+        insort(self._state.running, request, key=lambda r: r.arrival)
+
+    def _look_up(self, request: Request) -> list[int]:
+        """Find the blocks that a waiting request could share; one token must be computed."""
+        request.computed_tokens = request.shared_blocks = 0
+        if not self._sharing or request.prefix is None:
+            return []
+        most = (request.known_tokens - 1) // self.pool.block_size
+        blocks = self.pool.find(request.prefix.names(most))
+        request.computed_tokens = len(blocks) * self.pool.block_size
+        request.shared_blocks = self.pool.held_among(blocks)
+        return blocks

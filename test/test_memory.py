@@ -1,0 +1,346 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Paging, sharing and preemption change no answer, and lose no block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import copy
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+import random
+
+from families import (
+    FAMILIES,
+    publish,
+    random_adapter,
+    random_model,
+    relative_error,
+    TARGETS,
+    tiny_model,
+    VOCABULARY,
+    with_reference,
+)
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+from peft import PeftModel
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mace_ros.execution.hybrid import HybridModel
+from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.memory import prefix
+from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.memory.prefix import Prefix
+from mace_ros.scheduling.plan import Plan, PrefillChunk, State
+from mace_ros.scheduling.request import Request, RequestState
+from mace_ros.scheduling.residence import Residence
+
+TOLERANCE = 1e-4
+TIE = 1e-4      # best logits closer than this may swap
+ANSWER = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on more threads, and very slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- the pool by itself ------------------------------------------------------------------
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> None:
+    pool = BlockPool(10, 4)
+    tables: list[list[int]] = []
+    written: dict[int, bytes] = {}     # what is in each block
+    names = [bytes([n]) for n in range(6)]
+    for _ in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(['take', 'grow', 'share', 'release', 'shrink']))
+        if action == 'take' or not tables:
+            table: list[int] = []
+            tables.append(table)
+            fresh(pool, table, data.draw(st.integers(0, 12)), written, data)
+        elif action == 'grow':
+            table = data.draw(st.sampled_from(tables))
+            fresh(pool, table, len(table) * 4 + data.draw(st.integers(0, 8)), written, data)
+        elif action == 'share':
+            wanted = data.draw(st.lists(st.sampled_from(names), max_size=3))
+            found = pool.find(wanted)
+            assert [written[b] for b in found] == wanted[:len(found)]
+            if pool.held_among(found) + pool.free_blocks >= len(found):
+                tables.append(pool.hold(found))
+        elif action == 'release':
+            table = tables.pop(data.draw(st.integers(0, len(tables) - 1)))
+            before, free = pool.frees(table), pool.free_blocks
+            pool.release(table)
+            assert table == [] and pool.free_blocks == free + before
+        else:
+            pool.shrink(data.draw(st.integers(1, 10)))
+        moved = pool.moves()
+        content = {new: written[old] for old, new in moved.items()}
+        written |= content
+        for table in tables:
+            table[:] = [moved.get(b, b) for b in table]
+        pool.check(tables)
+        if pool.free_blocks >= 0:
+            assert all(b < pool.limit for table in tables for b in table)
+            assert pool.held_blocks + pool.cached_blocks <= pool.limit
+    for table in tables:
+        pool.release(table)
+    pool.check([])
+    assert pool.free_blocks == pool.limit
+
+
+def fresh(pool: BlockPool, table: list[int], tokens: int, written: dict[int, bytes],
+          data: st.DataObject) -> None:
+    """Grow a table, write something into each new block, and perhaps name it."""
+    held, before = len(table), list(table)
+    try:
+        pool.grow(table, tokens)
+    except OutOfBlocks:
+        assert pool.blocks_for(tokens) - held > pool.free_blocks and table == before
+        return
+    for block in table[held:]:
+        written[block] = bytes([data.draw(st.integers(0, 5))])
+        if data.draw(st.booleans()):
+            pool.name(block, written[block])
+
+
+def test_what_was_used_least_recently_goes_first_and_beginnings_last() -> None:
+    pool = BlockPool(4, 16)
+    one, two = pool.allocate(32), pool.allocate(32)
+    for table, names in ((one, (b'a', b'b')), (two, (b'c', b'd'))):
+        for block, name in zip(table, names, strict=True):
+            pool.name(block, name)
+        pool.release(table)
+    pool.release(pool.hold(pool.find([b'a'])))     # used once more
+    held = [pool.allocate(16)]
+    assert (pool.find([b'a']), pool.find([b'd'])) != ([], []) and not pool.find([b'b'])
+    held.append(pool.allocate(16))
+    assert pool.find([b'c']) == [] or pool.find([b'd']) == []
+    held += [pool.allocate(16)]
+    assert len(pool.find([b'a'])) == 1
+    held += [pool.allocate(16)]
+    assert pool.find([b'a']) == []
+    with pytest.raises(OutOfBlocks):
+        pool.allocate(1)
+
+
+def test_the_check_finds_a_leak_and_a_theft() -> None:
+    pool = BlockPool(4, 16)
+    table = pool.allocate(20)
+    pool.check([table])
+    with pytest.raises(AssertionError, match='without a holder'):
+        pool.check([])
+    with pytest.raises(AssertionError, match='held by more'):
+        pool.check([table, [table[0]]])
+
+
+# -- answers in random schedules ---------------------------------------------------------
+
+
+@dataclass
+class Sequence:
+    """A prompt that is answered greedily under a version, and the logits of its answer."""
+
+    ids: list[int]
+    slot: int
+    version: str
+    request: Request = field(init=False)
+    logits: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.request = Request(
+            id=str(id(self)), arrival=0.0, prompt_tokens=len(self.ids), max_tokens=ANSWER,
+            ttft_slo=1.0, tpot_slo=1.0, prefix=Prefix(self.version, self.ids, BLOCK_TOKENS),
+            adapter_slot=self.slot)
+
+    @property
+    def done(self) -> bool:
+        return self.request.output_tokens == ANSWER
+
+
+@dataclass
+class Schedule:
+    """Serves sequences in random passes, with preemptions, in a pool that is too small."""
+
+    model: HybridModel
+    rng: random.Random
+    blocks: int
+
+    def __post_init__(self) -> None:
+        self.pool = BlockPool(self.blocks, BLOCK_TOKENS)
+        self.state = State()
+        self.residence = Residence(self.pool, self.state)
+        self.computed = 0
+
+    def serve(self, sequences: list[Sequence], between: Callable[[], None] = lambda: None) -> None:
+        """Answer all of them, which arrive one by one; ``between`` is called between passes."""
+        coming = list(sequences)
+        by_request = {s.request: s for s in sequences}
+        while coming or self.state.has_requests:
+            while coming and (not self.state.has_requests or self.rng.random() < 0.4):
+                sequence = coming.pop(0)
+                sequence.request.arrival = float(-len(coming))
+                self.state.waiting.append(sequence.request)
+            self.residence.refresh()
+            plan = self._plan()
+            self.residence.begin(plan, 0.0)
+            self.pool.check([r.blocks for r in self.state.running])
+            work = [*((r, 1) for r in plan.decode), *((c.request, c.tokens) for c in plan.prefill)]
+            if work:
+                self._run([(by_request[r], n) for r, n in work])
+            between()
+        self.pool.check([])
+
+    def _plan(self) -> Plan:
+        """Return anything that fits; who preempts admits nobody."""
+        rng, state = self.rng, self.state
+        preempted = [r for r in state.running if rng.random() < 0.05]
+        free = self.pool.free_blocks + sum(map(state.frees, preempted))
+        candidates = [r for r in state.running if r not in preempted]
+        candidates += [] if preempted else state.waiting
+        rng.shuffle(candidates)
+        decode, prefill = [], []
+        for request in candidates[:rng.randint(1, 4)]:
+            tokens = min(rng.choice((1, 3, 8, 19)), request.remaining_tokens)
+            growth = self.pool.blocks_for(request.computed_tokens + tokens) - (
+                len(request.blocks) or request.shared_blocks)
+            if growth > free:
+                continue
+            free -= growth
+            if request.is_decoding and request.state is RequestState.RUNNING:
+                decode.append(request)
+            else:
+                prefill.append(PrefillChunk(request, tokens))
+        if not (decode or prefill or preempted) and state.running:
+            preempted = [rng.choice(state.running)]
+        return Plan(decode=tuple(decode), prefill=tuple(prefill), preempted=tuple(preempted))
+
+    def _run(self, work: list[tuple[Sequence, int]]) -> None:
+        spans = []
+        for sequence, tokens in work:
+            request = sequence.request
+            first = request.computed_tokens
+            spans.append(Span(sequence.ids[first:first + tokens], first, request.blocks,
+                              sequence.slot, tokens == request.remaining_tokens))
+            self.computed += tokens
+        logits = iter(self.model.run(spans))
+        for (sequence, tokens), span in zip(work, spans, strict=True):
+            self.residence.computed(sequence.request, tokens)
+            if span.wants_logits:
+                sequence.logits.append(next(logits).clone())
+                sequence.ids.append(int(sequence.logits[-1].argmax()))
+                sequence.request.output_tokens += 1
+                if sequence.done:
+                    self.residence.leave(sequence.request)
+
+
+def assert_answers_like(model: PreTrainedModel, sequence: Sequence) -> None:
+    """Compare with ``generate``: every logit, and every token but where two are best."""
+    prompt = sequence.ids[:sequence.request.prompt_tokens]
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=ANSWER, output_logits=True,
+            return_dict_in_generate=True)
+    expected = output.sequences[0, len(prompt):].tolist()
+    answer = sequence.ids[len(prompt):]
+    assert len(answer) == ANSWER
+    for ours, theirs, token, right in zip(
+            sequence.logits, output.logits, answer, expected, strict=True):
+        assert relative_error(ours, theirs[0]) < TOLERANCE
+        if token != right:
+            best, second = theirs[0].topk(2).values
+            assert best - second < TIE
+            return   # from here on the texts differ
+
+
+def random_ids(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(2, VOCABULARY) for _ in range(count)]
+
+
+def prompts(rng: random.Random, count: int) -> list[list[int]]:
+    """Return prompts of which many begin alike, some to their end, or at a block's end."""
+    beginnings = list(accumulate((random_ids(rng, n) for n in (16, 7, 25))))
+    return [rng.choice(beginnings) + random_ids(rng, rng.choice((1, 5, 16, 21)))
+            for _ in range(count)] + [list(beginnings[1]), list(beginnings[1])]
+
+
+@cache
+def family_model(family: str) -> tuple[HybridModel, AdapterBank, PreTrainedModel]:
+    return with_reference(tiny_model(family), kv_tokens=12 * BLOCK_TOKENS,
+                          targets=TARGETS.get(family, 'all-linear'))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@hypothesis_settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 10**6), blocks=st.sampled_from((6, 12)))
+def test_no_schedule_changes_an_answer(family: str, seed: int, blocks: int) -> None:
+    model, _, reference = family_model(family)
+    rng = random.Random(seed)
+    schedule = Schedule(model, rng, blocks)
+    sequences = [Sequence(ids, BASE_SLOT, '') for ids in prompts(rng, 4)]
+    schedule.serve(sequences)
+    for sequence in sequences:
+        assert_answers_like(reference, sequence)
+
+
+def test_schedules_do_preempt_and_share() -> None:
+    """What the test above is about does happen in it."""
+    model = family_model('llama')[0]
+    schedule = Schedule(model, random.Random(1), 6)
+    sequences = [Sequence(ids, BASE_SLOT, '') for ids in prompts(random.Random(1), 12)]
+    schedule.serve(sequences)
+    assert schedule.residence.preemptions > 3
+    assert schedule.residence.shared_tokens > 100
+
+
+# -- sharing is a matter of the adapter's version -----------------------------------------
+
+
+def swapped_under_load(folder: Path) -> None:
+    """Publish version after version into one slot while requests run; raises if one is wrong."""
+    model, bank, reference = with_reference(
+        random_model('Llama'), kv_tokens=20 * BLOCK_TOKENS, slots=2)
+    rng = random.Random(0)
+    schedule = Schedule(model, rng, 20)
+    beginning = random_ids(rng, 40)
+    for number in range(1, 4):
+        # Two slots: the version before this one is still used, that before it no longer.
+        slot = FIRST_SERVED_SLOT + number % 2
+        path = publish(folder / str(number), bank, random_adapter(bank, number))
+        bank.write_slot(slot)
+        served = PeftModel.from_pretrained(copy.deepcopy(reference), str(path)).eval()
+        sequences = [Sequence(beginning + random_ids(rng, 5), slot, f'\n{number}')
+                     for _ in range(3)]
+        before = schedule.residence.shared_tokens
+        schedule.serve(sequences)
+        for sequence in sequences:
+            assert_answers_like(served, sequence)
+        assert schedule.residence.shared_tokens > before     # among themselves they share
+
+
+def test_a_block_serves_only_the_version_that_made_it(tmp_path: Path) -> None:
+    swapped_under_load(tmp_path)
+
+
+@pytest.mark.parametrize('name', [
+    lambda version: b'',                                        # no key
+    lambda version: bytes([int(version) % 2]),                  # the slot as a key
+], ids=['none', 'slot'])
+def test_without_the_version_in_the_key_answers_would_be_wrong(
+        name: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above would see it."""
+    monkeypatch.setattr(prefix, 'root_name', name)
+    with pytest.raises(AssertionError, match='relative_error'):
+        swapped_under_load(tmp_path)
