@@ -271,7 +271,7 @@ def random_ids(rng: random.Random, count: int) -> list[int]:
 
 def prompts(rng: random.Random, count: int) -> list[list[int]]:
     """Return prompts of which many begin alike, some to their end, or at a block's end."""
-    beginnings = list(accumulate((random_ids(rng, n) for n in (16, 7, 25))))
+    beginnings = list(accumulate(random_ids(rng, n) for n in (16, 7, 25)))
     return [rng.choice(beginnings) + random_ids(rng, rng.choice((1, 5, 16, 21)))
             for _ in range(count)] + [list(beginnings[1]), list(beginnings[1])]
 

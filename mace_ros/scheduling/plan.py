@@ -122,9 +122,9 @@ class Plan:
     the others need them. A waiting request in ``prefill`` is thereby admitted.
     ``finetune_tokens`` ride in the pass. Of the current step's remaining segments the first
     ``segments`` run after it; if ``interruptible``, they stop early when a query arrives. A
-    plan that does nothing may name the time at which to ask again. ``lacks_memory`` says that somebody
-    waits, or was preempted, for nothing but KV blocks. ``shape`` is the pass's size when it
-    was planned: its requests have moved on by the time it is measured.
+    plan that does nothing may name the time at which to ask again. ``lacks_memory`` says that
+    somebody waits, or was preempted, for nothing but KV blocks. ``shape`` is the pass's size
+    when it was planned: its requests have moved on by the time it is measured.
     """
 
     decode: tuple[Request, ...] = ()
