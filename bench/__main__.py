@@ -7,9 +7,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import colocation, decode, kernels, learning, report
+from bench import colocation, decode, kernels, learning, memory, report
 
-BENCHES = (kernels, decode, learning, colocation)
+BENCHES = (kernels, decode, learning, memory, colocation)
 
 
 def main() -> int:

@@ -11,7 +11,13 @@ import shutil
 import time
 
 from mace_ros.engine import Engine
-from mace_ros.events import Correction, CorrectionProgress, CorrectionState, VersionEvent
+from mace_ros.events import (
+    Correction,
+    CorrectionProgress,
+    CorrectionState,
+    VersionEvent,
+    VersionState,
+)
 from mace_ros.settings import Settings
 
 LEARN_TIMEOUT_S = 300.0
@@ -45,7 +51,7 @@ def publish(settings: Settings, storage: Path, say: Callable[[str], None]) -> Pu
         while time.monotonic() < deadline:
             iteration = engine.step()
             for event in iteration.events:
-                if isinstance(event, VersionEvent):
+                if isinstance(event, VersionEvent) and event.state is VersionState.PUBLISHED:
                     return Published(storage, Path(event.path))
                 if (isinstance(event, CorrectionProgress)
                         and event.state in (CorrectionState.REJECTED, CorrectionState.FAILED)):
