@@ -140,7 +140,7 @@ class Batcher:
                         request, f'{kv_tokens(request)} tokens of KV cache needed, {capacity} is '
                         'all there is (memory.kv_cache_tokens, memory.budget_mb)', too_large=True))
                     continue
-                need = _admission(request)
+                need = admission_blocks(request)
                 if held or slots <= 0 or need > unclaimed:
                     if slots > 0:
                         lacks_memory = True
@@ -184,7 +184,7 @@ class Batcher:
             predicted = batch.prefill_s(ahead)
             if not waits:
                 continue
-            need = _admission(request)
+            need = admission_blocks(request)
             fits = slots > 0 and need <= free
             if not fits and late < len(ends):
                 predicted = max(predicted, ends[late] + batch.prefill_s(request.prompt_tokens))
@@ -225,7 +225,7 @@ def _lacks(row: Request) -> bool:
     return row.computed_tokens >= len(row.blocks) * BLOCK_TOKENS
 
 
-def _admission(request: Request) -> int:
+def admission_blocks(request: Request) -> int:
     """Return the blocks that must be free for a request to begin."""
     return _growth(request, min(
         request.known_tokens + AHEAD_BLOCKS * BLOCK_TOKENS, request.most_tokens))

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import math
 
 from mace_ros.memory.block_pool import BlockPool
-from mace_ros.scheduling.batching import BLOCK_TOKENS, kv_tokens
+from mace_ros.scheduling.batching import admission_blocks, BLOCK_TOKENS
 from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, State
 from mace_ros.scheduling.request import Request, RequestState
+from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings, Value
 from mace_ros.simulation.learning import Learning, NoLearning, VirtualStep
@@ -62,7 +63,8 @@ class VirtualEngine:
         self.scheduler, self.device, self.settings = scheduler, device, settings
         self.learning = learning if learning is not None else NoLearning()
         self.pool = BlockPool(settings.memory.kv_cache_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
-        self.state = State(free_tokens=self.pool.free_tokens)
+        self.state = State()
+        self.residence = Residence(self.pool, self.state)
         self.now = 0.0
         self.finished: list[Request] = []
         self.rejected: list[Request] = []
@@ -86,12 +88,12 @@ class VirtualEngine:
         to_answer = len(self.finished) + len(self.rejected) + len(requests)
         while (len(self.finished) + len(self.rejected) < to_answer) or self.now < until:
             self._take_in()
-            self.state.free_tokens = self.pool.free_tokens
+            self.residence.refresh()
             plan = self.scheduler.plan(self.state, self.now)
             self._on_plan(plan)
             for rejection in plan.rejected:
-                self.state.waiting.remove(rejection.request)
-                self._reject(rejection.request)
+                self.residence.leave(rejection.request)
+                self.rejected.append(rejection.request)
             if not plan.is_empty:
                 self._execute(plan)
             elif not plan.rejected:
@@ -142,11 +144,10 @@ class VirtualEngine:
     def _execute(self, plan: Plan) -> None:
         began, pass_s, count = self.now, 0.0, 1
         step = self.learning.step
+        self.residence.begin(plan, self.now)
         if plan.finetune_tokens and step is not None:
             self._hold_blocks(step)
         if plan.has_pass:
-            for chunk in plan.prefill:
-                self._admit(chunk.request)
             if self._may_repeat(plan):
                 pass_s, count = self._repeat(plan)
             else:
@@ -177,14 +178,6 @@ class VirtualEngine:
             ran.append((segment, seconds))
         return tuple(ran)
 
-    def _admit(self, request: Request) -> None:
-        if request.state is RequestState.WAITING:
-            request.blocks = self.pool.allocate(kv_tokens(request))
-            request.state = RequestState.RUNNING
-            request.started_at = self.now
-            self.state.waiting.remove(request)
-            self.state.running.append(request)
-
     def _hold_blocks(self, step: VirtualStep) -> None:
         """Take KV blocks for the tokens of a forward that begins to ride."""
         if not step.ridden:
@@ -198,7 +191,7 @@ class VirtualEngine:
 
     def _token(self, request: Request, computed: int) -> None:
         """Note that ``computed`` more tokens are; sample the next one if all are."""
-        request.computed_tokens += computed
+        self.residence.computed(request, computed)
         if request.remaining_tokens:
             return
         request.output_tokens += 1
@@ -209,9 +202,7 @@ class VirtualEngine:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
-        request.state = RequestState.FINISHED
-        self.state.running.remove(request)
-        self.pool.release(request.blocks)
+        self.residence.leave(request)
         self.finished.append(request)
 
     # -- many iterations at once ---------------------------------------------------------
@@ -219,7 +210,7 @@ class VirtualEngine:
     def _may_repeat(self, plan: Plan) -> bool:
         """Return whether the same rows would be planned again until something happens."""
         if (not self._skips or plan.prefill or plan.segments or plan.finetune_tokens
-                or plan.rejected or len(plan.decode) < len(self.state.running)):
+                or plan.rejected or plan.preempted or len(plan.decode) < len(self.state.running)):
             return False
         waiting = self.state.waiting
         if not waiting:
@@ -229,13 +220,14 @@ class VirtualEngine:
             return False
         if len(plan.decode) >= self.settings.scheduler.max_requests:
             return True
-        free = self.pool.free_tokens
-        return all(kv_tokens(request) > free for request in waiting)
+        free = self.pool.free_blocks
+        return all(admission_blocks(request) > free for request in waiting)
 
     def _repeat(self, plan: Plan) -> tuple[float, int]:
         """Run passes of the same rows until something may change; return seconds and count."""
         rows = len(plan.decode)
-        most = min([r.max_tokens - r.output_tokens for r in plan.decode])
+        most = self._passes_in_memory(
+            plan.decode, min([r.max_tokens - r.output_tokens for r in plan.decode]))
         ends = min(self._next_event, self.scheduler.quiet_until(self.state, self.now))
         context = plan.shape.decode_context
         run, overhead_s = self.device.run, self._overhead_s
@@ -251,10 +243,26 @@ class VirtualEngine:
                 break
         self.now = now
         for request in plan.decode:
+            self.pool.grow(request.blocks, request.computed_tokens + count)
             # A row decodes: all of its tokens but the newest are computed.
-            request.computed_tokens += count
+            self.residence.computed(request, count)
             request.output_tokens += count
             request.last_token_at = now
             if request.output_tokens == request.max_tokens:
                 self._finish(request)
         return spent, count
+
+    def _passes_in_memory(self, rows: Sequence[Request], most: int) -> int:
+        """Return how many passes, up to ``most``, these rows run before they lack KV blocks."""
+        free, size = self.pool.free_blocks, self.pool.block_size
+        # What the first pass needs was given already.
+        low, high = 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            growth = sum([max(-(-(r.computed_tokens + middle) // size) - len(r.blocks), 0)
+                          for r in rows])
+            if growth <= free:
+                low = middle
+            else:
+                high = middle - 1
+        return low
