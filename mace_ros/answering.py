@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 import math
 
+from torch import Tensor
+
 from mace_ros.conversations import Conversation
 from mace_ros.events import ErrorCode, Finished, FinishReason, InvalidQuery, Query, Token
 from mace_ros.execution.sampling import Sampling
@@ -29,6 +31,8 @@ class Answering:
     chunks: int = 0
     silent: bool = False          # asked by the node itself; nobody hears it
     finish: FinishReason | None = field(default=None)
+    # What each token of the prompt gets of attention, while that is being found out.
+    attention: Tensor | None = None
 
     @property
     def output(self) -> list[int]:

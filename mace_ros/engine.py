@@ -47,7 +47,7 @@ from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
-from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, Span
+from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, OBSERVED_TOKENS, Span
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
@@ -57,6 +57,7 @@ from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
 from mace_ros.memory.prefix import Prefix
+from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.residence import Residence
@@ -481,9 +482,11 @@ class Engine:
                 *((c.request, min(c.tokens, c.request.remaining_tokens)) for c in plan.prefill)]
         for request, tokens in work:
             done = request.computed_tokens
+            answering = self._answering[request.id]
             spans.append(Span(
-                self._answering[request.id].ids[done:done + tokens], done, request.blocks,
-                request.adapter_slot, wants_logits=tokens == request.remaining_tokens))
+                answering.ids[done:done + tokens], done, request.blocks, request.adapter_slot,
+                wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
+                attention=self._attention(answering, tokens)))
         step = self.learner.step
         rows = self._ride(step, plan.finetune_tokens) if step is not None else None
         if not spans and rows is None:
@@ -498,7 +501,30 @@ class Engine:
         drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
         for request, tokens in work:
             self._residence.computed(request, tokens)
+            if not request.remaining_tokens:
+                self._prune(self._answering[request.id])
         return self._commit(sampled, drawn)
+
+    def _attention(self, answering: Answering, tokens: int) -> torch.Tensor | None:
+        """Return where to note attention if it is to be noted in the next ``tokens`` tokens."""
+        request, known = answering.request, answering.request.known_tokens
+        if (not self._settings.memory.kv_prune or known < LONG_TOKENS or request.is_decoding
+                or request.computed_tokens + tokens <= known - OBSERVED_TOKENS):
+            return None
+        noted = answering.attention
+        if noted is None or len(noted) != known:
+            noted = answering.attention = torch.zeros(known, device=self.model.device)
+        return noted
+
+    def _prune(self, answering: Answering) -> None:
+        """Drop what an answer can do without of its prompt, if its attention was noted."""
+        noted, answering.attention = answering.attention, None
+        if noted is None:
+            return
+        window = self.model.window if self.model.window < len(noted) else 0
+        self._residence.drop(answering.request, blocks_to_drop(
+            [float(x.sum()) for x in noted.cpu().split(BLOCK_TOKENS)],
+            self._settings.memory.kv_prune, BLOCK_TOKENS, window=window))
 
     def _ride(self, step: FinetuneStep, tokens: int) -> FinetuneRows | None:
         """Return the next fine-tune rows; None if there is no room for their keys and values."""

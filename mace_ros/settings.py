@@ -129,6 +129,10 @@ class MemorySettings:
     prefix_sharing: bool = _parameter(
         True, 'Keep the KV cache of earlier prompts and answers while there is room, and share '
         'it with requests that begin alike under the same adapter version')
+    kv_prune: float = _parameter(
+        0.0, 'Share of the KV cache of a prompt of 512 tokens or more that is dropped before its '
+        'answer, where the end of the prompt pays the least attention; 0 keeps all. Takes less '
+        'memory and time; answers may differ', minimum=0.0, maximum=0.9)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,32 @@ class KVCache:
         return sum(t.nbytes for t in self.keys + self.values)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Tokens of a block whose attention is noted: where they, and what they see, lie in it."""
+
+    queries: slice     # of the block's tokens
+    keys: slice        # of the block's keys: from the first of the sequence to the last query
+    target: Tensor     # [tokens of the sequence], fp32: what each gets, summed over the layers
+
+    def look(self, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None,
+             sinks: Tensor | None) -> None:
+        """Add the attention of one layer, the mean of its heads; shapes as in SDPA."""
+        query, key = query[0, :, self.queries].float(), key[0, :, self.keys].float()
+        (heads, tokens, size), keys = query.shape, key.shape[1]
+        grouped = query.reshape(key.shape[0], -1, size)
+        scale = size ** -0.5 if scaling is None else scaling
+        scores = (grouped @ key.transpose(1, 2) * scale).view(heads, tokens, keys)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        later = torch.ones(tokens, keys, dtype=torch.bool, device=key.device)
+        scores.masked_fill_(later.triu(keys - tokens + 1), float('-inf'))
+        if sinks is not None:
+            column = sinks.float().view(-1, 1, 1).expand(-1, tokens, 1)
+            scores = torch.cat([scores, column], 2)
+        self.target[:keys] += torch.softmax(scores, 2)[..., :keys].sum((0, 1)) / heads
+
+
 @dataclass
 class Row:
     """
@@ -69,6 +95,7 @@ class Row:
     # attends by itself then, without a mask, unless a window is shorter.
     lengths: tuple[int, ...] = ()
     masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    observed: Sequence[Observed] = ()
 
     def decode_mask(self, window: int | None) -> Tensor:
         """Return ``[rows, 1, 1, longest]``, true where a decode row may look."""
@@ -161,6 +188,10 @@ def packed_attention(
             q = query[:, :, first:]
             k = keys.index_select(0, row.key_slots).transpose(0, 1)[None]
             v = values.index_select(0, row.key_slots).transpose(0, 1)[None]
+        for observed in row.observed:
+            # What lies behind a window is of no use to the layer.
+            if sliding_window is None or sliding_window >= observed.target.shape[0]:
+                observed.look(q, k, scaling, softcap, s_aux)
         if row.is_plain(sliding_window):
             each = zip(*(x.split(row.lengths, 2) for x in (q, k, v)), strict=True)
             outs = [attend(a, b, c, None, scaling, softcap, s_aux) for a, b, c in each]

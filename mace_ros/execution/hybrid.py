@@ -21,16 +21,31 @@ from torch import nn, Tensor
 from transformers import PreTrainedModel
 
 from mace_ros.execution import selfcheck
-from mace_ros.execution.attention import AttentionState, KVCache, NAME, Row, whole_sequences
+from mace_ros.execution.attention import (
+    AttentionState,
+    KVCache,
+    NAME,
+    Observed,
+    Row,
+    whole_sequences,
+)
 from mace_ros.execution.lora import replace_head, replace_linears, TokenAdapters
 from mace_ros.execution.skeleton import hidden_of, Skeleton
-from mace_ros.execution.spans import BLOCK_TOKENS, cache_slots, FinetuneRows, Span
+from mace_ros.execution.spans import (
+    BLOCK_TOKENS,
+    cache_slots,
+    FinetuneRows,
+    is_decode_row,
+    OBSERVED_TOKENS,
+    Span,
+)
 from mace_ros.execution.static_layers import StaticLayers
 from mace_ros.execution.static_pass import StaticPasses
 from mace_ros.execution.support import (
     check_supported,
     context_length,
     decoder_layers,
+    longest_window,
     UnsupportedModel,
 )
 
@@ -51,6 +66,7 @@ class HybridModel:
         self.dtype = model.dtype
         self.layers = decoder_layers(model)
         self.context_length = context_length(model)
+        self.window = longest_window(model, self.context_length)
         self.adapters = TokenAdapters()
         self.attention = AttentionState()
         self.static = StaticPasses(self)
@@ -94,8 +110,8 @@ class HybridModel:
             static = self.static.run(spans, finetune)
             if static is not None:
                 return static
-        decode = [s for s in spans if len(s.tokens) == 1]
-        order = decode + [s for s in spans if len(s.tokens) > 1]
+        decode = [s for s in spans if is_decode_row(s)]
+        order = decode + [s for s in spans if not is_decode_row(s)]
         packed = order + (list(finetune.spans) if finetune else [])
         ids: list[int] = []
         positions: list[int] = []
@@ -150,15 +166,15 @@ class HybridModel:
         """Say where each token's keys and values are written and which ones it sees."""
         row, write = Row(), []
         if decode:
-            longest = max(s.position for s in decode) + 1
+            longest = max(s.place for s in decode) + 1
             slots = np.zeros((len(decode), longest), dtype=np.int64)
             for i, span in enumerate(decode):
                 # Masked places are its own, too: 0 * NaN of another sequence would be NaN.
                 slots[i] = span.blocks[0] * BLOCK_TOKENS
-                slots[i, :span.position + 1] = cache_slots(span.blocks, span.position + 1)
-                write.append(slots[i, span.position:span.position + 1])
+                slots[i, :span.place + 1] = cache_slots(span.blocks, span.place + 1)
+                write.append(slots[i, span.place:span.place + 1])
             row.decode_slots = torch.from_numpy(slots).to(self.device)
-            row.decode_lengths = self.tensor([s.position + 1 for s in decode])
+            row.decode_lengths = self.tensor([s.place + 1 for s in decode])
         if chunks:
             self._add_block(row, chunks, write)
         row.write_slots = torch.from_numpy(np.concatenate(write)).to(self.device)
@@ -166,9 +182,10 @@ class HybridModel:
 
     def _add_block(self, row: Row, chunks: Sequence[Span], write: list[np.ndarray]) -> None:
         """Say what the tokens of ``chunks`` see, and append where they are written."""
-        slots = [cache_slots(s.blocks, s.position + len(s.tokens)) for s in chunks]
-        write += [all_slots[s.position:] for s, all_slots in zip(chunks, slots, strict=True)]
-        fresh = all(s.position == 0 for s in chunks)
+        slots = [cache_slots(s.blocks, s.place + len(s.tokens)) for s in chunks]
+        write += [all_slots[s.place:] for s, all_slots in zip(chunks, slots, strict=True)]
+        row.observed = list(_observed(chunks))
+        fresh = all(s.place == 0 for s in chunks)
         if fresh:
             block = whole_sequences([len(s.tokens) for s in chunks], self.device)
             row.query_owner, row.query_place = block.query_owner, block.query_place
@@ -177,7 +194,7 @@ class HybridModel:
             return
         places = [np.arange(len(x)) for x in slots]
         owners = [np.full(len(x), i) for i, x in enumerate(slots)]
-        first = [s.position for s in chunks]
+        first = [s.place for s in chunks]
         row.key_slots, row.key_owner, row.key_place = (
             self._joined(x) for x in (slots, owners, places))
         row.query_owner, row.query_place = (
@@ -247,3 +264,16 @@ class HybridModel:
                 f'{kind}: its attention needs {", ".join(sorted(self.attention.ignored))}, '
                 'which the packed pass does not heed')
         return [shapes[i] for i in range(len(self.layers))]
+
+
+def _observed(chunks: Sequence[Span]) -> Iterator[Observed]:
+    """Yield where in the block the tokens lie whose attention is asked for."""
+    queries = keys = 0
+    for span in chunks:
+        tokens = len(span.tokens)
+        if span.attention is not None:
+            skipped = max(span.attention.shape[0] - OBSERVED_TOKENS - span.place, 0)
+            if skipped < tokens:
+                yield Observed(slice(queries + skipped, queries + tokens),
+                               slice(keys, keys + span.place + tokens), span.attention)
+        queries, keys = queries + tokens, keys + span.place + tokens

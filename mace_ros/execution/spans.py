@@ -12,16 +12,38 @@ from torch import Tensor
 
 BLOCK_TOKENS = 16   # tokens per KV block
 
+# Tokens at the end of a prompt whose attention tells what of it the answer will need.
+OBSERVED_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive tokens of one sequence that a pass computes."""
+    """
+    Consecutive tokens of one sequence that a pass computes.
+
+    Of the tokens before them the cache may have dropped some, a multiple of a block; they
+    are not in ``blocks``. If ``attention`` is given, ``[tokens of the sequence]`` in fp32,
+    the attention that each token gets from the last :data:`OBSERVED_TOKENS` of the sequence
+    is added to it, as far as those are in this span; nothing may be dropped then.
+    """
 
     tokens: Sequence[int]     # their ids
     position: int             # of the first one in its sequence
     blocks: Sequence[int]     # KV blocks of the sequence, covering these tokens
     slot: int                 # adapter slot
     wants_logits: bool        # of the last token
+    dropped: int = 0
+    attention: Tensor | None = None
+
+    @property
+    def place(self) -> int:
+        """Where the first token lies in ``blocks``: how many cached ones are before it."""
+        return self.position - self.dropped
+
+
+def is_decode_row(span: Span) -> bool:
+    """Return whether a span attends by itself, as one token beside the block of chunks."""
+    return len(span.tokens) == 1 and span.attention is None
 
 
 @dataclass(frozen=True)

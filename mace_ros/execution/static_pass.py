@@ -52,9 +52,9 @@ class Bucket:
         decode = [s for s in spans if len(s.tokens) == 1]
         block = [s for s in spans if len(s.tokens) > 1] + riding
         tokens = sum(len(s.tokens) for s in block)
-        longest = max((s.position + 1 for s in decode), default=0)
+        longest = max((s.place + 1 for s in decode), default=0)
         size = rounded(tokens, 16, 2)
-        keys = sum(s.position + len(s.tokens) for s in block)
+        keys = sum(s.place + len(s.tokens) for s in block)
         return Bucket(
             # Beside a block the rows are the smaller part: coarser steps, fewer graphs.
             decode=rounded(len(decode), *((4, 4) if block else (1, 2))),
@@ -207,27 +207,27 @@ class StaticPass:
         tables = fill['decode_blocks'].reshape(decode, self.bucket.blocks)
         last: dict[int, int] = {}     # token of each span, by the span's id
         for row, span in enumerate(s for s in spans if len(s.tokens) == 1):
-            used = span.blocks[:span.position // BLOCK_TOKENS + 1]
+            used = span.blocks[:span.place // BLOCK_TOKENS + 1]
             # Masked places are its own, too: 0 * NaN of another sequence would be NaN.
             tables[row] = used[0]
             tables[row, :len(used)] = used
-            fill['decode_lengths'][row] = span.position + 1
+            fill['decode_lengths'][row] = span.place + 1
             fill['ids'][row], fill['positions'][row] = span.tokens[0], span.position
-            fill['write'][row] = used[-1] * BLOCK_TOKENS + span.position % BLOCK_TOKENS
+            fill['write'][row] = used[-1] * BLOCK_TOKENS + span.place % BLOCK_TOKENS
             fill['slots'][row] = span.slot
             last[id(span)] = row
         row, key = decode, 0
         chunks = [s for s in spans if len(s.tokens) > 1]
         for owner, span in enumerate([*chunks, *(finetune.spans if finetune else ())]):
-            tokens, total = len(span.tokens), span.position + len(span.tokens)
+            tokens, total = len(span.tokens), span.place + len(span.tokens)
             slots, places = cache_slots(span.blocks, total), np.arange(total)
             at, seen = slice(row, row + tokens), slice(key, key + total)
             fill['ids'][at], fill['slots'][at] = span.tokens, span.slot
-            fill['positions'][at] = places[span.position:]
-            fill['write'][at] = slots[span.position:]
+            fill['positions'][at] = places[span.place:] + span.dropped
+            fill['write'][at] = slots[span.place:]
             in_block = slice(row - decode, row - decode + tokens)
             fill['query_owner'][in_block] = owner
-            fill['query_place'][in_block] = places[span.position:]
+            fill['query_place'][in_block] = places[span.place:]
             fill['key_slots'][seen], fill['key_place'][seen] = slots, places
             fill['key_owner'][seen] = owner
             row, key = row + tokens, key + total
@@ -256,7 +256,9 @@ class StaticPasses:
         return made
 
     def run(self, spans: Sequence[Span], finetune: FinetuneRows | None) -> Tensor | None:
-        """Compute a pass, or return None if its bucket is not ready."""
+        """Compute a pass; None if its bucket is not ready, or attention is to be noted."""
+        if any(s.attention is not None for s in spans):
+            return None
         bucket = Bucket.of(spans, finetune)
         found = self._passes.get(bucket)
         if found is None or sum(s.wants_logits for s in spans) > bucket.logits:

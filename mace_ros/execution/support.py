@@ -39,6 +39,13 @@ def check_supported(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f'{kind}: only decoder-only models can be served')
 
 
+def longest_window(model: PreTrainedModel, context: int) -> int:
+    """Return how many tokens the layers see that don't see all ``context``; 0 if all do."""
+    holders = (model.config.get_text_config(), *model.modules())
+    windows = [getattr(holder, 'sliding_window', None) for holder in holders]
+    return max((w for w in windows if isinstance(w, int) and w < context), default=0)
+
+
 def context_length(model: PreTrainedModel) -> int:
     """
     Return the longest sequence the model can take.

@@ -92,7 +92,7 @@ class Batcher:
                 started.append(request)
                 continue
             rows.append(request)
-            context += known
+            context += known - request.dropped_tokens
             tpot = request.tpot_slo
             deadline = (request.first_token_at or 0.0) + output * tpot
             if deadline < due:
@@ -104,7 +104,7 @@ class Batcher:
         if crowded:
             rows.sort(key=_turn)
             del rows[most_rows:]
-            context = sum([row.prompt_tokens + row.output_tokens for row in rows])
+            context = sum([row.cached_tokens + 1 for row in rows])
         shape = PassShape(len(rows), context)
         alone_s = self._cost.pass_s(*shape)
         free = state.free_tokens // BLOCK_TOKENS + sum([state.frees(r) for r in preempted])
@@ -222,7 +222,7 @@ def _growth(request: Request, tokens: int) -> int:
 
 def _lacks(row: Request) -> bool:
     """Whether a decode row needs a block for its next token."""
-    return row.computed_tokens >= len(row.blocks) * BLOCK_TOKENS
+    return row.cached_tokens >= len(row.blocks) * BLOCK_TOKENS
 
 
 def admission_blocks(request: Request) -> int:

@@ -41,6 +41,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     computed_tokens: int = 0
     output_tokens: int = 0
+    dropped_tokens: int = 0         # of those computed; its blocks are the others'
     blocks: list[int] = field(default_factory=list)
     shared_blocks: int = 0
     prefix: Prefix | None = None    # names of its blocks; without, it shares none
@@ -63,6 +64,11 @@ class Request:
     def remaining_tokens(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 for a decode row."""
         return self.known_tokens - self.computed_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are in its blocks."""
+        return self.computed_tokens - self.dropped_tokens
 
     @property
     def is_decoding(self) -> bool:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.scheduling.plan import Plan, State
@@ -28,6 +29,7 @@ class Residence:
         self._sharing = sharing
         self.preemptions = 0    # so far
         self.shared_tokens = 0  # found in the cache instead of computed, so far
+        self.pruned_tokens = 0  # dropped by running requests, so far
         self._state = state
         state.frees = lambda request: pool.frees(request.blocks)
         self.refresh()
@@ -51,7 +53,7 @@ class Residence:
         for request in plan.preempted:
             self.preempt(request)
         for row in plan.decode:
-            self.pool.grow(row.blocks, row.computed_tokens + 1)
+            self.pool.grow(row.blocks, row.cached_tokens + 1)
         for chunk in plan.prefill:
             request = chunk.request
             if request.state is RequestState.WAITING:
@@ -65,14 +67,26 @@ class Residence:
         full = request.computed_tokens // size
         request.computed_tokens += tokens
         now_full = request.computed_tokens // size
-        if now_full > full and self._sharing and request.prefix is not None:
+        # What is computed without some of the tokens before it must not be found by others.
+        exact = not request.dropped_tokens
+        if now_full > full and self._sharing and request.prefix is not None and exact:
             names = request.prefix.names(now_full)
             for i in range(full, now_full):
                 self.pool.name(request.blocks[i], names[i])
 
+    def drop(self, request: Request, places: Sequence[int]) -> None:
+        """Let go of full blocks of a request, by their places in its table, in order."""
+        table, gone = request.blocks, set(places)
+        dropped = [table[i] for i in places]
+        request.blocks = [block for i, block in enumerate(table) if i not in gone]
+        request.dropped_tokens += len(dropped) * self.pool.block_size
+        self.pruned_tokens += len(dropped) * self.pool.block_size
+        self.pool.release(dropped)
+
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks, and let it wait in its place of arrival."""
         self.pool.release(request.blocks)
+        request.dropped_tokens = 0
         self._state.running.remove(request)
         request.state = RequestState.WAITING
         insort(self._state.waiting, request, key=lambda r: r.arrival)
