@@ -74,7 +74,7 @@ def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> Non
             table = data.draw(st.sampled_from(tables))
             fresh(pool, table, len(table) * 4 + data.draw(st.integers(0, 8)), written, data)
         elif action == 'share':
-            wanted = data.draw(st.lists(st.sampled_from(names), max_size=3))
+            wanted = data.draw(st.lists(st.sampled_from(names), max_size=3, unique=True))
             found = pool.find(wanted)
             assert [written[b] for b in found] == wanted[:len(found)]
             if pool.held_among(found) + pool.free_blocks >= len(found):
