@@ -134,7 +134,7 @@ def ride_among_requests(step: FinetuneStep) -> None:
     """Ride beside prefill chunks and decode rows of requests under other adapters."""
     rng = random.Random(2)
     pool = BlockPool(step.model.kv_blocks, BLOCK_TOKENS)
-    rng.shuffle(pool._free)
+    rng.shuffle(pool._empty)
     step.hold_blocks([pool.allocate(n) for n in step.kv_tokens])
     texts = [[rng.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
     tables, computed = [pool.allocate(60) for _ in texts], [0, 0, 0]
