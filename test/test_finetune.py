@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mace_ros.execution import finetune
-from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Preference, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.execution.spans import BLOCK_TOKENS, Span
@@ -205,6 +205,42 @@ def test_gradients_of_layers_at_fixed_addresses(family: str, tokens: int, way: s
     'gpt-neox', 'starcoder2', 'glm', 'qwen3-moe', 'gpt-oss', 'deepseek-v2', 'opt'])
 def test_gradients_are_those_of_peft_in_each_family(family: str, way: str) -> None:
     check_gradients(family, DRIVES[way][0], targets=TARGETS.get(family, 'all-linear'))
+
+
+@pytest.mark.parametrize('way', ['alone, recomputed', 'ridden by 7'])
+@pytest.mark.parametrize('imitation', [0.0, 0.5])
+def test_gradients_of_preferences(way: str, imitation: float) -> None:
+    """Two couples of sequences, of which the first is preferred, beside one that is learned."""
+    drive, keep_graphs = DRIVES[way]
+    model, bank, reference = with_reference(tiny_model('llama'))
+    tensors = random_adapter(bank, 0)
+    batch = [Sample(s.tokens, tuple(float(w > 0.0) for w in s.weights))
+             for s in samples(3, [20, 30, 9, 12, 25])]
+    pairs = [Preference(0, 1, reference=-3.0, beta=0.3), Preference(4, 2, reference=1.0, beta=0.3)]
+    step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=7, keep_graphs=keep_graphs,
+                        preferences=pairs, imitation=imitation)
+
+    drive(step)
+    run_until_optimizer(step)
+
+    peft = as_peft(reference, bank, tensors)
+
+    def log_p(sample: Sample) -> Tensor:
+        logits = peft(input_ids=torch.tensor([sample.tokens])).logits[0]
+        each = torch.log_softmax(logits[:-1], 1).gather(1, torch.tensor(sample.tokens[1:])[:, None])
+        return (each[:, 0] * torch.tensor(sample.weights[1:])).sum()
+
+    values = [log_p(sample) for sample in batch]
+    preferred = torch.stack([
+        -torch.nn.functional.logsigmoid(p.beta * (values[p.better] - values[p.worse] - p.reference))
+        for p in pairs]).mean()
+    imitated = [(0, imitation), (3, 1.0), (4, imitation)]
+    learned = (sum(-weight * values[i] for i, weight in imitated)
+               / sum(weight * sum(batch[i].weights[1:]) for i, weight in imitated))
+    (preferred + learned).backward()
+    assert_same(gradients_of(bank), gradients(peft))
+    assert [s.log_probability * s.tokens for s in step.scores()] == pytest.approx(
+        [float(v.detach()) for v in values], rel=1e-4)
 
 
 def test_gradients_of_samples_with_a_teacher() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+import math
 
 import torch
 from torch import Tensor
@@ -55,6 +56,22 @@ class Sample:
         """Check that the lengths fit."""
         if len(self.tokens) != len(self.weights) or len(self.tokens) < 2:
             raise ValueError('a sample needs two or more tokens and a weight for each')
+
+
+@dataclass(frozen=True)
+class Preference:
+    """
+    Of a step's samples, by index: ``better`` is to become likelier than ``worse``.
+
+    Direct preference optimisation (Rafailov et al. 2023): the loss is -log sigmoid(beta *
+    (lead - reference)), where ``lead`` is log p(better) - log p(worse), summed over the
+    weighted tokens, and ``reference`` the same under the reference adapter.
+    """
+
+    better: int
+    worse: int
+    reference: float
+    beta: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,18 +125,22 @@ class FinetuneStep:
     One optimizer step over a batch of packed samples.
 
     Implements :class:`mace_ros.scheduling.plan.FinetuneWork`. The loss is the weighted
-    mean cross-entropy of all weighted tokens.
+    mean cross-entropy of all weighted tokens, plus the mean of that of all preferences; what
+    is ``worse`` in one of these has no cross-entropy. A preference couples two sequences:
+    the head then runs twice, to score all tokens and to learn from them.
     """
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
                  head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
-                 learns: bool = True, oldest_correction_at: float = 0.0) -> None:
+                 learns: bool = True, preferences: Sequence[Preference] = (),
+                 imitation: float = 1.0, oldest_correction_at: float = 0.0) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.
 
         ``head_tokens`` bounds a HEAD segment. With ``keep_graphs``, a forward that runs
         alone keeps its layer graphs instead of computing each layer again. Without
         ``may_ride`` it always runs alone. One that does not learn ends with its scores.
+        ``imitation`` weighs the cross-entropy of what is ``better`` in a preference.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
@@ -127,6 +148,7 @@ class FinetuneStep:
         self.trainer = trainer
         self.samples = tuple(samples)
         self.learns = learns
+        self.preferences = tuple(preferences) if learns else ()
         self.keep_graphs = keep_graphs and learns
         self.oldest_correction_at = oldest_correction_at
         self._lengths = tuple(len(s.tokens) for s in samples)
@@ -149,31 +171,36 @@ class FinetuneStep:
         # Input of each layer, and the last layer's output: [tokens and padding, width].
         self._hidden: list[Tensor] = [first[0]]
         self._graphs: list[tuple[Tensor, Tensor]] = []
+        self._imitated = [1.0] * len(samples)
+        for pair in self.preferences:
+            self._imitated[pair.better], self._imitated[pair.worse] = imitation, 0.0
         self._targets = self._supervised(head_tokens)
-        self._normaliser = sum(w for s in samples for w in s.weights[1:])
         self._gradient: Tensor | None = None
         self._chunk_scores: list[Tensor] = []
         self._tops: list[tuple[Tensor, Tensor]] = []
+        self._pulls: list[Tensor] = []      # of preferences, on each row of a chunk
+        self._learned = 0                   # chunks that have their gradient
         self._segments = self._plan_segments()
 
     def _supervised(self, head_tokens: int) -> list[tuple[Tensor, ...]]:
         """
         Return chunks of what is learned from.
 
-        Rows that predict, tokens predicted, weights, and the target of each row: tokens and
-        their probabilities, ``[rows, some]``.
+        Rows that predict, tokens predicted, their shares in the cross-entropy, and the target
+        of each row: tokens and their probabilities, ``[rows, some]``.
         """
         rows, tokens, weights, start = [], [], [], 0
-        for sample in self.samples:
+        for sample, imitated in zip(self.samples, self._imitated, strict=True):
             for i in range(1, len(sample.tokens)):
                 if sample.weights[i]:
                     rows.append(start + i - 1)
                     tokens.append(sample.tokens[i])
-                    weights.append(sample.weights[i])
+                    weights.append(sample.weights[i] * imitated)
             start += len(sample.tokens)
+        shares = torch.tensor(weights) / (math.fsum(weights) or 1.0)
         device = self.model.device
         columns = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device),
-                   torch.tensor(weights, device=device), *self._target(tokens))
+                   shares.to(device), *self._target(tokens))
         return list(zip(*(c.split(head_tokens) for c in columns), strict=True))
 
     def _target(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -258,10 +285,10 @@ class FinetuneStep:
         layers = len(self.model.layers)
         backward = (SegmentKind.BACKWARD if self.keep_graphs
                     else SegmentKind.BACKWARD_RECOMPUTED)
-        scoring = ([Segment(SegmentKind.FORWARD, self.tokens)] * layers
-                   + [Segment(SegmentKind.HEAD, len(rows)) for rows, *_ in self._targets])
+        head = [Segment(SegmentKind.HEAD, len(rows)) for rows, *_ in self._targets]
+        scoring = [Segment(SegmentKind.FORWARD, self.tokens)] * layers + head
         return scoring if not self.learns else (
-            scoring
+            scoring + (head if self.preferences else [])
             + [Segment(backward, self.tokens)] * layers
             + [Segment(SegmentKind.OPTIMIZER, self.tokens)])
 
@@ -292,7 +319,7 @@ class FinetuneStep:
             case SegmentKind.FORWARD:
                 self._forward_layer(len(self._hidden) - 1)
             case SegmentKind.HEAD:
-                self._head(len(self._chunk_scores))
+                self._head()
             case SegmentKind.BACKWARD | SegmentKind.BACKWARD_RECOMPUTED:
                 self._backward_layer(len(self._hidden) - 1)
             case SegmentKind.OPTIMIZER:
@@ -323,28 +350,56 @@ class FinetuneStep:
             self._graphs.append((x, y))
         self._hidden.append(y.detach()[0])
 
-    def _head(self, index: int) -> None:
-        if self._gradient is None:
-            self._gradient = torch.zeros_like(self._hidden[-1])
-        rows, tokens, weights, targets, probabilities = self._targets[index]
+    def _head(self) -> None:
+        """Score the next chunk, learn from it, or both."""
+        chunk = self._learned if self.scored else len(self._chunk_scores)
+        rows, tokens, shares, targets, probabilities = self._targets[chunk]
+        learns = self.learns and (self.scored or not self.preferences)
         hidden = self._hidden[-1][rows].requires_grad_()
-        with torch.set_grad_enabled(self.learns):
+        with torch.set_grad_enabled(learns):
             logits = self.model.skeleton.logits(hidden)
         # By hand what autograd makes of a cross-entropy: with fewer passes over the vocabulary.
         with torch.no_grad():
             log_p = torch.log_softmax(logits, 1, dtype=torch.float32)
-            right = log_p.gather(1, tokens[:, None])
-            best_other = log_p.scatter(1, tokens[:, None], float('-inf')).amax(1, keepdim=True)
-            self._chunk_scores.append(torch.cat([right, right - best_other], 1))
-            if not self.learns:
-                top = log_p.topk(min(TEACHER_TOKENS, log_p.shape[1]), 1)
-                self._tops.append((top.indices, torch.softmax(top.values, 1)))
+            if not self.scored:
+                self._score(log_p, tokens)
+            if not learns:
                 return
-            share = (weights / self._normaliser)[:, None]
+            if self.preferences:
+                if not self._pulls:
+                    self._pulls = self._preferred()
+                shares = shares + self._pulls[chunk]
+            share = shares[:, None]
             gradient = log_p.exp_().mul_(share).scatter_add_(1, targets, -share * probabilities)
         logits.backward(gradient.to(logits.dtype))
         assert hidden.grad is not None
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self._hidden[-1])
         self._gradient[rows] = hidden.grad
+        self._learned += 1
+
+    def _score(self, log_p: Tensor, tokens: Tensor) -> None:
+        """Keep the scores of a chunk's tokens and, if nothing is learned, what may teach others."""
+        right = log_p.gather(1, tokens[:, None])
+        best_other = log_p.scatter(1, tokens[:, None], float('-inf')).amax(1, keepdim=True)
+        self._chunk_scores.append(torch.cat([right, right - best_other], 1))
+        if not self.learns:
+            top = log_p.topk(min(TEACHER_TOKENS, log_p.shape[1]), 1)
+            self._tops.append((top.indices, torch.softmax(top.values, 1)))
+
+    def _preferred(self) -> list[Tensor]:
+        """Return, chunk by chunk, how strongly the preferences pull at each row's token."""
+        scores = self.scores()
+        pulls = [0.0] * len(scores)
+        for pair in self.preferences:
+            lead = (scores[pair.better].log_probability * scores[pair.better].tokens
+                    - scores[pair.worse].log_probability * scores[pair.worse].tokens)
+            doubt = _sigmoid(-pair.beta * (lead - pair.reference))
+            pulls[pair.better] += pair.beta * doubt / len(self.preferences)
+            pulls[pair.worse] -= pair.beta * doubt / len(self.preferences)
+        counts = torch.tensor([s.tokens for s in scores])
+        rows = torch.tensor(pulls).repeat_interleave(counts).to(self.model.device)
+        return list(rows.split([len(rows) for rows, *_ in self._targets]))
 
     def _backward_layer(self, index: int) -> None:
         """Backward through the layer before the last hidden state that is still held."""
@@ -387,3 +442,7 @@ class FinetuneStep:
             result.append(replace(
                 sample, teacher=Teacher(tokens[rows], probabilities[rows])))
         return result
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0.0 else math.exp(x) / (1.0 + math.exp(x))
