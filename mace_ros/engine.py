@@ -145,6 +145,12 @@ class Engine:
         self.scheduler = Scheduler(settings, cost)
         self.learner.tokens_within = partial(
             cost.tokens_within, SegmentKind.BACKWARD_RECOMPUTED, most=MAX_STEP_TOKENS)
+        layers = len(self.model.layers)
+        self.learner.step_s = lambda tokens: layers * (
+            cost.segment_s(SegmentKind.FORWARD, tokens)
+            + cost.segment_s(SegmentKind.BACKWARD, tokens))
+        self.learner.clock = clock
+        self._budget = settings.finetune.budget     # in force, by drift
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._state = State()
         self._residence = Residence(
@@ -215,7 +221,7 @@ class Engine:
         """Put other settings in force at the next iteration."""
         def apply() -> list[Event]:
             self._settings = settings
-            self.scheduler.update(settings)
+            self._share_out()
             self._residence.share(settings.memory.prefix_sharing)
             return []
         self._enqueue(apply)
@@ -257,6 +263,8 @@ class Engine:
             self._spoke = True
             return Iteration(events, self._clock())
         self._spoke = False
+        if self.learner.drift.moved:
+            self._share_out()
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
         self._state.finetune = self.learner.step
@@ -291,7 +299,8 @@ class Engine:
             preemptions=self._residence.preemptions,
             corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
             live_version=self.live_version(''), profiles=self._slots.profiles,
-            journal_error=self._journal_error)
+            journal_error=self._journal_error, drift_state=self.learner.drift.state,
+            drift_level=self.learner.drift.level, finetune_budget=self._budget)
 
     def pause(self) -> list[Event]:
         """Cancel what runs, and hear all that the journal has to say; may be gone on from."""
@@ -309,6 +318,15 @@ class Engine:
         gc.unfreeze()
         # What the journal finished meanwhile has put its last words into the inbox.
         return events + self._take_in()
+
+    def _share_out(self) -> None:
+        """Let the scheduler know the settings, with what drift leaves of the budget."""
+        settings, finetune = self._settings, self._settings.finetune
+        self._budget = finetune.budget
+        if settings.scheduler.policy == 'mace':     # the baselines know no drift
+            self._budget = self.learner.drift.budget(settings.drift.min_budget, finetune.budget)
+        self.scheduler.update(replace(
+            settings, finetune=replace(finetune, budget=self._budget)))
 
     def _take_in(self) -> list[Event]:
         events: list[Event] = []
@@ -614,6 +632,8 @@ class Engine:
             conversation_id=query.conversation_id, profile=query.profile,
             adapter_version=answering.version.version,
             no_learn=query.no_learn or not complete, time=time.time())
+        if not answer.no_learn:
+            self.learner.drift.outcome(0.0)     # until somebody says otherwise
         self._journal.submit(lambda journal: journal.record_answer(answer))
 
     def _anchor_ended(self, answering: Answering, reason: FinishReason) -> None:

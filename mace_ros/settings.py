@@ -169,6 +169,14 @@ class FinetuneSettings:
         minimum=0.1, maximum=1e9)
     period_steps: int = _parameter(
         8, 'Steps of each retraining of the policy periodic', minimum=1, maximum=100000)
+    order: str = _parameter(
+        'priority', 'Which corrections come first: those of the highest expected gain per device '
+        'second, or the oldest', choices=('priority', 'arrival'))
+    objective: str = _parameter(
+        'sft', 'What is learned: the corrected text (sft), or that and to prefer it to the '
+        'rejected one (dpo)', choices=('sft', 'dpo'))
+    dpo_beta: float = _parameter(
+        0.1, 'How closely dpo stays to the published version', minimum=0.001, maximum=10.0)
     learning_rate: float = _parameter(
         1e-3, 'AdamW learning rate', minimum=1e-6, maximum=0.1)
     max_steps: int = _parameter(
@@ -178,6 +186,9 @@ class FinetuneSettings:
         4, 'Earlier answers trained in each step along with the corrections, so that the rest '
         'stays',
         minimum=0, maximum=256)
+    spared_directions: int = _parameter(
+        64, 'Main directions of the layers\' inputs along which learning changes nothing, so that '
+        'other answers stay', minimum=0, maximum=4096)
     recompute: str = _parameter(
         'auto', "Whether a layer's forward is computed again in its backward (less memory) or "
         'its graph is kept (less time): auto keeps it when the forward ran alone; never also '
@@ -193,8 +204,17 @@ class GateSettings:
     """When a trained version may be published."""
 
     tolerance: float = _parameter(
-        0.1, 'Largest share of the earlier corrections, and of the answers that are to stay, which '
-        'a new version may lose', minimum=0.0, maximum=1.0)
+        0.1, 'Largest fall of a guarded score: the share of earlier corrections that are right, '
+        'and the mean probability per token of answers that are to stay', minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """How much to learn, by whether what is asked changes."""
+
+    min_budget: float = _parameter(
+        0.2, 'Share of device time for learning while nothing changes; with drift it is '
+        'finetune.budget', minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)
@@ -248,6 +268,7 @@ class Settings:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     gate: GateSettings = field(default_factory=GateSettings)
+    drift: DriftSettings = field(default_factory=DriftSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)

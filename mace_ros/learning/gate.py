@@ -1,22 +1,43 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether a trained adapter may be published: what it would lose is weighed against the live one.
+Whether a trained adapter may be published: it is weighed against the live one.
 
-Guarded answers are scored twice, under the live version and under the candidate. What
-counts is greedy decoding: an answer that the live version gives, word for word, and the
-candidate would not give, is lost.
+Guarded answers are scored twice, under the live version and under the candidate. The score
+of what was taught is the share that greedy decoding gives word for word; that of other
+answers is their probability per token, for of a small model many words may change while
+what they say does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
+import math
+from statistics import fmean
 
 from mace_ros.execution.finetune import Sample, SampleScore
 
 # Tokens scored at once: one layer of them is a piece that a query can wait for.
 BATCH_TOKENS = 256
+
+
+class Measure(Enum):
+    """What of the guarded answers counts."""
+
+    EXACT = 'exact'                  # greedy decoding gives it, word for word
+    PROBABILITY = 'probability'      # per token, the geometric mean
+
+
+@dataclass(frozen=True)
+class Group:
+    """Guarded samples of one kind, with what a reason calls them."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    measure: Measure
+    must_rise: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,42 +49,58 @@ class Verdict:
 
 
 class Gate:
-    """The guarded samples of one job, in groups with a name."""
+    """The guarded samples of one job."""
 
-    def __init__(self, groups: Mapping[str, Sequence[Sample]]) -> None:
+    def __init__(self, groups: Sequence[Group]) -> None:
         """Guard these; a group may be empty."""
-        self._groups = {name: tuple(samples) for name, samples in groups.items() if samples}
+        self._groups = tuple(group for group in groups if group.samples)
 
-    def batches(self) -> Iterator[list[Sample]]:
-        """Yield all samples in order, some at a time."""
-        batch: list[Sample] = []
-        tokens = 0
-        for sample in (s for samples in self._groups.values() for s in samples):
-            if batch and tokens + len(sample.tokens) > BATCH_TOKENS:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(sample)
-            tokens += len(sample.tokens)
-        if batch:
-            yield batch
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples, in the order in which they are judged."""
+        return [sample for group in self._groups for sample in group.samples]
 
     def judge(self, before: Sequence[SampleScore], after: Sequence[SampleScore],
               tolerance: float) -> Verdict:
         """
-        Compare the scores of all samples, in the order of :meth:`batches`.
+        Compare the scores of all samples under the live version and under the candidate.
 
-        No group may lose more than ``tolerance`` (a share) of the answers that it had.
+        No group's score may fall by more than ``tolerance``; one that must rise may not
+        fall at all.
         """
-        reasons, lost = [], []
+        reasons: list[str] = []
+        lost: list[Sample] = []
         start = 0
-        for name, samples in self._groups.items():
-            rows = range(start, start + len(samples))
-            start += len(samples)
-            had = [i for i in rows if before[i].exact]
-            gone = [i for i in had if not after[i].exact]
-            lost += [samples[i - rows.start] for i in gone]
-            if len(gone) > tolerance * len(had):
-                reasons.append(f'{len(gone)} of {len(had)} {name} would change')
+        for group in self._groups:
+            rows = slice(start, start + len(group.samples))
+            start = rows.stop
+            pairs = list(zip(before[rows], after[rows], strict=True))
+            had, has = (fmean(_value(s, group.measure) for s in side)
+                        for side in zip(*pairs, strict=True))
+            limit = had if group.must_rise else had - tolerance
+            if has < limit - 1e-6:
+                reasons.append(f'{group.name}: {had:.2f} would become {has:.2f}')
+            if group.measure is Measure.EXACT:
+                lost += [s for s, (b, a) in zip(group.samples, pairs, strict=True)
+                         if b.exact and not a.exact]
         if not reasons:
             return Verdict('')
         return Verdict(f'{"; ".join(reasons)} (gate.tolerance {tolerance:g})', tuple(lost))
+
+
+def batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Yield samples in order, some at a time."""
+    batch: list[Sample] = []
+    tokens = 0
+    for sample in samples:
+        if batch and tokens + len(sample.tokens) > BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(sample)
+        tokens += len(sample.tokens)
+    if batch:
+        yield batch
+
+
+def _value(score: SampleScore, measure: Measure) -> float:
+    return float(score.exact) if measure is Measure.EXACT else math.exp(score.log_probability)

@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 import math
 
 from torch import Tensor
 
+from mace_ros.events import Event
 from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
+from mace_ros.execution.lora import LinearGroup
+from mace_ros.execution.sketch import Sketch
 from mace_ros.learning.gate import Gate
 from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
 
@@ -23,6 +26,9 @@ class Waiting:
     record: CorrectionRecord
     arrived: float    # on the engine's clock
     tries: int = 1
+    repeats: int = 0  # earlier corrections of the same question that it took the place of
+    seen: bool = False        # its surprise was noted
+    reference: float = 0.0    # log p(corrected) - log p(rejected) under the live version
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,11 @@ class Fetched:
 
 @dataclass
 class Scoring:
-    """Scores of the gate's samples, batch by batch."""
+    """Scores of samples, batch by batch, and who waits for them."""
 
     batches: Iterator[list[Sample]]
+    done: Callable[[list[SampleScore], list[Sample]], list[Event]]
+    sketch: Sketch | None = None
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
     taught: list[Sample] = field(default_factory=list)
@@ -54,13 +62,19 @@ class Job:
     fetched: Future[Fetched]
     samples: list[Sample] = field(default_factory=list)
     kept: list[Sample] = field(default_factory=list)        # earlier corrections
-    replayed: list[Sample] = field(default_factory=list)    # earlier answers
+    replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None
     step: FinetuneStep | None = None
     gate: Gate | None = None
-    scoring: Scoring | None = None     # of the gate's samples, before or after training
-    before: list[SampleScore] | None = None     # those under the live version
+    scoring: Scoring | None = None
+    # What learning is to spare, found for one group of layers after the other.
+    sparing: Iterator[tuple[LinearGroup, Tensor]] | None = None
+    before: list[SampleScore] = field(default_factory=list)     # of what the gate guards
     lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
+    rejections: int = 0                 # of its candidates: each one adds to what is replayed
+    after: dict[tuple[int, ...], SampleScore] = field(default_factory=dict)
+    rehearses: bool = False             # what was learned already
+    least_steps: int = 0                # before it may end
     judged: bool = False                # this step's scores were looked at
     must_be_right: int = 0              # of its samples, the first so many
     steps: int = 0

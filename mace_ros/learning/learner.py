@@ -3,40 +3,49 @@
 """
 From accepted corrections to a published adapter version, one job at a time.
 
-A job trains the corrections that wait for one profile, together with replayed answers,
-and ends as soon as greedy decoding would give every corrected answer. Everything here
-runs in the device thread and never blocks: disk work goes to the journal's thread.
+A job chooses among the corrections that wait for one profile, trains them together with
+replayed answers, and ends as soon as greedy decoding would give every corrected answer and
+the gate finds nothing lost. Everything here runs in the device thread and never blocks:
+disk work goes to the journal's thread.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from itertools import zip_longest
+from functools import partial
 import math
 from statistics import fmean
 import time
 from typing import Any
 
+from torch import Tensor
+
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
-from mace_ros.execution.finetune import FinetuneStep, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
 from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank
+from mace_ros.execution.lora import AdapterBank, LinearGroup
+from mace_ros.execution.sketch import Sketch
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.describing import peft_config, version_event
-from mace_ros.learning.gate import Gate, Verdict
+from mace_ros.learning.drift import Drift, surprise
+from mace_ros.learning.gate import batches, Verdict
 from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.samples import first_within, sample, turn
+from mace_ros.learning.lessons import candidate, Lessons, texts
+from mace_ros.learning.priority import priority
+from mace_ros.learning.samples import interleaved, sample, turn
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
 JOB_CORRECTIONS = 4     # corrections learned together at most
+JOB_CANDIDATES = 16     # of those that wait, looked at for one job
+MORE_STEPS = 4          # at least, after a candidate was rejected
 # A right token must lead by this much (in logits) before it counts as learned, so that a
 # different order of additions in another batch does not change the answer.
 LEARNED_MARGIN = 0.5
@@ -54,11 +63,21 @@ class Learner:
         self._journal, self._store, self._wake = journal, store, wake
         self._waiting: list[Waiting] = []
         self._job: Job | None = None
-        self._anchors: list[tuple[list[int], list[int]]] | None = None    # prompt, output
+        self._lessons = Lessons(chat)
+        # Scores under a profile's version that its gate has found out.
+        self._known: dict[tuple[int, ...], SampleScore] = {}
+        self._known_of: tuple[str, int] | None = None
+        self._recent: deque[CorrectionRecord] = deque(maxlen=JOB_CANDIDATES)
+        self._jobs = 0
+        self.drift = Drift()
+        self._settings = Settings()
         self._rejections: deque[Future[VersionRecord]] = deque()
+        self.clock: Callable[[], float] = time.monotonic
         self.wants_anchors = False
         # How many tokens a step may have whose pieces end within so many seconds.
         self.tokens_within: Callable[[float], int] = lambda seconds: 512
+        # Device seconds of a step over so many tokens.
+        self.step_s: Callable[[int], float] = float
 
     # -- what comes in ---------------------------------------------------------------
 
@@ -94,17 +113,19 @@ class Learner:
     def add(self, record: CorrectionRecord, arrived: float) -> list[Event]:
         """Queue a correction that is in the journal."""
         events: list[Event] = []
+        repeats = 0
         for other in [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
                       and w.record.profile == record.profile]:
             self._waiting.remove(other)
+            repeats += 1 + other.repeats
             events.append(self._set_state(
                 other.record, CorrectionState.SUPERSEDED, f'by correction {record.id}'))
-        self._waiting.append(Waiting(record, arrived))
+        self._waiting.append(Waiting(record, arrived, repeats=repeats))
         return events
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
-        self._anchors = anchors
+        self._lessons.anchors = anchors
         self.wants_anchors = False
 
     # -- what the engine runs --------------------------------------------------------
@@ -146,28 +167,31 @@ class Learner:
 
     def advance(self, settings: Settings) -> list[Event]:
         """Go on as far as possible without waiting; return what happened."""
+        self._settings = settings
         while self._rejections and self._rejections[0].done():
             written = self._rejections.popleft()
             if written.exception() is None:     # else it is not on record; nothing else is lost
                 return [version_event(written.result(), self._store)]
         if self._job is None:
-            return self._start(settings)
+            return self._start()
         job = self._job
         if job.scoring is not None:
-            return self._go_on_scoring(job, job.scoring, settings)
+            return self._go_on_scoring(job, job.scoring)
+        if job.sparing is not None:
+            return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
         if job.score_after is not None:
             return self._save(job)
         if job.step is None:
-            if not job.fetched.done() or self._anchors is None:
+            if not job.fetched.done() or self._lessons.anchors is None:
                 return []
-            return self._prepare(job, settings)
+            return self._prepare(job)
         if job.step.done:
             job.steps += 1
-            self._next_step(job, settings)
+            self._next_step(job)
         elif job.step.scored and not job.judged:
-            return self._judge(job, settings)
+            return self._judge(job)
         return []
 
     def drop(self, reason: str) -> list[Event]:
@@ -177,6 +201,8 @@ class Learner:
             return []
         if job.slot is not None:
             self._slots.give_back(job.slot)
+        if job.rehearses:
+            return []
         failed = [w for w in job.corrections if w.tries >= MAX_TRIES]
         self._waiting = [replace(w, tries=w.tries + 1) for w in job.corrections
                          if w not in failed] + self._waiting
@@ -189,21 +215,38 @@ class Learner:
 
     # -- a job's life ----------------------------------------------------------------
 
-    def _start(self, settings: Settings) -> list[Event]:
-        if not self._waiting or settings.finetune.budget == 0:
+    def _start(self) -> list[Event]:
+        settings = self._settings
+        if settings.finetune.budget == 0:
             return []
+        if not self._waiting:
+            return self._rehearse()
         profile = self._waiting[0].record.profile
-        chosen = [w for w in self._waiting if w.record.profile == profile][:JOB_CORRECTIONS]
-        most = self.tokens_within(settings.finetune.max_blocking_ms / 1e3)
-        while len(chosen) > 1 and sum(self._length(w.record) for w in chosen) > most:
-            chosen.pop()
+        chosen = [w for w in self._waiting if w.record.profile == profile][:JOB_CANDIDATES]
+        if not self._decides:
+            chosen = self._fitting(chosen)
         self._waiting = [w for w in self._waiting if w not in chosen]
         if not self._slots.has_room(profile):
             return [self._set_state(
                 w.record, CorrectionState.FAILED,
                 'every adapter slot has the live version of a profile; raise adapter.slots')
                 for w in chosen]
-        count = settings.finetune.replay_samples
+        self._begin(profile, chosen)
+        return []
+
+    def _rehearse(self) -> list[Event]:
+        """Under the policy ``continuous``, which never rests, train again what was learned."""
+        if self._settings.scheduler.policy == 'continuous' and self._recent:
+            profile = self._recent[-1].profile
+            again = turn([r for r in self._recent if r.profile == profile],
+                         min(JOB_CORRECTIONS, len(self._recent)), self._jobs)
+            now = time.monotonic()
+            job = self._begin(profile, [Waiting(r, now) for r in dict.fromkeys(again)])
+            job.rehearses, job.least_steps = True, self._settings.finetune.period_steps
+        return []
+
+    def _begin(self, profile: str, chosen: list[Waiting]) -> Job:
+        count = self._settings.finetune.replay_samples
         live = self._slots.live(profile)
 
         def fetch(journal: Journal) -> Fetched:
@@ -213,66 +256,148 @@ class Learner:
                 self._store.load(record.path, record.sha256) if record else None)
 
         parent = live.version if live.profile == profile else 0
+        if self._known_of != (live.profile, live.version):
+            self._known, self._known_of = {}, (live.profile, live.version)
         self._job = Job(profile, chosen, parent, self._submit(fetch))
-        self.wants_anchors = self._anchors is None
-        return [self._set_state(w.record, CorrectionState.TRAINING) for w in chosen]
+        self._jobs += 1
+        self.wants_anchors = self._lessons.anchors is None
+        return self._job
 
-    def _prepare(self, job: Job, settings: Settings) -> list[Event]:
-        assert self._anchors is not None
+    @property
+    def _decides(self) -> bool:
+        """Whether corrections are scored before it is decided what to learn."""
+        return self._settings.scheduler.policy == 'mace'
+
+    def _fitting(self, candidates: Sequence[Waiting]) -> list[Waiting]:
+        """Return the first corrections that may be learned together; at least one."""
+        most = self.tokens_within(self._settings.finetune.max_blocking_ms / 1e3)
+        chosen = list(candidates[:JOB_CORRECTIONS])
+        while len(chosen) > 1 and sum(self._length(w.record) for w in chosen) > most:
+            chosen.pop()
+        return chosen
+
+    def _prepare(self, job: Job) -> list[Event]:
+        """Let the base model teach its answers, once."""
         error = job.fetched.exception()
         if error is not None:
             return self.drop(f'the live version could not be read: {error}')
-        fetched = job.fetched.result()
-        if fetched.tensors is None:
+        if self._lessons.teachers is not None:
+            return self._load(job)
+        self._bank.reset()
+        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
+        sketch = Sketch(self._settings.finetune.spared_directions)
+        return self._score(job, self._lessons.replayed_anchors,
+                           partial(self._take_teachers, job, sketch), sketch)
+
+    def _take_teachers(self, job: Job, sketch: Sketch, scores: list[SampleScore],
+                       taught: list[Sample]) -> list[Event]:
+        self._lessons.teachers = taught
+        job.sparing = sketch.directions()
+        return self._go_on_sparing(job, job.sparing)
+
+    def _go_on_sparing(self, job: Job,
+                       sparing: Iterator[tuple[LinearGroup, Tensor]]) -> list[Event]:
+        """Go on by one group of layers: of a few milliseconds, no query waits long."""
+        found = next(sparing, None)
+        if found is None:
+            job.sparing = None
+            return self._load(job)
+        self._bank.spare(*found)
+        self._wake()
+        return []
+
+    def _load(self, job: Job) -> list[Event]:
+        """Go on from the live version; look first how it does on the candidates."""
+        tensors = job.fetched.result().tensors
+        if tensors is None:
             self._bank.reset()
         else:
-            self._bank.load(fetched.tensors)
-        job.trainer = Trainer(self._bank, settings.finetune.learning_rate)
-        job.samples = [sample(w.record.prompt_ids, self._chat.answer(w.record.corrected),
-                               w.record.weight)
-                       for w in job.corrections]
-        prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
-        # The newest correction of a question is the one to keep.
-        newest = {r.prompt_ids: r for r in fetched.learned if r.prompt_ids not in prompts}
-        job.kept = [sample(r.prompt_ids, self._chat.answer(r.corrected))
-                    for r in newest.values()]
-        prompts |= newest.keys()
-        earlier = [sample(a.prompt_ids, a.output_ids) for a in fetched.answers
-                   if a.prompt_ids not in prompts and a.output_ids
-                   and len(a.prompt_ids) + len(a.output_ids) <= settings.finetune.max_sample_tokens]
-        anchors = [sample(p, o) for p, o in self._anchors if tuple(p) not in prompts]
-        # Interleaved, so that a few of each kind come in every step.
-        job.replayed = [s for pair in zip_longest(anchors, earlier) for s in pair if s is not None]
-        job.gate = Gate({'earlier corrections': job.kept, 'other answers': job.replayed})
-        return self._score(job, settings)    # under the live version, before it changes
+            self._bank.load(tensors)
+        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
+        prefers = self._settings.finetune.objective == 'dpo'
+        if job.rehearses or not (self._decides or prefers):
+            return self._guard(job)
+        both = [sample(w.record.prompt_ids, self._chat.answer(text))
+                for w in job.corrections for text in texts(w.record)]
+        return self._score(job, both, partial(self._choose, job))
 
-    def _next_step(self, job: Job, settings: Settings) -> None:
-        assert job.trainer is not None
-        count = settings.finetune.replay_samples
-        job.judged = False
-        # Up to half of what is replayed are earlier corrections; all in their turn.
-        kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
-        must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
-        replayed = turn(job.replayed, count - len(kept), job.steps)
-        # A piece of learning is a layer of all tokens: with more it would take too long.
-        most = self.tokens_within(settings.finetune.max_blocking_ms / 1e3)
-        must_be_right = first_within(must_be_right, most, at_least=len(job.samples))
-        replayed = first_within(replayed, most - sum(len(s.tokens) for s in must_be_right))
-        job.must_be_right = len(must_be_right)
-        job.trainer.set_learning_rate(settings.finetune.learning_rate)
-        job.step = FinetuneStep(
-            self._model, job.trainer, must_be_right + replayed,
-            keep_graphs=settings.finetune.recompute != 'always',
-            may_ride=settings.finetune.recompute != 'never',
-            oldest_correction_at=job.oldest)
+    def _choose(self, job: Job, scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
+        """Let go what the live version answers right, and learn first what gains most."""
+        left = iter(scores)
+        now = self.clock()
+        freshness_s = self._settings.slo.freshness_s
+        ranked: list[tuple[float, Waiting]] = []
+        right: list[Waiting] = []
+        for waiting in job.corrections:
+            of = [next(left) for _ in texts(waiting.record)]
+            leads = [s.log_probability for s in of]
+            if len(of) > 1:
+                waiting.reference = (of[0].log_probability * of[0].tokens
+                                     - of[1].log_probability * of[1].tokens)
+            if not waiting.seen:
+                waiting.seen = True
+                self.drift.outcome(surprise(leads[0]))
+            if of[0].margin >= LEARNED_MARGIN:
+                right.append(waiting)
+                continue
+            others = [w for w in [*job.corrections, *self._waiting] if w is not waiting
+                      and w.record.profile == job.profile]
+            ranked.append((priority(candidate(
+                waiting, leads, others, max(now - waiting.arrived, 0.0),
+                self.step_s(self._length(waiting.record))), freshness_s), waiting))
+        if self._settings.finetune.order == 'priority':
+            ranked.sort(key=lambda pair: -pair[0])
+        job.corrections = self._fitting([w for _, w in ranked])
+        self._waiting = [w for _, w in ranked if w not in job.corrections] + self._waiting
+        events: list[Event] = [self._set_state(
+            w.record, CorrectionState.LEARNED, 'the live version already answers so', job.parent)
+            for w in right]
+        if not job.corrections:
+            self._job = None
+            return events
+        return events + self._guard(job)
 
-    def _score(self, job: Job, settings: Settings) -> list[Event]:
-        """Begin to score what the gate guards."""
+    def _guard(self, job: Job) -> list[Event]:
+        """Gather what is to be learned, and score what is guarded under the live version."""
+        own = self._lessons.gather(job, self._settings.finetune, self._jobs)
         assert job.gate is not None
-        job.step, job.scoring = None, Scoring(job.gate.batches())
-        return self._go_on_scoring(job, job.scoring, settings)
+        # What is replayed of this robot's answers needs the live version as its teacher.
+        unknown = [s for s in job.gate.samples if s.tokens not in self._known or s in own]
+        events: list[Event] = [] if job.rehearses else [
+            self._set_state(w.record, CorrectionState.TRAINING) for w in job.corrections]
+        return events + self._score(
+            job, unknown, partial(self._begin_training, job, unknown, own))
 
-    def _go_on_scoring(self, job: Job, scoring: Scoring, settings: Settings) -> list[Event]:
+    def _begin_training(self, job: Job, unknown: list[Sample], own: list[Sample],
+                        scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
+        assert job.gate is not None
+        self._known.update({s.tokens: score for s, score in zip(unknown, scores, strict=True)})
+        job.before = [self._known[s.tokens] for s in job.gate.samples]
+        job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
+        self._next_step(job)
+        return []
+
+    def _next_step(self, job: Job) -> None:
+        assert job.trainer is not None
+        finetune = self._settings.finetune
+        # A piece of learning is a layer of all tokens: with more it would take too long.
+        most = self.tokens_within(finetune.max_blocking_ms / 1e3)
+        samples, preferences = self._lessons.step(job, finetune, most)
+        job.judged = False
+        job.trainer.set_learning_rate(finetune.learning_rate)
+        job.step = FinetuneStep(
+            self._model, job.trainer, samples,
+            keep_graphs=finetune.recompute != 'always', may_ride=finetune.recompute != 'never',
+            preferences=preferences, oldest_correction_at=job.oldest)
+
+    def _score(self, job: Job, samples: Sequence[Sample],
+               done: Callable[[list[SampleScore], list[Sample]], list[Event]],
+               sketch: Sketch | None = None) -> list[Event]:
+        """Score samples under the adapter as it is, and go on with ``done``."""
+        job.step, job.scoring = None, Scoring(batches(samples), done, sketch)
+        return self._go_on_scoring(job, job.scoring)
+
+    def _go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
         if scoring.step is not None:
             if not scoring.step.done:
                 return []
@@ -282,20 +407,22 @@ class Learner:
         if batch is not None:
             assert job.trainer is not None
             scoring.step = FinetuneStep(
-                self._model, job.trainer, batch, learns=False, oldest_correction_at=job.oldest)
+                self._model, job.trainer, batch, learns=False, sketch=scoring.sketch,
+                oldest_correction_at=job.oldest)
             return []
         job.scoring = None
-        if job.before is None:
-            job.before = scoring.scores
-            # What is replayed is to be predicted as before, not only to be said again.
-            job.replayed = scoring.taught[len(job.kept):]
-            self._next_step(job, settings)
-            return []
-        assert job.gate is not None
-        verdict = job.gate.judge(job.before, scoring.scores, settings.gate.tolerance)
-        return self._reject(job, verdict, settings) if verdict.reason else self._save(job)
+        return scoring.done(scoring.scores, scoring.taught)
 
-    def _reject(self, job: Job, verdict: Verdict, settings: Settings) -> list[Event]:
+    def _weigh(self, job: Job, scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
+        """Ask the gate about a candidate."""
+        assert job.gate is not None
+        verdict = job.gate.judge(job.before, scores, self._settings.gate.tolerance)
+        if verdict.reason:
+            return self._reject(job, verdict)
+        job.after = {s.tokens: score for s, score in zip(job.gate.samples, scores, strict=True)}
+        return self._save(job)
+
+    def _reject(self, job: Job, verdict: Verdict) -> list[Event]:
         """Don't publish; go on with what was lost among what must be right, if that may help."""
         record = VersionRecord(
             profile=job.profile, version=0, parent=job.parent, state=VersionState.REJECTED,
@@ -309,18 +436,22 @@ class Learner:
             return numbered
 
         self._rejections.append(self._submit(write))
-        if job.steps < settings.finetune.max_steps:
+        if job.steps < self._settings.finetune.max_steps:
             job.lost += [s for s in verdict.lost if s not in job.lost]
+            job.rejections += 1
+            job.least_steps = job.steps + MORE_STEPS
             job.score_after = None
-            self._next_step(job, settings)
+            self._next_step(job)
             return []
         self._job = None
-        reason = f'{verdict.reason} after {job.steps} steps (finetune.max_steps)'
-        return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in job.corrections]
+        return self._fail(
+            job, job.corrections,
+            f'{verdict.reason} after {job.steps} steps (finetune.max_steps)')
 
-    def _judge(self, job: Job, settings: Settings) -> list[Event]:
+    def _judge(self, job: Job) -> list[Event]:
         """Decide, with the scores of a step's forward, whether its backward is still needed."""
         assert job.step is not None
+        most = self._settings.finetune.max_steps
         job.judged = True
         count = len(job.corrections)
         scores = job.step.scores()
@@ -328,22 +459,25 @@ class Learner:
         score = fmean(s.log_probability for s in scores[:count])
         if job.steps == 0:
             job.score_before = score
-        if not all(right) and job.steps < settings.finetune.max_steps:
+        if job.steps < most and (job.steps < job.least_steps or not all(right)):
             return []
         keeps = all(right[count:])
         learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok and keeps]
         reason = ('not learned' if keeps else 'not learned without losing what was right before')
-        events: list[Event] = [
-            self._set_state(w.record, CorrectionState.FAILED,
+        events = self._fail(job, [w for w in job.corrections if w not in learned],
                             f'{reason} after {job.steps} steps (finetune.max_steps)')
-            for w in job.corrections if w not in learned]
         if learned and job.steps:
             job.corrections, job.score_after = learned, score
-            return events + self._score(job, settings)
+            assert job.gate is not None
+            return events + self._score(job, job.gate.samples, partial(self._weigh, job))
         self._job = None
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,
                             'the live version already answers so', job.parent) for w in learned]
+
+    def _fail(self, job: Job, corrections: Sequence[Waiting], reason: str) -> list[Event]:
+        return [] if job.rehearses else [
+            self._set_state(w.record, CorrectionState.FAILED, reason) for w in corrections]
 
     def _save(self, job: Job) -> list[Event]:
         """Write the new version to disk, as soon as there is a slot for it."""
@@ -379,6 +513,8 @@ class Learner:
         record, learned = job.saving.result()
         self._bank.write_slot(job.slot)
         self._slots.publish(job.profile, record.version, job.slot)
+        self._known, self._known_of = job.after, (job.profile, record.version)
+        self._recent.extend(w.record for w in job.corrections if w.record not in self._recent)
         self._job = None
         return [version_event(record, self._store), *(
             CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)

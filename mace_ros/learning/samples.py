@@ -4,7 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from mace_ros.execution.finetune import Sample
+
+T = TypeVar('T')
 
 
 def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
@@ -18,7 +23,7 @@ def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> li
     return samples[:count]
 
 
-def turn(samples: list[Sample], count: int, turn: int) -> list[Sample]:
+def turn(samples: Sequence[T], count: int, turn: int) -> list[T]:
     """Return the next ``count`` samples, so that each one comes equally often."""
     if not samples:
         return []
@@ -29,3 +34,12 @@ def sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[i
             weight: float = 1.0) -> Sample:
     """Return a training sequence whose loss is on the answer only."""
     return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
+
+
+def interleaved(many: Sequence[T], few: Sequence[T]) -> list[T]:
+    """Return all of both, those of ``few`` spread evenly."""
+    result = list(many)
+    every = len(many) // (len(few) + 1) + 1
+    for i, each in enumerate(few):
+        result.insert(i * every, each)
+    return result

@@ -111,6 +111,8 @@ def scheduler_message(status: Status, before: Status, attainment: Attainment) ->
         decode_rows=status.decode_rows, kv_use=status.kv_use,
         corrections_waiting=status.corrections_waiting, freshness_s=status.freshness_s,
         live_version=status.live_version, profiles=status.profiles,
+        drift=status.drift_state, drift_level=status.drift_level,
+        finetune_budget=status.finetune_budget,
         busy_share=now.busy_share, serving_share=now.serving_share,
         learning_share=now.learning_share,
         decode_rate=rate(now.decode_tokens - then.decode_tokens),

@@ -41,3 +41,6 @@ class Status:
     live_version: int = 0
     profiles: int = 0
     journal_error: str = ''
+    drift_state: int = 0        # as in Scheduler.msg
+    drift_level: float = 1.0
+    finetune_budget: float = 1.0

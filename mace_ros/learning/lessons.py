@@ -1,0 +1,110 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a job learns, what it keeps, and what the gate looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mace_ros.execution.finetune import Preference, Sample
+from mace_ros.execution.text import ChatText
+from mace_ros.learning.anchors import PROBE_EVERY
+from mace_ros.learning.gate import Gate, Group, Measure
+from mace_ros.learning.job import Job, Waiting
+from mace_ros.learning.journal import CorrectionRecord
+from mace_ros.learning.paraphrases import paraphrases
+from mace_ros.learning.priority import Candidate, resemble
+from mace_ros.learning.samples import first_within, sample, turn
+from mace_ros.settings import FinetuneSettings
+
+GUARDED = 32    # earlier corrections that the gate looks at, by turns
+
+
+class Lessons:
+    """Makes samples of corrections, earlier ones, and answers that are to stay."""
+
+    def __init__(self, chat: ChatText) -> None:
+        """Begin without the base model's answers."""
+        self._chat = chat
+        self.anchors: list[tuple[list[int], list[int]]] | None = None    # prompt, output
+        self.teachers: list[Sample] | None = None   # those replayed, as the base model predicts
+
+    @property
+    def replayed_anchors(self) -> list[Sample]:
+        """The base model's answers that are replayed."""
+        assert self.anchors is not None
+        return [sample(p, o) for i, (p, o) in enumerate(self.anchors) if i % PROBE_EVERY]
+
+    def gather(self, job: Job, finetune: FinetuneSettings, number: int) -> list[Sample]:
+        """
+        Fill in what the job trains and guards; return the answers of this robot among it.
+
+        ``number`` says whose turn it is among many earlier corrections.
+        """
+        assert self.anchors is not None and self.teachers is not None
+        fetched = job.fetched.result()
+        job.samples = [
+            sample(w.record.prompt_ids, self._chat.answer(w.record.corrected), w.record.weight)
+            for w in job.corrections]
+        prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
+        # The newest correction of a question is the one to keep.
+        newest = {r.prompt_ids: r for r in fetched.learned if r.prompt_ids not in prompts}
+        job.kept = [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in newest.values()]
+        prompts |= newest.keys()
+        own = [sample(a.prompt_ids, a.output_ids) for a in fetched.answers
+               if a.prompt_ids not in prompts and a.output_ids
+               and len(a.prompt_ids) + len(a.output_ids) <= finetune.max_sample_tokens]
+        job.replayed = [s for s in self.teachers if s.prompt not in prompts]
+        job.gate = Gate([
+            Group('paraphrases', tuple(
+                sample(self._chat.prompt(messages), self._chat.answer(w.record.corrected))
+                for w in job.corrections for messages in paraphrases(w.record.messages)),
+                Measure.PROBABILITY, must_rise=True),
+            Group('earlier corrections', tuple(
+                turn(job.kept, min(GUARDED, len(job.kept)), number)), Measure.EXACT),
+            Group('probes', tuple(sample(p, o) for p, o in self.anchors[::PROBE_EVERY]
+                                  if tuple(p) not in prompts), Measure.PROBABILITY),
+            Group('good answers', tuple(own), Measure.PROBABILITY)])
+        return own
+
+    def step(self, job: Job, finetune: FinetuneSettings,
+             most: int) -> tuple[list[Sample], list[Preference]]:
+        """Return the samples of the job's next step, ``most`` tokens if possible."""
+        count = finetune.replay_samples * (1 + job.rejections)
+        # Up to half of what is replayed are earlier corrections; all in their turn.
+        kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
+        must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
+        replayed = turn(job.replayed, count - len(kept), job.steps)
+        must_be_right = first_within(must_be_right, most, at_least=len(job.samples))
+        replayed = first_within(replayed, most - sum(len(s.tokens) for s in must_be_right))
+        job.must_be_right = len(must_be_right)
+        preferences: list[Preference] = []
+        worse: list[Sample] = []
+        for i, waiting in enumerate(job.corrections if finetune.objective == 'dpo' else ()):
+            for text in texts(waiting.record)[1:]:
+                preferences.append(Preference(
+                    i, len(must_be_right) + len(worse), waiting.reference, finetune.dpo_beta))
+                worse.append(sample(waiting.record.prompt_ids, self._chat.answer(text)))
+        return must_be_right + worse + replayed, preferences
+
+
+def texts(record: CorrectionRecord) -> list[str]:
+    """Return the corrected text, and the rejected one if it is known."""
+    return [record.corrected, *([record.rejected] if record.rejected.strip() else [])]
+
+
+def candidate(waiting: Waiting, leads: Sequence[float], others: Sequence[Waiting], age_s: float,
+              seconds: float) -> Candidate:
+    """Return what is known of a correction; ``leads`` are mean log p of its :func:`texts`."""
+    question = _question(waiting.record)
+    return Candidate(
+        loss=-leads[0], margin=leads[0] - leads[1] if len(leads) > 1 else 0.0,
+        weight=waiting.record.weight, age_s=age_s,
+        resembling=waiting.repeats + sum(
+            1 + w.repeats for w in others if resemble(question, _question(w.record))),
+        seconds=seconds)
+
+
+def _question(record: CorrectionRecord) -> str:
+    asked = [m['content'] for m in record.messages if m['role'] == 'user']
+    return asked[-1] if asked else ''

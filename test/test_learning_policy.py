@@ -1,0 +1,118 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What to learn and how much of it: the parts that know no device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import math
+import random
+
+from hypothesis import given, strategies
+import pytest
+
+from mace_ros.learning.anchors import ANCHORS
+from mace_ros.learning.drift import Drift, DriftState, surprise
+from mace_ros.learning.paraphrases import paraphrases, TEMPLATES
+from mace_ros.learning.priority import Candidate, gain, priority, resemble
+from mace_ros.learning.samples import interleaved, turn
+
+# -- priority ----------------------------------------------------------------------------
+
+USUAL = Candidate(loss=2.0, margin=-1.0, weight=1.0, age_s=10.0, resembling=1, seconds=0.5)
+
+
+@pytest.mark.parametrize('better', [
+    {'loss': 3.0}, {'margin': -2.0}, {'weight': 2.0}, {'age_s': 20.0}, {'resembling': 2},
+    {'seconds': 0.4}])
+def test_what_raises_the_priority(better: dict[str, float]) -> None:
+    assert priority(replace(USUAL, **better), 120.0) > priority(USUAL, 120.0)
+
+
+def test_what_is_right_by_far_gains_next_to_nothing() -> None:
+    known = replace(USUAL, loss=0.0, margin=30.0)
+    assert gain(known, 120.0) < 1e-9
+    assert gain(replace(known, age_s=1e6, resembling=1000), 120.0) < 1e-3
+
+
+@given(strategies.floats(-1e6, 1e6), strategies.floats(-1e6, 1e6), strategies.integers(0, 1000))
+def test_gain_is_finite_and_never_negative(loss: float, margin: float, count: int) -> None:
+    value = gain(replace(USUAL, loss=loss, margin=margin, resembling=count), 120.0)
+    assert math.isfinite(value) and value >= 0.0
+
+
+def test_resembling_questions_share_half_of_their_words() -> None:
+    assert resemble('Where are the cups?', 'where are the red cups')
+    assert not resemble('Where are the cups?', 'Who built you?')
+    assert not resemble('', '')
+
+
+# -- drift -------------------------------------------------------------------------------
+
+
+def outcomes(drift: Drift, wrong: float, count: int, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(count):
+        drift.outcome(0.9 if rng.random() < wrong else 0.0)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_shift_is_noticed_and_forgotten_again(seed: int) -> None:
+    drift = Drift()
+    assert drift.state is DriftState.UNKNOWN and drift.budget(0.1, 0.8) == 0.8
+    outcomes(drift, 0.05, 100, seed)
+    assert drift.state is DriftState.CALM
+    assert drift.budget(0.1, 0.8) < 0.3
+    outcomes(drift, 0.9, 25, seed)
+    assert drift.state is DriftState.DRIFTING
+    assert drift.rises >= 1 and drift.budget(0.1, 0.8) == 0.8
+    outcomes(drift, 0.02, 200, seed)
+    assert drift.state is DriftState.CALM
+    assert drift.budget(0.1, 0.8) < 0.3
+
+
+def test_getting_better_is_no_drift() -> None:
+    drift = Drift()
+    outcomes(drift, 0.9, 60, 1)
+    outcomes(drift, 0.0, 100, 2)
+    assert drift.rises == 0 and drift.state is DriftState.CALM
+
+
+def test_the_budget_stays_within_its_bounds() -> None:
+    drift = Drift()
+    for value in (0.0, 1.0, -3.0, 7.0, 0.5) * 20:
+        drift.outcome(value)
+        assert 0.2 <= drift.budget(0.2, 0.7) <= 0.7
+    assert drift.budget(0.5, 0.1) == 0.1    # never above finetune.budget
+    assert drift.budget(0.2, 0.0) == 0.0    # frozen is frozen
+
+
+def test_surprise_is_a_share() -> None:
+    assert surprise(0.0) == 0.0 and surprise(0.1) == 0.0
+    assert surprise(-100.0) == pytest.approx(1.0)
+    assert surprise(math.log(0.25)) == pytest.approx(0.75)
+
+
+# -- samples -----------------------------------------------------------------------------
+
+
+def test_a_paraphrase_changes_the_last_question_only() -> None:
+    messages = ({'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'A?'},
+                {'role': 'assistant', 'content': 'B.'}, {'role': 'user', 'content': 'C?'})
+    changed = paraphrases(messages)
+    assert len(changed) == len(TEMPLATES)
+    for each in changed:
+        assert each[:3] == list(messages[:3]) and 'C?' in each[3]['content'] != 'C?'
+    assert paraphrases(({'role': 'system', 'content': 'x'},)) == []
+
+
+def test_all_take_their_turn() -> None:
+    assert [turn('abc', 2, i) for i in range(3)] == [['a', 'b'], ['c', 'a'], ['b', 'c']]
+    assert turn('', 2, 0) == []
+    mixed = interleaved('abcdef', 'xy')
+    assert sorted(mixed) == sorted('abcdefxy') and 'x' in mixed[:3] and 'y' in mixed[3:]
+    assert interleaved('', 'xy') == ['x', 'y']
+
+
+def test_no_anchor_is_asked_twice() -> None:
+    assert len(set(ANCHORS)) == len(ANCHORS)
