@@ -296,7 +296,8 @@ def test_no_number_is_left_out() -> None:
     status = Status(12.0, Statistics(
         serving_share=0.5, learning_share=0.25, iterations=3, finetune_steps=4, rejected=5,
         late_for_learning=6, predicted_s=1.0, measured_s=2.0, decode_tokens=1, prefill_tokens=1,
-        ridden_tokens=1, shape=SHAPE), 1, 2, 3, 0.5, 4, 5.0, 6, 7, drift_state=1)
+        ridden_tokens=1, shape=SHAPE), 1, 2, 3, 0.5, 0.1, 8, 9, 4, 5.0, 6, 7,
+        drift_state=1)
     message = scheduler_message(
         status, Status(11.0, Statistics()), Attainment(9, 0.5, 10.0, 11.0))
     empty = {name for name in message.get_fields_and_field_types()
