@@ -24,6 +24,7 @@ class Arrival:
     at: float
     text: str
     ids: tuple[int, ...]    # of the whole prompt
+    max_tokens: int = 0     # of its answer; 0: as all of the block
 
 
 @dataclass(frozen=True)

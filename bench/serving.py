@@ -68,13 +68,12 @@ class Served:
         ids = [f'{system}/{block}/{i}' for i in range(len(arrivals))]
         feeder = threading.Thread(target=self._feed, args=(begun, arrivals, ids, max_tokens))
         feeder.start()
-        left = set(ids)
+        left = {i: a.max_tokens or max_tokens for i, a in zip(ids, arrivals, strict=True)}
 
         def finished(events: list[Event]) -> bool:
             for event in events:
                 if isinstance(event, Finished):
-                    _expect(event, max_tokens)
-                    left.discard(event.query_id)
+                    _expect(event, left.pop(event.query_id))
             return not left and time.monotonic() >= begun + seconds
 
         self.drive(finished, until=begun + seconds)
@@ -176,7 +175,8 @@ class Served:
         for arrival, query_id in zip(arrivals, ids, strict=True):
             time.sleep(max(begun + arrival.at - time.monotonic(), 0.0))
             self.engine.submit(Query(
-                arrival.text, id=query_id, max_tokens=max_tokens, temperature=0.0))
+                arrival.text, id=query_id, max_tokens=arrival.max_tokens or max_tokens,
+                temperature=0.0))
 
     def _set(self, values: dict[str, Any]) -> None:
         self.engine.update(self.engine.settings.updated(values))
