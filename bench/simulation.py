@@ -79,9 +79,12 @@ class Run:
         from mace_ros.execution.loading import load_model
         from mace_ros.execution.text import ChatText
         from mace_ros.settings import Settings
+        import mace_ros.simulation.replay  # noqa: F401 - all code as it is now
 
         self._args = args
-        self._settings = Settings().updated({'model.device': 'cpu'})
+        # Prompts of a trace have nothing in common; those made here would share the template.
+        self._settings = Settings().updated({
+            'model.device': 'cpu', 'memory.prefix_sharing': False})
         loaded = load_model('', device='cpu')
         chat = ChatText(loaded.tokenizer)
         self._encode = lambda text: chat.prompt([{'role': 'user', 'content': text}])
@@ -201,11 +204,12 @@ def found(rows: Sequence[dict[str, Any]], policy: str) -> dict[str, float]:
     def pooled(column: str) -> list[float]:
         return [value for r in own for value in r[column]]
 
+    wall_s = sum(r['wall_s'] for r in own)
     return {
-        'TTFT p50': percentile(pooled('ttft_ms'), 50), 'TTFT p95': percentile(pooled('ttft_ms'), 95),
-        'TPOT p50': percentile(pooled('tpot_ms'), 50), 'TPOT p95': percentile(pooled('tpot_ms'), 95),
-        'fine-tune tokens': sum(r['finetune_tokens'] for r in own) / sum(r['wall_s'] for r in own),
-        'utilisation': sum(r['busy_s'] for r in own) / sum(r['wall_s'] for r in own)}
+        **{f'{name} p{percent}': percentile(pooled(column), percent)
+           for name, column in (('TTFT', 'ttft_ms'), ('TPOT', 'tpot_ms')) for percent in (50, 95)},
+        'fine-tune tokens': sum(r['finetune_tokens'] for r in own) / wall_s,
+        'utilisation': sum(r['busy_s'] for r in own) / wall_s}
 
 
 def errors(samples: dict[str, Any], policy: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 import pytest
 from virtual_device import (
+    CheckedEngine,
     CPU_PASS,
     GPU_PASS,
     poisson,
@@ -19,7 +20,6 @@ from virtual_device import (
     ttft,
     undivided_step_s,
     VirtualDevice,
-    VirtualEngine,
 )
 
 from mace_ros.scheduling.plan import SegmentKind
@@ -27,13 +27,13 @@ from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
 
 
-def saturated(policy: str, seconds: float = 60.0, **kinds) -> VirtualEngine:
+def saturated(policy: str, seconds: float = 60.0, **kinds) -> CheckedEngine:
     """Return an engine that has more requests than it can serve, all the time."""
     requests = [query(n, 0.02 * n, answer=64) for n in range(int(5 * seconds))]
     return served(policy, requests, **kinds)
 
 
-def shares(engine: VirtualEngine, until: float) -> tuple[float, float]:
+def shares(engine: CheckedEngine, until: float) -> tuple[float, float]:
     """Return the seconds of passes and of segments that were planned before ``until``."""
     plans = [plan for at, plan in engine.plans if at < until]
     learning = [p for p in plans if not p.decode and not p.prefill]
@@ -100,7 +100,7 @@ RATE, COUNT = 0.45, 100   # keeps inference_only about 40 % busy
 
 
 @cache
-def under_load(policy: str, seed: int) -> VirtualEngine:
+def under_load(policy: str, seed: int) -> CheckedEngine:
     requests = poisson(COUNT, RATE, seed)
     return served(policy, requests, until=requests[-1].arrival)
 
@@ -207,7 +207,7 @@ def test_tokens_ride_where_that_saves_device_time_and_only_there():
 def test_whether_riding_pays_is_asked_again_for_each_step():
     device = VirtualDevice(curve=GPU_PASS)
     settings = Settings().updated({'scheduler.max_slowdown': 1.5})
-    engine = VirtualEngine(Scheduler(settings, device.calibrated()), device, settings)
+    engine = CheckedEngine(Scheduler(settings, device.calibrated()), device, settings)
     engine.run([query(0, 0.0, answer=100)])
     assert engine.scheduler.statistics(engine.now).ridden_tokens == 0
     engine.recompute = True   # of later steps

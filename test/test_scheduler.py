@@ -5,6 +5,8 @@
 from hypothesis import given, HealthCheck, settings as hypothesis_settings, strategies as st
 import pytest
 from virtual_device import (
+    CheckedEngine,
+    new_step,
     poisson,
     query,
     served,
@@ -12,8 +14,6 @@ from virtual_device import (
     tpot,
     ttft,
     VirtualDevice,
-    VirtualEngine,
-    VirtualStep,
 )
 
 from mace_ros.scheduling.cost_model import CostModel
@@ -84,7 +84,7 @@ def test_nobody_starves_and_every_plan_is_sound(
     assert all(r.output_tokens == r.max_tokens for r in engine.finished)
     assert engine.pool.free_blocks == engine.pool.num_blocks
     for step in engine.steps:
-        whole = [s.kind for s in VirtualStep(0, 0.0, recompute=recompute).left]
+        whole = [s.kind for s in new_step(recompute=recompute).left]
         ran = [SegmentKind.BACKWARD if s.kind is SegmentKind.BACKWARD_RECOMPUTED and not recompute
                else s.kind for s in step.done]
         if step.ridden:
@@ -239,7 +239,7 @@ def test_serve_late_serves_all():
 ])
 def test_a_change_is_in_force_at_the_next_plan_when_idle(values, shows):
     plans = scheduler()
-    state = State([], [], VirtualStep(0, 0.0), 10000)
+    state = State([], [], new_step(), 10000)
     before = plans.plan(state, 0.0)
     assert before.segments in (2, 3) and before.interruptible and not shows(before)
     plans.update(Settings().updated(values))
@@ -256,7 +256,7 @@ def test_a_change_is_in_force_at_the_next_plan_when_idle(values, shows):
 def test_a_change_is_in_force_at_the_next_plan_when_busy(values, shows):
     plans = scheduler()
     state = State([query(1, 5.9, prompt=2000, ttft=0.3)], [running(0, now=6.0, tpot=9.0)],
-                  VirtualStep(0, 0.0), 10000)
+                  new_step(), 10000)
     plans.plan(state, 0.0)
     before = plans.plan(state, 6.0)
     assert before.shape.tokens == 256 and not shows(before)
@@ -300,7 +300,7 @@ def test_accounts_add_up():
 def test_a_pass_with_riders_is_split_between_serving_and_learning():
     device = VirtualDevice(curve=((1, 8.4), (200, 8.8), (65536, 2870.0)))
     settings = Settings().updated({'scheduler.max_slowdown': 2.0})
-    engine = VirtualEngine(Scheduler(settings, device.calibrated()), device, settings,
+    engine = CheckedEngine(Scheduler(settings, device.calibrated()), device, settings,
                            recompute=True)
     engine.run([query(0, 0.0, answer=200)])
     accounts = engine.scheduler.statistics(engine.now)

@@ -1,30 +1,21 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A device and an engine that only take time, on a clock of their own."""
+"""A device with noise for the simulator's engine, which here checks each plan on its way."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 import math
 import random
 
-from mace_ros.memory.block_pool import BlockPool
-from mace_ros.scheduling.batching import BLOCK_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import (
-    Measurement,
-    PassShape,
-    Plan,
-    Segment,
-    SegmentKind,
-    State,
-)
+from mace_ros.scheduling.plan import PassShape, Plan, Segment, SegmentKind
 from mace_ros.scheduling.request import Request, RequestState
-from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
+from mace_ros.simulation.engine import Iteration, VirtualEngine
+from mace_ros.simulation.learning import AlwaysPending, NoLearning, VirtualStep
 
 LAYERS = 30
 STEP_TOKENS = 128
@@ -47,6 +38,8 @@ GPU_SEGMENT = {
 
 class VirtualDevice:
     """Times of a pass and of segments, with seeded noise and outliers."""
+
+    layers = LAYERS
 
     def __init__(self, *, curve=CPU_PASS, segment=None, scale=1.0, noise=0.0, outliers=0.0, seed=0):
         self.curve = curve
@@ -92,118 +85,37 @@ def seconds_of_context(curve, shape: PassShape) -> float:
     return curve[0][1] / 1e3 * 1e-4 * (shape.decode_context + 0.1 * shape.prefill_context)
 
 
-class VirtualStep:
-    """A fine-tune step as execution has it: its forward rides, or runs layer by layer."""
-
-    def __init__(self, number: int, arrived: float, tokens=STEP_TOKENS, recompute=False):
-        self.number = number
-        self.oldest_correction_at = arrived
-        self.tokens = tokens
-        self.ridden = 0
-        self.done: list[Segment] = []
-        backward = SegmentKind.BACKWARD_RECOMPUTED if recompute else SegmentKind.BACKWARD
-        self.left = (
-            [Segment(SegmentKind.FORWARD, tokens)] * LAYERS
-            + [Segment(SegmentKind.HEAD, HEAD_TOKENS)] * (tokens // HEAD_TOKENS)
-            + [Segment(backward, tokens)] * LAYERS
-            + [Segment(SegmentKind.OPTIMIZER, tokens)])
-
-    @property
-    def ridable_tokens(self) -> int:
-        return 0 if self.done else self.tokens - self.ridden
-
-    def segments(self) -> Iterator[Segment]:
-        return iter(() if 0 < self.ridden < self.tokens else self.left)
-
-    def rode(self, tokens: int) -> None:
-        assert 0 < tokens <= self.ridable_tokens
-        self.ridden += tokens
-        if self.ridden == self.tokens:
-            again = Segment(SegmentKind.BACKWARD_RECOMPUTED, self.tokens)
-            self.left = [again if s.kind is SegmentKind.BACKWARD else s for s in self.left
-                         if s.kind is not SegmentKind.FORWARD]
-
-    def run(self) -> Segment:
-        assert not 0 < self.ridden < self.tokens
-        segment = self.left.pop(0)
-        self.done.append(segment)
-        return segment
+def new_step(arrived: float = 0.0, *, recompute: bool = False) -> VirtualStep:
+    """Return a fine-tune step that begins."""
+    return VirtualStep(
+        LAYERS, STEP_TOKENS, oldest_correction_at=arrived, keep_graphs=not recompute)
 
 
 def undivided_step_s(device: VirtualDevice) -> float:
     """Return the time of a whole step, which one call computes a little faster."""
-    return 0.95 * sum(device.seconds(s) for s in VirtualStep(0, 0.0).segments())
+    return 0.95 * sum(device.seconds(s) for s in new_step().segments())
 
 
-@dataclass
-class VirtualEngine:
-    """Plans, runs and commits on a clock of its own, and checks each plan on the way."""
+class CheckedEngine(VirtualEngine):
+    """Checks and keeps each plan, and notes how long queries wait for learning."""
 
-    scheduler: Scheduler
-    device: VirtualDevice
-    settings: Settings = field(default_factory=Settings)
-    learns: bool = True
-    now: float = 0.0
-    steps: list[VirtualStep] = field(default_factory=list)
-    plans: list[tuple[float, Plan]] = field(default_factory=list)
-    segment_s: list[float] = field(default_factory=list)   # of each plan, as measured
-    finished: list[Request] = field(default_factory=list)
-    rejected: list[Request] = field(default_factory=list)
-    learning_waits: list[float] = field(default_factory=list)   # of queries that met it
-    correction_at: float = 0.0
-    recompute: bool = False
+    def __init__(self, scheduler: Scheduler, device: VirtualDevice, settings: Settings, *,
+                 learns: bool = True, correction_at: float = 0.0, recompute: bool = False):
+        self.recompute = recompute      # of later steps
+        learning = AlwaysPending(lambda now: new_step(correction_at, recompute=self.recompute))
+        super().__init__(
+            scheduler, device, settings, learning if learns else NoLearning(), skips=False,
+            on_plan=self._planned, on_iteration=self._ran)
+        self.steps = learning.steps
+        self.plans: list[tuple[float, Plan]] = []
+        self.segment_s: list[float] = []          # of each plan, as measured
+        self.learning_waits: list[float] = []     # of queries that met it
+        self._met: set[Request] = set()
 
-    def __post_init__(self) -> None:
-        self.pool = BlockPool(self.settings.memory.kv_cache_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
-        self.state = State()
-        self.residence = Residence(self.pool, self.state)
-        self._coming: list[Request] = []
-        if self.learns:
-            self._next_step()
-
-    def _next_step(self) -> None:
-        step = VirtualStep(len(self.steps), self.correction_at, recompute=self.recompute)
-        self.steps.append(step)
-        self.state.finetune = step
-
-    def run(self, requests: Sequence[Request], until: float = -math.inf,
-            changes: Sequence[tuple[float, dict]] = ()) -> None:
-        """
-        Serve ``requests`` until all are answered, and go on until the time ``until``.
-
-        ``changes`` are settings that come into force on the way, in order of time.
-        """
-        self._coming = sorted(requests, key=lambda r: r.arrival)
-        to_answer = len(self.finished) + len(self.rejected) + len(requests)
-        changes = list(changes)
-        while True:
-            if len(self.finished) + len(self.rejected) == to_answer and self.now >= until:
-                return
-            self._take_arrivals()
-            while changes and changes[0][0] <= self.now:
-                self.settings = self.settings.updated(changes.pop(0)[1])
-                self.scheduler.update(self.settings)
-            self.residence.refresh()
-            plan = self.scheduler.plan(self.state, self.now)
-            self._check(plan)
-            self.plans.append((self.now, plan))
-            self.segment_s.append(0.0)
-            self._reject(plan)
-            if plan.is_empty:
-                soon = [r.arrival for r in self._coming[:1]] + [t for t, _ in changes[:1]]
-                if plan.wake_at is not None:
-                    soon.append(plan.wake_at)
-                if until > self.now:
-                    soon.append(until)
-                then = min(soon, default=self.now)
-                assert then > self.now or plan.rejected, f'stuck at {self.now}: {self.state}'
-                self.now = max(then, self.now)
-                continue
-            self._execute(plan)
-
-    def _take_arrivals(self) -> None:
-        while self._coming and self._coming[0].arrival <= self.now:
-            self.state.waiting.append(self._coming.pop(0))
+    def _planned(self, plan: Plan) -> None:
+        self._check(plan)
+        self.plans.append((self.now, plan))
+        self.segment_s.append(0.0)
 
     def _check(self, plan: Plan) -> None:
         limits = self.settings.scheduler
@@ -230,61 +142,24 @@ class VirtualEngine:
             assert plan.segments <= len(list(step.segments()))
         assert not (plan.segments and plan.finetune_tokens)
 
-    def _reject(self, plan: Plan) -> None:
-        for rejection in plan.rejected:
-            self.residence.leave(rejection.request)
-            self.rejected.append(rejection.request)
+    def _ran(self, iteration: Iteration) -> None:
+        self.segment_s[-1] = iteration.segments_s
+        since = now = iteration.began + iteration.pass_s
+        for _, seconds in iteration.segments:
+            now += seconds
+            if iteration.plan.interruptible:
+                self._note_waits(since, now)
+                since = now
+        self._note_waits(since, now)
 
-    def _execute(self, plan: Plan) -> None:
-        pass_s = 0.0
-        self.residence.begin(plan, self.now)     # raises if the blocks don't suffice
-        if plan.has_pass:
-            pass_s = self.device.run(plan.shape)
-            self.now += pass_s
-            self._commit(plan)   # tokens go out before the segments run
-        step = self.state.finetune
-        ran: list[tuple[Segment, float]] = []
-        learning_since = self.now
-        if plan.finetune_tokens:
-            step.rode(plan.finetune_tokens)
-        for _ in range(plan.segments):
-            if plan.interruptible and self._coming and self._coming[0].arrival <= self.now:
+    def _note_waits(self, since: float, now: float) -> None:
+        """Note how long the queries that came have waited for learning from ``since`` on."""
+        for request in self._coming[self._came:]:
+            if request.arrival > now:
                 break
-            segment = step.run()
-            seconds = self.device.run(segment)
-            self.now += seconds
-            ran.append((segment, seconds))
-            if plan.interruptible:
-                self._note_waits(learning_since)
-                learning_since = self.now
-        self._note_waits(learning_since)
-        self.segment_s[-1] = sum(seconds for _, seconds in ran)
-        self.scheduler.observe(Measurement(plan, pass_s, tuple(ran)), self.now)
-        if step is not None and not step.left:
-            self._next_step()
-
-    def _note_waits(self, since: float) -> None:
-        """Note how long the queries that came have waited for learning that began ``since``."""
-        for request in self._coming:
-            if request.arrival > self.now:
-                break
-            if request.started_at is None and self.now > since:
-                request.started_at = self.now
-                self.learning_waits.append(self.now - max(request.arrival, since))
-
-    def _commit(self, plan: Plan) -> None:
-        for request, tokens in [*((r, 1) for r in plan.decode),
-                                *((c.request, c.tokens) for c in plan.prefill)]:
-            self.residence.computed(request, tokens)
-            if request.remaining_tokens:
-                continue
-            request.output_tokens += 1
-            request.last_token_at = self.now
-            if request.first_token_at is None:
-                request.first_token_at = self.now
-            if request.output_tokens == request.max_tokens:
-                self.residence.leave(request)
-                self.finished.append(request)
+            if request not in self._met and now > since:
+                self._met.add(request)
+                self.learning_waits.append(now - max(request.arrival, since))
 
     @property
     def finished_steps(self) -> int:
@@ -330,11 +205,11 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def served(policy: str, requests: Sequence[Request], *, until=-math.inf, device=None,
-           values=None, changes=(), **kinds) -> VirtualEngine:
+           values=None, changes=(), **kinds) -> CheckedEngine:
     """Return the engine that served ``requests`` by ``policy``."""
     settings = Settings().updated({'scheduler.policy': policy, **(values or {})})
     device = device or VirtualDevice(noise=0.05, outliers=0.01)
-    engine = VirtualEngine(
+    engine = CheckedEngine(
         Scheduler(settings, device.calibrated()), device, settings, **kinds)
     engine.run(requests, until, changes)
     return engine

@@ -94,6 +94,8 @@ class VirtualEngine:
             for rejection in plan.rejected:
                 self.residence.leave(rejection.request)
                 self.rejected.append(rejection.request)
+            if plan.lacks_memory and self._learning_makes_room():
+                continue     # and plan again
             if not plan.is_empty:
                 self._execute(plan)
             elif not plan.rejected:
@@ -134,6 +136,15 @@ class VirtualEngine:
             raise Stuck(f'nothing will happen after {self.now:.6g} s: '
                         f'{len(self.state.waiting)} wait, {len(self.state.running)} run')
         self.now = then
+
+    def _learning_makes_room(self) -> bool:
+        """Let the step give up the KV blocks with which it rides; return whether it had any."""
+        step = self.learning.step
+        if step is None or not self._riding:
+            return False
+        self.pool.release(self._riding)
+        step.stop_riding()
+        return True
 
     def _reject(self, request: Request) -> None:
         request.state = RequestState.FINISHED

@@ -85,6 +85,11 @@ class VirtualStep:
                          if s.kind is not SegmentKind.FORWARD]
             self._count = len(self.left)
 
+    def stop_riding(self) -> None:
+        """Run the forward alone from its beginning."""
+        if self.is_riding:
+            self.ridden, self._may_ride = 0, False
+
     def run(self) -> Segment:
         """Run the next segment and return it."""
         if self.is_riding:
