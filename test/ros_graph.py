@@ -13,18 +13,19 @@ import subprocess
 import sys
 from typing import Any
 
-from graph import ENVIRONMENT
+from graph import ENVIRONMENT, wait_until
 from mace_ros.action import Generate
-from mace_ros.msg import Query, Response, ResponseChunk
+from mace_ros.msg import AdapterVersion, Query, Response, ResponseChunk
 from rcl_interfaces.srv import SetParameters
 from rclpy.action import ActionClient
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 
-from mace_ros.ros.client import MaceClient
+from mace_ros.ros.client import LATCHED, MaceClient
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_S = 100.0
+DISCOVERY_S = 30.0
 SECONDS_PER_TICK = 1 / os.sysconf('SC_CLK_TCK')
 
 
@@ -81,6 +82,23 @@ class NodeProcess:
         return (int(fields[11]) + int(fields[12])) * SECONDS_PER_TICK
 
 
+def wait_until_known(client: MaceClient) -> None:
+    """
+    Return once the active node knows the subscriptions that the client's node has made.
+
+    What a node publishes before it has matched a subscription is not for that one, and a
+    subscription can't tell whether it was matched. But the middleware announces them in
+    order: with the latched version of a last one, the node knows those before it as well.
+    """
+    heard: list[AdapterVersion] = []
+    last = client.node.create_subscription(
+        AdapterVersion, '/mace/adapter_version', heard.append, LATCHED)
+    try:
+        assert wait_until(lambda: heard, DISCOVERY_S)
+    finally:
+        client.node.destroy_subscription(last)
+
+
 class Recorder:
     """Keeps all messages of some topics, in the order in which they came."""
 
@@ -90,6 +108,7 @@ class Recorder:
         self._subscriptions = [
             self._node.create_subscription(kind, f'/mace/{name}', self._keep, 1000)
             for name, kind in topics.items()]
+        wait_until_known(client)
 
     def _keep(self, message: Any) -> None:
         with self._changed:
@@ -109,7 +128,7 @@ class Recorder:
                 and all(getattr(m, name) == value for name, value in fields.items())]
 
 
-def call(client: MaceClient, kind: type, name: str, *, timeout_s: float = 10.0,
+def call(client: MaceClient, kind: type, name: str, *, timeout_s: float = DISCOVERY_S,
          **fields: object) -> Any:
     """Call a service with a request of these fields; return its response."""
     service = client.node.create_client(kind, name)
@@ -142,7 +161,8 @@ class Generator:
         self._client = ActionClient(
             client.node, Generate, '/mace/generate',
             feedback_sub_qos_profile=QoSProfile(depth=1000))
-        assert self._client.wait_for_server(10.0)
+        assert self._client.wait_for_server(DISCOVERY_S)
+        wait_until_known(client)
         self.chunks: list[ResponseChunk] = []
 
     def __enter__(self) -> Generator:

@@ -60,7 +60,7 @@ class Managed:
                 s for s in array.status if (s.name, s.level) == (f'mace: {name}', level)
                 and text in s.message), 10)
         try:
-            return wait_until(lambda: found, 5.0)
+            return wait_until(lambda: found, ANSWER_S)
         finally:
             self.client.node.destroy_subscription(subscription)
 
@@ -89,8 +89,15 @@ def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
 
 def test_it_waits_to_be_configured_and_refuses_meanwhile(managed: Managed) -> None:
     assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
-    assert wait_until(managed.client._query.get_subscription_count, START_S)
-    response = managed.ask()
+    # The first responses may come before the node knows who listens.
+    answers = []
+
+    def heard() -> list[Response]:
+        answers.append(managed.client.ask('Hi'))
+        return [a.response for a in answers if a.is_complete()]
+
+    assert wait_until(heard, START_S)
+    [response, *_] = heard()
     assert (response.finish_reason, response.error_code) == (
         Response.REJECTED, Response.NOT_SERVING)
     assert 'not active' in response.error
