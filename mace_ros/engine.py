@@ -64,6 +64,7 @@ from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import InvalidSetting, Settings
 from mace_ros.telemetry.status import Status
+from mace_ros.telemetry.trace import phase_of, Record, Trace
 from mace_ros.validation import checked_correction, checked_query
 
 NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
@@ -165,6 +166,7 @@ class Engine:
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
         self._journal_error = ''
+        self._trace: Trace | None = None
         # All that stays: a full collection need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -226,6 +228,18 @@ class Engine:
             return []
         self._enqueue(apply)
 
+    def trace(self, iterations: int, seconds: float,
+              done: Callable[[list[Record]], None]) -> None:
+        """
+        Record what the next iterations do, for so many seconds at most.
+
+        ``done`` gets the records, in the device's thread. One trace at a time.
+        """
+        def begin() -> list[Event]:
+            self._trace = Trace(iterations, self._clock() + seconds, done, self._clock)
+            return []
+        self._enqueue(begin)
+
     def versions(self, profile: str) -> Future[list[VersionEvent]]:
         """Read all versions of a profile, oldest first."""
         return self.learner.versions(profile)
@@ -247,6 +261,24 @@ class Engine:
         One that has something to say before its segments returns it first; the next call
         goes on with them.
         """
+        with phase_of(self._trace, 'iteration'):
+            iteration = self._step()
+        return iteration if self._trace is None else self._traced(self._trace, iteration)
+
+    def _traced(self, trace: Trace, iteration: Iteration) -> Iteration:
+        """Note what an iteration said, and see to it that the trace ends in time."""
+        trace.ended(iteration.events)
+        if trace.complete:
+            self._end_trace(trace)
+            return iteration
+        wake_at = trace.ends_at if iteration.wake_at is None else iteration.wake_at
+        return replace(iteration, wake_at=min(wake_at, trace.ends_at))
+
+    def _end_trace(self, trace: Trace) -> None:
+        self._trace = None
+        trace.finish(self._state.waiting)
+
+    def _step(self) -> Iteration:
         if self._hopeless is not None:
             raise self._hopeless
         events: list[Event] = []
@@ -254,11 +286,12 @@ class Engine:
             (plan, pass_s), self._begun = self._begun, None
             self._finish(plan, pass_s, events)
             return Iteration(events, self._clock())
-        events += self._take_in()
-        try:
-            events += self.learner.advance(self._settings)
-        except Exception as error:    # such as an allocation for the next step
-            events += self._learning_broke(error)
+        with phase_of(self._trace, 'take in'):
+            events += self._take_in()
+            try:
+                events += self.learner.advance(self._settings)
+            except Exception as error:    # such as an allocation for the next step
+                events += self._learning_broke(error)
         if events and not self._spoke:     # before the pass; but messages must not hold it up
             self._spoke = True
             return Iteration(events, self._clock())
@@ -270,7 +303,10 @@ class Engine:
         self._state.finetune = self.learner.step
         self._residence.refresh()
         now = self._clock()
-        plan = self.scheduler.plan(self._state, now)
+        with phase_of(self._trace, 'plan'):
+            plan = self.scheduler.plan(self._state, now)
+        if self._trace is not None:
+            self._trace.planned(plan)
         for rejection in plan.rejected:
             events += self._end(
                 self._answering[rejection.request.id], FinishReason.REJECTED,
@@ -309,6 +345,9 @@ class Engine:
         events = self._take_in()
         for answering in list(self._answering.values()):
             events += self._end(answering, FinishReason.CANCELLED)
+        if self._trace is not None:
+            self._trace.ended(events)
+            self._end_trace(self._trace)
         return events
 
     def close(self) -> list[Event]:
@@ -488,6 +527,9 @@ class Engine:
             segment = step.run_segment()
             self.model.synchronize()
             spent = self._clock() - started
+            if self._trace is not None:
+                self._trace.slice(f'fine-tune {segment.kind.name.lower()}', started,
+                                  started + spent, tokens=segment.tokens)
             segments.append((segment, spent))
             self.learner.ran(segment.tokens if step.done else 0, spent)
             if segment.kind is SegmentKind.HEAD and self.learner.wants_to_judge:
@@ -509,19 +551,23 @@ class Engine:
         rows = self._ride(step, plan.finetune_tokens) if step is not None else None
         if not spans and rows is None:
             return []
-        logits = self.model.run(spans, rows)
+        with phase_of(self._trace, 'pass', predicted_ms=plan.predicted_s * 1e3,
+                      **plan.shape._asdict()):
+            logits = self.model.run(spans, rows)
         if rows is not None and step is not None:
             step.rode(rows.tokens)
             if step.ridable_tokens == 0:
                 self._release(step)
         sampled = [self._answering[request.id] for (request, _), span
                    in zip(work, spans, strict=True) if span.wants_logits]
-        drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
-        for request, tokens in work:
-            self._residence.computed(request, tokens)
-            if not request.remaining_tokens:
-                self._prune(self._answering[request.id])
-        return self._commit(sampled, drawn)
+        with phase_of(self._trace, 'sample'):    # and wait for the pass, where that runs beside
+            drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
+        with phase_of(self._trace, 'commit'):
+            for request, tokens in work:
+                self._residence.computed(request, tokens)
+                if not request.remaining_tokens:
+                    self._prune(self._answering[request.id])
+            return self._commit(sampled, drawn)
 
     def _attention(self, answering: Answering, tokens: int) -> torch.Tensor | None:
         """Return where to note attention if it is to be noted in the next ``tokens`` tokens."""

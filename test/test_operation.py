@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import json
 import math
 from pathlib import Path
 import random
@@ -19,7 +20,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from graph import ENVIRONMENT, wait_until
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
-from mace_ros.srv import ListVersions
+from mace_ros.srv import ListVersions, Trace
 import pytest
 from rcl_interfaces.srv import GetParameters
 from rclpy.action.graph import get_action_server_names_and_types_by_node
@@ -274,6 +275,27 @@ def test_diagnostics_tell_that_it_is_well(client: MaceClient) -> None:
     memory = {v.key: v.value for v in statuses['mace: device'].values}['process_memory_mb']
     assert float(memory) > 50
     assert statuses['mace: device'].hardware_id == serving.hardware_id
+
+
+def test_a_trace_is_made_on_demand(client: MaceClient, node: NodeProcess) -> None:
+    refused = call(client, Trace, '/mace/trace', name='../elsewhere')
+    assert (refused.success, 'name' in refused.message) == (False, True)
+    begun = call(client, Trace, '/mace/trace', iterations=20, seconds=60.0, name='mine')
+    assert begun.success, begun.message
+    assert Path(begun.path) == node.folder / 'storage/traces/mine.json'
+    second = call(client, Trace, '/mace/trace', name='another')
+    assert (second.success, 'one trace at a time' in second.message) == (False, True)
+    answer = client.ask('Which secret is asked here?', max_tokens=3000, **PATIENT)
+    assert wait_until(Path(begun.path).exists, ANSWER_S)
+    answer.cancel()
+    answer.result(ANSWER_S)
+    text = Path(begun.path).read_text()
+    slices = [r['name'] for r in json.loads(text)['traceEvents'] if r['ph'] == 'X']
+    assert slices.count('pass') == 20
+    assert f'query {answer.id}' in text
+    assert 'secret' not in text
+    assert not call(client, Trace, '/mace/trace', name='mine').success     # it exists
+    assert 'a trace is complete' in node.log
 
 
 def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -119,7 +119,8 @@ class MaceNode(LifecycleNodeMixin, Node):
             self, health=self._health, settings=lambda: self._table.settings,
             sample=lambda: self._device.call(self._sample))
         self._goals = GenerateServer(self, self._intake.put)
-        self._calls = Services(self, engine=lambda: self._engine, freeze=self._freeze)
+        self._calls = Services(self, engine=lambda: self._engine, freeze=self._freeze,
+                               storage=self.storage_folder)
         self.create_subscription(msg.Query, '~/query', self._on_query, RELIABLE)
         self.create_subscription(msg.Correction, '~/correction', self._on_correction, RELIABLE)
         self.create_subscription(msg.Cancel, '~/cancel', self._on_cancel, RELIABLE)
@@ -366,7 +367,7 @@ parameters (all are in share/mace_ros/config/mace.yaml, with comments):
 
 topics: query, correction, cancel (in); response_chunk, response, correction_status,
 adapter_version, latency, scheduler (out)
-services: freeze_learning, list_versions, and those of a lifecycle node
+services: freeze_learning, list_versions, trace, and those of a lifecycle node
 action: generate
 All of these are below the node's name, which is /mace. /diagnostics is not.
 """

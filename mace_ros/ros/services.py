@@ -1,11 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The services ``~/freeze_learning`` and ``~/list_versions``."""
+"""The services ``~/freeze_learning``, ``~/list_versions`` and ``~/trace``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builtin_interfaces.msg import Time
@@ -13,7 +14,14 @@ from rclpy.node import Node
 from std_srvs.srv import SetBool
 
 from mace_ros.ros.conversion import message_from
-from mace_ros.srv import ListVersions
+from mace_ros.srv import ListVersions, Trace
+from mace_ros.telemetry.trace import (
+    check_extent,
+    InvalidTrace,
+    Record,
+    trace_path,
+    write_in_background,
+)
 
 if TYPE_CHECKING:
     from mace_ros.engine import Engine
@@ -21,16 +29,21 @@ if TYPE_CHECKING:
 # The journal answers in milliseconds, or its disk is broken; other callbacks wait meanwhile.
 JOURNAL_TIMEOUT_S = 0.5
 
+# What a trace is that says nothing else.
+TRACE_ITERATIONS, TRACE_SECONDS = 200, 10.0
+
 
 class Services:
     """Answers service calls, in the thread that serves ROS."""
 
     def __init__(self, node: Node, *, engine: Callable[[], Engine | None],
-                 freeze: Callable[[bool], None]) -> None:
-        """``freeze`` stops learning, or lets it go on."""
-        self._node, self._engine, self._freeze = node, engine, freeze
+                 freeze: Callable[[bool], None], storage: Callable[[], Path]) -> None:
+        """``freeze`` stops learning, or lets it go on; traces go below ``storage``."""
+        self._node, self._engine, self._freeze, self._storage = node, engine, freeze, storage
+        self._tracing = ''      # the file of the trace that is being made
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
         node.create_service(ListVersions, '~/list_versions', self._on_list)
+        node.create_service(Trace, '~/trace', self._on_trace)
 
     def _on_freeze(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self._freeze(request.data)
@@ -56,4 +69,35 @@ class Services:
             response.versions = [message_from(version, Time()) for version in versions]
             response.live_version = engine.live_version(request.profile)
             response.success = True
+        return response
+
+    def _on_trace(self, request: Trace.Request, response: Trace.Response) -> Trace.Response:
+        engine = self._engine()
+        try:
+            if engine is None:
+                raise InvalidTrace('the node is not configured')
+            if self._tracing:
+                raise InvalidTrace(f'{self._tracing} is being made; one trace at a time')
+            iterations = request.iterations or TRACE_ITERATIONS
+            seconds = request.seconds or TRACE_SECONDS
+            check_extent(iterations, seconds)
+            path = trace_path(self._storage(), request.name)
+        except (InvalidTrace, OSError) as error:
+            response.message = str(error)
+            return response
+        self._tracing = str(path)
+
+        def write(records: list[Record]) -> None:
+            write_in_background(records, path, written)
+
+        def written(problem: str) -> None:
+            self._tracing = ''
+            if problem:
+                self._node.get_logger().error(f'a trace could not be written: {problem}')
+            else:
+                self._node.get_logger().info(f'a trace is complete: {path}')
+
+        engine.trace(iterations, seconds, write)
+        response.success, response.path = True, str(path)
+        response.message = f'{path} will be there after {iterations} iterations, or {seconds:g} s'
         return response

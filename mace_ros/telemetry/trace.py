@@ -1,0 +1,221 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+What some iterations did, and when, as a file for Perfetto or Chrome's tracing viewer.
+
+The file is a JSON object in Chrome's Trace Event Format. Phases of an iteration are nested
+slices of the track ``device``, what a pass holds are counters, and each query and correction
+has a track of its own. Of queries and corrections, only their ids are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+import json
+import os
+from pathlib import Path
+import re
+import threading
+import time
+from typing import Any, TypeAlias
+
+from mace_ros.events import CorrectionProgress, Event, Finished, VersionEvent
+from mace_ros.scheduling.plan import Plan
+from mace_ros.scheduling.request import Request
+
+MAX_ITERATIONS = 10000
+MAX_SECONDS = 600.0
+MAX_RECORDS = 100_000    # about 15 MB; a trace ends when it has so many
+MAX_FILES = 100          # in the folder; then some must be deleted
+
+_NAME = re.compile(r'[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}')
+_PIECE = 200             # records that are written at once: other threads wait so long
+_UNTRACED: AbstractContextManager[None] = nullcontext()
+
+# An event of the format: https://perfetto.dev/docs/getting-started/other-formats
+Record: TypeAlias = dict[str, Any]
+
+
+class InvalidTrace(ValueError):
+    """A trace can't be made as it was asked for; the message says why."""
+
+
+class Trace:
+    """
+    Records iterations until it is complete, in the device's thread.
+
+    Times are seconds on the engine's clock.
+    """
+
+    def __init__(self, iterations: int, ends_at: float, done: Callable[[list[Record]], None],
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Record so many iterations in which the device works, or until ``ends_at``.
+
+        ``done`` gets the records, sorted by their times.
+        """
+        self.ends_at = ends_at
+        self._left, self._done, self._clock = iterations, done, clock
+        self._records: list[Record] = []
+        self._requests: dict[str, Request] = {}
+        self._ends: dict[str, Finished] = {}
+        self._worked = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing more to record."""
+        return (self._left <= 0 or len(self._records) >= MAX_RECORDS
+                or self._clock() >= self.ends_at)
+
+    @contextmanager
+    def phase(self, name: str, **numbers: float) -> Iterator[None]:
+        """Record what is done meanwhile as a slice."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self.slice(name, began, self._clock(), **numbers)
+
+    def slice(self, name: str, began: float, ended: float, **numbers: float) -> None:
+        """Record what was done between two times."""
+        self._records.append(_record(
+            'X', name, _microseconds(began), cat='iteration', args=numbers,
+            dur=_microseconds(ended) - _microseconds(began)))
+
+    def planned(self, plan: Plan) -> None:
+        """Record what was decided."""
+        if plan.is_empty:
+            return
+        self._worked = True
+        now = _microseconds(self._clock())
+        for request in (*plan.decode, *(chunk.request for chunk in plan.prefill)):
+            self._requests.setdefault(request.id, request)
+        self._records += [
+            _record('C', 'tokens in the pass', now, args={
+                'decode': len(plan.decode), 'prefill': sum(c.tokens for c in plan.prefill),
+                'fine-tune': plan.finetune_tokens}),
+            _record('C', 'fine-tune segments', now, args={'planned': plan.segments})]
+
+    def ended(self, events: Sequence[Event]) -> None:
+        """Record that an iteration ended, and what is to be told of it."""
+        now = _microseconds(self._clock())
+        self._left -= self._worked
+        self._worked = False
+        for event in events:
+            if isinstance(event, Finished):
+                self._ends[event.query_id] = event
+            elif isinstance(event, CorrectionProgress):
+                self._records.append(_record(
+                    'i', f'correction {event.id}: {event.state.name}', now, s='p'))
+            elif isinstance(event, VersionEvent):
+                self._records.append(_record(
+                    'i', f'version {event.version}: {event.state.name}', now, s='p',
+                    args={'profile': event.profile, 'train_tokens': event.train_tokens}))
+
+    def finish(self, waiting: Sequence[Request]) -> None:
+        """Hand over what was recorded; ``waiting`` are the queries that have not begun."""
+        for request in waiting:
+            self._requests.setdefault(request.id, request)
+        lives = [r for number, request in enumerate(self._requests.values())
+                 for r in self._life(number, request)]
+        names = [_record('M', kind, 0.0, args={'name': name})
+                 for kind, name in (('process_name', 'mace'), ('thread_name', 'device'))]
+        # Stable: what begins at the time at which something else ends comes after it.
+        self._done([*names, *sorted([*self._records, *lives], key=lambda record: record['ts'])])
+
+    def _life(self, number: int, request: Request) -> Iterator[Record]:
+        """Yield a query and its stages, as nested slices of a track of its own."""
+        end = self._ends.get(request.id)
+        ended = self._clock() if end is None else request.arrival + end.e2e_ms / 1e3
+        stages = [(name, time) for name, time in (
+            ('waits', request.arrival), ('prefill', request.started_at),
+            ('decode', request.first_token_at)) if time is not None]
+
+        def edge(kind: str, name: str, at: float, **more: Any) -> Record:
+            return _record(kind, name, _microseconds(at), cat='query', id=number, **more)
+
+        yield edge('b', f'query {request.id}', request.arrival, args={
+            'prompt_tokens': request.prompt_tokens, 'output_tokens': request.output_tokens,
+            'end': 'still running' if end is None else end.finish_reason.name})
+        for (name, at), (_, until) in zip(stages, [*stages[1:], ('', ended)], strict=True):
+            yield edge('b', name, at)
+            yield edge('e', name, until)
+        yield edge('e', f'query {request.id}', ended)
+
+
+def phase_of(trace: Trace | None, name: str, **numbers: float) -> AbstractContextManager[None]:
+    """Return a phase of the trace; without one, nothing is done."""
+    return _UNTRACED if trace is None else trace.phase(name, **numbers)
+
+
+def trace_path(folder: Path, name: str) -> Path:
+    """
+    Return where a trace of that name belongs below the storage folder.
+
+    The name can't lead elsewhere, nothing is overwritten, and the files are not without
+    number. Raises :class:`InvalidTrace`.
+    """
+    traces = folder / 'traces'
+    name = name or time.strftime('%Y%m%d-%H%M%S')
+    if not _NAME.fullmatch(name):
+        raise InvalidTrace(
+            'name: 1 to 100 letters, digits, dots, dashes and underlines, and no dot at the '
+            'beginning')
+    path = traces / f'{name}.json'
+    if path.exists():
+        raise InvalidTrace(f'name: {path} exists')
+    if len(list(traces.glob('*.json'))) >= MAX_FILES:
+        raise InvalidTrace(f'{traces} holds {MAX_FILES} traces already: delete some')
+    return path
+
+
+def check_extent(iterations: int, seconds: float) -> None:
+    """Raise :class:`InvalidTrace` for a trace that would be empty, or too long."""
+    if not 1 <= iterations <= MAX_ITERATIONS:
+        raise InvalidTrace(f'iterations: {iterations} is not between 1 and {MAX_ITERATIONS}')
+    if not 0.0 < seconds <= MAX_SECONDS:    # also refuses NaN
+        raise InvalidTrace(f'seconds: {seconds} is not above 0 and at most {MAX_SECONDS:g}')
+
+
+def write_trace(records: Sequence[Record], path: Path) -> None:
+    """Write a trace; it appears as a whole, or not at all. Raises ``OSError``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.part')
+    try:
+        with temporary.open('w') as file:
+            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+            for start in range(0, len(records), _PIECE):
+                lines = ',\n'.join(
+                    json.dumps(record) for record in records[start:start + _PIECE])
+                file.write(',\n' * (start > 0) + lines)
+                time.sleep(0.0)    # whoever serves comes first
+            file.write(']}\n')
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_in_background(records: Sequence[Record], path: Path,
+                        done: Callable[[str], None]) -> threading.Thread:
+    """Write a trace in a thread of its own; ``done`` gets what went wrong, or nothing."""
+    def write() -> None:
+        try:
+            write_trace(records, path)
+        except OSError as error:
+            done(f'{path}: {error.strerror or error}')
+        else:
+            done('')
+
+    thread = threading.Thread(target=write, name='trace', daemon=True)
+    thread.start()
+    return thread
+
+
+def _record(kind: str, name: str, time_us: float, **more: Any) -> Record:
+    return {'ph': kind, 'name': name, 'ts': time_us, 'pid': 1, 'tid': 1, **more}
+
+
+def _microseconds(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
