@@ -65,7 +65,12 @@ from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import InvalidSetting, Settings
 from mace_ros.telemetry.status import Status
 from mace_ros.telemetry.trace import phase_of, Record, Trace
-from mace_ros.validation import checked_correction, checked_query
+from mace_ros.validation import (
+    checked_correction,
+    checked_query,
+    CorrectionDoor,
+    MAX_UNWRITTEN,
+)
 
 NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
@@ -166,6 +171,8 @@ class Engine:
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
         self._journal_error = ''
+        self._door = CorrectionDoor()
+        self._unrecorded = 0   # answers that were not kept, while the disk is too slow
         self._trace: Trace | None = None
         # All that stays: a full collection need not look at it again and again.
         gc.collect()
@@ -201,6 +208,8 @@ class Engine:
         arrived = self._clock()
         try:
             checked = checked_correction(correction)
+            self._door.let_in(
+                arrived, self._settings.correction.max_per_minute, self._journal.backlog)
         except InvalidCorrection as error:
             refused = CorrectionProgress(correction.id, CorrectionState.REJECTED, str(error))
             self._enqueue(lambda: [refused])
@@ -305,8 +314,6 @@ class Engine:
         now = self._clock()
         with phase_of(self._trace, 'plan'):
             plan = self.scheduler.plan(self._state, now)
-        if self._trace is not None:
-            self._trace.planned(plan)
         for rejection in plan.rejected:
             events += self._end(
                 self._answering[rejection.request.id], FinishReason.REJECTED,
@@ -316,6 +323,8 @@ class Engine:
             return Iteration(events, now)     # and plan again
         self._check_when_idle()
         if not plan.is_empty:
+            if self._trace is not None:
+                self._trace.planned(plan)
             self._run(plan, events)
             return Iteration(events, now)
         return Iteration(events, now if events else plan.wake_at)
@@ -336,7 +345,8 @@ class Engine:
             corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
             live_version=self.live_version(''), profiles=self._slots.profiles,
             journal_error=self._journal_error, drift_state=self.learner.drift.state,
-            drift_level=self.learner.drift.level, finetune_budget=self._budget)
+            drift_level=self.learner.drift.level, finetune_budget=self._budget,
+            journal_backlog=self._journal.backlog, unrecorded=self._unrecorded)
 
     def pause(self) -> list[Event]:
         """Cancel what runs, and hear all that the journal has to say; may be gone on from."""
@@ -671,6 +681,10 @@ class Engine:
         self._conversations.add(
             query.conversation_id, system, Turn(query.id, query.text, text),
             max_turns=settings.max_turns, max_conversations=settings.max_conversations)
+        if self._journal.backlog >= MAX_UNWRITTEN:
+            self._unrecorded += 1
+            return
+        self._unrecorded = 0
         assert answering.version is not None
         answer = Answer(
             query_id=query.id, prompt_ids=tuple(answering.ids[:answering.request.prompt_tokens]),

@@ -152,6 +152,15 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True)
+class CorrectionSettings:
+    """What is taken of those who correct."""
+
+    max_per_minute: int = _parameter(
+        600, 'Most corrections in a minute, after as many at once; a further one is rejected',
+        minimum=1, maximum=1000000)
+
+
+@dataclass(frozen=True)
 class FinetuneSettings:
     """How corrections are learned."""
 
@@ -266,6 +275,7 @@ class Settings:
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     drift: DriftSettings = field(default_factory=DriftSettings)

@@ -128,7 +128,7 @@ class Recorder:
                 and all(getattr(m, name) == value for name, value in fields.items())]
 
 
-def call(client: MaceClient, kind: type, name: str, *, timeout_s: float = DISCOVERY_S,
+def call(client: MaceClient, kind: type, name: str, /, *, timeout_s: float = DISCOVERY_S,
          **fields: object) -> Any:
     """Call a service with a request of these fields; return its response."""
     service = client.node.create_client(kind, name)

@@ -224,6 +224,8 @@ PROBLEMS = {
     'an overload': ('serving', Level.WARN, '1 queries were turned away'),
     'a silent device': ('serving', Level.ERROR, 'an iteration takes 40 s already'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
+    'a slow disk': ('learning', Level.WARN, '400 writes of the journal wait'),
+    'a disk that was too slow': ('learning', Level.WARN, '3 answers are not on record'),
     'an old correction': ('learning', Level.WARN, '2 corrections wait, the oldest for 500 s'),
     'a failed correction': ('learning', Level.WARN, 'a correction failed: not learned'),
     'a bad version': ('learning', Level.WARN, "not good enough to serve: version 7 of profile ''"),
@@ -248,6 +250,10 @@ def test_a_problem_is_found(case: str) -> None:
         status = Status(60.0, Statistics())
     elif case == 'a full disk':
         status = Status(100.0, Statistics(), journal_error='disk is full')
+    elif case == 'a slow disk':
+        status = Status(100.0, Statistics(), journal_backlog=400)
+    elif case == 'a disk that was too slow':
+        status = Status(100.0, Statistics(), unrecorded=3)
     elif case == 'an old correction':
         status = Status(100.0, Statistics(), corrections_waiting=2, freshness_s=500.0)
     elif case == 'a failed correction':
@@ -296,8 +302,9 @@ def test_no_number_is_left_out() -> None:
     status = Status(12.0, Statistics(
         serving_share=0.5, learning_share=0.25, iterations=3, finetune_steps=4, rejected=5,
         late_for_learning=6, predicted_s=1.0, measured_s=2.0, decode_tokens=1, prefill_tokens=1,
-        ridden_tokens=1, shape=SHAPE), 1, 2, 3, 0.5, 0.1, 8, 9, 4, 5.0, 6, 7,
-        drift_state=1)
+        ridden_tokens=1, shape=SHAPE), queue_depth=1, prefilling=2, decode_rows=3, kv_use=0.5,
+        corrections_waiting=4, freshness_s=5.0, live_version=6, profiles=7,
+        kv_cached=0.1, shared_tokens=8, preemptions=9, drift_state=1)
     message = scheduler_message(
         status, Status(11.0, Statistics()), Attainment(9, 0.5, 10.0, 11.0))
     empty = {name for name in message.get_fields_and_field_types()

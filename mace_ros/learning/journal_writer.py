@@ -41,6 +41,7 @@ class JournalWriter:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None: no job follows
         self._lock = threading.Lock()
         self._closed = False
+        self._backlog = 0
         # A daemon: a node that dies of an error must not hang in here. What it leaves
         # behind was not acknowledged.
         self._thread = threading.Thread(target=self._work, name='journal', daemon=True)
@@ -73,8 +74,14 @@ class JournalWriter:
         with self._lock:
             if self._closed:
                 raise JournalError(f'journal {self._path}: it is closed; the node is stopping')
+            self._backlog += 1
             self._jobs.put((function, future))
         return future
+
+    @property
+    def backlog(self) -> int:
+        """How many functions wait for the disk, with those that it is busy with."""
+        return self._backlog
 
     def close(self) -> None:
         """Finish what was submitted, then close the journal."""
@@ -97,6 +104,8 @@ class JournalWriter:
             except Empty:
                 pass
             self._run([job for job in group if job[1].set_running_or_notify_cancel()])
+            with self._lock:
+                self._backlog -= len(group)
             # While this thread waits, it keeps no caller's objects alive.
             del group, job
         self._release()

@@ -25,6 +25,7 @@ from mace_ros.telemetry.window import Attainment, LatencyWindow
 FEW_REQUESTS = 5          # too few to judge an attainment by
 STALLED_S = 10.0          # without a sample from the device's thread, and ...
 STALLED_SAMPLES = 3       # ... so many missing, while it should serve
+MUCH_UNWRITTEN = 100     # writes that wait for the disk
 MEMORY_WARN, MEMORY_ERROR = 0.92, 0.98
 ACTIVE = 'active'
 
@@ -139,9 +140,16 @@ class Health:
         if status is not None:
             found.values.update(
                 corrections_waiting=status.corrections_waiting, freshness_s=status.freshness_s,
-                live_version=status.live_version, learning_share=status.statistics.learning_share)
+                live_version=status.live_version, learning_share=status.statistics.learning_share,
+                journal_backlog=status.journal_backlog)
             if status.journal_error:
                 found.add(Level.ERROR, status.journal_error)
+            if status.journal_backlog > MUCH_UNWRITTEN:
+                found.add(Level.WARN, f'the disk is slow: {status.journal_backlog} writes of the '
+                          'journal wait for it')
+            if status.unrecorded:
+                found.add(Level.WARN, f'{status.unrecorded} answers are not on record, and can '
+                          'only be corrected by their prompt')
             if status.freshness_s > settings.slo.freshness_s:
                 found.add(Level.WARN, f'{status.corrections_waiting} corrections wait, the oldest '
                           f'for {status.freshness_s:.0f} s'

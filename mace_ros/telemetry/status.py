@@ -24,7 +24,8 @@ class Status:
     A snapshot between two iterations; ``now`` is on the engine's clock.
 
     ``journal_error`` says why the latest correction could not be written, and is empty
-    if it could.
+    if it could. ``journal_backlog`` are writes that wait for the disk, and ``unrecorded``
+    are answers that did not even wait: no correction can name them.
     """
 
     now: float
@@ -44,3 +45,5 @@ class Status:
     drift_state: int = 0        # as in Scheduler.msg
     drift_level: float = 1.0
     finetune_budget: float = 1.0
+    journal_backlog: int = 0
+    unrecorded: int = 0
