@@ -385,14 +385,15 @@ def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; return the exit code."""
     arguments: list[Any] = sys.argv if args is None else args
     stop = StopSignal()
+    # rcl's own default is to run without security where it is on and there are no keys.
+    os.environ.setdefault('ROS_SECURITY_STRATEGY', 'Enforce')
     try:
         parse(remove_ros_args(arguments)[1:])
         rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
-    except RuntimeError as error:    # of rcl: bad arguments, or no keys where security is on
+        node = MaceNode(failed=stop.send)
+    except RuntimeError as error:    # of rcl: bad arguments; security that can't be had
         print(f'mace_node: {type(error).__name__}: {error}', file=sys.stderr)
         return 2
-    try:
-        node = MaceNode(failed=stop.send)
     except InvalidSetting as error:
         get_logger('mace').fatal(str(error))
         rclpy.shutdown()
