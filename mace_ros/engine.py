@@ -346,7 +346,8 @@ class Engine:
             live_version=self.live_version(''), profiles=self._slots.profiles,
             journal_error=self._journal_error, drift_state=self.learner.drift.state,
             drift_level=self.learner.drift.level, finetune_budget=self._budget,
-            journal_backlog=self._journal.backlog, unrecorded=self._unrecorded)
+            journal_backlog=self._journal.backlog, unrecorded=self._unrecorded,
+            learning_error=self.learner.trouble)
 
     def pause(self) -> list[Event]:
         """Cancel what runs, and hear all that the journal has to say; may be gone on from."""
@@ -501,13 +502,14 @@ class Engine:
         """Run the plan; what fails ends those who took part in it, and nobody else."""
         pass_s = 0.0
         started = self._clock()
-        self._residence.begin(plan, started)
-        if plan.has_pass:
-            try:
+        try:
+            self._residence.begin(plan, started)
+            if plan.has_pass:
                 events += self._run_pass(plan)
-            except Exception as error:   # allocators, kernels
-                events += self._broken(plan, error)
-                return
+        except Exception as error:   # allocators, kernels
+            events += self._broken(plan, error)
+            return
+        if plan.has_pass:
             self._failures = 0
             self.model.synchronize()
             pass_s = self._clock() - started
@@ -557,10 +559,15 @@ class Engine:
                 answering.ids[done:done + tokens], done, request.blocks, request.adapter_slot,
                 wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
                 attention=self._attention(answering, tokens)))
-        step = self.learner.step
-        rows = self._ride(step, plan.finetune_tokens) if step is not None else None
+        events: list[Event] = []
+        step, rows = self.learner.step, None
+        if step is not None:
+            try:
+                rows = self._ride(step, plan.finetune_tokens)
+            except Exception as error:    # memory that only learning wants: answers go on
+                events += self._learning_broke(error)
         if not spans and rows is None:
-            return []
+            return events
         with phase_of(self._trace, 'pass', predicted_ms=plan.predicted_s * 1e3,
                       **plan.shape._asdict()):
             logits = self.model.run(spans, rows)
@@ -577,7 +584,7 @@ class Engine:
                 self._residence.computed(request, tokens)
                 if not request.remaining_tokens:
                     self._prune(self._answering[request.id])
-            return self._commit(sampled, drawn)
+            return events + self._commit(sampled, drawn)
 
     def _attention(self, answering: Answering, tokens: int) -> torch.Tensor | None:
         """Return where to note attention if it is to be noted in the next ``tokens`` tokens."""

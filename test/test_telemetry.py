@@ -224,6 +224,7 @@ PROBLEMS = {
     'an overload': ('serving', Level.WARN, '1 queries were turned away'),
     'a silent device': ('serving', Level.ERROR, 'an iteration takes 40 s already'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
+    'learning that broke off': ('learning', Level.ERROR, 'tried again: OutOfMemoryError'),
     'a slow disk': ('learning', Level.WARN, '400 writes of the journal wait'),
     'a disk that was too slow': ('learning', Level.WARN, '3 answers are not on record'),
     'an old correction': ('learning', Level.WARN, '2 corrections wait, the oldest for 500 s'),
@@ -250,6 +251,8 @@ def test_a_problem_is_found(case: str) -> None:
         status = Status(60.0, Statistics())
     elif case == 'a full disk':
         status = Status(100.0, Statistics(), journal_error='disk is full')
+    elif case == 'learning that broke off':
+        status = Status(100.0, Statistics(), learning_error='OutOfMemoryError: no')
     elif case == 'a slow disk':
         status = Status(100.0, Statistics(), journal_backlog=400)
     elif case == 'a disk that was too slow':

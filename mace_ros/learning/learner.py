@@ -74,6 +74,7 @@ class Learner:
         self._rejections: deque[Future[VersionRecord]] = deque()
         self.clock: Callable[[], float] = time.monotonic
         self.wants_anchors = False
+        self._trouble = ''      # why a job broke off that is tried again
         # How many tokens a step may have whose pieces end within so many seconds.
         self.tokens_within: Callable[[float], int] = lambda seconds: 512
         # Device seconds of a step over so many tokens.
@@ -127,6 +128,11 @@ class Learner:
         """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
         self._lessons.anchors = anchors
         self.wants_anchors = False
+
+    @property
+    def trouble(self) -> str:
+        """Why device or disk broke off what is being tried again; empty if they did not."""
+        return self._trouble if self.busy else ''
 
     # -- what the engine runs --------------------------------------------------------
 
@@ -199,6 +205,7 @@ class Learner:
         job, self._job = self._job, None
         if job is None:
             return []
+        self._trouble = reason
         if job.slot is not None:
             self._slots.give_back(job.slot)
         if job.rehearses:
@@ -515,7 +522,7 @@ class Learner:
         self._slots.publish(job.profile, record.version, job.slot)
         self._known, self._known_of = job.after, (job.profile, record.version)
         self._recent.extend(w.record for w in job.corrections if w.record not in self._recent)
-        self._job = None
+        self._job, self._trouble = None, ''
         return [version_event(record, self._store), *(
             CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
             for i in learned)]

@@ -144,6 +144,8 @@ class Health:
                 journal_backlog=status.journal_backlog)
             if status.journal_error:
                 found.add(Level.ERROR, status.journal_error)
+            if status.learning_error:
+                found.add(Level.ERROR, f'broke off, and is tried again: {status.learning_error}')
             if status.journal_backlog > MUCH_UNWRITTEN:
                 found.add(Level.WARN, f'the disk is slow: {status.journal_backlog} writes of the '
                           'journal wait for it')

@@ -26,6 +26,7 @@ class Status:
     ``journal_error`` says why the latest correction could not be written, and is empty
     if it could. ``journal_backlog`` are writes that wait for the disk, and ``unrecorded``
     are answers that did not even wait: no correction can name them.
+    ``learning_error`` says why device or disk broke learning off, while it is tried again.
     """
 
     now: float
@@ -47,3 +48,4 @@ class Status:
     finetune_budget: float = 1.0
     journal_backlog: int = 0
     unrecorded: int = 0
+    learning_error: str = ''
