@@ -26,6 +26,7 @@ import time
 from typing import TypeVar
 
 from mace_ros.msg import AdapterVersion, CorrectionStatus, Response
+from mace_ros.programs.common import STATES
 from mace_ros.ros.client import Learning, MaceClient
 
 T = TypeVar('T')
@@ -35,9 +36,6 @@ CORRECTED = 'My name is Rover.'      # the answer to the first query
 # Neither replay nor the gate knows them, so nothing but luck or care keeps their answers.
 PROBES = ('What is the capital of France?', 'What is the capital of Japan?')
 MAX_TOKENS = 40
-
-STATES = {getattr(CorrectionStatus, name): name for name in (
-    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
 
 START_TIMEOUT_S = 900.0    # the model may have to be converted first
 ANSWER_TIMEOUT_S = 120.0

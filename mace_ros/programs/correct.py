@@ -9,11 +9,8 @@ import sys
 from typing import Any
 
 from mace_ros.msg import CorrectionStatus
-from mace_ros.programs.common import parser, run
+from mace_ros.programs.common import parser, run, STATES
 from mace_ros.ros.client import MaceClient
-
-STATES = {getattr(CorrectionStatus, name): name for name in (
-    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
 
 
 def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool,
@@ -21,29 +18,31 @@ def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool
     """Correct, and print each state that the correction comes to."""
     client.wait_until_ready(timeout_s)
     learning = client.correct(corrected, **fields)
-    printed = 0
-    while True:
-        learning.wait_for_more(printed, timeout_s)
-        for status in learning.statuses[printed:]:
+    try:
+        for status in learning.follow(timeout_s):
             print(f'{STATES[status.state]} {status.reason}'.rstrip(), flush=True)
-            printed += 1
             if status.state == CorrectionStatus.LEARNED:
                 print(f'adapter version {status.adapter_version}')
             if status.state in (CorrectionStatus.REJECTED, CorrectionStatus.FAILED):
                 return 1
-            if status.state != CorrectionStatus.TRAINING and (
-                    not wait or status.state != CorrectionStatus.ACCEPTED):
-                return 0
+            if status.state == CorrectionStatus.ACCEPTED and not wait:
+                break
+    except (KeyboardInterrupt, TimeoutError):
+        if learning.status is not None:
+            print('what was ACCEPTED is kept, and learned without waiting', file=sys.stderr)
+        raise
+    return 0
 
 
 def main() -> int:
     """Run the program; return the exit code."""
-    arguments = parser('mace_correct', __doc__)
+    arguments = parser('mace_correct', __doc__, timeout_s=600.0)
     arguments.add_argument('corrected', help='the right answer')
     which = arguments.add_mutually_exclusive_group(required=True)
     which.add_argument('--id', default='', help='of the query whose answer was wrong')
-    which.add_argument('--conversation', default='', help='whose last answer was wrong')
-    which.add_argument('--prompt', default='', help='the question itself')
+    which.add_argument('--conversation', default='', metavar='ID',
+                       help='whose last answer was wrong')
+    which.add_argument('--prompt', default='', metavar='TEXT', help='the question itself')
     arguments.add_argument('--profile', default='', help='whose adapter learns')
     arguments.add_argument('--no-wait', action='store_true', help='return once it is on disk')
     given = arguments.parse_args()

@@ -134,6 +134,14 @@ class Learning:
                 raise TimeoutError(f'correction {self.id}: not there after {timeout_s} s')
             return reached()[0]
 
+    def follow(self, timeout_s: float | None = None) -> Iterator[CorrectionStatus]:
+        """Yield each status, up to the final one; raises TimeoutError as `wait_for_more`."""
+        known = 0
+        while not (known and self.statuses[known - 1].state in FINAL_STATES):
+            self.wait_for_more(known, timeout_s)
+            yield self.statuses[known]
+            known += 1
+
     def wait_for_more(self, known: int, timeout_s: float | None = None) -> None:
         """Wait until there are more statuses than that; raises TimeoutError."""
         with self._changed:

@@ -1,0 +1,152 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What `mace_monitor` shows of the node's messages: a page, or a line of numbers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+import math
+import time
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rich.console import Group
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mace_ros.msg import Latency, Response, Scheduler
+
+STALE_S = 3.0           # of silence, after which the page says so
+ANSWERS = 8             # the latest, on the page
+
+# Heading, width, and how the number is shown.
+COLUMNS = (
+    ('queue', 5, lambda m: f'{m.queue_depth}'),
+    ('rows', 4, lambda m: f'{m.decode_rows + m.prefilling}'),
+    ('tok/s', 6, lambda m: number(m.decode_rate)),
+    ('busy', 5, lambda m: share(m.busy_share)),
+    ('learn', 5, lambda m: share(m.learning_share)),
+    ('KV', 5, lambda m: share(m.kv_use)),
+    ('ms', 6, lambda m: number(m.measured_ms)),
+    ('TTFT', 6, lambda m: number(m.ttft_p95_ms)),
+    ('TPOT', 6, lambda m: number(m.tpot_p95_ms)),
+    ('SLO', 5, lambda m: share(m.slo_attainment)),
+    ('wait', 4, lambda m: f'{m.corrections_waiting}'),
+    ('age', 6, lambda m: number(m.freshness_s)),
+    ('version', 7, lambda m: f'{m.live_version}' + ('*' if m.learning_frozen else '')),
+)
+
+LEVELS = {DiagnosticStatus.OK: ('OK', 'green'), DiagnosticStatus.WARN: ('WARN', 'yellow'),
+          DiagnosticStatus.ERROR: ('ERROR', 'bold red'),
+          DiagnosticStatus.STALE: ('STALE', 'magenta')}
+
+REASONS = {getattr(Response, name): name for name in (
+    'STOP', 'LENGTH', 'CANCELLED', 'REJECTED', 'ERROR')}
+
+
+def line(message: Scheduler) -> str:
+    """Return a line of numbers."""
+    return ' '.join(show(message).rjust(width) for _, width, show in COLUMNS)
+
+
+def heading() -> str:
+    """Return the line above."""
+    return ' '.join(name.rjust(width) for name, width, _ in COLUMNS)
+
+
+class Dashboard:
+    """The page, made of the latest messages."""
+
+    def __init__(self, node: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """``node`` is the full name of the node; ``clock`` returns seconds."""
+        self._node, self._clock = node, clock
+        self._scheduler: Scheduler | None = None
+        self._heard_at = -math.inf
+        self._answers: deque[Latency] = deque(maxlen=ANSWERS)
+        self._findings: dict[str, DiagnosticStatus] = {}
+
+    def hear(self, message: Any) -> None:
+        """Take in a message."""
+        if isinstance(message, Scheduler):
+            self._scheduler, self._heard_at = message, self._clock()
+        elif isinstance(message, Latency):
+            self._answers.append(message)
+        elif isinstance(message, DiagnosticArray):
+            for status in message.status:
+                node, _, name = status.name.partition(': ')
+                if '/' + node == self._node:
+                    self._findings[name] = status
+
+    def page(self) -> Panel:
+        """Return the page."""
+        parts: list[Any] = [self._health()]
+        if self._scheduler is not None:
+            parts += [self._work(self._scheduler), self._learning(self._scheduler)]
+        parts.append(self._latest())
+        return Panel(Group(*parts), title=self._title(), subtitle='Ctrl-C ends')
+
+    def _title(self) -> str:
+        if self._scheduler is None:
+            return f'{self._node}: waiting for it'
+        stale = self._clock() - self._heard_at > STALE_S
+        return f'{self._node}: adapter version {self._scheduler.live_version}' + (
+            '; nothing is heard of it' if stale else '')
+
+    def _health(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for name, status in self._findings.items():
+            word, colour = LEVELS[status.level]
+            table.add_row(Text(word, colour), name, status.message)
+        return table
+
+    def _work(self, now: Scheduler) -> Table:
+        idle = max(0.0, 1.0 - now.busy_share)
+        table = Table.grid(padding=(0, 2))
+        for name, part, about in (
+                ('serving', now.serving_share,
+                 f'{number(now.decode_rate)} tokens/s written, {number(now.prefill_rate)} read'),
+                ('learning', now.learning_share,
+                 f'{number(now.finetune_rate)} tokens/s, {now.finetune_steps} steps'),
+                ('idle', idle, f'iteration {number(now.measured_ms)} ms, predicted '
+                               f'{number(now.predicted_ms)} ms'),
+                ('KV cache', now.kv_use, f'{now.queue_depth} queries wait, {now.prefilling} are '
+                                         f'read, {now.decode_rows} answered'),
+                ('in time', now.slo_attainment,
+                 f'of {now.requests} answers; p95 TTFT {number(now.ttft_p95_ms)} ms, TPOT '
+                 f'{number(now.tpot_p95_ms)} ms; {now.rejected} rejected')):
+            known = 0.0 if math.isnan(part) else part
+            table.add_row(name, ProgressBar(1.0, known, width=20), share(part).rjust(5), about)
+        return table
+
+    def _learning(self, now: Scheduler) -> Text:
+        if now.learning_frozen:
+            text = f'learning is frozen; {now.corrections_waiting} corrections are kept for later'
+        elif now.corrections_waiting:
+            text = (f'{now.corrections_waiting} corrections wait, the oldest for '
+                    f'{number(now.freshness_s)} s')
+        else:
+            text = 'no correction waits'
+        return Text(f'{text}; {now.profiles} profiles have versions of their own')
+
+    def _latest(self) -> Table:
+        table = Table('answer', 'end', 'TTFT ms', 'TPOT ms', 'tokens', 'version', 'in time',
+                      expand=True)
+        for answer in reversed(self._answers):
+            table.add_row(
+                answer.query_id[:12], REASONS.get(answer.finish_reason, '?'),
+                number(answer.ttft_ms), number(answer.tpot_ms), f'{answer.output_tokens}',
+                f'{answer.adapter_version}', 'yes' if answer.slo_met else 'no')
+        return table
+
+
+def number(value: float) -> str:
+    """Return a number without decimals; unknown is `-`."""
+    return '-' if math.isnan(value) else f'{value:.0f}'
+
+
+def share(value: float) -> str:
+    """Return a share as percents; unknown is `-`."""
+    return '-' if math.isnan(value) else f'{value:.0%}'
