@@ -1,17 +1,20 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Start the language model node.
+Start the language model node, and what watches it.
 
     ros2 launch mace_ros mace.launch.py namespace:=robot1 model:=/models/qwen3
 """
 
+from pathlib import Path
+
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction
+from launch.logging import launch_config
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
-from launch_ros.substitutions import FindPackageShare
+from launch_ros.substitutions import ExecutableInPackage, FindPackageShare
 
 ARGUMENTS = [
     DeclareLaunchArgument(
@@ -37,7 +40,11 @@ ARGUMENTS = [
         description='Least severe messages that are logged'),
     DeclareLaunchArgument(
         'respawn', default_value='true', choices=['true', 'false'],
-        description='Whether a node that died is started again, with what it had learned'),
+        description='Whether a node that ended is started again, with what it had learned'),
+    DeclareLaunchArgument(
+        'monitor', default_value='none', choices=['none', 'terminal', 'rqt'],
+        description='What watches the node: terminal prints a line of numbers every ten seconds, '
+                    'rqt draws curves and shows the diagnostics'),
 ]
 
 # Arguments that stand for a parameter of another name.
@@ -65,6 +72,33 @@ def start_node(context: LaunchContext) -> list[Node]:
     )]
 
 
+def start_monitor(context: LaunchContext) -> list[ExecuteProcess]:
+    """Return the process that the argument monitor asks for."""
+    monitor = LaunchConfiguration('monitor').perform(context)
+    namespace = LaunchConfiguration('namespace').perform(context).strip('/')
+    node = f'/{namespace}/mace' if namespace else '/mace'
+    if monitor == 'terminal':
+        return [ExecuteProcess(
+            cmd=[ExecutableInPackage('monitor', 'mace_ros'),
+                 '--node', node, '--period', '10', '--timeout', 'inf'],
+            output='screen')]
+    if monitor == 'rqt':
+        return [ExecuteProcess(
+            cmd=['rqt', '--perspective-file', str(perspective(context, node))], output='log')]
+    return []
+
+
+def perspective(context: LaunchContext, node: str) -> Path:
+    """Return the file that makes rqt show this node: topics in it are absolute."""
+    shipped = Path(FindPackageShare('mace_ros').perform(context), 'config', 'mace.perspective')
+    if node == '/mace':
+        return shipped
+    made = Path(launch_config.log_dir, node.strip('/').replace('/', '_') + '.perspective')
+    made.write_text(shipped.read_text().replace('/mace/', f'{node}/'))
+    return made
+
+
 def generate_launch_description() -> LaunchDescription:
-    """Return the launch arguments and the node."""
-    return LaunchDescription([*ARGUMENTS, OpaqueFunction(function=start_node)])
+    """Return the launch arguments and the processes."""
+    return LaunchDescription([
+        *ARGUMENTS, OpaqueFunction(function=start_node), OpaqueFunction(function=start_monitor)])
