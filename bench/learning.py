@@ -3,38 +3,45 @@
 """
 What learning a correction does: how soon, how well, and what it does to other answers.
 
-One correction after the other, each to a live answer of an idle robot: the time until the
-version that knows it, the answer then, the answer to a paraphrase that was never trained,
-and, after all, short facts that the base model gets right. Results:
+Three parts: ``one`` teaches an idle robot one correction after the other, each to a live
+answer; ``forty`` teaches many in a row (bench/forty.py); ``drift`` plays a trace of
+questions whose topics shift, under several policies (bench/drift.py). Results:
 bench/results/learning.json.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 import json
 from pathlib import Path
 import statistics
 import tempfile
-import time
 from typing import Any
 
+from bench import drift, forty
 from bench.report import summary
-from bench.results import Check, check, Recorder, Reported, Result, Table
+from bench.results import Check, check, FOLDER, Recorder, Reported, Result, Table
+from bench.robot import Robot, says, settings_from
 
 LESSONS = Path(__file__).with_name('lessons.json')
 FACTS = 40
-MAX_TOKENS = 24
-ENDS_AFTER_S = 300.0    # no answer and no correction takes so long
+PARTS = ('one', 'forty', 'drift')
+QUICK_SYSTEMS = ('mace', 'periodic')
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
     result = argparse.ArgumentParser(prog='python -m bench.learning', description=__doc__.strip())
     add = result.add_argument
-    add('--quick', action='store_true', help='two corrections: says that all runs, not how well')
-    add('--corrections', type=int, help='how many (default: 10; quick: 2)')
+    add('--quick', action='store_true', help='a little of each: says that all runs, not how well')
+    add('--only', nargs='+', choices=PARTS, default=list(PARTS),
+        help='parts to run (default: all); what earlier runs found out about the others is kept')
+    add('--corrections', type=int, help='of the part one (default: 10; quick: 2)')
+    add('--many', type=int, help='corrections of the part forty (default: 40; quick: 3)')
+    add('--questions', type=int, help='of the drift trace (default: 300; quick: 24)')
+    add('--rate', type=float, default=0.8, help='questions a second of it (default: 0.8)')
+    add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to')
     add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='parameters of the node')
     add('--results', type=Path, metavar='FOLDER', help='where to write the results')
     return result
@@ -44,79 +51,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     args = parser().parse_args(arguments)
     args.corrections = args.corrections or (2 if args.quick else 10)
+    args.many = args.many or (3 if args.quick else 40)
+    args.questions = args.questions or (24 if args.quick else 300)
+    args.systems = args.systems or list(QUICK_SYSTEMS if args.quick else drift.SYSTEMS)
     recorder = Recorder(vars(args), quick=args.quick)
-    with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
-        samples = measure(args, Path(folder))
-    result = Result('learning', samples, checks(samples), reported(samples), [table(samples)], [])
+    folder = args.results or (FOLDER / 'quick' if args.quick else FOLDER)
+    samples = earlier(folder / 'learning.json') if set(args.only) != set(PARTS) else {}
+    lessons = json.loads(LESSONS.read_text())
+    settings = settings_from(args.set)
+    facts = 8 if args.quick else FACTS
+    with tempfile.TemporaryDirectory(prefix='mace-bench-') as storage:
+        if 'one' in args.only:
+            samples |= measure(settings, lessons, Path(storage) / 'one', args.corrections, facts)
+        if 'forty' in args.only:
+            samples |= forty.measure(
+                settings, lessons, Path(storage) / 'forty', count=args.many, facts=facts)
+        if 'drift' in args.only:
+            samples |= drift.measure(
+                settings, Path(storage), systems=args.systems, questions=args.questions,
+                rate=args.rate)
+    result = result_of(samples)
     path = recorder.write(result, args.results)
+    if 'drift' in samples:
+        drift.draw(samples, path.with_name('drift.svg'))
     print(summary(result))
     print(f'\n{path}')
 
 
-class Robot:
-    """An engine, asked and corrected as by somebody who waits for each answer."""
-
-    def __init__(self, settings: Any, storage: Path) -> None:
-        """Load the model."""
-        from mace_ros.engine import Engine
-
-        self.engine = Engine(settings, storage=storage)
-        self._count = 0
-
-    def until(self, happened: Callable[[Any], bool]) -> Any:
-        """Run iterations until an event fulfils the condition; return it."""
-        end = time.monotonic() + ENDS_AFTER_S
-        while time.monotonic() < end:
-            iteration = self.engine.step()
-            for event in iteration.events:
-                if happened(event):
-                    return event
-            if iteration.wake_at is None:
-                time.sleep(0.001)
-        raise TimeoutError(f'nothing came within {ENDS_AFTER_S:g} s')
-
-    def ask(self, text: str, *, no_learn: bool = True) -> Any:
-        """Return the answer, greedily decoded."""
-        from mace_ros.events import Finished, Query
-
-        self._count += 1
-        name = f'q{self._count}'
-        self.engine.submit(Query(
-            text, id=name, max_tokens=MAX_TOKENS, temperature=0.0, no_learn=no_learn))
-        return self.until(lambda e: isinstance(e, Finished) and e.query_id == name)
-
-    def teach(self, query_id: str, answer: str) -> tuple[float, Any]:
-        """Correct an answer; return the seconds that it took, and its last status."""
-        from mace_ros.events import Correction, CorrectionProgress, CorrectionState
-
-        ends = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
-        began = time.monotonic()
-        self.engine.correct(Correction(answer, id=f'c-{query_id}', query_id=query_id))
-        last = self.until(lambda e: isinstance(e, CorrectionProgress)
-                          and e.id == f'c-{query_id}' and e.state in ends)
-        return time.monotonic() - began, last
+def earlier(path: Path) -> dict[str, Any]:
+    """Return the samples of an earlier run, if there was one."""
+    return dict(json.loads(path.read_text())['samples']) if path.exists() else {}
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def result_of(samples: Mapping[str, Any]) -> Result:
+    """Return all that the samples say."""
+    result = Result('learning', dict(samples))
+    if 'corrections' in samples:
+        result.checks += checks(samples)
+        result.reported += reported(samples)
+        result.tables.append(table(samples))
+    if 'forty' in samples:
+        result.checks += forty.checks(samples)
+    if 'drift' in samples:
+        result.checks += drift.checks(samples)
+        result.tables.append(drift.table(samples))
+    return result
+
+
+def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, count: int,
+            known: int) -> dict[str, Any]:
     """Teach one correction after the other; return what was answered when."""
-    from mace_ros.settings import PARAMETERS, Settings
-
-    values = {}
-    for name, _, value in (each.partition('=') for each in args.set):
-        kind = type(PARAMETERS[name].default)
-        values[name] = value == 'true' if kind is bool else kind(value)
-    lessons = json.loads(LESSONS.read_text())
-    robot = Robot(Settings().updated(values), folder)
-    facts = []
-    for question, key in lessons['facts']:
-        answer = robot.ask(question).text
-        if says(answer, key):
-            facts.append({'question': question, 'key': key, 'before': answer})
-        if len(facts) == FACTS:
-            break
-    print(f'{len(facts)} facts that the base model gets right', flush=True)
+    robot = Robot(settings, folder)
+    facts = robot.facts(lessons['facts'], known)
     taught = []
-    for lesson in lessons['corrections'][:args.corrections]:
+    for lesson in lessons['corrections'][:count]:
         before = robot.ask(lesson['question'], no_learn=False)
         seconds, last = robot.teach(before.query_id, lesson['answer'])
         after, again = (robot.ask(lesson[x]).text for x in ('question', 'paraphrase'))
@@ -132,15 +120,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {'corrections': taught, 'facts': facts}
 
 
-def says(answer: str, key: str) -> bool:
-    """Return whether an answer has its key phrase."""
-    return key.lower() in answer.lower()
-
-
 # -- what the samples say ----------------------------------------------------------------
 
 
-def checks(samples: dict[str, Any]) -> list[Check]:
+def checks(samples: Mapping[str, Any]) -> list[Check]:
     """Return the checks of what issue 6 asks for."""
     taught, facts = samples['corrections'], samples['facts']
 
@@ -160,7 +143,7 @@ def checks(samples: dict[str, Any]) -> list[Check]:
         check('facts that the base model gets right', float(len(facts)), '>= 40')]
 
 
-def reported(samples: dict[str, Any]) -> list[Reported]:
+def reported(samples: Mapping[str, Any]) -> list[Reported]:
     """Return the numbers that explain the others."""
     taught, facts = samples['corrections'], samples['facts']
     return [
@@ -170,7 +153,7 @@ def reported(samples: dict[str, Any]) -> list[Reported]:
             f['before'] == f['after'] for f in facts) / len(facts))]
 
 
-def table(samples: dict[str, Any]) -> Table:
+def table(samples: Mapping[str, Any]) -> Table:
     """Return a row for each correction."""
     return Table('Corrections, one after the other',
                  ['question', 'before', 's', 'after', 'paraphrase', 'answer then'],

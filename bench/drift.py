@@ -1,0 +1,275 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+A trace of questions whose topics shift and whose answers change, under several policies.
+
+Pairs of questions and answers come from the topics of chatterbot-corpus. Whoever asks
+corrects each answer that is not, word for word, the one that is true at that moment. The
+same questions come at the same times to each policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+import random
+import threading
+import time
+from typing import Any
+
+from bench.load import poisson
+from bench.results import Check, check, percentile, Table
+from bench.robot import MAX_TOKENS, Robot
+
+TOPICS = ('botprofile', 'ai', 'food', 'literature', 'science', 'psychology', 'humor', 'sports',
+          'emotion', 'trivia')
+PAIRS = 100
+# The topics of each phase, by number: five shifts, and some topics come back.
+FOCUS_ON = ((0, 1), (2, 3), (4, 5), (6, 0), (7, 2), (8, 9))
+PHASES = len(FOCUS_ON)
+FOCUS = 0.8             # share of a phase's questions that are of its topics
+LONGEST_ANSWER = 16     # tokens
+WINDOW = 25             # questions over which the alignment of a moment is taken
+
+# What each system sets, beside the node's defaults.
+SYSTEMS: Mapping[str, Mapping[str, Any]] = {
+    'mace': {},
+    'continuous': {'scheduler.policy': 'continuous'},
+    'periodic': {'scheduler.policy': 'periodic'},
+    'mace, no priority': {'finetune.order': 'arrival'},
+    'mace, no drift': {'drift.min_budget': 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked ``at`` seconds after the start, and what is right then."""
+
+    at: float
+    phase: int
+    text: str
+    truth: str
+
+
+def pairs(tokens: Any) -> dict[str, list[tuple[str, list[str]]]]:
+    """
+    Return for each topic its questions with their answers: short ones, one or two each.
+
+    ``tokens`` counts the tokens of a text. Raises ``SystemExit`` without chatterbot-corpus.
+    """
+    try:
+        import chatterbot_corpus
+        import yaml
+    except ImportError as error:
+        raise SystemExit("the drift trace needs chatterbot-corpus: pip install 'mace-ros[bench]'"
+                         ) from error
+    folder = Path(chatterbot_corpus.__file__).parent / 'data' / 'english'
+    asked: set[str] = set()
+    result: dict[str, list[tuple[str, list[str]]]] = {}
+    for topic in TOPICS:
+        found: dict[str, list[str]] = {}
+        for conversation in yaml.safe_load((folder / f'{topic}.yml').read_text())['conversations']:
+            if len(conversation) < 2:
+                continue
+            question, answer = (' '.join(str(x).split()) for x in conversation[:2])
+            if 1 < len(question.split()) < 16 and len(answer) > 2 and (
+                    tokens(answer) < LONGEST_ANSWER):
+                found.setdefault(question.strip().casefold(), []).append(answer)
+        result[topic] = [
+            (q, list(dict.fromkeys(a))[:2]) for q, a in found.items() if q not in asked]
+        asked |= found.keys()
+    return result
+
+
+def trace(tokens: Any, *, questions: int, rate: float, seed: str = 'drift') -> list[Question]:
+    """Return the questions: their topics shift, and some answers change half-way."""
+    dice = random.Random(seed)
+    topics = pairs(tokens)
+    per_topic = PAIRS // len(TOPICS)
+    # Those with two answers first: they are the ones that can change.
+    chosen = {t: sorted(dice.sample(found, min(2 * per_topic, len(found))),
+                        key=lambda pair: -len(pair[1]))[:per_topic]
+              for t, found in topics.items()}
+    names = list(chosen)
+    dice.shuffle(names)
+    focus = [[names[i] for i in numbers] for numbers in FOCUS_ON]
+    result = []
+    changed: set[str] = set()
+    changable = [q for found in chosen.values() for q, a in found if len(a) > 1]
+    for i, at in enumerate(poisson(seed, questions, questions / rate)):
+        phase = i * PHASES // questions
+        if phase >= PHASES // 2 and not changed:
+            changed = set(dice.sample(changable, 2 * len(changable) // 3))
+        seen = sorted({t for f in focus[:phase + 1] for t in f})
+        topic = dice.choice(focus[phase] if dice.random() < FOCUS else seen)
+        text, answers = dice.choice(chosen[topic])
+        result.append(Question(at, phase, text, answers[1 if text in changed else 0]))
+    return result
+
+
+def measure(settings: Any, folder: Path, *, systems: Sequence[str], questions: int,
+            rate: float) -> dict[str, Any]:
+    """Run the trace under each system."""
+    rows: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    for system in systems:
+        robot = Robot(settings.updated(SYSTEMS[system]), folder / system.replace(' ', '_'))
+        chat = robot.engine.chat
+        load = trace(lambda text, chat=chat: len(chat.answer(text)), questions=questions,
+                     rate=rate)
+        asked, run = play(robot, load)
+        rows += [{'system': system, **row} for row in asked]
+        runs.append({'system': system, **run})
+        robot.engine.close()
+        right = sum(r['right'] for r in asked) / len(asked)
+        print(f'{system}: alignment {right:.3f}, fine-tune {run["learning_s"]:.1f} s', flush=True)
+    return {'drift': rows, 'drift_runs': runs}
+
+
+def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Ask at the times of the trace, and correct what is wrong; return rows and totals."""
+    from mace_ros.events import Correction, Finished, Query, VersionEvent, VersionState
+
+    engine = robot.engine
+    robot.ask('Hello.')     # what is only slow once
+    before = engine.scheduler.statistics(time.monotonic())
+    begun = time.monotonic()
+
+    def ask() -> None:
+        for i, question in enumerate(load):
+            time.sleep(max(begun + question.at - time.monotonic(), 0.0))
+            engine.submit(Query(question.text, id=f't{i}', max_tokens=MAX_TOKENS, temperature=0.0))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    rows: list[dict[str, Any]] = []
+    versions = rejected = drifting = samples = 0
+    end = begun + load[-1].at + 120.0
+    while len(rows) < len(load) and time.monotonic() < end:
+        iteration = engine.step()
+        for event in iteration.events:
+            if isinstance(event, VersionEvent):
+                versions += event.state is VersionState.PUBLISHED
+                rejected += event.state is VersionState.REJECTED
+            if not isinstance(event, Finished) or not event.query_id.startswith('t'):
+                continue
+            question = load[int(event.query_id[1:])]
+            right = event.text.strip() == question.truth
+            rows.append({
+                'at': question.at, 'phase': question.phase, 'question': question.text,
+                'truth': question.truth, 'answer': event.text, 'right': right,
+                'ttft_ms': event.ttft_ms, 'tpot_ms': event.tpot_ms,
+                'version': event.adapter_version})
+            samples += 1
+            drifting += engine.learner.drift.state == 2
+            if not right:
+                engine.correct(Correction(question.truth, query_id=event.query_id))
+        if iteration.wake_at is None or (not iteration.events
+                                         and iteration.wake_at > time.monotonic()):
+            time.sleep(0.001)
+    asking.join()
+    after = engine.scheduler.statistics(time.monotonic())
+    return rows, {
+        'learning_s': after.learning_s - before.learning_s,
+        'serving_s': after.serving_s - before.serving_s,
+        'seconds': time.monotonic() - begun, 'versions': versions, 'rejected': rejected,
+        'steps': after.finetune_steps - before.finetune_steps,
+        'drifting': drifting / max(samples, 1), 'unlearned': len(engine.learner.unlearned)}
+
+
+# -- what the samples say ----------------------------------------------------------------
+
+
+def alignment(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of answers that were right at the moment they were asked."""
+    return sum(r['right'] for r in rows) / len(rows)
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Return over time the share of right answers among the latest :data:`WINDOW`."""
+    ordered = sorted(rows, key=lambda r: r['at'])
+    return [(row['at'], alignment(ordered[max(i + 1 - WINDOW, 0):i + 1]))
+            for i, row in enumerate(ordered)]
+
+
+def area(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean height of the curve over time."""
+    points = curve(rows)
+    total = sum((points[i + 1][0] - at) * (points[i + 1][1] + height) / 2.0
+                for i, (at, height) in enumerate(points[:-1]))
+    return total / max(points[-1][0] - points[0][0], 1e-9)
+
+
+def by_system(samples: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return for each system that ran its numbers."""
+    result = {}
+    for run in samples['drift_runs']:
+        rows = [r for r in samples['drift'] if r['system'] == run['system']]
+        result[run['system']] = {
+            **run, 'alignment': alignment(rows), 'area': area(rows), 'answers': len(rows),
+            'ttft_p95_ms': percentile([r['ttft_ms'] for r in rows], 95),
+            'tpot_p95_ms': percentile([r['tpot_ms'] for r in rows], 95)}
+    return result
+
+
+def checks(samples: Mapping[str, Any]) -> list[Check]:
+    """Return the checks of what issue 6 asks for."""
+    numbers = by_system(samples)
+
+    def ratio(column: str, above: str, below: str) -> float | None:
+        if above not in numbers or below not in numbers or not numbers[below][column]:
+            return None
+        return float(numbers[above][column] / numbers[below][column])
+
+    return [
+        check('alignment of mace over that of continuous',
+              ratio('alignment', 'mace', 'continuous'), '>= 1'),
+        check('fine-tune device time of mace over that of continuous',
+              ratio('learning_s', 'mace', 'continuous'), '<= 0.6'),
+        check('alignment of mace over that of periodic',
+              ratio('alignment', 'mace', 'periodic'), '>= 1.2'),
+        check('alignment per fine-tune second of mace over that without priority', (
+            None if (a := ratio('alignment', 'mace', 'mace, no priority')) is None
+            else a / (ratio('learning_s', 'mace', 'mace, no priority') or 1.0)), '>= 1'),
+        check('alignment per fine-tune second of mace over that without drift', (
+            None if (a := ratio('alignment', 'mace', 'mace, no drift')) is None
+            else a / (ratio('learning_s', 'mace', 'mace, no drift') or 1.0)), '>= 1')]
+
+
+def table(samples: Mapping[str, Any]) -> Table:
+    """Return alignment and latency of each system in one table."""
+    columns = ['alignment', 'area', 'learning_s', 'ttft_p95_ms', 'tpot_p95_ms', 'versions',
+               'rejected', 'steps', 'drifting', 'unlearned']
+    return Table(
+        'Drift trace', ['system', *columns],
+        [[name, *(row[c] for c in columns)] for name, row in by_system(samples).items()],
+        'alignment: share of answers right when asked; area: the same over time; learning_s: '
+        'device seconds of fine-tuning, scoring and gate included')
+
+
+def draw(samples: Mapping[str, Any], path: Path) -> bool:
+    """Draw alignment over time; return whether that was possible."""
+    from importlib.util import find_spec
+
+    if find_spec('matplotlib') is None:
+        return False
+    import matplotlib
+
+    matplotlib.use('svg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout='constrained')
+    for system in by_system(samples):
+        rows = [r for r in samples['drift'] if r['system'] == system]
+        times, values = zip(*curve(rows), strict=True)
+        axes.plot(times, values, label=system, linewidth=2.2 if system == 'mace' else 1.2)
+    some = [r for r in samples['drift'] if r['system'] == samples['drift'][0]['system']]
+    for phase in range(1, PHASES):
+        axes.axvline(min(r['at'] for r in some if r['phase'] == phase), color='0.8', zorder=0)
+    axes.set(xlabel='seconds; the topics shift at each line', ylim=(0, 1),
+             ylabel=f'share right of the latest {WINDOW}')
+    axes.legend(fontsize=7)
+    figure.savefig(path, metadata={'Date': None})
+    pyplot.close(figure)
+    return True
