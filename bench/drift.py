@@ -83,28 +83,26 @@ def pairs(tokens: Any) -> dict[str, list[tuple[str, list[str]]]]:
 
 
 def trace(tokens: Any, *, questions: int, rate: float, seed: str = 'drift') -> list[Question]:
-    """Return the questions: their topics shift, and some answers change half-way."""
+    """Return the questions: their topics shift, and every other answer changes half-way."""
     dice = random.Random(seed)
     topics = pairs(tokens)
     per_topic = PAIRS // len(TOPICS)
-    # Those with two answers first: they are the ones that can change.
-    chosen = {t: sorted(dice.sample(found, min(2 * per_topic, len(found))),
-                        key=lambda pair: -len(pair[1]))[:per_topic]
-              for t, found in topics.items()}
+    chosen = {t: dice.sample(found, per_topic) for t, found in topics.items()}
     names = list(chosen)
     dice.shuffle(names)
     focus = [[names[i] for i in numbers] for numbers in FOCUS_ON]
     result = []
-    changed: set[str] = set()
-    changable = [q for found in chosen.values() for q, a in found if len(a) > 1]
+    changes: dict[str, str] = {}
     for i, at in enumerate(poisson(seed, questions, questions / rate)):
         phase = i * PHASES // questions
-        if phase >= PHASES // 2 and not changed:
-            changed = set(dice.sample(changable, 2 * len(changable) // 3))
+        if phase >= PHASES // 2 and not changes:
+            for found in chosen.values():
+                for (text, answers), (_, others) in zip(found[::2], found[1::2], strict=False):
+                    changes[text] = answers[1] if len(answers) > 1 else others[0]
         seen = sorted({t for f in focus[:phase + 1] for t in f})
         topic = dice.choice(focus[phase] if dice.random() < FOCUS else seen)
         text, answers = dice.choice(chosen[topic])
-        result.append(Question(at, phase, text, answers[1 if text in changed else 0]))
+        result.append(Question(at, phase, text, changes.get(text, answers[0])))
     return result
 
 
