@@ -87,7 +87,7 @@ def trace(tokens: Any, *, questions: int, rate: float, seed: str = 'drift') -> l
     dice = random.Random(seed)
     topics = pairs(tokens)
     per_topic = PAIRS // len(TOPICS)
-    chosen = {t: dice.sample(found, per_topic) for t, found in topics.items()}
+    chosen = {t: dice.sample(found, min(per_topic, len(found))) for t, found in topics.items()}
     names = list(chosen)
     dice.shuffle(names)
     focus = [[names[i] for i in numbers] for numbers in FOCUS_ON]
