@@ -22,7 +22,7 @@ from bench.load import poisson
 from bench.results import Check, check, percentile, Table
 from bench.robot import MAX_TOKENS, Robot
 
-TOPICS = ('botprofile', 'ai', 'food', 'literature', 'science', 'psychology', 'humor', 'sports',
+TOPICS = ('botprofile', 'ai', 'food', 'literature', 'science', 'psychology', 'movies', 'sports',
           'emotion', 'trivia')
 PAIRS = 100
 # The topics of each phase, by number: five shifts, and some topics come back.
