@@ -145,13 +145,18 @@ def policy_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Row, list[Row]]:
             'fine-tune tokens/s', 'corrections live', 'freshness mean s', 'freshness p95 s',
             'utilisation')
     return head, [(
-        row['policy'], *(f'{row[x][p]:.4g}' for x in ('ttft_ms', 'tpot_ms')
+        row['policy'], *(_number(row[x][p]) for x in ('ttft_ms', 'tpot_ms')
                          for p in ('p50', 'p95')),
-        f'{row["slo_attainment"]:.1%}', f'{row["finetune_tokens_per_s"]:.4g}',
+        f'{row["slo_attainment"]:.1%}', _number(row['finetune_tokens_per_s']),
         f'{row["corrections_learned"]} of {row["corrections"]}' if row['corrections'] else '-',
-        *(f'{row["freshness_s"][x]:.4g}' if row['corrections'] else '-'
+        *(_number(row['freshness_s'][x]) if row['corrections'] else '-'
           for x in ('mean', 'p95')),
         f'{row["utilisation"]:.1%}') for row in rows]
+
+
+def _number(value: float) -> str:
+    """Return a number with three digits; all of them before the point."""
+    return f'{value:.0f}' if abs(value) >= 100.0 else f'{value:.3g}'
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -201,8 +206,8 @@ def html(study: Study, data: Mapping[str, Any], pictures: Mapping[str, str]) -> 
     if data['loads']:
         parts += ['<h2>By load</h2>', _html_table(
             ('policy', 'load', 'TTFT p95 ms', 'TPOT p95 ms', 'in time', 'utilisation'),
-            [(row['policy'], f'{row["load"]:g}', f'{row["ttft_ms"]["p95"]:.4g}',
-              f'{row["tpot_ms"]["p95"]:.4g}', f'{row["slo_attainment"]:.1%}',
+            [(row['policy'], f'{row["load"]:g}', _number(row['ttft_ms']['p95']),
+              _number(row['tpot_ms']['p95']), f'{row["slo_attainment"]:.1%}',
               f'{row["utilisation"]:.1%}') for row in data['loads']])]
     parts += [
         '<h2>Numbers and their sources</h2>',
