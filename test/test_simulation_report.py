@@ -133,3 +133,32 @@ def test_what_can_not_be_simulated_is_refused_with_a_reason(
     assert stopped.value.code == 1
     assert reason in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+
+def test_tuned_parameters_are_those_that_the_node_loads(trace_file, tmp_path, monkeypatch):
+    from rclpy.context import Context
+    from rclpy.node import Node
+
+    from mace_ros.ros.parameters import ParameterServer
+
+    monkeypatch.setattr('mace_ros.simulation.tuning.CANDIDATES', {
+        'scheduler.max_batch_tokens': (128, 512), 'scheduler.max_slowdown': (1.0, 1.2),
+        'finetune.max_blocking_ms': (25.0, 50.0), 'finetune.min_share': (0.1,)})
+    assert main(['--trace', str(trace_file), '--tune', '--learning', 'always', '--requests', '20',
+                 '--set', 'slo.ttft_ms=300', 'slo.admission=reject', '--processes', '1',
+                 '--output', str(tmp_path)]) == 0
+    context = Context()
+    monkeypatch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'OFF')
+    context.init(args=[])
+    node = Node('mace', context=context, cli_args=[
+        '--ros-args', '--params-file', str(tmp_path / 'params.yaml')])
+    try:
+        settings = ParameterServer(node, lambda settings: None).settings
+    finally:
+        node.destroy_node()
+        context.shutdown()
+    assert settings.slo.ttft_ms == 300.0
+    assert settings.slo.admission == 'reject'
+    assert settings.scheduler.policy == 'mace'
+    # Plenty of slack: the longest delay that is tried learns most.
+    assert settings.scheduler.max_slowdown == 1.2
