@@ -75,8 +75,8 @@ class Device:
 _AGX = 'NVIDIA Jetson AGX Orin Series data sheet DS-10662-001'
 _PER_SM = ('tensor cores x clock x 512 operations, the rate per tensor core and clock that the '
            'AGX Orin data sheet gives (170 sparse INT8 TOPS of 64 cores at 1.3 GHz)')
-_NX = 'NVIDIA Jetson Orin NX Series data sheet DS-10712-001'
-_NANO = 'NVIDIA Jetson Orin Nano Series data sheet DS-11105-001'
+_NX = 'NVIDIA Jetson Orin NX Series data sheet'
+_NANO = 'NVIDIA Jetson Orin Nano Series data sheet'
 _THOR = 'NVIDIA Jetson Thor: T5000 module specifications'
 _H100 = 'NVIDIA H100 Tensor Core GPU data sheet (SXM)'
 
