@@ -140,8 +140,7 @@ class Batcher:
                         request, f'{kv_tokens(request)} tokens of KV cache needed, {capacity} is '
                         'all there is (memory.kv_cache_tokens, memory.budget_mb)', too_large=True))
                     continue
-                need = admission_blocks(request)
-                if held or slots <= 0 or need > unclaimed:
+                if held or slots <= 0 or (need := admission_blocks(request)) > unclaimed:
                     if slots > 0:
                         lacks_memory = True
                         held = held or latest < now

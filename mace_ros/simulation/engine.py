@@ -231,8 +231,9 @@ class VirtualEngine:
             return False
         if len(plan.decode) >= self.settings.scheduler.max_requests:
             return True
-        free = self.pool.free_blocks
-        return all(admission_blocks(request) > free for request in waiting)
+        # The rows keep a block each, and what is free gets less.
+        unclaimed = self.pool.free_blocks - len(plan.decode)
+        return all(admission_blocks(request) > unclaimed for request in waiting)
 
     def _repeat(self, plan: Plan) -> tuple[float, int]:
         """Run passes of the same rows until something may change; return seconds and count."""
