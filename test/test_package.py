@@ -86,6 +86,21 @@ def test_file_names_authors_and_licence(path):
         '# Copyright 2026 The mace_ros authors', '# SPDX-License-Identifier: Apache-2.0']
 
 
+def test_other_files_name_authors_and_licence():
+    """All kinds that can hold a comment, but texts for readers; JSON and the like can't."""
+    kinds = ('*.msg', '*.srv', '*.action', '*.xml', '*.yaml', '*.cmake', '*.in', '*.toml')
+    folders = ('action', 'cmake', 'config', 'msg', 'security', 'srv')
+    files = [path for folder in folders for kind in kinds for path in (ROOT / folder).rglob(kind)]
+    files += [ROOT / name for name in (
+        'CMakeLists.txt', 'Makefile', 'package.xml', 'pyproject.toml', '.ci/run',
+        'cmake/executables.txt')]
+    assert len(files) > 15
+    for path in files:
+        head = path.read_text()[:500]
+        assert 'Copyright 2026 The mace_ros authors' in head, path
+        assert 'SPDX-License-Identifier: Apache-2.0' in head, path
+
+
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_program_is_installed(name):
     on_path = Path(sysconfig.get_path('scripts'), f'mace_{name.removeprefix("mace_")}')

@@ -17,10 +17,12 @@ import importlib.util
 import os
 from pathlib import Path
 import shutil
+import struct
 import tempfile
 import threading
 import time
 
+from safetensors import SafetensorError
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -56,19 +58,27 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
     if path.suffix == '.gguf':
         if not path.is_file():
             raise ModelNotFound(f'model.source: there is no file {path}')
-        name = str(_converted(path, cache_folder(cache), progress))
+        try:
+            name = str(_converted(path, cache_folder(cache), progress))
+        except (ValueError, LookupError, struct.error) as error:
+            raise ModelNotFound(f'model.source: {path} is no GGUF file that can be read: '
+                                f'{type(error).__name__}: {error}') from error
     else:
         name = str(path) if path.is_dir() else source
     with reporting(progress, f'loading {name} as {dtype} on {device}'), _quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            # Said, or a repository with code of its own would be asked about at the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=getattr(torch, dtype), use_safetensors=True,
-                attn_implementation='eager').to(device)
+                trust_remote_code=False, attn_implementation='eager').to(device)
         except (OSError, ValueError) as error:
             raise ModelNotFound(
                 f'model.source: {name!r} is neither a folder with safetensors, a GGUF file nor '
                 f'a hub id that can be reached from here: {error}') from error
+        except SafetensorError as error:
+            raise ModelNotFound(
+                f'model.source: the weights in {name!r} are damaged: {error}') from error
     return LoadedModel(model, tokenizer, name)
 
 

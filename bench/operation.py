@@ -1,0 +1,220 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a robot sees of a node under stress, with a real node and real messages.
+
+Two hundred queries in one second: does each get its response, and are other callbacks (a
+timer of 10 Hz, a parameter that is read) served in time meanwhile? And a client that watches
+the node ten times a second: what does it cost? Results: bench/results/operation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+from bench.node import NodeProcess, own_domain, PERIOD_S, ROOT
+from bench.report import summary
+from bench.results import Check, check, paired, percentile, Recorder, Reported, Result, Table
+
+BURST = 200
+LOAD = 8                # answers at once while the cost of watching is measured
+LONG = 'Repeat this: こんにちは 🤖'     # what the packaged model repeats without end
+START_S, END_S = 250.0, 400.0
+WATCH_HZ = 10.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    result = argparse.ArgumentParser(prog='python -m bench.operation', description=__doc__.strip())
+    add = result.add_argument
+    add('--quick', action='store_true', help='two short pairs: says that all runs, not how well')
+    add('--pairs', type=int, help='blocks with and without a watching client (default: 9)')
+    add('--seconds', type=float, help='length of a block (default: 8)')
+    add('--results', type=Path, metavar='FOLDER', help='where to write the results')
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    args = parser().parse_args(arguments)
+    args.pairs = args.pairs or (2 if args.quick else 9)
+    args.seconds = args.seconds or (2.0 if args.quick else 8.0)
+    recorder = Recorder(vars(args), quick=args.quick)
+    own_domain()
+    samples: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
+        # One thread computes; who asks and who watches have the other cores.
+        node = NodeProcess(Path(folder), {
+            'model.threads': 1, 'monitor.rate_hz': WATCH_HZ, 'finetune.budget': 0.0})
+        try:
+            from mace_ros.ros.client import MaceClient
+
+            with MaceClient() as client:
+                client.wait_until_ready(START_S)
+                samples['blocks'] = watched(client, args.pairs, args.seconds)
+                samples['burst'] = burst(client)
+            timer = node.stop()
+        except BaseException:
+            print(node.log, file=sys.stderr)
+            node.kill()
+            raise
+    begin, end = samples['burst'].pop('from'), samples['burst'].pop('until')
+    stamps = [t for t in timer if begin - 1.0 <= t <= end]
+    samples['burst']['timer_late_ms'] = [
+        (later - sooner - PERIOD_S) * 1e3 for sooner, later in pairwise(stamps)]
+    result = Result('operation', samples, checks(samples), reported(samples), [table(samples)], [])
+    path = recorder.write(result, args.results)
+    print(summary(result))
+    print(f'\n{path}')
+
+
+def burst(client: Any) -> dict[str, Any]:
+    """Ask so many questions within a second; read a parameter again and again meanwhile."""
+    from mace_ros.msg import Response
+    from rcl_interfaces.srv import GetParameters
+
+    service = client.node.create_client(GetParameters, '/mace/get_parameters')
+    if not service.wait_for_service(30.0):
+        raise TimeoutError('the node has no parameter service')
+    request = GetParameters.Request(names=['slo.ttft_ms'])
+    reads: list[float] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            answered = threading.Event()
+            asked = time.monotonic()
+            service.call_async(request).add_done_callback(
+                lambda _, event=answered: event.set())
+            if not answered.wait(30.0):
+                raise TimeoutError('a parameter was not read')
+            reads.append((time.monotonic() - asked) * 1e3)
+            time.sleep(0.02)
+
+    reader = threading.Thread(target=read)
+    begun = time.monotonic()
+    reader.start()
+    answers = []
+    for n in range(BURST):
+        time.sleep(max(0.0, begun + n / BURST - time.monotonic()))
+        answers.append(client.ask(f'Say {n}.', max_tokens=8, no_learn=True))
+    asked_s = time.monotonic() - begun
+    responses = [a.result(END_S) for a in answers]
+    ended = time.monotonic()
+    done.set()
+    reader.join()
+    client.node.destroy_client(service)
+    served = sum(r.finish_reason in (Response.STOP, Response.LENGTH) for r in responses)
+    refused = sum(r.finish_reason == Response.REJECTED and bool(r.error) for r in responses)
+    print(f'{served} of {BURST} queries served, {refused} rejected with a reason', flush=True)
+    return {'from': begun, 'until': ended, 'asked_s': asked_s, 'seconds': ended - begun,
+            'served': served, 'rejected': refused, 'parameter_ms': reads}
+
+
+def watched(client: Any, pairs: int, seconds: float) -> list[dict[str, Any]]:
+    """Return the tokens per second of blocks, each with and without a client that watches."""
+    blocks = []
+    tokens_per_s(client, seconds)     # to warm up
+    for pair in range(pairs):
+        # Whoever comes first is another one each time: what drifts, drifts for both.
+        for watching in ((False, True) if pair % 2 else (True, False)):
+            monitor = start_monitor() if watching else None
+            try:
+                rate = tokens_per_s(client, seconds)
+            finally:
+                if monitor is not None:
+                    monitor.kill()
+                    monitor.wait()
+            blocks.append({'pair': pair, 'watching': watching, 'tokens_per_s': rate})
+            print(f'{"watched" if watching else "alone"}: {rate:.1f} tokens/s', flush=True)
+    return blocks
+
+
+def start_monitor() -> subprocess.Popen[str]:
+    """Start the program that watches, and return once it does."""
+    process = subprocess.Popen(
+        [sys.executable, '-u', '-m', 'mace_ros.programs.monitor'], cwd=ROOT,
+        stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(3):
+        if not process.stdout.readline():
+            raise RuntimeError('mace_monitor ended')
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    return process
+
+
+def tokens_per_s(client: Any, seconds: float) -> float:
+    """Return how fast the node writes several long answers at once."""
+    answers = [client.ask(LONG, max_tokens=2000, no_learn=True, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
+               for _ in range(LOAD)]
+    for answer in answers:
+        next(answer.stream(END_S))
+    time.sleep(0.5)
+    begun, before = time.monotonic(), sum(len(a.chunks) for a in answers)
+    time.sleep(seconds)
+    spent, chunks = time.monotonic() - begun, sum(len(a.chunks) for a in answers) - before
+    for answer in answers:
+        answer.cancel()
+    responses = [a.result(END_S) for a in answers]
+    tokens = sum(r.output_tokens for r in responses)
+    # An emoji has several tokens, and comes as one chunk.
+    return chunks / spent * tokens / sum(len(a.chunks) for a in answers)
+
+
+# -- what the samples say ----------------------------------------------------------------
+
+
+def checks(samples: dict[str, Any]) -> list[Check]:
+    """Return the checks of what issue 4 asks for."""
+    burst_, ratio = samples['burst'], watching_ratio(samples)
+    return [
+        check('responses to 200 queries in one second',
+              float(burst_['served'] + burst_['rejected']), f'>= {BURST}',
+              f'{burst_["served"]} served, {burst_["rejected"]} rejected with a reason; asked '
+              f'within {burst_["asked_s"]:.2f} s, answered within {burst_["seconds"]:.0f} s'),
+        check('10 Hz timer meanwhile, p99 ms too late',
+              percentile([abs(x) for x in burst_['timer_late_ms']], 99), '<= 100',
+              f'{len(burst_["timer_late_ms"])} calls in the node itself'),
+        check('parameter read meanwhile, p99 ms', percentile(burst_['parameter_ms'], 99),
+              '<= 100', f'{len(burst_["parameter_ms"])} reads by another process'),
+        check('throughput with a client that watches at 10 Hz', ratio.median, '>= 0.99',
+              ratio.spread)]
+
+
+def watching_ratio(samples: dict[str, Any]) -> Any:
+    """Return throughput with a watching client, divided by that without."""
+    by = {watching: {b['pair']: b['tokens_per_s'] for b in samples['blocks']
+                     if b['watching'] is watching} for watching in (True, False)}
+    return paired(by[True], by[False])
+
+
+def reported(samples: dict[str, Any]) -> list[Reported]:
+    """Return the numbers that explain the others."""
+    late = [abs(x) for x in samples['burst']['timer_late_ms']]
+    reads = samples['burst']['parameter_ms']
+    return [
+        Reported('10 Hz timer, most ms too late', max(late, default=None)),
+        Reported('parameter read, median ms', statistics.median(reads)),
+        Reported('tokens per second, nobody watching', statistics.median(
+            b['tokens_per_s'] for b in samples['blocks'] if not b['watching']))]
+
+
+def table(samples: dict[str, Any]) -> Table:
+    """Return a row for each pair of blocks."""
+    by = {(b['pair'], b['watching']): b['tokens_per_s'] for b in samples['blocks']}
+    return Table('Tokens per second', ['pair', 'alone', 'watched at 10 Hz'],
+                 [[str(p), by[p, False], by[p, True]] for p in sorted({p for p, _ in by})])
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,249 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+A node under load for a long time: queries, corrections, cancellations, parameter changes.
+
+Queries come at random times, at 0.7 of the rate at which the node answers them when many
+wait. Memory must not grow once it is warm, nor the queue, every query gets its response,
+every correction is acknowledged, and nothing fails. Results: bench/results/soak.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+import random
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+from bench.node import NodeProcess, own_domain
+from bench.report import summary
+from bench.results import Check, check, percentile, Recorder, Reported, Result, Table
+
+LOAD = 0.7              # share of what the node can answer
+WARM_UP = 0.25          # share of the time after which memory is to be flat
+START_S, ANSWER_S = 250.0, 120.0
+CALIBRATED_WITH = 32    # queries that are asked at once to know the node's rate
+SAMPLE_S, CORRECTION_S, REPORT_S = 2.0, 15.0, 60.0
+CHANGES: tuple[dict[str, Any], ...] = (
+    {'finetune.budget': 0.5}, {'finetune.budget': 1.0}, {'scheduler.max_requests': 4},
+    {'scheduler.max_requests': 16}, {'slo.ttft_ms': 400.0}, {'slo.ttft_ms': 500.0},
+    {'generation.temperature': 0.5}, {'generation.temperature': 0.0})
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    result = argparse.ArgumentParser(prog='python -m bench.soak', description=__doc__.strip())
+    add = result.add_argument
+    add('--quick', action='store_true', help='one minute: says that all runs, not how well')
+    add('--minutes', type=float, help='how long (default: 30; quick: 1)')
+    add('--model', default='', help='model.source (default: the packaged model)')
+    add('--results', type=Path, metavar='FOLDER', help='where to write the results')
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    args = parser().parse_args(arguments)
+    args.minutes = args.minutes or (1.0 if args.quick else 30.0)
+    recorder = Recorder(vars(args), quick=args.quick)
+    own_domain()
+    with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
+        node = NodeProcess(Path(folder), {'model.source': args.model} if args.model else {})
+        try:
+            from mace_ros.ros.client import MaceClient
+
+            with MaceClient() as client:
+                client.wait_until_ready(START_S)
+                samples = Soak(node, client, args.minutes * 60.0).run()
+        except BaseException:
+            print(node.log, file=sys.stderr)
+            raise
+        finally:
+            node.kill()
+        samples['log'] = dict(Counter(
+            level for line in node.log.splitlines() for level in ('ERROR', 'FATAL', 'Traceback')
+            if level in line))
+    result = Result('soak', samples, checks(samples), reported(samples), [table(samples)], [])
+    path = recorder.write(result, args.results)
+    print(summary(result))
+    print(f'\n{path}')
+
+
+class Soak:
+    """One run, with a client that does everything."""
+
+    def __init__(self, node: NodeProcess, client: Any, seconds: float) -> None:
+        """Run for so many seconds, once :meth:`run` is called."""
+        from rcl_interfaces.srv import SetParameters
+
+        self._node, self._client, self._seconds = node, client, seconds
+        self._random = random.Random(4)
+        self._answers: list[Any] = []
+        self._learning: list[Any] = []
+        self._asked = self._cancelled = self._changed = 0
+        self._ended: list[Any] = []
+        self._queue_depth = 0
+        self._samples: list[dict[str, float]] = []
+        self._parameters = client.node.create_client(SetParameters, '/mace/set_parameters')
+
+    def run(self) -> dict[str, Any]:
+        """Return what was measured."""
+        from mace_ros.msg import Scheduler
+
+        if not self._parameters.wait_for_service(30.0):
+            raise TimeoutError('the node has no parameter service')
+        self._client.node.create_subscription(Scheduler, '/mace/scheduler', self._watch, 100)
+        interval_s = self._request_s() / LOAD
+        print(f'{1 / interval_s:.2f} queries per second', flush=True)
+        start = due = time.monotonic()
+        sampled = corrected = printed = start
+        while (now := time.monotonic()) < start + self._seconds:
+            if now >= due:
+                due += self._random.expovariate(1 / interval_s)
+                self._ask()
+            if now > sampled + SAMPLE_S:
+                sampled = now
+                self._change()
+                self._collect()
+                self._samples.append({
+                    'at_s': now - start, 'memory_mb': self._node.memory_mb(),
+                    'queue_depth': self._queue_depth, 'unanswered': len(self._answers)})
+            if now > corrected + CORRECTION_S:
+                corrected = now
+                self._correct()
+            if now > printed + REPORT_S:
+                printed = now
+                print(f'{(now - start) / 60:.0f} min: {self._samples[-1]["memory_mb"]:.0f} MB, '
+                      f'{len(self._ended)} responses, queue {self._queue_depth}', flush=True)
+            time.sleep(max(0.0, min(due - time.monotonic(), 0.02)))
+        end = time.monotonic() + ANSWER_S
+        while self._answers and time.monotonic() < end:
+            self._collect()
+            time.sleep(0.05)
+        return self._summary(1 / interval_s)
+
+    def _summary(self, rate: float) -> dict[str, Any]:
+        from mace_ros.msg import CorrectionStatus, Response
+
+        served = [r for r in self._ended if r.finish_reason in (Response.STOP, Response.LENGTH)]
+        states = Counter(s.state for one in self._learning for s in one.statuses)
+        return {
+            'rate': rate, 'asked': self._asked, 'cancelled': self._cancelled,
+            'changes': self._changed, 'responses': len(self._ended), 'served': len(served),
+            'broken': sorted({r.error for r in self._ended
+                              if r.finish_reason == Response.ERROR}),
+            'slo_met': sum(r.slo_met for r in served),
+            'ttft_ms': [r.ttft_ms for r in served], 'tpot_ms': [r.tpot_ms for r in served],
+            'corrections': len(self._learning),
+            'acknowledged': states[CorrectionStatus.ACCEPTED],
+            'learned': states[CorrectionStatus.LEARNED],
+            'superseded': states[CorrectionStatus.SUPERSEDED],
+            'failed': states[CorrectionStatus.FAILED], 'over_time': self._samples}
+
+    def _request_s(self) -> float:
+        """Return the time of a query when many are answered together."""
+        for _ in range(2):    # the first time, caches are cold
+            start = time.monotonic()
+            for answer in [self._client.ask(**self._question()) for _ in range(CALIBRATED_WITH)]:
+                answer.result(ANSWER_S)
+        return (time.monotonic() - start) / CALIBRATED_WITH
+
+    def _question(self) -> dict[str, Any]:
+        return {'text': f'Question {self._random.randrange(200)}?',
+                'max_tokens': self._random.choice((4, 16, 32))}
+
+    def _ask(self) -> None:
+        self._asked += 1
+        answer = self._client.ask(
+            **self._question(), conversation_id=self._random.choice(('', '', 'a', 'b')))
+        self._answers.append(answer)
+        if self._random.random() < 0.05:
+            self._cancelled += 1
+            answer.cancel()
+
+    def _correct(self) -> None:
+        self._learning.append(self._client.correct(
+            f'Answer {self._random.randrange(1000)}.',
+            prompt=f'Question {self._random.randrange(20)}?'))
+
+    def _change(self) -> None:
+        from rcl_interfaces.srv import SetParameters
+        from rclpy.parameter import Parameter
+
+        self._changed += 1
+        self._parameters.call_async(SetParameters.Request(parameters=[
+            Parameter(name, value=value).to_parameter_msg()
+            for name, value in self._random.choice(CHANGES).items()]))
+
+    def _collect(self) -> None:
+        complete = [a for a in self._answers if a.is_complete()]
+        self._ended += [a.response for a in complete]
+        self._answers = [a for a in self._answers if a not in complete]
+
+    def _watch(self, message: Any) -> None:
+        self._queue_depth = message.queue_depth
+
+
+# -- what the samples say ----------------------------------------------------------------
+
+
+def growth(rows: Sequence[dict[str, float]]) -> float:
+    """Return by which share memory grows after the warm-up, along the line that fits best."""
+    warm = [r for r in rows if r['at_s'] >= WARM_UP * rows[-1]['at_s']]
+    times = [r['at_s'] for r in warm]
+    slope, start = statistics.linear_regression(times, [r['memory_mb'] for r in warm])
+    return slope * (times[-1] - times[0]) / (start + slope * times[0])
+
+
+def checks(samples: dict[str, Any]) -> list[Check]:
+    """Return the checks of what issue 4 asks for."""
+    rows = samples['over_time']
+    quarter = max(len(rows) // 4, 1)
+    failures = sum(samples['log'].values())
+    minutes = rows[-1]['at_s'] / 60
+    return [
+        check('growth of resident memory after the warm-up', growth(rows), '<= 0.02',
+              f'fitted over the last {(1 - WARM_UP) * minutes:.0f} of {minutes:.0f} minutes'),
+        check('queue in the last quarter, mean', statistics.fmean(
+            r['queue_depth'] for r in rows[-quarter:]), '<= 5',
+            f'most {max(r["queue_depth"] for r in rows):g}'),
+        check('responses per query', samples['responses'] / samples['asked'], '1 to 1',
+              f'{samples["asked"]} queries at {samples["rate"]:.2f} per second, '
+              f'{samples["cancelled"]} cancelled'),
+        check('corrections acknowledged', samples['acknowledged'] / samples['corrections'],
+              '1 to 1', f'{samples["corrections"]} corrections'),
+        check('errors in the log, and answers that broke off',
+              float(failures + len(samples['broken'])), '<= 0',
+              '; '.join(samples['broken']) or f'{samples["changes"]} parameter changes')]
+
+
+def reported(samples: dict[str, Any]) -> list[Reported]:
+    """Return the numbers that explain the others."""
+    rows = samples['over_time']
+    return [
+        Reported('SLO attainment', samples['slo_met'] / samples['served'],
+                 note=f'of {samples["served"]} answers, at {LOAD} load'),
+        Reported('TTFT, p95 ms', percentile(samples['ttft_ms'], 95)),
+        Reported('TPOT, p95 ms', percentile(samples['tpot_ms'], 95)),
+        Reported('memory at the end, MB', rows[-1]['memory_mb']),
+        Reported('corrections learned', float(samples['learned']),
+                 note=f'{samples["superseded"]} superseded, {samples["failed"]} failed')]
+
+
+def table(samples: dict[str, Any]) -> Table:
+    """Return a row for each tenth of the time."""
+    rows = samples['over_time']
+    step = max(len(rows) // 10, 1)
+    return Table('Over time', ['minutes', 'memory, MB', 'waiting', 'unanswered'],
+                 [[r['at_s'] / 60, r['memory_mb'], r['queue_depth'], r['unanswered']]
+                  for r in rows[::step]], 'A sample every now and then.')
+
+
+if __name__ == '__main__':
+    main()

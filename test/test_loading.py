@@ -1,0 +1,76 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which model files are read, and which are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+import pickle
+import shutil
+
+import pytest
+
+from mace_ros.execution.loading import load_model, ModelNotFound, packaged_gguf
+
+
+class Trap:
+    """Leaves a trace if it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """Return a copy of the tiny model that a test may spoil."""
+    copy = tmp_path / 'model'
+    shutil.copytree(model_folder, copy)
+    return copy
+
+
+def test_a_model_in_safetensors_is_loaded(folder: Path) -> None:
+    assert load_model(str(folder), device='cpu').name == str(folder)
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.pickle'])
+def test_a_pickle_is_refused_by_name_and_never_read(folder: Path, name: str) -> None:
+    (folder / 'model.safetensors').unlink()
+    trace = folder / 'unpickled'
+    (folder / name).write_bytes(pickle.dumps(Trap(trace)))
+    with pytest.raises(ModelNotFound, match='folder with safetensors') as refused:
+        load_model(str(folder), device='cpu')
+    assert str(folder) in str(refused.value)
+    assert not trace.exists()
+
+
+def test_code_of_a_repository_is_never_run(folder: Path) -> None:
+    trace = folder / 'imported'
+    (folder / 'trap.py').write_text(f"import pathlib; pathlib.Path({str(trace)!r}).touch()\n")
+    config = json.loads((folder / 'config.json').read_text())
+    config |= {'model_type': 'trap', 'auto_map': {
+        'AutoConfig': 'trap.TrapConfig', 'AutoModelForCausalLM': 'trap.TrapModel'}}
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ModelNotFound, match=r'model\.source'):
+        load_model(str(folder), device='cpu')
+    assert not trace.exists()
+
+
+def test_weights_that_were_cut_short_are_refused(folder: Path) -> None:
+    weights = folder / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ModelNotFound, match=r'model\.source: .*damaged'):
+        load_model(str(folder), device='cpu')
+
+
+@pytest.mark.parametrize('size', [0, 3, 1000, 2 * 10**6])
+def test_a_gguf_file_that_was_cut_short_is_refused(tmp_path: Path, size: int) -> None:
+    cut = tmp_path / 'cut.gguf'
+    with packaged_gguf().open('rb') as file:
+        cut.write_bytes(file.read(size))
+    with pytest.raises(ModelNotFound, match=f'^model.source: {cut}'):
+        load_model(str(cut), device='cpu', cache=str(tmp_path / 'cache'))
+    assert list((tmp_path / 'cache').iterdir()) == []
