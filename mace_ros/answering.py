@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 import math
 
@@ -15,6 +16,11 @@ from mace_ros.execution.sampling import Sampling
 from mace_ros.execution.text import ChatText, TextStream
 from mace_ros.memory.adapter_slots import LiveVersion
 from mace_ros.scheduling.request import Request
+
+# Of what the node asks itself: everybody else comes first.
+NO_HURRY_S = 1e9
+NO_PRIORITY = -2**31
+READING = '\n'    # an id that no query has: it is not printable
 
 
 @dataclass(eq=False)
@@ -119,6 +125,16 @@ def begin(query: Query, arrival: float, conversation: Conversation, chat: ChatTe
         query=query, messages=messages, ids=ids, request=request,
         sampling=Sampling(query.temperature, query.top_p, query.seed),
         stream=TextStream(chat, query.stop))
+
+
+def reading(ids: Sequence[int], profile: str, now: float, chat: ChatText) -> Answering:
+    """Return what nobody hears and that does no more than bring ``ids`` into the KV cache."""
+    request = Request(
+        id=READING, arrival=now, prompt_tokens=len(ids), max_tokens=1, ttft_slo=NO_HURRY_S,
+        tpot_slo=NO_HURRY_S, priority=NO_PRIORITY)
+    return Answering(
+        query=Query('', id=READING, profile=profile), messages=(), ids=list(ids),
+        request=request, sampling=Sampling(0.0, 1.0, 0), stream=TextStream(chat), silent=True)
 
 
 def _ms(start: float, end: float | None) -> float:

@@ -15,16 +15,16 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 import gc
 from itertools import takewhile
+import math
 import os
 from pathlib import Path
 import time
 
 import torch
 
-from mace_ros.answering import Answering, begin
+from mace_ros.answering import Answering, begin, NO_HURRY_S, NO_PRIORITY, reading
 from mace_ros.conversations import Conversations, Turn
 from mace_ros.events import (
     Correction,
@@ -38,11 +38,13 @@ from mace_ros.events import (
     InvalidQuery,
     Query,
     VersionEvent,
+    VersionState,
 )
 from mace_ros.execution.calibration import measure
 from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.finetune import FinetuneStep
-from mace_ros.execution.hardware import hardware
+from mace_ros.execution.footprint import measure_footprint
+from mace_ros.execution.hardware import free_memory, hardware
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
@@ -56,14 +58,17 @@ from mace_ros.learning.learner import Learner
 from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import InvalidSetting, Settings
-from mace_ros.telemetry.status import Status
+from mace_ros.telemetry.device import DeviceCounters
+from mace_ros.telemetry.status import Hardware, Status
 from mace_ros.telemetry.trace import phase_of, Record, Trace
 from mace_ros.validation import (
     checked_correction,
@@ -71,11 +76,13 @@ from mace_ros.validation import (
     CorrectionDoor,
     MAX_UNWRITTEN,
 )
+from mace_ros.warming import Warming
 
-NO_HURRY_MS = 1e12     # the latency objective of what nobody waits for
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
+LEAST_KV_TOKENS = 256      # with less, there is nothing to serve
+CUDA_KV_SHARE = 0.5        # of the budget, at most, for a KV cache that can't shrink
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 
@@ -115,16 +122,25 @@ class Engine:
         ``InvalidSetting``, ``JournalError`` or ``OtherModel``.
         """
         self._settings, self._wake, self._clock = settings, wake, clock
-        loaded, self.model = _load(settings, progress)
-        self.hardware = hardware(self.model.device)
+        loaded, self.model, self.hardware, free = _load(settings, progress)
         self.chat = ChatText(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
         adapter = settings.adapter
         self.bank = AdapterBank(
             self.model.groups, targets=adapter.target_modules, rank=adapter.rank,
             # One more than may be live, for the version that is about to be.
             alpha=adapter.alpha, slots=adapter.slots + 1)
+        self._state = State()
         self._pool = BlockPool(self.model.kv_blocks, BLOCK_TOKENS)
-        self._longest = min(self.model.context_length, self._pool.free_tokens)
+        self._residence = Residence(
+            self._pool, self._state, sharing=settings.memory.prefix_sharing)
+        self._free_at_start = free
+        self._memory = MemoryKeeper(
+            MemoryBudget(
+                measure_footprint(self.model, self.bank), budget_bytes(settings, free),
+                most_blocks=self.model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
+                rows=settings.scheduler.max_requests), self._residence, self._state)
+        _check_budget(self._memory.budget)
+        self._backed = self._pool.limit     # KV blocks whose memory may be in use
         self._slots = AdapterSlots(
             base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots + 1)
         folder = storage or Path(settings.storage.folder).expanduser()
@@ -149,8 +165,8 @@ class Engine:
                 self.model, self.bank, max_tokens=settings.scheduler.max_batch_tokens,
                 clock=clock)))
         self.scheduler = Scheduler(settings, cost)
-        self.learner.tokens_within = partial(
-            cost.tokens_within, SegmentKind.BACKWARD_RECOMPUTED, most=MAX_STEP_TOKENS)
+        self.learner.tokens_within = lambda seconds: self._memory.step_tokens(cost.tokens_within(
+            SegmentKind.BACKWARD_RECOMPUTED, seconds, most=MAX_STEP_TOKENS))
         layers = len(self.model.layers)
         self.learner.step_s = lambda tokens: layers * (
             cost.segment_s(SegmentKind.FORWARD, tokens)
@@ -158,12 +174,11 @@ class Engine:
         self.learner.clock = clock
         self._budget = settings.finetune.budget     # in force, by drift
         self._inbox: deque[Callable[[], list[Event]]] = deque()
-        self._state = State()
-        self._residence = Residence(
-            self._pool, self._state, sharing=settings.memory.prefix_sharing)
         self._was_idle = True
         self._answering: dict[str, Answering] = {}
         self._anchors: list[Answering] = []
+        self._warming = Warming()
+        self._reading: Answering | None = None
         self._conversations = Conversations()
         # The plan whose segments are still to run, and the seconds of its pass.
         self._begun: tuple[Plan, float] | None = None
@@ -188,6 +203,11 @@ class Engine:
     def settings(self) -> Settings:
         """The settings in force."""
         return self._settings
+
+    @property
+    def _longest(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return min(self.model.context_length, self._memory.longest)
 
     @property
     def free_kv_tokens(self) -> int:
@@ -234,7 +254,10 @@ class Engine:
             self._settings = settings
             self._share_out()
             self._residence.share(settings.memory.prefix_sharing)
-            return []
+            limits = settings.scheduler
+            self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
+            self._memory.change(budget_bytes(settings, self._free_at_start))
+            return self._fit_requests()
         self._enqueue(apply)
 
     def trace(self, iterations: int, seconds: float,
@@ -301,15 +324,21 @@ class Engine:
                 events += self.learner.advance(self._settings)
             except Exception as error:    # such as an allocation for the next step
                 events += self._learning_broke(error)
+        for event in events:
+            if isinstance(event, VersionEvent) and event.state is VersionState.PUBLISHED:
+                self._published(event.profile)
         if events and not self._spoke:     # before the pass; but messages must not hold it up
             self._spoke = True
             return Iteration(events, self._clock())
         self._spoke = False
         if self.learner.drift.moved:
             self._share_out()
+        self._warm_up()
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
-        self._state.finetune = self.learner.step
+        step = self.learner.step
+        self._state.finetune = step if self._memory.allows(step) else None
+        self._move_blocks()
         self._residence.refresh()
         now = self._clock()
         with phase_of(self._trace, 'plan'):
@@ -319,8 +348,8 @@ class Engine:
                 self._answering[rejection.request.id], FinishReason.REJECTED,
                 ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
                 rejection.reason)
-        if plan.lacks_memory and self._learning_makes_room():
-            return Iteration(events, now)     # and plan again
+        if self._memory.planned(plan.lacks_memory):
+            return Iteration(events, now)     # and plan again, with more memory
         self._check_when_idle()
         if not plan.is_empty:
             if self._trace is not None:
@@ -338,6 +367,9 @@ class Engine:
             now=now, statistics=self.scheduler.statistics(now),
             queue_depth=self._queue_depth, prefilling=len(state.running) - decode_rows,
             decode_rows=decode_rows,
+            budget_mb=self._memory.budget.total / MB,
+            planned_mb=self._memory.budget.planned(
+                self._pool.held_blocks + self._pool.cached_blocks) / MB,
             kv_use=self._pool.held_blocks / max(self._pool.limit, 1),
             kv_cached=self._pool.cached_blocks / max(self._pool.limit, 1),
             shared_tokens=self._residence.shared_tokens,
@@ -409,6 +441,8 @@ class Engine:
             return [Finished(
                 query.id, query.conversation_id, '', FinishReason.ERROR, ErrorCode.INTERNAL,
                 f'{type(error).__name__}: {error}')]
+        if self._reading is not None:
+            self._end(self._reading, FinishReason.CANCELLED)     # later
         self._start(answering)
         if answering.request.max_tokens == 0:
             return self._end(answering, FinishReason.LENGTH)
@@ -487,14 +521,31 @@ class Engine:
         """Let the base model answer the questions whose answers learning must not change."""
         for text in ANCHORS:
             query = replace(
-                checked_query(Query(text, priority=-2**31, ttft_slo_ms=NO_HURRY_MS,
-                                    tpot_slo_ms=NO_HURRY_MS), self._settings),
+                checked_query(Query(text, priority=NO_PRIORITY, ttft_slo_ms=NO_HURRY_S * 1e3,
+                                    tpot_slo_ms=NO_HURRY_S * 1e3), self._settings),
                 max_tokens=ANCHOR_TOKENS, temperature=0.0)
             answering = begin(query, self._clock(), self._conversations.get(''), self.chat, '',
                               self._longest)
             answering.silent = True
             self._start(answering, base=True)
             self._anchors.append(answering)
+
+    def _published(self, profile: str) -> None:
+        """Plan what the profile's new version is to read: what others read is of no use to it."""
+        self._warming.begin(
+            lambda other: self._slots.live(other).profile == profile, self._memory.longest // 2)
+
+    def _warm_up(self) -> None:
+        """Read, while nothing else is to do, what a new version has not read yet."""
+        if self._state.has_requests:
+            return
+        if not self._settings.memory.prefix_sharing:
+            self._warming.stop()
+        piece = self._warming.next(lambda profile, ids: self._residence.known(Prefix(
+            self._slots.live(profile).identity, ids, BLOCK_TOKENS), len(ids)))
+        if piece is not None:
+            self._reading = reading(piece.ids, piece.profile, self._clock(), self.chat)
+            self._start(self._reading)
 
     # -- run and commit --------------------------------------------------------------
 
@@ -628,14 +679,33 @@ class Engine:
         for blocks in step.take_blocks():
             self._pool.release(blocks)
 
-    def _learning_makes_room(self) -> bool:
-        """Let the step give up the KV blocks with which it rides; return whether it had any."""
-        step = self.learner.step
-        if step is None or not step.holds_blocks:
-            return False
-        self._release(step)
-        step.stop_riding()
-        return True
+    def _move_blocks(self) -> None:
+        """After the KV cache shrank: move what lies beyond its end, and give that back."""
+        pool = self._pool
+        moved = pool.moves()
+        if moved:
+            self.model.move_blocks(moved)
+            self._residence.move(moved)
+            step = self.learner.step
+            for table in step.blocks if step is not None else ():
+                table[:] = [moved.get(b, b) for b in table]
+        if pool.limit < self._backed and pool.free_blocks >= 0:
+            self.model.drop_blocks(pool.limit)
+            self._backed = pool.limit
+        self._backed = max(self._backed, pool.limit)
+
+    def _fit_requests(self) -> list[Event]:
+        """Let no answer come to more than the KV cache takes by now."""
+        events: list[Event] = []
+        for answering in list(self._answering.values()):
+            request = answering.request
+            if request.most_tokens <= self._longest or not request.output_tokens:
+                continue    # one that has not begun is rejected by name if it can't fit
+            request.max_tokens = max(
+                self._longest - request.prompt_tokens, request.output_tokens)
+            if request.max_tokens == request.output_tokens:
+                events += self._end(answering, FinishReason.LENGTH)
+        return events
 
     def _check_when_idle(self) -> None:
         """Account for every KV block when the last request has gone."""
@@ -670,6 +740,9 @@ class Engine:
         self._residence.leave(request)
         assert answering.version is not None
         self._slots.unpin(answering.version)
+        if answering is self._reading:
+            self._reading = None
+            return []
         if answering.silent:
             self._anchor_ended(answering, reason)
             return []
@@ -688,6 +761,9 @@ class Engine:
         self._conversations.add(
             query.conversation_id, system, Turn(query.id, query.text, text),
             max_turns=settings.max_turns, max_conversations=settings.max_conversations)
+        ids = answering.ids
+        self._warming.note(query.profile, system, query.conversation_id,
+                           ids[:answering.request.prompt_tokens], ids)
         if self._journal.backlog >= MAX_UNWRITTEN:
             self._unrecorded += 1
             return
@@ -734,7 +810,26 @@ class Engine:
         return self.learner.drop(f'{type(error).__name__}: {error}')
 
 
-def _load(settings: Settings, progress: Progress) -> tuple[LoadedModel, HybridModel]:
+def budget_bytes(settings: Settings, free: float) -> float:
+    """Return the budget in force, where ``free`` bytes were free beside the base model."""
+    memory = settings.memory
+    return memory.budget_mb * MB if memory.budget_mb else free - memory.headroom_mb * MB
+
+
+def _check_budget(budget: MemoryBudget) -> None:
+    """Raise :class:`InvalidSetting` if there is no room for a single short answer."""
+    least = -(-LEAST_KV_TOKENS // BLOCK_TOKENS)
+    needed = budget.planned(least)
+    if budget.kv_capacity < least:
+        raise InvalidSetting(
+            f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
+            f'{needed / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
+            'scheduler.max_batch_tokens, or memory.headroom_mb if it is 0')
+
+
+def _load(settings: Settings, progress: Progress,
+          ) -> tuple[LoadedModel, HybridModel, Hardware, float]:
+    """Return the model, what it runs on, and the bytes that are free beside it."""
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
     dtype = model.weight_dtype
@@ -747,5 +842,12 @@ def _load(settings: Settings, progress: Progress) -> tuple[LoadedModel, HybridMo
     loaded = load_model(
         model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
         cache=settings.storage.model_cache, progress=progress)
-    return loaded, HybridModel(
-        loaded.model, kv_tokens=settings.memory.kv_cache_tokens, int8=dtype == 'int8')
+    kind = hardware(loaded.model.device)
+    free = free_memory(loaded.model.device, DeviceCounters(kind).read().memory_free_mb)
+    # Elsewhere it takes memory as it is filled, and gives it back.
+    kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
+    hybrid = HybridModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens,
+                         kv_bytes=kv_bytes, int8=dtype == 'int8')
+    if device == 'cpu':     # less what the 8 bits took
+        free = free_memory(hybrid.device, DeviceCounters(kind).read().memory_free_mb)
+    return loaded, hybrid, kind, free

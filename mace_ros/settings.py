@@ -124,8 +124,15 @@ class MemorySettings:
     """Device memory beside the weights."""
 
     kv_cache_tokens: int = _parameter(
-        16384, 'Tokens that the KV cache holds, all requests together', unit='tokens',
+        16384, 'Most tokens that the KV cache holds, all requests together', unit='tokens',
         minimum=256, maximum=16777216, read_only=True)
+    budget_mb: float = _parameter(
+        0.0, 'Memory for KV cache, adapters and learning, all but the base model; 0 for what is '
+        'free when it is configured, less memory.headroom_mb', unit='MB',
+        minimum=0.0, maximum=1e7)
+    headroom_mb: float = _parameter(
+        1024.0, 'Memory that stays free for the rest of the robot, if memory.budget_mb is 0',
+        unit='MB', minimum=0.0, maximum=1e7)
     prefix_sharing: bool = _parameter(
         True, 'Keep the KV cache of earlier prompts and answers while there is room, and share '
         'it with requests that begin alike under the same adapter version')

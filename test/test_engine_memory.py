@@ -12,8 +12,17 @@ import pytest
 from test_engine import Robot
 
 from mace_ros.engine import Engine
-from mace_ros.events import ErrorCode, Finished, FinishReason, Query, Token
-from mace_ros.settings import Settings
+from mace_ros.events import (
+    Correction,
+    CorrectionState,
+    ErrorCode,
+    Finished,
+    FinishReason,
+    Query,
+    Token,
+)
+from mace_ros.execution.footprint import measure_footprint
+from mace_ros.settings import InvalidSetting, Settings
 
 PROMPT = 'Tell me about number {}, and what it is good for.'
 SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' * 12
@@ -126,3 +135,120 @@ def test_who_is_cancelled_while_preempted_is_gone(settings: Settings, tmp_path: 
             tight.engine.cancel(name)
         ended = [e for e in tight.engine.step().events if isinstance(e, Finished)]
         assert len(ended) + sum(isinstance(e, Finished) for e in tight.events) == 4
+
+
+def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
+        settings: Settings, tmp_path: Path) -> None:
+    """Requests are preempted until it holds; when it grows again nothing is left of it."""
+    with robot(settings, tmp_path / 'a') as roomy:
+        expected = answers(roomy, 6, max_tokens=150)
+    with robot(settings, tmp_path / 'b') as one:
+        engine = one.engine
+        everything, fixed = engine.free_kv_tokens, engine.status().planned_mb
+        for n in range(6):
+            engine.submit(Query(PROMPT.format(n), id=str(n), seed=n, max_tokens=150))
+        one.until(lambda e: isinstance(e, Token) and e.index == 60)
+        used = engine.status()
+        budget = fixed + 0.4 * (used.planned_mb - fixed)
+        engine.update(engine.settings.updated({'memory.budget_mb': budget}))
+        while len([e for e in one.events if isinstance(e, Finished)]) < 6:
+            one.until(lambda e: True)
+            status = engine.status()
+            assert status.planned_mb <= budget + 1e-6 or status.preemptions == 0
+        assert engine.status().preemptions > used.preemptions
+        assert {e.query_id: e.text for e in one.events if isinstance(e, Finished)} == expected
+        assert engine.free_kv_tokens < 0.2 * everything
+        refused = one.ask('word ' * 1000)
+        assert refused.error_code is ErrorCode.PROMPT_TOO_LONG
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        assert one.ask('Hm?').text
+        assert engine.free_kv_tokens == everything
+
+
+def test_a_long_answer_ends_where_the_memory_ends(settings: Settings, tmp_path: Path) -> None:
+    """One whose prompt and text fill what is left of the budget ends as LENGTH."""
+    with robot(settings, tmp_path) as one:
+        engine = one.engine
+        fixed = engine.status().planned_mb
+        engine.submit(Query('Long?', id='long', max_tokens=2000))
+        one.until(lambda e: isinstance(e, Token) and e.index == 100)
+        half = fixed + 0.5 * (engine.status().planned_mb - fixed)
+        engine.update(engine.settings.updated({'memory.budget_mb': half}))
+        ended = one.response('long')
+        assert ended.finish_reason is FinishReason.LENGTH and 100 <= ended.output_tokens < 200
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        engine.step()
+
+
+def test_a_budget_too_small_to_serve_is_refused_by_name(
+        settings: Settings, tmp_path: Path) -> None:
+    """Configuring says what is needed."""
+    with pytest.raises(InvalidSetting, match=r'memory\.budget_mb: 1 MB .* are needed'):
+        Engine(settings.updated({'memory.budget_mb': 1.0}), storage=tmp_path)
+
+
+def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path: Path) -> None:
+    """A step with graphs does not fit, one without does; queries come first, and both end."""
+    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    with robot(settings.updated(values), tmp_path) as one:
+        engine = one.engine
+        fixed = engine.status().planned_mb
+        footprint = measure_footprint(engine.model, engine.bank)
+        room, graphs = (footprint.step_bytes([300], keep_graphs=k) / 1e6 for k in (False, True))
+        wrong = one.ask('Who are you?')
+        engine.update(engine.settings.updated({'memory.budget_mb': fixed + room}))
+        # Its steps come and go beside answers that want all of the memory.
+        for n in range(4):
+            engine.submit(Query(PROMPT.format(n), id=f'long{n}', max_tokens=600))
+        planned = []
+        step, engine.step = engine.step, lambda: (planned.append(engine.status()), step())[1]
+        learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        assert learned.state is CorrectionState.LEARNED, learned
+        for n in range(4):
+            assert answer(one, f'long{n}').finish_reason in (
+                FinishReason.STOP, FinishReason.LENGTH)
+        assert one.ask('Who are you?').text == 'I am Rover.'
+        # A step was there, though not with its graphs, and all of it held the budget.
+        learning = [s.planned_mb for s in planned if s.planned_mb > fixed + 0.8 * room]
+        assert learning and max(s.planned_mb for s in planned[1:]) <= fixed + room < fixed + graphs
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        engine.step()
+
+
+def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
+        settings: Settings, tmp_path: Path) -> None:
+    """After a publication, in idle time; what others have read is not taken for it."""
+    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    with robot(settings.updated(values), tmp_path) as one:
+        wrong = one.ask('Who are you?', system=SYSTEM, conversation_id='c')
+        one.ask('Where are you?', system=SYSTEM, max_tokens=1)
+        learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        assert learned.state is CorrectionState.LEARNED
+        while one.engine.step().wake_at is not None:
+            pass
+        before = one.engine.status()
+        answered = one.ask('How are you?', system=SYSTEM, max_tokens=1)
+        after = one.engine.status()
+        assert answered.adapter_version == learned.adapter_version == 1
+        assert after.shared_tokens - before.shared_tokens > 80
+        assert one.ask('Who are you?', system=SYSTEM).text == 'I am Rover.'
+
+
+def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> None:
+    """It is cancelled at once, and goes on when there is nothing else to do."""
+    with robot(settings, tmp_path) as one:
+        engine = one.engine
+        one.ask('Hm?', system=SYSTEM, max_tokens=1)
+        engine._residence.share(False)
+        engine._residence.share(True)     # nothing is left of it
+        engine._published('')
+        engine.step()
+        assert engine.status().queue_depth == 0 and engine.status().statistics.iterations
+        computed = engine.status().statistics.prefill_tokens
+        asked = one.ask('Hm?', max_tokens=1)
+        assert engine.status().statistics.prefill_tokens - computed <= asked.prompt_tokens
+        while engine.step().wake_at is not None:
+            pass
+        before = engine.status().shared_tokens
+        one.ask('Hm?', system=SYSTEM, max_tokens=1)
+        assert engine.status().shared_tokens - before > 80

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 import random
+import weakref
 
 from families import (
     FAMILIES,
@@ -28,13 +29,18 @@ from peft import PeftModel
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.footprint import measure_footprint
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.spans import BLOCK_TOKENS, Span
 from mace_ros.memory import prefix
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.memory.budget import Footprint, Grant, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State
 from mace_ros.scheduling.request import Request, RequestState
@@ -92,9 +98,9 @@ def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> Non
         for table in tables:
             table[:] = [moved.get(b, b) for b in table]
         pool.check(tables)
+        assert pool.cached_blocks <= max(pool.free_blocks, 0)
         if pool.free_blocks >= 0:
             assert all(b < pool.limit for table in tables for b in table)
-            assert pool.held_blocks + pool.cached_blocks <= pool.limit
     for table in tables:
         pool.release(table)
     pool.check([])
@@ -144,6 +150,36 @@ def test_the_check_finds_a_leak_and_a_theft() -> None:
         pool.check([])
     with pytest.raises(AssertionError, match='held by more'):
         pool.check([table, [table[0]]])
+
+
+# -- the budget by itself ----------------------------------------------------------------
+
+FOOTPRINT = Footprint(kv_block=900, adapters=5000, layers=9, hidden_token=10, logits_row=8,
+                      graphs=((10, 1000), (20, 4000)))
+
+
+def test_answers_come_first_then_a_step_then_what_may_be_of_use() -> None:
+    budget = MemoryBudget(FOOTPRINT, 60_000, most_blocks=1000, pass_tokens=10, rows=1)
+    free = 60_000 - budget.fixed
+    assert budget.kv_capacity == budget.kv_limit == free // 1000
+    graphs, again = (FOOTPRINT.step_bytes([10, 10], keep_graphs=k) for k in (True, False))
+    held = [int((free - needed) // 1000) for needed in (graphs, again)]
+    grants = [budget.grant([10, 10], held_blocks=n, keep_graphs=True)
+              for n in (held[0], held[0] + 1, held[1], held[1] + 1)]
+    assert grants == [Grant(graphs, True), Grant(again, False), Grant(again, False), None]
+    budget.learning = again
+    assert budget.kv_limit == held[1] < budget.kv_capacity
+    most = budget.step_tokens(10**6, held_blocks=held[1])
+    assert FOOTPRINT.step_bytes([most], keep_graphs=False) <= again
+    assert FOOTPRINT.step_bytes([most + 1], keep_graphs=False) > free - held[1] * 1000
+    budget.total = 1000
+    assert budget.kv_capacity == 0 and budget.step_tokens(100, held_blocks=0) == 0
+
+
+def test_graphs_of_lengths_that_were_not_counted_are_linear_between_and_quadratic_beyond() -> None:
+    assert [FOOTPRINT.graph(n) for n in (5, 10, 15, 20)] == [500, 1000, 2500, 4000]
+    assert FOOTPRINT.graph(40) == 16_000     # 10 n²
+    assert replace(FOOTPRINT, graphs=((10, 1000), (20, 2000))).graph(40) == 4000
 
 
 # -- answers in random schedules ---------------------------------------------------------
@@ -344,3 +380,55 @@ def test_without_the_version_in_the_key_answers_would_be_wrong(
     monkeypatch.setattr(prefix, 'root_name', name)
     with pytest.raises(AssertionError, match='relative_error'):
         swapped_under_load(tmp_path)
+
+
+# -- what is planned is what is taken ------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """While open, counts the bytes of all tensors that operations make, and the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._known: dict[int, weakref.ref[object]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs))
+                  if isinstance(x, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._known and id(storage) not in before:
+                    self._add(storage, storage.nbytes())
+        return out
+
+    def _add(self, storage: object, size: int) -> None:
+        key = id(storage)
+
+        def gone(_: object) -> None:
+            self.bytes -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+
+
+@pytest.mark.parametrize('keep_graphs', [True, False])
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'qwen3-moe'])
+def test_a_step_takes_the_memory_that_was_predicted(family: str, keep_graphs: bool) -> None:
+    model, bank, _ = with_reference(tiny_model(family))
+    footprint = measure_footprint(model, bank)
+    rng = random.Random(0)
+    samples = [Sample(tuple(random_ids(rng, n)), (0.0,) * (n // 2) + (1.0,) * (n - n // 2))
+               for n in (150, 120, 90)]
+    trainer = Trainer(bank, 1e-3)
+    with Peak() as peak:
+        step = FinetuneStep(model, trainer, samples, keep_graphs=keep_graphs)
+        while not step.done:
+            step.run_segment()
+    predicted = footprint.step_bytes([150, 120, 90], keep_graphs=keep_graphs)
+    gradients = sum(p.nbytes for p in bank.parameters())     # those are the adapters'
+    assert 0.4 * predicted <= peak.most - gradients <= predicted

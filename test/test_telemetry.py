@@ -307,7 +307,8 @@ def test_no_number_is_left_out() -> None:
         late_for_learning=6, predicted_s=1.0, measured_s=2.0, decode_tokens=1, prefill_tokens=1,
         ridden_tokens=1, shape=SHAPE), queue_depth=1, prefilling=2, decode_rows=3, kv_use=0.5,
         corrections_waiting=4, freshness_s=5.0, live_version=6, profiles=7,
-        kv_cached=0.1, shared_tokens=8, preemptions=9, drift_state=1)
+        kv_cached=0.1, shared_tokens=8, preemptions=9, drift_state=1,
+        budget_mb=100.0, planned_mb=90.0)
     message = scheduler_message(
         status, Status(11.0, Statistics()), Attainment(9, 0.5, 10.0, 11.0))
     empty = {name for name in message.get_fields_and_field_types()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+import mmap
 from typing import Any
 
 import torch
@@ -30,18 +31,52 @@ _REDUNDANT = {'dropout', 'position_ids', 'position_embeddings', 'cache_position'
 
 
 class KVCache:
-    """Keys and values of all layers; ``[cache slots, heads, head size]`` each."""
+    """
+    Keys and values of all layers; ``[cache slots, heads, head size]`` each.
+
+    On a CPU, addresses are reserved: a slot takes memory from the first time it is written
+    until it is dropped (:meth:`drop_from`). Elsewhere all of it is taken at once and for good,
+    since device graphs hold its addresses.
+    """
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], slots: int, dtype: torch.dtype,
                  device: torch.device) -> None:
         """``shapes`` holds, for each layer, KV heads, key size and value size."""
-        self.keys = [torch.zeros(slots, h, k, dtype=dtype, device=device) for h, k, _ in shapes]
-        self.values = [torch.zeros(slots, h, v, dtype=dtype, device=device) for h, _, v in shapes]
+        self._pages: list[tuple[mmap.mmap, int]] = []     # with the bytes of a slot
+
+        def made(heads: int, size: int) -> Tensor:
+            if device.type != 'cpu':
+                return torch.zeros(slots, heads, size, dtype=dtype, device=device)
+            slot_bytes = heads * size * dtype.itemsize
+            pages = mmap.mmap(-1, slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._pages.append((pages, slot_bytes))
+            return torch.frombuffer(pages, dtype=dtype).view(slots, heads, size)
+
+        self.keys = [made(h, k) for h, k, _ in shapes]
+        self.values = [made(h, v) for h, _, v in shapes]
 
     @property
     def nbytes(self) -> int:
-        """Device memory held."""
+        """Device memory held, if every slot is in use."""
         return sum(t.nbytes for t in self.keys + self.values)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of one token in all layers."""
+        return self.nbytes // self.keys[0].shape[0]
+
+    def drop_from(self, slot: int) -> None:
+        """Give the memory of this slot, and of those behind it, back; it is zero afterwards."""
+        for pages, slot_bytes in self._pages:
+            first = -(-slot * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            if first < len(pages):
+                pages.madvise(mmap.MADV_DONTNEED, first, len(pages) - first)
+
+    @torch.no_grad()
+    def move(self, old: Tensor, new: Tensor) -> None:
+        """Copy what lies in the slots ``old`` to the slots ``new``; they have none in common."""
+        for tensor in self.keys + self.values:
+            tensor.index_copy_(0, new, tensor.index_select(0, old))
 
 
 @dataclass(frozen=True)

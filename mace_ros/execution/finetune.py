@@ -285,12 +285,35 @@ class FinetuneStep:
             self._segments = [again if s.kind is SegmentKind.BACKWARD else s
                               for s in self._segments if s.kind is not SegmentKind.FORWARD]
 
-    def stop_riding(self) -> None:
-        """Run the forward alone from its beginning; nothing of it has been used yet."""
-        if self._ridden == self.tokens:
-            return     # it rode to its end, and needs no keys any more
+    # -- its memory ------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the sequences that are computed, padding included."""
+        return self._padded
+
+    def recompute_layers(self) -> None:
+        """Keep no layer graphs; only before it begins."""
+        self.keep_graphs = False
+        self._segments = self._plan_segments()
+
+    def restart(self) -> bool:
+        """
+        Begin anew without what was computed, alone; the weights have not changed meanwhile.
+
+        Refuses, with False, when nothing is left but the update.
+        """
+        if all(s.kind is SegmentKind.OPTIMIZER for s in self._segments):
+            return False
         del self._hidden[1:]
-        self._ridden, self._alone = 0, True
+        self._graphs.clear()
+        self._gradient = None
+        self._chunk_scores.clear()
+        self._tops.clear()
+        self._pulls.clear()
+        self._learned, self._ridden, self._alone = 0, 0, True
+        self._segments = self._plan_segments()
+        return True
 
     # -- the segments ----------------------------------------------------------------
 

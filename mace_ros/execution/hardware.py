@@ -7,9 +7,11 @@ from __future__ import annotations
 from contextlib import suppress
 import ctypes
 import gc
+import math
 
 import torch
 
+from mace_ros.memory.budget import MB
 from mace_ros.telemetry.status import Hardware
 
 
@@ -20,6 +22,17 @@ def hardware(device: torch.device) -> Hardware:
     properties = torch.cuda.get_device_properties(device)
     uuid = getattr(properties, 'uuid', '')    # not with every build of torch
     return Hardware('cuda', properties.name, f'GPU-{uuid}' if uuid else '')
+
+
+def free_memory(device: torch.device, counted_mb: float) -> float:
+    """
+    Return the bytes of free memory, ``counted_mb`` by telemetry's counters; inf if unknown.
+
+    Where memory is unified they know better than CUDA, which takes the page cache for used.
+    """
+    if not math.isnan(counted_mb):
+        return counted_mb * MB
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == 'cuda' else math.inf
 
 
 def release_memory() -> None:

@@ -10,9 +10,10 @@ which sequence and which adapter each token belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+import math
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,12 @@ from mace_ros.execution.support import (
 class HybridModel:
     """A causal language model of transformers, made to run packed rows."""
 
-    def __init__(self, model: PreTrainedModel, *, kv_tokens: int, int8: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
+                 int8: bool = False) -> None:
         """
         Convert ``model`` in place; ``int8`` rounds its linear layers' weights to 8 bits.
+
+        The KV cache holds ``kv_tokens``, or what fits into ``kv_bytes``.
 
         Raises :class:`UnsupportedModel`, also if the packed pass or the fine-tune layers
         do not compute what the model's own forward computes on a few random tokens.
@@ -90,7 +94,8 @@ class HybridModel:
         if int8:     # after the comparison, which is about the code and not about rounding
             for group in [*self.groups, *head]:
                 group.round_to_int8()
-        self.kv_blocks = -(-kv_tokens // BLOCK_TOKENS)
+        block_bytes = self.attention.cache.slot_bytes * BLOCK_TOKENS
+        self.kv_blocks = int(min(-(-kv_tokens // BLOCK_TOKENS), max(kv_bytes // block_bytes, 1)))
         self.scratch_block = self.kv_blocks     # that of padding
         self.attention.cache = KVCache(
             shapes, (self.kv_blocks + 1) * BLOCK_TOKENS, self.dtype, self.device)
@@ -152,6 +157,18 @@ class HybridModel:
             self._forget()
         logits: Tensor = output.logits[0].float()
         return logits
+
+    def move_blocks(self, moved: Mapping[int, int]) -> None:
+        """Copy KV blocks to where they lie from now on, by their old numbers."""
+        assert self.attention.cache is not None
+        old, new = (torch.from_numpy(cache_slots(list(x), len(moved) * BLOCK_TOKENS)).to(
+            self.device) for x in (moved.keys(), moved.values()))
+        self.attention.cache.move(old, new)
+
+    def drop_blocks(self, first: int) -> None:
+        """Give the memory of this KV block and those behind it back, where that can be."""
+        assert self.attention.cache is not None
+        self.attention.cache.drop_from(first * BLOCK_TOKENS)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that its time can be told."""

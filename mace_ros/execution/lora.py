@@ -145,6 +145,13 @@ class LinearGroup(nn.Module):
         return self.extended[self.out_features:]
 
     @property
+    def slots_nbytes(self) -> int:
+        """Memory that the slots take."""
+        kept = {t.data_ptr(): t.nbytes for t in (
+            self.slots_a, self.slots_b, self.exact_a, self.exact_b) if t.numel()}
+        return sum(kept.values())
+
+    @property
     def adapted(self) -> list[_Member]:
         """Members that carry LoRA."""
         return [m for m in self.members if m.a is not None]
@@ -368,6 +375,12 @@ class AdapterBank:
         self._members = [m for g in groups for m in g.adapted]
         self._spared: dict[LinearGroup, Tensor] = {}
         self.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the slots and the master weights."""
+        return (sum(g.slots_nbytes for g in self.groups)
+                + sum(p.nbytes for p in self.parameters()))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the master weights, A and B of each adapted layer."""

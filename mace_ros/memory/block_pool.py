@@ -75,7 +75,7 @@ class BlockPool:
         if needed > self.free_blocks:
             raise OutOfBlocks(f'{needed} KV blocks needed, {self.free_blocks} free')
         for _ in range(needed):
-            while len(self._holders) + len(self._idle) >= self.limit:
+            if len(self._holders) + len(self._idle) >= self.limit:
                 self._evict(next(iter(self._idle)))
             block = heapq.heappop(self._empty)
             self._holders[block] = 1
@@ -104,6 +104,7 @@ class BlockPool:
                     self._evict(block)
             else:
                 heapq.heappush(self._empty, block)
+        self._trim()
 
     def frees(self, blocks: Sequence[int]) -> int:
         """Return how many blocks would be free if this table let go of them."""
@@ -154,6 +155,9 @@ class BlockPool:
         self.limit = min(limit, self.num_blocks)
         for block in [b for b in self._idle if b >= self.limit]:
             self._evict(block)
+        self._trim()
+
+    def _trim(self) -> None:
         while self._idle and len(self._idle) > self.free_blocks:
             self._evict(next(iter(self._idle)))
 
@@ -167,8 +171,6 @@ class BlockPool:
         beyond = [b for b in self._holders if b >= self.limit]
         if not beyond or self.free_blocks < 0:
             return {}
-        while len(self._holders) + len(self._idle) > self.limit:
-            self._evict(next(iter(self._idle)))
         moved = {}
         for old in sorted(beyond):
             new = moved[old] = heapq.heappop(self._empty)

@@ -109,6 +109,8 @@ def scheduler_message(status: Status, before: Status, attainment: Attainment) ->
     return msg.Scheduler(
         queue_depth=status.queue_depth, prefilling=status.prefilling,
         decode_rows=status.decode_rows, kv_use=status.kv_use,
+        kv_cached=status.kv_cached, memory_budget_mb=status.budget_mb,
+        memory_planned_mb=status.planned_mb,
         corrections_waiting=status.corrections_waiting, freshness_s=status.freshness_s,
         live_version=status.live_version, profiles=status.profiles,
         drift=status.drift_state, drift_level=status.drift_level,
@@ -125,7 +127,8 @@ def scheduler_message(status: Status, before: Status, attainment: Attainment) ->
         requests=attainment.requests, slo_attainment=attainment.slo_attainment,
         ttft_p95_ms=attainment.ttft_p95_ms, tpot_p95_ms=attainment.tpot_p95_ms,
         iterations=now.iterations, finetune_steps=now.finetune_steps, rejected=now.rejected,
-        late_for_learning=now.late_for_learning)
+        prefill_tokens=now.prefill_tokens, shared_tokens=status.shared_tokens,
+        preemptions=status.preemptions, late_for_learning=now.late_for_learning)
 
 
 def diagnostic_status(finding: Finding, node: str, hardware_id: str) -> DiagnosticStatus:

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mace_ros.memory.block_pool import BlockPool
+from mace_ros.memory.prefix import Prefix
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request, RequestState
 
@@ -26,6 +27,7 @@ class Residence:
     def __init__(self, pool: BlockPool, state: State, *, sharing: bool = True) -> None:
         """Begin with nobody in the cache; ``sharing`` says whether blocks are found again."""
         self.pool = pool
+        self.capacity_tokens = pool.num_blocks * pool.block_size    # when nobody else is there
         self._sharing = sharing
         self.preemptions = 0    # so far
         self.shared_tokens = 0  # found in the cache instead of computed, so far
@@ -44,7 +46,7 @@ class Residence:
         """Bring what the scheduler reads of the memory up to date."""
         state, pool = self._state, self.pool
         state.free_tokens = pool.free_tokens
-        state.capacity_tokens = pool.limit * pool.block_size
+        state.capacity_tokens = self.capacity_tokens
         for request in state.waiting[:LOOKED_UP]:
             self._look_up(request)
 
@@ -60,6 +62,13 @@ class Residence:
                 self._admit(request, now)
             self.pool.grow(request.blocks, request.computed_tokens + min(
                 chunk.tokens, request.remaining_tokens))
+
+    def known(self, prefix: Prefix, tokens: int) -> int:
+        """Return how many of a sequence's first tokens are in the cache, as whole blocks."""
+        size = self.pool.block_size
+        full = tokens // size
+        found = len(self.pool.find(prefix.names(full)))
+        return tokens if found == full else found * size
 
     def computed(self, request: Request, tokens: int) -> None:
         """Note that a pass computed the next ``tokens`` tokens of a request."""
@@ -82,6 +91,11 @@ class Residence:
         request.dropped_tokens += len(dropped) * self.pool.block_size
         self.pruned_tokens += len(dropped) * self.pool.block_size
         self.pool.release(dropped)
+
+    def move(self, moved: Mapping[int, int]) -> None:
+        """Let tables name blocks by their new numbers."""
+        for request in self._state.running:
+            request.blocks = [moved.get(b, b) for b in request.blocks]
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks, and let it wait in its place of arrival."""

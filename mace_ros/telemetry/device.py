@@ -42,6 +42,11 @@ class Reading:
     process_memory_mb: float = math.nan   # resident, of this process
 
     @property
+    def memory_free_mb(self) -> float:
+        """Memory that nobody has taken."""
+        return self.memory_total_mb - self.memory_used_mb
+
+    @property
     def memory_use(self) -> float:
         """Share of the memory that is taken."""
         return self.memory_used_mb / self.memory_total_mb

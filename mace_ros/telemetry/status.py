@@ -34,6 +34,8 @@ class Status:
     queue_depth: int = 0
     prefilling: int = 0
     decode_rows: int = 0
+    budget_mb: float = 0.0      # of memory for all but the base model
+    planned_mb: float = 0.0     # of it in use, as planned
     kv_use: float = 0.0
     kv_cached: float = 0.0      # share that nobody holds, kept to be found again
     shared_tokens: int = 0      # found in the KV cache instead of computed, since the start

@@ -1,0 +1,63 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory passes and fine-tune steps of a model take: counted, not guessed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mace_ros.execution.attention import whole_sequences
+from mace_ros.execution.hybrid import HybridModel
+from mace_ros.execution.lora import AdapterBank
+from mace_ros.execution.skeleton import run_layer
+from mace_ros.execution.spans import BLOCK_TOKENS
+from mace_ros.memory.budget import Footprint
+
+LENGTHS = (16, 64, 256, 512)     # of the sequences of which a layer's graph is counted
+
+
+def measure_footprint(model: HybridModel, bank: AdapterBank) -> Footprint:
+    """Return the footprint; runs a few layers forward under the master weights."""
+    cache = model.attention.cache
+    assert cache is not None
+    lengths = sorted({min(n, model.context_length) for n in LENGTHS})
+    masters = sum(p.nbytes for p in bank.parameters())
+    config = model.model.config.get_text_config()
+    window = getattr(config, 'sliding_window', None) or model.context_length
+    return Footprint(
+        kv_block=cache.slot_bytes * BLOCK_TOKENS,
+        # With the gradients, AdamW's two moments, and a copy while a version is saved.
+        adapters=bank.nbytes + 4 * masters,
+        layers=len(model.layers), hidden_token=config.hidden_size * model.dtype.itemsize,
+        logits_row=config.vocab_size * 4,
+        graphs=tuple((n, _graph_bytes(model, n)) for n in lengths),
+        packed=model.device.type != 'cpu' or window < model.context_length)
+
+
+def _graph_bytes(model: HybridModel, tokens: int) -> int:
+    """Return what a layer keeps for its backward; of the first, middle and last, the most."""
+    row = whole_sequences((tokens,), model.device)
+    ids = model.tensor([[0] * tokens])
+    last = len(model.layers) - 1
+    most = 0
+    with model.training(row):
+        with torch.no_grad():
+            hidden, calls = model.skeleton.call_layers(ids, model.tensor([list(range(tokens))]))
+        for index in {0, last // 2, last}:
+            kept: dict[int, int] = {}
+
+            def count(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            x = hidden.detach().requires_grad_()
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(
+                    count, lambda tensor: tensor):
+                y = run_layer(model.layers[index], x, calls[index])
+            weights = {t.untyped_storage().data_ptr()
+                       for t in (*model.model.parameters(), *model.model.buffers())}
+            most = max(most, y.nbytes + sum(
+                size for address, size in kept.items() if address not in weights))
+    return most

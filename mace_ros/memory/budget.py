@@ -1,0 +1,149 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""One budget of device memory for all that is not the base model (no tensors here)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """
+    Bytes that each kind of work takes on a device, as execution found them.
+
+    ``graphs`` holds, for sequences of some lengths, what one layer keeps of them for its
+    backward. If ``packed``, the sequences of a step attend behind one mask, like one long one.
+    """
+
+    kv_block: int            # keys and values of one block, all layers
+    adapters: int            # all slots, the master weights, their gradients and moments
+    layers: int
+    hidden_token: int        # a token's hidden state
+    logits_row: int          # logits of one token, fp32
+    graphs: tuple[tuple[int, int], ...]    # (tokens, bytes), at least one
+    packed: bool = False
+    head_rows: int = 16      # tokens of a fine-tune step's HEAD segment
+
+    def graph(self, tokens: int) -> float:
+        """Return the bytes of one layer's graph of a sequence."""
+        lengths = [n for n, _ in self.graphs]
+        i = bisect_left(lengths, tokens)
+        if i == len(lengths):
+            return self._beyond(tokens)
+        high, most = self.graphs[i]
+        low, least = self.graphs[i - 1] if i else (0, 0)
+        return least + (most - least) * (tokens - low) / (high - low)
+
+    def _beyond(self, tokens: int) -> float:
+        """Return the graph of a longer sequence than was counted: linear, or quadratic."""
+        n, most = self.graphs[-1]
+        square = 0.0
+        if len(self.graphs) > 1:
+            m, less = self.graphs[-2]
+            square = max((most / n - less / m) / (n - m), 0.0)
+        return tokens * (most / n + square * (tokens - n))
+
+    def pass_bytes(self, tokens: int, rows: int) -> float:
+        """Return what a pass of so many tokens takes while it runs, ``rows`` of them decoding."""
+        # A layer without gradients holds no more than one that keeps its graph.
+        return self.graph(tokens) + 2 * tokens * self.hidden_token + 2 * rows * self.logits_row
+
+    def step_bytes(self, lengths: Sequence[int], *, keep_graphs: bool,
+                   learns: bool = True) -> float:
+        """Return what a fine-tune step of sequences of these lengths takes."""
+        tokens = sum(lengths)
+        inputs = (self.layers + 1) * tokens * self.hidden_token
+        # Of the head: logits, their probabilities, both for the gradient, and one more.
+        head = 5 * self.head_rows * self.logits_row
+        layer = self.graph(tokens) if self.packed else sum(map(self.graph, lengths))
+        if not learns:
+            return inputs + head + layer
+        # One more layer for the gradients on the way.
+        return inputs + head + layer * (self.layers + 1 if keep_graphs else 2)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Memory for a fine-tune step, and whether it may keep its layers' graphs with it."""
+
+    bytes: float
+    keep_graphs: bool
+
+
+class MemoryBudget:
+    """
+    Shares the budget between answers and learning.
+
+    Adapters and the largest pass come first, then the KV blocks that running requests
+    hold, then a fine-tune step. What is left is KV blocks for what may be of use again.
+    """
+
+    def __init__(self, footprint: Footprint, total: float, *, most_blocks: int,
+                 pass_tokens: int, rows: int) -> None:
+        """``total`` is in bytes and may be changed; no more than ``most_blocks`` are used."""
+        self.footprint = footprint
+        self.total = total
+        self.learning = 0.0     # bytes granted to the current step
+        self._most_blocks = most_blocks
+        self.limit_passes(pass_tokens, rows)
+
+    def limit_passes(self, tokens: int, rows: int) -> None:
+        """Take passes to be no larger than this."""
+        self._pass = self.footprint.pass_bytes(tokens, rows)
+
+    @property
+    def fixed(self) -> float:
+        """Bytes that are taken in any case."""
+        return self.footprint.adapters + self._pass
+
+    @property
+    def kv_capacity(self) -> int:
+        """KV blocks that answers may have when nothing is being learned."""
+        return self._blocks(self.total - self.fixed)
+
+    @property
+    def kv_limit(self) -> int:
+        """KV blocks beside the current step."""
+        return self._blocks(self.total - self.fixed - self.learning)
+
+    def grant(self, lengths: Sequence[int], *, held_blocks: int, keep_graphs: bool,
+              learns: bool = True) -> Grant | None:
+        """Return the most that a step may have beside ``held_blocks``; None: it must wait."""
+        room = self._room(held_blocks)
+        for keeps in (True, False) if keep_graphs else (False,):
+            needed = self.footprint.step_bytes(lengths, keep_graphs=keeps, learns=learns)
+            if needed <= room:
+                return Grant(needed, keeps)
+        return None
+
+    def step_tokens(self, most: int, *, held_blocks: int) -> int:
+        """Return the most tokens (0 to ``most``) of a step that fits, recomputing its layers."""
+        room = self._room(held_blocks)
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.footprint.step_bytes([middle], keep_graphs=False) <= room:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def planned(self, blocks: int) -> float:
+        """Return the bytes of all that is planned, with so many KV blocks in use."""
+        return self.fixed + self.learning + blocks * self._block
+
+    @property
+    def _block(self) -> float:
+        # While a layer attends, what it reads of the cache is copied: keys and values, once.
+        return self.footprint.kv_block * (1 + 1 / self.footprint.layers)
+
+    def _room(self, held_blocks: int) -> float:
+        return self.total - self.fixed - held_blocks * self._block
+
+    def _blocks(self, room: float) -> int:
+        return int(max(min(room // self._block, self._most_blocks), 0))

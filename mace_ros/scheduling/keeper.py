@@ -1,0 +1,125 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Who may use how much of the memory: answers first, then learning, then what may be of use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mace_ros.memory.budget import MemoryBudget
+from mace_ros.scheduling.plan import State
+from mace_ros.scheduling.residence import Residence
+
+
+class StepMemory(Protocol):
+    """A fine-tune step, as far as its memory goes."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of its sequences."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has a backward."""
+
+    @property
+    def keep_graphs(self) -> bool:
+        """Whether its layers' graphs are kept for the backward."""
+
+    @property
+    def blocks(self) -> Sequence[list[int]]:
+        """KV blocks that it holds for riding."""
+
+    def recompute_layers(self) -> None:
+        """Keep no graphs; only before it begins."""
+
+    def restart(self) -> bool:
+        """Begin anew without what was computed, unless it is all but done; it does not ride."""
+
+    def take_blocks(self) -> list[list[int]]:
+        """Give its KV blocks back."""
+
+
+class MemoryKeeper:
+    """
+    Keeps answers and learning within one budget.
+
+    A step begins when it fits beside what the running requests hold; when requests then
+    need its memory, it begins anew later. It never takes blocks from a request.
+    """
+
+    def __init__(self, budget: MemoryBudget, residence: Residence, state: State) -> None:
+        """Put the budget in force."""
+        self.budget = budget
+        self._residence, self._state = residence, state
+        self._granted: StepMemory | None = None
+        self._yielded = False    # to requests, some of which still wait for memory
+        self._limit()
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a request may come to when it has the cache for itself."""
+        return self._residence.capacity_tokens
+
+    def step_tokens(self, most: int) -> int:
+        """Return the most tokens (0 to ``most``) of a step that would fit now."""
+        return self.budget.step_tokens(most, held_blocks=self._residence.pool.held_blocks)
+
+    def change(self, total: float) -> None:
+        """Set another budget, in bytes; a step that no longer fits begins anew."""
+        self.budget.total = total
+        self._limit()
+        if self.budget.planned(self._residence.pool.held_blocks) > total:
+            self._give_up()
+
+    def allows(self, step: StepMemory | None) -> bool:
+        """Whether a step may run now; asked before each plan, since it may only just fit."""
+        if step is None or step is not self._granted:
+            self._granted = None
+            if self.budget.learning:
+                self.budget.learning = 0.0
+                self._limit()
+        if step is None:
+            return False
+        if self._granted is None and not self._yielded:
+            # The next block of each request that runs is its own.
+            held = self._residence.pool.held_blocks + len(self._state.running)
+            grant = self.budget.grant(step.lengths, held_blocks=held,
+                                      keep_graphs=step.keep_graphs, learns=step.learns)
+            if grant is not None:
+                if step.keep_graphs and not grant.keep_graphs:
+                    step.recompute_layers()
+                self._granted, self.budget.learning = step, grant.bytes
+                self._limit()
+        return self._granted is not None
+
+    def planned(self, lacks_memory: bool) -> bool:
+        """
+        Hear whether requests lack memory.
+
+        Returns whether learning made room, so that a new plan may do more.
+        """
+        self._yielded = lacks_memory and self._yielded
+        return lacks_memory and self._give_up()
+
+    def _give_up(self) -> bool:
+        """Let the step begin anew when there is memory again; return whether that gave any."""
+        step, pool = self._granted, self._residence.pool
+        if step is None or not (step.blocks or pool.limit < self.budget.kv_capacity):
+            return False
+        if not step.restart():
+            return False
+        for blocks in step.take_blocks():
+            pool.release(blocks)
+        self._granted, self._yielded = None, True
+        self.budget.learning = 0.0
+        self._limit()
+        return True
+
+    def _limit(self) -> None:
+        limit = self.budget.kv_limit
+        if limit != self._residence.pool.limit:
+            self._residence.pool.shrink(limit)
+        self._residence.capacity_tokens = (
+            self.budget.kv_capacity * self._residence.pool.block_size)
