@@ -68,11 +68,14 @@ def show_dashboard(watch: Watch, node: str) -> int:
 
 def monitor(plain: bool, count: int, period_s: float, timeout_s: float, node: str,
             client: MaceClient) -> int:
-    """Watch the node in the one form or the other."""
+    """Watch the node in the one form or the other; Ctrl-C is how that ends well."""
     node = '/' + node.strip('/')
     watch = Watch(client, node)
-    return (print_lines(watch, count, period_s, timeout_s) if plain
-            else show_dashboard(watch, node))
+    try:
+        return (print_lines(watch, count, period_s, timeout_s) if plain
+                else show_dashboard(watch, node))
+    except KeyboardInterrupt:
+        return 0
 
 
 def main() -> int:
