@@ -55,6 +55,8 @@ from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.learner import Learner
+from mace_ros.learning.rollback import RolledBack
+from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
@@ -88,11 +90,16 @@ CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 @dataclass(frozen=True)
 class Accepted:
-    """A correction that is in the journal; ``new`` is false if its id was known before."""
+    """
+    A correction that is in the journal; ``new`` is false if its id was known before.
+
+    ``superseded`` are the ids of the corrections whose place it has taken.
+    """
 
     record: CorrectionRecord
     new: bool
     arrived: float
+    superseded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,9 +153,12 @@ class Engine:
         folder = storage or Path(settings.storage.folder).expanduser()
         check_same_model(folder, loaded.model)
         self._journal = JournalWriter(folder / 'journal.sqlite')
+        store = VersionStore(folder)
         self.learner = Learner(
             model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
-            slots=self._slots, journal=self._journal, store=VersionStore(folder), wake=wake)
+            slots=self._slots, journal=self._journal, store=store, wake=wake)
+        self._rollbacks = RollbackQueue(
+            bank=self.bank, slots=self._slots, journal=self._journal, store=store, wake=wake)
         if self.model.device.type == 'cuda' and settings.model.device_graphs:
             with reporting(progress, 'capturing device graphs'):
                 end = clock() + CAPTURE_S
@@ -195,7 +205,7 @@ class Engine:
         # What was live before the last stop, and what is still to be learned.
         self.restored: list[Event] = [*self.learner.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():
-            self.restored += self.learner.add(record, clock())
+            self.learner.add(record, clock())
 
     # -- called from any thread ------------------------------------------------------
 
@@ -242,7 +252,7 @@ class Engine:
                 return Accepted(known, False, arrived)
             record = self._resolved(checked, journal, settings)
             journal.accept(record)
-            return Accepted(record, True, arrived)
+            return Accepted(record, True, arrived, journal.supersede(record))
 
         future = self._journal.submit(accept)
         future.add_done_callback(
@@ -275,6 +285,21 @@ class Engine:
     def versions(self, profile: str) -> Future[list[VersionEvent]]:
         """Read all versions of a profile, oldest first."""
         return self.learner.versions(profile)
+
+    def rollback(self, profile: str, version: int, reason: str = '') -> Future[RolledBack]:
+        """
+        Ask for an earlier version of a profile, 0 for the base model (or the robot's).
+
+        The future ends once the next query is served that version, or with the reason why
+        it is not: ``RollbackRefused``, ``CorruptVersion`` or ``JournalError``.
+        """
+        done: Future[RolledBack] = Future()
+
+        def add() -> list[Event]:
+            self._rollbacks.add(profile, version, reason, done)
+            return []
+        self._enqueue(add)
+        return done
 
     def live_version(self, profile: str) -> int:
         """Return the version that serves a profile."""
@@ -320,6 +345,8 @@ class Engine:
             return Iteration(events, self._clock())
         with phase_of(self._trace, 'take in'):
             events += self._take_in()
+            events += self._rollbacks.advance(may_begin=self._stop_learning)
+            self.learner.held = self._rollbacks.profile
             try:
                 events += self.learner.advance(self._settings)
             except Exception as error:    # such as an allocation for the next step
@@ -396,6 +423,7 @@ class Engine:
     def close(self) -> list[Event]:
         """Cancel what runs, and wait until the journal is on disk."""
         events = self.pause()
+        self._rollbacks.close('the node is stopping')
         self._journal.close()
         gc.unfreeze()
         # What the journal finished meanwhile has put its last words into the inbox.
@@ -514,8 +542,13 @@ class Engine:
             return [CorrectionProgress(
                 record.id, record.state, record.reason, record.adapter_version)]
         self._conversations.correct(record.query_id, record.corrected)
-        return [CorrectionProgress(record.id, CorrectionState.ACCEPTED),
-                *self.learner.add(record, accepted.arrived)]
+        training = self.learner.trains(accepted.superseded)
+        if training is not None:
+            self._stop_learning(training)
+        self.learner.add(record, accepted.arrived)
+        return [CorrectionProgress(record.id, CorrectionState.ACCEPTED), *(
+            CorrectionProgress(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
+            for i in accepted.superseded)]
 
     def _ask_anchors(self) -> None:
         """Let the base model answer the questions whose answers learning must not change."""
@@ -773,7 +806,7 @@ class Engine:
             query_id=query.id, prompt_ids=tuple(answering.ids[:answering.request.prompt_tokens]),
             messages=answering.messages, text=text, output_ids=tuple(answering.output),
             conversation_id=query.conversation_id, profile=query.profile,
-            adapter_version=answering.version.version,
+            lineage=answering.version.profile, adapter_version=answering.version.version,
             no_learn=query.no_learn or not complete, time=time.time())
         if not answer.no_learn:
             self.learner.drift.outcome(0.0)     # until somebody says otherwise
@@ -801,6 +834,14 @@ class Engine:
         if plan.finetune_tokens:
             events += self._learning_broke(error)
         return events
+
+    def _stop_learning(self, profile: str) -> bool:
+        """Let the learner begin anew what it trains into a profile; False while it is saved."""
+        step = self.learner.step
+        stopped = self.learner.stop(profile)
+        if step is not None and self.learner.step is not step:
+            self._release(step)
+        return stopped
 
     def _learning_broke(self, error: Exception) -> list[Event]:
         """Let the learner begin its job anew; what is served is not touched."""

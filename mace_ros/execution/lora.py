@@ -423,18 +423,21 @@ class AdapterBank:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Make ``tensors`` the master weights; names and shapes must match exactly."""
-        expected = {n for m in self._members for n in _peft_names(m)}
-        if expected != set(tensors):
-            odd = sorted(expected ^ set(tensors))
+        for parameter, tensor in zip(self.parameters(), self.checked(tensors), strict=True):
+            parameter.copy_(tensor)
+
+    def checked(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return tensors in the order of the master weights, or raise ``ValueError``."""
+        names = [name for m in self._members for name in _peft_names(m)]
+        odd = sorted(set(names) ^ set(tensors))
+        if odd:
             raise ValueError(f'adapter does not fit this model: {len(odd)} tensors missing or '
                              f'unknown, such as {odd[0]}')
-        for member in self._members:
-            for parameter, name in zip((member.a, member.b), _peft_names(member), strict=True):
-                assert parameter is not None
-                if parameter.shape != tensors[name].shape:
-                    raise ValueError(f'adapter does not fit this model: {name} is '
-                                     f'{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}')
-                parameter.copy_(tensors[name])
+        for name, parameter in zip(names, self.parameters(), strict=True):
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(f'adapter does not fit this model: {name} is '
+                                 f'{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}')
+        return [tensors[name] for name in names]
 
     def export(self) -> dict[str, Tensor]:
         """Return copies of the master weights on the CPU."""
@@ -446,17 +449,24 @@ class AdapterBank:
         return result
 
     @torch.no_grad()
-    def write_slot(self, slot: int) -> None:
-        """Copy the master weights into a slot, in place."""
-        bs: list[Tensor] = [*self.parameters()[1::2]]
-        scaled = torch._foreach_mul(bs, self.alpha / self.rank)
-        of_member = dict(zip(map(id, self._members), scaled, strict=True))
+    def write_slot(self, slot: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Copy the master weights into a slot, in place; or ``tensors``, as :meth:`load` does.
+
+        With ``tensors`` the master weights stay as they are.
+        """
+        weights: list[Tensor] = [*self.parameters()]
+        if tensors is not None:
+            weights = [t.to(w.device, w.dtype)
+                       for t, w in zip(self.checked(tensors), weights, strict=True)]
+        scaled = torch._foreach_mul(weights[1::2], self.alpha / self.rank)
+        of_member = {id(m): ab for m, *ab in zip(self._members, weights[::2], scaled, strict=True)}
         targets, sources = [], []
         for group in self.groups:
-            for member, a, b in group.slot_parts(slot):
-                assert member.a is not None
-                targets += [a, b]
-                sources += [member.a, of_member[id(member)].t()]
+            for member, *parts in group.slot_parts(slot):
+                a, b = of_member[id(member)]
+                targets += parts
+                sources += [a, b.t()]
         torch._foreach_copy_(targets, sources)
 
 

@@ -58,7 +58,7 @@ class CorrectionRecord:
     A correction with the exact prompt it is about, so that it needs no other row.
 
     ``received`` is wall-clock seconds since the epoch; ``adapter_version`` is set with
-    LEARNED.
+    LEARNED, and stays when the correction is superseded or its version taken back later.
     """
 
     id: str
@@ -132,9 +132,9 @@ class Journal(JournalFile):
             number = self.insert(
                 'INSERT OR REPLACE', 'answers',
                 query_id=answer.query_id, conversation_id=answer.conversation_id,
-                profile=answer.profile, prompt_ids=_json(answer.prompt_ids),
-                messages=_json(answer.messages), text=answer.text,
-                output_ids=_json(answer.output_ids), lineage=answer.lineage,
+                profile=answer.profile, prompt_ids=as_json(answer.prompt_ids),
+                messages=as_json(answer.messages), text=answer.text,
+                output_ids=as_json(answer.output_ids), lineage=answer.lineage,
                 adapter_version=answer.adapter_version, no_learn=answer.no_learn, time=answer.time,
                 question=_question(answer.messages, answer.prompt_ids))
             self.execute(
@@ -173,7 +173,7 @@ class Journal(JournalFile):
             'AND NOT EXISTS (SELECT 1 FROM corrections AS c '
             'WHERE c.profile = a.profile AND c.question = a.question) '
             'GROUP BY question ORDER BY 1 DESC LIMIT ?) ORDER BY number DESC',
-            profile, _json(list(exclude_query_ids)), max(limit, 0))))
+            profile, as_json(list(exclude_query_ids)), max(limit, 0))))
 
     # Corrections
 
@@ -185,18 +185,43 @@ class Journal(JournalFile):
             self.insert(
                 'INSERT', 'corrections',
                 id=record.id, query_id=record.query_id, conversation_id=record.conversation_id,
-                profile=record.profile, prompt_ids=_json(record.prompt_ids),
-                messages=_json(record.messages), rejected=record.rejected,
+                profile=record.profile, prompt_ids=as_json(record.prompt_ids),
+                messages=as_json(record.messages), rejected=record.rejected,
                 corrected=record.corrected, weight=record.weight, source=record.source,
                 received=record.received, state=int(record.state), reason=record.reason,
                 adapter_version=record.adapter_version,
                 question=_question(record.messages, record.prompt_ids))
+            if record.profile:
+                # What the robot serves now is where a new profile's own versions begin.
+                self.execute(
+                    'INSERT INTO profiles (profile, fork) VALUES '
+                    "(?, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
+                    'ON CONFLICT (profile) DO UPDATE SET fork = coalesce(fork, excluded.fork)',
+                    record.profile)
         return True
+
+    def supersede(self, newer: CorrectionRecord) -> tuple[str, ...]:
+        """
+        Mark as SUPERSEDED whatever said otherwise about the same prompt in the same profile.
+
+        Returns the ids of those that were pending or learned, oldest first.
+        """
+        with self.transaction():
+            ids = tuple(row['id'] for row in self.rows(
+                'SELECT id FROM corrections WHERE profile = ? AND question = ? '
+                f'AND prompt_ids = ? AND id <> ? AND (state IN {PENDING_SQL} OR state = ?) '
+                'ORDER BY number', newer.profile, _question(newer.messages, newer.prompt_ids),
+                as_json(newer.prompt_ids), newer.id, int(CorrectionState.LEARNED)))
+            self.execute(
+                'UPDATE corrections SET state = ?, reason = ? '
+                'WHERE id IN (SELECT value FROM json_each(?))',
+                int(CorrectionState.SUPERSEDED), f'by correction {newer.id}', as_json(ids))
+        return ids
 
     def correction(self, correction_id: str) -> CorrectionRecord | None:
         """Return the correction of that id."""
         row = self.one('SELECT * FROM corrections WHERE id = ?', correction_id)
-        return None if row is None else _correction(row)
+        return None if row is None else correction_from(row)
 
     def set_correction(
         self, correction_id: str, state: CorrectionState, reason: str = '',
@@ -249,7 +274,7 @@ class Journal(JournalFile):
                 'INSERT', 'versions',
                 profile=record.profile, version=record.version, parent=record.parent,
                 state=int(record.state), reason=record.reason,
-                correction_ids=_json(record.correction_ids),
+                correction_ids=as_json(record.correction_ids),
                 score_before=record.score_before, score_after=record.score_after,
                 train_tokens=record.train_tokens, train_seconds=record.train_seconds,
                 path=record.path, sha256=record.sha256, created=record.created)
@@ -276,7 +301,7 @@ class Journal(JournalFile):
             learned = tuple(row['id'] for row in self.rows(
                 f'SELECT id FROM corrections WHERE state IN {PENDING_SQL} '
                 'AND id IN (SELECT value FROM json_each(?)) ORDER BY number',
-                _json(record.correction_ids)))
+                as_json(record.correction_ids)))
             for correction_id in learned:
                 self.set_correction(
                     correction_id, CorrectionState.LEARNED, adapter_version=record.version)
@@ -286,31 +311,45 @@ class Journal(JournalFile):
         """Return the version that the profile serves; None is the base model."""
         return next((record for record in self.lives() if record.profile == profile), None)
 
+    def next_parent(self, profile: str) -> VersionRecord | None:
+        """
+        Return what the profile's next version starts from; None is the base model.
+
+        That is its live version; for a profile that has none, the robot's version that was
+        live when it was first corrected.
+        """
+        row = self.one(
+            "SELECT versions.* FROM profiles JOIN versions ON versions.profile = '' "
+            'AND version = coalesce(fork, (SELECT live_version FROM profiles '
+            "WHERE profile = '')) WHERE profiles.profile = ? AND live_version = 0", profile)
+        return self.live(profile) if row is None else version_from(row)
+
     def lives(self) -> tuple[VersionRecord, ...]:
         """Return the live version of each profile that has one."""
-        return tuple(map(_version, self.rows(
+        return tuple(map(version_from, self.rows(
             'SELECT versions.* FROM versions JOIN profiles USING (profile) '
             'WHERE version = live_version ORDER BY profile')))
 
     def versions(self, profile: str | None = None) -> tuple[VersionRecord, ...]:
         """Return all recorded versions, oldest first; None is all profiles."""
-        return tuple(map(_version, self.rows(
+        return tuple(map(version_from, self.rows(
             'SELECT * FROM versions WHERE profile = coalesce(?, profile) '
             'ORDER BY profile, version', profile)))
 
     def _corrections(self, where: str, *values: object) -> tuple[CorrectionRecord, ...]:
-        return tuple(map(_correction, self.rows(
+        return tuple(map(correction_from, self.rows(
             f'SELECT * FROM corrections WHERE {where} ORDER BY number', *values)))
 
 
 def _question(messages: Messages, prompt_ids: Sequence[int]) -> str:
     """Return a short key, the same for prompts that end in the same question."""
     asked = [message['content'] for message in messages if message['role'] == 'user']
-    text = ' '.join(asked[-1].casefold().split()) if asked else _json(prompt_ids)
+    text = ' '.join(asked[-1].casefold().split()) if asked else as_json(prompt_ids)
     return hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
 
 
-def _json(value: object) -> str:
+def as_json(value: object) -> str:
+    """Return the text in which lists are kept."""
     return json.dumps(value, separators=(',', ':'))
 
 
@@ -329,12 +368,14 @@ def _answer(row: sqlite3.Row) -> Answer:
     return Answer(**values | {'no_learn': bool(values['no_learn'])})
 
 
-def _correction(row: sqlite3.Row) -> CorrectionRecord:
+def correction_from(row: sqlite3.Row) -> CorrectionRecord:
+    """Return the correction of a row."""
     values = _columns(row)
     return CorrectionRecord(**values | {'state': CorrectionState(values['state'])})
 
 
-def _version(row: sqlite3.Row) -> VersionRecord:
+def version_from(row: sqlite3.Row) -> VersionRecord:
+    """Return the version of a row."""
     values = _columns(row)
     for name in ('score_before', 'score_after'):
         # SQLite keeps NaN as NULL.

@@ -12,7 +12,7 @@ disk work goes to the journal's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -66,13 +66,14 @@ class Learner:
         self._lessons = Lessons(chat)
         # Scores under a profile's version that its gate has found out.
         self._known: dict[tuple[int, ...], SampleScore] = {}
-        self._known_of: tuple[str, int] | None = None
+        self._known_of: tuple[str, str, int] | None = None
         self._recent: deque[CorrectionRecord] = deque(maxlen=JOB_CANDIDATES)
         self._jobs = 0
         self.drift = Drift()
         self._settings = Settings()
         self._rejections: deque[Future[VersionRecord]] = deque()
         self.clock: Callable[[], float] = time.monotonic
+        self.held: str | None = None    # a profile for which nothing may be begun
         self.wants_anchors = False
         self._trouble = ''      # why a job broke off that is tried again
         # How many tokens a step may have whose pieces end within so many seconds.
@@ -111,18 +112,20 @@ class Learner:
             events.append(VersionEvent('', 0, 0, VersionState.PUBLISHED))
         return events
 
-    def add(self, record: CorrectionRecord, arrived: float) -> list[Event]:
-        """Queue a correction that is in the journal."""
-        events: list[Event] = []
-        repeats = 0
-        for other in [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
-                      and w.record.profile == record.profile]:
-            self._waiting.remove(other)
-            repeats += 1 + other.repeats
-            events.append(self._set_state(
-                other.record, CorrectionState.SUPERSEDED, f'by correction {record.id}'))
-        self._waiting.append(Waiting(record, arrived, repeats=repeats))
-        return events
+    def add(self, record: CorrectionRecord, arrived: float) -> None:
+        """Queue a correction that is in the journal, in the place of what it supersedes."""
+        older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
+                 and w.record.profile == record.profile]
+        self._waiting = [w for w in self._waiting if w not in older]
+        self._waiting.append(
+            Waiting(record, arrived, repeats=sum(1 + w.repeats for w in older)))
+
+    def trains(self, correction_ids: Collection[str]) -> str | None:
+        """Return the profile whose job trains one of these, if there is one."""
+        job = self._job
+        if job is None or not any(w.record.id in correction_ids for w in job.corrections):
+            return None
+        return job.profile
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
@@ -215,6 +218,29 @@ class Learner:
                          if w not in failed] + self._waiting
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
 
+    def stop(self, profile: str) -> bool:
+        """
+        Let go of what is trained into a profile, or from its live version, to begin anew later.
+
+        Returns False, changing nothing, while a version of it is on its way to the disk.
+        """
+        # What it was taught is not to be trained again and again.
+        self._recent = deque((r for r in self._recent if r.profile != profile), JOB_CANDIDATES)
+        job = self._job
+        if job is None or profile not in (
+                job.profile, self._slots.live(job.profile).profile):
+            return True
+        if job.saving is not None:
+            return False
+        if job.slot is not None:
+            self._slots.give_back(job.slot)
+        if job.sparing is not None:
+            self._lessons.teachers = None       # to be found out again, all of it
+        self._job = None
+        if not job.rehearses:
+            self._waiting = job.corrections + self._waiting
+        return True
+
     def versions(self, profile: str) -> Future[list[VersionEvent]]:
         """Read all versions of a profile from the journal, oldest first."""
         return self._journal.submit(lambda journal: [
@@ -226,10 +252,11 @@ class Learner:
         settings = self._settings
         if settings.finetune.budget == 0:
             return []
-        if not self._waiting:
+        ready = [w for w in self._waiting if w.record.profile != self.held]
+        if not ready:
             return self._rehearse()
-        profile = self._waiting[0].record.profile
-        chosen = [w for w in self._waiting if w.record.profile == profile][:JOB_CANDIDATES]
+        profile = ready[0].record.profile
+        chosen = [w for w in ready if w.record.profile == profile][:JOB_CANDIDATES]
         if not self._decides:
             chosen = self._fitting(chosen)
         self._waiting = [w for w in self._waiting if w not in chosen]
@@ -245,6 +272,8 @@ class Learner:
         """Under the policy ``continuous``, which never rests, train again what was learned."""
         if self._settings.scheduler.policy == 'continuous' and self._recent:
             profile = self._recent[-1].profile
+            if profile == self.held:
+                return []
             again = turn([r for r in self._recent if r.profile == profile],
                          min(JOB_CORRECTIONS, len(self._recent)), self._jobs)
             now = time.monotonic()
@@ -257,14 +286,18 @@ class Learner:
         live = self._slots.live(profile)
 
         def fetch(journal: Journal) -> Fetched:
-            record = journal.live(live.profile) if live.version else None
+            record = journal.next_parent(profile)
+            learned = () if record is None else tuple(
+                c for c in journal.learned(record.profile)
+                if c.adapter_version <= record.version)
             return Fetched(
-                journal.replay_candidates(profile, count), journal.learned(live.profile),
+                journal.replay_candidates(profile, count), learned,
                 self._store.load(record.path, record.sha256) if record else None)
 
         parent = live.version if live.profile == profile else 0
-        if self._known_of != (live.profile, live.version):
-            self._known, self._known_of = {}, (live.profile, live.version)
+        # One that has no version of its own yet begins from where it was forked.
+        if self._known_of != (profile, live.profile, live.version):
+            self._known, self._known_of = {}, (profile, live.profile, live.version)
         self._job = Job(profile, chosen, parent, self._submit(fetch))
         self._jobs += 1
         self.wants_anchors = self._lessons.anchors is None
@@ -520,7 +553,7 @@ class Learner:
         record, learned = job.saving.result()
         self._bank.write_slot(job.slot)
         self._slots.publish(job.profile, record.version, job.slot)
-        self._known, self._known_of = job.after, (job.profile, record.version)
+        self._known, self._known_of = job.after, (job.profile, job.profile, record.version)
         self._recent.extend(w.record for w in job.corrections if w.record not in self._recent)
         self._job, self._trouble = None, ''
         return [version_event(record, self._store), *(

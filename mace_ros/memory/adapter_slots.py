@@ -87,6 +87,18 @@ class AdapterSlots:
             self._retire(before)
         return self._live[profile]
 
+    def held(self, profile: str, version: int) -> int | None:
+        """Return the slot that still holds a version, because it is live or pinned."""
+        slots = (v.slot for v in (*self._live.values(), *self._pins)
+                 if (v.profile, v.version) == (profile, version))
+        return next(slots, None)
+
+    def withdraw(self, profile: str) -> None:
+        """Serve the profile no version of its own any more."""
+        before = self._live.pop(profile, None)
+        if before is not None:
+            self._retire(before)
+
     def _retire(self, version: LiveVersion) -> None:
         if self._pins[version] == 0:
             del self._pins[version]
