@@ -18,7 +18,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from graph import ENVIRONMENT, wait_until
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
-from mace_ros.srv import ListVersions, Trace
+from mace_ros.srv import ListVersions, Rollback, Trace
 import pytest
 from rcl_interfaces.srv import GetParameters
 from rclpy.action.graph import get_action_server_names_and_types_by_node
@@ -225,6 +225,57 @@ def test_frozen_learning_keeps_corrections_for_later(client: MaceClient) -> None
     assert listed.versions[-1].sha256 == client.version().sha256
     nobody = call(client, ListVersions, '/mace/list_versions', profile='nobody')
     assert (nobody.success, nobody.versions) == (True, [])
+
+
+def test_a_rollback_under_load_loses_nothing(client: MaceClient) -> None:
+    """The next query is served the older version; what runs ends on the one it began with."""
+    question, answers = 'Where do you live?', ('In the hall.', 'In the kitchen.')
+    learned = []
+    for corrected in answers:
+        learned.append(client.correct(corrected, prompt=question))
+        assert learned[-1].wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
+    older, newer = (learning.status.adapter_version for learning in learned)
+    assert newer == older + 1
+    with Recorder(client, response=Response, adapter_version=msg.AdapterVersion,
+                  correction_status=CorrectionStatus) as recorder:
+        running = [client.ask('Tell me a story.', max_tokens=3000, **PATIENT) for _ in range(4)]
+        for answer in running:
+            next(answer.stream(ANSWER_S))
+        load = [client.ask(question, **PATIENT) for _ in range(20)]
+        reply = call(client, Rollback, '/mace/rollback', version=older, timeout_s=ANSWER_S)
+        assert (reply.success, reply.reason) == (True, '')
+        after = [client.ask(question, **PATIENT) for _ in range(5)]
+        results = [answer.result(ANSWER_S) for answer in load]
+        # As they were admitted: first the newer version, then the older one.
+        versions = [r.adapter_version for r in results]
+        assert versions == sorted(versions, reverse=True) and set(versions) <= {older, newer}
+        for result in results:
+            assert result.text == answers[result.adapter_version == newer]
+        for answer in after:
+            assert (answer.result(ANSWER_S).adapter_version, answer.text) == (older, answers[0])
+        assert not any(answer.is_complete() for answer in running)
+        for answer in running:
+            answer.cancel()
+        assert {a.result(ANSWER_S).adapter_version for a in running} == {newer}
+        # Everything was answered once.
+        asked = [a.id for a in (*running, *load, *after)]
+        assert sorted(r.query_id for r in recorder.of(Response)) == sorted(asked)
+        told = [(v.version, v.state) for v in recorder.of(msg.AdapterVersion)
+                if v.state == msg.AdapterVersion.ROLLED_BACK or v.version == older]
+        assert told[-2:] == [(newer, msg.AdapterVersion.ROLLED_BACK),
+                             (older, msg.AdapterVersion.PUBLISHED)]
+        statuses = {s.id: s for s in recorder.of(CorrectionStatus)}
+        assert statuses[learned[0].id].state == CorrectionStatus.LEARNED
+        assert statuses[learned[1].id].state == CorrectionStatus.FAILED
+        assert '~/rollback' in statuses[learned[1].id].reason
+    assert client.version().version == older
+    with MaceClient() as late:
+        assert late.wait_until_ready(ANSWER_S).version == older
+    listed = call(client, ListVersions, '/mace/list_versions')
+    assert listed.live_version == older
+    assert listed.versions[-1].state == msg.AdapterVersion.ROLLED_BACK
+    refused = call(client, Rollback, '/mace/rollback', version=newer + 7)
+    assert not refused.success and 'on record' in refused.reason
 
 
 # -- what it tells of itself -------------------------------------------------------------

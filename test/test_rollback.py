@@ -5,14 +5,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+import time
 
 import pytest
+from test_engine import Robot
 
-from mace_ros.events import CorrectionState, VersionState
+from mace_ros.engine import Engine
+from mace_ros.events import (
+    Correction,
+    CorrectionProgress,
+    CorrectionState,
+    Event,
+    Finished,
+    Query,
+    Token,
+    VersionEvent,
+    VersionState,
+)
 from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
-from mace_ros.learning.rollback import roll_back, RollbackRefused
+from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
+from mace_ros.learning.versions import CorruptVersion
 from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.settings import Settings
 
 ACCEPTED, LEARNED = CorrectionState.ACCEPTED, CorrectionState.LEARNED
 SUPERSEDED, FAILED = CorrectionState.SUPERSEDED, CorrectionState.FAILED
@@ -197,3 +213,136 @@ def test_a_version_that_a_request_still_holds_is_not_loaded_again() -> None:
     slots.withdraw('')
     slots.withdraw('')
     assert slots.free == 3 and slots.live('').version == 0
+
+
+# While queries are served
+
+@pytest.fixture(scope='module')
+def settings(model_folder: Path) -> Settings:
+    """Return settings for the tiny model on the CPU."""
+    return Settings().updated({
+        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
+        'model.weight_dtype': 'float32', 'gate.tolerance': 1.0, 'memory.kv_cache_tokens': 8192,
+        'generation.max_tokens': 12, 'finetune.learning_rate': 0.01})
+
+
+@pytest.fixture
+def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
+    """Return a fresh engine; afterwards nothing may be left in the KV cache."""
+    engine = Engine(settings, storage=tmp_path)
+    everything = engine.free_kv_tokens
+    yield Robot(engine)
+    engine.close()
+    assert engine.free_kv_tokens == everything
+
+
+def teach(robot: Robot, *corrected: str, question: str = 'Who are you?', profile: str = '') -> None:
+    """Have corrections of a question learned, one after the other."""
+    for text in corrected:
+        state = robot.correct(Correction(text, id=text, prompt=question, profile=profile))
+        assert state.state is LEARNED, state.reason
+
+
+def rolled_back(robot: Robot, version: int, profile: str = '') -> RolledBack:
+    """Roll back, step until it has happened, and return the outcome."""
+    return stepped(robot, robot.engine.rollback(profile, version, 'a test'))
+
+
+def stepped(robot: Robot, future: Future[RolledBack], seconds: float = 30.0) -> RolledBack:
+    """Step until a rollback has ended."""
+    end = time.monotonic() + seconds
+    while not future.done():
+        assert time.monotonic() < end
+        robot.events += robot.engine.step().events
+        time.sleep(0.001)
+    robot.events += robot.engine.step().events
+    return future.result()
+
+
+def since(robot: Robot, start: int) -> list[Event]:
+    """Return what was said of versions and corrections since then."""
+    return [e for e in robot.events[start:] if isinstance(e, (VersionEvent, CorrectionProgress))]
+
+
+def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Path) -> None:
+    """Who runs ends on the newer one; all of it holds after a restart, too."""
+    robot = Robot(Engine(settings, storage=tmp_path))
+    teach(robot, 'A robot.', 'Your friend.')
+    robot.engine.submit(Query('Running?', id='running', max_tokens=1000))
+    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'running')
+    start = len(robot.events)
+    outcome = rolled_back(robot, 1)
+    assert outcome.live is not None and outcome.live.version == 1
+    told = since(robot, start)
+    assert [(e.version, e.state) for e in told if isinstance(e, VersionEvent)] == [
+        (2, ROLLED_BACK), (1, PUBLISHED)]
+    assert [(e.id, e.state) for e in told if isinstance(e, CorrectionProgress)] == [
+        ('A robot.', LEARNED), ('Your friend.', FAILED)]
+    answer = robot.ask('Who are you?')
+    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
+    assert not any(isinstance(e, Finished) and e.query_id == 'running' for e in robot.events)
+    robot.engine.cancel('running')
+    assert robot.response('running').adapter_version == 2
+    # To the base model, and forward again.
+    assert rolled_back(robot, 0).live is None
+    assert robot.ask('Who are you?').adapter_version == 0
+    rolled_back(robot, 2)
+    assert robot.ask('Who are you?').text == 'Your friend.'
+    rolled_back(robot, 1)
+    robot.engine.close()
+    again = Robot(Engine(settings, storage=tmp_path))
+    assert again.ask('Who are you?').text == 'A robot.'
+    again.engine.close()
+
+
+def test_what_is_being_trained_begins_anew_from_the_older_version(robot: Robot) -> None:
+    """No version grows from one that was taken back, and no correction is lost."""
+    teach(robot, 'A robot.', 'Your friend.')
+    robot.engine.correct(Correction('In the hall.', id='k', prompt='Where do you live?'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'k'
+                and e.state is CorrectionState.TRAINING)
+    rolled_back(robot, 1)
+    published = robot.until(lambda e: isinstance(e, VersionEvent) and e.version == 3)
+    assert isinstance(published, VersionEvent)
+    assert (published.state, published.parent, published.correction_ids) == (PUBLISHED, 1, ('k',))
+    assert robot.ask('Who are you?').text == 'A robot.'
+    assert robot.ask('Where do you live?').text == 'In the hall.'
+
+
+def test_a_version_that_cannot_be_read_changes_nothing(robot: Robot, tmp_path: Path) -> None:
+    """Nor does one that there is not; each says why."""
+    teach(robot, 'A robot.', 'Your friend.')
+    weights = tmp_path / 'adapters/_robot/v000001/adapter_model.safetensors'
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    start = len(robot.events)
+    with pytest.raises(CorruptVersion, match='SHA-256'):
+        rolled_back(robot, 1)
+    with pytest.raises(RollbackRefused, match='no version 5'):
+        rolled_back(robot, 5)
+    assert not since(robot, start)
+    assert robot.ask('Who are you?').text == 'Your friend.'
+    assert not rolled_back(robot, 2).changed
+    assert not since(robot, start)
+
+
+def test_it_waits_for_a_free_slot_and_delays_no_query(settings: Settings, tmp_path: Path) -> None:
+    """While requests hold all slots, those that come are served the newer version."""
+    robot = Robot(Engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
+    teach(robot, 'A robot.', 'Your friend.', 'A tin can.')
+    robot.engine.submit(Query('Running?', id='running', max_tokens=3000))    # holds version 3
+    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'running')
+    rolled_back(robot, 2)
+    robot.engine.submit(Query('Running?', id='second', max_tokens=3000))    # holds version 2
+    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'second')
+    waiting = robot.engine.rollback('', 1)
+    assert robot.ask('Who are you?').adapter_version == 2
+    assert not waiting.done()
+    robot.engine.cancel('running')
+    stepped(robot, waiting)
+    assert robot.ask('Who are you?').text == 'A robot.'
+    # One that is still waiting when the node stops is answered.
+    waiting = robot.engine.rollback('', 3)
+    robot.engine.close()
+    with pytest.raises(RollbackRefused, match='stopping'):
+        waiting.result(0)

@@ -296,7 +296,7 @@ class MaceClient:
                 self._changed.notify_all()
 
     def _on_version(self, message: AdapterVersion) -> None:
-        if message.state != AdapterVersion.REJECTED:
+        if message.state == AdapterVersion.PUBLISHED:
             with self._changed:
                 self._versions[message.profile] = message
                 self._changed.notify_all()

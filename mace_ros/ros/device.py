@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
-from rclpy.parameter import Parameter
 from rclpy.service import Service
 
 from mace_ros.events import Event
+from mace_ros.ros.hidden import adopt, hidden_node
 from mace_ros.ros.spinning import Spinner
 
 if TYPE_CHECKING:
@@ -47,12 +47,8 @@ class Device:
         told why, when the engine fails again and again.
         """
         self._owner, self._publish, self._hopeless = node, publish, hopeless
-        # An executor takes whole nodes: a hidden one, which remapping does not reach,
-        # holds the guard condition. The timer has no part in simulated time.
-        self._node = Node(
-            f'_{node.get_name()}_device', namespace=node.get_namespace(), context=node.context,
-            use_global_arguments=False, enable_rosout=False, start_parameter_services=False,
-            parameter_overrides=[Parameter('start_type_description_service', value=False)])
+        # The timer has no part in simulated time.
+        self._node = hidden_node(node, 'device')
         self._guard = self._node.create_guard_condition(self._on_guard)
         self._timer = self._node.create_timer(
             1.0, self._on_timer, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -81,8 +77,7 @@ class Device:
 
     def adopt(self, service: Service) -> None:
         """Serve a service of the owner in the device's thread, between two iterations."""
-        self._owner._services.remove(service)
-        self._node._services.append(service)
+        adopt(service, self._owner, self._node)
         self.wake()    # the executor looks at its services when it next waits
 
     def wake(self) -> None:

@@ -31,8 +31,8 @@ class VersionLatch:
             due.append(self._add(oldest))
 
     def _add(self, event: VersionEvent) -> VersionEvent:
-        # One that was trained in vain does not replace the one that serves.
-        if event.state is not VersionState.REJECTED or event.profile not in self._newest:
+        # One that was trained in vain, or taken back, does not replace the one that serves.
+        if event.state is VersionState.PUBLISHED or event.profile not in self._newest:
             self._newest.pop(event.profile, None)
             self._newest[event.profile] = (self._published, event)
         self._published += 1

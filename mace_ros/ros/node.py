@@ -119,8 +119,9 @@ class MaceNode(LifecycleNodeMixin, Node):
             self, health=self._health, settings=lambda: self._table.settings,
             sample=lambda: self._device.call(self._sample))
         self._goals = GenerateServer(self, self._intake.put)
-        self._calls = Services(self, engine=lambda: self._engine, freeze=self._freeze,
-                               storage=self.storage_folder)
+        self._calls = Services(
+            self, engine=lambda: self._engine, active=lambda: self._health.state == ACTIVE,
+            freeze=self._freeze, storage=self.storage_folder)
         self.create_subscription(msg.Query, '~/query', self._on_query, RELIABLE)
         self.create_subscription(msg.Correction, '~/correction', self._on_correction, RELIABLE)
         self.create_subscription(msg.Cancel, '~/cancel', self._on_cancel, RELIABLE)
@@ -202,6 +203,7 @@ class MaceNode(LifecycleNodeMixin, Node):
             except FutureTimeout:
                 self.get_logger().error('an iteration does not end; giving up on it')
         self._wait_until_heard()
+        self._calls.stop(0.1)
         return self._device.stop(max(0.1, end - time.monotonic()) if freed.done() else 0.1)
 
     def _end(self) -> None:
@@ -367,7 +369,7 @@ parameters (all are in share/mace_ros/config/mace.yaml, with comments):
 
 topics: query, correction, cancel (in); response_chunk, response, correction_status,
 adapter_version, latency, scheduler (out)
-services: freeze_learning, list_versions, trace, and those of a lifecycle node
+services: freeze_learning, list_versions, rollback, trace, and those of a lifecycle node
 action: generate
 All of these are below the node's name, which is /mace. /diagnostics is not.
 """

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The services ``~/freeze_learning``, ``~/list_versions`` and ``~/trace``."""
+"""The services ``~/freeze_learning``, ``~/list_versions``, ``~/rollback`` and ``~/trace``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rclpy.node import Node
 from std_srvs.srv import SetBool
 
 from mace_ros.ros.conversion import message_from
-from mace_ros.srv import ListVersions, Trace
+from mace_ros.ros.hidden import adopt, hidden_node
+from mace_ros.ros.spinning import Spinner
+from mace_ros.srv import ListVersions, Rollback, Trace
 from mace_ros.telemetry.trace import (
     check_extent,
     InvalidTrace,
@@ -26,24 +28,48 @@ from mace_ros.telemetry.trace import (
 if TYPE_CHECKING:
     from mace_ros.engine import Engine
 
-# The journal answers in milliseconds, or its disk is broken; other callbacks wait meanwhile.
-JOURNAL_TIMEOUT_S = 0.5
+# The journal answers in milliseconds, or its disk is broken.
+JOURNAL_TIMEOUT_S = 5.0
+# An iteration or two, but while no adapter slot is free.
+ROLLBACK_TIMEOUT_S = 60.0
 
 # What a trace is that says nothing else.
 TRACE_ITERATIONS, TRACE_SECONDS = 200, 10.0
 
 
 class Services:
-    """Answers service calls, in the thread that serves ROS."""
+    """
+    Answers service calls.
+
+    Those that wait for the disk or the device are served in a thread of their own, so that
+    no other callback waits with them.
+    """
 
     def __init__(self, node: Node, *, engine: Callable[[], Engine | None],
-                 freeze: Callable[[bool], None], storage: Callable[[], Path]) -> None:
-        """``freeze`` stops learning, or lets it go on; traces go below ``storage``."""
-        self._node, self._engine, self._freeze, self._storage = node, engine, freeze, storage
+                 active: Callable[[], bool], freeze: Callable[[bool], None],
+                 storage: Callable[[], Path]) -> None:
+        """
+        Serve them.
+
+        ``active`` says whether the engine runs; ``freeze`` stops learning, or lets it go on;
+        traces go below ``storage``.
+        """
+        self._node, self._engine, self._active, self._freeze = node, engine, active, freeze
+        self._storage = storage
         self._tracing = ''      # the file of the trace that is being made
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
-        node.create_service(ListVersions, '~/list_versions', self._on_list)
         node.create_service(Trace, '~/trace', self._on_trace)
+        self._waiting = hidden_node(node, 'calls')
+        for kind, name, callback in ((ListVersions, '~/list_versions', self._on_list),
+                                     (Rollback, '~/rollback', self._on_rollback)):
+            adopt(node.create_service(kind, name, callback), node, self._waiting)
+        self._spinner = Spinner(self._waiting, name='calls', context=node.context)
+        self._spinner.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread, unless a call keeps it for longer."""
+        if self._spinner.stop(timeout_s):
+            self._waiting.destroy_node()
 
     def _on_freeze(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self._freeze(request.data)
@@ -100,4 +126,24 @@ class Services:
         engine.trace(iterations, seconds, write)
         response.success, response.path = True, str(path)
         response.message = f'{path} will be there after {iterations} iterations, or {seconds:g} s'
+        return response
+
+    def _on_rollback(self, request: Rollback.Request,
+                     response: Rollback.Response) -> Rollback.Response:
+        engine = self._engine()
+        if engine is None or not self._active():
+            response.reason = 'the node is not active'
+            return response
+        try:
+            engine.rollback(
+                request.profile, request.version, 'asked for by ~/rollback'
+            ).result(ROLLBACK_TIMEOUT_S)
+        except FutureTimeout:
+            response.reason = (
+                f'it does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as while requests hold '
+                'every adapter slot; ~/adapter_version will tell')
+        except Exception as error:    # in words
+            response.reason = str(error)
+        else:
+            response.success = True
         return response

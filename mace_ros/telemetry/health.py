@@ -86,6 +86,8 @@ class Health:
                 self._set_back(f'a correction failed: {event.reason}', now)
         elif isinstance(event, VersionEvent):
             what = f'version {event.version} of profile {event.profile!r}: {event.reason}'
+            if event.state is VersionState.ROLLED_BACK:
+                self._set_back(f'taken back: {what}', now)
             if event.state is not VersionState.REJECTED:
                 if event.version:      # the base model says nothing of the version it stands for
                     with self._lock:
