@@ -55,6 +55,7 @@ from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.learner import Learner
+from mace_ros.learning.retention import make_room, tidy
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.versions import check_same_model, VersionStore
@@ -152,8 +153,9 @@ class Engine:
             base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots + 1)
         folder = storage or Path(settings.storage.folder).expanduser()
         check_same_model(folder, loaded.model)
-        self._journal = JournalWriter(folder / 'journal.sqlite')
-        store = VersionStore(folder)
+        self._journal = JournalWriter(
+            folder / 'journal.sqlite', max_answers=settings.storage.max_answers)
+        self._store = store = VersionStore(folder)
         self.learner = Learner(
             model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
             slots=self._slots, journal=self._journal, store=store, wake=wake)
@@ -206,6 +208,7 @@ class Engine:
         self.restored: list[Event] = [*self.learner.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():
             self.learner.add(record, clock())
+        tidy(self._journal, store, settings.storage.max_versions)
 
     # -- called from any thread ------------------------------------------------------
 
@@ -251,6 +254,7 @@ class Engine:
             if known is not None:
                 return Accepted(known, False, arrived)
             record = self._resolved(checked, journal, settings)
+            make_room(journal, settings.storage.max_corrections)
             journal.accept(record)
             return Accepted(record, True, arrived, journal.supersede(record))
 
@@ -354,6 +358,8 @@ class Engine:
         for event in events:
             if isinstance(event, VersionEvent) and event.state is VersionState.PUBLISHED:
                 self._published(event.profile)
+        if any(isinstance(event, VersionEvent) for event in events):
+            tidy(self._journal, self._store, self._settings.storage.max_versions)
         if events and not self._spoke:     # before the pass; but messages must not hold it up
             self._spoke = True
             return Iteration(events, self._clock())

@@ -240,6 +240,16 @@ class StorageSettings:
     folder: str = _parameter(
         '', 'Journal and adapter versions; empty for $ROS_HOME/mace_ros/<node name> '
         '(ROS_HOME is ~/.ros by default)', read_only=True)
+    max_corrections: int = _parameter(
+        10000, 'Corrections kept; the oldest finished ones are forgotten with the answers to their '
+        'questions, and if all are still to be learned, a further one is rejected',
+        minimum=1, maximum=1000000)
+    max_answers: int = _parameter(
+        10000, 'Answers kept for corrections and replay; the oldest are forgotten, but for those '
+        'whose correction is still to be learned', minimum=1, maximum=1000000, read_only=True)
+    max_versions: int = _parameter(
+        20, 'Versions of each profile whose files are kept, to roll back to, with the live one',
+        minimum=1, maximum=100000)
     model_cache: str = _parameter(
         '', 'Models converted from GGUF; empty for $XDG_CACHE_HOME/mace_ros '
         '(~/.cache/mace_ros by default)', read_only=True)

@@ -61,7 +61,7 @@ def publish(journal: Journal, version: int, *corrections: str, profile: str = ''
     assert journal.next_version(profile) == version
     journal.publish(VersionRecord(
         profile, version, parent, correction_ids=corrections,
-        path=f'adapters/{profile}/v{version}'))
+        path=f'adapters/{profile}/v{version}', sha256='ab'))
 
 
 def states(journal: Journal, *names: str) -> list[CorrectionState]:
@@ -152,7 +152,7 @@ def test_a_way_back_that_is_none_is_refused(journal: Journal) -> None:
     publish(journal, 1, 'a')
     journal.record_version(VersionRecord('', 2, 1, VersionState.REJECTED, 'it forgot too much'))
     journal.publish(VersionRecord('', 3, 1))
-    journal.publish(VersionRecord('', 4, 3, path='adapters/_robot/v4'))
+    journal.publish(VersionRecord('', 4, 3, path='adapters/_robot/v4', sha256='ab'))
     for version, why in ((2, 'it forgot too much'), (3, 'storage.max_versions'), (9, 'on record')):
         with pytest.raises(RollbackRefused, match=why):
             roll_back(journal, '', version, '')

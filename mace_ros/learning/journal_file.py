@@ -130,7 +130,7 @@ class JournalFile:
             # Transactions are ours (isolation_level None), see transaction().
             self._db = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
-            raise _journal_error(self.path, error) from error
+            raise journal_error(self.path, error) from error
         try:
             self._prepare()
         except BaseException:
@@ -193,6 +193,15 @@ class JournalFile:
                     self.execute(statement)
             self.execute(f'PRAGMA user_version = {_SCHEMA_VERSION}')
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """See the file as it is now, while others may write it; only read inside."""
+        self.execute('BEGIN')
+        try:
+            yield
+        finally:
+            self.execute('COMMIT')
+
     def compact(self) -> bool:
         """
         Empty the write-ahead log into the file, so that no trace of what was deleted is left.
@@ -216,7 +225,7 @@ class JournalFile:
         try:
             return self._db.execute(statement, values)
         except sqlite3.Error as error:
-            raise _journal_error(self.path, error) from error
+            raise journal_error(self.path, error) from error
 
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
         """Run a query; return all its rows."""
@@ -224,7 +233,7 @@ class JournalFile:
         try:
             return cursor.fetchall()
         except sqlite3.Error as error:
-            raise _journal_error(self.path, error) from error
+            raise journal_error(self.path, error) from error
 
     def one(self, statement: str, *values: object) -> sqlite3.Row | None:
         """Run a query; return its first row, if there is one."""
@@ -256,7 +265,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _journal_error(path: Path, error: Exception) -> JournalError:
+def journal_error(path: Path, error: Exception) -> JournalError:
+    """Return an error that says what to do."""
     advice = next(
         (advice for said, advice in _REMEDIES.items() if said in str(error)),
         'check that its folder can be written and is not full')

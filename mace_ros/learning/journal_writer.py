@@ -18,7 +18,8 @@ import threading
 from typing import Any, TypeVar
 
 from mace_ros.learning.journal import Journal, MAX_ANSWERS
-from mace_ros.learning.journal_file import JournalError
+from mace_ros.learning.journal_file import journal_error, JournalError
+from mace_ros.learning.storage_lock import StorageLock
 
 T = TypeVar('T')
 _Job = tuple[Callable[[Journal], Any], Future[Any]]
@@ -29,12 +30,17 @@ class JournalWriter:
     """
     Runs functions on the journal at ``path``, in order, in a thread of its own.
 
-    Raises :class:`JournalError` if the journal can't be opened.
+    Nobody else may write the folder meanwhile. Raises :class:`JournalError` if the journal
+    can't be opened, and :class:`StorageInUse` if another process has it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_answers: int = MAX_ANSWERS) -> None:
         """Open the journal and start the thread."""
         self._path = Path(path).absolute()
+        try:
+            self._storage = StorageLock(self._path.parent)
+        except OSError as error:
+            raise journal_error(self._path, error) from error
         self._max_answers = max_answers
         self._journal: Journal | None = None  # only the thread touches it
         self._known = False  # whether it was open before
@@ -90,6 +96,7 @@ class JournalWriter:
                 self._closed = True
                 self._jobs.put(None)
         self._thread.join()
+        self._storage.release()
 
     def _work(self) -> None:
         open_ended = True

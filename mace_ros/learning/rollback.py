@@ -73,9 +73,9 @@ def version_to_return_to(journal: Journal, profile: str, version: int) -> Versio
         raise RollbackRefused(f'{whose} has no version {version} on record')
     if record.state is VersionState.REJECTED:
         raise RollbackRefused(f'version {version} never served: {record.reason}')
-    if not record.path:
+    if not record.sha256:
         raise RollbackRefused(
-            f'the files of version {version} were removed (storage.max_versions)')
+            f'the files of version {version} are not kept any more (storage.max_versions)')
     return record
 
 

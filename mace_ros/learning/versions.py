@@ -9,7 +9,7 @@ and fsynced under another name beside its place, renamed, and the rename is fsyn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 import hashlib
 import json
@@ -131,25 +131,16 @@ class VersionStore:
         """Return the folder of a saved version, as others may load it."""
         return self._folder / path
 
-    def prune(self, keep: Iterable[str]) -> tuple[str, ...]:
-        """
-        Delete the versions whose paths are not in ``keep``; return the paths deleted.
-
-        Not while another thread saves: what is not yet in ``keep`` would go, too.
-        """
-        kept = set(keep)
-        removed = []
-        for folder in sorted(self._adapters.glob('*/v*')):
-            path = folder.relative_to(self._folder).as_posix()
-            if path in kept or re.fullmatch(r'v\d{6,}', folder.name) is None:
-                continue
-            # Renamed first: a version that is half deleted must not look like one.
-            doomed = folder.with_name(_TEMPORARY + folder.name)
+    def remove(self, path: str) -> None:
+        """Delete a saved version; one that is gone already is none to delete."""
+        folder = self.absolute(path)
+        # Renamed first: a version that is half deleted must not look like one.
+        doomed = folder.with_name(_TEMPORARY + folder.name)
+        if folder.exists():
             os.replace(folder, doomed)
-            shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        if folder.parent.exists():
             sync_folder(folder.parent)
-            removed.append(path)
-        return tuple(removed)
 
     def _read(self, path: str, name: str) -> bytes:
         try:
