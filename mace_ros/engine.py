@@ -70,6 +70,7 @@ from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, St
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import InvalidSetting, Settings
+from mace_ros.storage import JOURNAL
 from mace_ros.telemetry.device import DeviceCounters
 from mace_ros.telemetry.status import Hardware, Status
 from mace_ros.telemetry.trace import phase_of, Record, Trace
@@ -154,7 +155,7 @@ class Engine:
         folder = storage or Path(settings.storage.folder).expanduser()
         check_same_model(folder, loaded.model)
         self._journal = JournalWriter(
-            folder / 'journal.sqlite', max_answers=settings.storage.max_answers)
+            folder / JOURNAL, max_answers=settings.storage.max_answers)
         self._store = store = VersionStore(folder)
         self.learner = Learner(
             model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,

@@ -30,9 +30,9 @@ Messages: TypeAlias = tuple[Mapping[str, str], ...]
 
 MAX_ANSWERS = 10000
 
-_PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
+PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
 # Constants of ours, so they can stand in the SQL text.
-PENDING_SQL = f'({", ".join(str(int(state)) for state in _PENDING)})'
+PENDING_SQL = f'({", ".join(str(int(state)) for state in PENDING)})'
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,11 @@ class Journal(JournalFile):
             'ORDER BY number DESC LIMIT 1', conversation_id)
         return None if row is None else _answer(row)
 
+    def answers(self, profile: str | None = None) -> tuple[Answer, ...]:
+        """Return all answers that are kept, oldest first; None is all profiles."""
+        return tuple(map(_answer, self.rows(
+            'SELECT * FROM answers WHERE profile = coalesce(?, profile) ORDER BY number', profile)))
+
     def replay_candidates(
         self, profile: str, limit: int, exclude_query_ids: Collection[str] = (),
     ) -> tuple[Answer, ...]:
@@ -233,6 +238,10 @@ class Journal(JournalFile):
                 'UPDATE corrections SET state = ?, reason = ?, adapter_version = ? WHERE id = ?',
                 int(state), reason, adapter_version, correction_id)
         return cursor.rowcount == 1
+
+    def corrections(self, profile: str | None = None) -> tuple[CorrectionRecord, ...]:
+        """Return all corrections that are kept, oldest first; None is all profiles."""
+        return self._corrections('profile = coalesce(?, profile)', profile)
 
     def pending(self, profile: str | None = None) -> tuple[CorrectionRecord, ...]:
         """Return what is still to be learned, oldest first; None is all profiles."""

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from mace_ros.events import CorrectionState, InvalidCorrection
 from mace_ros.learning.journal import as_json, Journal, PENDING_SQL, VersionRecord
 from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.versions import VersionStore
+
+if TYPE_CHECKING:
+    from mace_ros.learning.versions import VersionStore
 
 VERSION_RECORDS = 1000      # of each profile; without files they are a few hundred bytes each
 

@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 import torch
 
 from mace_ros.learning.journal_file import make_folder, sync_folder
+from mace_ros.storage import MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,7 +164,7 @@ def check_same_model(folder: Path, model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = (f'{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, '
             f'vocabulary of {config.vocab_size}\n')
-    note = folder / 'model.txt'
+    note = folder / MODEL
     if not note.exists():
         make_folder(folder)
         _write(note, name.encode())

@@ -53,6 +53,7 @@ from mace_ros.ros.services import Services
 from mace_ros.ros.spinning import Spinner
 from mace_ros.ros.stop_signal import StopSignal
 from mace_ros.settings import InvalidSetting, Settings
+from mace_ros.storage import default_folder
 from mace_ros.telemetry.health import ACTIVE, Health
 from mace_ros.telemetry.status import Hardware, Status
 
@@ -284,9 +285,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         folder = self._table.settings.storage.folder
         if folder:
             return Path(folder).expanduser()
-        home = Path(os.environ.get('ROS_HOME') or '~/.ros').expanduser()
-        name = self.get_fully_qualified_name().strip('/').replace('/', '__')
-        return home / 'mace_ros' / name
+        return default_folder(self.get_fully_qualified_name())
 
     def _sample(self) -> Status | None:
         return None if self._engine is None else self._engine.status()

@@ -1,0 +1,136 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+A journal as lines of JSON, to be read, kept or given to another robot.
+
+The first line names the base model, without which token ids mean nothing. Each other one
+is a record with the names of its fields, and a ``kind``: answer, correction or version.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, fields, replace
+from enum import IntEnum
+import json
+import math
+from typing import Any, TypeVar
+
+from mace_ros.events import Correction, CorrectionState
+from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, PENDING
+from mace_ros.validation import checked_correction
+
+KINDS = ('answer', 'correction', 'version')
+
+_Record = TypeVar('_Record', Answer, CorrectionRecord)
+
+
+class InvalidLine(ValueError):
+    """A line is not what an export has; the message says which one, and why."""
+
+
+def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
+           profile: str | None = None) -> Iterator[str]:
+    """Yield the lines of a journal of that base model; None is all profiles."""
+    yield json.dumps({'kind': 'model', 'model': model})
+    with journal.snapshot():
+        found: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
+            'answer': journal.answers, 'correction': journal.corrections,
+            'version': journal.versions}
+        for kind in kinds:
+            for record in found[kind](profile):
+                yield json.dumps({'kind': kind, **_plain(asdict(record))}, ensure_ascii=False)
+
+
+def take_in(journal: Journal, lines: Iterable[str], model: str) -> Counter[str]:
+    """
+    Keep the answers and corrections of an export, all or none; return how many of each.
+
+    What is known by its id is left as it is. A correction that another robot has learned,
+    or was about to, is to be learned by this one; one that it had given up stays so.
+    Versions are passed over: their weights are not in the lines. ``model`` is the base
+    model of this journal. Raises :class:`InvalidLine`.
+    """
+    taken: Counter[str] = Counter()
+    begun = False
+    with journal.transaction():
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+                kind = values.pop('kind')
+                if not begun and (kind != 'model' or values['model'] != model):
+                    raise ValueError(f'its base model must come first, and be {model!r}')
+                begun = True
+                taken += Counter({_take(journal, kind, values): 1})
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise InvalidLine(f'line {number}: {type(error).__name__}: {error}') from error
+    return taken
+
+
+def _take(journal: Journal, kind: str, values: dict[str, Any]) -> str:
+    """Take in a line; return what became of it, in a word."""
+    if kind == 'answer':
+        answer = _record(Answer, values)
+        if journal.answer(answer.query_id) is not None:
+            return 'known'
+        # The version that gave it is not one of this journal's.
+        journal.record_answer(replace(answer, lineage='', adapter_version=0))
+        return 'answers'
+    if kind == 'correction':
+        correction = _record(CorrectionRecord, values)
+        lost = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED)
+        correction = replace(
+            correction, adapter_version=0,
+            state=correction.state if correction.state in lost else CorrectionState.ACCEPTED)
+        if not journal.accept(correction):
+            return 'known'
+        if correction.state in PENDING:
+            journal.supersede(correction)
+        return 'corrections'
+    if kind in ('model', 'version'):
+        return 'versions' if kind == 'version' else 'models'
+    raise ValueError(f'kind {kind!r} is none of {", ".join(KINDS)}')
+
+
+def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
+    """Return the record of a line, with all fields in their types."""
+    expected = {field.name: field for field in fields(kind)}
+    for name, value in values.items():
+        if name not in expected:
+            raise ValueError(f'{name} is no field of a {kind.__name__}')
+        if name in ('prompt_ids', 'output_ids'):
+            if not all(type(i) is int and i >= 0 for i in value):
+                raise ValueError(f'{name}: token ids are whole numbers')
+            values[name] = tuple(value)
+        elif name == 'messages':
+            if not all(isinstance(m[key], str) for m in value for key in ('role', 'content')):
+                raise ValueError('messages: each has a role and a content')
+            values[name] = tuple(value)
+        elif name == 'state':
+            values[name] = CorrectionState[value]
+        elif expected[name].type in ('int', 'float'):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f'{name}: a number expected, not {value!r}')
+        elif type(value).__name__ != expected[name].type:
+            raise ValueError(f'{name}: {expected[name].type} expected, not {value!r}')
+    record = kind(**values)
+    if isinstance(record, CorrectionRecord):
+        # As if somebody had sent it.
+        checked_correction(Correction(
+            record.corrected, id=record.id, prompt='.', profile=record.profile,
+            weight=record.weight, rejected=record.rejected, source=record.source))
+    return record
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as JSON can hold them, and people read them."""
+    plain = dict(values)
+    for name, value in values.items():
+        if isinstance(value, IntEnum):
+            plain[name] = value.name
+        elif isinstance(value, float) and math.isnan(value):
+            plain[name] = None
+    return plain
