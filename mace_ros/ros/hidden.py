@@ -22,6 +22,10 @@ def hidden_node(owner: Node, purpose: str) -> Node:
 
 
 def adopt(service: Service, owner: Node, hidden: Node) -> None:
-    """Have a service of the owner served where the hidden node spins."""
+    """
+    Have a service of the owner served where the hidden node spins.
+
+    Its callback group must be its own: two threads do not wake each other in a shared one.
+    """
     owner._services.remove(service)
     hidden._services.append(service)

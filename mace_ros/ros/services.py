@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builtin_interfaces.msg import Time
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from std_srvs.srv import SetBool
 
@@ -62,7 +63,10 @@ class Services:
         self._waiting = hidden_node(node, 'calls')
         for kind, name, callback in ((ListVersions, '~/list_versions', self._on_list),
                                      (Rollback, '~/rollback', self._on_rollback)):
-            adopt(node.create_service(kind, name, callback), node, self._waiting)
+            # Not the node's own group: while a call waits, it would keep all others out.
+            service = node.create_service(
+                kind, name, callback, callback_group=MutuallyExclusiveCallbackGroup())
+            adopt(service, node, self._waiting)
         self._spinner = Spinner(self._waiting, name='calls', context=node.context)
         self._spinner.start()
 
