@@ -13,7 +13,7 @@ import pytest
 
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, surprise
-from mace_ros.learning.paraphrases import paraphrases, TEMPLATES
+from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, gain, priority, resemble
 from mace_ros.learning.samples import interleaved, turn
 
@@ -99,11 +99,12 @@ def test_surprise_is_a_share() -> None:
 def test_a_paraphrase_changes_the_last_question_only() -> None:
     messages = ({'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'A?'},
                 {'role': 'assistant', 'content': 'B.'}, {'role': 'user', 'content': 'C?'})
-    changed = paraphrases(messages)
-    assert len(changed) == len(TEMPLATES)
+    changed = paraphrases(messages, JUDGED)
+    assert len(changed) == len(JUDGED)
     for each in changed:
         assert each[:3] == list(messages[:3]) and 'C?' in each[3]['content'] != 'C?'
-    assert paraphrases(({'role': 'system', 'content': 'x'},)) == []
+    assert paraphrases(({'role': 'system', 'content': 'x'},), JUDGED) == []
+    assert not set(JUDGED) & set(TRAINED)     # what is judged by is not trained
 
 
 def test_all_take_their_turn() -> None:

@@ -61,6 +61,7 @@ class Job:
     parent: int
     fetched: Future[Fetched]
     samples: list[Sample] = field(default_factory=list)
+    variants: list[Sample] = field(default_factory=list)    # in other words
     kept: list[Sample] = field(default_factory=list)        # earlier corrections
     replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None

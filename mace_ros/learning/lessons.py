@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from mace_ros.execution.finetune import Preference, Sample
 from mace_ros.execution.text import ChatText
@@ -12,7 +13,7 @@ from mace_ros.learning.anchors import PROBE_EVERY
 from mace_ros.learning.gate import Gate, Group, Measure
 from mace_ros.learning.job import Job, Waiting
 from mace_ros.learning.journal import CorrectionRecord
-from mace_ros.learning.paraphrases import paraphrases
+from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, resemble
 from mace_ros.learning.samples import first_within, sample, turn
 from mace_ros.settings import FinetuneSettings
@@ -54,11 +55,17 @@ class Lessons:
         own = [sample(a.prompt_ids, a.output_ids) for a in fetched.answers
                if a.prompt_ids not in prompts and a.output_ids
                and len(a.prompt_ids) + len(a.output_ids) <= finetune.max_sample_tokens]
+        # The first template of each correction before the second of any.
+        variants = [[sample(self._chat.prompt(messages), self._chat.answer(w.record.corrected))
+                     for messages in paraphrases(w.record.messages, TRAINED)]
+                    for w in job.corrections]
+        job.variants = [s for same in zip_longest(*variants) for s in same if s is not None]
         job.replayed = [s for s in self.teachers if s.prompt not in prompts]
         job.gate = Gate([
             Group('paraphrases', tuple(
                 sample(self._chat.prompt(messages), self._chat.answer(w.record.corrected))
-                for w in job.corrections for messages in paraphrases(w.record.messages)),
+                for w in job.corrections
+                for messages in paraphrases(w.record.messages, JUDGED)),
                 Measure.PROBABILITY, must_rise=True),
             Group('earlier corrections', tuple(
                 turn(job.kept, min(GUARDED, len(job.kept)), number)), Measure.EXACT),
@@ -74,9 +81,10 @@ class Lessons:
         # Up to half of what is replayed are earlier corrections; all in their turn.
         kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
         must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
-        replayed = turn(job.replayed, count - len(kept), job.steps)
+        replayed = turn(job.replayed, max(count - len(kept), 0), job.steps)
         must_be_right = first_within(must_be_right, most, at_least=len(job.samples))
-        replayed = first_within(replayed, most - sum(len(s.tokens) for s in must_be_right))
+        room = most - sum(len(s.tokens) for s in must_be_right)
+        replayed = first_within([*turn(job.variants, 1, job.steps), *replayed], room)
         job.must_be_right = len(must_be_right)
         preferences: list[Preference] = []
         worse: list[Sample] = []
