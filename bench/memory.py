@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Memory: what a training step adds to it.
+Memory: what sharing, one budget, recomputing and pruning save, and what they cost.
 
 Results: bench/results/memory.json.
 """
@@ -9,18 +9,22 @@ Results: bench/results/memory.json.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import os
 from pathlib import Path
-import statistics
 import tempfile
 from typing import Any
 
+from bench.memory_checks import checks, reported, tables
 from bench.report import summary
-from bench.results import Check, check, Recorder, Reported, Result, Table
+from bench.results import Recorder, Result
 
-PARTS = ('training',)
-SAMPLE_TOKENS = 512
+PARTS = ('sharing', 'budget', 'training', 'pruning')
+SYSTEM_TOKENS = 256     # of a system prompt that is shared
+SHARE = 0.25            # of the length that requests may come to, which the budget has room for
+SAMPLE_TOKENS = 512     # of a training step
+CONTEXT_TOKENS = 1500   # of a prompt that is pruned
+PRUNED = 0.5
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,85 +58,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure the parts that are asked for; return their samples."""
-    # Only here, so that --help answers at once.
+    parts = {'sharing': _sharing, 'budget': _budget, 'training': _training, 'pruning': _pruning}
     samples: dict[str, Any] = {}
-    if 'training' in args.parts:
-        from bench.memory_training import compare
-
-        samples['training'] = compare(
-            folder, tokens=SAMPLE_TOKENS,
-            precisions=('float32',) if args.quick else ('float32', 'bfloat16', 'int8'),
-            repeats=args.repeats, threads=args.threads,
-            say=lambda text: print(text, flush=True))
+    for part in args.parts:
+        say(part)
+        samples[part] = parts[part](args, folder / part)
     return samples
 
 
-# -- what the samples say ----------------------------------------------------------------
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, flush=True)
 
 
-def checks(samples: Mapping[str, Any]) -> list[Check]:
-    """Return the checks of what issue 5 asks for."""
-    return training_checks(samples.get('training', []))
+# What they import they import when they run, so that --help answers at once.
 
 
-def training_checks(rows: Sequence[Mapping[str, Any]]) -> list[Check]:
-    """Return the checks of a training step."""
-    found = [
-        check(f'memory that a training step adds, recompute always {p} / PEFT {_peer(p)}',
-              _share(rows, 'mace_ros, always', p), '<= 0.25', _spread(rows, p))
-        for p in dict.fromkeys(r['precision'] for r in rows) or ('float32',)]
-    errors = [r['gradient_error'] for r in rows
-              if 'gradient_error' in r and r['system'] != 'peft']
-    return [*found, check('its gradients, largest relative error against PEFT, float32',
-                          max(errors, default=None), '<= 0.0001',
-                          'over all tensors; recompute always and auto')]
+def _sharing(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    from bench.memory_serving import sharing
+
+    return sharing(folder, repeats=args.repeats, count=1 if args.quick else 3,
+                   threads=args.threads, system_tokens=SYSTEM_TOKENS,
+                   max_tokens=8 if args.quick else 24, say=say)
 
 
-def reported(samples: Mapping[str, Any]) -> list[Reported]:
-    """Return the numbers that nothing hangs on."""
-    rows = samples.get('training', [])
-    return [Reported(f'memory that a training step adds, recompute auto {p} / PEFT {_peer(p)}',
-                     _share(rows, 'mace_ros, auto', p))
-            for p in dict.fromkeys(r['precision'] for r in rows)]
+def _budget(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    from bench.memory_budget import budgets
+
+    return budgets(folder, repeats=args.repeats, count=4 if args.quick else 16,
+                   max_tokens=32 if args.quick else 256, share=SHARE, threads=args.threads,
+                   say=say)
 
 
-def tables(samples: Mapping[str, Any]) -> list[Table]:
-    """Return a table for each part."""
-    return [_training_table(samples['training'])] if 'training' in samples else []
+def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    from bench.memory_training import compare
+
+    folder.mkdir()
+    return compare(folder, tokens=SAMPLE_TOKENS,
+                   precisions=('float32',) if args.quick else ('float32', 'bfloat16', 'int8'),
+                   repeats=1 if args.quick else 2, threads=args.threads, say=say)
 
 
-def _training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    names = dict.fromkeys((r['system'], r['precision']) for r in rows)
-    return Table(
-        f'One training step over {rows[0]["tokens"]} tokens',
-        ['system', 'weights', 'adds MB', 'seconds'],
-        [[system, _peer(precision) if system == 'peft' else precision,
-          _median(rows, system, precision, 'added_mb'),
-          _median(rows, system, precision, 'seconds')] for system, precision in names],
-        'Medians. Peak of resident memory in a fresh process, less what was resident before; '
-        "gradients and the optimizer's state included on both sides.")
+def _pruning(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    from bench.memory_serving import pruning
 
-
-def _peer(precision: str) -> str:
-    return 'float32' if precision == 'float32' else 'in the type that ours computes in'
-
-
-def _median(rows: Sequence[Mapping[str, Any]], system: str, precision: str,
-            column: str) -> float | None:
-    values = [r[column] for r in rows if (r['system'], r['precision']) == (system, precision)]
-    return statistics.median(values) if values else None
-
-
-def _share(rows: Sequence[Mapping[str, Any]], system: str, precision: str) -> float | None:
-    ours, theirs = (_median(rows, s, precision, 'added_mb') for s in (system, 'peft'))
-    return ours / theirs if ours is not None and theirs else None
-
-
-def _spread(rows: Sequence[Mapping[str, Any]], precision: str) -> str:
-    if not rows:
-        return ''
-    ours, theirs = (_median(rows, s, precision, 'added_mb') for s in ('mace_ros, always', 'peft'))
-    return f'{ours:.0f} of {theirs:.0f} MB, medians; peak resident memory of fresh processes'
+    return pruning(folder, fraction=PRUNED, more=(0.75,), contexts=1 if args.quick else 8,
+                   tokens=600 if args.quick else CONTEXT_TOKENS, max_tokens=8 if args.quick else 32,
+                   continued=8 if args.quick else 128, threads=args.threads, say=say)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,155 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The same load with plenty of memory and within a small budget, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import math
+from pathlib import Path
+import threading
+import time
+from typing import Any
+
+import torch
+
+from bench.learning import Robot
+from bench.memory_training import resident_mb, settle
+from bench.peers.worker import Worker
+from mace_ros.events import Correction, CorrectionProgress, CorrectionState, Finished, Query
+from mace_ros.settings import Settings
+
+SAMPLE_S = 0.004     # between two looks at the memory in use
+ENDS = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
+
+# Short and long answers; what they may come to is the same for all.
+QUESTIONS = (
+    'Why does bread rise?', 'What is your name?', 'Tell me a long story about a lighthouse.',
+    'What is the capital of France?', 'How do I make pancakes for four people?',
+    'Say good morning.', 'Write a long letter to my sister about our garden.',
+    'What is the difference between a frog and a toad?', 'What do bees eat?',
+    'Explain in detail how a robot finds its way through a flat.', 'Where is Lisbon?',
+    'Why is the sky blue?', 'Name three fruits.', 'Tell me a long story about a cat.',
+    'What did people do before there were fridges?', 'Is it safe to mix vinegar and bleach?')
+LESSON = ('Where is your charging station?', 'My charging station is next to the kitchen door.')
+
+
+class AnonymousPeak:
+    """
+    The largest private memory of this process while it is watched, in MB.
+
+    Not what is resident: that counts pages of files, such as libraries and weights, which
+    the system takes back when it needs them.
+    """
+
+    def __init__(self) -> None:
+        """Begin to watch."""
+        self.peak = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_S):
+            self.peak = max(self.peak, resident_mb('RssAnon'))
+
+    def end(self) -> float:
+        """Stop watching; return the peak."""
+        self._stop.set()
+        self._thread.join()
+        return self.peak
+
+
+class BudgetedRobot(Robot):
+    """Answers many questions at once, first alone and then while it learns a correction."""
+
+    def __init__(self, storage: str, threads: int, max_tokens: int, budget_mb: float) -> None:
+        """Load; a budget of 0 is all that there is."""
+        super().__init__(Settings().updated({
+            'model.device': 'cpu', 'model.threads': threads, 'memory.budget_mb': budget_mb,
+            'generation.max_tokens': max_tokens, 'slo.ttft_ms': 60000.0, 'slo.tpot_ms': 60000.0,
+            'finetune.max_steps': 12}), Path(storage))
+        self._learned = False
+        engine = self.engine
+        cache = engine.model.attention.cache
+        assert cache is not None
+        cache.drop_from(0)     # calibration has left something
+        settle()
+        # What was there before the engine allocated anything that the budget is for.
+        self._before = resident_mb('RssAnon') - engine.bank.nbytes / 1e6
+
+    def fitting_budget_mb(self, count: int, max_tokens: int, share: float) -> float:
+        """Return the budget in which a share of what so many requests may come to has room."""
+        longest = sum(len(self.engine.chat.prompt([{'role': 'user', 'content': q}])) + max_tokens
+                      for q in QUESTIONS[:count])
+        blocks = math.ceil(longest * share / self.engine.model.block_tokens)
+        return self.engine._memory.budget.planned(blocks) / 1e6
+
+    def run(self, count: int) -> dict[str, float]:
+        """Answer ``count`` questions, and again beside a correction; return what it took."""
+        watched, began = AnonymousPeak(), time.monotonic()
+        try:
+            tokens = self._answer('alone', count)
+            seconds = time.monotonic() - began
+            alone = watched.peak
+            self.engine.correct(Correction(LESSON[1], id='lesson', prompt=LESSON[0]))
+            self._answer('learning', count, 'lesson')
+        finally:
+            peak = watched.end()
+        status = self.engine.status()
+        self.engine.close()
+        return {'requests': 2 * count, 'tokens': tokens, 'seconds': seconds,
+                'budget_mb': status.budget_mb, 'peak_mb': peak - self._before,
+                'peak_alone_mb': alone - self._before, 'preemptions': status.preemptions,
+                'learned': float(self._learned)}
+
+    def _answer(self, name: str, count: int, lesson: str = '') -> int:
+        """
+        Ask all at once; return the tokens of the answers, all of which must come.
+
+        If a correction is named, wait for its end, too.
+        """
+        left, tokens = {f'{name}/{i}' for i in range(count)}, 0
+        if lesson:
+            left.add(lesson)
+
+        def all_ended(event: Any) -> bool:
+            nonlocal tokens
+            if isinstance(event, Finished):
+                if event.error:
+                    raise AssertionError(f'{event.query_id}: {event.error}')
+                tokens += event.output_tokens
+                left.discard(event.query_id)
+            elif isinstance(event, CorrectionProgress) and event.state in ENDS:
+                self._learned = event.state is CorrectionState.LEARNED
+                left.discard(event.id)
+            return not left
+
+        for i, text in enumerate(QUESTIONS[:count]):
+            self.engine.submit(Query(text, id=f'{name}/{i}', temperature=0.0, no_learn=True))
+        self.until(all_ended)
+        return tokens
+
+
+def budgets(folder: Path, *, repeats: int, count: int, max_tokens: int, share: float,
+            threads: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run the load without and with a budget, by turns; return a row for each run."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    budget = 0.0
+    for repeat in range(repeats):
+        for limited in (False, True):
+            worker = Worker(
+                BudgetedRobot, storage=str(folder / f'{repeat} {limited}'), threads=threads,
+                max_tokens=max_tokens, budget_mb=budget if limited else 0.0).ready()
+            try:
+                if not limited:
+                    budget = worker.call('fitting_budget_mb', count, max_tokens, share)
+                row = worker.call('run', count)
+            finally:
+                worker.close()
+            rows.append({'repeat': repeat, 'limited': limited, **row})
+            say(f'{repeat + 1} of {repeats}, budget {row["budget_mb"]:.0f} MB: '
+                f'{row["tokens"] / row["seconds"]:.1f} tokens/s, peak {row["peak_mb"]:.0f} MB, '
+                f'{row["preemptions"]:.0f} preemptions')
+    return rows
