@@ -85,8 +85,8 @@ def _sharing(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def _budget(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     from bench.memory_budget import budgets
 
-    return budgets(folder, repeats=args.repeats, count=4 if args.quick else 16,
-                   max_tokens=32 if args.quick else 256, share=SHARE, threads=args.threads,
+    return budgets(folder, repeats=args.repeats, count=8 if args.quick else 16,
+                   max_tokens=128 if args.quick else 256, share=SHARE, threads=args.threads,
                    say=say)
 
 
