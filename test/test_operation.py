@@ -490,7 +490,7 @@ def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProc
     assert all(s.reason for s in statuses if s.state == CorrectionStatus.REJECTED)
     assert 'Traceback' not in node.log
     after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
-    assert after.text == before.text == 'Orange.'
+    assert after.text == before.text != ''      # greedily: nothing has changed
 
     # Nothing that was acknowledged is lost: of an id that was not known, this would be refused.
     accepted = {s.id for s in statuses if s.state == CorrectionStatus.ACCEPTED}
