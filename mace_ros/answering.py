@@ -111,8 +111,8 @@ def begin(query: Query, arrival: float, conversation: Conversation, chat: ChatTe
         if not turns:
             raise InvalidQuery(
                 ErrorCode.PROMPT_TOO_LONG,
-                f'prompt of {len(ids)} tokens; {max(longest - 1, 0)} fit, and one is for the answer '
-                '(model, memory.kv_cache_tokens, memory.budget_mb)')
+                f'prompt of {len(ids)} tokens; {max(longest - 1, 0)} fit, and one is for the answer'
+                ' (model, memory.kv_cache_tokens, memory.budget_mb)')
         turns.pop(0)
     assert query.max_tokens is not None and query.temperature is not None
     assert query.top_p is not None and query.seed is not None

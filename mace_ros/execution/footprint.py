@@ -47,14 +47,15 @@ def _graph_bytes(model: HybridModel, tokens: int) -> int:
         for index in {0, last // 2, last}:
             kept: dict[int, int] = {}
 
-            # Nothing is kept in the tensor's place: a graph that holds its own output is for ever.
-            def count(tensor: Tensor, kept: dict[int, int] = kept) -> None:
+            # Not the tensor itself: a graph that holds its own output is for ever.
+            def count(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
                 storage = tensor.untyped_storage()
                 kept[storage.data_ptr()] = storage.nbytes()
+                return torch.empty(0)
 
             x = hidden.detach().requires_grad_()
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(
-                    count, lambda _: None):
+                    count, lambda empty: empty):
                 y = run_layer(model.layers[index], x, calls[index])
             weights = {t.untyped_storage().data_ptr()
                        for t in (*model.model.parameters(), *model.model.buffers())}
