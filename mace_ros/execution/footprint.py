@@ -45,12 +45,13 @@ def _graph_bytes(model: HybridModel, tokens: int) -> int:
         with torch.no_grad():
             hidden, calls = model.skeleton.call_layers(ids, model.tensor([list(range(tokens))]))
         for index in {0, last // 2, last}:
-            kept: dict[int, int] = {}
+            # The storages themselves: of one that is let go, the address may be given again.
+            kept: dict[int, torch.UntypedStorage] = {}
 
-            # Not the tensor itself: a graph that holds its own output is for ever.
-            def count(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            # Not the tensor in its place: a graph that holds its own output is for ever.
+            def count(tensor: Tensor, kept: dict[int, torch.UntypedStorage] = kept) -> Tensor:
                 storage = tensor.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
+                kept[storage.data_ptr()] = storage
                 return torch.empty(0)
 
             x = hidden.detach().requires_grad_()
@@ -60,5 +61,5 @@ def _graph_bytes(model: HybridModel, tokens: int) -> int:
             weights = {t.untyped_storage().data_ptr()
                        for t in (*model.model.parameters(), *model.model.buffers())}
             most = max(most, y.nbytes + sum(
-                size for address, size in kept.items() if address not in weights))
+                storage.nbytes() for address, storage in kept.items() if address not in weights))
     return most
