@@ -469,6 +469,9 @@ class Fuzzer:
 
 
 def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProcess) -> None:
+    # Anew: with the gate open, what other tests taught may have cost it.
+    taught = client.correct('Orange.', prompt='What is your colour?', rejected='Grey.')
+    assert taught.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
     before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
     fuzzer = Fuzzer(before)
@@ -490,7 +493,7 @@ def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProc
     assert all(s.reason for s in statuses if s.state == CorrectionStatus.REJECTED)
     assert 'Traceback' not in node.log
     after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
-    assert after.text == before.text != ''      # greedily: nothing has changed
+    assert after.text == before.text == 'Orange.'
 
     # Nothing that was acknowledged is lost: of an id that was not known, this would be refused.
     accepted = {s.id for s in statuses if s.state == CorrectionStatus.ACCEPTED}
