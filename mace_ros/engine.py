@@ -370,8 +370,7 @@ class Engine:
         self._warm_up()
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
-        step = self.learner.step
-        self._state.finetune = step if self._memory.allows(step) else None
+        events += self._take_step()
         self._move_blocks()
         self._residence.refresh()
         now = self._clock()
@@ -841,6 +840,15 @@ class Engine:
         if plan.finetune_tokens:
             events += self._learning_broke(error)
         return events
+
+    def _take_step(self) -> list[Event]:
+        """Let the scheduler see the learner's step if there is memory for it."""
+        step = self.learner.step
+        self._state.finetune = step if self._memory.allows(step) else None
+        if step is None or self._state.finetune is not None:
+            return []
+        lack = self._memory.lacks(step)
+        return self.learner.drop(lack) if lack else []    # with fewer corrections it may fit
 
     def _stop_learning(self, profile: str) -> bool:
         """Let the learner begin anew what it trains into a profile; False while it is saved."""

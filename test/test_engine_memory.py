@@ -215,6 +215,25 @@ def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path:
         engine.step()
 
 
+def test_what_there_is_no_memory_to_learn_fails_by_name(
+        settings: Settings, tmp_path: Path) -> None:
+    """Even when nobody asks anything; a shorter one is learned after it."""
+    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    with robot(settings.updated(values), tmp_path) as one:
+        engine = one.engine
+        room = measure_footprint(engine.model, engine.bank).most_step_bytes(150) / 1e6
+        long, short = one.ask('word ' * 300, max_tokens=1), one.ask('Who are you?')
+        engine.update(engine.settings.updated(
+            {'memory.budget_mb': engine.status().planned_mb + room}))
+        failed = one.correct(Correction('I am Rover.', id='long', query_id=long.query_id))
+        assert failed.state is CorrectionState.FAILED
+        assert 'memory.budget_mb' in failed.reason and 'tokens at once' in failed.reason
+        learned = one.correct(Correction('I am Rover.', id='short', query_id=short.query_id))
+        assert learned.state is CorrectionState.LEARNED, learned
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        engine.step()
+
+
 def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
         settings: Settings, tmp_path: Path) -> None:
     """After a publication, in idle time; what others have read is not taken for it."""

@@ -171,10 +171,21 @@ def test_answers_come_first_then_a_step_then_what_may_be_of_use() -> None:
     budget.learning = again
     assert budget.kv_limit == held[1] < budget.kv_capacity
     most = budget.step_tokens(10**6, held_blocks=held[1])
-    assert FOOTPRINT.step_bytes([most], keep_graphs=False) <= again
+    assert FOOTPRINT.most_step_bytes(most) <= again
     assert FOOTPRINT.step_bytes([most + 1], keep_graphs=False) > free - held[1] * 1000
     budget.total = 1000
     assert budget.kv_capacity == 0 and budget.step_tokens(100, held_blocks=0) == 0
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8),
+       st.lists(st.integers(1, 5000), min_size=1, max_size=4), st.booleans())
+def test_no_way_to_cut_a_step_takes_more_than_was_planned(
+        lengths: list[int], sizes: list[int], packed: bool) -> None:
+    """Or a step that was cut to fit would wait for ever."""
+    footprint = replace(FOOTPRINT, packed=packed, graphs=tuple(
+        (8 * 2 ** i, size) for i, size in enumerate(sorted(sizes))))
+    assert (footprint.step_bytes(lengths, keep_graphs=False)
+            <= footprint.most_step_bytes(sum(lengths)) * (1 + 1e-9))
 
 
 def test_graphs_of_lengths_that_were_not_counted_are_linear_between_and_quadratic_beyond() -> None:

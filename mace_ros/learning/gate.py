@@ -88,12 +88,12 @@ class Gate:
         return Verdict(f'{"; ".join(reasons)} (gate.tolerance {tolerance:g})', tuple(lost))
 
 
-def batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Yield samples in order, some at a time."""
+def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS) -> Iterator[list[Sample]]:
+    """Yield samples in order, some at a time: ``most`` tokens if possible."""
     batch: list[Sample] = []
     tokens = 0
     for sample in samples:
-        if batch and tokens + len(sample.tokens) > BATCH_TOKENS:
+        if batch and tokens + len(sample.tokens) > most:
             yield batch
             batch, tokens = [], 0
         batch.append(sample)

@@ -31,7 +31,7 @@ from mace_ros.execution.sketch import Sketch
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.describing import peft_config, version_event
 from mace_ros.learning.drift import Drift, surprise
-from mace_ros.learning.gate import batches, Verdict
+from mace_ros.learning.gate import BATCH_TOKENS, batches, Verdict
 from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
@@ -216,6 +216,7 @@ class Learner:
         failed = [w for w in job.corrections if w.tries >= MAX_TRIES]
         self._waiting = [replace(w, tries=w.tries + 1) for w in job.corrections
                          if w not in failed] + self._waiting
+        self._wake()
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
 
     def stop(self, profile: str) -> bool:
@@ -310,7 +311,7 @@ class Learner:
 
     def _fitting(self, candidates: Sequence[Waiting]) -> list[Waiting]:
         """Return the first corrections that may be learned together; at least one."""
-        most = self.tokens_within(self._settings.finetune.max_blocking_ms / 1e3)
+        most = self._step_tokens
         chosen = list(candidates[:JOB_CORRECTIONS])
         while len(chosen) > 1 and sum(self._length(w.record) for w in chosen) > most:
             chosen.pop()
@@ -420,9 +421,7 @@ class Learner:
     def _next_step(self, job: Job) -> None:
         assert job.trainer is not None
         finetune = self._settings.finetune
-        # A piece of learning is a layer of all tokens: with more it would take too long.
-        most = self.tokens_within(finetune.max_blocking_ms / 1e3)
-        samples, preferences = self._lessons.step(job, finetune, most)
+        samples, preferences = self._lessons.step(job, finetune, self._step_tokens)
         job.judged = False
         job.trainer.set_learning_rate(finetune.learning_rate)
         job.step = FinetuneStep(
@@ -434,7 +433,8 @@ class Learner:
                done: Callable[[list[SampleScore], list[Sample]], list[Event]],
                sketch: Sketch | None = None) -> list[Event]:
         """Score samples under the adapter as it is, and go on with ``done``."""
-        job.step, job.scoring = None, Scoring(batches(samples), done, sketch)
+        most = min(self._step_tokens, BATCH_TOKENS)
+        job.step, job.scoring = None, Scoring(batches(samples, most), done, sketch)
         return self._go_on_scoring(job, job.scoring)
 
     def _go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
@@ -561,6 +561,11 @@ class Learner:
             for i in learned)]
 
     # -- helpers ---------------------------------------------------------------------
+
+    @property
+    def _step_tokens(self) -> int:
+        """How many tokens a step may have: a piece of learning is a layer of all of them."""
+        return self.tokens_within(self._settings.finetune.max_blocking_ms / 1e3)
 
     def _submit(self, function: Callable[[Journal], object]) -> Future[Any]:
         future = self._journal.submit(function)

@@ -39,6 +39,11 @@ class Footprint:
         low, least = self.graphs[i - 1] if i else (0, 0)
         return least + (most - least) * (tokens - low) / (high - low)
 
+    def most_graph(self, tokens: int) -> float:
+        """Return the most that one layer keeps of sequences of so many tokens, however cut."""
+        shorter = [size / n for n, size in self.graphs if n <= tokens]
+        return max(self.graph(tokens), tokens * max(shorter, default=0.0))
+
     def _beyond(self, tokens: int) -> float:
         """Return the graph of a longer sequence than was counted: linear, or quadratic."""
         n, most = self.graphs[-1]
@@ -56,15 +61,21 @@ class Footprint:
     def step_bytes(self, lengths: Sequence[int], *, keep_graphs: bool,
                    learns: bool = True) -> float:
         """Return what a fine-tune step of sequences of these lengths takes."""
-        tokens = sum(lengths)
+        layer = self.graph(sum(lengths)) if self.packed else sum(map(self.graph, lengths))
+        return self._step_bytes(sum(lengths), layer, keep_graphs, learns)
+
+    def _step_bytes(self, tokens: int, layer: float, keep_graphs: bool, learns: bool) -> float:
         inputs = (self.layers + 1) * tokens * self.hidden_token
         # Of the head: logits, their probabilities, both for the gradient, and one more.
         head = 5 * self.head_rows * self.logits_row
-        layer = self.graph(tokens) if self.packed else sum(map(self.graph, lengths))
         if not learns:
             return inputs + head + layer
         # One more layer for the gradients on the way.
         return inputs + head + layer * (self.layers + 1 if keep_graphs else 2)
+
+    def most_step_bytes(self, tokens: int) -> float:
+        """Return the most that a step of so many tokens takes that recomputes its layers."""
+        return self._step_bytes(tokens, self.most_graph(tokens), keep_graphs=False, learns=True)
 
 
 @dataclass(frozen=True)
@@ -122,12 +133,12 @@ class MemoryBudget:
         return None
 
     def step_tokens(self, most: int, *, held_blocks: int) -> int:
-        """Return the most tokens (0 to ``most``) of a step that fits, recomputing its layers."""
+        """Return with how many tokens (0 to ``most``) any step fits that recomputes its layers."""
         room = self._room(held_blocks)
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            if self.footprint.step_bytes([middle], keep_graphs=False) <= room:
+            if self.footprint.most_step_bytes(middle) <= room:
                 low = middle
             else:
                 high = middle - 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mace_ros.memory.budget import MemoryBudget
+from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.scheduling.plan import State
 from mace_ros.scheduling.residence import Residence
 
@@ -93,6 +93,17 @@ class MemoryKeeper:
                 self._granted, self.budget.learning = step, grant.bytes
                 self._limit()
         return self._granted is not None
+
+    def lacks(self, step: StepMemory) -> str:
+        """Return why a step can't begin even when nobody asks anything; empty if it can."""
+        budget = self.budget
+        if step is self._granted or budget.grant(
+                step.lengths, held_blocks=0, keep_graphs=False, learns=step.learns) is not None:
+            return ''
+        needed = budget.fixed + budget.footprint.step_bytes(
+            step.lengths, keep_graphs=False, learns=step.learns)
+        return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
+                f'{needed / MB:.0f} are needed to learn {sum(step.lengths)} tokens at once')
 
     def planned(self, lacks_memory: bool) -> bool:
         """
