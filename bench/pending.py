@@ -52,7 +52,7 @@ class PendingLearner:
     def __init__(self, engine: Engine, samples: Sequence[Sequence[int]]) -> None:
         """Learn all but the first token of each of ``samples`` (token ids)."""
         self._engine = engine
-        self.drift = engine.learner.drift       # of which nothing is known here: all the budget
+        self.drift = engine.learner.drift
         self._trainer = Trainer(engine.bank, engine.settings.finetune.learning_rate)
         self._samples = cycle([Sample(tuple(s), (0.0,) + (1.0,) * (len(s) - 1)) for s in samples])
         self._any, self._pending = bool(samples), False

@@ -46,6 +46,9 @@ class Served:
                  say: Callable[[str], None]) -> None:
         """Load; ``storage`` holds the adapter version, ``samples`` are token ids to learn."""
         self._wake = threading.Event()
+        # Fine-tuning is always pending, so nothing is to say that there is little to learn; and
+        # what one system found in the cache, its peers would have to compute.
+        settings = settings.updated({'drift.min_budget': 1.0, 'memory.prefix_sharing': False})
         self.engine = MeasuredEngine(
             settings, storage=storage, wake=self._wake.set, progress=say)
         self.learner = PendingLearner(self.engine, samples)

@@ -87,9 +87,7 @@ class Run:
         import mace_ros.simulation.replay  # noqa: F401 - all code as it is now
 
         self._args, self._begun = args, time.monotonic()
-        # Prompts of a trace have nothing in common; those made here would share the template.
-        self._settings = Settings().updated({
-            'model.device': 'cpu', 'memory.prefix_sharing': False})
+        self._settings = Settings().updated({'model.device': 'cpu'})
         loaded = load_model('', device='cpu')
         chat = ChatText(loaded.tokenizer)
         self._encode = lambda text: chat.prompt([{'role': 'user', 'content': text}])
