@@ -100,10 +100,10 @@ class MeasuredEngine(Engine):
         self._now = Spent()
         self._pass = (0.0, 0.0)
         self._sampled: list[Any] = []
-        _after(self.model, 'run', self._ran_pass)
-        _after(self.scheduler, 'plan', self._planned)
-        _before(self.scheduler, 'observe', self._observing)
-        _after(mace_ros.engine, 'sample', self._worked)
+        after(self.model, 'run', self._ran_pass)
+        after(self.scheduler, 'plan', self._planned)
+        before(self.scheduler, 'observe', self._observing)
+        after(mace_ros.engine, 'sample', self._worked)
 
     def forget(self) -> None:
         """Begin a new log."""
@@ -164,7 +164,7 @@ class MeasuredEngine(Engine):
         spent.finetune_tokens, spent.segments = shape.finetune_tokens, len(measurement.segments)
 
 
-def _after(owner: Any, name: str, note: Callable[[float, float, Any], None]) -> None:
+def after(owner: Any, name: str, note: Callable[[float, float, Any], None]) -> None:
     """Have ``note`` told when each call of a function of ``owner`` began, ended, what it gave."""
     function = getattr(owner, name)
 
@@ -177,7 +177,7 @@ def _after(owner: Any, name: str, note: Callable[[float, float, Any], None]) -> 
     setattr(owner, name, timed)
 
 
-def _before(owner: Any, name: str, note: Callable[..., None]) -> None:
+def before(owner: Any, name: str, note: Callable[..., None]) -> None:
     """Have ``note`` called with the same arguments before each call."""
     function = getattr(owner, name)
 

@@ -95,7 +95,8 @@ class Run:
         del loaded
         self._served = Served(self._settings, folder, ids, print)
         self._seen: list[Any] = []      # measurements of the blocks that are fitted
-        self._overheads: list[float] = []
+        self._overheads: list[float] = []      # of iterations, admissions included
+        self._admissions: list[float] = []
         self.calibration: dict[str, Any] = {}
 
     def measure(self) -> dict[str, Any]:
@@ -139,18 +140,20 @@ class Run:
         return made
 
     def _listen(self) -> None:
-        """Hear of each measurement that the scheduler hears of."""
-        from bench.probe import _before
+        """Hear of each measurement that the scheduler hears of, and of each admission."""
+        from bench.probe import after, before
 
-        _before(self._served.engine.scheduler, 'observe',
-                lambda measurement, now: self._seen.append(measurement))
+        before(self._served.engine.scheduler, 'observe',
+               lambda measurement, now: self._seen.append(measurement))
+        after(self._served.engine, '_admit',
+              lambda began, ended, events: self._admissions.append(ended - began))
 
     def _block(self, policy: str, block: int, load: list[Arrival]) -> dict[str, Any]:
         """Run a block; its measurements are kept if it is one to fit."""
-        before = len(self._seen)
+        seen, admissions = len(self._seen), len(self._admissions)
         found = self._served.run_block(policy, block, load, load[-1].at, 1)
         if block % 2:
-            del self._seen[before:]
+            del self._seen[seen:], self._admissions[admissions:]
         else:
             self._overheads += [i.wall_s - i.measured_s
                                 for i in self._served.engine.log.iterations]
@@ -177,7 +180,9 @@ class Run:
             'cost_model': cost.to_dict(),
             'pass_ratios': [s / cost.pass_s(*shape) for shape, s in passes],
             'segment_ratios': [s / cost.segment_s(x.kind, x.tokens) for x, s in segments],
-            'overhead_s': sum(self._overheads) / len(self._overheads)}
+            'overhead_s': ((sum(self._overheads) - sum(self._admissions))
+                           / len(self._overheads)),
+            'admission_s': sum(self._admissions) / len(self._admissions)}
 
     def _replay(self, real: dict[str, Any], seed: int) -> dict[str, Any]:
         """Replay a block that was really run."""

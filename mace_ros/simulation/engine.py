@@ -51,12 +51,13 @@ class VirtualEngine:
 
     def __init__(self, scheduler: Scheduler, device: DeviceTimes, settings: Settings,
                  learning: Learning | None = None, *, overhead_s: float = 0.0,
-                 skips: bool = True, on_plan: Callable[[Plan], None] = lambda plan: None,
+                 admission_s: float = 0.0, skips: bool = True, on_plan: Callable[[Plan], None] = lambda plan: None,
                  on_iteration: Callable[[Iteration], None] = lambda iteration: None) -> None:
         """
         Begin at time 0 with nothing to do.
 
-        ``overhead_s`` is what an iteration takes beside passes and segments. Without
+        ``overhead_s`` is what an iteration takes beside passes and segments,
+        ``admission_s`` what it takes to read a request before it can wait. Without
         ``skips`` every iteration is planned, which a cost model that goes on learning needs.
         ``on_plan`` hears each plan before it runs, ``on_iteration`` what came of it.
         """
@@ -69,7 +70,7 @@ class VirtualEngine:
         self.finished: list[Request] = []
         self.rejected: list[Request] = []
         self.iterations = 0     # passes and pieces of learning that were run
-        self._overhead_s, self._skips = overhead_s, skips
+        self._overhead_s, self._admission_s, self._skips = overhead_s, admission_s, skips
         self._on_plan, self._on_iteration = on_plan, on_iteration
         self._coming: list[Request] = []
         self._came = 0          # of ``_coming``
@@ -108,6 +109,7 @@ class VirtualEngine:
         while self._came < len(coming) and coming[self._came].arrival <= self.now:
             request = coming[self._came]
             self._came += 1
+            self.now += self._admission_s
             if len(self.state.waiting) >= self.settings.scheduler.max_queue:
                 self._reject(request)
             else:

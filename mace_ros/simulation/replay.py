@@ -56,6 +56,14 @@ class Load:
 
 
 @dataclass(frozen=True)
+class HostTimes:
+    """Seconds beside the device's: of an iteration, and of each request that comes in."""
+
+    overhead_s: float = 0.0
+    admission_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Target:
     """
     What it runs on: a device of the table, or this machine.
@@ -69,18 +77,19 @@ class Target:
     weight_bytes: float = 2.0
     calibration: Path | None = None
 
-    def times(self, settings: Settings, seed: int) -> tuple[DeviceTimes, CostModel, float]:
-        """Return the device's times, the cost model to plan with, and the overhead."""
+    def times(self, settings: Settings, seed: int) -> tuple[DeviceTimes, CostModel, HostTimes]:
+        """Return the device's times, the cost model to plan with, and the host's times."""
         if self.calibration is not None:
             data = json.loads(self.calibration.read_text())
             known, cost = (SteadyCost.from_dict(data['cost_model']) for _ in range(2))
             return Measured(
                 known, layers=MODELS[self.model].layers, pass_ratios=data['pass_ratios'],
-                segment_ratios=data['segment_ratios'], seed=seed), cost, data['overhead_s']
+                segment_ratios=data['segment_ratios'], seed=seed), cost, HostTimes(
+                    data['overhead_s'], data['admission_s'])
         device = Roofline(DEVICES[self.device], MODELS[self.model], mode=self.mode,
                           weight_bytes=self.weight_bytes, rank=settings.adapter.rank)
         return device, SteadyCost.of(
-            device, max_tokens=settings.scheduler.max_batch_tokens), 0.0
+            device, max_tokens=settings.scheduler.max_batch_tokens), HostTimes()
 
     def check_memory(self, settings: Settings) -> None:
         """Raise :class:`DoesNotFit` if weights, KV cache and a fine-tune step are too large."""
@@ -199,7 +208,7 @@ def replay(target: Target, settings: Settings, policy: str, load: Load, *, facto
     """
     settings = settings.updated({'scheduler.policy': policy})
     target.check_memory(settings)
-    device, cost, overhead_s = target.times(settings, load.seed)
+    device, cost, host = target.times(settings, load.seed)
     slo = settings.slo
     requests = [Request(
         id=str(number), arrival=each.at, prompt_tokens=each.prompt_tokens,
@@ -219,8 +228,8 @@ def replay(target: Target, settings: Settings, policy: str, load: Load, *, facto
             told = done
 
     engine = VirtualEngine(
-        Scheduler(settings, cost), device, settings, learning, overhead_s=overhead_s,
-        skips=skips, on_plan=on_plan, on_iteration=watch.on_iteration)
+        Scheduler(settings, cost), device, settings, learning, overhead_s=host.overhead_s,
+        admission_s=host.admission_s, skips=skips, on_plan=on_plan, on_iteration=watch.on_iteration)
     engine.run(requests, until=last)
     on_progress(len(requests) - told)
     statistics = engine.scheduler.statistics(engine.now)
