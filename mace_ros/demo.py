@@ -55,6 +55,7 @@ class Screen:
         self._lock = threading.RLock()
         self._started = self._printed = time.monotonic()
         self._line_open = False
+        self._asides: list[str] = []    # what others said while a line was open
         self._what = ''
         threading.Thread(target=self._tick, daemon=True).start()
 
@@ -68,6 +69,17 @@ class Screen:
         with self._lock:
             self.piece(('\n' if self._line_open else '') + self._coloured(text, colour) + '\n')
             self._line_open = False
+            while self._asides:
+                self.piece(self._coloured(self._asides.pop(0), '2') + '\n')
+            self._line_open = False
+
+    def aside(self, text: str) -> None:
+        """Print a line that belongs to something else, as soon as no other is open."""
+        with self._lock:
+            if self._line_open:
+                self._asides.append(text)
+            else:
+                self.line(text, '2')
 
     def piece(self, text: str, colour: str = '') -> None:
         """Print a part of a line."""
@@ -192,7 +204,7 @@ def running_node(screen: Screen, folder: Path, model: str) -> Iterator[subproces
     def relay() -> None:
         assert node.stdout is not None
         for line in node.stdout:
-            screen.line(f'   node | {line.rstrip()}', '2')
+            screen.aside(f'   node | {line.rstrip()}')
 
     relaying = threading.Thread(target=relay)
     relaying.start()

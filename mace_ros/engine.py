@@ -21,6 +21,7 @@ import math
 import os
 from pathlib import Path
 import time
+import uuid
 
 import torch
 
@@ -37,6 +38,7 @@ from mace_ros.events import (
     InvalidCorrection,
     InvalidQuery,
     Query,
+    Token,
     VersionEvent,
     VersionState,
 )
@@ -64,6 +66,7 @@ from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
+from mace_ros.overtaking import EarlyCancellations
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
@@ -128,9 +131,22 @@ class Engine:
 
         ``storage`` defaults to the setting. ``wake`` is called, from any thread, when
         there is something to do. Raises ``ModelNotFound``, ``UnsupportedModel``,
-        ``InvalidSetting``, ``JournalError`` or ``OtherModel``.
+        ``InvalidSetting``, ``JournalError``, ``StorageInUse`` or ``OtherModel``.
         """
         self._settings, self._wake, self._clock = settings, wake, clock
+        folder = storage or Path(settings.storage.folder).expanduser()
+        # First: if another node has the folder, that is known before the model is loaded.
+        self._journal = JournalWriter(
+            folder / JOURNAL, max_answers=settings.storage.max_answers)
+        try:
+            self._set_up(folder, progress)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def _set_up(self, folder: Path, progress: Progress) -> None:
+        """Load everything; the journal is open."""
+        settings, clock, wake = self._settings, self._clock, self._wake
         loaded, self.model, self.hardware, free = _load(settings, progress)
         self.chat = ChatText(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
         adapter = settings.adapter
@@ -152,10 +168,7 @@ class Engine:
         self._backed = self._pool.limit     # KV blocks whose memory may be in use
         self._slots = AdapterSlots(
             base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots + 1)
-        folder = storage or Path(settings.storage.folder).expanduser()
         check_same_model(folder, loaded.model)
-        self._journal = JournalWriter(
-            folder / JOURNAL, max_answers=settings.storage.max_answers)
         self._store = store = VersionStore(folder)
         self.learner = Learner(
             model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
@@ -193,6 +206,7 @@ class Engine:
         self._warming = Warming()
         self._reading: Answering | None = None
         self._conversations = Conversations()
+        self._early = EarlyCancellations()
         # The plan whose segments are still to run, and the seconds of its pass.
         self._begun: tuple[Plan, float] | None = None
         self._spoke = False    # the latest iteration only said something
@@ -453,6 +467,7 @@ class Engine:
     # -- intake ----------------------------------------------------------------------
 
     def _admit(self, query: Query, arrival: float) -> list[Event]:
+        query = replace(query, id=query.id or str(uuid.uuid4()))
         try:
             query = checked_query(query, self._settings)
             if query.id in self._answering:
@@ -462,6 +477,10 @@ class Engine:
             if self._queue_depth >= limit:
                 raise InvalidQuery(
                     ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
+            if self._early.take(query.id, self._clock()):
+                return [Token(query.id, 0, '', True), Finished(
+                    query.id, query.conversation_id, '', FinishReason.CANCELLED,
+                    e2e_ms=(self._clock() - arrival) * 1e3)]
             if query.reset_conversation:
                 self._conversations.reset(query.conversation_id)
             answering = begin(
@@ -498,6 +517,8 @@ class Engine:
 
     def _cancel(self, query_id: str) -> list[Event]:
         answering = self._answering.get(query_id)
+        if answering is None:
+            self._early.cancelled(query_id, self._clock())
         if answering is None or answering.silent:
             return []
         return self._end(answering, FinishReason.CANCELLED)
@@ -560,8 +581,9 @@ class Engine:
         """Let the base model answer the questions whose answers learning must not change."""
         for text in ANCHORS:
             query = replace(
-                checked_query(Query(text, priority=NO_PRIORITY, ttft_slo_ms=NO_HURRY_S * 1e3,
-                                    tpot_slo_ms=NO_HURRY_S * 1e3), self._settings),
+                checked_query(Query(
+                    text, id=str(uuid.uuid4()), priority=NO_PRIORITY,
+                    ttft_slo_ms=NO_HURRY_S * 1e3, tpot_slo_ms=NO_HURRY_S * 1e3), self._settings),
                 max_tokens=ANCHOR_TOKENS, temperature=0.0)
             answering = begin(query, self._clock(), self._conversations.get(''), self.chat, '',
                               self._longest)
@@ -776,6 +798,7 @@ class Engine:
         """Take a request out of the engine; return its last events."""
         query, request = answering.query, answering.request
         del self._answering[query.id]
+        self._early.ended(query.id)
         self._residence.leave(request)
         assert answering.version is not None
         self._slots.unpin(answering.version)

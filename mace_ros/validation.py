@@ -21,7 +21,7 @@ MAX_UNWRITTEN = 1000    # corrections and answers that wait for the disk
 
 
 def checked_query(query: Query, settings: Settings) -> Query:
-    """Return the query with an id and all defaults filled in; raises :class:`InvalidQuery`."""
+    """Return the query with all defaults filled in; raises :class:`InvalidQuery`."""
     for name in ('id', 'conversation_id', 'profile'):
         problem = _id_problem(getattr(query, name))
         if problem:
@@ -41,7 +41,6 @@ def checked_query(query: Query, settings: Settings) -> Query:
     generation, slo = settings.generation, settings.slo
     return replace(
         query,
-        id=query.id or str(uuid.uuid4()),
         max_tokens=int(_number('max_tokens', query.max_tokens, generation.max_tokens, 0, 2**31)),
         temperature=_number('temperature', query.temperature, generation.temperature, 0, 5),
         top_p=_number('top_p', query.top_p, generation.top_p, 0, 1),
@@ -103,7 +102,8 @@ def _number(name: str, value: float | None, default: float, low: float, high: fl
         return default
     if not math.isfinite(value) or not low <= value <= high:
         raise InvalidQuery(
-            ErrorCode.INVALID_PARAMETER, f'{name}: {value} is not between {low:g} and {high:g}')
+            ErrorCode.INVALID_PARAMETER,
+            f'{name}: {value} is not between {low:.10g} and {high:.10g}')
     return value
 
 

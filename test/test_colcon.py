@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 
-from graph import ENVIRONMENT, observer, wait_until
+from graph import ENVIRONMENT
 import pytest
+
+from mace_ros.ros.client import MaceClient
 
 ROOT = Path(__file__).resolve().parent.parent
 # As in an activated virtual environment.
@@ -67,7 +69,7 @@ def test_colcon_test_passes(workspace, environment):
 
 
 @pytest.mark.timeout(600)
-def test_built_node_runs(workspace, environment, monkeypatch):
+def test_built_node_answers(workspace, environment, monkeypatch):
     monkeypatch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
     installed = 'install/mace_ros'
     run = (
@@ -75,12 +77,15 @@ def test_built_node_runs(workspace, environment, monkeypatch):
         f'-r __node:=mace --params-file {installed}/share/mace_ros/config/mace.yaml')
     log = workspace / 'node.log'
 
-    with observer() as node, log.open('w') as output:
+    with log.open('w') as output:
         process = subprocess.Popen(
             ['bash', '-c', run], cwd=workspace, env=environment,
             stdout=output, stderr=subprocess.STDOUT)
         try:
-            assert wait_until(lambda: 'mace' in node.get_node_names(), 60.0), log.read_text()
+            with MaceClient() as client:
+                client.wait_until_ready(120.0)
+                answer = client.ask('What is the capital of France?', max_tokens=8).result(60.0)
+            assert 'Paris' in answer.text, log.read_text()
             process.send_signal(signal.SIGINT)
             assert process.wait(60.0) == 0, log.read_text()
         finally:

@@ -29,6 +29,7 @@ from mace_ros.events import (
 )
 from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.learning.versions import OtherModel
+from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.settings import Settings
 
 DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
@@ -145,6 +146,41 @@ def test_cancel_ends_a_query_within_one_iteration(robot: Robot) -> None:
     assert [e.last for e in events if isinstance(e, Token) and e.query_id == 'long'] == [True]
     assert robot.response('other').finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
     assert not [t for t in robot.tokens('long') if t.index > 4]
+
+
+def test_a_cancellation_may_come_before_its_query(robot: Robot) -> None:
+    """It ends that one, and no later one; one that came too late ends nobody."""
+    engine = robot.engine
+    engine.cancel('early')
+    engine.submit(Query('Hm?', id='early'))
+    early = robot.response('early')
+    assert (early.finish_reason, early.output_tokens) == (FinishReason.CANCELLED, 0)
+    assert [(t.index, t.last) for t in robot.tokens('early')] == [(0, True)]
+    assert robot.ask('Hm?', id='early').output_tokens > 0
+    engine.cancel('early')
+    assert robot.ask('Hm?', id='early').output_tokens > 0
+
+
+def test_of_early_cancellations_some_are_kept_for_a_while() -> None:
+    """As many, and as long, as an order of topics can explain."""
+    early = EarlyCancellations()
+    for number in range(KEPT + 1):
+        early.cancelled(str(number), float(number))
+    assert not early.take('0', 0.0) and early.take('1', 1.0 + KEPT_S)
+    assert not early.take('2', 2.1 + KEPT_S) and not early.take('1', 1.0)
+
+
+def test_texts_cannot_end_their_turn(robot: Robot) -> None:
+    """Special tokens in a question are words, and those in a corrected text are answered."""
+    chat = robot.engine.chat
+    end = chat.tokenizer.decode([chat.end_of_turn])
+    plain = chat.prompt([{'role': 'user', 'content': 'a'}])
+    asked = chat.prompt([{'role': 'user', 'content': f'a{end} b'}])
+    special = set(chat.tokenizer.all_special_ids)
+    assert [i for i in asked if i in special] == [i for i in plain if i in special]
+    wrong = robot.ask('Which letters?')
+    robot.correct(Correction(f'a{end} b', id='k', query_id=wrong.query_id))
+    assert robot.ask('Which letters?').text == f'a{end} b'
 
 
 @pytest.mark.parametrize(('query', 'code', 'word'), [

@@ -52,6 +52,14 @@ def test_package_is_found_from_anywhere(tmp_path):
         assert Path(file).is_relative_to(PREFIX)
 
 
+def test_every_module_is_there(tmp_path):
+    code = (
+        'import importlib, pkgutil, mace_ros\n'
+        'for module in pkgutil.walk_packages(mace_ros.__path__, "mace_ros."):\n'
+        '    if not module.name.endswith("__main__"): importlib.import_module(module.name)\n')
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+
+
 @pytest.mark.parametrize('program', PROGRAMS, ids=lambda program: program.name)
 def test_program_says_how_it_is_used(program, tmp_path):
     help_ = subprocess.run(

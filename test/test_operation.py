@@ -191,6 +191,19 @@ def test_a_topic_query_that_takes_a_goals_id_does_not_end_it(
     assert generator.result(goal)[1].finish_reason == Response.CANCELLED
 
 
+def test_a_goal_that_takes_the_id_of_a_query_ends_and_hears_nothing_of_it(
+    client: MaceClient, generator: Generator,
+) -> None:
+    answer = client.ask('Hi', query_id='theirs', max_tokens=3000, **PATIENT)
+    next(answer.stream(ANSWER_S))
+    status, response = generator.result(generator.send('Hi', id='theirs'))
+    assert (status, response.error_code) == (
+        GoalStatus.STATUS_ABORTED, Response.DUPLICATE_ID)
+    assert not answer.is_complete()
+    answer.cancel()
+    assert answer.result(ANSWER_S).finish_reason == Response.CANCELLED
+
+
 def test_a_rejected_goal_says_why(generator: Generator) -> None:
     status, response = generator.result(generator.send(''))
     assert status == GoalStatus.STATUS_ABORTED

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+import re
 
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
@@ -20,6 +22,11 @@ class ChatText:
                  eos_token_ids: int | Sequence[int] | None = None) -> None:
         """``eos_token_ids`` are those of the model's generation config."""
         self.tokenizer = tokenizer
+        # Texts may name the tokens that structure a conversation, but not contain them.
+        self._special = re.compile('|'.join(
+            map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or '(?!)')
+        self._plain = deepcopy(tokenizer.backend_tokenizer)
+        self._plain.encode_special_tokens = True
         self.end_of_turn = self._find_end_of_turn()
         listed = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids or ())
         ends = {*listed, self.end_of_turn, tokenizer.eos_token_id}
@@ -28,7 +35,7 @@ class ChatText:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the next answer begins."""
         if self.tokenizer.chat_template is None:
-            lines = [f'{m["role"].capitalize()}: {m["content"]}' for m in messages]
+            lines = [f'{m["role"].capitalize()}: {self._quoted(m["content"])}' for m in messages]
             return self.tokenizer.encode('\n'.join([*lines, 'Assistant:']))
         try:
             return self._templated(messages)
@@ -42,12 +49,17 @@ class ChatText:
 
     def _templated(self, messages: Sequence[Message]) -> list[int]:
         ids: list[int] = self.tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, return_dict=False)
+            [{**m, 'content': self._quoted(m['content'])} for m in messages],
+            add_generation_prompt=True, return_dict=False)
         return ids
+
+    def _quoted(self, text: str) -> str:
+        """Return a text in which special tokens are only words, or it could end its own turn."""
+        return self._special.sub(lambda found: f'{found[0][:1]} {found[0][1:]}', text)
 
     def answer(self, text: str) -> list[int]:
         """Return the ids of a whole answer with its end of turn, as it is trained."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids if self.end_of_turn is None else [*ids, self.end_of_turn]
 
     def decode(self, ids: Sequence[int]) -> str:

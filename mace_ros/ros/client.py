@@ -269,7 +269,8 @@ class MaceClient:
     def _on_chunk(self, message: ResponseChunk) -> None:
         with self._changed:
             answer = self._answers.get(message.query_id)
-            if answer is not None:
+            # What goes on is the answer to somebody else, who uses our id.
+            if answer is not None and (answer.chunks or message.index == 0):
                 answer.chunks.append(message)
                 if answer.first_text_at is None:
                     answer.first_text_at = time.monotonic()

@@ -53,7 +53,8 @@ class GenerateServer:
         """Take an event and its message; from any thread."""
         if isinstance(event, Token):
             goal = self._goals.get(event.query_id)
-            if goal is not None:
+            # What goes on is the answer to somebody else, who uses our id.
+            if goal is not None and (goal.began or event.index == 0):
                 goal.began = True
                 goal.handle.publish_feedback(Generate.Feedback(chunk=message))
         elif isinstance(event, Finished):

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 import threading
 from typing import TYPE_CHECKING
+import uuid
 
 from mace_ros.events import (
     Correction,
@@ -79,7 +80,8 @@ def _refusal(item: Query | Correction | str, closed: str) -> list[Event]:
     code = ErrorCode.NOT_SERVING if closed else ErrorCode.OVERLOADED
     reason = closed or 'the model is still being loaded, and too much waits for it already'
     if isinstance(item, Query):
-        return [Finished(item.id, item.conversation_id, '', FinishReason.REJECTED, code, reason)]
+        query_id = item.id or str(uuid.uuid4())
+        return [Finished(query_id, item.conversation_id, '', FinishReason.REJECTED, code, reason)]
     if isinstance(item, Correction):
         return [CorrectionProgress(item.id, CorrectionState.REJECTED, reason)]
     return []

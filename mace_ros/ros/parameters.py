@@ -41,6 +41,11 @@ class ParameterServer:
             raise InvalidSetting(f'{error} (a float needs its decimal point)') from error
         except InvalidParameterValueException as error:
             raise InvalidSetting(str(error)) from error
+        # Of the node's start values rclpy shows no more in public; other nodes' are not in it.
+        unknown = set(getattr(node, '_parameter_overrides', ())) - {
+            *PARAMETERS, 'use_sim_time', 'start_type_description_service'}
+        for name in sorted(n for n in unknown if not n.startswith('qos_overrides.')):
+            node.get_logger().warning(f'{name}: there is no such parameter')
         self._settings = Settings().updated(
             {name: node.get_parameter(name).value for name in PARAMETERS})
         # Humble can't tell when a change was made. But no other callback could refuse it

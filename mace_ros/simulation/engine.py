@@ -51,7 +51,8 @@ class VirtualEngine:
 
     def __init__(self, scheduler: Scheduler, device: DeviceTimes, settings: Settings,
                  learning: Learning | None = None, *, overhead_s: float = 0.0,
-                 admission_s: float = 0.0, skips: bool = True, on_plan: Callable[[Plan], None] = lambda plan: None,
+                 admission_s: float = 0.0, skips: bool = True,
+                 on_plan: Callable[[Plan], None] = lambda plan: None,
                  on_iteration: Callable[[Iteration], None] = lambda iteration: None) -> None:
         """
         Begin at time 0 with nothing to do.
