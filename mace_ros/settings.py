@@ -202,9 +202,6 @@ class FinetuneSettings:
         4, 'Earlier answers trained in each step along with the corrections, so that the rest '
         'stays',
         minimum=0, maximum=256)
-    spared_directions: int = _parameter(
-        64, 'Main directions of the layers\' inputs along which learning changes nothing, so that '
-        'other answers stay', minimum=0, maximum=4096)
     recompute: str = _parameter(
         'auto', "Whether a layer's forward is computed again in its backward (less memory) or "
         'its graph is kept (less time): auto keeps it when the forward ran alone; never also '

@@ -37,7 +37,6 @@ from mace_ros.execution import finetune
 from mace_ros.execution.finetune import FinetuneStep, Preference, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
-from mace_ros.execution.sketch import Sketch
 from mace_ros.execution.spans import BLOCK_TOKENS, Span
 from mace_ros.execution.static_layers import StaticLayers
 from mace_ros.memory.block_pool import BlockPool
@@ -495,47 +494,6 @@ def test_no_segment_runs_before_all_tokens_rode() -> None:
     assert step.ridable_tokens == 0
     assert [s.kind for s in step.segments()] == [
         SegmentKind.HEAD, *[SegmentKind.BACKWARD_RECOMPUTED] * 3, SegmentKind.OPTIMIZER]
-
-
-def test_a_sketch_finds_the_main_directions_of_its_inputs() -> None:
-    """The same as a singular value decomposition of all of them at once."""
-    model, _, _ = with_reference(tiny_model('llama'))
-    group, width = model.groups[0], model.groups[0].weight.shape[1]
-    torch.manual_seed(0)
-    inputs = (torch.randn(300, 4) * torch.tensor([9.0, 7.0, 5.0, 3.0])) @ torch.randn(4, width)
-    inputs += 0.01 * torch.randn(300, width)
-    sketch = Sketch(4)
-    for part in inputs.split(70):
-        sketch.watch(group, part[None])
-    (found, basis), = sketch.directions()
-    main = torch.linalg.svd(inputs, full_matrices=False).Vh[:4]
-    assert found is group and basis.shape == (width, 4)
-    torch.testing.assert_close(basis.t() @ basis, torch.eye(4), atol=1e-5, rtol=0.0)
-    assert float((main @ basis).square().sum()) == pytest.approx(4.0, rel=1e-3)
-
-
-def test_what_is_spared_is_not_changed_by_learning() -> None:
-    """A layer answers inputs along spared directions as before, and others anew."""
-    model, bank, _ = with_reference(tiny_model('llama'))
-    bank.reset()
-    sketch = Sketch(3)
-    seen = FinetuneStep(model, Trainer(bank, 1e-2), samples(5), learns=False, sketch=sketch)
-    while not seen.done:
-        seen.run_segment()
-    found = dict(sketch.directions())
-    assert set(found) == {g for g in model.groups if g.adapted}
-    for group, basis in found.items():
-        bank.spare(group, basis)
-    bank.reset()
-    trainer = Trainer(bank, 1e-2)
-    for seed in range(3):
-        step = FinetuneStep(model, trainer, samples(seed))
-        while not step.done:
-            step.run_segment()
-    for group, basis in found.items():
-        a, b = group.slot(TRAINING_SLOT)
-        change = (b.t() @ a).float()
-        assert float((change @ basis).norm()) < 1e-3 * float(change.norm())
 
 
 def test_a_step_without_anything_to_learn_is_refused() -> None:

@@ -22,7 +22,6 @@ from mace_ros.execution.attention import Row, whole_sequences
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, TRAINING_SLOT
 from mace_ros.execution.skeleton import run_layer
-from mace_ros.execution.sketch import Sketch
 from mace_ros.execution.spans import FinetuneRows, Span
 from mace_ros.scheduling.plan import Segment, SegmentKind
 
@@ -123,7 +122,6 @@ class Trainer:
         gradients = [p.grad for p in self._bank.parameters() if p.grad is not None]
         if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             self._optimizer.step()
-            self._bank.keep_clear()
             self._bank.write_slot(TRAINING_SLOT)
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -141,16 +139,14 @@ class FinetuneStep:
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
                  head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
                  learns: bool = True, preferences: Sequence[Preference] = (),
-                 imitation: float = 1.0, sketch: Sketch | None = None,
-                 oldest_correction_at: float = 0.0) -> None:
+                 imitation: float = 1.0, oldest_correction_at: float = 0.0) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.
 
         ``head_tokens`` bounds a HEAD segment. With ``keep_graphs``, a forward that runs
         alone keeps its layer graphs instead of computing each layer again. Without
         ``may_ride`` it always runs alone. One that does not learn ends with its scores.
-        ``imitation`` weighs the cross-entropy of what is ``better`` in a preference. A
-        ``sketch`` is shown the inputs of the adapted layers.
+        ``imitation`` weighs the cross-entropy of what is ``better`` in a preference.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
@@ -163,10 +159,7 @@ class FinetuneStep:
         self.oldest_correction_at = oldest_correction_at
         self._lengths = tuple(len(s.tokens) for s in samples)
         self.tokens = sum(self._lengths)
-        self._sketch = sketch
         self._static = next((x for x in model.static_layers if x.tokens >= self.tokens), None)
-        if sketch is not None:
-            self._static = None     # a captured layer shows nothing
         padding = self._static.tokens - self.tokens if self._static is not None else 0
         self._padded = (*self._lengths, padding) if padding else self._lengths
         self._row = (whole_sequences(self._lengths, model.device) if self._static is None
@@ -381,9 +374,7 @@ class FinetuneStep:
         with torch.set_grad_enabled(self.keep_graphs), self.model.training(self._row):
             if self.keep_graphs:
                 x = x.detach().requires_grad_()
-            self.model.adapters.watch = self._sketch.watch if self._sketch is not None else None
             y = self._layer(index, x)
-            self.model.adapters.watch = None
         if self.keep_graphs:
             self._graphs.append((x, y))
         self._hidden.append(y.detach()[0])

@@ -11,7 +11,7 @@ being trained; the others hold served versions. The projections that read the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 import math
 from typing import Any
@@ -36,14 +36,13 @@ class TokenAdapters:
 
     Without ``choice``, a ``[tokens, slots]`` matrix of zeros and ones, all tokens use
     ``slot``. ``training`` makes all use the training slot, with gradients for the master
-    weights; ``watch`` is shown their inputs.
+    weights.
     """
 
     slots: int = FIRST_SERVED_SLOT
     slot: int = BASE_SLOT
     choice: Tensor | None = None
     training: bool = False
-    watch: Callable[[LinearGroup, Tensor], None] | None = None
 
 
 class _Member:
@@ -206,8 +205,6 @@ class LinearGroup(nn.Module):
         """Return all members' outputs side by side, each token with its adapter."""
         adapters = self.adapters
         if adapters.training and self.width:
-            if adapters.watch is not None:
-                adapters.watch(self, x)
             parameters = [p for m in self.adapted for p in (m.a, m.b)]
             y: Tensor = _TrainedProduct.apply(x, self, *parameters)
             return y
@@ -373,7 +370,6 @@ class AdapterBank:
         for group in groups:
             group.adapt(names, rank, alpha / rank, self.slots)
         self._members = [m for g in groups for m in g.adapted]
-        self._spared: dict[LinearGroup, Tensor] = {}
         self.reset()
 
     @property
@@ -401,24 +397,6 @@ class AdapterBank:
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
             member.a.copy_(fresh)
             member.b.zero_()
-        self.keep_clear()
-
-    def spare(self, group: LinearGroup, directions: Tensor) -> None:
-        """
-        Let no update look along these directions of a group's input from now on.
-
-        They are orthonormal, ``[in, some]``. What lies along them reaches no adapter that
-        is trained afterwards.
-        """
-        self._spared[group] = directions
-
-    @torch.no_grad()
-    def keep_clear(self) -> None:
-        """Take the spared directions out of the master weights."""
-        for group, basis in self._spared.items():
-            for member in group.adapted:
-                assert member.a is not None
-                member.a.addmm_(member.a @ basis, basis.t(), alpha=-1.0)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

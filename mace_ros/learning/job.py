@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mace_ros.events import Event
 from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
-from mace_ros.execution.lora import LinearGroup
-from mace_ros.execution.sketch import Sketch
 from mace_ros.learning.gate import Gate
 from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
 
@@ -46,7 +44,6 @@ class Scoring:
 
     batches: Iterator[list[Sample]]
     done: Callable[[list[SampleScore], list[Sample]], list[Event]]
-    sketch: Sketch | None = None
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
     taught: list[Sample] = field(default_factory=list)
@@ -68,8 +65,6 @@ class Job:
     step: FinetuneStep | None = None
     gate: Gate | None = None
     scoring: Scoring | None = None
-    # What learning is to spare, found for one group of layers after the other.
-    sparing: Iterator[tuple[LinearGroup, Tensor]] | None = None
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards
     lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
     rejections: int = 0                 # of its candidates: each one adds to what is replayed

@@ -12,7 +12,7 @@ disk work goes to the journal's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,10 @@ from statistics import fmean
 import time
 from typing import Any
 
-from torch import Tensor
-
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
 from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
 from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank, LinearGroup
-from mace_ros.execution.sketch import Sketch
+from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.describing import peft_config, version_event
 from mace_ros.learning.drift import Drift, surprise
@@ -186,8 +183,6 @@ class Learner:
         job = self._job
         if job.scoring is not None:
             return self._go_on_scoring(job, job.scoring)
-        if job.sparing is not None:
-            return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
         if job.score_after is not None:
@@ -235,8 +230,6 @@ class Learner:
             return False
         if job.slot is not None:
             self._slots.give_back(job.slot)
-        if job.sparing is not None:
-            self._lessons.teachers = None       # to be found out again, all of it
         self._job = None
         if not job.rehearses:
             self._waiting = job.corrections + self._waiting
@@ -326,26 +319,13 @@ class Learner:
             return self._load(job)
         self._bank.reset()
         job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
-        sketch = Sketch(self._settings.finetune.spared_directions)
-        return self._score(job, self._lessons.replayed_anchors,
-                           partial(self._take_teachers, job, sketch), sketch)
+        return self._score(
+            job, self._lessons.replayed_anchors, partial(self._take_teachers, job))
 
-    def _take_teachers(self, job: Job, sketch: Sketch, scores: list[SampleScore],
+    def _take_teachers(self, job: Job, scores: list[SampleScore],
                        taught: list[Sample]) -> list[Event]:
         self._lessons.teachers = taught
-        job.sparing = sketch.directions()
-        return self._go_on_sparing(job, job.sparing)
-
-    def _go_on_sparing(self, job: Job,
-                       sparing: Iterator[tuple[LinearGroup, Tensor]]) -> list[Event]:
-        """Go on by one group of layers: of a few milliseconds, no query waits long."""
-        found = next(sparing, None)
-        if found is None:
-            job.sparing = None
-            return self._load(job)
-        self._bank.spare(*found)
-        self._wake()
-        return []
+        return self._load(job)
 
     def _load(self, job: Job) -> list[Event]:
         """Go on from the live version; look first how it does on the candidates."""
@@ -431,10 +411,10 @@ class Learner:
 
     def _score(self, job: Job, samples: Sequence[Sample],
                done: Callable[[list[SampleScore], list[Sample]], list[Event]],
-               sketch: Sketch | None = None) -> list[Event]:
+               ) -> list[Event]:
         """Score samples under the adapter as it is, and go on with ``done``."""
         most = min(self._step_tokens, BATCH_TOKENS)
-        job.step, job.scoring = None, Scoring(batches(samples, most), done, sketch)
+        job.step, job.scoring = None, Scoring(batches(samples, most), done)
         return self._go_on_scoring(job, job.scoring)
 
     def _go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
@@ -447,7 +427,7 @@ class Learner:
         if batch is not None:
             assert job.trainer is not None
             scoring.step = FinetuneStep(
-                self._model, job.trainer, batch, learns=False, sketch=scoring.sketch,
+                self._model, job.trainer, batch, learns=False,
                 oldest_correction_at=job.oldest)
             return []
         job.scoring = None
