@@ -571,8 +571,7 @@ class Engine:
 
         def looked(done: Future[Suspicion | None]) -> list[Event]:
             suspicion = None if done.exception() is not None else done.result()
-            if (suspicion is not None and self.learner.doubts(suspicion)
-                    and self._stop_learning(suspicion.profile)):
+            if suspicion is not None:
                 self.learner.suspect(suspicion)
             return []
 

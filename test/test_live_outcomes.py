@@ -267,6 +267,6 @@ def test_a_version_that_is_not_to_blame_stays(
     robot.until(lambda e: isinstance(e, CorrectionProgress)
                 and e.state is CorrectionState.TRAINING)
     robot.events += robot.engine.step().events
-    assert bool(robot.engine.learner._cleared) == (case == 'taught')
+    assert bool(robot.engine.learner._compared) == (case == 'taught')
     assert not taken_back(robot) and robot.engine.live_version('') == 1
     robot.engine.close()

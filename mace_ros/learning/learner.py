@@ -74,8 +74,7 @@ class Learner:
         # Mean log p of corrected texts under the version that was live when they came.
         self._first_scores: dict[str, float] = {}
         self._suspicion: Suspicion | None = None
-        # Profile and version: how many corrections it takes to compare it again.
-        self._cleared: dict[tuple[str, int], int] = {}
+        self._compared: deque[str] = deque(maxlen=REMEMBERED)       # corrections
         self.condemn: Callable[[Suspicion], None] = lambda suspicion: None
         self._jobs = 0
         self.drift = Drift()
@@ -136,17 +135,15 @@ class Learner:
             return None
         return job.profile
 
-    def doubts(self, suspicion: Suspicion) -> bool:
-        """Return whether there is something to compare that was not, with about as much to say."""
-        job = self._job
-        compares = self._suspicion is not None or (job is not None and job.suspicion is not None)
-        least = self._cleared.get((suspicion.profile, suspicion.version), 0)
-        # The baselines know no doubt.
-        return self._decides and not compares and suspicion.since.corrected >= least
-
     def suspect(self, suspicion: Suspicion) -> None:
-        """Compare a version with the one that may be better, before anything else is learned."""
-        self._suspicion = suspicion
+        """
+        Compare a version with the one that may be better, before the next job.
+
+        Unless most of what speaks against it was compared already; the baselines never do.
+        """
+        new = sum(r.id not in self._compared for r in suspicion.corrections)
+        if self._decides and 2 * new >= len(suspicion.corrections):
+            self._suspicion = suspicion
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
@@ -247,6 +244,8 @@ class Learner:
         """
         # What it was taught is not to be trained again and again.
         self._recent = deque((r for r in self._recent if r.profile != profile), JOB_CANDIDATES)
+        if self._suspicion is not None and self._suspicion.profile == profile:
+            self._suspicion = None
         job = self._job
         if job is None or profile not in (
                 job.profile, self._slots.live(job.profile).profile):
@@ -276,10 +275,8 @@ class Learner:
         suspicion = self._suspicion
         if suspicion is not None and suspicion.profile != self.held:
             self._suspicion = None
-            live = self._slots.live(suspicion.profile)
-            if (live.profile, live.version) == (suspicion.profile, suspicion.version):
-                self._compare(suspicion)
-                return []
+            self._compare(suspicion)
+            return []
         ready = [w for w in self._waiting if w.record.profile != self.held]
         if not ready:
             return self._rehearse()
@@ -591,9 +588,8 @@ class Learner:
     # -- whether the live version is to blame ------------------------------------------
 
     def _compare(self, suspicion: Suspicion) -> None:
-        profile, least = suspicion.profile, 2 * suspicion.since.corrected
-        self._cleared = {(profile, suspicion.version): least, **{
-            key: value for key, value in self._cleared.items() if key[0] != profile}}
+        profile = suspicion.profile
+        self._compared.extend(r.id for r in suspicion.corrections if r.id not in self._compared)
 
         def fetch(journal: Journal) -> Fetched:
             # What would be served: of a profile that had no version, the robot's.
@@ -603,8 +599,8 @@ class Learner:
             return Fetched((), (), *(self._store.load(r.path, r.sha256) if r else None
                                      for r in (live, better)))
 
-        self._job = Job(profile, [], suspicion.version, self._submit(fetch), rehearses=True,
-                        suspicion=suspicion)
+        # No correction is its own, so it is the rehearsal of none.
+        self._job = Job(profile, [], 0, self._submit(fetch), rehearses=True, suspicion=suspicion)
 
     def _score_better(self, job: Job, suspicion: Suspicion) -> list[Event]:
         """Score what was corrected under the version that may be better, ..."""

@@ -54,7 +54,7 @@ class Outcomes:
 @dataclass(frozen=True)
 class Suspicion:
     """
-    That a profile's live version is worse than an earlier one, ``better``.
+    That a profile's live version is worse than an earlier one, ``better``; 0 as for a rollback.
 
     ``corrections`` are some of those that say so, oldest first.
     """
