@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 import random
+import sqlite3
 import sys
 import tempfile
 import time
@@ -268,9 +270,11 @@ class Life:
                 s.state == CorrectionStatus.TRAINING for s in list(self._statuses))
         if aim == 'saving':     # weights, configuration, folder
             return (0.0, 3 * SYNC_S), lambda: any(self._adapters.glob('*/.tmp-*'))
-        if aim in ('recording', 'publishing'):      # renamed, and then on record
-            moment = (0.0, SYNC_S / 2) if aim == 'recording' else (SYNC_S, 1.25 * SYNC_S)
-            return moment, lambda: bool(self._folders() - self._known_folders)
+        if aim == 'recording':      # renamed
+            return (0.0, SYNC_S / 2), lambda: bool(self._folders() - self._known_folders)
+        if aim == 'publishing':     # on record, and not yet announced
+            known = self._on_record()
+            return (0.0, 0.0), lambda: self._on_record() > known
         return (0.0, LIFE_S if aim == 'any' else 0.0), lambda: True
 
     def _ask(self) -> None:
@@ -311,6 +315,12 @@ class Life:
     def _first(self, profile: str) -> tuple[int, str] | None:
         return next(((m.version, m.sha256) for m in self._published()
                      if m.profile == profile), None)
+
+    def _on_record(self) -> int:
+        """Return how many versions the journal has; it is only looked at."""
+        journal = self._adapters.with_name(JOURNAL)
+        with closing(sqlite3.connect(f'file:{journal}?mode=ro', uri=True)) as opened:
+            return int(opened.execute('SELECT count(*) FROM versions').fetchone()[0])
 
     def _folders(self) -> set[str]:
         return {f'adapters/{path.parent.name}/{path.name}' for path in self._adapters.glob('*/v*')}
