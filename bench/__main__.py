@@ -7,9 +7,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import colocation, decode, kernels, learning, memory, operation, report
+from bench import colocation, decode, durability, kernels, learning, memory, operation, report
 
-BENCHES = (kernels, decode, learning, memory, operation, colocation)
+BENCHES = (kernels, decode, learning, durability, memory, operation, colocation)
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import os
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 STAMPS = 'MACE_BENCH_STAMPS'      # names the file for the times of the 10 Hz timer
+SYNC_S = 'MACE_BENCH_SYNC_S'      # how much longer each fsync of a file or folder takes
 PERIOD_S = 0.1
 
 
@@ -28,15 +29,17 @@ def own_domain() -> None:
 class NodeProcess:
     """``mace_node`` with a timer of ten calls a second in it, whose times it notes."""
 
-    def __init__(self, folder: Path, parameters: Mapping[str, Any]) -> None:
-        """Start it; its storage and its log are in ``folder``."""
+    def __init__(self, folder: Path, parameters: Mapping[str, Any], *,
+                 sync_s: float = 0.0) -> None:
+        """Start it; its storage, on a disk that is so slow, and its log are in ``folder``."""
         self._stamps, self._log = folder / 'stamps.json', folder / 'node.log'
         values = {'storage.folder': folder / 'storage', **parameters}
         arguments = [x for name, value in values.items() for x in ('-p', f'{name}:={value}')]
         with self._log.open('w') as log:
             self._process = subprocess.Popen(
                 [sys.executable, '-m', 'bench.node', '--ros-args', *arguments], cwd=ROOT,
-                env={**os.environ, STAMPS: str(self._stamps), 'ROS_LOG_DIR': str(folder / 'log')},
+                env={**os.environ, STAMPS: str(self._stamps), SYNC_S: str(sync_s),
+                     'ROS_LOG_DIR': str(folder / 'log')},
                 stdout=log, stderr=subprocess.STDOUT)
 
     @property
@@ -78,6 +81,11 @@ def main() -> int:
             super().__init__(**arguments)
             self.create_timer(PERIOD_S, lambda: stamps.append(time.monotonic()))
 
+    def slow_fsync(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+        time.sleep(float(os.environ[SYNC_S]))
+        fsync(descriptor)
+
+    os.fsync = slow_fsync
     room.MaceNode = TimedNode     # type: ignore[misc]
     try:
         return room.main()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 import gc
 from itertools import takewhile
@@ -55,8 +56,10 @@ from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, OBSERVED_TOKENS
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
+from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.learner import Learner
+from mace_ros.learning.live_outcomes import suspected, Suspicion
 from mace_ros.learning.retention import make_room, tidy
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
@@ -198,6 +201,7 @@ class Engine:
             cost.segment_s(SegmentKind.FORWARD, tokens)
             + cost.segment_s(SegmentKind.BACKWARD, tokens))
         self.learner.clock = clock
+        self.learner.condemn = self._condemn
         self._budget = settings.finetune.budget     # in force, by drift
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._was_idle = True
@@ -573,9 +577,30 @@ class Engine:
         if training is not None:
             self._stop_learning(training)
         self.learner.add(record, accepted.arrived)
+        if record.query_id and self._settings.gate.auto_rollback:
+            self._look_back(record.query_id)
         return [CorrectionProgress(record.id, CorrectionState.ACCEPTED), *(
             CorrectionProgress(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
             for i in accepted.superseded)]
+
+    def _look_back(self, query_id: str) -> None:
+        """See whether answers got worse with a version, now that one more was corrected."""
+        def look(journal: Journal) -> Suspicion | None:
+            answer = journal.answer(query_id)
+            return None if answer is None else suspected(journal, answer.lineage)
+
+        def looked(done: Future[Suspicion | None]) -> list[Event]:
+            suspicion = None if done.exception() is not None else done.result()
+            if suspicion is not None:
+                self.learner.suspect(suspicion)
+            return []
+
+        with suppress(JournalError):    # it is closed: the next start looks on
+            self._journal.submit(look).add_done_callback(
+                lambda done: self._enqueue(lambda: looked(done)))
+
+    def _condemn(self, suspicion: Suspicion) -> None:
+        self.rollback(suspicion.profile, suspicion.better, suspicion.reason)
 
     def _ask_anchors(self) -> None:
         """Let the base model answer the questions whose answers learning must not change."""

@@ -214,11 +214,14 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class GateSettings:
-    """When a trained version may be published."""
+    """When a trained version may be published, and when it is taken back."""
 
     tolerance: float = _parameter(
         0.1, 'Largest fall of a guarded score: the share of earlier corrections that are right, '
         'and the mean probability per token of answers that are to stay', minimum=0.0, maximum=1.0)
+    auto_rollback: bool = _parameter(
+        True, 'Take a published version back by itself if its answers are corrected more often '
+        'than those before it, and the version before it would have done better')
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize('module', [
-    'bench', 'bench.colocation', 'bench.decode', 'bench.gpu', 'bench.kernels', 'bench.learning',
-    'bench.memory', 'bench.operation', 'bench.report', 'bench.soak'])
+    'bench', 'bench.colocation', 'bench.decode', 'bench.durability', 'bench.gpu', 'bench.kernels',
+    'bench.learning', 'bench.memory', 'bench.operation', 'bench.report', 'bench.soak'])
 def test_help(module: str) -> None:
     done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
                           capture_output=True, timeout=60)

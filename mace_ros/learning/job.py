@@ -15,6 +15,7 @@ from mace_ros.events import Event
 from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
 from mace_ros.learning.gate import Gate
 from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
+from mace_ros.learning.live_outcomes import Suspicion
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Fetched:
     answers: tuple[Answer, ...]                 # given earlier, to be replayed
     learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
     tensors: dict[str, Tensor] | None           # of the live version; None: the base model
+    better: dict[str, Tensor] | None = None     # of the one that it is compared with; as above
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Job:
     rejections: int = 0                 # of its candidates: each one adds to what is replayed
     after: dict[tuple[int, ...], SampleScore] = field(default_factory=dict)
     rehearses: bool = False             # what was learned already
+    suspicion: Suspicion | None = None  # it learns nothing, but compares two versions
     least_steps: int = 0                # before it may end
     judged: bool = False                # this step's scores were looked at
     must_be_right: int = 0              # of its samples, the first so many
@@ -84,4 +87,4 @@ class Job:
     @property
     def oldest(self) -> float:
         """When the oldest of its corrections arrived."""
-        return min(w.arrived for w in self.corrections)
+        return min((w.arrived for w in self.corrections), default=math.inf)

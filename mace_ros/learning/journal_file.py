@@ -94,6 +94,10 @@ _STEPS = (
         # The robot's version that the profile's own begin from; NULL: not yet chosen.
         'ALTER TABLE profiles ADD COLUMN fork INTEGER',
     ),
+    (
+        # The newest answers of a line of versions, each time that one of them is corrected.
+        'CREATE INDEX answers_lineage ON answers (lineage, number)',
+    ),
 )
 _SCHEMA_VERSION = len(_STEPS)
 

@@ -33,7 +33,9 @@ from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.lessons import candidate, Lessons, texts
+from mace_ros.learning.live_outcomes import Suspicion, to_blame
 from mace_ros.learning.priority import priority
+from mace_ros.learning.rollback import version_to_return_to
 from mace_ros.learning.samples import interleaved, sample, turn
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
@@ -42,6 +44,7 @@ from mace_ros.settings import Settings
 MAX_TRIES = 3           # of a job that the device or the disk fails
 JOB_CORRECTIONS = 4     # corrections learned together at most
 JOB_CANDIDATES = 16     # of those that wait, looked at for one job
+REMEMBERED = 1000       # corrections whose first score is
 MORE_STEPS = 4          # at least, after a candidate was rejected
 # A right token must lead by this much (in logits) before it counts as learned, so that a
 # different order of additions in another batch does not change the answer.
@@ -65,6 +68,11 @@ class Learner:
         self._known: dict[tuple[int, ...], SampleScore] = {}
         self._known_of: tuple[str, str, int] | None = None
         self._recent: deque[CorrectionRecord] = deque(maxlen=JOB_CANDIDATES)
+        # Mean log p of corrected texts under the version that was live when they came.
+        self._first_scores: dict[str, float] = {}
+        self._suspicion: Suspicion | None = None
+        self._compared: deque[str] = deque(maxlen=REMEMBERED)       # corrections
+        self.condemn: Callable[[Suspicion], None] = lambda suspicion: None
         self._jobs = 0
         self.drift = Drift()
         self._settings = Settings()
@@ -123,6 +131,16 @@ class Learner:
         if job is None or not any(w.record.id in correction_ids for w in job.corrections):
             return None
         return job.profile
+
+    def suspect(self, suspicion: Suspicion) -> None:
+        """
+        Compare a version with the one that may be better, before the next job.
+
+        Unless most of what speaks against it was compared already; the baselines never do.
+        """
+        new = sum(r.id not in self._compared for r in suspicion.corrections)
+        if self._decides and 2 * new >= len(suspicion.corrections):
+            self._suspicion = suspicion
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
@@ -188,7 +206,7 @@ class Learner:
         if job.score_after is not None:
             return self._save(job)
         if job.step is None:
-            if not job.fetched.done() or self._lessons.anchors is None:
+            if not job.fetched.done() or (self._lessons.anchors is None and not job.suspicion):
                 return []
             return self._prepare(job)
         if job.step.done:
@@ -222,6 +240,8 @@ class Learner:
         """
         # What it was taught is not to be trained again and again.
         self._recent = deque((r for r in self._recent if r.profile != profile), JOB_CANDIDATES)
+        if self._suspicion is not None and self._suspicion.profile == profile:
+            self._suspicion = None
         job = self._job
         if job is None or profile not in (
                 job.profile, self._slots.live(job.profile).profile):
@@ -245,6 +265,11 @@ class Learner:
     def _start(self) -> list[Event]:
         settings = self._settings
         if settings.finetune.budget == 0:
+            return []
+        suspicion = self._suspicion
+        if suspicion is not None and suspicion.profile != self.held:
+            self._suspicion = None
+            self._compare(suspicion)
             return []
         ready = [w for w in self._waiting if w.record.profile != self.held]
         if not ready:
@@ -315,6 +340,8 @@ class Learner:
         error = job.fetched.exception()
         if error is not None:
             return self.drop(f'the live version could not be read: {error}')
+        if job.suspicion is not None:
+            return self._score_better(job, job.suspicion)
         if self._lessons.teachers is not None:
             return self._load(job)
         self._bank.reset()
@@ -329,12 +356,7 @@ class Learner:
 
     def _load(self, job: Job) -> list[Event]:
         """Go on from the live version; look first how it does on the candidates."""
-        tensors = job.fetched.result().tensors
-        if tensors is None:
-            self._bank.reset()
-        else:
-            self._bank.load(tensors)
-        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
+        self._take_up(job, job.fetched.result().tensors)
         prefers = self._settings.finetune.objective == 'dpo'
         if job.rehearses or not (self._decides or prefers):
             return self._guard(job)
@@ -358,6 +380,9 @@ class Learner:
             if not waiting.seen:
                 waiting.seen = True
                 self.drift.outcome(surprise(leads[0]))
+                self._first_scores[waiting.record.id] = leads[0]
+                if len(self._first_scores) > REMEMBERED:
+                    del self._first_scores[next(iter(self._first_scores))]
             if of[0].margin >= LEARNED_MARGIN:
                 right.append(waiting)
                 continue
@@ -540,12 +565,65 @@ class Learner:
             CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
             for i in learned)]
 
+    # -- whether the live version is to blame ------------------------------------------
+
+    def _compare(self, suspicion: Suspicion) -> None:
+        profile = suspicion.profile
+        self._compared.extend(r.id for r in suspicion.corrections if r.id not in self._compared)
+
+        def fetch(journal: Journal) -> Fetched:
+            # What would be served: of a profile that had no version, the robot's.
+            better = (journal.live('') if profile and not suspicion.better
+                      else version_to_return_to(journal, profile, suspicion.better))
+            live = journal.live(profile)
+            return Fetched((), (), *(self._store.load(r.path, r.sha256) if r else None
+                                     for r in (live, better)))
+
+        # No correction is its own, so it is the rehearsal of none.
+        self._job = Job(profile, [], 0, self._submit(fetch), rehearses=True, suspicion=suspicion)
+
+    def _score_better(self, job: Job, suspicion: Suspicion) -> list[Event]:
+        """Score what was corrected under the version that may be better, ..."""
+        self._take_up(job, job.fetched.result().better)
+        return self._score(job, self._corrected(suspicion.corrections),
+                           partial(self._score_live, job, suspicion))
+
+    def _score_live(self, job: Job, suspicion: Suspicion, better: list[SampleScore],
+                    taught: list[Sample]) -> list[Event]:
+        """... and under the live one what was not when it came: by now it may know the rest."""
+        self._take_up(job, job.fetched.result().tensors)
+        unseen = [r for r in suspicion.corrections if r.id not in self._first_scores]
+        return self._score(job, self._corrected(unseen),
+                           partial(self._decide, suspicion, better, unseen))
+
+    def _decide(self, suspicion: Suspicion, better: list[SampleScore],
+                unseen: list[CorrectionRecord], scores: list[SampleScore],
+                taught: list[Sample]) -> list[Event]:
+        live = self._first_scores | {
+            r.id: s.log_probability for r, s in zip(unseen, scores, strict=True)}
+        self._job = None
+        if to_blame([s.log_probability - live[r.id]
+                     for r, s in zip(suspicion.corrections, better, strict=True)]):
+            self.condemn(suspicion)
+        return []
+
     # -- helpers ---------------------------------------------------------------------
 
     @property
     def _step_tokens(self) -> int:
         """How many tokens a step may have: a piece of learning is a layer of all of them."""
         return self.tokens_within(self._settings.finetune.max_blocking_ms / 1e3)
+
+    def _take_up(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
+        """Go on with a version; None is the base model."""
+        if tensors is None:
+            self._bank.reset()
+        else:
+            self._bank.load(tensors)
+        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
+
+    def _corrected(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
+        return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]
 
     def _submit(self, function: Callable[[Journal], object]) -> Future[Any]:
         future = self._journal.submit(function)
