@@ -78,9 +78,9 @@ def test_each_gets_what_it_would_get_alone(
 
     together = {p: (ended[p].text, ended[p].output_tokens, pieces[p]) for p in PROFILES}
     assert together == alone
-    # As many iterations as the shortest answer has pieces told all of them something.
-    shared = sum(spoke == set(PROFILES) for spoke in iterations)
-    assert shared >= min(map(len, pieces.values())) - 1 > 3
+    # No more iterations spoke than the longest answer has tokens; half a character is not told.
+    tokens = [ended[p].output_tokens for p in PROFILES]
+    assert sum(bool(spoke) for spoke in iterations) <= max(tokens) + 2 < sum(tokens)
     # One adapter instead of another one would show.
     for one, other in combinations(PROFILES, 2):
         assert alone[one] != alone[other]

@@ -21,6 +21,8 @@ from statistics import fmean
 import time
 from typing import Any
 
+from torch import Tensor
+
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
 from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
 from mace_ros.execution.hybrid import HybridModel
