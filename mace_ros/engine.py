@@ -47,7 +47,7 @@ from mace_ros.execution.calibration import measure
 from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.execution.footprint import measure_footprint
-from mace_ros.execution.hardware import free_memory, hardware
+from mace_ros.execution.hardware import free_memory, hardware, limit_kernel_caches
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
@@ -943,6 +943,7 @@ def _load(settings: Settings, progress: Progress,
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs alone, not for {device}')
     if device == 'cpu':
         torch.set_num_threads(model.threads or os.cpu_count() or 1)
+        limit_kernel_caches()
     loaded = load_model(
         model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
         cache=settings.storage.model_cache, progress=progress)

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 from test_engine import Robot
@@ -213,6 +215,32 @@ def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path:
         assert learning and max(s.planned_mb for s in planned[1:]) <= fixed + room < fixed + graphs
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         engine.step()
+
+
+def test_products_of_ever_other_sizes_do_not_fill_the_memory() -> None:
+    """Of the kernels that are made for them few are kept; all would be several hundred MB."""
+    script = """
+from pathlib import Path
+import re
+
+import torch
+
+from mace_ros.execution.hardware import limit_kernel_caches
+
+def resident_mb():
+    return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3
+
+limit_kernel_caches()
+weights = [torch.randn(n, 576, dtype=torch.bfloat16) for n in (960, 576, 1536, 3072)]
+before = resident_mb()
+for tokens in range(100, 260):
+    for weight in weights:
+        torch.nn.functional.linear(torch.zeros(tokens, 576, dtype=torch.bfloat16), weight)
+print(resident_mb() - before)
+"""
+    ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 150.0
 
 
 def test_what_there_is_no_memory_to_learn_fails_by_name(

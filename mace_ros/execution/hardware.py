@@ -8,11 +8,23 @@ from contextlib import suppress
 import ctypes
 import gc
 import math
+import os
 
 import torch
 
 from mace_ros.memory.budget import MB
 from mace_ros.telemetry.status import Hardware
+
+# Of the kernels that oneDNN makes for products on a CPU, one for each pair of shapes, so many are
+# kept. They take half a megabyte each and milliseconds to make; by default 1024 are kept, and
+# again by torch, which steps and passes of ever other sizes would fill: half a gigabyte.
+KERNELS_KEPT = 64
+
+
+def limit_kernel_caches() -> None:
+    """Bound the memory of kernels, unless the environment says how; before the first product."""
+    for name in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 def hardware(device: torch.device) -> Hardware:
