@@ -18,16 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 import gc
 from itertools import takewhile
-import math
-import os
 from pathlib import Path
 import time
 import uuid
 
-import torch
-
 from mace_ros.answering import Answering, begin, NO_HURRY_S, NO_PRIORITY, reading
 from mace_ros.conversations import Conversations, Turn
+from mace_ros.corrections import accept, Accepted
 from mace_ros.events import (
     Correction,
     CorrectionProgress,
@@ -45,40 +42,37 @@ from mace_ros.events import (
 )
 from mace_ros.execution.calibration import measure
 from mace_ros.execution.device_graphs import capture
-from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.execution.footprint import measure_footprint
-from mace_ros.execution.hardware import free_memory, hardware, limit_kernel_caches
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress, reporting
+from mace_ros.execution.loading import Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
-from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, OBSERVED_TOKENS, Span
+from mace_ros.execution.spans import BLOCK_TOKENS, Span
 from mace_ros.execution.text import ChatText
+from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
-from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
+from mace_ros.learning.journal import Answer, Journal
 from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.learner import Learner
 from mace_ros.learning.live_outcomes import suspected, Suspicion
-from mace_ros.learning.retention import make_room, tidy
+from mace_ros.learning.retention import tidy
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
-from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.memory.block_pool import BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.memory.prefix import Prefix
-from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
 from mace_ros.overtaking import EarlyCancellations
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.settings import InvalidSetting, Settings
+from mace_ros.settings import Settings
+from mace_ros.startup import budget_bytes, check_budget, load
 from mace_ros.storage import JOURNAL
-from mace_ros.telemetry.device import DeviceCounters
-from mace_ros.telemetry.status import Hardware, Status
+from mace_ros.telemetry.status import Status
 from mace_ros.telemetry.trace import phase_of, Record, Trace
 from mace_ros.validation import (
     checked_correction,
@@ -91,23 +85,7 @@ from mace_ros.warming import Warming
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
-LEAST_KV_TOKENS = 256      # with less, there is nothing to serve
-CUDA_KV_SHARE = 0.5        # of the budget, at most, for a KV cache that can't shrink
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """
-    A correction that is in the journal; ``new`` is false if its id was known before.
-
-    ``superseded`` are the ids of the corrections whose place it has taken.
-    """
-
-    record: CorrectionRecord
-    new: bool
-    arrived: float
-    superseded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +128,7 @@ class Engine:
     def _set_up(self, folder: Path, progress: Progress) -> None:
         """Load everything; the journal is open."""
         settings, clock, wake = self._settings, self._clock, self._wake
-        loaded, self.model, self.hardware, free = _load(settings, progress)
+        loaded, self.model, self.hardware, free = load(settings, progress)
         self.chat = ChatText(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
         adapter = settings.adapter
         self.bank = AdapterBank(
@@ -167,8 +145,9 @@ class Engine:
                 measure_footprint(self.model, self.bank), budget_bytes(settings, free),
                 most_blocks=self.model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
                 rows=settings.scheduler.max_requests), self._residence, self._state)
-        _check_budget(self._memory.budget)
-        self._backed = self._pool.limit     # KV blocks whose memory may be in use
+        check_budget(self._memory.budget)
+        self._blocks = KvBlocks(self.model, self._pool, self._residence)
+        self._blocks.prune_share = settings.memory.kv_prune
         self._slots = AdapterSlots(
             base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots + 1)
         check_same_model(folder, loaded.model)
@@ -268,16 +247,9 @@ class Engine:
             return
         settings = self._settings
 
-        def accept(journal: Journal) -> Accepted:
-            known = journal.correction(checked.id)
-            if known is not None:
-                return Accepted(known, False, arrived)
-            record = self._resolved(checked, journal, settings)
-            make_room(journal, settings.storage.max_corrections)
-            journal.accept(record)
-            return Accepted(record, True, arrived, journal.supersede(record))
-
-        future = self._journal.submit(accept)
+        future = self._journal.submit(lambda journal: accept(
+            checked, journal, chat=self.chat, settings=settings, longest=self._longest,
+            arrived=arrived))
         future.add_done_callback(
             lambda done: self._enqueue(lambda: self._accepted(checked, done)))
 
@@ -287,6 +259,7 @@ class Engine:
             self._settings = settings
             self._share_out()
             self._residence.share(settings.memory.prefix_sharing)
+            self._blocks.prune_share = settings.memory.kv_prune
             limits = settings.scheduler
             self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
             self._memory.change(budget_bytes(settings, self._free_at_start))
@@ -389,7 +362,7 @@ class Engine:
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
         events += self._take_step()
-        self._move_blocks()
+        self._blocks.move(self.learner.step)
         self._residence.refresh()
         now = self._clock()
         with phase_of(self._trace, 'plan'):
@@ -527,39 +500,6 @@ class Engine:
             return []
         return self._end(answering, FinishReason.CANCELLED)
 
-    def _resolved(self, correction: Correction, journal: Journal,
-                  settings: Settings) -> CorrectionRecord:
-        """Find the answer that is corrected; raises :class:`InvalidCorrection`."""
-        answer = None
-        if correction.query_id:
-            answer = journal.answer(correction.query_id)
-            if answer is None:
-                raise InvalidCorrection(
-                    f'query_id: no answer to {correction.query_id!r} is on record')
-        elif correction.conversation_id:
-            answer = journal.last_answer(correction.conversation_id)
-            if answer is None:
-                raise InvalidCorrection(
-                    f'conversation_id: no answer in {correction.conversation_id!r} is on record')
-        if answer is None:
-            system = settings.generation.system
-            messages = (([{'role': 'system', 'content': system}] if system else [])
-                        + [{'role': 'user', 'content': correction.prompt}])
-            answer = Answer('', tuple(self.chat.prompt(messages)), tuple(messages), '', ())
-        rejected = correction.rejected or answer.text
-        if rejected.strip() == correction.corrected.strip():
-            raise InvalidCorrection('corrected: equal to the rejected answer')
-        tokens = len(answer.prompt_ids) + len(self.chat.answer(correction.corrected))
-        longest = min(settings.finetune.max_sample_tokens, self._longest)
-        if tokens > longest:
-            raise InvalidCorrection(
-                f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
-        return CorrectionRecord(
-            id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
-            corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,
-            conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
-            weight=correction.weight, source=correction.source, received=time.time())
-
     def _accepted(self, correction: Correction, done: Future[Accepted]) -> list[Event]:
         """Report what the journal said."""
         error = done.exception()
@@ -695,12 +635,12 @@ class Engine:
             spans.append(Span(
                 answering.ids[done:done + tokens], done, request.blocks, request.adapter_slot,
                 wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
-                attention=self._attention(answering, tokens)))
+                attention=self._blocks.attention(answering, tokens)))
         events: list[Event] = []
         step, rows = self.learner.step, None
         if step is not None:
             try:
-                rows = self._ride(step, plan.finetune_tokens)
+                rows = self._blocks.ride(step, plan.finetune_tokens)
             except Exception as error:    # memory that only learning wants: answers go on
                 events += self._learning_broke(error)
         if not spans and rows is None:
@@ -711,7 +651,7 @@ class Engine:
         if rows is not None and step is not None:
             step.rode(rows.tokens)
             if step.ridable_tokens == 0:
-                self._release(step)
+                self._blocks.release(step)
         sampled = [self._answering[request.id] for (request, _), span
                    in zip(work, spans, strict=True) if span.wants_logits]
         with phase_of(self._trace, 'sample'):    # and wait for the pass, where that runs beside
@@ -720,65 +660,8 @@ class Engine:
             for request, tokens in work:
                 self._residence.computed(request, tokens)
                 if not request.remaining_tokens:
-                    self._prune(self._answering[request.id])
+                    self._blocks.prune(self._answering[request.id])
             return events + self._commit(sampled, drawn)
-
-    def _attention(self, answering: Answering, tokens: int) -> torch.Tensor | None:
-        """Return where to note attention if it is to be noted in the next ``tokens`` tokens."""
-        request, known = answering.request, answering.request.known_tokens
-        if (not self._settings.memory.kv_prune or known < LONG_TOKENS or request.is_decoding
-                or request.computed_tokens + tokens <= known - OBSERVED_TOKENS):
-            return None
-        noted = answering.attention
-        if noted is None or len(noted) != known:
-            noted = answering.attention = torch.zeros(known, device=self.model.device)
-        return noted
-
-    def _prune(self, answering: Answering) -> None:
-        """Drop what an answer can do without of its prompt, if its attention was noted."""
-        noted, answering.attention = answering.attention, None
-        if noted is None:
-            return
-        window = self.model.window if self.model.window < len(noted) else 0
-        self._residence.drop(answering.request, blocks_to_drop(
-            [float(x.sum()) for x in noted.cpu().split(BLOCK_TOKENS)],
-            self._settings.memory.kv_prune, BLOCK_TOKENS, window=window))
-
-    def _ride(self, step: FinetuneStep, tokens: int) -> FinetuneRows | None:
-        """Return the next fine-tune rows; None if there is no room for their keys and values."""
-        tokens = min(tokens, step.ridable_tokens)
-        if tokens == 0:
-            return None
-        if not step.holds_blocks:
-            held: list[list[int]] = []
-            try:
-                for length in step.kv_tokens:
-                    held.append(self._pool.allocate(length))
-            except OutOfBlocks:
-                for blocks in held:
-                    self._pool.release(blocks)
-                return None
-            step.hold_blocks(held)
-        return step.rows(tokens)
-
-    def _release(self, step: FinetuneStep) -> None:
-        for blocks in step.take_blocks():
-            self._pool.release(blocks)
-
-    def _move_blocks(self) -> None:
-        """After the KV cache shrank: move what lies beyond its end, and give that back."""
-        pool = self._pool
-        moved = pool.moves()
-        if moved:
-            self.model.move_blocks(moved)
-            self._residence.move(moved)
-            step = self.learner.step
-            for table in step.blocks if step is not None else ():
-                table[:] = [moved.get(b, b) for b in table]
-        if pool.limit < self._backed and pool.free_blocks >= 0:
-            self.model.drop_blocks(pool.limit)
-            self._backed = pool.limit
-        self._backed = max(self._backed, pool.limit)
 
     def _fit_requests(self) -> list[Event]:
         """Let no answer come to more than the KV cache takes by now."""
@@ -903,56 +786,12 @@ class Engine:
         step = self.learner.step
         stopped = self.learner.stop(profile)
         if step is not None and self.learner.step is not step:
-            self._release(step)
+            self._blocks.release(step)
         return stopped
 
     def _learning_broke(self, error: Exception) -> list[Event]:
         """Let the learner begin its job anew; what is served is not touched."""
         step = self.learner.step
         if step is not None:
-            self._release(step)
+            self._blocks.release(step)
         return self.learner.drop(f'{type(error).__name__}: {error}')
-
-
-def budget_bytes(settings: Settings, free: float) -> float:
-    """Return the budget in force, where ``free`` bytes were free beside the base model."""
-    memory = settings.memory
-    return memory.budget_mb * MB if memory.budget_mb else free - memory.headroom_mb * MB
-
-
-def _check_budget(budget: MemoryBudget) -> None:
-    """Raise :class:`InvalidSetting` if there is no room for a single short answer."""
-    least = -(-LEAST_KV_TOKENS // BLOCK_TOKENS)
-    needed = budget.planned(least)
-    if budget.kv_capacity < least:
-        raise InvalidSetting(
-            f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-            f'{needed / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
-            'scheduler.max_batch_tokens, or memory.headroom_mb if it is 0')
-
-
-def _load(settings: Settings, progress: Progress,
-          ) -> tuple[LoadedModel, HybridModel, Hardware, float]:
-    """Return the model, what it runs on, and the bytes that are free beside it."""
-    model = settings.model
-    device = best_device() if model.device == 'auto' else model.device
-    dtype = model.weight_dtype
-    if dtype == 'auto':
-        dtype = 'int8' if device == 'cpu' else 'bfloat16'
-    if dtype == 'int8' and device != 'cpu':
-        raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs alone, not for {device}')
-    if device == 'cpu':
-        torch.set_num_threads(model.threads or os.cpu_count() or 1)
-        limit_kernel_caches()
-    loaded = load_model(
-        model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
-        cache=settings.storage.model_cache, progress=progress)
-    kind = hardware(loaded.model.device)
-    free = free_memory(loaded.model.device, DeviceCounters(kind).read().memory_free_mb)
-    # Elsewhere it takes memory as it is filled, and gives it back.
-    kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
-    hybrid = HybridModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens,
-                         kv_bytes=kv_bytes, int8=dtype == 'int8')
-    if device == 'cpu':     # less what the 8 bits took
-        free = free_memory(hybrid.device, DeviceCounters(kind).read().memory_free_mb)
-    return loaded, hybrid, kind, free

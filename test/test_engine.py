@@ -342,6 +342,16 @@ def test_the_newest_of_two_pending_corrections_of_one_question_wins(robot: Robot
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
+def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> None:
+    """Profiles take turns, whoever came first."""
+    for number in range(9):
+        robot.engine.correct(Correction('Yes.', id=f'ann{number}', profile='ann',
+                                        prompt=f'Question {number}?'))
+    robot.correct(Correction('No.', id='bob', profile='bob', prompt='Question?'))
+    published = [e.profile for e in robot.events if isinstance(e, VersionEvent)]
+    assert published.count('ann') <= 1 and published[-1] == 'bob'
+
+
 def test_what_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
     """With no step allowed to suffice, the correction is FAILED and serving goes on."""
     robot.engine.update(robot.engine.settings.updated(

@@ -76,6 +76,7 @@ class Learner:
         self._compared: deque[str] = deque(maxlen=REMEMBERED)       # corrections
         self.condemn: Callable[[Suspicion], None] = lambda suspicion: None
         self._jobs = 0
+        self._turns: dict[str, int] = {}    # of profiles that wait: after which job
         self.drift = Drift()
         self._settings = Settings()
         self._rejections: deque[Future[VersionRecord]] = deque()
@@ -276,7 +277,7 @@ class Learner:
         ready = [w for w in self._waiting if w.record.profile != self.held]
         if not ready:
             return self._rehearse()
-        profile = ready[0].record.profile
+        profile = self._next_profile(ready)
         chosen = [w for w in ready if w.record.profile == profile][:JOB_CANDIDATES]
         if not self._decides:
             chosen = self._fitting(chosen)
@@ -288,6 +289,13 @@ class Learner:
                 for w in chosen]
         self._begin(profile, chosen)
         return []
+
+    def _next_profile(self, ready: Sequence[Waiting]) -> str:
+        """Return whose turn it is: who is corrected without end must not hold up the others."""
+        turns = {w.record.profile: self._turns.get(w.record.profile, 0) for w in ready}
+        profile = min(turns, key=turns.__getitem__)
+        self._turns = {**turns, profile: self._jobs + 1}
+        return profile
 
     def _rehearse(self) -> list[Event]:
         """Under the policy ``continuous``, which never rests, train again what was learned."""

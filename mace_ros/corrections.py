@@ -1,0 +1,79 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""A correction on its way into the journal: which answer it corrects, and what it supersedes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import time
+
+from mace_ros.events import Correction, InvalidCorrection
+from mace_ros.execution.text import ChatText
+from mace_ros.learning.journal import Answer, CorrectionRecord, Journal
+from mace_ros.learning.retention import make_room
+from mace_ros.settings import Settings
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """
+    A correction that is in the journal; ``new`` is false if its id was known before.
+
+    ``superseded`` are the ids of the corrections whose place it has taken.
+    """
+
+    record: CorrectionRecord
+    new: bool
+    arrived: float
+    superseded: tuple[str, ...] = ()
+
+
+def accept(correction: Correction, journal: Journal, *, chat: ChatText, settings: Settings,
+           longest: int, arrived: float) -> Accepted:
+    """
+    Write a checked correction down, unless its id is known; in the journal's thread.
+
+    ``longest`` is how many tokens a prompt and its answer may have. Raises
+    :class:`InvalidCorrection`.
+    """
+    known = journal.correction(correction.id)
+    if known is not None:
+        return Accepted(known, False, arrived)
+    record = _resolved(correction, journal, chat, settings, longest)
+    make_room(journal, settings.storage.max_corrections)
+    journal.accept(record)
+    return Accepted(record, True, arrived, journal.supersede(record))
+
+
+def _resolved(correction: Correction, journal: Journal, chat: ChatText, settings: Settings,
+              longest: int) -> CorrectionRecord:
+    """Find the answer that is corrected; raises :class:`InvalidCorrection`."""
+    answer = None
+    if correction.query_id:
+        answer = journal.answer(correction.query_id)
+        if answer is None:
+            raise InvalidCorrection(
+                f'query_id: no answer to {correction.query_id!r} is on record')
+    elif correction.conversation_id:
+        answer = journal.last_answer(correction.conversation_id)
+        if answer is None:
+            raise InvalidCorrection(
+                f'conversation_id: no answer in {correction.conversation_id!r} is on record')
+    if answer is None:
+        system = settings.generation.system
+        messages = (([{'role': 'system', 'content': system}] if system else [])
+                    + [{'role': 'user', 'content': correction.prompt}])
+        answer = Answer('', tuple(chat.prompt(messages)), tuple(messages), '', ())
+    rejected = correction.rejected or answer.text
+    if rejected.strip() == correction.corrected.strip():
+        raise InvalidCorrection('corrected: equal to the rejected answer')
+    tokens = len(answer.prompt_ids) + len(chat.answer(correction.corrected))
+    longest = min(settings.finetune.max_sample_tokens, longest)
+    if tokens > longest:
+        raise InvalidCorrection(
+            f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
+    return CorrectionRecord(
+        id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
+        corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,
+        conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
+        weight=correction.weight, source=correction.source, received=time.time())
