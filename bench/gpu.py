@@ -107,7 +107,8 @@ def measure_passes(shape: str, args: argparse.Namespace, samples: dict[str, Any]
     from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
     from mace_ros.execution.hybrid import HybridModel
     from mace_ros.execution.lora import AdapterBank, FIRST_SERVED_SLOT
-    from mace_ros.execution.spans import BLOCK_TOKENS, Span
+    from mace_ros.execution.spans import Span
+    from mace_ros.memory.block_pool import BLOCK_TOKENS
 
     theirs = hf_generate(random_model(shape, args.device))
     base = random_model(shape, args.device)

@@ -16,7 +16,8 @@ from bench.learning import Robot
 from bench.load import conversations, prose
 from mace_ros.events import Finished, FinishReason, Query
 from mace_ros.execution.lora import BASE_SLOT
-from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.execution.spans import Span
+from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.memory.pruning import blocks_to_drop
 from mace_ros.settings import Settings
 

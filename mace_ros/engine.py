@@ -46,7 +46,7 @@ from mace_ros.execution.footprint import measure_footprint
 from mace_ros.execution.loading import Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
-from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.execution.spans import Span
 from mace_ros.execution.text import ChatText
 from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
@@ -60,13 +60,14 @@ from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
-from mace_ros.memory.block_pool import BlockPool
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.overtaking import EarlyCancellations
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
+from mace_ros.scheduling.request import RequestState
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
@@ -144,7 +145,9 @@ class Engine:
             MemoryBudget(
                 measure_footprint(self.model, self.bank), budget_bytes(settings, free),
                 most_blocks=self.model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
-                rows=settings.scheduler.max_requests), self._residence, self._state)
+                rows=settings.scheduler.max_requests,
+                # Device graphs hold the addresses of a cache that is there from the start.
+                resident=self.model.device.type == 'cuda'), self._residence, self._state)
         check_budget(self._memory.budget)
         self._blocks = KvBlocks(self.model, self._pool, self._residence)
         self._blocks.prune_share = settings.memory.kv_prune
@@ -372,7 +375,7 @@ class Engine:
                 self._answering[rejection.request.id], FinishReason.REJECTED,
                 ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
                 rejection.reason)
-        if self._memory.planned(plan.lacks_memory):
+        if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
             return Iteration(events, now)     # and plan again, with more memory
         self._check_when_idle()
         if not plan.is_empty:
@@ -668,10 +671,12 @@ class Engine:
         events: list[Event] = []
         for answering in list(self._answering.values()):
             request = answering.request
-            if request.most_tokens <= self._longest or not request.output_tokens:
-                continue    # one that has not begun is rejected by name if it can't fit
-            request.max_tokens = max(
-                self._longest - request.prompt_tokens, request.output_tokens)
+            room = self._longest - request.prompt_tokens
+            begun = request.state is RequestState.RUNNING or request.output_tokens
+            if request.most_tokens <= self._longest or not begun or (
+                    room < 1 and not request.output_tokens):
+                continue    # it is rejected by name
+            request.max_tokens = max(room, request.output_tokens)
             if request.max_tokens == request.output_tokens:
                 events += self._end(answering, FinishReason.LENGTH)
         return events
@@ -752,7 +757,7 @@ class Engine:
     def _anchor_ended(self, answering: Answering, reason: FinishReason) -> None:
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self._anchors.clear()     # asked again at the next iteration
-        elif self._anchors and all(a.finish is not None for a in self._anchors):
+        elif self._anchors and all(a.query.id not in self._answering for a in self._anchors):
             self.learner.give_anchors(
                 [(a.ids[:a.request.prompt_tokens], a.output) for a in self._anchors])
             self._anchors.clear()
@@ -780,6 +785,12 @@ class Engine:
             return []
         lack = self._memory.lacks(step)
         return self.learner.drop(lack) if lack else []    # with fewer corrections it may fit
+
+    def _is_overdue(self, now: float) -> bool:
+        """Whether the step is for corrections that have waited for too long."""
+        step = self._state.finetune
+        return (step is not None
+                and now - step.oldest_correction_at > self._settings.slo.freshness_s)
 
     def _stop_learning(self, profile: str) -> bool:
         """Let the learner begin anew what it trains into a profile; False while it is saved."""

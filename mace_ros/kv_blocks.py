@@ -9,8 +9,8 @@ import torch
 from mace_ros.answering import Answering
 from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, OBSERVED_TOKENS
-from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.execution.spans import FinetuneRows, OBSERVED_TOKENS
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
 from mace_ros.scheduling.residence import Residence
 

@@ -12,13 +12,11 @@ import torch
 from mace_ros.execution.hardware import free_memory, hardware, limit_kernel_caches
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress
-from mace_ros.execution.spans import BLOCK_TOKENS
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.settings import InvalidSetting, Settings
 from mace_ros.telemetry.device import DeviceCounters
 from mace_ros.telemetry.status import Hardware
 
-LEAST_KV_TOKENS = 256      # with less, there is nothing to serve
 CUDA_KV_SHARE = 0.5        # of the budget, at most, for a KV cache that can't shrink
 
 
@@ -30,12 +28,10 @@ def budget_bytes(settings: Settings, free: float) -> float:
 
 def check_budget(budget: MemoryBudget) -> None:
     """Raise :class:`InvalidSetting` if there is no room for a single short answer."""
-    least = -(-LEAST_KV_TOKENS // BLOCK_TOKENS)
-    needed = budget.planned(least)
-    if budget.kv_capacity < least:
+    if budget.total < budget.least:
         raise InvalidSetting(
             f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-            f'{needed / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
+            f'{budget.least / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
             'scheduler.max_batch_tokens, or memory.headroom_mb if it is 0')
 
 

@@ -53,8 +53,8 @@ class Warming:
         self._todo, self._known = [], -1
         for remembered in (self._systems, self._conversations):
             for (profile, _), ids in reversed(remembered.items()):
-                most_tokens -= len(ids)
-                if concerns(profile) and most_tokens >= 0:
+                if concerns(profile) and len(ids) <= most_tokens:
+                    most_tokens -= len(ids)
                     self._todo.append((profile, ids))
 
     def stop(self) -> None:

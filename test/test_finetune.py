@@ -37,9 +37,9 @@ from mace_ros.execution import finetune
 from mace_ros.execution.finetune import FinetuneStep, Preference, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
-from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.execution.spans import Span
 from mace_ros.execution.static_layers import StaticLayers
-from mace_ros.memory.block_pool import BlockPool
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.scheduling.plan import SegmentKind
 
 TOLERANCE = 1e-4

@@ -37,10 +37,10 @@ from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import LoadedModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
-from mace_ros.execution.spans import BLOCK_TOKENS, FinetuneRows, Span
+from mace_ros.execution.spans import FinetuneRows, Span
 from mace_ros.execution.static_pass import Bucket, buckets, StaticPasses
 from mace_ros.execution.support import context_length, UnsupportedModel
-from mace_ros.memory.block_pool import BlockPool
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 
 TOLERANCE = 1e-4
 TIE = 1e-4   # best logits closer than this may swap

@@ -38,9 +38,9 @@ from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.footprint import measure_footprint
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
-from mace_ros.execution.spans import BLOCK_TOKENS, Span
+from mace_ros.execution.spans import Span
 from mace_ros.memory import prefix
-from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
 from mace_ros.memory.budget import Footprint, Grant, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mace_ros.events import FinishReason, Query, Token
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import BASE_SLOT
-from mace_ros.execution.spans import BLOCK_TOKENS, OBSERVED_TOKENS, Span
+from mace_ros.execution.spans import OBSERVED_TOKENS, Span
 from mace_ros.execution.static_pass import Bucket
 from mace_ros.execution.support import longest_window
-from mace_ros.memory.block_pool import BlockPool
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.prefix import Prefix
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS, RECENT_TOKENS
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State

@@ -11,7 +11,7 @@ from mace_ros.execution.attention import whole_sequences
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.skeleton import run_layer
-from mace_ros.execution.spans import BLOCK_TOKENS
+from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.memory.budget import Footprint
 
 LENGTHS = (16, 64, 256, 512)     # of the sequences of which a layer's graph is counted

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-BLOCK_TOKENS = 16   # tokens per KV block
+from mace_ros.memory.block_pool import BLOCK_TOKENS
 
 # Tokens at the end of a prompt whose attention tells what of it the answer will need.
 OBSERVED_TOKENS = 32

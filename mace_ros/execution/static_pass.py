@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mace_ros.execution.attention import Row
-from mace_ros.execution.spans import BLOCK_TOKENS, cache_slots, FinetuneRows, Span
+from mace_ros.execution.spans import cache_slots, FinetuneRows, Span
+from mace_ros.memory.block_pool import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from mace_ros.execution.hybrid import HybridModel

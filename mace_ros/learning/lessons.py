@@ -82,17 +82,19 @@ class Lessons:
         kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
         must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
         replayed = turn(job.replayed, max(count - len(kept), 0), job.steps)
+        rejected = [(i, waiting, sample(waiting.record.prompt_ids, self._chat.answer(text)))
+                    for i, waiting in enumerate(job.corrections if finetune.objective == 'dpo'
+                                                else ())
+                    for text in texts(waiting.record)[1:]]
+        worse = [s for _, _, s in rejected]
+        most -= sum(len(s.tokens) for s in worse)
         must_be_right = first_within(must_be_right, most, at_least=len(job.samples))
         room = most - sum(len(s.tokens) for s in must_be_right)
         replayed = first_within([*turn(job.variants, 1, job.steps), *replayed], room)
         job.must_be_right = len(must_be_right)
-        preferences: list[Preference] = []
-        worse: list[Sample] = []
-        for i, waiting in enumerate(job.corrections if finetune.objective == 'dpo' else ()):
-            for text in texts(waiting.record)[1:]:
-                preferences.append(Preference(
-                    i, len(must_be_right) + len(worse), waiting.reference, finetune.dpo_beta))
-                worse.append(sample(waiting.record.prompt_ids, self._chat.answer(text)))
+        preferences = [
+            Preference(i, len(must_be_right) + k, waiting.reference, finetune.dpo_beta)
+            for k, (i, waiting, _) in enumerate(rejected)]
         return must_be_right + worse + replayed, preferences
 
 

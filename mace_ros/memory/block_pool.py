@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 import heapq
 
+BLOCK_TOKENS = 16       # of a KV block
 
 class OutOfBlocks(MemoryError):
     """More KV blocks were asked for than are free."""

@@ -7,8 +7,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+import math
+
+from mace_ros.memory.block_pool import BLOCK_TOKENS
 
 MB = 1_000_000
+LEAST_KV_TOKENS = 256      # with less, there is nothing to serve
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,14 @@ class MemoryBudget:
     """
 
     def __init__(self, footprint: Footprint, total: float, *, most_blocks: int,
-                 pass_tokens: int, rows: int) -> None:
-        """``total`` is in bytes and may be changed; no more than ``most_blocks`` are used."""
+                 pass_tokens: int, rows: int, resident: bool = False) -> None:
+        """
+        ``total`` is in bytes and may be changed; no more than ``most_blocks`` are used.
+
+        If the KV cache is ``resident``, it takes its memory whether blocks are used or not.
+        """
         self.footprint = footprint
+        self._resident = most_blocks * footprint.kv_block if resident else 0
         self.total = total
         self.learning = 0.0     # bytes granted to the current step
         self._most_blocks = most_blocks
@@ -110,7 +119,12 @@ class MemoryBudget:
     @property
     def fixed(self) -> float:
         """Bytes that are taken in any case."""
-        return self.footprint.adapters + self._pass
+        return self.footprint.adapters + self._pass + self._resident
+
+    @property
+    def least(self) -> float:
+        """The smallest total with which a short answer can be given."""
+        return self.planned(-(-LEAST_KV_TOKENS // BLOCK_TOKENS)) - self.learning
 
     @property
     def kv_capacity(self) -> int:
@@ -151,10 +165,13 @@ class MemoryBudget:
     @property
     def _block(self) -> float:
         # While a layer attends, what it reads of the cache is copied: keys and values, once.
-        return self.footprint.kv_block * (1 + 1 / self.footprint.layers)
+        return self.footprint.kv_block * (
+            (0 if self._resident else 1) + 1 / self.footprint.layers)
 
     def _room(self, held_blocks: int) -> float:
         return self.total - self.fixed - held_blocks * self._block
 
     def _blocks(self, room: float) -> int:
+        if room == math.inf:    # how much is free is not known
+            return self._most_blocks
         return int(max(min(room // self._block, self._most_blocks), 0))

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 import math
 from typing import TypeAlias
 
+from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import EMPTY, PassShape, PrefillChunk, Rejection, State
 from mace_ros.scheduling.request import Request
 from mace_ros.settings import Settings
-
-# Tokens of a KV block: what a request takes is rounded up to them.
-BLOCK_TOKENS = 16
 
 # Blocks beyond its prompt that must be free for a request to be admitted, so that it is not
 # soon preempted. Those that run keep one each, for their next tokens.
@@ -81,7 +79,7 @@ class Batcher:
         started: list[Request] = []
         context = 0
         due = next_due = math.inf
-        running, preempted = state.running, _too_many(state, now)
+        running, preempted = state.running, self._too_many(state, now)
         if preempted:
             running = [r for r in running if r not in preempted]
         for request in running:
@@ -119,7 +117,8 @@ class Batcher:
                       limits.max_batch_tokens, now)
         queue = _queue(started, state.waiting, batch, now)
         rejected: dict[Request, str] = {}
-        capacity = state.capacity_tokens or self.settings.memory.kv_cache_tokens
+        capacity = (self.settings.memory.kv_cache_tokens if state.capacity_tokens is None
+                    else state.capacity_tokens)
         if self.settings.slo.admission == 'reject':
             rejected = self._unreachable(queue, state, unclaimed, batch, now)
         too_large: list[Rejection] = []
@@ -160,13 +159,42 @@ class Batcher:
         rejections = [*(Rejection(r, reason) for r, reason in rejected.items()), *too_large]
         if not (rows or batch.chunks or preempted) and started and lacks_memory:
             # Prompts begun hold all the memory: one of them must let the others go on.
-            preempted = (max(started, key=lambda r: _rank(r, now)),)
+            preempted = (max(started, key=lambda r: self._rank(r, now)),)
         return Batch(
             decode=tuple(rows), prefill=tuple(batch.chunks), rejected=tuple(rejections),
             preempted=preempted, lacks_memory=lacks_memory,
             shape=batch.shape, seconds=self._cost.pass_s(*batch.shape), due=due,
             next_due=next_due, waits=crowded or bool(preempted) or len(queue) > len(rejections),
             free_tokens=_tokens(unclaimed))
+
+    def _too_many(self, state: State, now: float) -> tuple[Request, ...]:
+        """Return who must give up its blocks for the next tokens of the others to fit."""
+        free = state.free_tokens // BLOCK_TOKENS
+        if free >= len(state.running):
+            return ()     # enough for a block each
+        leaving: list[Request] = []
+        staying = sorted(state.running, key=lambda r: self._rank(r, now))
+        need = sum([r.is_decoding and _lacks(r) for r in staying])
+        while need > free and staying:
+            last = staying.pop()
+            leaving.append(last)
+            free += state.frees(last)
+            need -= last.is_decoding and _lacks(last)
+        return tuple(leaving)
+
+    def _rank(self, request: Request, now: float) -> tuple[float, float, float]:
+        """
+        Return the key by which requests keep their blocks, the first ones first.
+
+        What is preempted is computed again. Of those that have the time for it, the one leaves
+        first for which that is least; then the one that will be late by least.
+        """
+        if now - request.arrival > PATIENCE * request.ttft_slo:
+            return -math.inf, request.arrival, 0.0
+        known = request.known_tokens
+        slack = request.deadline - now - self._cost.pass_s(
+            prefill_tokens=known, prefill_context=known * known // 2)
+        return -request.priority, min(slack, 0.0), -known
 
     def _unreachable(
         self, queue: list[_Place], state: State, free: int, batch: _Pass, now: float,
@@ -228,30 +256,6 @@ def admission_blocks(request: Request) -> int:
     """Return the blocks that must be free for a request to begin."""
     return _growth(request, min(
         request.known_tokens + AHEAD_BLOCKS * BLOCK_TOKENS, request.most_tokens))
-
-
-def _rank(request: Request, now: float) -> tuple[float, float, float]:
-    """Return the key by which requests keep their blocks, the first ones first."""
-    arrival = request.arrival
-    if now - arrival > PATIENCE * request.ttft_slo:
-        return -math.inf, arrival, arrival
-    return -request.priority, request.deadline, arrival
-
-
-def _too_many(state: State, now: float) -> tuple[Request, ...]:
-    """Return who must give up its blocks for the next tokens of the others to fit."""
-    free = state.free_tokens // BLOCK_TOKENS
-    if free >= len(state.running):
-        return ()     # enough for a block each
-    leaving: list[Request] = []
-    staying = sorted(state.running, key=lambda r: _rank(r, now))
-    need = sum([r.is_decoding and _lacks(r) for r in staying])
-    while need > free and staying:
-        last = staying.pop()
-        leaving.append(last)
-        free += state.frees(last)
-        need -= last.is_decoding and _lacks(last)
-    return tuple(leaving)
 
 
 # Rank, latest start, arrival, position and waiting flag of a request without first token.

@@ -67,10 +67,14 @@ class MemoryKeeper:
         return self.budget.step_tokens(most, held_blocks=self._residence.pool.held_blocks)
 
     def change(self, total: float) -> None:
-        """Set another budget, in bytes; a step that no longer fits begins anew."""
-        self.budget.total = total
+        """
+        Set another budget, in bytes; a step that no longer fits begins anew.
+
+        With less than the least, nothing could be served: that much is taken in any case.
+        """
+        self.budget.total = max(total, self.budget.least)
         self._limit()
-        if self.budget.planned(self._residence.pool.held_blocks) > total:
+        if self.budget.planned(self._residence.pool.held_blocks) > self.budget.total:
             self._give_up()
 
     def allows(self, step: StepMemory | None) -> bool:
@@ -105,12 +109,16 @@ class MemoryKeeper:
         return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
                 f'{needed / MB:.0f} are needed to learn {sum(step.lengths)} tokens at once')
 
-    def planned(self, lacks_memory: bool) -> bool:
+    def planned(self, lacks_memory: bool, *, overdue: bool = False) -> bool:
         """
         Hear whether requests lack memory.
 
-        Returns whether learning made room, so that a new plan may do more.
+        Returns whether learning made room, so that a new plan may do more. A step that is
+        ``overdue`` keeps what it has, or under lasting pressure it would begin again for ever.
         """
+        if overdue:
+            self._yielded = False
+            return False
         self._yielded = lacks_memory and self._yielded
         return lacks_memory and self._give_up()
 

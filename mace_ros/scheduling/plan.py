@@ -56,7 +56,7 @@ class State:
 
     ``waiting`` and ``running`` are in order of arrival. ``free_tokens`` is how many
     tokens the KV cache can still take on; negative if some must leave. Of its
-    ``capacity_tokens``, 0 is unknown. ``frees`` says how many blocks preempting a request
+    ``capacity_tokens``, None is unknown. ``frees`` says how many blocks preempting a request
     makes free.
     """
 
@@ -64,7 +64,7 @@ class State:
     running: list[Request] = field(default_factory=list)
     finetune: FinetuneWork | None = None
     free_tokens: int = 0
-    capacity_tokens: int = 0
+    capacity_tokens: int | None = None
     frees: Callable[[Request], int] = _all_blocks
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+import math
 import os
 from pathlib import Path
 import sys
@@ -128,11 +129,21 @@ def study_of(args: argparse.Namespace) -> Study:
     target = Target(args.device, args.model, args.power_mode, args.weight_bytes,
                     args.calibration)
     target.check_memory(settings)
-    loads = () if args.loads == 'none' else tuple(float(f) for f in args.loads.split(','))
+    loads = _loads(args.loads)
     return Study(
         target, source, settings, policies, args.requests, args.learning,
         Mistakes(share=args.corrections, longest=settings.finetune.max_sample_tokens),
         args.sample_tokens, loads, args.load_requests, args.seed)
+
+
+def _loads(text: str) -> tuple[float, ...]:
+    try:
+        loads = () if text == 'none' else tuple(float(f) for f in text.split(','))
+    except ValueError:
+        loads = (0.0,)
+    if not all(0.0 < load < math.inf for load in loads):
+        raise InvalidSetting(f'--loads: {text!r} is neither none nor numbers above 0, with commas')
+    return loads
 
 
 def _value(text: str) -> tuple[str, Any]:

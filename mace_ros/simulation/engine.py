@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import math
 
-from mace_ros.memory.block_pool import BlockPool
-from mace_ros.scheduling.batching import admission_blocks, BLOCK_TOKENS
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
+from mace_ros.scheduling.batching import admission_blocks
 from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, State
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.residence import Residence

@@ -128,4 +128,5 @@ def yaml(study: Study, tuning: Tuning) -> str:
 def _literal(value: Value) -> str:
     if isinstance(value, bool):
         return 'true' if value else 'false'
-    return f"'{value}'" if isinstance(value, str) else repr(value)
+    quoted = str(value).replace("'", "''")
+    return f"'{quoted}'" if isinstance(value, str) else repr(value)

@@ -120,6 +120,10 @@ class Health:
                 queue_depth=status.queue_depth, prefilling=status.prefilling,
                 decode_rows=status.decode_rows, kv_use=status.kv_use,
                 busy_share=status.statistics.busy_share)
+            asked_mb = settings.memory.budget_mb
+            if 0.0 < asked_mb < status.budget_mb - 1.0:
+                found.add(Level.WARN, f'memory.budget_mb: {asked_mb:.0f} MB were asked for, '
+                          f'{status.budget_mb:.0f} are the least')
             silent_s = now - status.now
             if silent_s > max(STALLED_S, STALLED_SAMPLES / settings.monitor.rate_hz):
                 found.add(Level.ERROR, f'an iteration takes {silent_s:.0f} s already')
