@@ -25,12 +25,14 @@ from typing import Any
 from bench.node import NodeProcess, own_domain, PERIOD_S, ROOT
 from bench.report import summary
 from bench.results import Check, check, paired, percentile, Recorder, Reported, Result, Table
+from mace_ros.settings import Settings
 
 BURST = 200
 LOAD = 8                # answers at once while the cost of watching is measured
 LONG = 'Repeat this: こんにちは 🤖'     # what the packaged model repeats without end
 START_S, END_S = 250.0, 400.0
 WATCH_HZ = 10.0
+DEFAULT_HZ = Settings().monitor.rate_hz
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
         # One thread computes; who asks and who watches have the other cores.
         node = NodeProcess(Path(folder), {
-            'model.threads': 1, 'monitor.rate_hz': WATCH_HZ, 'finetune.budget': 0.0})
+            'model.threads': 1, 'finetune.budget': 0.0})
         try:
             from mace_ros.ros.client import MaceClient
 
@@ -128,6 +130,7 @@ def watched(client: Any, pairs: int, seconds: float) -> list[dict[str, Any]]:
     for pair in range(pairs):
         # Whoever comes first is another one each time: what drifts, drifts for both.
         for watching in ((False, True) if pair % 2 else (True, False)):
+            set_rate(client, WATCH_HZ if watching else DEFAULT_HZ)
             monitor = start_monitor() if watching else None
             try:
                 rate = tokens_per_s(client, seconds)
@@ -138,6 +141,22 @@ def watched(client: Any, pairs: int, seconds: float) -> list[dict[str, Any]]:
             blocks.append({'pair': pair, 'watching': watching, 'tokens_per_s': rate})
             print(f'{"watched" if watching else "alone"}: {rate:.1f} tokens/s', flush=True)
     return blocks
+
+
+def set_rate(client: Any, rate_hz: float) -> None:
+    """Have the node tell what it does so often."""
+    from rcl_interfaces.srv import SetParameters
+    from rclpy.parameter import Parameter
+
+    service = client.node.create_client(SetParameters, '/mace/set_parameters')
+    service.wait_for_service(30.0)
+    answered = threading.Event()
+    done = service.call_async(SetParameters.Request(parameters=[
+        Parameter('monitor.rate_hz', value=rate_hz).to_parameter_msg()]))
+    done.add_done_callback(lambda _: answered.set())
+    if not answered.wait(30.0) or not all(r.successful for r in done.result().results):
+        raise RuntimeError('monitor.rate_hz could not be set')
+    client.node.destroy_client(service)
 
 
 def start_monitor() -> subprocess.Popen[str]:

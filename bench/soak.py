@@ -86,7 +86,7 @@ class Soak:
         self._random = random.Random(4)
         self._answers: list[Any] = []
         self._learning: list[Any] = []
-        self._asked = self._cancelled = self._changed = 0
+        self._asked = self._cancelled = self._changed = self._made = self._refused = 0
         self._ended: list[Any] = []
         self._queue_depth = 0
         self._samples: list[dict[str, float]] = []
@@ -135,7 +135,8 @@ class Soak:
         states = Counter(s.state for one in self._learning for s in one.statuses)
         return {
             'rate': rate, 'asked': self._asked, 'cancelled': self._cancelled,
-            'changes': self._changed, 'responses': len(self._ended), 'served': len(served),
+            'changes': self._changed, 'changes_refused': self._refused + self._changed - self._made,
+            'responses': len(self._ended), 'served': len(served),
             'broken': sorted({r.error for r in self._ended
                               if r.finish_reason == Response.ERROR}),
             'slo_met': sum(r.slo_met for r in served),
@@ -179,7 +180,12 @@ class Soak:
         self._changed += 1
         self._parameters.call_async(SetParameters.Request(parameters=[
             Parameter(name, value=value).to_parameter_msg()
-            for name, value in self._random.choice(CHANGES).items()]))
+            for name, value in self._random.choice(CHANGES).items()],
+        )).add_done_callback(self._count_refusals)
+
+    def _count_refusals(self, done: Any) -> None:
+        self._made += 1
+        self._refused += sum(not result.successful for result in done.result().results)
 
     def _collect(self) -> None:
         complete = [a for a in self._answers if a.is_complete()]
@@ -218,6 +224,8 @@ def checks(samples: dict[str, Any]) -> list[Check]:
               f'{samples["cancelled"]} cancelled'),
         check('corrections acknowledged', samples['acknowledged'] / max(samples['corrections'], 1),
               '1 to 1', f'{samples["corrections"]} corrections'),
+        check('parameter changes refused', float(samples['changes_refused']), '<= 0',
+              f'of {samples["changes"]}'),
         check('errors in the log, and answers that broke off',
               float(failures + len(samples['broken'])), '<= 0',
               '; '.join(samples['broken']) or f'{samples["changes"]} parameter changes')]

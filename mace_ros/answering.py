@@ -68,7 +68,8 @@ class Answering:
 
     def _chunk(self, text: str, *, last: bool = False) -> Token:
         self.chunks += 1
-        return Token(self.query.id, self.chunks - 1, text, last or self.finish is not None)
+        return Token(self.query.id, self.chunks - 1, text, last or self.finish is not None,
+                     self.query.origin)
 
     def finished(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
                  error: str = '') -> Finished:
@@ -86,7 +87,8 @@ class Answering:
             queue_ms=_ms(request.arrival, request.started_at),
             ttft_ms=_ms(request.arrival, request.first_token_at), tpot_ms=tpot * 1e3,
             e2e_ms=_ms(request.arrival, now),
-            slo_met=reason in (FinishReason.STOP, FinishReason.LENGTH) and request.slo_met)
+            slo_met=reason in (FinishReason.STOP, FinishReason.LENGTH) and request.slo_met,
+            origin=self.query.origin)
 
 
 def begin(query: Query, arrival: float, conversation: Conversation, chat: ChatText,

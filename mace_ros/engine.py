@@ -79,6 +79,7 @@ from mace_ros.validation import (
     checked_correction,
     checked_query,
     CorrectionDoor,
+    MAX_ID,
     MAX_UNWRITTEN,
 )
 from mace_ros.warming import Warming
@@ -186,6 +187,7 @@ class Engine:
         self.learner.condemn = self._condemn
         self._budget = settings.finetune.budget     # in force, by drift
         self._inbox: deque[Callable[[], list[Event]]] = deque()
+        self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
         self._answering: dict[str, Answering] = {}
         self._anchors: list[Answering] = []
@@ -230,7 +232,13 @@ class Engine:
 
     def submit(self, query: Query) -> None:
         """Take a query; exactly one :class:`Finished` will follow."""
-        arrival = self._clock()
+        arrival, limit = self._clock(), self._settings.scheduler.max_queue
+        if len(self._inbox) >= limit:    # an iteration takes so long, or hangs
+            refused = self._not_begun(
+                replace(query, id=query.id or str(uuid.uuid4())), arrival, FinishReason.REJECTED,
+                ErrorCode.OVERLOADED, f'{limit} messages wait already (scheduler.max_queue)')
+            self._enqueue(lambda: [refused])
+            return
         self._enqueue(lambda: self._admit(query, arrival))
 
     def cancel(self, query_id: str) -> None:
@@ -318,7 +326,10 @@ class Engine:
         goes on with them.
         """
         with phase_of(self._trace, 'iteration'):
-            iteration = self._step()
+            wake_at = self._step(self._unsaid)
+        # Not before: of an iteration that fails, what it has to say is said by the next one.
+        events, self._unsaid = self._unsaid, []
+        iteration = Iteration(events, wake_at)
         return iteration if self._trace is None else self._traced(self._trace, iteration)
 
     def _traced(self, trace: Trace, iteration: Iteration) -> Iteration:
@@ -334,16 +345,16 @@ class Engine:
         self._trace = None
         trace.finish(self._state.waiting)
 
-    def _step(self) -> Iteration:
+    def _step(self, events: list[Event]) -> float | None:
+        """Run an iteration, and add what it has to say; return when to call again."""
         if self._hopeless is not None:
             raise self._hopeless
-        events: list[Event] = []
         if self._begun is not None:
             (plan, pass_s), self._begun = self._begun, None
             self._finish(plan, pass_s, events)
-            return Iteration(events, self._clock())
+            return self._clock()
         with phase_of(self._trace, 'take in'):
-            events += self._take_in()
+            self._take_in(events)
             events += self._rollbacks.advance(may_begin=self._stop_learning)
             self.learner.held = self._rollbacks.profile
             try:
@@ -357,7 +368,7 @@ class Engine:
             tidy(self._journal, self._store, self._settings.storage.max_versions)
         if events and not self._spoke:     # before the pass; but messages must not hold it up
             self._spoke = True
-            return Iteration(events, self._clock())
+            return self._clock()
         self._spoke = False
         if self.learner.drift.moved:
             self._share_out()
@@ -365,7 +376,7 @@ class Engine:
         if self.learner.wants_anchors and not self._anchors:
             self._ask_anchors()
         events += self._take_step()
-        self._blocks.move(self.learner.step)
+        events += self._move_blocks()
         self._residence.refresh()
         now = self._clock()
         with phase_of(self._trace, 'plan'):
@@ -376,14 +387,14 @@ class Engine:
                 ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
                 rejection.reason)
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
-            return Iteration(events, now)     # and plan again, with more memory
+            return now     # and plan again, with more memory
         self._check_when_idle()
         if not plan.is_empty:
             if self._trace is not None:
                 self._trace.planned(plan)
             self._run(plan, events)
-            return Iteration(events, now)
-        return Iteration(events, now if events else plan.wake_at)
+            return now
+        return now if events else plan.wake_at
 
     def status(self) -> Status:
         """Return what is going on between two iterations."""
@@ -412,7 +423,8 @@ class Engine:
         """Cancel what runs, and hear all that the journal has to say; may be gone on from."""
         # What it was given before is through when this is, or has failed.
         self._journal.submit(lambda _: None).exception()
-        events = self._take_in()
+        events, self._unsaid = self._unsaid, []
+        self._take_in(events)
         for answering in list(self._answering.values()):
             events += self._end(answering, FinishReason.CANCELLED)
         if self._trace is not None:
@@ -427,7 +439,8 @@ class Engine:
         self._journal.close()
         gc.unfreeze()
         # What the journal finished meanwhile has put its last words into the inbox.
-        return events + self._take_in()
+        self._take_in(events)
+        return events
 
     def _share_out(self) -> None:
         """Let the scheduler know the settings, with what drift leaves of the budget."""
@@ -438,41 +451,40 @@ class Engine:
         self.scheduler.update(replace(
             settings, finetune=replace(finetune, budget=self._budget)))
 
-    def _take_in(self) -> list[Event]:
-        events: list[Event] = []
+    def _take_in(self, events: list[Event]) -> None:
         while self._inbox:
             events += self._inbox.popleft()()
-        return events
 
     # -- intake ----------------------------------------------------------------------
 
     def _admit(self, query: Query, arrival: float) -> list[Event]:
         query = replace(query, id=query.id or str(uuid.uuid4()))
         try:
-            query = checked_query(query, self._settings)
+            # First: what else is wrong with it is nothing that its namesake's asker should hear.
             if query.id in self._answering:
                 raise InvalidQuery(
                     ErrorCode.DUPLICATE_ID, f'id: {query.id!r} is being answered already')
+            query = checked_query(query, self._settings)
             limit = self._settings.scheduler.max_queue
             if self._queue_depth >= limit:
                 raise InvalidQuery(
                     ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
             if self._early.take(query.id, self._clock()):
-                return [Token(query.id, 0, '', True), Finished(
-                    query.id, query.conversation_id, '', FinishReason.CANCELLED,
-                    e2e_ms=(self._clock() - arrival) * 1e3)]
+                return [Token(query.id, 0, '', True, query.origin),
+                        self._not_begun(query, arrival, FinishReason.CANCELLED)]
             if query.reset_conversation:
                 self._conversations.reset(query.conversation_id)
             answering = begin(
                 query, arrival, self._conversations.get(query.conversation_id), self.chat,
                 self._settings.generation.system, self._longest)
         except InvalidQuery as error:
-            return [Finished(
-                query.id, query.conversation_id, '', FinishReason.REJECTED, error.code,
-                str(error), e2e_ms=(self._clock() - arrival) * 1e3)]
+            if error.code is not ErrorCode.DUPLICATE_ID:
+                self._early.ended(query.id)
+            return [self._not_begun(
+                query, arrival, FinishReason.REJECTED, error.code, str(error))]
         except Exception as error:    # such as a chat template that refuses the conversation
-            return [Finished(
-                query.id, query.conversation_id, '', FinishReason.ERROR, ErrorCode.INTERNAL,
+            return [self._not_begun(
+                query, arrival, FinishReason.ERROR, ErrorCode.INTERNAL,
                 f'{type(error).__name__}: {error}')]
         if self._reading is not None:
             self._end(self._reading, FinishReason.CANCELLED)     # later
@@ -480,6 +492,12 @@ class Engine:
         if answering.request.max_tokens == 0:
             return self._end(answering, FinishReason.LENGTH)
         return []
+
+    def _not_begun(self, query: Query, arrival: float, reason: FinishReason,
+                   code: ErrorCode = ErrorCode.NONE, error: str = '') -> Finished:
+        return Finished(
+            query.id, query.conversation_id, '', reason, code, error,
+            e2e_ms=(self._clock() - arrival) * 1e3, origin=query.origin)
 
     @property
     def _queue_depth(self) -> int:
@@ -497,7 +515,7 @@ class Engine:
 
     def _cancel(self, query_id: str) -> list[Event]:
         answering = self._answering.get(query_id)
-        if answering is None:
+        if answering is None and len(query_id) <= MAX_ID:
             self._early.cancelled(query_id, self._clock())
         if answering is None or answering.silent:
             return []
@@ -785,6 +803,14 @@ class Engine:
             return []
         lack = self._memory.lacks(step)
         return self.learner.drop(lack) if lack else []    # with fewer corrections it may fit
+
+    def _move_blocks(self) -> list[Event]:
+        """Let the KV cache follow its limit; learning may have taken the memory for that."""
+        try:
+            self._blocks.move(self.learner.step)
+        except Exception as error:    # requests are computed again, and go on
+            return self._learning_broke(error)
+        return []
 
     def _is_overdue(self, now: float) -> bool:
         """Whether the step is for corrections that have waited for too long."""

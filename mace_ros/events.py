@@ -91,6 +91,8 @@ class Query:
     priority: int = 0
     reset_conversation: bool = False
     no_learn: bool = False
+    # Who asked, where an id alone does not tell; its events bring it back. In no message.
+    origin: str = ''
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Token:
     index: int
     text: str
     last: bool
+    origin: str = ''
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Finished:
     tpot_ms: float = math.nan
     e2e_ms: float = math.nan
     slo_met: bool = False
+    origin: str = ''
 
 
 @dataclass(frozen=True)

@@ -68,14 +68,24 @@ class KvBlocks:
             self._pool.release(blocks)
 
     def move(self, step: FinetuneStep | None) -> None:
-        """After the KV cache shrank: move what lies beyond its end, and give that back."""
+        """
+        After the KV cache shrank: move what lies beyond its end, and give that back.
+
+        If there is no memory for that, what it holds is lost: who runs waits again, to be
+        computed anew, and the error goes on.
+        """
         pool = self._pool
         moved = pool.moves()
         if moved:
-            self._model.move_blocks(moved)
+            # The tables first: they must be right, whatever becomes of the content.
             self._residence.move(moved)
             for table in step.blocks if step is not None else ():
                 table[:] = [moved.get(b, b) for b in table]
+            try:
+                self._model.move_blocks(moved)
+            except BaseException:
+                self._residence.start_over()
+                raise
         if pool.limit < self._backed and pool.free_blocks >= 0:
             self._model.drop_blocks(pool.limit)
             self._backed = pool.limit

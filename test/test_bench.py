@@ -27,6 +27,19 @@ def test_help(module: str) -> None:
     assert done.stdout.startswith('usage: ')
 
 
+def test_a_short_soak_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
+    """Some seconds of what bench.soak does for half an hour; how memory grows it can't tell."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'bench.soak', '--minutes', '0.25', '--model', str(model_folder),
+         '--results', str(tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [result] = [json.loads(path.read_text()) for path in tmp_path.rglob('soak.json')]
+    holds = {each['name']: each['holds'] for each in result['checks']}
+    for name in ('responses per query', 'corrections acknowledged', 'parameter changes refused',
+                 'errors in the log, and answers that broke off'):
+        assert holds[name], done.stdout
+
+
 def test_check_compares_value_and_target() -> None:
     assert check('a', 1.0, '<= 1.15').holds
     assert not check('a', 1.2, '<= 1.15').holds

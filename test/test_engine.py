@@ -104,6 +104,12 @@ def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
     assert engine.free_kv_tokens == everything
 
 
+def answer_of(robot: Robot, query_id: str) -> Finished:
+    """Return the response to a query, which may have come before."""
+    return next((e for e in robot.events if isinstance(e, Finished) and e.query_id == query_id),
+                None) or robot.response(query_id)
+
+
 def test_answer_is_that_of_transformers_generate(robot: Robot, model_folder: Path) -> None:
     """The engine's greedy answer is generate's, token for token."""
     answer = robot.ask('What is the capital of France?', max_tokens=20)
@@ -159,6 +165,41 @@ def test_a_cancellation_may_come_before_its_query(robot: Robot) -> None:
     assert robot.ask('Hm?', id='early').output_tokens > 0
     engine.cancel('early')
     assert robot.ask('Hm?', id='early').output_tokens > 0
+
+
+def test_what_an_iteration_had_to_say_is_said_though_it_fails(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query gets its response, also those of an iteration that breaks off."""
+    engine, plan = robot.engine, robot.engine.scheduler.plan
+    broken: list[object] = []
+
+    def fail_once(*arguments: object) -> object:
+        if not broken:
+            broken.append(arguments)
+            raise RuntimeError('injected')
+        return plan(*arguments)    # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.scheduler, 'plan', fail_once)
+    engine.submit(Query('Hm?', id='fine'))
+    engine.step()
+    engine.submit(Query('', id='empty'))
+    engine._spoke = True       # as if it had just said something
+    with pytest.raises(RuntimeError, match='injected'):
+        for _ in range(3):
+            engine.step()
+    assert robot.response('empty').error_code is ErrorCode.EMPTY_TEXT
+    assert answer_of(robot, 'fine').output_tokens > 0
+
+
+def test_a_namesake_is_refused_for_its_name_whatever_else_is_wrong(robot: Robot) -> None:
+    """Or whoever asked first would take that for its own response."""
+    robot.engine.submit(Query('Hm?', id='mine', origin='me'))
+    robot.engine.submit(Query('', id='mine', top_p=7.0))
+    refused = robot.response('mine')
+    assert (refused.error_code, refused.origin) == (ErrorCode.DUPLICATE_ID, '')
+    ended = robot.response('mine')
+    assert (ended.error_code, ended.origin) == (ErrorCode.NONE, 'me')
+    assert {t.origin for t in robot.tokens('mine')} == {'me'}
 
 
 def test_of_early_cancellations_some_are_kept_for_a_while() -> None:

@@ -167,6 +167,47 @@ def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
         assert engine.free_kv_tokens == everything
 
 
+def test_a_cache_that_can_not_be_moved_is_computed_again(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When memory is short there may be none to move blocks: no answer is another one for it."""
+    with robot(settings, tmp_path / 'a') as roomy:
+        expected = answers(roomy, 6, max_tokens=150)
+    with robot(settings, tmp_path / 'b') as one:
+        engine, move, failed = one.engine, one.engine.model.move_blocks, []
+
+        def fail_once(moved: dict[int, int]) -> None:
+            if not failed:
+                failed.append(moved)
+                raise MemoryError('injected')
+            move(moved)
+
+        monkeypatch.setattr(engine.model, 'move_blocks', fail_once)
+        fixed = engine.status().planned_mb
+        for n in range(6):
+            engine.submit(Query(PROMPT.format(n), id=str(n), seed=n, max_tokens=150))
+        one.until(lambda e: isinstance(e, Token) and e.index == 60)
+        budget = fixed + 0.4 * (engine.status().planned_mb - fixed)
+        engine.update(engine.settings.updated({'memory.budget_mb': budget}))
+        assert {str(n): answer(one, str(n)).text for n in range(6)} == expected
+        assert failed
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        engine.step()
+
+
+def test_a_budget_below_the_least_is_the_least(settings: Settings, tmp_path: Path) -> None:
+    """What runs and what comes goes on: nobody waits for memory that never comes."""
+    with robot(settings, tmp_path) as one:
+        engine = one.engine
+        engine.submit(Query('Long?', id='long', max_tokens=100))
+        one.until(lambda e: isinstance(e, Token) and e.index == 5)
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.001}))
+        assert answer(one, 'long').output_tokens > 5
+        assert one.ask('Hm?').text
+        assert engine.status().budget_mb > 0.001
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        engine.step()
+
+
 def test_a_long_answer_ends_where_the_memory_ends(settings: Settings, tmp_path: Path) -> None:
     """One whose prompt and text fill what is left of the budget ends as LENGTH."""
     with robot(settings, tmp_path) as one:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import uuid
 
 from action_msgs.msg import GoalStatus
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from graph import ENVIRONMENT, wait_until
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
@@ -150,7 +151,7 @@ def test_zero_is_a_value_and_only_minus_one_is_the_default() -> None:
     (Query, msg.Query(), query_from), (Correction, msg.Correction(), correction_from)])
 def test_no_field_is_forgotten(kind: type, message: object, convert: Callable) -> None:
     types = message.get_fields_and_field_types()
-    assert set(types) == {'header', *(f.name for f in fields(kind))}
+    assert set(types) == {'header', *(f.name for f in fields(kind))} - {'origin'}
     samples = {'string': 'text', 'boolean': True, 'sequence<string>': ['text']}
     for name in set(types) - {'header'}:
         setattr(message, name, samples.get(types[name], 3))
@@ -172,7 +173,7 @@ def test_an_event_becomes_its_message(event: Event) -> None:
     assert isinstance(message, MESSAGE_TYPES[type(event)])
     assert message.header.stamp.sec == 5
     names = set(message.get_fields_and_field_types()) - {'header'}
-    assert names == {f.name for f in fields(event)}
+    assert names == {f.name for f in fields(event)} - {'origin'}
     for name in names:
         value = getattr(event, name)
         assert getattr(message, name) == (list(value) if isinstance(value, tuple) else value)
@@ -637,6 +638,25 @@ def test_a_wrong_start_ends_with_a_clear_line(
     [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
     assert reason in line
     assert 'Traceback' not in node.log
+
+
+def test_a_node_that_can_not_start_says_so_in_its_diagnostics(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it ends: launch starts it again, and whoever looks must see why."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    node = NodeProcess(tmp_path, namespace='/broken', **{'model.source': '/no/such/folder'})
+    with MaceClient('/broken/mace') as client:
+        heard: list[DiagnosticArray] = []
+        client.node.create_subscription(DiagnosticArray, '/diagnostics', heard.append, 100)
+        node.start()
+        try:
+            assert node.wait(120.0) == 1
+            errors = [s.message for array in heard for s in array.status
+                      if s.level == DiagnosticStatus.ERROR and s.name.startswith('broken/mace')]
+            assert any('/no/such/folder' in message for message in errors), heard
+        finally:
+            node.kill()
 
 
 def test_a_signal_ends_the_loading(mace: Mace, tmp_path: Path) -> None:

@@ -186,6 +186,10 @@ def test_a_topic_query_that_takes_a_goals_id_does_not_end_it(
         client._query.publish(msg.Query(id='mine', text='Hi'))
         eventually(lambda: recorder.of(
             Response, error_code=Response.DUPLICATE_ID), client, ANSWER_S)
+        # One that is wrong in another way as well, too.
+        client._query.publish(msg.Query(id='mine', text='', top_p=7.0))
+        eventually(lambda: len(recorder.of(
+            Response, error_code=Response.DUPLICATE_ID)) == 2, client, ANSWER_S)
     assert not generator.send('Hi', id='mine').accepted
     goal.cancel_goal_async()
     assert generator.result(goal)[1].finish_reason == Response.CANCELLED
@@ -511,6 +515,14 @@ def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProc
     # Nothing that was acknowledged is lost: of an id that was not known, this would be refused.
     accepted = {s.id for s in statuses if s.state == CorrectionStatus.ACCEPTED}
     assert len(accepted) > 5
+    # What can be learned of it is, and the rest fails: no text breaks the learning.
+    assert set_parameters(client, {'finetune.budget': 1.0}) == [(True, '')]
+    ended = (CorrectionStatus.LEARNED, CorrectionStatus.FAILED)
+    with Recorder(client, correction_status=CorrectionStatus) as recorder:
+        eventually(lambda: sum(s.state in ended for s in recorder.of(CorrectionStatus)) >= 5,
+                   client, ANSWER_S)
+    assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
+    assert 'Traceback' not in node.log
     for correction_id in accepted:
         again = client.correct('x', correction_id=correction_id, prompt='y', rejected='x')
         eventually(lambda s=again: s.statuses, client, ANSWER_S)

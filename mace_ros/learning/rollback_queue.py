@@ -31,6 +31,8 @@ from mace_ros.learning.rollback import (
 from mace_ros.learning.versions import VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 
+MAX_FAILURES = 3        # of the device, one after the other
+
 _Decided: TypeAlias = tuple[RolledBack, Mapping[str, Tensor] | None]
 
 
@@ -41,6 +43,7 @@ class _Wanted:
     reason: str
     done: Future[RolledBack]
     decided: Future[_Decided] | None = None     # by the journal, with what to serve
+    failures: int = 0
 
 
 class RollbackQueue:
@@ -90,7 +93,14 @@ class RollbackQueue:
             if not self._serve(outcome, tensors):
                 return []   # asked again: a slot becomes free when a request ends
         except Exception as broken:      # of the device
-            return self._refuse(broken)
+            wanted.failures += 1
+            if wanted.failures < MAX_FAILURES:
+                self._wake()
+                return []
+            # It is decided, and on disk: only this process goes on with the other one.
+            return self._refuse(RollbackRefused(
+                f'version {wanted.version} serves from the next start on; it could not be put '
+                f'into its slot now: {type(broken).__name__}: {broken}'))
         self._wanted.popleft()
         wanted.done.set_result(outcome)
         return self._told(outcome)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+import os
 import threading
 import time
 from typing import Any
@@ -161,6 +162,8 @@ class MaceClient:
         """
         self._own_context = context is None
         if context is None:
+            # rcl's own default is to run without security where it is on and there are no keys.
+            os.environ.setdefault('ROS_SECURITY_STRATEGY', 'Enforce')
             context = Context()
             context.init(args=[])
         self._context = context

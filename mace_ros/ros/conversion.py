@@ -73,7 +73,8 @@ def correction_from(message: msg.Correction) -> Correction:
 def message_from(event: Event, stamp: Time) -> Any:
     """Return the message that tells of an event; its fields have the event's names."""
     message = MESSAGE_TYPES[type(event)](
-        **{field.name: _plain(getattr(event, field.name)) for field in fields(event)})
+        **{field.name: _plain(getattr(event, field.name)) for field in fields(event)
+           if field.name != 'origin'})
     message.header.stamp = stamp
     return message
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 import uuid
@@ -16,19 +16,13 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile
 
 from mace_ros.action import Generate
-from mace_ros.events import ErrorCode, Event, Finished, Query, Token
+from mace_ros.events import Event, Finished, Query, Token
 from mace_ros.msg import Response
 from mace_ros.ros.conversion import query_from
 
 RESULT_S = 60           # a result is kept so long for those who ask late
 # Chunks come faster than most nodes spin; the default keeps ten.
 FEEDBACK = QoSProfile(depth=1000)
-
-
-@dataclass
-class _Goal:
-    handle: ServerGoalHandle
-    began: bool = False
 
 
 class GenerateServer:
@@ -42,7 +36,7 @@ class GenerateServer:
     def __init__(self, node: Node, put: Callable[[Query | str], None]) -> None:
         """``put`` takes a query, or the id of one to cancel, and returns at once."""
         self._node, self._put = node, put
-        self._goals: dict[str, _Goal] = {}      # by query id
+        self._goals: dict[str, ServerGoalHandle] = {}      # by origin
         self._server = ActionServer(
             node, Generate, '~/generate', lambda handle: None,
             goal_callback=self._may_start, handle_accepted_callback=self._start,
@@ -52,30 +46,27 @@ class GenerateServer:
     def hear(self, event: Event, message: Any) -> None:
         """Take an event and its message; from any thread."""
         if isinstance(event, Token):
-            goal = self._goals.get(event.query_id)
-            # What goes on is the answer to somebody else, who uses our id.
-            if goal is not None and (goal.began or event.index == 0):
-                goal.began = True
-                goal.handle.publish_feedback(Generate.Feedback(chunk=message))
+            handle = self._goals.get(event.origin)
+            if handle is not None:
+                handle.publish_feedback(Generate.Feedback(chunk=message))
         elif isinstance(event, Finished):
-            goal = self._goals.get(event.query_id)
-            if goal is None or (goal.began and event.error_code is ErrorCode.DUPLICATE_ID):
-                return    # the latter is for somebody else, who used our id
-            del self._goals[event.query_id]
+            handle = self._goals.pop(event.origin, None)
             # Where a cancellation comes in as well: they must not meet half-way.
             executor = self._node.executor
-            if executor is not None:     # none: the node has come to its end
-                executor.create_task(self._finish, goal.handle, message)
+            if handle is not None and executor is not None:     # none: the node has ended
+                executor.create_task(self._finish, handle, message)
 
     # -- in the thread that serves ROS -----------------------------------------------
 
     def _may_start(self, goal: Generate.Goal) -> GoalResponse:
-        return GoalResponse.REJECT if goal.query.id in self._goals else GoalResponse.ACCEPT
+        asked = {_query_id(handle) for handle in list(self._goals.values())}
+        return GoalResponse.REJECT if goal.query.id in asked else GoalResponse.ACCEPT
 
     def _start(self, handle: ServerGoalHandle) -> None:
-        query_id = _query_id(handle)
-        self._goals[query_id] = _Goal(handle)
-        self._put(replace(query_from(handle.request.query), id=query_id))
+        origin = str(uuid.UUID(bytes=bytes(handle.goal_id.uuid)))
+        self._goals[origin] = handle
+        self._put(replace(
+            query_from(handle.request.query), id=_query_id(handle), origin=origin))
 
     def _cancel(self, handle: ServerGoalHandle) -> CancelResponse:
         self._put(_query_id(handle))

@@ -46,10 +46,13 @@ class Intake:
             if self._engine is not None:
                 _hand_over(item, self._engine)
                 return
-            if not self._closed and len(self._waiting) < self._limit():
+            # A cancellation is short, and must not be lost for the number of queries.
+            most = self._limit() * (2 if isinstance(item, str) else 1)
+            if not self._closed and len(self._waiting) < most:
                 self._waiting.append(item)
                 return
-        self._refuse(_refusal(item, self._closed))
+            closed = self._closed
+        self._refuse(_refusal(item, closed))
 
     def open(self, engine: Engine) -> None:
         """Hand over what has waited, and from now on all that comes."""
@@ -81,7 +84,8 @@ def _refusal(item: Query | Correction | str, closed: str) -> list[Event]:
     reason = closed or 'the model is still being loaded, and too much waits for it already'
     if isinstance(item, Query):
         query_id = item.id or str(uuid.uuid4())
-        return [Finished(query_id, item.conversation_id, '', FinishReason.REJECTED, code, reason)]
+        return [Finished(query_id, item.conversation_id, '', FinishReason.REJECTED, code, reason,
+                         origin=item.origin)]
     if isinstance(item, Correction):
         return [CorrectionProgress(item.id, CorrectionState.REJECTED, reason)]
     return []

@@ -26,6 +26,7 @@ from mace_ros.telemetry.status import Hardware, Status
 from mace_ros.telemetry.window import Attainment
 
 DIAGNOSTICS_PERIOD_S = 1.0
+ATTAINMENT_PERIOD_S = 1.0
 RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 
 
@@ -38,17 +39,18 @@ class Monitor:
         self._node, self._health, self._settings, self._ask = node, health, settings, sample
         self._latency = node.create_publisher(msg.Latency, '~/latency', RELIABLE)
         self._scheduler = node.create_publisher(msg.Scheduler, '~/scheduler', RELIABLE)
-        self._diagnostics = node.create_publisher(DiagnosticArray, '/diagnostics', RELIABLE)
+        self.diagnostics = node.create_publisher(DiagnosticArray, '/diagnostics', RELIABLE)
         self.watch(Hardware())
-        self._status: Status | None = None
+        self._attainment = (-math.inf, Attainment())
         self._asked: Future[Status | None] | None = None
         # Steady: a robot that is looked at may live in simulated time, and it may stand still.
         clock = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = node.create_timer(self._period_s(), self._sample, clock=clock)
-        node.create_timer(DIAGNOSTICS_PERIOD_S, self._diagnose, clock=clock)
+        node.create_timer(DIAGNOSTICS_PERIOD_S, self.diagnose, clock=clock)
 
     def watch(self, hardware: Hardware) -> None:
         """Read the counters of that device from now on."""
+        self._status: Status | None = None      # rates are of one engine
         self._hardware_id = hardware.name or platform.node()
         self._counters = DeviceCounters(hardware)
 
@@ -80,14 +82,18 @@ class Monitor:
         self._status = status
         if status is None:
             return
-        attainment = self._health.window.attainment(
-            status.now, self._settings().monitor.window_s)
+        at, attainment = self._attainment
+        if status.now >= at + ATTAINMENT_PERIOD_S:    # it looks at all requests of the window
+            attainment = self._health.window.attainment(
+                status.now, self._settings().monitor.window_s)
+            self._attainment = status.now, attainment
         message = scheduler_message(status, before or status, attainment)
         message.learning_frozen = self._health.frozen
         message.header.stamp = self._node.get_clock().now().to_msg()
         self._scheduler.publish(message)
 
-    def _diagnose(self) -> None:
+    def diagnose(self) -> None:
+        """Publish how the node is; from any thread."""
         array = DiagnosticArray()
         array.header.stamp = self._node.get_clock().now().to_msg()
         name = self._node.get_fully_qualified_name().lstrip('/')
@@ -95,7 +101,7 @@ class Monitor:
             diagnostic_status(finding, name, self._hardware_id)
             for finding in self._health.findings(
                 self._status, self._counters.read(), self._settings(), time.monotonic())]
-        self._diagnostics.publish(array)
+        self.diagnostics.publish(array)
 
 
 def scheduler_message(status: Status, before: Status, attainment: Attainment) -> msg.Scheduler:

@@ -20,6 +20,7 @@ import time
 import traceback
 from typing import Any, TYPE_CHECKING
 
+from builtin_interfaces.msg import Time
 import rclpy
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.context import Context
@@ -56,6 +57,7 @@ from mace_ros.settings import InvalidSetting, Settings
 from mace_ros.storage import default_folder
 from mace_ros.telemetry.health import ACTIVE, Health
 from mace_ros.telemetry.status import Hardware, Status
+from mace_ros.validation import MAX_ID
 
 if TYPE_CHECKING:
     from mace_ros.engine import Engine
@@ -268,12 +270,13 @@ class MaceNode(LifecycleNodeMixin, Node):
     def _give_up(self, reason: str) -> None:
         self.get_logger().fatal(reason)
         self.failure = self._health.fault = reason
+        self._monitor.diagnose()    # the timer may not come to it any more
         self._intake.close(reason)
         self._on_failure()
 
     def _wait_until_heard(self) -> None:
         end = time.monotonic() + ACKNOWLEDGE_TIMEOUT_S
-        for publisher in self._outputs.values():
+        for publisher in (*self._outputs.values(), self._monitor.diagnostics):
             left = max(0.0, end - time.monotonic())
             try:
                 publisher.wait_for_all_acked(Duration(seconds=left))
@@ -322,13 +325,20 @@ class MaceNode(LifecycleNodeMixin, Node):
     def _publish(self, events: Sequence[Event]) -> None:
         stamp = self.get_clock().now().to_msg()
         for event in events:
-            due = self._latch.to_publish(event) if isinstance(event, VersionEvent) else [event]
-            for each in due:
-                message = message_from(each, stamp)
-                self._outputs[type(each)].publish(message)
-                self._goals.hear(each, message)
-            self._monitor.hear(event, stamp)
-            self._log(event)
+            try:
+                self._publish_one(event, stamp)
+            except Exception as error:      # the others must not be lost for it
+                self.get_logger().error(
+                    f'{type(event).__name__} could not be published: {error}')
+
+    def _publish_one(self, event: Event, stamp: Time) -> None:
+        due = self._latch.to_publish(event) if isinstance(event, VersionEvent) else [event]
+        for each in due:
+            message = message_from(each, stamp)
+            self._outputs[type(each)].publish(message)
+            self._goals.hear(each, message)
+        self._monitor.hear(event, stamp)
+        self._log(event)
 
     def _log(self, event: Event) -> None:
         """Say what happened; never what was asked or answered."""
@@ -343,19 +353,25 @@ class MaceNode(LifecycleNodeMixin, Node):
             else:
                 log.info(f'profile {event.profile!r} is served by the base model')
         elif isinstance(event, CorrectionProgress):
-            text = f'correction {event.id}: {event.state.name} {event.reason}'.rstrip()
+            text = f'correction {_shown(event.id)}: {event.state.name} {event.reason}'.rstrip()
             if event.state in (CorrectionState.REJECTED, CorrectionState.FAILED):
                 log.warning(text, throttle_duration_sec=1.0)
             else:
                 log.info(text)
         elif isinstance(event, Finished):
-            text = f'query {event.query_id}: {event.finish_reason.name} {event.error}'.rstrip()
+            text = (f'query {_shown(event.query_id)}: {event.finish_reason.name} '
+                    f'{event.error}').rstrip()
             if event.finish_reason is FinishReason.ERROR:
                 log.error(text, throttle_duration_sec=1.0)
             elif event.finish_reason is FinishReason.REJECTED:
                 log.warning(text, throttle_duration_sec=1.0)
             else:
                 log.debug(text)
+
+
+def _shown(text: str) -> str:
+    """Return an id as a line of the log may have it: whoever sent it may have meant harm."""
+    return text if text.isprintable() and len(text) <= MAX_ID else repr(text[:MAX_ID])
 
 
 USAGE = """\

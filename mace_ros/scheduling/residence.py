@@ -107,6 +107,12 @@ class Residence:
         self.preemptions += 1
         self._look_up(request)
 
+    def start_over(self) -> None:
+        """Let everybody wait, and nothing be found again: what the blocks hold is lost."""
+        for request in list(self._state.running):
+            self.preempt(request)
+        self.pool.forget()
+
     def leave(self, request: Request) -> None:
         """Let a request go, from wherever it is."""
         waits = request.state is RequestState.WAITING

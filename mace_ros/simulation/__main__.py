@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import math
 import os
 from pathlib import Path
+import re
 import sys
 from typing import Any
 
@@ -29,6 +30,11 @@ from mace_ros.simulation.replay import DoesNotFit, Target
 from mace_ros.simulation.study import run, Source, Study, tasks_of
 
 THIS_MACHINE = 'this-machine'
+# Parameters that a replay depends on.
+SIMULATED = re.compile(
+    r'(scheduler|slo)\..*|adapter\.(rank|slots)|memory\.kv_cache_tokens|monitor\.slo_target|'
+    r'finetune\.(budget|min_share|max_blocking_ms|period_s|period_steps|replay_samples|recompute|'
+    r'max_sample_tokens)')
 COMPARED = 'mace,periodic,continuous,inference_only'
 
 
@@ -106,7 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def study_of(args: argparse.Namespace) -> Study:
     """Return the study that the options ask for; raises what :func:`main` catches."""
-    settings = Settings().updated(dict(_value(each) for each in args.set))
+    changes = dict(_value(each) for each in args.set)
+    for name in sorted(n for n in changes if not SIMULATED.fullmatch(n)):
+        print(f'--set {name}: it is not simulated, and only passed on', file=sys.stderr)
+    settings = Settings().updated(changes)
     policies = tuple(args.policy.split(','))
     for policy in policies:
         if policy not in POLICIES:
