@@ -26,7 +26,9 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
 
 def reported(samples: Mapping[str, Any]) -> list[Reported]:
     """Return the numbers that nothing hangs on."""
-    return [*_training_reported(samples.get('training', [])),
+    return [*_sharing_reported(samples.get('sharing', [])),
+            *_budget_reported(samples.get('budget', [])),
+            *_training_reported(samples.get('training', [])),
             *_pruning_reported(samples.get('pruning', {}))]
 
 
@@ -72,6 +74,18 @@ def _sharing_checks(rows: Rows) -> list[Check]:
         check('TTFT p50, sharing on / off', waited.median, '<= 0.65', waited.spread)]
 
 
+def _sharing_reported(rows: Rows) -> list[Reported]:
+    texts: defaultdict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for row in rows:
+        texts[row['repeat'], row['conversation'], row['turn']].add(row['text'])
+    if not texts:
+        return []
+    # Of a conversation: after another word, all that follows may be another one.
+    return [Reported('answers that are the same with sharing on and off',
+                     statistics.fmean(len(found) == 1 for found in texts.values()),
+                     note='in 8 bits: other products, other rounding')]
+
+
 def _sharing_table(rows: Rows) -> Table:
     made = [[turn + 1, *(value for shares in (False, True) for value in (
         _median(_where(rows, turn=turn, sharing=shares), 'prefill_tokens'),
@@ -82,6 +96,12 @@ def _sharing_table(rows: Rows) -> Table:
         ['turn', 'tokens computed, off', 'TTFT ms, off', 'tokens computed, on', 'TTFT ms, on'],
         made, 'Medians over all conversations; of the first one of a repeat, whose system prompt '
         'nobody has computed yet, too.')
+
+
+def _budget_reported(rows: Rows) -> list[Reported]:
+    limited = _where(rows, limited=True)
+    return [Reported('corrections learned within the budget, of one each',
+                     statistics.fmean(r['learned'] for r in limited))] if limited else []
 
 
 # -- one budget --------------------------------------------------------------------------

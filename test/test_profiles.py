@@ -96,3 +96,16 @@ def test_the_order_of_the_rows_does_not_matter(robot: Robot) -> None:
         assert batch(robot, dict.fromkeys(order, QUESTION), max_tokens=20)[1] == plain
     mixed = {'ann': QUESTION, 'bob': OTHERS[0], 'stranger': OTHERS[1]}
     assert batch(robot, mixed, max_tokens=20)[1]['ann'] == plain['ann']
+
+
+def test_what_was_computed_for_one_is_not_found_by_another(robot: Robot) -> None:
+    """Keys and values made under one adapter are wrong under another, and are not shared."""
+    system = 'You are a robot in a garden. ' * 8
+
+    def shared(profile: str, question: str) -> int:
+        before = robot.engine.status().shared_tokens
+        batch(robot, {profile: question}, system=system, max_tokens=1)
+        return robot.engine.status().shared_tokens - before
+
+    assert [shared(profile, 'Hm?') for profile in PROFILES] == [0, 0, 0]
+    assert all(shared(profile, 'And now?') > 50 for profile in PROFILES)

@@ -80,9 +80,9 @@ _NANO = 'NVIDIA Jetson Orin Nano Series data sheet'
 _THOR = 'NVIDIA Jetson Thor: T5000 module specifications'
 _H100 = 'NVIDIA H100 Tensor Core GPU data sheet (SXM)'
 
-# A probe of device graphs on one H100, before this engine was written: 9.5 ms for a token of an 8B model, whose weights
-# take 5.0 ms to read; 0.38 ms for the forward and 0.9 ms for the recomputed backward of one
-# of its layers with 256 tokens.
+# A probe of device graphs on one H100, before this engine was written: 9.5 ms for a token of an
+# 8B model, whose weights take 5.0 ms to read; 0.38 ms for the forward and 0.9 ms for the
+# recomputed backward of one of its layers with 256 tokens.
 _H100_LAYER = Number(100.0, 'from a probe of device graphs on an H100, not of this engine')
 _H100_TRAINING = Number(200.0, 'from a probe of device graphs on an H100, not of this engine')
 _JETSON_LAYER = Number(
