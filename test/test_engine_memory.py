@@ -214,11 +214,11 @@ def test_a_long_answer_ends_where_the_memory_ends(settings: Settings, tmp_path: 
         engine = one.engine
         fixed = engine.status().planned_mb
         engine.submit(Query('Long?', id='long', max_tokens=2000))
-        one.until(lambda e: isinstance(e, Token) and e.index == 100)
+        one.until(lambda e: isinstance(e, Token) and e.index == 400)
         half = fixed + 0.5 * (engine.status().planned_mb - fixed)
         engine.update(engine.settings.updated({'memory.budget_mb': half}))
         ended = one.response('long')
-        assert ended.finish_reason is FinishReason.LENGTH and 100 <= ended.output_tokens < 200
+        assert ended.finish_reason is FinishReason.LENGTH and 400 <= ended.output_tokens < 500
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         engine.step()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import json
 import math
 from pathlib import Path
+import time
 from typing import Any
 
 import pytest
@@ -36,13 +37,17 @@ def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     made.close()
 
 
-def run(engine: Engine, until: Any, steps: int = 20000) -> list[Any]:
+def run(engine: Engine, until: Any, seconds: float = 60.0) -> list[Any]:
     """Step until something is true of the events so far; return them."""
     events: list[Any] = []
-    for _ in range(steps):
-        events += engine.step().events
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        iteration = engine.step()
+        events += iteration.events
         if until(events):
             return events
+        if iteration.wake_at is None:    # the journal is at work
+            time.sleep(0.001)
     raise AssertionError('it did not happen')
 
 
