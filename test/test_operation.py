@@ -506,7 +506,7 @@ def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProc
     assert len(responses) == 2000
     assert all(r.error for r in responses if r.finish_reason == Response.REJECTED)
     assert [r.error for r in responses if r.finish_reason == Response.ERROR] == []
-    assert sum(r.finish_reason in (Response.STOP, Response.LENGTH) for r in responses) > 20
+    assert sum(r.finish_reason in (Response.STOP, Response.LENGTH) for r in responses) > 10
     assert all(s.reason for s in statuses if s.state == CorrectionStatus.REJECTED)
     assert 'Traceback' not in node.log
     after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
