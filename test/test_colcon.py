@@ -70,7 +70,8 @@ def test_colcon_test_passes(workspace, environment):
 
 @pytest.mark.timeout(600)
 def test_built_node_answers(workspace, environment, monkeypatch):
-    monkeypatch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     installed = 'install/mace_ros'
     run = (
         f'. install/setup.bash && exec {installed}/lib/mace_ros/mace_node --ros-args '
