@@ -120,7 +120,7 @@ def validation_text() -> str:
         return 'The simulator was not compared with the real engine.'
     errors = ', '.join(f'{name} {error:+.1%}' for name, error in found['errors'].items())
     return (f'Simulated against the real engine ({found["model"]} on {found["machine"]}, '
-            f'{found["blocks"]} blocks of {found["requests"]} requests, median error): {errors}. '
+            f'{found["blocks"]} blocks of {found["requests"]} requests): {errors}. '
             'No Jetson was at hand to compare with.')
 
 
