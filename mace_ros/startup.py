@@ -46,7 +46,8 @@ def load(settings: Settings, progress: Progress,
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs alone, not for {device}')
     if device == 'cpu':
-        torch.set_num_threads(model.threads or os.cpu_count() or 1)
+        # Not cpu_count(): who pins the node to some cores leaves the others to the robot.
+        torch.set_num_threads(model.threads or len(os.sched_getaffinity(0)))
         limit_kernel_caches()
     loaded = load_model(
         model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
