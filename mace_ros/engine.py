@@ -43,6 +43,7 @@ from mace_ros.events import (
 from mace_ros.execution.calibration import measure
 from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.footprint import measure_footprint
+from mace_ros.execution.hardware import return_free_memory
 from mace_ros.execution.loading import Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
@@ -189,6 +190,7 @@ class Engine:
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
+        self._fragmented = False    # the heap, by the steps of a job that has ended
         self._answering: dict[str, Answering] = {}
         self._anchors: list[Answering] = []
         self._warming = Warming()
@@ -366,6 +368,7 @@ class Engine:
                 self._published(event.profile)
         if any(isinstance(event, VersionEvent) for event in events):
             tidy(self._journal, self._store, self._settings.storage.max_versions)
+            self._fragmented = True
         if events and not self._spoke:     # before the pass; but messages must not hold it up
             self._spoke = True
             return self._clock()
@@ -700,8 +703,11 @@ class Engine:
         return events
 
     def _check_when_idle(self) -> None:
-        """Account for every KV block when the last request has gone."""
+        """Account for every KV block when the last request has gone, and for freed memory."""
         idle = not self._state.has_requests
+        if idle and self._fragmented:
+            self._fragmented = False
+            return_free_memory()
         if idle and not self._was_idle:
             step = self.learner.step
             self._pool.check(step.blocks if step is not None else ())
