@@ -25,7 +25,7 @@ from mace_ros.settings import Settings
 
 # Blocks beyond its prompt that must be free for a request to be admitted, so that it is not
 # soon preempted. Those that run keep one each, for their next tokens.
-AHEAD_BLOCKS = 2
+AHEAD_BLOCKS = 4
 
 # The least worth computing of a prompt at once, unless less is left of it.
 LEAST_CHUNK = 16
@@ -187,14 +187,14 @@ class Batcher:
         Return the key by which requests keep their blocks, the first ones first.
 
         What is preempted is computed again. Of those that have the time for it, the one leaves
-        first for which that is least; then the one that will be late by least.
+        first that holds the most, so that few have to; then the one that will be late by least.
         """
         if now - request.arrival > PATIENCE * request.ttft_slo:
             return -math.inf, request.arrival, 0.0
         known = request.known_tokens
         slack = request.deadline - now - self._cost.pass_s(
             prefill_tokens=known, prefill_context=known * known // 2)
-        return -request.priority, min(slack, 0.0), -known
+        return -request.priority, min(slack, 0.0), known
 
     def _unreachable(
         self, queue: list[_Place], state: State, free: int, batch: _Pass, now: float,
