@@ -681,9 +681,15 @@ def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace)
     wrong = mace.ask('What is your favourite colour?', max_tokens=4)
     waiting = mace.client.correct('Orange.', query_id=wrong.query_id)
     assert waiting.wait(CorrectionStatus.ACCEPTED, ANSWER_S).state == CorrectionStatus.ACCEPTED
-    mace.kill()
+    with MaceClient() as watching:
+        watching.wait_until_ready(30.0)
+        lost = watching.ask(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
+        next(lost.stream(ANSWER_S))
+        mace.kill()
 
-    mace.start()
+        mace.start()
+        with pytest.raises(ConnectionError, match=f'query {lost.id}: /mace is gone'):
+            lost.result(30.0)
     served = mace.client.wait_until_ready(30.0)
     assert (served.version, served.sha256) == (before.version, before.sha256)
     after = mace.client.wait_for_version(before.version + 1, timeout_s=LEARN_S)

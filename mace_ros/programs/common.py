@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import sys
 
 from rclpy.exceptions import NameValidationException
@@ -38,14 +38,14 @@ def run(program: Callable[[MaceClient], int], node: str) -> int:
     except NameValidationException as error:
         print(f'--node {node}: {error}', file=sys.stderr)
         return 2
-    except TimeoutError as error:
-        print(f'{node}: {error}', file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:    # of a `| head`, which has seen enough
         sys.stderr.close()
         return 0
+    except (TimeoutError, ConnectionError) as error:
+        print(f'{node}: {error}', file=sys.stderr)
+        return 1
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def cancelled_on_leaving(answer: Answer, timeout_s: float) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, TimeoutError, BrokenPipeError):
         answer.cancel()
-        answer.result(timeout_s)
+        with suppress(ConnectionError):    # the node is gone, and the answer with it
+            answer.result(timeout_s)
         raise
 
 
