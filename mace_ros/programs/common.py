@@ -10,11 +10,14 @@ from contextlib import contextmanager, suppress
 import sys
 
 from rclpy.exceptions import NameValidationException
+from rclpy.impl.implementation_singleton import rclpy_implementation
 
 from mace_ros.msg import CorrectionStatus
 from mace_ros.ros.client import Answer, MaceClient
 
-EXIT_CODES = 'exit codes: 0 done, 1 refused or no answer, 2 bad arguments, 130 after Ctrl-C'
+EXIT_CODES = (
+    'exit codes: 0 done, 1 refused or no answer, 2 bad arguments or no security, '
+    '130 after Ctrl-C')
 
 STATES = {getattr(CorrectionStatus, name): name for name in (
     'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
@@ -37,6 +40,9 @@ def run(program: Callable[[MaceClient], int], node: str) -> int:
             return program(client)
     except NameValidationException as error:
         print(f'--node {node}: {error}', file=sys.stderr)
+        return 2
+    except rclpy_implementation.RCLError as error:     # such as security that can't be had
+        print(f'RCLError: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
