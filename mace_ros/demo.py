@@ -172,7 +172,7 @@ class Demo:
         while True:
             try:
                 return attempt()
-            except TimeoutError as error:
+            except (TimeoutError, ConnectionError) as error:
                 if self._node.poll() is not None:
                     raise DemoFailed(
                         f'the node ended with exit code {self._node.returncode}') from error
@@ -240,7 +240,7 @@ def main() -> int:
             failures = Demo(screen, node, client).run()
         if node.returncode:
             failures.append(f'the node ended with exit code {node.returncode}')
-    except (DemoFailed, TimeoutError) as error:
+    except (DemoFailed, TimeoutError, ConnectionError) as error:
         failures = [str(error)]
     except KeyboardInterrupt:
         return 130

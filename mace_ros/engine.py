@@ -437,10 +437,12 @@ class Engine:
 
     def close(self) -> list[Event]:
         """Cancel what runs, and wait until the journal is on disk."""
-        events = self.pause()
-        self._rollbacks.close('the node is stopping')
-        self._journal.close()
-        gc.unfreeze()
+        try:
+            events = self.pause()
+        finally:    # or the folder would stay in use
+            self._rollbacks.close('the node is stopping')
+            self._journal.close()
+            gc.unfreeze()
         # What the journal finished meanwhile has put its last words into the inbox.
         self._take_in(events)
         return events

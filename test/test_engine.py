@@ -259,6 +259,20 @@ def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
     assert ('a', ErrorCode.NONE) in outcomes and ('b', ErrorCode.NONE) in outcomes
 
 
+def test_what_comes_during_an_iteration_is_bounded(robot: Robot) -> None:
+    """Messages wait for its end, so many and no more; those that wait are served."""
+    robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
+    assert robot.ask('Hm?').error_code is ErrorCode.NONE     # it is in force
+    for query_id in ('a', 'b', 'c'):
+        robot.engine.submit(Query('Hm?', id=query_id))
+    refused = answer_of(robot, 'c')
+    assert (refused.finish_reason, refused.error_code) == (
+        FinishReason.REJECTED, ErrorCode.OVERLOADED)
+    assert refused.error == '2 messages wait already (scheduler.max_queue)'
+    for query_id in ('a', 'b'):
+        assert answer_of(robot, query_id).output_tokens > 0
+
+
 def test_zero_is_a_value(robot: Robot) -> None:
     """max_tokens 0 gives an empty answer, not the default."""
     answer = robot.ask('Hm?', max_tokens=0)

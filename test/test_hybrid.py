@@ -33,12 +33,14 @@ from torch import Tensor
 import transformers
 from transformers import PreTrainedModel
 
+from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import LoadedModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.spans import FinetuneRows, Span
-from mace_ros.execution.static_pass import Bucket, buckets, StaticPasses
+from mace_ros.execution.static_layers import StaticLayers
+from mace_ros.execution.static_pass import Bucket, buckets, Outputs, StaticPass, StaticPasses
 from mace_ros.execution.support import context_length, UnsupportedModel
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 
@@ -345,6 +347,44 @@ def test_what_lies_in_blocks_of_others_does_not_matter() -> None:
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids])).logits[0, [9, 39]]
     assert relative_error(logits, expected) < TOLERANCE
+
+
+CAPTURES = {
+    'passes': (StaticPass, 'capture'), 'their inputs': (StaticPass, '__init__'),
+    'their outputs': (Outputs, '__init__'),
+    'fine-tune steps': (StaticLayers, 'capture'), 'their layers': (StaticLayers, '__init__')}
+
+
+@pytest.mark.parametrize('where', CAPTURES)
+def test_what_can_not_be_captured_runs_eagerly(
+        where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, whose passes are prepared where a GPU's would be captured."""
+    rng = random.Random(0)
+    model, bank, reference = with_reference(tiny_model('llama'))
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError('injected')
+
+    with monkeypatch.context() as patch:
+        for owner in (StaticPass, StaticLayers):
+            patch.setattr(owner, 'capture', lambda *_: None)
+        patch.setattr(*CAPTURES[where], fails)
+        patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
+        for name in ('synchronize', 'graph_pool_handle', 'Stream'):
+            patch.setattr(torch.cuda, name, lambda: None)
+        captured = capture(model, max_rows=2, max_tokens=16, max_context=64,
+                           may_go_on=lambda: True)
+
+    steps = where in ('fine-tune steps', 'their layers')
+    assert (captured.steps == []) == steps == (not model.static_layers)
+    assert (captured.passes == 0) == (not steps) == (not model.static)
+    assert 'injected' in captured.failures[0]
+    assert 'run eagerly' in str(captured) and 'injected' in str(captured)
+    request = Request(random_ids(rng, 41), BASE_SLOT, 6)
+    step = FinetuneStep(model, Trainer(bank, 1e-2), [random_sample(rng, 37)])
+    serve(model, [request], rng, chunks=(1, 3, 19), step=step)
+    assert step.done
+    assert_answers_like(reference, request)
 
 
 def test_a_projection_that_nobody_fetches_is_not_kept() -> None:

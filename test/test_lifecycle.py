@@ -17,9 +17,14 @@ from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
+from rclpy.context import Context
 from ros_graph import call, NodeProcess, set_parameters
 
+from mace_ros import engine as engine_room
+from mace_ros.engine import Engine
 from mace_ros.ros.client import MaceClient
+from mace_ros.ros.node import MaceNode
+from mace_ros.ros.spinning import Spinner
 
 START_S = 60.0
 ANSWER_S = 30.0
@@ -29,11 +34,33 @@ MEGABYTE = 1 << 20
 pytestmark = pytest.mark.timeout(240)
 
 
+class NodeHere:
+    """The node in this process, where faults can be injected."""
+
+    def __init__(self, **parameters: object) -> None:
+        self._arguments = ['--ros-args']
+        for name, value in {'lifecycle.autostart': 'false', **parameters}.items():
+            self._arguments += ['-p', f'{name}:={value}']
+
+    def start(self) -> None:
+        self._context = Context()
+        self._context.init(args=self._arguments)
+        self._node = MaceNode(context=self._context)
+        self._spinner = Spinner(self._node, name='ros', context=self._context)
+        self._spinner.start()
+
+    def kill(self) -> None:
+        assert self._node.stop()
+        self._spinner.stop()
+        self._node.destroy_node()
+        self._context.shutdown()
+
+
 class Managed:
     """A node, and a client of it that also manages it."""
 
-    def __init__(self, folder: Path, **parameters: object) -> None:
-        self.node = NodeProcess(folder, **{'lifecycle.autostart': 'false', **parameters})
+    def __init__(self, node: NodeProcess | NodeHere) -> None:
+        self.node = node
         self.node.start()
         self.client = MaceClient()
 
@@ -78,11 +105,12 @@ def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        made = Managed(folder, **{
+        made = Managed(NodeProcess(folder, **{
+            'lifecycle.autostart': 'false',
             'model.source': folder / 'model', 'model.threads': 1,
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 524288,
             # So that setbacks of learning, if there are any, are soon forgotten.
-            'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0, 'monitor.window_s': 1.0})
+            'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0, 'monitor.window_s': 1.0}))
         yield made
         made.close()
 
@@ -209,3 +237,65 @@ def test_shutdown_comes_from_any_state(managed: Managed) -> None:
     managed.node.send(signal.SIGINT)
     assert managed.node.wait(10.0) == 0
     assert 'Traceback' not in managed.node.log
+
+
+def test_shutdown_comes_from_unconfigured(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a node in a namespace, where none is in its way."""
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    new = Managed(NodeHere(**{'storage.folder': tmp_path}))
+    assert new.change('shutdown')
+    assert new.state == State.PRIMARY_STATE_FINALIZED
+    new.close()
+
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Managed]:
+    folder = tmp_path_factory.mktemp('here')
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(folder)}.items():
+            patch.setenv(name, value)
+        patch.setattr(engine_room, 'CALIBRATION_S', 0.5)    # times do not matter here
+        made = Managed(NodeHere(**{
+            'model.source': model_folder, 'model.threads': 1, 'storage.folder': folder / 'storage',
+            'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
+        yield made
+        made.close()
+
+
+# What is done before, and where the fault is.
+FAULTS = {
+    'activate': (['configure'], 'update'),
+    'deactivate': (['configure', 'activate'], 'pause'),
+    'cleanup': (['configure'], 'pause')}
+
+
+@pytest.mark.parametrize('transition', FAULTS)
+def test_a_transition_that_fails_says_why_and_can_be_gone_on_from(
+        here: Managed, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+        transition: str) -> None:
+    before, function = FAULTS[transition]
+    assert all(here.change(label) for label in before)
+
+    def fails(*_: object) -> None:
+        monkeypatch.undo()
+        raise OSError('injected')
+
+    monkeypatch.setattr(Engine, function, fails)
+    assert not here.change(transition)
+    assert here.state == State.PRIMARY_STATE_UNCONFIGURED
+    assert here.diagnosed('serving', DiagnosticStatus.ERROR, 'OSError: injected')
+    assert 'failed: OSError: injected' in capfd.readouterr().err
+
+    assert here.live()
+    assert here.diagnosed('serving', DiagnosticStatus.OK, 'active')
+    assert here.ask().finish_reason == Response.LENGTH
+    assert here.rest()
+
+
+def test_shutdown_comes_from_inactive(here: Managed) -> None:
+    """The last test of this node."""
+    assert here.change('configure')
+    assert here.change('shutdown')
+    assert here.state == State.PRIMARY_STATE_FINALIZED

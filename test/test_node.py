@@ -53,6 +53,7 @@ from mace_ros.ros.conversion import (
 from mace_ros.ros.device import Device
 from mace_ros.ros.intake import Intake
 from mace_ros.ros.latch import VersionLatch
+from mace_ros.ros.node import _shown
 
 START_S = 250.0         # with a model that must be converted, on a busy machine
 ANSWER_S = 100.0
@@ -400,6 +401,29 @@ def test_a_malformed_query_is_rejected_with_a_reason(mace: Mace, case: str) -> N
     assert response.text == ''
 
 
+@pytest.mark.parametrize('kind', ['query', 'correction'])
+def test_an_id_can_not_forge_a_line_of_the_log(mace: Mace, kind: str) -> None:
+    forged = f'[FATAL] forged by a {kind}'
+    given = f'id\n{forged}\x1b[2J' + 'x' * 10_000
+    time.sleep(1.1)     # the log tells of one that is refused, each second
+    if kind == 'query':
+        assert mace.ask('Hi', query_id=given).finish_reason == Response.REJECTED
+    else:
+        learning = mace.client.correct('Ho.', correction_id=given, prompt='Hi')
+        assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.REJECTED
+    assert wait_until(lambda: forged in mace.node.log, 10.0)
+    [line] = [line for line in mace.node.log.splitlines() if forged in line]
+    assert f"{kind} 'id\\n{forged}\\x1b" in line
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize(('given', 'shown'), [
+    ('q-1', 'q-1'), ('名前', '名前'), ('a\nb', r"'a\nb'"), ('\x1b[2J', r"'\x1b[2J'"),
+    ('\u202e', r"'\u202e'"), ('i' * 128, 'i' * 128), ('i' * 129, repr('i' * 128))])
+def test_an_id_is_shown_as_it_is_or_escaped(given: str, shown: str) -> None:
+    assert _shown(given) == shown
+
+
 def test_an_id_in_use_is_rejected_and_its_query_goes_on(mace: Mace) -> None:
     answer = mace.begin_endless()
     with Recorder(mace.client, response=Response) as recorder:
@@ -681,9 +705,15 @@ def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace)
     wrong = mace.ask('What is your favourite colour?', max_tokens=4)
     waiting = mace.client.correct('Orange.', query_id=wrong.query_id)
     assert waiting.wait(CorrectionStatus.ACCEPTED, ANSWER_S).state == CorrectionStatus.ACCEPTED
-    mace.kill()
+    with MaceClient() as watching:
+        watching.wait_until_ready(30.0)
+        lost = watching.ask(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
+        next(lost.stream(ANSWER_S))
+        mace.kill()
 
-    mace.start()
+        mace.start()
+        with pytest.raises(ConnectionError, match=f'query {lost.id}: /mace is gone'):
+            lost.result(30.0)
     served = mace.client.wait_until_ready(30.0)
     assert (served.version, served.sha256) == (before.version, before.sha256)
     after = mace.client.wait_for_version(before.version + 1, timeout_s=LEARN_S)

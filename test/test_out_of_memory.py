@@ -65,6 +65,7 @@ LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
     'the KV cache': (HybridModel, '__init__'),
     'adapter slots': (AdapterBank, '__init__'),
+    'measuring the device': (engine_room, 'measure'),
 }
 ANSWER = 'A robot.'
 ENDS = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)

@@ -26,6 +26,7 @@ from mace_ros.events import (
 )
 from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
+from mace_ros.learning.rollback_queue import MAX_FAILURES
 from mace_ros.learning.versions import CorruptVersion
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.settings import Settings
@@ -346,3 +347,41 @@ def test_it_waits_for_a_free_slot_and_delays_no_query(settings: Settings, tmp_pa
     robot.engine.close()
     with pytest.raises(RollbackRefused, match='stopping'):
         waiting.result(0)
+
+
+def fail_to_write(robot: Robot, patch: pytest.MonkeyPatch, times: int) -> None:
+    """Let the device fail so many times to take an adapter."""
+    write, left = robot.engine.bank.write_slot, [times]
+
+    def broken(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError('injected')
+        write(*arguments)  # type: ignore[arg-type]
+
+    patch.setattr(robot.engine.bank, 'write_slot', broken)
+
+
+def test_a_slot_that_can_not_be_written_is_tried_again_and_then_told(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device may be short of memory for a moment, or for longer; serving goes on."""
+    teach(robot, 'A robot.', 'Your friend.')
+    free = robot.engine._slots.free
+    with monkeypatch.context() as patch:
+        fail_to_write(robot, patch, MAX_FAILURES - 1)
+        assert rolled_back(robot, 1).changed
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+    start = len(robot.events)
+    with monkeypatch.context() as patch:
+        fail_to_write(robot, patch, MAX_FAILURES)
+        with pytest.raises(
+                RollbackRefused, match=r'version 2 serves from the next start on.*injected'):
+            rolled_back(robot, 2)
+    assert not since(robot, start)
+    answer = robot.ask('Who are you?')
+    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
+    # Or when somebody asks again.
+    rolled_back(robot, 2)
+    assert robot.ask('Who are you?').text == 'Your friend.'
+    assert robot.engine._slots.free == free

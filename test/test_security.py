@@ -83,32 +83,51 @@ FILES = ('identity_ca.cert.pem', 'cert.pem', 'key.pem', 'permissions_ca.cert.pem
          'governance.p7s', 'permissions.p7s')
 
 
-@pytest.mark.parametrize('strategy', [None, 'Enforce'])
-@pytest.mark.parametrize('keys', ['no keystore', 'no enclave', 'keys that are none'])
-def test_a_node_that_can_not_be_secured_does_not_start(
-    tmp_path: Path, keys: str, strategy: str | None,
-) -> None:
-    keystore = tmp_path / 'keys'
+def ended(folder: Path, keys: str, strategy: str | None, module: str, *arguments: str,
+          enclave: str) -> subprocess.CompletedProcess[str]:
+    """Run a module where security is on, and keys are missing."""
+    keystore = folder / 'keys'
     if keys != 'no keystore':
-        enclave = keystore / 'enclaves/mace'
-        enclave.mkdir(parents=True)
+        enclaves = keystore / f'enclaves/{enclave}'
+        enclaves.mkdir(parents=True)
         if keys == 'keys that are none':
             for name in FILES:
-                (enclave / name).write_text('none')
+                (enclaves / name).write_text('none')
         else:
-            enclave.rmdir()
+            enclaves.rmdir()
     environment = {
         **os.environ, 'ROS_SECURITY_ENABLE': 'true', 'ROS_SECURITY_KEYSTORE': str(keystore),
-        'ROS_AUTOMATIC_DISCOVERY_RANGE': 'OFF', 'ROS_LOG_DIR': str(tmp_path)}
+        'ROS_SECURITY_ENCLAVE_OVERRIDE': f'/{enclave}',
+        'ROS_AUTOMATIC_DISCOVERY_RANGE': 'OFF', 'ROS_LOG_DIR': str(folder)}
     environment.pop('ROS_SECURITY_STRATEGY', None)
     if strategy:
         environment['ROS_SECURITY_STRATEGY'] = strategy
-    ended = subprocess.run(
-        [sys.executable, '-m', 'mace_ros.ros.node', '--ros-args', '--enclave', '/mace',
-         '-p', f'storage.folder:={tmp_path / "storage"}'],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2, ended.stderr
-    assert 'mace_node: RCLError: ' in ended.stderr
-    assert re.search('security', ended.stderr, re.IGNORECASE)
-    assert 'Traceback' not in ended.stderr
+    return subprocess.run(
+        [sys.executable, '-m', module, *arguments], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=60)
+
+
+KEYS = ('no keystore', 'no enclave', 'keys that are none')
+
+
+@pytest.mark.parametrize('strategy', [None, 'Enforce'])
+@pytest.mark.parametrize('keys', KEYS)
+def test_a_node_that_can_not_be_secured_does_not_start(
+    tmp_path: Path, keys: str, strategy: str | None,
+) -> None:
+    node = ended(tmp_path, keys, strategy, 'mace_ros.ros.node', '--ros-args', '-p',
+                 f'storage.folder:={tmp_path / "storage"}', enclave='mace')
+    assert node.returncode == 2, node.stderr
+    assert 'mace_node: RCLError: ' in node.stderr
+    assert re.search('security', node.stderr, re.IGNORECASE)
+    assert 'Traceback' not in node.stderr
     assert not (tmp_path / 'storage').exists()
+
+
+@pytest.mark.parametrize('keys', KEYS)
+def test_a_program_that_can_not_be_secured_says_so_and_asks_nobody(
+        tmp_path: Path, keys: str) -> None:
+    asked = ended(tmp_path, keys, None, 'mace_ros.programs.ask', 'Hi', enclave='mace_client')
+    assert (asked.returncode, asked.stdout) == (2, ''), asked.stderr
+    assert re.search('RCLError: .*security', asked.stderr, re.IGNORECASE)
+    assert 'Traceback' not in asked.stderr

@@ -163,6 +163,41 @@ def test_a_jetson_is_read_from_sysfs(tmp_path: Path, load: str) -> None:
         'load': 0.345, 'temperature_c': 51.5, 'memory_total_mb': 1024.0, 'memory_used_mb': 768.0})
 
 
+AGX_ORIN = {    # channels of each sensor: label, mV, mA
+    'hwmon3': [('VDD_GPU_SOC', '19000', '400'), ('VDD_CPU_CV', '19000', '200'),
+               ('VIN_SYS_5V0', '5000', '1000')],
+    'hwmon4': [('NC', '0', '0'), ('VDDQ_VDD2_1V8AO', '5000', '80'), ('NC', '0', '0')]}
+ORIN_NANO = {'hwmon1': [('VDD_IN', '5000', '1200'), ('VDD_CPU_GPU_CV', '5000', '400'),
+                        ('VDD_SOC', '5000', '300')]}
+POWERS = {
+    'an AGX Orin': (AGX_ORIN, 7.6 + 3.8 + 5.0),
+    'an Orin Nano': (ORIN_NANO, 6.0),
+    'a rail that is missing': ({'hwmon3': AGX_ORIN['hwmon3'][:2]}, NAN),
+    'an empty current': ({'hwmon1': [('VDD_IN', '5000', '')]}, NAN),
+    'zeros': ({'hwmon1': [('VDD_IN', '0', '0')]}, NAN),
+    'nonsense': ({'hwmon1': [('VDD_IN', 'x', '\x00')]}, NAN),
+    'no sensor': ({}, NAN),
+}
+
+
+@pytest.mark.parametrize('case', POWERS)
+def test_a_jetson_power_is_that_of_its_rails(tmp_path: Path, case: str) -> None:
+    sensors, power = POWERS[case]
+    write(tmp_path / JETSON_LOADS[0], '345')
+    write(tmp_path / 'sys/class/hwmon/hwmon0/name', 'pwmfan')
+    for name, channels in sensors.items():
+        sensor = tmp_path / 'sys/class/hwmon' / name
+        write(sensor / 'name', 'ina3221')
+        write(sensor / 'in7_label', 'sum of shunt voltages')
+        write(sensor / 'in7_input', '4')
+        for channel, (label, millivolts, milliamperes) in enumerate(channels, 1):
+            write(sensor / f'in{channel}_label', label)
+            write(sensor / f'in{channel}_input', millivolts)
+            write(sensor / f'curr{channel}_input', milliamperes)
+    reading = DeviceCounters(GPU, root=tmp_path, nvml=Nvml()).read()
+    assert reading.power_w == pytest.approx(power, nan_ok=True)
+
+
 def test_a_cpu_is_read_from_proc(tmp_path: Path) -> None:
     write(tmp_path / 'proc/self/statm', '100 50 0 0 0 0 0')
     write(tmp_path / 'proc/stat', 'cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 1 1 1 1')

@@ -47,8 +47,8 @@ def capture(model: HybridModel, *, max_rows: int, max_tokens: int, max_context: 
     for tokens in STEP_TOKENS if steps else ():
         if not may_go_on() or not _has_room() or tokens > model.context_length:
             break
-        layers = StaticLayers(model, tokens)
         try:
+            layers = StaticLayers(model, tokens)
             layers.capture(model)
         except RuntimeError as error:    # also when memory runs out
             torch.cuda.synchronize()

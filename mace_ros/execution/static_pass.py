@@ -274,13 +274,17 @@ class StaticPasses:
         graphs that were captured on one stream share a workspace of cuBLAS.
         """
         wanted = list(wanted)
-        outputs = Outputs(self._model, wanted)
+        try:
+            outputs = Outputs(self._model, wanted)
+        except RuntimeError as error:
+            yield str(error)
+            return
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for bucket in wanted:
-            static = StaticPass(self._model, bucket, outputs)
             try:
+                static = StaticPass(self._model, bucket, outputs)
                 static.capture(stream, pool)
-            except RuntimeError as error:     # such as experts that are chosen on the host
+            except RuntimeError as error:     # no memory; experts that are chosen on the host
                 torch.cuda.synchronize()
                 yield str(error)
                 continue

@@ -145,7 +145,11 @@ class RollbackQueue:
             slot = self._slots.reserve()
             if slot is None:
                 return False
-            self._bank.write_slot(slot, tensors)
+            try:
+                self._bank.write_slot(slot, tensors)
+            except BaseException:
+                self._slots.give_back(slot)
+                raise
         self._slots.publish(profile, live.version, slot)
         return True
 

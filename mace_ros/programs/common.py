@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import sys
 
 from rclpy.exceptions import NameValidationException
+from rclpy.impl.implementation_singleton import rclpy_implementation
 
 from mace_ros.msg import CorrectionStatus
 from mace_ros.ros.client import Answer, MaceClient
 
-EXIT_CODES = 'exit codes: 0 done, 1 refused or no answer, 2 bad arguments, 130 after Ctrl-C'
+EXIT_CODES = (
+    'exit codes: 0 done, 1 refused or no answer, 2 bad arguments or no security, '
+    '130 after Ctrl-C')
 
 STATES = {getattr(CorrectionStatus, name): name for name in (
     'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
@@ -38,14 +41,17 @@ def run(program: Callable[[MaceClient], int], node: str) -> int:
     except NameValidationException as error:
         print(f'--node {node}: {error}', file=sys.stderr)
         return 2
-    except TimeoutError as error:
-        print(f'{node}: {error}', file=sys.stderr)
-        return 1
+    except rclpy_implementation.RCLError as error:     # such as security that can't be had
+        print(f'RCLError: {error}', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:    # of a `| head`, which has seen enough
         sys.stderr.close()
         return 0
+    except (TimeoutError, ConnectionError) as error:
+        print(f'{node}: {error}', file=sys.stderr)
+        return 1
 
 
 @contextmanager
@@ -55,7 +61,8 @@ def cancelled_on_leaving(answer: Answer, timeout_s: float) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, TimeoutError, BrokenPipeError):
         answer.cancel()
-        answer.result(timeout_s)
+        with suppress(ConnectionError):    # the node is gone, and the answer with it
+            answer.result(timeout_s)
         raise
 
 

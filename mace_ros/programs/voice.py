@@ -85,6 +85,8 @@ class Assistant:
                 note(text)
         except TimeoutError as error:
             note(f'"{right}": {error}; it goes on being learned')
+        except ConnectionError as error:
+            note(f'"{right}": {error}')
 
 
 def note(text: str) -> None:

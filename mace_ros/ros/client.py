@@ -21,6 +21,7 @@ import time
 from typing import Any
 import uuid
 
+from rclpy.clock import Clock, ClockType
 from rclpy.context import Context
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -41,6 +42,8 @@ LATCHED = QoSProfile(
     depth=1000, reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL)
 DISCOVERY_POLL_S = 0.05
+WATCH_S = 0.5           # between two looks at whether the node is still there
+NAMELESS = '/_NODE_NAME_UNKNOWN_'      # rmw's, of one that is being discovered
 FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
                 CorrectionStatus.REJECTED, CorrectionStatus.FAILED)
 
@@ -55,13 +58,18 @@ class Answer:
         self.first_text_at: float | None = None
         self.chunks: list[ResponseChunk] = []
         self.response: Response | None = None
+        self.lost = ''      # why no response will come, if the node is gone
         self._changed, self._cancel = changed, cancel
 
     def __iter__(self) -> Iterator[str]:
         return self.stream()
 
     def stream(self, timeout_s: float | None = None) -> Iterator[str]:
-        """Yield the text as it comes; raises TimeoutError if nothing comes for so long."""
+        """
+        Yield the text as it comes; raises TimeoutError if nothing comes for so long.
+
+        Raises ConnectionError if the node is gone, as `result`.
+        """
         sent = ''
         while True:
             with self._changed:
@@ -86,7 +94,12 @@ class Answer:
         return self.response is not None
 
     def result(self, timeout_s: float | None = None) -> Response:
-        """Wait for the response; raises TimeoutError."""
+        """
+        Wait for the response; raises TimeoutError.
+
+        Raises ConnectionError if the node is gone. One that has ended says so itself; one that
+        was killed is missed by the middleware after about 20 s, or when it is started again.
+        """
         with self._changed:
             self._wait(self.is_complete, timeout_s)
         return self.response
@@ -99,8 +112,10 @@ class Answer:
         return self.is_complete() or self.text != known
 
     def _wait(self, happened: Callable[[], bool], timeout_s: float | None) -> None:
-        if not self._changed.wait_for(happened, timeout_s):
+        if not self._changed.wait_for(lambda: happened() or self.lost, timeout_s):
             raise TimeoutError(f'query {self.id}: nothing came for {timeout_s} s')
+        if not happened():
+            raise ConnectionError(f'query {self.id}: {self.lost}')
 
 
 class Learning:
@@ -109,6 +124,7 @@ class Learning:
     def __init__(self, correction_id: str, changed: threading.Condition) -> None:
         self.id = correction_id
         self.statuses: list[CorrectionStatus] = []
+        self.lost = ''      # why it was perhaps never heard, if the node is gone
         self._changed = changed
 
     @property
@@ -125,18 +141,18 @@ class Learning:
         """
         Wait for a state, or for a final one, since none can follow; return its status.
 
-        Raises TimeoutError.
+        Raises TimeoutError, and ConnectionError if the node was gone before it said anything.
+        What was ACCEPTED is kept: a node that is started again goes on with it, and so does this.
         """
         def reached() -> list[CorrectionStatus]:
             return [s for s in self.statuses if s.state == state or s.state in FINAL_STATES]
 
         with self._changed:
-            if not self._changed.wait_for(reached, timeout_s):
-                raise TimeoutError(f'correction {self.id}: not there after {timeout_s} s')
+            self._wait(reached, timeout_s, 'not there after')
             return reached()[0]
 
     def follow(self, timeout_s: float | None = None) -> Iterator[CorrectionStatus]:
-        """Yield each status, up to the final one; raises TimeoutError as `wait_for_more`."""
+        """Yield each status, up to the final one; raises what `wait_for_more` does."""
         known = 0
         while not (known and self.statuses[known - 1].state in FINAL_STATES):
             self.wait_for_more(known, timeout_s)
@@ -144,10 +160,18 @@ class Learning:
             known += 1
 
     def wait_for_more(self, known: int, timeout_s: float | None = None) -> None:
-        """Wait until there are more statuses than that; raises TimeoutError."""
+        """Wait until there are more statuses than that; raises as `wait`."""
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self.statuses) > known, timeout_s):
-                raise TimeoutError(f'correction {self.id}: nothing new for {timeout_s} s')
+            self._wait(lambda: len(self.statuses) > known, timeout_s, 'nothing new for')
+
+    def _wait(self, happened: Callable[[], object], timeout_s: float | None, missing: str) -> None:
+        def unheard() -> bool:
+            return bool(self.lost) and not self.statuses
+
+        if not self._changed.wait_for(lambda: happened() or unheard(), timeout_s):
+            raise TimeoutError(f'correction {self.id}: {missing} {timeout_s} s')
+        if unheard():
+            raise ConnectionError(f'correction {self.id}: {self.lost}')
 
 
 class MaceClient:
@@ -171,6 +195,11 @@ class MaceClient:
         self._answers: dict[str, Answer] = {}
         self._learning: dict[str, Learning] = {}
         self._versions: dict[str, AdapterVersion] = {}
+        self._name = '/' + node.strip('/')
+        # The node's publisher at the last look that found one; also of one not yet missed.
+        self._publishers: set[bytes] = set()
+        self._named: set[bytes] = set()
+        self._leaving: list[Answer | Learning] = []     # given up at the next look
 
         self.node = Node(
             f'mace_client_{uuid.uuid4().hex[:8]}', context=context, use_global_arguments=False,
@@ -187,6 +216,8 @@ class MaceClient:
         # version has come, the node knows the subscriptions above as well.
         self.node.create_subscription(
             AdapterVersion, f'{node}/adapter_version', self._on_version, LATCHED)
+        self.node.create_timer(
+            WATCH_S, self._watch, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self._spinner = Spinner(self.node, name='mace_client', context=context)
         self._spinner.start()
 
@@ -218,12 +249,14 @@ class MaceClient:
         """
         Ask; ``fields`` are any others of ``Query.msg``.
 
-        Raises ValueError if this client is still waiting for an answer of that id.
+        Raises ValueError if this client is still waiting for an answer of that id. If the node
+        was there and is gone, the answer ends with ConnectionError.
         """
         query = Query(id=query_id or str(uuid.uuid4()), text=text, **fields)
         query.header.stamp = self.node.get_clock().now().to_msg()
         answer = Answer(query.id, self._changed, self.cancel)
         with self._changed:
+            self._look()
             if query.id in self._answers:
                 raise ValueError(f'query {query.id} is being answered already')
             self._answers[query.id] = answer
@@ -247,6 +280,7 @@ class MaceClient:
         correction.header.stamp = self.node.get_clock().now().to_msg()
         learning = Learning(correction.id, self._changed)
         with self._changed:
+            self._look()
             self._learning[correction.id] = learning
         self._correction.publish(correction)
         return learning
@@ -302,5 +336,39 @@ class MaceClient:
     def _on_version(self, message: AdapterVersion) -> None:
         if message.state == AdapterVersion.PUBLISHED:
             with self._changed:
+                self._look()
                 self._versions[message.profile] = message
                 self._changed.notify_all()
+
+    def _watch(self) -> None:
+        """Give up what waits for a node that is gone, once what it still said has come."""
+        with self._changed:
+            for item in self._leaving:
+                item.lost = f'{self._name} is gone'
+                if isinstance(item, Answer) and self._answers.get(item.id) is item:
+                    del self._answers[item.id]
+            self._leaving = []
+            self._look()
+            self._changed.notify_all()
+
+    def _look(self) -> None:
+        """
+        Notice that the node is gone, or that another one has come in its place.
+
+        Asked of ROS's graph: liveliness events don't come where the lease has no end, as by
+        default, and Humble has no event for a publisher that goes.
+        """
+        infos = self.node.get_publishers_info_by_topic(f'{self._name}/response')
+        names = {bytes(i.endpoint_gid): f'{i.node_namespace.rstrip("/")}/{i.node_name}'
+                 for i in infos}
+        named = {gid for gid, name in names.items() if name == self._name}
+        # The name comes a moment later. With another one, it plays a recording, or is a bridge.
+        nameless = {gid for gid, name in names.items() if name.endswith(NAMELESS)}
+        before = self._publishers - (names.keys() - named - nameless)
+        present, come = named | nameless, named - self._named
+        # One that was killed is missed after its lease only, but of a name there is one node.
+        if before and (not before & present or (come and len(before | come) > 1)):
+            self._versions.clear()
+            self._leaving += self._answers.values()
+            self._leaving += (x for x in self._learning.values() if not x.statuses)
+        self._publishers, self._named = present or before, named

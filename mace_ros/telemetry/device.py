@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Load, memory and temperature of the device.
+Load, memory, temperature and power of the device.
 
 A Jetson's GPU is read from sysfs, since NVML answers there with NOT_SUPPORTED or with
 zeros; other CUDA devices through NVML; and a CPU through /proc and sysfs. Nothing here
@@ -28,6 +28,10 @@ JETSON_LOADS = (
 GPU_ZONES = ('gpu-thermal', 'GPU-therm')
 CPU_ZONES = ('x86_pkg_temp', 'cpu-thermal', 'CPU-therm', 'cpu_thermal', 'soc-thermal')
 CPU_SENSORS = ('coretemp', 'k10temp', 'zenpower')     # below hwmon
+# Rails of a Jetson's INA3221, the first that are all there: the total, of an Orin NX or Nano, or
+# the module's, of an AGX Orin. What is above the three channels is sums of shunt voltages.
+RAIL_CHANNELS = (1, 2, 3)
+JETSON_RAILS = (('VDD_IN',), ('VDD_GPU_SOC', 'VDD_CPU_CV', 'VIN_SYS_5V0'))
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class DeviceCounters:
         return Reading(
             load=next((x / 1000 for x in loads if not math.isnan(x)), math.nan),
             memory_used_mb=used, memory_total_mb=total,
-            temperature_c=self._zone(GPU_ZONES))
+            temperature_c=self._zone(GPU_ZONES), power_w=self._rails())
 
     def _discrete(self) -> Reading:
         memory = self._ask('nvmlDeviceGetMemoryInfo')
@@ -149,6 +153,19 @@ class DeviceCounters:
             if self._read(sensor / 'name') in CPU_SENSORS:
                 return _positive(_number([self._read(sensor / 'temp1_input')])) / 1000
         return math.nan
+
+    def _rails(self) -> float:
+        """Return the watts of the board's rails; an AGX Orin has two sensors."""
+        watts: dict[str, float] = {}
+        for sensor in self._folders('sys/class/hwmon', 'hwmon*'):
+            if self._read(sensor / 'name') == 'ina3221':
+                for channel in RAIL_CHANNELS:
+                    volts, amperes = (
+                        _number([self._read(sensor / f'{kind}{channel}_input')]) / 1000
+                        for kind in ('in', 'curr'))
+                    watts[self._read(sensor / f'in{channel}_label')] = volts * amperes
+        totals = (sum(watts.get(rail, math.nan) for rail in rails) for rails in JETSON_RAILS)
+        return next((w for w in totals if w > 0), math.nan)
 
     def _folders(self, parent: str, pattern: str) -> Iterator[Path]:
         try:
