@@ -29,7 +29,7 @@ LOAD = 0.7              # share of what the node can answer
 WARM_UP = 0.25          # share of the time after which memory is to be flat
 START_S, ANSWER_S = 250.0, 120.0
 CALIBRATED_WITH = 32    # queries that are asked at once to know the node's rate
-SAMPLE_S, CORRECTION_S, REPORT_S = 2.0, 10.0, 60.0
+SAMPLE_S, CORRECTION_S, REPORT_S = 2.0, 20.0, 60.0
 CHANGES: tuple[dict[str, Any], ...] = (
     {'finetune.budget': 0.5}, {'finetune.budget': 1.0}, {'scheduler.max_requests': 12},
     {'scheduler.max_requests': 16}, {'slo.ttft_ms': 400.0}, {'slo.ttft_ms': 500.0},
@@ -171,7 +171,7 @@ class Soak:
     def _correct(self) -> None:
         self._learning.append(self._client.correct(
             f'Answer {self._random.randrange(1000)}.',
-            prompt=f'Question {self._random.randrange(20)}?'))
+            prompt=f'Question {self._random.randrange(200)}?'))
 
     def _change(self) -> None:
         from rcl_interfaces.srv import SetParameters

@@ -88,6 +88,7 @@ from mace_ros.warming import Warming
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
+RETURN_MEMORY_S = 10.0     # between two times that free memory is given back, when idle
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 
@@ -190,7 +191,8 @@ class Engine:
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
-        self._fragmented = False    # the heap, by the steps of a job that has ended
+        self._fragmented = False    # the heap, by fine-tune steps ...
+        self._returned_at = clock()     # ... since then
         self._answering: dict[str, Answering] = {}
         self._anchors: list[Answering] = []
         self._warming = Warming()
@@ -368,7 +370,6 @@ class Engine:
                 self._published(event.profile)
         if any(isinstance(event, VersionEvent) for event in events):
             tidy(self._journal, self._store, self._settings.storage.max_versions)
-            self._fragmented = True
         if events and not self._spoke:     # before the pass; but messages must not hold it up
             self._spoke = True
             return self._clock()
@@ -391,7 +392,7 @@ class Engine:
                 rejection.reason)
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
             return now     # and plan again, with more memory
-        self._check_when_idle()
+        self._check_when_idle(now)
         if not plan.is_empty:
             if self._trace is not None:
                 self._trace.planned(plan)
@@ -646,7 +647,8 @@ class Engine:
                 self._trace.slice(f'fine-tune {segment.kind.name.lower()}', started,
                                   started + spent, tokens=segment.tokens)
             segments.append((segment, spent))
-            self.learner.ran(segment.tokens if step.done else 0, spent)
+            self.learner.ran(segment.tokens * (segment.kind is SegmentKind.OPTIMIZER), spent)
+            self._fragmented = self._fragmented or step.done
             if segment.kind is SegmentKind.HEAD and self.learner.wants_to_judge:
                 break      # it may have seen enough
 
@@ -704,11 +706,11 @@ class Engine:
                 events += self._end(answering, FinishReason.LENGTH)
         return events
 
-    def _check_when_idle(self) -> None:
+    def _check_when_idle(self, now: float) -> None:
         """Account for every KV block when the last request has gone, and for freed memory."""
         idle = not self._state.has_requests
-        if idle and self._fragmented:
-            self._fragmented = False
+        if idle and self._fragmented and now - self._returned_at >= RETURN_MEMORY_S:
+            self._fragmented, self._returned_at = False, now
             return_free_memory()
         if idle and not self._was_idle:
             step = self.learner.step

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import copy
+from dataclasses import replace
 from functools import partial
 import gc
 from itertools import accumulate
@@ -34,7 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mace_ros.execution import finetune
-from mace_ros.execution.finetune import FinetuneStep, Preference, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Preference, Sample, Trainer, Whole
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.execution.spans import Span
@@ -331,6 +332,42 @@ def test_a_step_given_up_halfway_leaves_nothing_behind() -> None:
     peft = as_peft(reference, bank, tensors)
     loss_of(peft, samples(2)).backward()
     assert_same(gradients_of(bank), gradients(peft))
+
+
+@pytest.mark.parametrize('static', [(), (64,)], ids=['eager', 'at fixed addresses'])
+def test_the_gradients_of_all_parts_are_those_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, static: Sequence[int],
+) -> None:
+    model, bank, reference = with_reference(tiny_model('llama'))
+    model.static_layers += [StaticLayers(model, tokens) for tokens in static]
+    tensors = random_adapter(bank, 0)
+    trainer, batch = Trainer(bank, 1e-3), samples()
+    whole = Whole(weight=math.fsum(w for s in batch for w in s.weights[1:]),
+                  tokens=sum(len(s.tokens) for s in batch))
+
+    def part(k: int) -> FinetuneStep:
+        return FinetuneStep(model, trainer, [batch[k]], keep_graphs=k != 1, whole=replace(
+            whole, begins=k == 0, ends=k == len(batch) - 1))
+
+    def run(step: FinetuneStep) -> None:
+        while not step.done:
+            step.run_segment()
+
+    run(part(0))         # of a step that was given up
+    parts = [part(k) for k in range(len(batch))]
+    update, gathered = torch.optim.AdamW.step, {}
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self: (
+        gathered.update(gradients_of(bank)), update(self)))
+    for k, step in enumerate(parts):
+        if k == 1:       # requests need its memory: it begins anew
+            for _ in range(len(list(step.segments())) - 1):
+                step.run_segment()
+            assert step.restart()
+        run(step)
+
+    peft = as_peft(reference, bank, tensors)
+    loss_of(peft, batch).backward()
+    assert_same(gathered, gradients(peft))
 
 
 def test_bfloat16_weights_with_float32_masters() -> None:

@@ -90,6 +90,21 @@ class SampleScore:
     margin: float            # smallest lead of a right token's logit over the best other one
 
 
+@dataclass(frozen=True)
+class Whole:
+    """
+    The optimizer step that a part belongs to: the weights and tokens of all its parts.
+
+    Gradients are gathered from the part that ``begins`` it to the one that ``ends`` it, which
+    the update follows.
+    """
+
+    weight: float
+    tokens: int
+    begins: bool = True
+    ends: bool = True
+
+
 # Tokens of each prediction that a teacher keeps.
 TEACHER_TOKENS = 32
 
@@ -101,6 +116,7 @@ class Trainer:
         self._bank = bank
         self._optimizer = torch.optim.AdamW(
             bank.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+        self._kept: list[Tensor] = []     # gradients of the parts before this one
         bank.write_slot(TRAINING_SLOT)
 
     def set_learning_rate(self, rate: float) -> None:
@@ -108,9 +124,22 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group['lr'] = rate
 
-    def start_backward(self) -> None:
-        """Forget gradients that a step left which was given up on its way."""
+    def start_backward(self, *, anew: bool = True) -> None:
+        """Forget gradients that were given up on their way; ``anew``, those put by, too."""
         self._optimizer.zero_grad(set_to_none=True)
+        if anew:
+            self._kept = []
+
+    def keep(self) -> None:
+        """Put the gradients of a part by, for the update after the last part."""
+        # Copied: those of a device graph are overwritten by its next replay.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                     for p in self._bank.parameters()]
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._kept:
+            torch._foreach_add_(self._kept, gradients)
+        else:
+            self._kept = gradients
 
     def update(self) -> None:
         """
@@ -119,6 +148,10 @@ class Trainer:
         Gradients that are not finite change nothing: a weight that is not a number would
         reach, as 0 * NaN, all tokens that share a pass with the training slot.
         """
+        if self._kept:
+            for parameter, kept in zip(self._bank.parameters(), self._kept, strict=True):
+                parameter.grad = kept if parameter.grad is None else kept.add_(parameter.grad)
+            self._kept = []
         gradients = [p.grad for p in self._bank.parameters() if p.grad is not None]
         if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             self._optimizer.step()
@@ -134,19 +167,24 @@ class FinetuneStep:
     mean cross-entropy of all weighted tokens, plus the mean of that of all preferences; what
     is ``worse`` in one of these has no cross-entropy. A preference couples two sequences:
     the head then runs twice, to score all tokens and to learn from them.
+
+    Its pieces are as long as its sequences together. A step of many is therefore done in
+    parts, each one an object of its own, whose gradients add up to those of the undivided step.
     """
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
                  head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
                  learns: bool = True, preferences: Sequence[Preference] = (),
-                 imitation: float = 1.0, oldest_correction_at: float = 0.0) -> None:
+                 imitation: float = 1.0, whole: Whole | None = None,
+                 oldest_correction_at: float = 0.0) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.
 
         ``head_tokens`` bounds a HEAD segment. With ``keep_graphs``, a forward that runs
         alone keeps its layer graphs instead of computing each layer again. Without
         ``may_ride`` it always runs alone. One that does not learn ends with its scores.
-        ``imitation`` weighs the cross-entropy of what is ``better`` in a preference.
+        ``imitation`` weighs the cross-entropy of what is ``better`` in a preference. If it
+        is a part, ``whole`` says of what; all preferences belong into one part.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
@@ -156,6 +194,7 @@ class FinetuneStep:
         self.learns = learns
         self.preferences = tuple(preferences) if learns else ()
         self.keep_graphs = keep_graphs and learns
+        self._whole = whole
         self.oldest_correction_at = oldest_correction_at
         self._lengths = tuple(len(s.tokens) for s in samples)
         self.tokens = sum(self._lengths)
@@ -203,7 +242,8 @@ class FinetuneStep:
                     tokens.append(sample.tokens[i])
                     weights.append(sample.weights[i] * imitated)
             start += len(sample.tokens)
-        shares = torch.tensor(weights) / (math.fsum(weights) or 1.0)
+        total = math.fsum(weights) if self._whole is None else self._whole.weight
+        shares = torch.tensor(weights) / (total or 1.0)
         device = self.model.device
         columns = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device),
                    shares.to(device), *self._target(tokens))
@@ -316,10 +356,12 @@ class FinetuneStep:
                     else SegmentKind.BACKWARD_RECOMPUTED)
         head = [Segment(SegmentKind.HEAD, len(rows)) for rows, *_ in self._targets]
         scoring = [Segment(SegmentKind.FORWARD, self.tokens)] * layers + head
-        return scoring if not self.learns else (
-            scoring + (head if self.preferences else [])
-            + [Segment(backward, self.tokens)] * layers
-            + [Segment(SegmentKind.OPTIMIZER, self.tokens)])
+        if not self.learns:
+            return scoring
+        whole = self._whole or Whole(0.0, self.tokens)
+        return (scoring + (head if self.preferences else [])
+                + [Segment(backward, self.tokens)] * layers
+                + [Segment(SegmentKind.OPTIMIZER, whole.tokens)] * whole.ends)
 
     def segments(self) -> Iterator[Segment]:
         """
@@ -338,7 +380,7 @@ class FinetuneStep:
 
     @property
     def done(self) -> bool:
-        """Whether the weights are updated."""
+        """Whether the weights are updated, or the gradients of a part kept."""
         return not self._segments
 
     def run_segment(self) -> Segment:
@@ -354,6 +396,8 @@ class FinetuneStep:
             case SegmentKind.OPTIMIZER:
                 self.trainer.update()
         if self.done:
+            if self.learns and segment.kind is not SegmentKind.OPTIMIZER:
+                self.trainer.keep()
             self._release()
         return segment
 
@@ -435,7 +479,7 @@ class FinetuneStep:
         self._hidden.pop()
         index -= 1
         if index == len(self.model.layers) - 1:
-            self.trainer.start_backward()
+            self.trainer.start_backward(anew=self._whole is None or self._whole.begins)
         if self._graphs:
             x, y = self._graphs.pop()
         else:

@@ -60,6 +60,14 @@ class Gate:
         """All samples, in the order in which they are judged."""
         return [sample for group in self._groups for sample in group.samples]
 
+    def wrong(self, scores: Sequence[SampleScore]) -> list[Sample]:
+        """Return what greedy decoding should give and does not, by the scores of all samples."""
+        must_be_exact = [group.measure is Measure.EXACT
+                         for group in self._groups for _ in group.samples]
+        return [sample for sample, must, score
+                in zip(self.samples, must_be_exact, scores, strict=True)
+                if must and not score.exact]
+
     def judge(self, before: Sequence[SampleScore], after: Sequence[SampleScore],
               tolerance: float) -> Verdict:
         """
@@ -83,9 +91,8 @@ class Gate:
             if group.measure is Measure.EXACT:
                 lost += [s for s, (b, a) in zip(group.samples, pairs, strict=True)
                          if b.exact and not a.exact]
-        if not reasons:
-            return Verdict('')
-        return Verdict(f'{"; ".join(reasons)} (gate.tolerance {tolerance:g})', tuple(lost))
+        reason = f'{"; ".join(reasons)} (gate.tolerance {tolerance:g})' if reasons else ''
+        return Verdict(reason, tuple(lost))
 
 
 def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS) -> Iterator[list[Sample]]:

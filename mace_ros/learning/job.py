@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -62,13 +63,16 @@ class Job:
     samples: list[Sample] = field(default_factory=list)
     variants: list[Sample] = field(default_factory=list)    # in other words
     kept: list[Sample] = field(default_factory=list)        # earlier corrections
+    forgotten: list[Sample] = field(default_factory=list)   # of these, by the live version
     replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None
     step: FinetuneStep | None = None
+    parts: deque[Callable[[], FinetuneStep]] = field(default_factory=deque)     # of it, to come
     gate: Gate | None = None
     scoring: Scoring | None = None
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards
     lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
+    repaired: bool = False              # trained on for what a good candidate had lost
     rejections: int = 0                 # of its candidates: each one adds to what is replayed
     after: dict[tuple[int, ...], SampleScore] = field(default_factory=dict)
     rehearses: bool = False             # what was learned already

@@ -24,7 +24,14 @@ from typing import Any
 from torch import Tensor
 
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
-from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
+from mace_ros.execution.finetune import (
+    FinetuneStep,
+    Preference,
+    Sample,
+    SampleScore,
+    Trainer,
+    Whole,
+)
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.text import ChatText
@@ -212,7 +219,9 @@ class Learner:
             if not job.fetched.done() or (self._lessons.anchors is None and not job.suspicion):
                 return []
             return self._prepare(job)
-        if job.step.done:
+        if job.step.done and job.parts:
+            job.step = job.parts.popleft()()
+        elif job.step.done:
             job.steps += 1
             self._next_step(job)
         elif job.step.scored and not job.judged:
@@ -429,6 +438,7 @@ class Learner:
         assert job.gate is not None
         self._known.update({s.tokens: score for s, score in zip(unknown, scores, strict=True)})
         job.before = [self._known[s.tokens] for s in job.gate.samples]
+        job.forgotten = job.gate.wrong(job.before)
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
         self._next_step(job)
         return []
@@ -436,13 +446,29 @@ class Learner:
     def _next_step(self, job: Job) -> None:
         assert job.trainer is not None
         finetune = self._settings.finetune
-        samples, preferences = self._lessons.step(job, finetune, self._step_tokens)
+        parts, preferences = self._lessons.step(job, finetune, self._step_tokens)
+        worse = {pair.worse for pair in preferences}
+        whole = Whole(
+            weight=math.fsum(w for k, part in enumerate(parts) for i, s in enumerate(part)
+                             if k or i not in worse for w in s.weights[1:]),
+            tokens=sum(len(s.tokens) for part in parts for s in part))
         job.judged = False
         job.trainer.set_learning_rate(finetune.learning_rate)
-        job.step = FinetuneStep(
-            self._model, job.trainer, samples,
-            keep_graphs=finetune.recompute != 'always', may_ride=finetune.recompute != 'never',
-            preferences=preferences, oldest_correction_at=job.oldest)
+        job.parts = deque(
+            partial(self._part, job, part,
+                    replace(whole, begins=k == 0, ends=k == len(parts) - 1),
+                    () if k else preferences)
+            for k, part in enumerate(parts))
+        job.step = job.parts.popleft()()
+
+    def _part(self, job: Job, samples: Sequence[Sample], whole: Whole,
+              preferences: Sequence[Preference]) -> FinetuneStep:
+        assert job.trainer is not None
+        recompute = self._settings.finetune.recompute
+        return FinetuneStep(
+            self._model, job.trainer, samples, keep_graphs=recompute != 'always',
+            may_ride=recompute != 'never', preferences=preferences, whole=whole,
+            oldest_correction_at=job.oldest)
 
     def _score(self, job: Job, samples: Sequence[Sample],
                done: Callable[[list[SampleScore], list[Sample]], list[Event]],
@@ -474,6 +500,10 @@ class Learner:
         verdict = job.gate.judge(job.before, scores, self._settings.gate.tolerance)
         if verdict.reason:
             return self._reject(job, verdict)
+        if verdict.lost and not job.repaired and job.steps < self._settings.finetune.max_steps:
+            # Few enough to be let go; but mostly they are soon learned again.
+            job.repaired = True
+            return self._go_on(job, verdict.lost)
         job.after = {s.tokens: score for s, score in zip(job.gate.samples, scores, strict=True)}
         return self._save(job)
 
@@ -492,16 +522,20 @@ class Learner:
 
         self._rejections.append(self._submit(write))
         if job.steps < self._settings.finetune.max_steps:
-            job.lost += [s for s in verdict.lost if s not in job.lost]
             job.rejections += 1
             job.least_steps = job.steps + MORE_STEPS
-            job.score_after = None
-            self._next_step(job)
-            return []
+            return self._go_on(job, verdict.lost)
         self._job = None
         return self._fail(
             job, job.corrections,
             f'{verdict.reason} after {job.steps} steps (finetune.max_steps)')
+
+    def _go_on(self, job: Job, lost: Sequence[Sample]) -> list[Event]:
+        """Train on, until what a candidate lost is right as well."""
+        job.lost += [s for s in lost if s not in job.lost]
+        job.score_after = None
+        self._next_step(job)
+        return []
 
     def _judge(self, job: Job) -> list[Event]:
         """Decide, with the scores of a step's forward, whether its backward is still needed."""

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from mace_ros.execution.finetune import Preference, Sample
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.anchors import PROBE_EVERY
-from mace_ros.learning.gate import Gate, Group, Measure
+from mace_ros.learning.gate import batches, Gate, Group, Measure
 from mace_ros.learning.job import Job, Waiting
 from mace_ros.learning.journal import CorrectionRecord
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
@@ -19,6 +19,8 @@ from mace_ros.learning.samples import first_within, sample, turn
 from mace_ros.settings import FinetuneSettings
 
 GUARDED = 32    # earlier corrections that the gate looks at, by turns
+RELEARNED = 3   # forgotten ones that a step trains again, beside what is replayed
+MORE_REPLAY = 3     # candidates that were rejected, at most, each of which adds to it
 
 
 class Lessons:
@@ -75,27 +77,35 @@ class Lessons:
         return own
 
     def step(self, job: Job, finetune: FinetuneSettings,
-             most: int) -> tuple[list[Sample], list[Preference]]:
-        """Return the samples of the job's next step, ``most`` tokens if possible."""
-        count = finetune.replay_samples * (1 + job.rejections)
+             most: int) -> tuple[list[list[Sample]], list[Preference]]:
+        """
+        Return the parts of the job's next step, ``most`` tokens each if possible.
+
+        The first one has the preferences, and what must be right before the job may end.
+        """
+        count = finetune.replay_samples * (1 + min(job.rejections, MORE_REPLAY))
         # Up to half of what is replayed are earlier corrections; all in their turn.
         kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
-        must_be_right = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
-        replayed = turn(job.replayed, max(count - len(kept), 0), job.steps)
+        needed = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
         rejected = [(i, waiting, sample(waiting.record.prompt_ids, self._chat.answer(text)))
                     for i, waiting in enumerate(job.corrections if finetune.objective == 'dpo'
                                                 else ())
                     for text in texts(waiting.record)[1:]]
         worse = [s for _, _, s in rejected]
-        most -= sum(len(s.tokens) for s in worse)
-        must_be_right = first_within(must_be_right, most, at_least=len(job.samples))
-        room = most - sum(len(s.tokens) for s in must_be_right)
-        replayed = first_within([*turn(job.variants, 1, job.steps), *replayed], room)
+        must_be_right = first_within(
+            needed, most - sum(len(s.tokens) for s in worse), at_least=len(job.samples))
         job.must_be_right = len(must_be_right)
         preferences = [
             Preference(i, len(must_be_right) + k, waiting.reference, finetune.dpo_beta)
             for k, (i, waiting, _) in enumerate(rejected)]
-        return must_be_right + worse + replayed, preferences
+        others = [
+            *needed[len(must_be_right):], *turn(job.variants, 1, job.steps),
+            *(s for s in turn(job.forgotten, min(RELEARNED, len(job.forgotten)), job.steps)
+              if s not in needed),
+            *turn(job.replayed, max(count - len(kept), 0), job.steps)]
+        first = [*must_be_right, *worse]
+        beside = first_within(others, most - sum(len(s.tokens) for s in first))
+        return [[*first, *beside], *batches(others[len(beside):], most)], preferences
 
 
 def texts(record: CorrectionRecord) -> list[str]:

@@ -38,8 +38,13 @@ class VirtualStep:
 
     def __init__(self, layers: int, tokens: int, *, learned: int | None = None,
                  oldest_correction_at: float = 0.0, may_ride: bool = True,
-                 keep_graphs: bool = True, learns: bool = True) -> None:
-        """Begin with nothing done."""
+                 keep_graphs: bool = True, learns: bool = True,
+                 whole: int | None = None) -> None:
+        """
+        Begin with nothing done.
+
+        Of a step in parts, the last one has the tokens of the ``whole`` and the others 0.
+        """
         self.tokens = tokens
         self.oldest_correction_at = oldest_correction_at
         self.ridden = 0
@@ -52,7 +57,8 @@ class VirtualStep:
         if learns:
             kind = SegmentKind.BACKWARD if keep_graphs else SegmentKind.BACKWARD_RECOMPUTED
             self.left += [Segment(kind, tokens)] * layers
-            self.left.append(Segment(SegmentKind.OPTIMIZER, tokens))
+            if whole != 0:
+                self.left.append(Segment(SegmentKind.OPTIMIZER, whole or tokens))
         self._count = len(self.left)
 
     @property
@@ -257,13 +263,20 @@ class CorrectionLearning:
         """Yield the steps of a job: scores, optimizer steps, scores."""
         oldest = min(c.at for c in chosen)
         corrected = sum(c.tokens for c in chosen)
-        replayed = min(self._replay_tokens, max(most - corrected, 0))
-        learned = sum(c.learned for c in chosen) + replayed // 2
+        learned = sum(c.learned for c in chosen)
+        # What is replayed and has no room beside the corrections follows in parts.
+        beside = min(self._replay_tokens, max(most - corrected, 0))
+        left = self._replay_tokens - beside
+        parts = [(corrected + beside, learned + beside // 2), *(
+            (tokens, tokens // 2) for tokens in
+            (min(left - i, most) for i in range(0, left, max(most, 1))) if most)]
         yield from self._scores(oldest)
         for _ in range(max(c.steps for c in chosen)):
-            yield VirtualStep(
-                self._layers, corrected + replayed, learned=learned, oldest_correction_at=oldest,
-                may_ride=self._recompute != 'never', keep_graphs=self._recompute != 'always')
+            for k, (tokens, with_loss) in enumerate(parts):
+                yield VirtualStep(
+                    self._layers, tokens, learned=with_loss, oldest_correction_at=oldest,
+                    may_ride=self._recompute != 'never', keep_graphs=self._recompute != 'always',
+                    whole=sum(n for n, _ in parts) if k == len(parts) - 1 else 0)
         yield from self._scores(oldest)
 
     def _scores(self, oldest: float) -> Iterator[VirtualStep]:
