@@ -188,8 +188,20 @@ def test_admission_waits_for_memory_and_late_ones_are_not_overtaken():
     plans = scheduler()
     assert [c.request for c in plans.plan(state, 0.0).prefill] == [small]
     assert not plans.plan(state, 1.0).prefill   # big is late: what gets free is for it
-    state.free_tokens = 160
+    state.free_tokens = 200
     assert plans.plan(state, 1.0).prefill[0].request is big
+
+
+def test_of_those_that_have_the_time_the_one_that_holds_the_most_makes_room():
+    now = 100.0
+    short, long = (running(n, now=now, prompt=prompt, output=1, tpot=60.0)
+                   for n, prompt in enumerate((64, 256)))
+    late = running(2, now=now, prompt=512, output=1, tpot=0.001, behind=1.0)
+    rows = [short, long, late]
+    for row in rows:
+        row.blocks.pop()    # their next token needs another one
+    plan = scheduler().plan(State([], rows, None, free_tokens=32), now)
+    assert (plan.preempted, plan.decode) == ((long,), (short, late))
 
 
 def test_a_request_larger_than_the_cache_is_rejected_by_name():
