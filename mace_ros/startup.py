@@ -9,7 +9,12 @@ import os
 
 import torch
 
-from mace_ros.execution.hardware import free_memory, hardware, limit_kernel_caches
+from mace_ros.execution.hardware import (
+    free_memory,
+    hardware,
+    limit_heap,
+    limit_kernel_caches,
+)
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress
 from mace_ros.memory.budget import MB, MemoryBudget
@@ -49,6 +54,7 @@ def load(settings: Settings, progress: Progress,
         # Not cpu_count(): who pins the node to some cores leaves the others to the robot.
         torch.set_num_threads(model.threads or len(os.sched_getaffinity(0)))
         limit_kernel_caches()
+        limit_heap()
     loaded = load_model(
         model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
         cache=settings.storage.model_cache, progress=progress)
