@@ -199,7 +199,7 @@ class FinetuneSettings:
         40, 'Optimizer steps after which a correction counts as not learnable',
         minimum=1, maximum=10000)
     replay_samples: int = _parameter(
-        4, 'Earlier answers trained in each step along with the corrections, so that the rest '
+        8, 'Earlier answers trained in each step along with the corrections, so that the rest '
         'stays',
         minimum=0, maximum=256)
     recompute: str = _parameter(

@@ -20,7 +20,6 @@ from mace_ros.settings import FinetuneSettings
 
 GUARDED = 32    # earlier corrections that the gate looks at, by turns
 RELEARNED = 3   # forgotten ones that a step trains again, beside what is replayed
-MORE_REPLAY = 3     # candidates that were rejected, at most, each of which adds to it
 
 
 class Lessons:
@@ -83,7 +82,7 @@ class Lessons:
 
         The first one has the preferences, and what must be right before the job may end.
         """
-        count = finetune.replay_samples * (1 + min(job.rejections, MORE_REPLAY))
+        count = finetune.replay_samples * (2 if job.rejections else 1)
         # Up to half of what is replayed are earlier corrections; all in their turn.
         kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
         needed = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]

@@ -213,7 +213,7 @@ class CorrectionLearning:
     """Learns corrections in jobs, oldest first."""
 
     def __init__(self, corrections: Iterable[Correction], *, layers: int,
-                 tokens_within: Callable[[], int], replay_samples: int = 4,
+                 tokens_within: Callable[[], int], replay_samples: int = 8,
                  recompute: str = 'auto') -> None:
         """``tokens_within`` tells how many tokens a step may have whose pieces are short."""
         self._coming = list(corrections)
