@@ -194,7 +194,7 @@ class FinetuneStep:
         self.learns = learns
         self.preferences = tuple(preferences) if learns else ()
         self.keep_graphs = keep_graphs and learns
-        self._whole = whole
+        self._part_of = whole
         self.oldest_correction_at = oldest_correction_at
         self._lengths = tuple(len(s.tokens) for s in samples)
         self.tokens = sum(self._lengths)
@@ -242,7 +242,7 @@ class FinetuneStep:
                     tokens.append(sample.tokens[i])
                     weights.append(sample.weights[i] * imitated)
             start += len(sample.tokens)
-        total = math.fsum(weights) if self._whole is None else self._whole.weight
+        total = math.fsum(weights) if self._part_of is None else self._part_of.weight
         shares = torch.tensor(weights) / (total or 1.0)
         device = self.model.device
         columns = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device),
@@ -358,7 +358,7 @@ class FinetuneStep:
         scoring = [Segment(SegmentKind.FORWARD, self.tokens)] * layers + head
         if not self.learns:
             return scoring
-        whole = self._whole or Whole(0.0, self.tokens)
+        whole = self._part_of or Whole(0.0, self.tokens)
         return (scoring + (head if self.preferences else [])
                 + [Segment(backward, self.tokens)] * layers
                 + [Segment(SegmentKind.OPTIMIZER, whole.tokens)] * whole.ends)
@@ -479,7 +479,7 @@ class FinetuneStep:
         self._hidden.pop()
         index -= 1
         if index == len(self.model.layers) - 1:
-            self.trainer.start_backward(anew=self._whole is None or self._whole.begins)
+            self.trainer.start_backward(anew=self._part_of is None or self._part_of.begins)
         if self._graphs:
             x, y = self._graphs.pop()
         else:
