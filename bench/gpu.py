@@ -212,7 +212,8 @@ def measure_beside(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]
             served.run_block('mace', -1, load('warm up', 2, 1.0), 1.0, 64)
             alone_s = served.request_seconds(load('alone', 3, 0.0), 64)
             blocks, each = 4, max(args.requests // 4, 1)
-            rows = []
+            rows = [{**served.run_block('inference_only', i, load(f'busy {i}', 3, 0.0), 0.0, 64)
+                     .block, 'system': 'busy'} for i in range(3)]
             for block in range(blocks):
                 whole = statistics.median(served.undivided_steps(3))
                 due = load(f'{block}', each, each * alone_s / LOAD)
@@ -263,8 +264,11 @@ def checks(shapes: Sequence[str], samples: dict[str, Any]) -> list[Check]:
             longest, kind = longest_segment_ms(samples, shape)
             found.append(check(f'{shape}: longest segment, ms', longest, '<= 1', kind))
     tails = {s: percentile([t for b in samples['beside'] if b['system'] == s
-                            for t in b['tpot_ms']], 99) for s in ('mace', 'inference_only')}
+                            for t in b.get('tpot_ms', ())], 99) for s in ('mace', 'inference_only')}
     found += [
+        check('time that the device waits for the host, of three answers at once',
+              statistics.median(1.0 - b['busy_s'] / b['wall_s'] for b in samples['beside']
+                                if b['system'] == 'busy'), '<= 0.05'),
         check('TPOT p99 beside fine-tuning / alone', tails['mace'] / tails['inference_only'],
               '<= 1.15'),
         check('fine-tuning / what the remaining device time could yield', of_rest(samples),

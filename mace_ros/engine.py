@@ -22,6 +22,8 @@ from pathlib import Path
 import time
 import uuid
 
+from torch import Tensor
+
 from mace_ros.answering import Answering, begin, NO_HURRY_S, NO_PRIORITY, reading
 from mace_ros.conversations import Conversations, Turn
 from mace_ros.corrections import accept, Accepted
@@ -49,6 +51,7 @@ from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
 from mace_ros.execution.spans import Span
 from mace_ros.execution.text import ChatText
+from mace_ros.execution.timing import DeviceTimer
 from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.journal import Answer, Journal
@@ -68,7 +71,7 @@ from mace_ros.overtaking import EarlyCancellations
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
-from mace_ros.scheduling.request import RequestState
+from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
@@ -102,6 +105,17 @@ class Iteration:
 
     events: list[Event]
     wake_at: float | None
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A pass that the device was given, and may still be running."""
+
+    plan: Plan
+    work: list[tuple[Request, int]]     # with the tokens of each that it computes
+    sampled: list[Answering]
+    drawn: Tensor                       # the next token of each of these
+    timer: DeviceTimer
 
 
 class Engine:
@@ -199,6 +213,10 @@ class Engine:
         self._reading: Answering | None = None
         self._conversations = Conversations()
         self._early = EarlyCancellations()
+        # Whether a device runs a pass while this thread tells what came of the last one.
+        self.overlaps = self.model.device.type == 'cuda'
+        self._flight: Flight | None = None
+        self._foreseen: Plan | None = None      # what to do after it, if nothing happens
         # The plan whose segments are still to run, and the seconds of its pass.
         self._begun: tuple[Plan, float] | None = None
         self._spoke = False    # the latest iteration only said something
@@ -357,6 +375,7 @@ class Engine:
             (plan, pass_s), self._begun = self._begun, None
             self._finish(plan, pass_s, events)
             return self._clock()
+        self._land(events)
         with phase_of(self._trace, 'take in'):
             self._take_in(events)
             events += self._rollbacks.advance(may_begin=self._stop_learning)
@@ -370,7 +389,8 @@ class Engine:
                 self._published(event.profile)
         if any(isinstance(event, VersionEvent) for event in events):
             tidy(self._journal, self._store, self._settings.storage.max_versions)
-        if events and not self._spoke:     # before the pass; but messages must not hold it up
+        # Before the pass; but messages must not hold it up.
+        if events and not self._spoke and not self.overlaps:
             self._spoke = True
             return self._clock()
         self._spoke = False
@@ -384,7 +404,7 @@ class Engine:
         self._residence.refresh()
         now = self._clock()
         with phase_of(self._trace, 'plan'):
-            plan = self.scheduler.plan(self._state, now)
+            plan = self._as_foreseen() or self.scheduler.plan(self._state, now)
         for rejection in plan.rejected:
             events += self._end(
                 self._answering[rejection.request.id], FinishReason.REJECTED,
@@ -428,6 +448,7 @@ class Engine:
         # What it was given before is through when this is, or has failed.
         self._journal.submit(lambda _: None).exception()
         events, self._unsaid = self._unsaid, []
+        self._land(events)
         self._take_in(events)
         for answering in list(self._answering.values()):
             events += self._end(answering, FinishReason.CANCELLED)
@@ -603,13 +624,21 @@ class Engine:
     # -- run and commit --------------------------------------------------------------
 
     def _run(self, plan: Plan, events: list[Event]) -> None:
-        """Run the plan; what fails ends those who took part in it, and nobody else."""
+        """
+        Run the plan; what fails ends those who took part in it, and nobody else.
+
+        Where that overlaps, a pass without segments is left to the device: see :meth:`_land`.
+        """
         pass_s = 0.0
         started = self._clock()
         try:
             self._residence.begin(plan, started)
-            if plan.has_pass:
-                events += self._run_pass(plan)
+            flight = self._launch(plan, events) if plan.has_pass else None
+            if flight is not None and self.overlaps and not plan.segments:
+                self._flight, self._foreseen = flight, self._foresee(plan)
+                return
+            if flight is not None:
+                events += self._take_tokens(flight)
         except Exception as error:   # allocators, kernels
             events += self._broken(plan, error)
             return
@@ -621,6 +650,39 @@ class Engine:
             self._begun = (plan, pass_s)
         else:
             self._finish(plan, pass_s, events)
+
+    def _land(self, events: list[Event]) -> None:
+        """Wait for the pass that the device is running, if it is, and take its tokens."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            events += self._take_tokens(flight)
+            pass_s = flight.timer.seconds()
+        except Exception as error:
+            events += self._broken(flight.plan, error)
+            return
+        self._failures = 0
+        self._finish(flight.plan, pass_s, events)
+
+    def _foresee(self, plan: Plan) -> Plan | None:
+        """Plan the next pass while this one runs: the same rows again, if nothing happens."""
+        if plan.prefill or plan.finetune_tokens or self._state.finetune is not None:
+            return None
+        shape = plan.shape._replace(
+            decode_context=plan.shape.decode_context + plan.shape.decode_rows)
+        return replace(plan, rejected=(), preempted=(), shape=shape,
+                       predicted_s=self.scheduler.cost.pass_s(*shape))
+
+    def _as_foreseen(self) -> Plan | None:
+        """Return what was foreseen if that is still the plan."""
+        plan, self._foreseen = self._foreseen, None
+        state = self._state
+        if (plan is None or state.waiting or state.finetune is not None
+                or plan.decode != tuple(state.running)
+                or self._pool.free_blocks < len(plan.decode)):
+            return None
+        return plan
 
     def _finish(self, plan: Plan, pass_s: float, events: list[Event]) -> None:
         """Run the plan's segments, and let the scheduler know what all of it took."""
@@ -652,8 +714,8 @@ class Engine:
             if segment.kind is SegmentKind.HEAD and self.learner.wants_to_judge:
                 break      # it may have seen enough
 
-    def _run_pass(self, plan: Plan) -> list[Event]:
-        """Run the hybrid pass and take its tokens."""
+    def _launch(self, plan: Plan, events: list[Event]) -> Flight | None:
+        """Give the hybrid pass to the device; None if nothing is left of it."""
         spans: list[Span] = []
         work = [*((r, 1) for r in plan.decode),
                 *((c.request, min(c.tokens, c.request.remaining_tokens)) for c in plan.prefill)]
@@ -664,7 +726,6 @@ class Engine:
                 answering.ids[done:done + tokens], done, request.blocks, request.adapter_slot,
                 wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
                 attention=self._blocks.attention(answering, tokens)))
-        events: list[Event] = []
         step, rows = self.learner.step, None
         if step is not None:
             try:
@@ -672,24 +733,32 @@ class Engine:
             except Exception as error:    # memory that only learning wants: answers go on
                 events += self._learning_broke(error)
         if not spans and rows is None:
-            return events
+            return None
+        timer = DeviceTimer(self.model.device, self._clock)
         with phase_of(self._trace, 'pass', predicted_ms=plan.predicted_s * 1e3,
                       **plan.shape._asdict()):
             logits = self.model.run(spans, rows)
+        timer.stop()
         if rows is not None and step is not None:
             step.rode(rows.tokens)
             if step.ridable_tokens == 0:
                 self._blocks.release(step)
         sampled = [self._answering[request.id] for (request, _), span
                    in zip(work, spans, strict=True) if span.wants_logits]
-        with phase_of(self._trace, 'sample'):    # and wait for the pass, where that runs beside
+        with phase_of(self._trace, 'sample'):
             drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
+        return Flight(plan, work, sampled, drawn, timer)
+
+    def _take_tokens(self, flight: Flight) -> list[Event]:
+        """Wait for a pass, and take its tokens."""
+        with phase_of(self._trace, 'wait'):
+            tokens = flight.drawn.tolist()
         with phase_of(self._trace, 'commit'):
-            for request, tokens in work:
-                self._residence.computed(request, tokens)
+            for request, computed in flight.work:
+                self._residence.computed(request, computed)
                 if not request.remaining_tokens:
                     self._blocks.prune(self._answering[request.id])
-            return events + self._commit(sampled, drawn)
+            return self._commit(flight.sampled, tokens)
 
     def _fit_requests(self) -> list[Event]:
         """Let no answer come to more than the KV cache takes by now."""

@@ -20,18 +20,18 @@ class Sampling:
     seed: int = 0
 
 
-def sample(logits: Tensor, rows: Sequence[tuple[Sampling, int]]) -> list[int]:
+def sample(logits: Tensor, rows: Sequence[tuple[Sampling, int]]) -> Tensor:
     """
-    Return one token id for each row of ``logits`` (``[rows, vocabulary]``, fp32).
+    Return one token id for each row of ``logits`` (``[rows, vocabulary]``, fp32): ``[rows]``.
 
     ``rows`` gives each row's sampling and how many tokens its answer has: a seed gives
-    the same answer again, whatever else shares the batch.
+    the same answer again, whatever else shares the batch. Does not wait for the device.
     """
     chosen = logits.argmax(-1)
     for i, (sampling, position) in enumerate(rows):
         if sampling.temperature > 0:
             chosen[i] = _draw(logits[i], sampling, position)
-    return chosen.tolist()
+    return chosen
 
 
 def _draw(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
