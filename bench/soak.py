@@ -14,6 +14,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 import json
+import math
 from pathlib import Path
 import random
 import statistics
@@ -107,7 +108,8 @@ class Soak:
         interval_s = self._request_s() / LOAD
         print(f'{1 / interval_s:.2f} queries per second', flush=True)
         start = due = time.monotonic()
-        sampled = corrected = printed = start
+        sampled = printed = start
+        corrected = -math.inf
         while (now := time.monotonic()) < start + self._seconds:
             if now >= due:
                 due += self._random.expovariate(1 / interval_s)
@@ -219,7 +221,7 @@ def growth(rows: Sequence[dict[str, float]],
         if row['at_s'] >= WARM_UP * rows[-1]['at_s']:
             minutes.setdefault(int(row['at_s'] // 60), []).append(row['memory_mb'])
     if len(minutes) < 2:
-        return float('nan')
+        return math.nan     # so short a run tells nothing
     values = [of_minute(minutes[m]) for m in sorted(minutes)]
     slope, start = statistics.linear_regression(range(len(values)), values)
     return slope * (len(values) - 1) / start

@@ -91,7 +91,7 @@ from mace_ros.warming import Warming
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
-RETURN_MEMORY_S = (60.0, 10.0)     # between two times that free memory goes back: busy, idle
+RETURN_MEMORY_S = 10.0     # between two times that free memory goes back to the system
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 
@@ -778,7 +778,7 @@ class Engine:
     def _check_when_idle(self, now: float) -> None:
         """Account for every KV block when the last request has gone, and for freed memory."""
         idle = not self._state.has_requests
-        if self._fragmented and now - self._returned_at >= RETURN_MEMORY_S[idle]:
+        if self._fragmented and now - self._returned_at >= RETURN_MEMORY_S:
             self._fragmented, self._returned_at = False, now
             return_free_memory()
         if idle and not self._was_idle:

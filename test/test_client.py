@@ -18,7 +18,7 @@ from rclpy.context import Context
 from rclpy.node import Node
 from ros_graph import ROOT
 
-from mace_ros.ros.client import LATCHED, MaceClient, RELIABLE
+from mace_ros.ros.client import LATCHED, MaceClient, NAMED_WITHIN_S, RELIABLE
 from mace_ros.ros.spinning import Spinner
 
 SOON_S = 10.0
@@ -132,6 +132,7 @@ def test_one_that_comes_before_the_first_is_missed_has_taken_its_place(
     """As after a kill, which the middleware notices late."""
     lost = client.ask('One?')
     following = Played()
+    following.say(AdapterVersion(version=2, state=AdapterVersion.PUBLISHED))
     try:
         with pytest.raises(ConnectionError):
             lost.result(SOON_S)
@@ -142,6 +143,20 @@ def test_one_that_comes_before_the_first_is_missed_has_taken_its_place(
         assert answer.result(SOON_S).text == 'Yes.'
     finally:
         following.end()
+
+
+def test_a_namesake_that_serves_nothing_takes_no_place(
+        client: MaceClient, played: Played) -> None:
+    """As one that is started by mistake, and refused the folder."""
+    answer = client.ask('One?', query_id='one')
+    time.sleep(NAMED_WITHIN_S + 0.1)
+    namesake = Played()
+    time.sleep(1.5)
+    namesake.end()
+    time.sleep(1.5)
+    assert client.version().version == 1
+    played.say(Response(query_id='one', text='Yes.'))
+    assert answer.result(SOON_S).text == 'Yes.'
 
 
 def test_who_plays_what_was_recorded_is_not_the_node(client: MaceClient, played: Played) -> None:

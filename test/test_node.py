@@ -111,7 +111,7 @@ class Mace:
 
     def begin_endless(self) -> Answer:
         """Ask what is answered for ever, and return when it has begun."""
-        answer = self.client.ask(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
+        answer = self.client.ask(ENDLESS, max_tokens=6000, no_learn=True, **PATIENT)
         next(answer.stream(ANSWER_S))
         return answer
 

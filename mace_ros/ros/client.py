@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+import math
 import os
 import threading
 import time
@@ -43,6 +44,7 @@ LATCHED = QoSProfile(
     durability=DurabilityPolicy.TRANSIENT_LOCAL)
 DISCOVERY_POLL_S = 0.05
 WATCH_S = 0.5           # between two looks at whether the node is still there
+NAMED_WITHIN_S = 2.0    # from its first version on, a node's name is known
 NAMELESS = '/_NODE_NAME_UNKNOWN_'      # rmw's, of one that is being discovered
 FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
                 CorrectionStatus.REJECTED, CorrectionStatus.FAILED)
@@ -199,6 +201,8 @@ class MaceClient:
         # The node's publisher at the last look that found one; also of one not yet missed.
         self._publishers: set[bytes] = set()
         self._named: set[bytes] = set()
+        self._newcomers: set[bytes] = set()     # of the name, that came while others were there
+        self._announced_at = -math.inf          # the latest version
         self._leaving: list[Answer | Learning] = []     # given up at the next look
 
         self.node = Node(
@@ -336,6 +340,7 @@ class MaceClient:
     def _on_version(self, message: AdapterVersion) -> None:
         if message.state == AdapterVersion.PUBLISHED:
             with self._changed:
+                self._announced_at = time.monotonic()
                 self._look()
                 self._versions[message.profile] = message
                 self._changed.notify_all()
@@ -366,8 +371,12 @@ class MaceClient:
         nameless = {gid for gid, name in names.items() if name.endswith(NAMELESS)}
         before = self._publishers - (names.keys() - named - nameless)
         present, come = named | nameless, named - self._named
-        # One that was killed is missed after its lease only, but of a name there is one node.
-        if before and (not before & present or (come and len(before | come) > 1)):
+        # One that was killed is missed after its lease only, but of a name one node serves. Who
+        # comes and announces no version may be one that can't start beside it.
+        self._newcomers = (self._newcomers | come if before else set()) & named
+        announced = time.monotonic() < self._announced_at + NAMED_WITHIN_S
+        if before and (not before & present or (announced and self._newcomers)):
+            self._newcomers = set()
             self._versions.clear()
             self._leaving += self._answers.values()
             self._leaving += (x for x in self._learning.values() if not x.statuses)
