@@ -69,6 +69,7 @@ from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.overtaking import EarlyCancellations
 from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.foresight import foresee, is_still_right
 from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.request import Request, RequestState
@@ -635,7 +636,8 @@ class Engine:
             self._residence.begin(plan, started)
             flight = self._launch(plan, events) if plan.has_pass else None
             if flight is not None and self.overlaps and not plan.segments:
-                self._flight, self._foreseen = flight, self._foresee(plan)
+                self._flight = flight
+                self._foreseen = foresee(plan, self._state, self.scheduler.cost)
                 return
             if flight is not None:
                 events += self._take_tokens(flight)
@@ -665,22 +667,10 @@ class Engine:
         self._failures = 0
         self._finish(flight.plan, pass_s, events)
 
-    def _foresee(self, plan: Plan) -> Plan | None:
-        """Plan the next pass while this one runs: the same rows again, if nothing happens."""
-        if plan.prefill or plan.finetune_tokens or self._state.finetune is not None:
-            return None
-        shape = plan.shape._replace(
-            decode_context=plan.shape.decode_context + plan.shape.decode_rows)
-        return replace(plan, rejected=(), preempted=(), shape=shape,
-                       predicted_s=self.scheduler.cost.pass_s(*shape))
-
     def _as_foreseen(self) -> Plan | None:
-        """Return what was foreseen if that is still the plan."""
+        """Return what was planned while the last pass ran, if that is still right."""
         plan, self._foreseen = self._foreseen, None
-        state = self._state
-        if (plan is None or state.waiting or state.finetune is not None
-                or plan.decode != tuple(state.running)
-                or self._pool.free_blocks < len(plan.decode)):
+        if plan is None or not is_still_right(plan, self._state, self._pool.free_blocks):
             return None
         return plan
 

@@ -125,7 +125,8 @@ def mace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mace]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        made = Mace(NodeProcess(tmp_path_factory.mktemp('mace')))
+        made = Mace(NodeProcess(tmp_path_factory.mktemp('mace'), **{
+            'finetune.replay_samples': 4}))
         made.start()
         yield made
         made.kill()
