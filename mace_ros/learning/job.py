@@ -13,7 +13,7 @@ import math
 from torch import Tensor
 
 from mace_ros.events import Event
-from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer, Whole
 from mace_ros.learning.gate import Gate
 from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
 from mace_ros.learning.live_outcomes import Suspicion
@@ -67,7 +67,7 @@ class Job:
     replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None
     step: FinetuneStep | None = None
-    parts: deque[Callable[[], FinetuneStep]] = field(default_factory=deque)     # of it, to come
+    parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
     gate: Gate | None = None
     scoring: Scoring | None = None
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards

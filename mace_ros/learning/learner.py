@@ -220,7 +220,7 @@ class Learner:
                 return []
             return self._prepare(job)
         if job.step.done and job.parts:
-            job.step = job.parts.popleft()()
+            self._next_part(job)
         elif job.step.done:
             job.steps += 1
             self._next_step(job)
@@ -233,6 +233,7 @@ class Learner:
         job, self._job = self._job, None
         if job is None:
             return []
+        job.scoring = None      # it refers to the job, whose tensors would wait for the collector
         self._trouble = reason
         if job.slot is not None:
             self._slots.give_back(job.slot)
@@ -262,7 +263,7 @@ class Learner:
             return False
         if job.slot is not None:
             self._slots.give_back(job.slot)
-        self._job = None
+        self._job, job.scoring = None, None
         if not job.rehearses:
             self._waiting = job.corrections + self._waiting
         return True
@@ -455,17 +456,15 @@ class Learner:
         job.judged = False
         job.trainer.set_learning_rate(finetune.learning_rate)
         job.parts = deque(
-            partial(self._part, job, part,
-                    replace(whole, begins=k == 0, ends=k == len(parts) - 1),
-                    () if k else preferences)
+            (part, replace(whole, begins=k == 0, ends=k == len(parts) - 1))
             for k, part in enumerate(parts))
-        job.step = job.parts.popleft()()
+        self._next_part(job, preferences)
 
-    def _part(self, job: Job, samples: Sequence[Sample], whole: Whole,
-              preferences: Sequence[Preference]) -> FinetuneStep:
+    def _next_part(self, job: Job, preferences: Sequence[Preference] = ()) -> None:
         assert job.trainer is not None
+        samples, whole = job.parts.popleft()
         recompute = self._settings.finetune.recompute
-        return FinetuneStep(
+        job.step = FinetuneStep(
             self._model, job.trainer, samples, keep_graphs=recompute != 'always',
             may_ride=recompute != 'never', preferences=preferences, whole=whole,
             oldest_correction_at=job.oldest)
