@@ -291,6 +291,7 @@ class Engine:
         """Put other settings in force at the next iteration."""
         def apply() -> list[Event]:
             self._settings = settings
+            self._foreseen = None       # under those that were in force
             self._share_out()
             self._residence.share(settings.memory.prefix_sharing)
             self._blocks.prune_share = settings.memory.kv_prune

@@ -91,6 +91,17 @@ def test_tokens_are_told_while_the_next_pass_runs(engine: Engine) -> None:
     assert flying >= told - 2 > 5
 
 
+def test_what_is_set_is_in_force_though_the_next_pass_was_planned(engine: Engine) -> None:
+    for i, text in enumerate(QUESTIONS):
+        engine.submit(Query(text, id=f'{i}', max_tokens=200))
+    while engine._foreseen is None or len(engine._foreseen.decode) < len(QUESTIONS):
+        engine.step()
+    engine.update(engine.settings.updated({'scheduler.max_requests': 2}))
+    engine.step()
+    assert engine._flight is not None
+    assert len(engine._flight.plan.decode) == 2
+
+
 def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> None:
     [expected] = answers(engine, 1, max_tokens=20)
     for name in ('kept', 'cancelled'):
