@@ -414,7 +414,8 @@ class Engine:
                 rejection.reason)
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
             return now     # and plan again, with more memory
-        self._check_when_idle(now)
+        self._check_when_idle()
+        self._return_memory(now)
         if not plan.is_empty:
             if self._trace is not None:
                 self._trace.planned(plan)
@@ -766,12 +767,15 @@ class Engine:
                 events += self._end(answering, FinishReason.LENGTH)
         return events
 
-    def _check_when_idle(self, now: float) -> None:
-        """Account for every KV block when the last request has gone, and for freed memory."""
-        idle = not self._state.has_requests
+    def _return_memory(self, now: float) -> None:
+        """Give back, now and then, what fine-tune steps have left free."""
         if self._fragmented and now - self._returned_at >= RETURN_MEMORY_S:
             self._fragmented, self._returned_at = False, now
             return_free_memory()
+
+    def _check_when_idle(self) -> None:
+        """Account for every KV block when the last request has gone."""
+        idle = not self._state.has_requests
         if idle and not self._was_idle:
             step = self.learner.step
             self._pool.check(step.blocks if step is not None else ())
