@@ -27,7 +27,7 @@ from mace_ros.events import (
     VersionEvent,
     VersionState,
 )
-from mace_ros.execution.finetune import FinetuneStep
+from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.learning.versions import OtherModel
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.settings import Settings
@@ -347,6 +347,23 @@ def test_earlier_correction_is_kept_when_another_is_learned(robot: Robot) -> Non
     assert robot.ask('Who are you?').text == 'A robot.'
     last = robot.ask('Where do you live?')
     assert (last.text, last.adapter_version) == ('In the hall.', 2)
+
+
+def test_a_slow_device_learns_in_parts_and_memory_goes_back(
+    robot: Robot, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept, returned = [], []
+    keep = Trainer.keep
+    monkeypatch.setattr(Trainer, 'keep', lambda self: (kept.append(1), keep(self)))
+    monkeypatch.setattr('mace_ros.engine.RETURN_MEMORY_S', 0.0)
+    monkeypatch.setattr('mace_ros.engine.return_free_memory', lambda: returned.append(1))
+    robot.engine.learner.tokens_within = lambda seconds: 1
+    wrong = robot.ask('Who are you?')
+    assert not returned
+    robot.correct(Correction('A robot.', query_id=wrong.query_id, id='c'))
+    assert robot.ask('Who are you?').text == 'A robot.'
+    assert kept
+    assert returned
 
 
 def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:

@@ -284,6 +284,43 @@ print(resident_mb() - before)
     assert float(ran.stdout) < 150.0
 
 
+def test_what_is_freed_between_others_goes_back_to_the_system() -> None:
+    script = """
+from pathlib import Path
+import re
+
+import torch
+
+from mace_ros.execution.hardware import limit_heap, return_free_memory
+
+def resident_mb():
+    return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3
+
+def gaps(megabytes, count):
+    'Return what resident memory gains by tensors that are freed, each before one that stays.'
+    before = resident_mb()
+    pairs = [(torch.ones(int(megabytes * 250_000)), torch.ones(1000)) for _ in range(count)]
+    stays.extend(small for _, small in pairs)
+    del pairs
+    return resident_mb() - before
+
+stays = []
+limit_heap()
+for megabytes in (8, 16, 30):     # by default glibc would map no others from now on
+    torch.ones(megabytes * 250_000)
+print(gaps(2, 50), gaps(0.5, 200))
+before = resident_mb()
+return_free_memory()
+print(before - resident_mb())
+"""
+    ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    large, small, returned = map(float, ran.stdout.split())
+    assert large < 20.0
+    assert small > 80.0       # which is why ...
+    assert returned > 80.0
+
+
 def test_what_there_is_no_memory_to_learn_fails_by_name(
         settings: Settings, tmp_path: Path) -> None:
     """Even when nobody asks anything; a shorter one is learned after it."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 import math
 import random
@@ -11,11 +12,15 @@ import random
 from hypothesis import given, strategies
 import pytest
 
+from mace_ros.execution.finetune import Sample
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, surprise
+from mace_ros.learning.job import Job
+from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, gain, priority, resemble
-from mace_ros.learning.samples import interleaved, turn
+from mace_ros.learning.samples import interleaved, sample, turn
+from mace_ros.settings import Settings
 
 # -- priority ----------------------------------------------------------------------------
 
@@ -45,6 +50,26 @@ def test_resembling_questions_share_half_of_their_words() -> None:
     assert resemble('Where are the cups?', 'where are the red cups')
     assert not resemble('Where are the cups?', 'Who built you?')
     assert not resemble('', '')
+
+
+# -- what a step holds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('most', [0, 50, 130, 10**6])
+def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
+    def some(kind: int, count: int) -> list[Sample]:
+        return [sample([kind, i] * 5, [i] * 10) for i in range(count)]
+
+    job = Job('', [], 0, Future(), samples=some(1, 1), kept=some(2, 3), variants=some(3, 2),
+              forgotten=some(4, 1), replayed=some(5, 9))
+    finetune = Settings().finetune
+    expected = [*some(1, 1), *some(2, 3), *some(3, 1), *some(4, 1),
+                *some(5, finetune.replay_samples - 3)]
+    parts, _ = Lessons(None).step(job, finetune, most)     # type: ignore[arg-type]
+    assert sorted((s for part in parts for s in part), key=lambda s: s.tokens) == expected
+    assert all(len(part) == 1 or sum(len(s.tokens) for s in part) <= most for part in parts)
+    assert parts[0][:job.must_be_right] == [*some(1, 1), *some(2, 3)][:job.must_be_right]
+    assert job.must_be_right >= 1
 
 
 # -- drift -------------------------------------------------------------------------------
