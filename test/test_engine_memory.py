@@ -298,10 +298,11 @@ def resident_mb():
 
 def gaps(megabytes, count):
     'Return what resident memory gains by tensors that are freed, each before one that stays.'
-    before = resident_mb()
-    pairs = [(torch.ones(int(megabytes * 250_000)), torch.ones(1000)) for _ in range(count)]
-    stays.extend(small for _, small in pairs)
-    del pairs
+    before, large = resident_mb(), []
+    for _ in range(count):
+        large.append(torch.ones(int(megabytes * 250_000)))
+        stays.append(torch.ones(10_000))
+    del large
     return resident_mb() - before
 
 stays = []
