@@ -564,15 +564,17 @@ class Engine:
             return [CorrectionProgress(
                 record.id, record.state, record.reason, record.adapter_version)]
         self._conversations.correct(record.query_id, record.corrected)
-        training = self.learner.trains(accepted.superseded)
-        if training is not None:
-            self._stop_learning(training)
-        self.learner.add(record, accepted.arrived)
+        renewed = self.learner.renew(record)
+        if renewed is None:
+            training = self.learner.trains(accepted.superseded)
+            if training is not None:
+                self._stop_learning(training)
+            self.learner.add(record, accepted.arrived)
         if record.query_id and self._settings.gate.auto_rollback:
             self._look_back(record.query_id)
         return [CorrectionProgress(record.id, CorrectionState.ACCEPTED), *(
             CorrectionProgress(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
-            for i in accepted.superseded)]
+            for i in accepted.superseded), *(renewed or ())]
 
     def _look_back(self, query_id: str) -> None:
         """See whether answers got worse with a version, now that one more was corrected."""

@@ -412,6 +412,31 @@ def test_the_newest_of_two_pending_corrections_of_one_question_wins(robot: Robot
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
+def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newer one takes the older one's place in the job, and is learned with its steps."""
+    def is_trained(correction_id: str) -> Callable[[Event], bool]:
+        return lambda e: (isinstance(e, CorrectionProgress) and e.id == correction_id
+                          and e.state is CorrectionState.TRAINING)
+
+    engine = robot.engine
+    engine.update(engine.settings.updated(
+        {'finetune.learning_rate': 1e-6, 'finetune.max_steps': 1000}))
+    wrong = robot.ask('Who are you?')
+    engine.correct(Correction('A robot.', id='old', query_id=wrong.query_id))
+    robot.until(is_trained('old'))
+    monkeypatch.setattr(engine.learner, 'stop', None)    # the job is not given up
+    engine.correct(Correction('A robot.', id='new', query_id=wrong.query_id))
+    robot.until(is_trained('new'))
+    engine.update(engine.settings.updated({'finetune.learning_rate': 0.01}))
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.LEARNED and e.id == 'new')
+    states = [e.state for e in robot.events if isinstance(e, CorrectionProgress) and e.id == 'old']
+    assert states == [
+        CorrectionState.ACCEPTED, CorrectionState.TRAINING, CorrectionState.SUPERSEDED]
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
 def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> None:
     """Profiles take turns, whoever came first."""
     for number in range(9):

@@ -135,6 +135,24 @@ class Learner:
         self._waiting.append(
             Waiting(record, arrived, repeats=sum(1 + w.repeats for w in older)))
 
+    def renew(self, record: CorrectionRecord) -> list[Event] | None:
+        """
+        Let a correction take the place of the same one that is trained now, which goes on.
+
+        Returns what there is to tell; None, changing nothing, if the job trains nothing that
+        says the same or its version is on its way to the disk under the older one's id.
+        """
+        job = self._job
+        if job is None or job.saving is not None:
+            return None
+        for i, older in enumerate(job.corrections):
+            if all(getattr(older.record, name) == getattr(record, name)
+                   for name in ('profile', 'prompt_ids', 'corrected', 'weight')):
+                job.corrections[i] = replace(older, record=record, repeats=older.repeats + 1)
+                return [] if job.gate is None else [
+                    self._set_state(record, CorrectionState.TRAINING)]
+        return None
+
     def trains(self, correction_ids: Collection[str]) -> str | None:
         """Return the profile whose job trains one of these, if there is one."""
         job = self._job
