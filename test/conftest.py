@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mace_ros.execution.loading import load_model, LoadedModel
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several processes that run tests cores of its own, before it uses any."""
+    worker = getattr(config, 'workerinput', None)    # of pytest-xdist
+    if worker is None or not hasattr(os, 'sched_setaffinity'):
+        return
+    cores, count = sorted(os.sched_getaffinity(0)), worker['workercount']
+    own = cores[int(worker['workerid'].removeprefix('gw'))::count]
+    if own:
+        os.sched_setaffinity(0, own)
+        torch.set_num_threads(len(own))
 
 
 @pytest.fixture(scope='session')

@@ -519,12 +519,14 @@ def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProc
     accepted = {s.id for s in statuses if s.state == CorrectionStatus.ACCEPTED}
     assert len(accepted) > 5
     # What can be learned of it is, and the rest fails: no text breaks the learning.
-    assert set_parameters(client, {'finetune.budget': 1.0}) == [(True, '')]
+    hurried = {'finetune.budget': 1.0, 'finetune.max_steps': 4, 'finetune.replay_samples': 1}
+    assert all(done for done, _ in set_parameters(client, hurried))
     ended = (CorrectionStatus.LEARNED, CorrectionStatus.FAILED)
     with Recorder(client, correction_status=CorrectionStatus) as recorder:
         eventually(lambda: sum(s.state in ended for s in recorder.of(CorrectionStatus)) >= 5,
                    client, ANSWER_S)
-    assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
+    calm = {name: PARAMETERS[name].default for name in hurried} | {'finetune.budget': 0.0}
+    assert all(done for done, _ in set_parameters(client, calm))
     assert 'Traceback' not in node.log
     for correction_id in accepted:
         again = client.correct('x', correction_id=correction_id, prompt='y', rejected='x')
