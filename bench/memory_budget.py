@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
+from itertools import takewhile
 import math
 from pathlib import Path
 import threading
@@ -70,6 +72,7 @@ class BudgetedRobot(Robot):
             'generation.max_tokens': max_tokens, 'slo.ttft_ms': 60000.0, 'slo.tpot_ms': 60000.0,
             'finetune.max_steps': 12}), Path(storage))
         self._learned = False
+        self._lengths: dict[str, int] = {}      # tokens of each answer
         engine = self.engine
         cache = engine.model.attention.cache
         assert cache is not None
@@ -85,13 +88,19 @@ class BudgetedRobot(Robot):
         blocks = math.ceil(longest * share / self.engine.model.block_tokens)
         return self.engine._memory.budget.planned(blocks) / 1e6
 
-    def run(self, count: int) -> dict[str, float]:
-        """Answer ``count`` questions, and again beside a correction; return what it took."""
+    def run(self, count: int, small_mb: float) -> dict[str, float]:
+        """
+        Answer ``count`` questions, and again beside a correction; return what it took.
+
+        And what the answers would have taken at least, as fast as these passes were, with all
+        memory and with a budget of ``small_mb``.
+        """
         watched, began = AnonymousPeak(), time.monotonic()
         try:
             tokens = self._answer('alone', count)
             seconds = time.monotonic() - began
             alone = watched.peak
+            least_s, least_small_s = self._least_s(count, small_mb)
             self.engine.correct(Correction(LESSON[1], id='lesson', prompt=LESSON[0]))
             self._answer('learning', count, 'lesson')
         finally:
@@ -99,9 +108,29 @@ class BudgetedRobot(Robot):
         status = self.engine.status()
         self.engine.close()
         return {'requests': 2 * count, 'tokens': tokens, 'seconds': seconds,
+                'least_s': least_s, 'least_small_s': least_small_s,
                 'budget_mb': status.budget_mb, 'peak_mb': peak - self._before,
                 'peak_alone_mb': alone - self._before, 'preemptions': status.preemptions,
                 'learned': float(self._learned)}
+
+    def _least_s(self, count: int, budget_mb: float) -> tuple[float, float]:
+        """Return the least seconds for the answers' decode rows, in all memory and in a budget."""
+        engine, lengths = self.engine, [self._lengths[f'alone/{i}'] for i in range(count)]
+        prompts = [engine.chat.prompt([{'role': 'user', 'content': q}]) for q in QUESTIONS[:count]]
+        contexts = [len(p) + n / 2 for p, n in zip(prompts, lengths, strict=True)]
+        context = sum(c * n for c, n in zip(contexts, lengths, strict=True)) / sum(lengths)
+        small = copy(engine._memory.budget)
+        small.learning, small.total = 0.0, budget_mb * 1e6
+        passes = least_passes(prompts, lengths, small.kv_capacity, engine.model.block_tokens)
+
+        def seconds(rows: float) -> float:
+            """Return the time of a pass; of parts of a row, between those of whole ones."""
+            times = [engine.scheduler.cost.pass_s(n, round(n * context))
+                     for n in (math.floor(rows), math.ceil(rows))]
+            return times[0] + (times[1] - times[0]) * (rows % 1)
+
+        return (math.fsum(seconds(sum(n > i for n in lengths)) for i in range(max(lengths))),
+                passes * seconds(sum(lengths) / passes))
 
     def _answer(self, name: str, count: int, lesson: str = '') -> int:
         """
@@ -119,6 +148,7 @@ class BudgetedRobot(Robot):
                 if event.error:
                     raise AssertionError(f'{event.query_id}: {event.error}')
                 tokens += event.output_tokens
+                self._lengths[event.query_id] = event.output_tokens
                 left.discard(event.query_id)
             elif isinstance(event, CorrectionProgress) and event.state in ENDS:
                 self._learned = event.state is CorrectionState.LEARNED
@@ -129,6 +159,23 @@ class BudgetedRobot(Robot):
             self.engine.submit(Query(text, id=f'{name}/{i}', temperature=0.0, no_learn=True))
         self.until(all_ended)
         return tokens
+
+
+def least_passes(prompts: Sequence[Sequence[int]], lengths: Sequence[int], blocks: int,
+                 block_tokens: int) -> float:
+    """
+    Return in how many passes answers of these lengths can be given at least.
+
+    Each pass that decodes a token of an answer holds the blocks of all before it, apart from
+    those that all prompts share; who knew every length, and never gave up a block before its
+    time, could at best have all ``blocks`` in use in every pass.
+    """
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    shared = sum(1 for _ in alike) // block_tokens
+    held = sum(-(-(len(prompt) + token) // block_tokens) - shared
+               for prompt, length in zip(prompts, lengths, strict=True)
+               for token in range(length))
+    return max(held / (blocks - shared), max(lengths))
 
 
 def budgets(folder: Path, *, repeats: int, count: int, max_tokens: int, share: float,
@@ -145,7 +192,7 @@ def budgets(folder: Path, *, repeats: int, count: int, max_tokens: int, share: f
             try:
                 if not limited:
                     budget = worker.call('fitting_budget_mb', count, max_tokens, share)
-                row = worker.call('run', count)
+                row = worker.call('run', count, budget)
             finally:
                 worker.close()
             rows.append({'repeat': repeat, 'limited': limited, **row})
