@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from graph import ENVIRONMENT, wait_until
 import mace_ros.msg as msg
@@ -143,6 +144,32 @@ def test_one_that_comes_before_the_first_is_missed_has_taken_its_place(
         assert answer.result(SOON_S).text == 'Yes.'
     finally:
         following.end()
+
+
+def test_what_is_asked_before_the_name_of_the_node_is_known_waits(
+        client: MaceClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The middleware tells of a publisher a moment before it tells whose it is."""
+    told = client.node.get_publishers_info_by_topic
+    names: dict[str, str] = {'node_namespace': '_NODE_NAMESPACE_UNKNOWN_',
+                             'node_name': '_NODE_NAME_UNKNOWN_'}
+    monkeypatch.setattr(client.node, 'get_publishers_info_by_topic', lambda topic: [
+        SimpleNamespace(**({'node_namespace': i.node_namespace, 'node_name': i.node_name} | names),
+                        endpoint_gid=i.endpoint_gid) for i in told(topic)])
+    node = Played()
+    try:
+        assert wait_until(
+            lambda: client._publishers and client._query.get_subscription_count(), SOON_S)
+        answer = client.ask('One?', query_id='one')
+        assert node.hears('one')
+        names.clear()
+        assert wait_until(lambda: client._named, SOON_S)
+        node.say(AdapterVersion(version=1, state=AdapterVersion.PUBLISHED))
+        client.wait_until_ready(SOON_S)
+        time.sleep(1.5)     # in which it would be given up
+        node.say(Response(query_id='one', text='Yes.'))
+        assert answer.result(SOON_S).text == 'Yes.'
+    finally:
+        node.end()
 
 
 def test_a_namesake_that_serves_nothing_takes_no_place(

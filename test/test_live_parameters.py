@@ -16,7 +16,7 @@ from pathlib import Path
 import time
 from typing import Any
 
-from graph import DOMAIN_ID, ENVIRONMENT, wait_until
+from graph import domain_id, ENVIRONMENT, wait_until
 from mace_ros.msg import Response
 import pytest
 from rclpy.context import Context
@@ -40,7 +40,7 @@ class Watched:
         values = {'storage.folder': folder, 'model.source': model, 'model.device': 'cpu',
                   'model.threads': 1, 'memory.kv_cache_tokens': 8192}
         arguments = [x for name, value in values.items() for x in ('-p', f'{name}:={value}')]
-        self.context.init(args=['--ros-args', *arguments], domain_id=DOMAIN_ID)
+        self.context.init(args=['--ros-args', *arguments], domain_id=domain_id())
         self.node = MaceNode(context=self.context)
         self._spinner = Spinner(self.node, name='ros', context=self.context)
         self._spinner.start()

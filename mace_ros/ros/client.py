@@ -373,7 +373,7 @@ class MaceClient:
         present, come = named | nameless, named - self._named
         # One that was killed is missed after its lease only, but of a name one node serves. Who
         # comes and announces no version may be one that can't start beside it.
-        self._newcomers = (self._newcomers | come if before else set()) & named
+        self._newcomers = (self._newcomers | come if before - come else set()) & named
         announced = time.monotonic() < self._announced_at + NAMED_WITHIN_S
         if before and (not before & present or (announced and self._newcomers)):
             self._newcomers = set()
