@@ -59,7 +59,7 @@ START_S = 250.0         # with a model that must be converted, on a busy machine
 ANSWER_S = 100.0
 LEARN_S = 500.0
 
-# The packaged model repeats the robot until it is told to stop.
+# The packaged model mostly repeats the robot until it is told to stop.
 ENDLESS = 'Repeat this: こんにちは 🤖'
 PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
 NAME, ROVER = 'What is your name?', 'My name is Rover.'
@@ -536,7 +536,12 @@ def lesson(mace: Mace) -> SimpleNamespace:
     mace.set('slo.freshness_s', 1.0)          # or learning would wait for the query's end
     mace.set('finetune.min_share', 0.9)
     learning = mace.client.correct(ROVER, query_id=heard.wrong.query_id)
-    heard.learned = learning.wait(timeout_s=LEARN_S)
+    end = time.monotonic() + LEARN_S
+    while not learning.is_final() and time.monotonic() < end:
+        if running.is_complete():       # the model has found an end after all
+            running = mace.begin_endless()
+        time.sleep(0.01)
+    heard.learned = learning.wait(timeout_s=0.0)
     heard.states = [s.state for s in learning.statuses]
     heard.version = mace.client.wait_for_version(heard.learned.adapter_version, timeout_s=30.0)
     heard.was_running = not running.is_complete()
