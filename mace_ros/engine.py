@@ -202,7 +202,8 @@ class Engine:
             + cost.segment_s(SegmentKind.BACKWARD, tokens))
         self.learner.clock = clock
         self.learner.condemn = self._condemn
-        self._budget = settings.finetune.budget     # in force, by drift
+        self._budget = settings.finetune.budget     # in force, by drift ...
+        self._backlog = False                       # ... and by how many corrections wait
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
@@ -396,7 +397,7 @@ class Engine:
             self._spoke = True
             return self._clock()
         self._spoke = False
-        if self.learner.drift.moved:
+        if self.learner.drift.moved or self.learner.backlog != self._backlog:
             self._share_out()
         self._warm_up()
         if self.learner.wants_anchors and not self._anchors:
@@ -475,9 +476,10 @@ class Engine:
     def _share_out(self) -> None:
         """Let the scheduler know the settings, with what drift leaves of the budget."""
         settings, finetune = self._settings, self._settings.finetune
-        self._budget = finetune.budget
+        self._budget, self._backlog = finetune.budget, self.learner.backlog
         if settings.scheduler.policy == 'mace':     # the baselines know no drift
-            self._budget = self.learner.drift.budget(settings.drift.min_budget, finetune.budget)
+            self._budget = self.learner.drift.budget(
+                settings.drift.min_budget, finetune.budget, backlog=self._backlog)
         self.scheduler.update(replace(
             settings, finetune=replace(finetune, budget=self._budget)))
 

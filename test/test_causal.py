@@ -11,13 +11,14 @@ from mace_ros.execution.causal import attend_causally, suits
 
 @pytest.mark.parametrize('scaling', [None, 0.3])
 @pytest.mark.parametrize('heads, kv_heads', [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize('before', [0, 5])
 @pytest.mark.parametrize('tokens', [1, 2, 17])
 def test_output_and_gradients_are_those_of_pytorch(
-        tokens: int, heads: int, kv_heads: int, scaling: float | None) -> None:
+        tokens: int, before: int, heads: int, kv_heads: int, scaling: float | None) -> None:
     torch.manual_seed(0)
     shapes = [(heads, 8), (kv_heads, 8), (kv_heads, 12)]     # values of a size of their own
-    given = [torch.randn(1, n, tokens, size).transpose(1, 2).contiguous().transpose(1, 2)
-             for n, size in shapes]
+    given = [torch.randn(1, n, count, size).transpose(1, 2).contiguous().transpose(1, 2)
+             for (n, size), count in zip(shapes, [tokens] + 2 * [before + tokens], strict=True)]
     ours = [x.clone().requires_grad_() for x in given]
     theirs = [x.clone().requires_grad_() for x in given]
     weight = torch.randn(1, heads, tokens, 12)
@@ -25,8 +26,10 @@ def test_output_and_gradients_are_those_of_pytorch(
     y = attend_causally(*ours, scaling)
     y.backward(weight)
 
+    seen = torch.tensor([[k <= before + q for k in range(before + tokens)]
+                         for q in range(tokens)])
     expected = F.scaled_dot_product_attention(
-        *theirs, is_causal=True, enable_gqa=True, scale=scaling)
+        *theirs, attn_mask=seen, enable_gqa=True, scale=scaling)
     expected.backward(weight)
     torch.testing.assert_close(y, expected)
     for x, other in zip(ours, theirs, strict=True):

@@ -28,6 +28,7 @@ from mace_ros.events import (
     VersionState,
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
+from mace_ros.learning import learner
 from mace_ros.learning.versions import OtherModel
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.settings import Settings
@@ -410,6 +411,41 @@ def test_the_newest_of_two_pending_corrections_of_one_question_wins(robot: Robot
     robot.until(lambda e: isinstance(e, CorrectionProgress)
                 and e.state is CorrectionState.LEARNED and e.id == 'new')
     assert robot.ask('Who are you?').text == 'A robot.'
+
+
+@pytest.mark.parametrize(('changes', 'first'), [
+    ({'slo.freshness_s': 1e9}, {'3', '4', '5'}),     # of the oldest one, little is expected
+    ({'slo.freshness_s': 1.0}, {'0'}),
+    ({'slo.freshness_s': 1.0, 'finetune.order': 'arrival'}, {'0'})])
+def test_which_of_many_is_learned_first(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object],
+        first: set[str]) -> None:
+    """The newest, unless the oldest has waited too long; and each is scored once."""
+    monkeypatch.setattr(learner, 'JOB_CANDIDATES', 4)
+    monkeypatch.setattr(learner, 'JOB_CORRECTIONS', 1)
+    choose, unknown = learner.Learner._choose, []
+    monkeypatch.setattr(learner.Learner, '_choose', lambda self, job, new, *rest: (
+        unknown.extend(new), choose(self, job, new, *rest))[1])
+    settings = robot.engine.settings.updated(
+        {'finetune.max_steps': 2, 'finetune.replay_samples': 1, **changes})
+    robot.engine.update(settings.updated({'finetune.budget': 0.0}))
+    for i in range(6):
+        robot.engine.correct(Correction(
+            f'Number {i}.', id=str(i), prompt=f'Question {i}?', weight=1.0 if i else 0.01))
+        robot.until(lambda e, i=i: isinstance(e, CorrectionProgress) and e.id == str(i))
+    time.sleep(1.0)
+    robot.engine.update(settings)
+    left = {str(i) for i in range(6)}
+    trained = []
+    while left:
+        event = robot.until(lambda e: isinstance(e, CorrectionProgress))
+        if event.state is CorrectionState.TRAINING:
+            trained.append(event.id)
+        left -= {event.id} if event.state in DONE else set()
+    assert trained[0] in first
+    assert len(unknown) == 6
+    if robot.engine.settings.finetune.order == 'arrival':
+        assert trained == sorted(trained)
 
 
 def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(

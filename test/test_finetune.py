@@ -35,7 +35,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mace_ros.execution import finetune
-from mace_ros.execution.finetune import FinetuneStep, Preference, Sample, Trainer, Whole
+from mace_ros.execution.finetune import (
+    FinetuneStep,
+    packed_tokens,
+    Preference,
+    Sample,
+    shared_tokens,
+    Trainer,
+    Whole,
+)
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.execution.spans import Span
@@ -67,6 +75,13 @@ def samples(seed: int = 0, lengths: Sequence[int] = (40, 9, 2, 61)) -> list[Samp
         result.append(Sample(tuple(rng.randrange(VOCABULARY) for _ in range(length)),
                              tuple(weights)))
     return result
+
+
+def alike(*, shared: int = 19) -> list[Sample]:
+    """Return samples that begin with the same tokens, some of them with no other prompt."""
+    begin = tuple(random.Random(7).randrange(VOCABULARY) for _ in range(shared))
+    return [Sample((*begin, *s.tokens), (*(0.0 for _ in begin), *s.weights))
+            for s in samples(lengths=(30, 9, 2, 41, 2))]
 
 
 def as_peft(reference: PreTrainedModel, bank: AdapterBank, tensors: dict[str, Tensor],
@@ -166,15 +181,17 @@ DRIVES: dict[str, tuple[Drive, bool]] = {
 
 
 def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
-                    targets: str = 'all-linear', static: Sequence[int] = ()) -> None:
+                    targets: str = 'all-linear', static: Sequence[int] = (),
+                    batch: Sequence[Sample] = ()) -> None:
+    batch = batch or samples()
     model, bank, reference = with_reference(tiny_model(family), targets=targets)
     model.static_layers += [StaticLayers(model, tokens) for tokens in static]
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
         random_adapter(bank, slot)
         bank.write_slot(slot)
     tensors = random_adapter(bank, 0)
-    batch = samples()
     step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=10, keep_graphs=keep_graphs)
+    assert step.tokens == packed_tokens(batch)
 
     drive(step)
     run_until_optimizer(step)
@@ -206,6 +223,34 @@ def test_gradients_of_layers_at_fixed_addresses(family: str, tokens: int, way: s
     'gpt-neox', 'starcoder2', 'glm', 'qwen3-moe', 'gpt-oss', 'deepseek-v2', 'opt'])
 def test_gradients_are_those_of_peft_in_each_family(family: str, way: str) -> None:
     check_gradients(family, DRIVES[way][0], targets=TARGETS.get(family, 'all-linear'))
+
+
+@pytest.mark.parametrize('way', DRIVES)
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'gpt-oss', 'opt'])
+def test_gradients_of_prompts_that_begin_alike(family: str, way: str) -> None:
+    """What they have in common is computed once, and learned from as often as it is there."""
+    batch = alike()
+    assert packed_tokens(batch) == sum(len(s.tokens) for s in batch) - 4 * 19
+    drive, keep_graphs = DRIVES[way]
+    check_gradients(family, drive, keep_graphs=keep_graphs, batch=batch,
+                    targets=TARGETS.get(family, 'all-linear'))
+
+
+@pytest.mark.parametrize('way', ['alone, graphs kept', 'ridden among requests'])
+def test_gradients_of_prompts_that_begin_alike_at_fixed_addresses(way: str) -> None:
+    check_gradients('gemma2', DRIVES[way][0], static=[110], batch=alike())
+
+
+def test_what_begins_alike_is_known_by_its_prompts_alone() -> None:
+    one, two = (1,) * 20 + (2, 3), (1,) * 20 + (2, 4)
+    late, early = (0.0,) * 20 + (1.0, 1.0), (0.0,) * 12 + (1.0,) * 10
+    assert shared_tokens([Sample(one, late), Sample(two, late)]) == 20
+    assert shared_tokens([Sample(one, late), Sample(two, early)]) == 12
+    assert shared_tokens([Sample(one, late), Sample(one, late)]) == 20
+    assert shared_tokens([Sample(one, late)]) == 0
+    assert shared_tokens([Sample(one, late), Sample((5, *two[1:]), late)]) == 0
+    nothing = Sample((1,) * 9, (0.0,) * 9)      # one token of each is computed
+    assert shared_tokens([nothing, Sample(one, late)]) == 8
 
 
 @pytest.mark.parametrize('way', ['alone, recomputed', 'ridden by 7'])

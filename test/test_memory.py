@@ -445,19 +445,24 @@ def test_counting_is_exact_and_leaves_nothing_behind() -> None:
     assert each[0] <= each[-1] and min(each) > 0.99 * each[0]
 
 
+@pytest.mark.parametrize('shared', [0, 24, 80])
 @pytest.mark.parametrize('keep_graphs', [True, False])
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'qwen3-moe'])
-def test_a_step_takes_the_memory_that_was_predicted(family: str, keep_graphs: bool) -> None:
+def test_a_step_takes_the_memory_that_was_predicted(
+        family: str, keep_graphs: bool, shared: int) -> None:
     model, bank, _ = with_reference(tiny_model(family))
     footprint = measure_footprint(model, bank)
     rng = random.Random(0)
-    samples = [Sample(tuple(random_ids(rng, n)), (0.0,) * (n // 2) + (1.0,) * (n - n // 2))
-               for n in (150, 120, 90)]
+    begin = tuple(random_ids(rng, shared))
+    # Of what begins alike there are many short ones, as of corrections.
+    lengths = (30, 20, 25, 12, 18, 30, 40, 22, 35, 15, 9, 28, 17) if shared else (150, 120, 90)
+    samples = [Sample((*begin, *random_ids(rng, n)),
+                      (0.0,) * (shared + n // 2) + (1.0,) * (n - n // 2)) for n in lengths]
     trainer = Trainer(bank, 1e-3)
     with Peak() as peak:
         step = FinetuneStep(model, trainer, samples, keep_graphs=keep_graphs)
         while not step.done:
             step.run_segment()
-    predicted = footprint.step_bytes([150, 120, 90], keep_graphs=keep_graphs)
+    predicted = footprint.step_bytes(step.lengths, keep_graphs=keep_graphs)
     gradients = sum(p.nbytes for p in bank.parameters())     # those are the adapters'
     assert 0.4 * predicted <= peak.most - gradients <= predicted

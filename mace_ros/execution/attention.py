@@ -116,6 +116,9 @@ class Row:
     sequence (``query_owner == key_owner``) up to its own place in it. The keys are the
     block's own (``key_slots`` None), or those at ``key_slots`` of the cache: the block's
     own and what came before them. Without ``write_slots`` the cache is not touched.
+
+    If the keys are the block's own, its first ``shared`` tokens may be what all others begin
+    with: a sequence of which each token is a key for all of them.
     """
 
     write_slots: Tensor | None = None     # [tokens]
@@ -129,6 +132,7 @@ class Row:
     # Set if the block is nothing but sequences from their beginnings: their lengths. Each
     # attends by itself then, without a mask, unless a window is shorter.
     lengths: tuple[int, ...] = ()
+    shared: int = 0
     masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
     observed: Sequence[Observed] = ()
 
@@ -147,7 +151,8 @@ class Row:
 
     def is_plain(self, window: int | None) -> bool:
         """Return whether each sequence of the block attends causally to itself alone."""
-        return bool(self.lengths) and (window is None or window >= max(self.lengths))
+        return bool(self.lengths) and (
+            window is None or window >= self.shared + max(self.lengths))
 
     def block_mask(self, window: int | None) -> Tensor:
         """Return ``[block tokens, keys]``, true where one may look."""
@@ -156,22 +161,29 @@ class Row:
             assert self.query_owner is not None and self.query_place is not None
             assert self.key_owner is not None and self.key_place is not None
             distance = self.query_place[:, None] - self.key_place[None]
-            mask = (self.query_owner[:, None] == self.key_owner[None]) & (distance >= 0)
+            mask = self.query_owner[:, None] == self.key_owner[None]
+            mask[:, :self.shared] = True
+            mask &= distance >= 0
             if window is not None:
                 mask &= distance < window
             self.masks[key] = mask
         return self.masks[key]
 
 
-def whole_sequences(lengths: Sequence[int], device: torch.device) -> Row:
-    """Return the row of whole sequences one after the other, without cache: for training."""
+def whole_sequences(lengths: Sequence[int], device: torch.device, *, shared: int = 0) -> Row:
+    """
+    Return the row of whole sequences one after the other, without cache: for training.
+
+    The first ``shared`` tokens are the first one, which all others go on from.
+    """
     owner = torch.repeat_interleave(
         torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
     place = torch.cat([torch.arange(n, device=device) for n in lengths])
+    place[shared:] += shared
     # Elsewhere one kernel for all, with a mask, is faster than one for each.
     apart = len(lengths) == 1 or device.type == 'cpu'
     return Row(query_owner=owner, query_place=place, key_owner=owner, key_place=place,
-               lengths=tuple(lengths) if apart else ())
+               lengths=tuple(lengths) if apart else (), shared=shared)
 
 
 class AttentionState:
@@ -228,12 +240,20 @@ def packed_attention(
             if sliding_window is None or sliding_window >= observed.target.shape[0]:
                 observed.look(q, k, scaling, softcap, s_aux)
         if row.is_plain(sliding_window):
-            each = zip(*(x.split(row.lengths, 2) for x in (q, k, v)), strict=True)
-            outs = [attend(a, b, c, None, scaling, softcap, s_aux) for a, b, c in each]
+            queries, keys_of, values_of = (x.split(row.lengths, 2) for x in (q, k, v))
+            if row.shared:
+                keys_of, values_of = (_after_first(x) for x in (keys_of, values_of))
+            outs = [attend(a, b, c, None, scaling, softcap, s_aux)
+                    for a, b, c in zip(queries, keys_of, values_of, strict=True)]
         else:
             outs = [attend(q, k, v, row.block_mask(sliding_window), scaling, softcap, s_aux)]
         parts += [out[0].transpose(0, 1) for out in outs]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _after_first(parts: Sequence[Tensor]) -> list[Tensor]:
+    first, *others = parts
+    return [first, *(torch.cat([first, x], 2) for x in others)]
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, row: Row, scaling: float | None,
@@ -253,13 +273,20 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, row: Row, scaling: floa
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
            scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Scaled dot-product attention; ``mask`` None is causal. Shapes as in PyTorch's SDPA."""
+    """
+    Scaled dot-product attention. Shapes as in PyTorch's SDPA.
+
+    ``mask`` None is causal, and the queries are the last of the sequence.
+    """
     grouped = query.shape[1] != key.shape[1]
+    tokens, keys = query.shape[2], key.shape[2]
     if softcap is None and sinks is None:
         if mask is None and causal.suits(query):
             return causal.attend_causally(query, key, value, scaling)
+        if mask is None and 1 < tokens < keys:    # SDPA would take them for the first
+            mask = causal.visible(tokens, keys, query.device)
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
+            query, key, value, attn_mask=mask, is_causal=mask is None and tokens > 1,
             scale=scaling, enable_gqa=grouped)
     if grouped:
         repeats = query.shape[1] // key.shape[1]
@@ -270,14 +297,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool,
-                          device=query.device).tril()
+        mask = causal.visible(tokens, keys, query.device)
     scores = scores.masked_fill(~mask, float('-inf'))
     if sinks is not None:
         # Heads in order: [heads, 1], or in a decode row [KV heads, heads of each].
         column = sinks.to(scores.dtype).view(1, scores.shape[1], -1, 1)
         scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :key.shape[2]]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys]
     return weights.to(query.dtype) @ value
 
 

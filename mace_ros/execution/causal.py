@@ -17,6 +17,11 @@ from torch import Tensor
 LONGEST = 256
 
 
+def visible(tokens: int, keys: int, device: torch.device) -> Tensor:
+    """Return ``[tokens, keys]``, true where the last tokens of a sequence may look."""
+    return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
+
+
 def suits(query: Tensor) -> bool:
     """Return whether :func:`attend_causally` is the faster way for ``query``."""
     return (query.device.type == 'cpu' and query.dtype == torch.bfloat16
@@ -28,7 +33,7 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float | 
     Return what SDPA returns with ``is_causal`` and ``enable_gqa``.
 
     ``query`` is ``[1, heads, tokens, head size]``, ``key`` and ``value`` have as many heads
-    or a divisor of them.
+    or a divisor of them, and as many tokens or some before them.
     """
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     result: Tensor = _CausalAttention.apply(query, key, value, scale)
@@ -41,12 +46,12 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         _, heads, tokens, _ = query.shape
-        kv_heads = key.shape[1]
+        kv_heads, keys = key.shape[1:3]
         q = (query[0] * scale).reshape(kv_heads, -1, query.shape[3])
-        scores = torch.bmm(q, key[0].transpose(1, 2)).view(heads, tokens, tokens)
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.float().masked_fill_(later, float('-inf'))
-        weights = torch.softmax(scores, -1).to(query.dtype).view(kv_heads, -1, tokens)
+        scores = torch.bmm(q, key[0].transpose(1, 2)).view(heads, tokens, keys)
+        hidden = ~visible(tokens, keys, query.device)
+        scores = scores.float().masked_fill_(hidden, float('-inf'))
+        weights = torch.softmax(scores, -1).to(query.dtype).view(kv_heads, -1, keys)
         ctx.save_for_backward(q, key[0], value[0], weights)
         ctx.scale = scale
         return torch.bmm(weights, value[0]).view(1, heads, tokens, -1)
@@ -60,5 +65,5 @@ class _CausalAttention(torch.autograd.Function):
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
         of_key = torch.bmm(of_scores.transpose(1, 2), q)
-        shape = (1, -1, key.shape[1], key.shape[2])
+        shape = (1, -1, gradients[0].shape[2], key.shape[2])
         return of_query.view(shape), of_key[None], of_value[None], None

@@ -64,6 +64,29 @@ class Sample:
         return self.tokens[:first]
 
 
+def shared_tokens(samples: Sequence[Sample]) -> int:
+    """Return how many tokens all prompts begin with, if it pays to compute them once."""
+    if len(samples) < 2:
+        return 0
+    # One token of each is its own, so that there is something to compute.
+    prompts = [s.prompt[:len(s.tokens) - 1] for s in samples]
+    first, last = min(prompts), max(prompts)    # what these have in common, all have
+    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+                 min(len(first), len(last)))
+    return count if count >= LEAST_SHARED else 0
+
+
+def copied_tokens(shared: int) -> int:
+    """Return how many tokens take as much memory as what each sequence copies of ``shared``."""
+    # Keys and values of one layer, and how much its own tokens look at them.
+    return 1 + shared // 32 if shared else 0
+
+
+def packed_tokens(samples: Sequence[Sample]) -> int:
+    """Return how many tokens a step over these samples computes."""
+    return sum(len(s.tokens) for s in samples) - shared_tokens(samples) * (len(samples) - 1)
+
+
 @dataclass(frozen=True)
 class Preference:
     """
@@ -107,6 +130,8 @@ class Whole:
 
 # Tokens of each prediction that a teacher keeps.
 TEACHER_TOKENS = 32
+# Tokens that prompts must have in common to be computed once for all of them.
+LEAST_SHARED = 8
 
 
 class Trainer:
@@ -168,7 +193,8 @@ class FinetuneStep:
     is ``worse`` in one of these has no cross-entropy. A preference couples two sequences:
     the head then runs twice, to score all tokens and to learn from them.
 
-    Its pieces are as long as its sequences together. A step of many is therefore done in
+    What all prompts begin with, as chat templates make them, is computed once: the gradients
+    are the same. Its pieces are as long as its sequences together. A step of many is done in
     parts, each one an object of its own, whose gradients add up to those of the undivided step.
     """
 
@@ -196,19 +222,26 @@ class FinetuneStep:
         self.keep_graphs = keep_graphs and learns
         self._part_of = whole
         self.oldest_correction_at = oldest_correction_at
-        self._lengths = tuple(len(s.tokens) for s in samples)
+        self._shared = shared_tokens(samples)
+        self._copied = copied_tokens(self._shared)
+        # What is computed, and where in its sequence it begins.
+        self._stretches = [(s.tokens[self._shared:], self._shared) for s in samples]
+        if self._shared:
+            self._stretches.insert(0, (samples[0].tokens[:self._shared], 0))
+        self._lengths = tuple(len(tokens) for tokens, _ in self._stretches)
         self.tokens = sum(self._lengths)
         self._static = next((x for x in model.static_layers if x.tokens >= self.tokens), None)
         padding = self._static.tokens - self.tokens if self._static is not None else 0
         self._padded = (*self._lengths, padding) if padding else self._lengths
-        self._row = (whole_sequences(self._lengths, model.device) if self._static is None
-                     else self._static.row)
+        self._row = (whole_sequences(self._lengths, model.device, shared=self._shared)
+                     if self._static is None else self._static.row)
         self._blocks: list[list[int]] = []
         self._ridden = 0
         self._alone = not (may_ride and learns)
         device = model.device
-        ids = [t for s in samples for t in s.tokens] + [0] * padding
-        positions = [p for n in self._padded for p in range(n)]
+        ids = [t for tokens, _ in self._stretches for t in tokens] + [0] * padding
+        positions = [first + i for tokens, first in self._stretches for i in range(len(tokens))]
+        positions += range(padding)
         self._ids = torch.tensor([ids], device=device)
         with torch.no_grad(), model.training(self._row):
             first, self._calls = model.skeleton.call_layers(
@@ -238,10 +271,10 @@ class FinetuneStep:
         for sample, imitated in zip(self.samples, self._imitated, strict=True):
             for i in range(1, len(sample.tokens)):
                 if sample.weights[i]:
-                    rows.append(start + i - 1)
+                    rows.append(i - 1 + (start if i > self._shared else 0))
                     tokens.append(sample.tokens[i])
                     weights.append(sample.weights[i] * imitated)
-            start += len(sample.tokens)
+            start += len(sample.tokens) - self._shared
         total = math.fsum(weights) if self._part_of is None else self._part_of.weight
         shares = torch.tensor(weights) / (total or 1.0)
         device = self.model.device
@@ -303,11 +336,13 @@ class FinetuneStep:
             self._hidden += [torch.zeros_like(self._hidden[0]) for _ in self.model.layers]
         first, last = self._ridden, self._ridden + tokens
         spans, start = [], 0
-        for sample, blocks in zip(self.samples, self._blocks, strict=True):
-            begin, end = max(first - start, 0), min(last - start, len(sample.tokens))
+        for (own, position), blocks in zip(self._stretches, self._blocks, strict=True):
+            begin, end = max(first - start, 0), min(last - start, len(own))
             if begin < end:
-                spans.append(Span(sample.tokens[begin:end], begin, blocks, TRAINING_SLOT, False))
-            start += len(sample.tokens)
+                spans.append(Span(
+                    own[begin:end], position + begin, blocks, TRAINING_SLOT, False,
+                    shared=position, shared_blocks=self._blocks[0] if position else ()))
+            start += len(own)
         return FinetuneRows(spans, [h[first:last] for h in self._hidden])
 
     def rode(self, tokens: int) -> None:
@@ -322,8 +357,8 @@ class FinetuneStep:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of the sequences that are computed, padding included."""
-        return self._padded
+        """Tokens of the sequences, by the memory that they take, padding included."""
+        return tuple(n + self._copied for n in self._padded)
 
     def recompute_layers(self) -> None:
         """Keep no layer graphs; only before it begins."""
@@ -409,7 +444,7 @@ class FinetuneStep:
         """Return a layer's output for ``x``, ``[1, tokens and padding, width]``."""
         if self._static is None:
             return run_layer(self.model.layers[index], x, self._calls[index])
-        self._static.begin(self, self._padded, self._calls)
+        self._static.begin(self, self._padded, self._calls, shared=self._shared)
         return self._static.run(index, x, again=again)
 
     def _forward_layer(self, index: int) -> None:
@@ -448,7 +483,8 @@ class FinetuneStep:
         assert hidden.grad is not None
         if self._gradient is None:
             self._gradient = torch.zeros_like(self._hidden[-1])
-        self._gradient[rows] = hidden.grad
+        # The last token of what is shared may predict the first one of several answers.
+        self._gradient.index_add_(0, rows, hidden.grad)
         self._learned += 1
 
     def _score(self, log_p: Tensor, tokens: Tensor) -> None:

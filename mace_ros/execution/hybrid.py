@@ -199,7 +199,7 @@ class HybridModel:
 
     def _add_block(self, row: Row, chunks: Sequence[Span], write: list[np.ndarray]) -> None:
         """Say what the tokens of ``chunks`` see, and append where they are written."""
-        slots = [cache_slots(s.blocks, s.place + len(s.tokens)) for s in chunks]
+        slots = [s.slots() for s in chunks]
         write += [all_slots[s.place:] for s, all_slots in zip(chunks, slots, strict=True)]
         row.observed = list(_observed(chunks))
         fresh = all(s.place == 0 for s in chunks)

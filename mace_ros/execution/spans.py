@@ -34,11 +34,20 @@ class Span:
     wants_logits: bool        # of the last token
     dropped: int = 0
     attention: Tensor | None = None
+    shared: int = 0           # tokens that the sequence begins with and that lie elsewhere, ...
+    shared_blocks: Sequence[int] = ()      # ... in these blocks
 
     @property
     def place(self) -> int:
         """Where the first token lies in ``blocks``: how many cached ones are before it."""
         return self.position - self.dropped
+
+    def slots(self) -> np.ndarray:
+        """Return where the cached tokens of its sequence lie, up to its own last one."""
+        own = cache_slots(self.blocks, self.place + len(self.tokens) - self.shared)
+        if not self.shared:
+            return own
+        return np.concatenate([cache_slots(self.shared_blocks, self.shared), own])
 
 
 def is_decode_row(span: Span) -> bool:

@@ -51,16 +51,19 @@ class StaticLayers:
         self._layers = self._eager
         self._user: Callable[[], object] = lambda: None
 
-    def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]]) -> None:
+    def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]], *,
+              shared: int = 0) -> None:
         """
         Set sequences of these lengths, ``tokens`` in all, and what the model calls with.
 
-        Does nothing while ``user`` stays the same.
+        The first ``shared`` tokens are what all begin with. Does nothing while ``user`` stays
+        the same.
         """
         if user is self._user():
             return
         self._user = weakref.ref(user)
-        fresh = _masked(lengths, self.row.query_owner.device)  # type: ignore[union-attr]
+        assert self.row.query_owner is not None
+        fresh = _masked(lengths, self.row.query_owner.device, shared=shared)
         for (kind, window), mask in self.row.masks.items():
             assert kind == 'block'
             mask.copy_(fresh.block_mask(window))
@@ -123,8 +126,8 @@ def _run(layer: torch.nn.Module, call: dict[str, Any], x: Tensor) -> Tensor:
     return run_layer(layer, x, call)
 
 
-def _masked(lengths: Sequence[int], device: torch.device) -> Row:
+def _masked(lengths: Sequence[int], device: torch.device, *, shared: int = 0) -> Row:
     """Return a row whose sequences are told apart by a mask alone."""
-    row = whole_sequences(lengths, device)
+    row = whole_sequences(lengths, device, shared=shared)
     row.lengths = ()
     return row

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.execution.attention import Row
-from mace_ros.execution.spans import cache_slots, FinetuneRows, Span
+from mace_ros.execution.spans import FinetuneRows, Span
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class StaticPass:
         chunks = [s for s in spans if len(s.tokens) > 1]
         for owner, span in enumerate([*chunks, *(finetune.spans if finetune else ())]):
             tokens, total = len(span.tokens), span.place + len(span.tokens)
-            slots, places = cache_slots(span.blocks, total), np.arange(total)
+            slots, places = span.slots(), np.arange(total)
             at, seen = slice(row, row + tokens), slice(key, key + total)
             fill['ids'][at], fill['slots'][at] = span.tokens, span.slot
             fill['positions'][at] = places[span.place:] + span.dropped

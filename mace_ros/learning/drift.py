@@ -79,13 +79,14 @@ class Drift:
         """Mean surprise of the outcomes since the last change; 1 while it is unknown."""
         return float(self._window.estimation) if self._count >= ENOUGH else 1.0
 
-    def budget(self, least: float, most: float) -> float:
+    def budget(self, least: float, most: float, *, backlog: bool = False) -> float:
         """
         Return the share of device time for learning, between ``least`` and ``most``.
 
-        All of it while drifting or unknown; in calm, in proportion to the mean surprise.
+        All of it while drifting or unknown; in calm, in proportion to the mean surprise, so
+        that corrections gather and are learned together, unless enough of them wait already.
         """
-        intensity = self.level if self.state is DriftState.CALM else 1.0
+        intensity = self.level if self.state is DriftState.CALM and not backlog else 1.0
         return min(least, most) + max(most - least, 0.0) * intensity
 
 

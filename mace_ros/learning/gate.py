@@ -18,6 +18,7 @@ import math
 from statistics import fmean
 
 from mace_ros.execution.finetune import Sample, SampleScore
+from mace_ros.learning.samples import own_tokens
 
 # Tokens scored at once: one layer of them is a piece that a query can wait for.
 BATCH_TOKENS = 256
@@ -95,16 +96,22 @@ class Gate:
         return Verdict(reason, tuple(lost))
 
 
-def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS) -> Iterator[list[Sample]]:
-    """Yield samples in order, some at a time: ``most`` tokens if possible."""
+def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS, *,
+            shared: int = 0) -> Iterator[list[Sample]]:
+    """
+    Yield samples in order, some at a time: ``most`` tokens if possible.
+
+    The ``shared`` tokens that all begin with count once.
+    """
     batch: list[Sample] = []
-    tokens = 0
+    tokens = shared
     for sample in samples:
-        if batch and tokens + len(sample.tokens) > most:
+        own = own_tokens(sample, shared)
+        if batch and tokens + own > most:
             yield batch
-            batch, tokens = [], 0
+            batch, tokens = [], shared
         batch.append(sample)
-        tokens += len(sample.tokens)
+        tokens += own
     if batch:
         yield batch
 

@@ -27,7 +27,7 @@ class Waiting:
     arrived: float    # on the engine's clock
     tries: int = 1
     repeats: int = 0  # earlier corrections of the same question that it took the place of
-    seen: bool = False        # its surprise was noted
+    leads: tuple[float, ...] = ()   # mean log p of its texts when it was scored
     reference: float = 0.0    # log p(corrected) - log p(rejected) under the live version
 
 

@@ -12,7 +12,7 @@ disk work goes to the journal's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -26,9 +26,11 @@ from torch import Tensor
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
 from mace_ros.execution.finetune import (
     FinetuneStep,
+    packed_tokens,
     Preference,
     Sample,
     SampleScore,
+    shared_tokens,
     Trainer,
     Whole,
 )
@@ -45,7 +47,7 @@ from mace_ros.learning.lessons import candidate, Lessons, texts
 from mace_ros.learning.live_outcomes import Suspicion, to_blame
 from mace_ros.learning.priority import priority
 from mace_ros.learning.rollback import version_to_return_to
-from mace_ros.learning.samples import interleaved, sample, turn
+from mace_ros.learning.samples import first_within, interleaved, sample, turn
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.settings import Settings
@@ -188,6 +190,11 @@ class Learner:
         return self._job is not None or bool(self._waiting)
 
     @property
+    def backlog(self) -> bool:
+        """Whether as many corrections wait as are learned together at most."""
+        return len(self._waiting) >= JOB_CORRECTIONS
+
+    @property
     def unlearned(self) -> list[float]:
         """When each correction arrived, on the engine's clock, that is not yet learned."""
         job = self._job
@@ -258,8 +265,8 @@ class Learner:
         if job.rehearses:
             return []
         failed = [w for w in job.corrections if w.tries >= MAX_TRIES]
-        self._waiting = [replace(w, tries=w.tries + 1) for w in job.corrections
-                         if w not in failed] + self._waiting
+        self._let_wait(replace(w, tries=w.tries + 1) for w in job.corrections
+                       if w not in failed)
         self._wake()
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
 
@@ -283,7 +290,7 @@ class Learner:
             self._slots.give_back(job.slot)
         self._job, job.scoring = None, None
         if not job.rehearses:
-            self._waiting = job.corrections + self._waiting
+            self._let_wait(job.corrections)
         return True
 
     def versions(self, profile: str) -> Future[list[VersionEvent]]:
@@ -306,9 +313,13 @@ class Learner:
         if not ready:
             return self._rehearse()
         profile = self._next_profile(ready)
-        chosen = [w for w in ready if w.record.profile == profile][:JOB_CANDIDATES]
+        chosen = [w for w in ready if w.record.profile == profile]
         if not self._decides:
             chosen = self._fitting(chosen)
+        elif settings.finetune.order == 'priority':
+            chosen = chosen[:1] + chosen[1:][1 - JOB_CANDIDATES:]
+        else:
+            chosen = chosen[:JOB_CANDIDATES]
         self._waiting = [w for w in self._waiting if w not in chosen]
         if not self._slots.has_room(profile):
             return [self._set_state(
@@ -369,9 +380,10 @@ class Learner:
         """Return the first corrections that may be learned together; at least one."""
         most = self._step_tokens
         chosen = list(candidates[:JOB_CORRECTIONS])
-        while len(chosen) > 1 and sum(self._length(w.record) for w in chosen) > most:
-            chosen.pop()
-        return chosen
+        samples = self._corrected([w.record for w in chosen])
+        shared = shared_tokens(samples)
+        together = first_within(samples, most - shared, at_least=1, shared=shared)
+        return chosen[:len(together)]
 
     def _prepare(self, job: Job) -> list[Event]:
         """Let the base model teach its answers, once."""
@@ -398,41 +410,30 @@ class Learner:
         prefers = self._settings.finetune.objective == 'dpo'
         if job.rehearses or not (self._decides or prefers):
             return self._guard(job)
+        # What was scored stays so, but for what preferring needs of the version that is live now.
+        unknown = [w for w in job.corrections if prefers or not w.leads]
         both = [sample(w.record.prompt_ids, self._chat.answer(text))
-                for w in job.corrections for text in texts(w.record)]
-        return self._score(job, both, partial(self._choose, job))
+                for w in unknown for text in texts(w.record)]
+        return self._score(job, both, partial(self._choose, job, unknown))
 
-    def _choose(self, job: Job, scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
+    def _choose(self, job: Job, unknown: Sequence[Waiting], scores: list[SampleScore],
+                taught: list[Sample]) -> list[Event]:
         """Let go what the live version answers right, and learn first what gains most."""
         left = iter(scores)
-        now = self.clock()
-        freshness_s = self._settings.slo.freshness_s
-        ranked: list[tuple[float, Waiting]] = []
         right: list[Waiting] = []
-        for waiting in job.corrections:
+        for waiting in unknown:
             of = [next(left) for _ in texts(waiting.record)]
-            leads = [s.log_probability for s in of]
+            if not waiting.leads:
+                self._note_surprise(waiting.record.id, of[0].log_probability)
+            waiting.leads = tuple(s.log_probability for s in of)
             if len(of) > 1:
                 waiting.reference = (of[0].log_probability * of[0].tokens
                                      - of[1].log_probability * of[1].tokens)
-            if not waiting.seen:
-                waiting.seen = True
-                self.drift.outcome(surprise(leads[0]))
-                self._first_scores[waiting.record.id] = leads[0]
-                if len(self._first_scores) > REMEMBERED:
-                    del self._first_scores[next(iter(self._first_scores))]
             if of[0].margin >= LEARNED_MARGIN:
                 right.append(waiting)
-                continue
-            others = [w for w in [*job.corrections, *self._waiting] if w is not waiting
-                      and w.record.profile == job.profile]
-            ranked.append((priority(candidate(
-                waiting, leads, others, max(now - waiting.arrived, 0.0),
-                self.step_s(self._length(waiting.record))), freshness_s), waiting))
-        if self._settings.finetune.order == 'priority':
-            ranked.sort(key=lambda pair: -pair[0])
-        job.corrections = self._fitting([w for _, w in ranked])
-        self._waiting = [w for _, w in ranked if w not in job.corrections] + self._waiting
+        wrong = [w for w in job.corrections if w not in right]
+        job.corrections = self._fitting(self._ordered(wrong))
+        self._let_wait(w for w in wrong if w not in job.corrections)
         events: list[Event] = [self._set_state(
             w.record, CorrectionState.LEARNED, 'the live version already answers so', job.parent)
             for w in right]
@@ -440,6 +441,32 @@ class Learner:
             self._job = None
             return events
         return events + self._guard(job)
+
+    def _ordered(self, candidates: Sequence[Waiting]) -> list[Waiting]:
+        """Return what gains most first, after the oldest one if that has waited too long."""
+        if self._settings.finetune.order != 'priority' or not candidates:
+            return list(candidates)
+        now = self.clock()
+        freshness_s = self._settings.slo.freshness_s
+        priorities = {}
+        for waiting in candidates:
+            others = [w for w in [*candidates, *self._waiting] if w is not waiting
+                      and w.record.profile == waiting.record.profile]
+            priorities[waiting.record.id] = priority(candidate(
+                waiting, others, max(now - waiting.arrived, 0.0),
+                self.step_s(self._length(waiting.record))), freshness_s)
+        first = sorted(candidates, key=lambda w: -priorities[w.record.id])
+        oldest = min(candidates, key=lambda w: w.arrived)
+        if now - oldest.arrived > freshness_s:
+            first.remove(oldest)
+            first.insert(0, oldest)
+        return first
+
+    def _note_surprise(self, correction_id: str, log_probability: float) -> None:
+        self.drift.outcome(surprise(log_probability))
+        self._first_scores[correction_id] = log_probability
+        if len(self._first_scores) > REMEMBERED:
+            del self._first_scores[next(iter(self._first_scores))]
 
     def _guard(self, job: Job) -> list[Event]:
         """Gather what is to be learned, and score what is guarded under the live version."""
@@ -470,7 +497,7 @@ class Learner:
         whole = Whole(
             weight=math.fsum(w for k, part in enumerate(parts) for i, s in enumerate(part)
                              if k or i not in worse for w in s.weights[1:]),
-            tokens=sum(len(s.tokens) for part in parts for s in part))
+            tokens=sum(map(packed_tokens, parts)))
         job.judged = False
         job.trainer.set_learning_rate(finetune.learning_rate)
         job.parts = deque(
@@ -492,7 +519,8 @@ class Learner:
                ) -> list[Event]:
         """Score samples under the adapter as it is, and go on with ``done``."""
         most = min(self._step_tokens, BATCH_TOKENS)
-        job.step, job.scoring = None, Scoring(batches(samples, most), done)
+        job.step, job.scoring = None, Scoring(
+            batches(samples, most, shared=shared_tokens(samples)), done)
         return self._go_on_scoring(job, job.scoring)
 
     def _go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
@@ -685,6 +713,9 @@ class Learner:
 
     def _corrected(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
         return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]
+
+    def _let_wait(self, again: Iterable[Waiting]) -> None:
+        self._waiting = sorted([*again, *self._waiting], key=lambda w: w.arrived)
 
     def _submit(self, function: Callable[[Journal], object]) -> Future[Any]:
         future = self._journal.submit(function)

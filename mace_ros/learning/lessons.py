@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from mace_ros.execution.finetune import Preference, Sample
+from mace_ros.execution.finetune import Preference, Sample, shared_tokens
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.anchors import PROBE_EVERY
 from mace_ros.learning.gate import batches, Gate, Group, Measure
@@ -15,7 +15,7 @@ from mace_ros.learning.job import Job, Waiting
 from mace_ros.learning.journal import CorrectionRecord
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, resemble
-from mace_ros.learning.samples import first_within, sample, turn
+from mace_ros.learning.samples import first_within, own_tokens, sample, turn
 from mace_ros.settings import FinetuneSettings
 
 GUARDED = 32    # earlier corrections that the gate looks at, by turns
@@ -91,20 +91,25 @@ class Lessons:
                                                 else ())
                     for text in texts(waiting.record)[1:]]
         worse = [s for _, _, s in rejected]
+        again = [s for s in turn(job.forgotten, min(RELEARNED, len(job.forgotten)), job.steps)
+                 if s not in needed]
+        replayed = turn(job.replayed, max(count - len(kept), 0), job.steps)
+        others = [*turn(job.variants, 1, job.steps), *again, *replayed]
+        shared = shared_tokens([*needed, *worse, *others])
+        room = most - shared
         must_be_right = first_within(
-            needed, most - sum(len(s.tokens) for s in worse), at_least=len(job.samples))
+            needed, room - sum(own_tokens(s, shared) for s in worse),
+            at_least=len(job.samples), shared=shared)
         job.must_be_right = len(must_be_right)
         preferences = [
             Preference(i, len(must_be_right) + k, waiting.reference, finetune.dpo_beta)
             for k, (i, waiting, _) in enumerate(rejected)]
-        others = [
-            *needed[len(must_be_right):], *turn(job.variants, 1, job.steps),
-            *(s for s in turn(job.forgotten, min(RELEARNED, len(job.forgotten)), job.steps)
-              if s not in needed),
-            *turn(job.replayed, max(count - len(kept), 0), job.steps)]
+        others = [*needed[len(must_be_right):], *others]
         first = [*must_be_right, *worse]
-        beside = first_within(others, most - sum(len(s.tokens) for s in first))
-        return [[*first, *beside], *batches(others[len(beside):], most)], preferences
+        beside = first_within(
+            others, room - sum(own_tokens(s, shared) for s in first), shared=shared)
+        return [[*first, *beside],
+                *batches(others[len(beside):], most, shared=shared)], preferences
 
 
 def texts(record: CorrectionRecord) -> list[str]:
@@ -112,9 +117,10 @@ def texts(record: CorrectionRecord) -> list[str]:
     return [record.corrected, *([record.rejected] if record.rejected.strip() else [])]
 
 
-def candidate(waiting: Waiting, leads: Sequence[float], others: Sequence[Waiting], age_s: float,
+def candidate(waiting: Waiting, others: Sequence[Waiting], age_s: float,
               seconds: float) -> Candidate:
-    """Return what is known of a correction; ``leads`` are mean log p of its :func:`texts`."""
+    """Return what is known of a correction that was scored."""
+    leads = waiting.leads
     question = _question(waiting.record)
     return Candidate(
         loss=-leads[0], margin=leads[0] - leads[1] if len(leads) > 1 else 0.0,

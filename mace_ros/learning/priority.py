@@ -36,13 +36,13 @@ def gain(candidate: Candidate, freshness_s: float) -> float:
     """
     Return what learning a correction is expected to be worth.
 
-    ``weight * (loss + log(1 + e^-margin)) * (1 + log(1 + resembling)) * (1 + age /
-    freshness)``: how wrong the live adapter still is, how often that is met, and that
-    nothing may wait for ever.
+    ``weight * (loss + log(1 + e^-margin)) * (1 + log(1 + resembling)) / (1 + age /
+    freshness)``: how wrong the live adapter still is, and how often that is met; what was
+    asked long ago is asked again less soon.
     """
     wrong = max(candidate.loss, 0.0) + _softplus(-candidate.margin)
     often = 1.0 + math.log1p(candidate.resembling)
-    return candidate.weight * wrong * often * (1.0 + candidate.age_s / freshness_s)
+    return candidate.weight * wrong * often / (1.0 + candidate.age_s / freshness_s)
 
 
 def priority(candidate: Candidate, freshness_s: float) -> float:

@@ -7,20 +7,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from mace_ros.execution.finetune import Sample
+from mace_ros.execution.finetune import copied_tokens, Sample
 
 T = TypeVar('T')
 
 
-def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
-    """Return the first samples that have no more than ``tokens``, but ``at_least`` so many."""
+def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0,
+                 shared: int = 0) -> list[Sample]:
+    """
+    Return the first samples that have no more than ``tokens``, but ``at_least`` so many.
+
+    The ``shared`` tokens that all begin with don't count.
+    """
     count = total = 0
     for sample in samples:
-        total += len(sample.tokens)
+        total += own_tokens(sample, shared)
         if total > tokens and count >= at_least:
             break
         count += 1
     return samples[:count]
+
+
+def own_tokens(sample: Sample, shared: int) -> int:
+    """Return by how many tokens a sample makes a step larger whose samples share some."""
+    return len(sample.tokens) - shared + copied_tokens(shared)
 
 
 def turn(samples: Sequence[T], count: int, turn: int) -> list[T]:
