@@ -229,8 +229,8 @@ class DriftSettings:
     """How much to learn, by whether what is asked changes."""
 
     min_budget: float = _parameter(
-        0.2, 'Share of device time for learning while nothing changes; with drift it is '
-        'finetune.budget', minimum=0.0, maximum=1.0)
+        0.2, 'Share of device time for learning while nothing changes and few corrections wait; '
+        'else it is finetune.budget', minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)
