@@ -46,7 +46,7 @@ class TimedStep(FinetuneStep):
 class PendingLearner:
     """Supplies one fine-tune step after another, each over one sample of the same length."""
 
-    wants_anchors = wants_to_judge = False
+    wants_anchors = wants_to_judge = backlog = False
     busy = True
 
     def __init__(self, engine: Engine, samples: Sequence[Sequence[int]]) -> None:
