@@ -12,7 +12,10 @@ import sys
 
 import pytest
 
+from bench.load import Arrival
 from bench.results import check
+from bench.serving import Served
+from mace_ros.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +41,23 @@ def test_a_short_soak_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
     for name in ('responses per query', 'corrections acknowledged', 'parameter changes refused',
                  'errors in the log, and answers that broke off'):
         assert holds[name], done.stdout
+
+
+@pytest.mark.parametrize('system', ['inference_only', 'mace', 'continuous'])
+def test_learning_that_is_always_pending_goes_on_beside_answers(
+        system: str, tmp_path: Path, model_folder: Path) -> None:
+    """What bench.colocation compares: nothing else than the policy decides whether it learns."""
+    settings = Settings().updated({
+        'model.source': str(model_folder), 'model.device': 'cpu', 'model.weight_dtype': 'float32'})
+    served = Served(settings, tmp_path, [range(5, 69)], lambda text: None)
+    try:
+        ids = tuple(served.engine.chat.prompt([{'role': 'user', 'content': 'Who are you?'}]))
+        block = served.run_block(
+            system, 0, [Arrival(0.1 * i, 'Who are you?', ids) for i in range(3)], 2.0, 4)
+    finally:
+        served.close()
+    assert [row['output_tokens'] for row in block.requests] == [4, 4, 4]
+    assert (block.block['finetune_steps'] > 0) == (system != 'inference_only')
 
 
 def test_check_compares_value_and_target() -> None:
