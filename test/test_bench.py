@@ -52,12 +52,17 @@ def test_learning_that_is_always_pending_goes_on_beside_answers(
     served = Served(settings, tmp_path, [range(5, 69)], lambda text: None)
     try:
         ids = tuple(served.engine.chat.prompt([{'role': 'user', 'content': 'Who are you?'}]))
-        block = served.run_block(
-            system, 0, [Arrival(0.1 * i, 'Who are you?', ids) for i in range(3)], 2.0, 4)
+        steps = 0
+        for i in range(2 if system == 'inference_only' else 20):    # of a slow machine
+            block = served.run_block(
+                system, i, [Arrival(0.1 * k, 'Who are you?', ids) for k in range(3)], 1.0, 4)
+            assert [row['output_tokens'] for row in block.requests] == [4, 4, 4]
+            steps += block.block['finetune_steps']
+            if steps:
+                break
     finally:
         served.close()
-    assert [row['output_tokens'] for row in block.requests] == [4, 4, 4]
-    assert (block.block['finetune_steps'] > 0) == (system != 'inference_only')
+    assert (steps > 0) == (system != 'inference_only')
 
 
 def test_check_compares_value_and_target() -> None:
