@@ -13,8 +13,10 @@ import sys
 import pytest
 
 from bench.load import Arrival
+from bench.memory_budget import least_passes
 from bench.results import check
 from bench.serving import Served
+from bench.soak import floor, growth
 from mace_ros.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,23 @@ def test_learning_that_is_always_pending_goes_on_beside_answers(
     finally:
         served.close()
     assert (steps > 0) == (system != 'inference_only')
+
+
+@pytest.mark.parametrize(('leak', 'holds'), [(0.0, True), (0.05, False)])
+def test_memory_that_comes_and_goes_is_no_growth_and_a_leak_is(leak: float, holds: bool) -> None:
+    """After the warm-up, in which caches fill, steps of learning hold some now and then."""
+    rows = [{'at_s': float(t), 'memory_mb': min(t, 100) + 1000.0 + 400.0 * (t % 7 > 2) + leak * t}
+            for t in range(1800)]
+    assert (growth(floor(rows)) <= 0.02) == holds
+
+
+def test_no_schedule_needs_fewer_passes_than_the_bound() -> None:
+    """Two prompts of 32 tokens, half of them alike, and answers of 16 tokens each."""
+    prompts = [[1] * 16 + [n] * 16 for n in (2, 3)]
+    # Each pass of an answer holds 1 block of its own for the prompt, 1 more for what it said;
+    # the first one has said nothing. Of 3 blocks, 1 is for what both begin with.
+    assert least_passes(prompts, [16, 16], 3, 16) == (2 * (15 * 2 + 1)) / 2
+    assert least_passes(prompts, [16, 16], 1000, 16) == 16      # a token each in every pass
 
 
 def test_check_compares_value_and_target() -> None:

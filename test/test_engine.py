@@ -448,6 +448,23 @@ def test_which_of_many_is_learned_first(
         assert trained == sorted(trained)
 
 
+def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    drift = robot.engine.learner.drift
+    for _ in range(20):
+        drift.outcome(0.0)
+    robot.ask('Who are you?', max_tokens=2)
+    calm = robot.engine.status().finetune_budget
+    assert calm < 0.5
+    monkeypatch.setattr(robot.engine.learner, '_start', list)       # nothing is begun
+    for i in range(learner.JOB_CORRECTIONS):
+        assert robot.engine.status().finetune_budget == calm
+        robot.engine.correct(Correction('A robot.', id=str(i), prompt=f'Question {i}?'))
+        robot.until(lambda e, i=i: isinstance(e, CorrectionProgress) and e.id == str(i))
+        robot.engine.step()
+    assert robot.engine.status().finetune_budget == robot.engine.settings.finetune.budget
+
+
 def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newer one takes the older one's place in the job, and is learned with its steps."""
