@@ -28,7 +28,7 @@ from mace_ros.events import (
     VersionState,
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.learning import learner
+from mace_ros.learning import choosing, learner
 from mace_ros.learning.versions import OtherModel
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.settings import Settings
@@ -421,7 +421,7 @@ def test_which_of_many_is_learned_first(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object],
         first: set[str]) -> None:
     """The newest, unless the oldest has waited too long; and each is scored once."""
-    monkeypatch.setattr(learner, 'JOB_CANDIDATES', 4)
+    monkeypatch.setattr(choosing, 'JOB_CANDIDATES', 4)
     monkeypatch.setattr(learner, 'JOB_CORRECTIONS', 1)
     choose, unknown = learner.Learner._choose, []
     monkeypatch.setattr(learner.Learner, '_choose', lambda self, job, new, *rest: (

@@ -37,15 +37,15 @@ from mace_ros.execution.finetune import (
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.text import ChatText
+from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
 from mace_ros.learning.describing import peft_config, version_event
 from mace_ros.learning.drift import Drift, surprise
 from mace_ros.learning.gate import BATCH_TOKENS, batches, Verdict
 from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.lessons import candidate, Lessons, texts
+from mace_ros.learning.lessons import Lessons, texts
 from mace_ros.learning.live_outcomes import Suspicion, to_blame
-from mace_ros.learning.priority import priority
 from mace_ros.learning.rollback import version_to_return_to
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
 from mace_ros.learning.versions import CorruptVersion, VersionStore
@@ -54,7 +54,6 @@ from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
 JOB_CORRECTIONS = 4     # corrections learned together at most
-JOB_CANDIDATES = 16     # of those that wait, looked at for one job
 REMEMBERED = 1000       # corrections whose first score is
 MORE_STEPS = 4          # at least, after a candidate was rejected
 # A right token must lead by this much (in logits) before it counts as learned, so that a
@@ -316,10 +315,8 @@ class Learner:
         chosen = [w for w in ready if w.record.profile == profile]
         if not self._decides:
             chosen = self._fitting(chosen)
-        elif settings.finetune.order == 'priority':
-            chosen = chosen[:1] + chosen[1:][1 - JOB_CANDIDATES:]
         else:
-            chosen = chosen[:JOB_CANDIDATES]
+            chosen = candidates(chosen, by_priority=settings.finetune.order == 'priority')
         self._waiting = [w for w in self._waiting if w not in chosen]
         if not self._slots.has_room(profile):
             return [self._set_state(
@@ -376,10 +373,10 @@ class Learner:
         """Whether corrections are scored before it is decided what to learn."""
         return self._settings.scheduler.policy == 'mace'
 
-    def _fitting(self, candidates: Sequence[Waiting]) -> list[Waiting]:
+    def _fitting(self, waiting: Sequence[Waiting]) -> list[Waiting]:
         """Return the first corrections that may be learned together; at least one."""
         most = self._step_tokens
-        chosen = list(candidates[:JOB_CORRECTIONS])
+        chosen = list(waiting[:JOB_CORRECTIONS])
         samples = self._corrected([w.record for w in chosen])
         shared = shared_tokens(samples)
         together = first_within(samples, most - shared, at_least=1, shared=shared)
@@ -432,7 +429,12 @@ class Learner:
             if of[0].margin >= LEARNED_MARGIN:
                 right.append(waiting)
         wrong = [w for w in job.corrections if w not in right]
-        job.corrections = self._fitting(self._ordered(wrong))
+        if self._settings.finetune.order == 'priority':
+            wrong = ordered(
+                wrong, [w for w in self._waiting if w.record.profile == job.profile],
+                now=self.clock(), freshness_s=self._settings.slo.freshness_s,
+                step_s=lambda w: self.step_s(self._length(w.record)))
+        job.corrections = self._fitting(wrong)
         self._let_wait(w for w in wrong if w not in job.corrections)
         events: list[Event] = [self._set_state(
             w.record, CorrectionState.LEARNED, 'the live version already answers so', job.parent)
@@ -441,26 +443,6 @@ class Learner:
             self._job = None
             return events
         return events + self._guard(job)
-
-    def _ordered(self, candidates: Sequence[Waiting]) -> list[Waiting]:
-        """Return what gains most first, after the oldest one if that has waited too long."""
-        if self._settings.finetune.order != 'priority' or not candidates:
-            return list(candidates)
-        now = self.clock()
-        freshness_s = self._settings.slo.freshness_s
-        priorities = {}
-        for waiting in candidates:
-            others = [w for w in [*candidates, *self._waiting] if w is not waiting
-                      and w.record.profile == waiting.record.profile]
-            priorities[waiting.record.id] = priority(candidate(
-                waiting, others, max(now - waiting.arrived, 0.0),
-                self.step_s(self._length(waiting.record))), freshness_s)
-        first = sorted(candidates, key=lambda w: -priorities[w.record.id])
-        oldest = min(candidates, key=lambda w: w.arrived)
-        if now - oldest.arrived > freshness_s:
-            first.remove(oldest)
-            first.insert(0, oldest)
-        return first
 
     def _note_surprise(self, correction_id: str, log_probability: float) -> None:
         self.drift.outcome(surprise(log_probability))

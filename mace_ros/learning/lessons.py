@@ -4,17 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import zip_longest
 
 from mace_ros.execution.finetune import Preference, Sample, shared_tokens
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.anchors import PROBE_EVERY
 from mace_ros.learning.gate import batches, Gate, Group, Measure
-from mace_ros.learning.job import Job, Waiting
+from mace_ros.learning.job import Job
 from mace_ros.learning.journal import CorrectionRecord
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
-from mace_ros.learning.priority import Candidate, resemble
 from mace_ros.learning.samples import first_within, own_tokens, sample, turn
 from mace_ros.settings import FinetuneSettings
 
@@ -115,21 +113,3 @@ class Lessons:
 def texts(record: CorrectionRecord) -> list[str]:
     """Return the corrected text, and the rejected one if it is known."""
     return [record.corrected, *([record.rejected] if record.rejected.strip() else [])]
-
-
-def candidate(waiting: Waiting, others: Sequence[Waiting], age_s: float,
-              seconds: float) -> Candidate:
-    """Return what is known of a correction that was scored."""
-    leads = waiting.leads
-    question = _question(waiting.record)
-    return Candidate(
-        loss=-leads[0], margin=leads[0] - leads[1] if len(leads) > 1 else 0.0,
-        weight=waiting.record.weight, age_s=age_s,
-        resembling=waiting.repeats + sum(
-            1 + w.repeats for w in others if resemble(question, _question(w.record))),
-        seconds=seconds)
-
-
-def _question(record: CorrectionRecord) -> str:
-    asked = [m['content'] for m in record.messages if m['role'] == 'user']
-    return asked[-1] if asked else ''
