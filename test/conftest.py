@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+import signal
 
 from graph import use_another_domain
 import pytest
@@ -16,7 +17,10 @@ from mace_ros.execution.loading import load_model, LoadedModel
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each of several processes that run tests cores of its own, before it uses any."""
+    """Let what is tested hear Ctrl-C; give each of several processes cores of its own."""
+    # A shell without job control starts background jobs, and so their children, deaf to it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = getattr(config, 'workerinput', None)    # of pytest-xdist
     if worker is None or not hasattr(os, 'sched_setaffinity'):
         return
