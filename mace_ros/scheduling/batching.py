@@ -76,23 +76,29 @@ class Batcher:
         """Return the pass to run now; empty if no request can go on."""
         limits = self.settings.scheduler
         rows: list[Request] = []
+        deadlines: list[float] = []     # of the rows
         started: list[Request] = []
-        context = 0
+        context = lacking = unfinished = 0
         due = next_due = math.inf
         running, preempted = state.running, self._too_many(state, now)
         if preempted:
             running = [r for r in running if r not in preempted]
         for request in running:
-            # Request.is_decoding and .deadline, inlined: a pass may have many rows.
+            # Request.is_decoding, .deadline, _growth and _lacks, inlined: there may be many.
             output = request.output_tokens
             known = request.prompt_tokens + output
             if not output or known - request.computed_tokens != 1:
                 started.append(request)
+                unfinished += max(known // BLOCK_TOKENS + 1 - len(request.blocks), 0)
                 continue
             rows.append(request)
-            context += known - request.dropped_tokens
+            cached = known - request.dropped_tokens     # with its newest token
+            context += cached
+            if cached % BLOCK_TOKENS == 1 and cached > len(request.blocks) * BLOCK_TOKENS:
+                lacking += 1
             tpot = request.tpot_slo
             deadline = (request.first_token_at or 0.0) + output * tpot
+            deadlines.append(deadline)
             if deadline < due:
                 due = deadline
             if deadline + tpot < next_due:
@@ -102,18 +108,20 @@ class Batcher:
         if crowded:
             rows.sort(key=_turn)
             del rows[most_rows:]
+            deadlines = [row.deadline for row in rows]
             context = sum([row.cached_tokens + 1 for row in rows])
+            lacking = sum([_lacks(row) for row in rows])
         shape = PassShape(len(rows), context)
         alone_s = self._cost.pass_s(*shape)
         free = state.free_tokens // BLOCK_TOKENS + sum([state.frees(r) for r in preempted])
-        free -= sum([_lacks(row) for row in rows])
+        free -= lacking
         # Kept back: for the next tokens of the rows, and for the rest of the prompts begun.
-        unclaimed = free - len(rows) - sum([_growth(r, r.known_tokens + 1) for r in started])
+        unclaimed = free - len(rows) - unfinished
         if not (started or state.waiting):
             return Batch(decode=tuple(rows), shape=shape, seconds=alone_s, due=due,
                          next_due=next_due, waits=crowded or bool(preempted), preempted=preempted,
                          lacks_memory=bool(preempted), free_tokens=_tokens(unclaimed))
-        batch = _Pass(self._cost, shape, _limit_s(rows, due, alone_s, now),
+        batch = _Pass(self._cost, shape, _limit_s(rows, deadlines, due, alone_s, now),
                       limits.max_batch_tokens, now)
         queue = _queue(started, state.waiting, batch, now)
         rejected: dict[Request, str] = {}
@@ -272,7 +280,7 @@ def _queue(
     work may start. Whoever ran out of patience goes first, in order of arrival.
     """
     places: list[_Place] = []
-    prefill_s = batch.prefill_s
+    chunk, chunk_s, token_s = batch.line
     for group, waits in ((started, False), (waiting, True)):
         for request in group:
             arrival = request.arrival
@@ -283,7 +291,8 @@ def _queue(
             # Only who was preempted has a first token already.
             deadline = request.deadline if request.output_tokens else arrival + objective
             remaining = request.prompt_tokens + request.output_tokens - request.computed_tokens
-            due = deadline - prefill_s(remaining)
+            # Less _Pass.prefill_s, inlined.
+            due = deadline + -remaining // chunk * chunk_s - remaining * token_s
             places.append((-request.priority, due, arrival, len(places), request, waits))
     places.sort()
     return places
@@ -299,7 +308,8 @@ def _turn(row: Request) -> float:
     return max(row.deadline, row.last_token_at or row.arrival)
 
 
-def _limit_s(rows: list[Request], due: float, alone_s: float, now: float) -> float:
+def _limit_s(rows: list[Request], deadlines: list[float], due: float, alone_s: float,
+             now: float) -> float:
     """
     Return how long a pass may take by the deadlines of its rows, the first of them ``due``.
 
@@ -308,12 +318,17 @@ def _limit_s(rows: list[Request], due: float, alone_s: float, now: float) -> flo
     """
     if due - now >= alone_s:
         return due - now
+    in_time = now + alone_s
     limit = math.inf
-    for row in rows:
-        slack = row.deadline - now
-        if slack < alone_s:
-            slack = row.tpot_slo if row.tpot_slo > alone_s else 2.0 * alone_s
-        limit = min(limit, slack)
+    for row, deadline in zip(rows, deadlines, strict=True):
+        if deadline >= in_time:
+            slack = deadline - now
+        else:
+            slack = row.tpot_slo
+            if slack <= alone_s:
+                slack = 2.0 * alone_s
+        if slack < limit:
+            limit = slack
     return limit
 
 
@@ -332,14 +347,16 @@ class _Pass:
         self._tokens_left = max_tokens - rows.decode_rows
         self.is_full = self._tokens_left <= 0
         # A line through the cost of a small and of a full prefill beside these rows.
-        self._chunk = max(self._tokens_left, 1)
-        self._chunk_s = cost.pass_s(rows.decode_rows, rows.decode_context, 1)
-        full_s = cost.pass_s(rows.decode_rows, rows.decode_context, self._chunk)
-        self._token_s = (full_s - self._chunk_s) / self._chunk
+        chunk = max(self._tokens_left, 1)
+        chunk_s = cost.pass_s(rows.decode_rows, rows.decode_context, 1)
+        full_s = cost.pass_s(rows.decode_rows, rows.decode_context, chunk)
+        # Tokens of a full one, seconds of each, seconds of each token.
+        self.line = chunk, chunk_s, (full_s - chunk_s) / chunk
 
     def prefill_s(self, tokens: int) -> float:
         """Return about how long prompts of so many tokens take in passes like this one."""
-        return -(-tokens // self._chunk) * self._chunk_s + tokens * self._token_s
+        chunk, chunk_s, token_s = self.line
+        return -(-tokens // chunk) * chunk_s + tokens * token_s
 
     def add(self, request: Request, due: float, queued: int, room: int) -> int:
         """
@@ -381,14 +398,32 @@ class _Pass:
 
     def _most_within(self, seconds: float, request: Request, most: int) -> int:
         """Return the most tokens (0 to ``most``) with which the pass stays in time."""
-        low, high = 0, most
-        middle = most   # mostly all of it fits
-        while low < high:
-            if self._cost.pass_s(*self._with(request, middle), upper=True) <= seconds:
-                low = middle
+        rows, context, prefill, attended, _ = self.shape
+        computed = request.computed_tokens
+
+        def spare(tokens: int) -> float:
+            return seconds - self._cost.pass_s(
+                rows, context, prefill + tokens,
+                attended + tokens * computed + tokens * (tokens + 1) // 2, upper=True)
+
+        over = spare(most)      # mostly all of it fits
+        if over >= 0.0:
+            return most
+        left = spare(0)
+        if left < 0.0:
+            return 0
+        low, high = 0, most     # low fits, high does not
+        halve = False
+        while high - low > 1:
+            # The time is nearly a line: where it crosses; then the middle, lest it creep.
+            middle = (low + high) // 2 if halve else low + min(
+                max(int((high - low) * left / (left - over)), 1), high - low - 1)
+            halve = not halve
+            found = spare(middle)
+            if found >= 0.0:
+                low, left = middle, found
             else:
-                high = middle - 1
-            middle = (low + high + 1) // 2
+                high, over = middle, found
         return low
 
     def _is_worth_joining(self, request: Request, tokens: int, queued: int) -> bool:
