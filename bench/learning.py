@@ -21,7 +21,7 @@ from typing import Any
 
 from bench import drift, forty
 from bench.report import summary
-from bench.results import Check, check, FOLDER, Recorder, Reported, Result, Table
+from bench.results import Check, check, Recorder, Reported, Result, Table
 from bench.robot import Robot, says, settings_from
 
 LESSONS = Path(__file__).with_name('lessons.json')
@@ -55,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.questions = args.questions or (24 if args.quick else 300)
     args.systems = args.systems or list(QUICK_SYSTEMS if args.quick else drift.SYSTEMS)
     recorder = Recorder(vars(args), quick=args.quick)
-    folder = args.results or (FOLDER / 'quick' if args.quick else FOLDER)
-    samples = earlier(folder / 'learning.json') if set(args.only) != set(PARTS) else {}
+    samples = recorder.earlier('learning', args.results) if set(args.only) != set(PARTS) else {}
     lessons = json.loads(LESSONS.read_text())
     settings = settings_from(args.set)
     facts = 8 if args.quick else FACTS
@@ -76,11 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         drift.draw(samples, path.with_name('drift.svg'))
     print(summary(result))
     print(f'\n{path}')
-
-
-def earlier(path: Path) -> dict[str, Any]:
-    """Return the samples of an earlier run, if there was one."""
-    return dict(json.loads(path.read_text())['samples']) if path.exists() else {}
 
 
 def result_of(samples: Mapping[str, Any]) -> Result:

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add('--quick', action='store_true',
         help='once and little of each part: says that all runs, not how well')
     add('--parts', nargs='+', choices=PARTS, default=list(PARTS),
-        help='what to measure; the checks of the others do not hold (default: all)')
+        help='what to measure (default: all); what earlier runs found out about the others is kept')
     add('--repeats', type=int, help='of each measurement (default: 3; quick: 1)')
     add('--threads', type=int, default=0, help='(default: one per core)')
     add('--results', type=Path, metavar='FOLDER', help='where to write the results')
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recorder = Recorder(vars(args), quick=args.quick)
     with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
         samples = measure(args, Path(folder))
+    if set(args.parts) != set(PARTS):
+        samples = recorder.earlier('memory', args.results) | samples
     result = Result('memory', samples, checks(samples), reported(samples), tables(samples),
                     [f'{args.threads} threads.'])
     path = recorder.write(result, args.results)

@@ -1,21 +1,24 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The same load with plenty of memory and within a small budget, each in a process of its own."""
+"""The same loads with plenty of memory and within a small budget, in processes of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from itertools import takewhile
+from itertools import product, takewhile
 import math
 from pathlib import Path
+import random
 import threading
 import time
 from typing import Any
 
 import torch
 
+from bench.drift import pairs
 from bench.learning import Robot
+from bench.memory_checks import CORPUS
 from bench.memory_training import resident_mb, settle
 from bench.peers.worker import Worker
 from mace_ros.events import Correction, CorrectionProgress, CorrectionState, Finished, Query
@@ -24,8 +27,8 @@ from mace_ros.settings import Settings
 SAMPLE_S = 0.004     # between two looks at the memory in use
 ENDS = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
 
-# Short and long answers; what they may come to is the same for all.
-QUESTIONS = (
+# Questions that want short and long answers; what they may come to is the same for all.
+MIXED = (
     'Why does bread rise?', 'What is your name?', 'Tell me a long story about a lighthouse.',
     'What is the capital of France?', 'How do I make pancakes for four people?',
     'Say good morning.', 'Write a long letter to my sister about our garden.',
@@ -33,6 +36,7 @@ QUESTIONS = (
     'Explain in detail how a robot finds its way through a flat.', 'Where is Lisbon?',
     'Why is the sky blue?', 'Name three fruits.', 'Tell me a long story about a cat.',
     'What did people do before there were fridges?', 'Is it safe to mix vinegar and bleach?')
+OURS = 'long and short'
 LESSON = ('Where is your charging station?', 'My charging station is next to the kitchen door.')
 
 
@@ -81,42 +85,45 @@ class BudgetedRobot(Robot):
         # What was there before the engine allocated anything that the budget is for.
         self._before = resident_mb('RssAnon') - engine.bank.nbytes / 1e6
 
-    def fitting_budget_mb(self, count: int, max_tokens: int, share: float) -> float:
-        """Return the budget in which a share of what so many requests may come to has room."""
-        longest = sum(len(self.engine.chat.prompt([{'role': 'user', 'content': q}])) + max_tokens
-                      for q in QUESTIONS[:count])
+    def fitting_budget_mb(self, questions: Sequence[str], max_tokens: int, share: float) -> float:
+        """Return the budget in which a share of what the answers may come to has room."""
+        longest = sum(map(len, self._prompts(questions))) + max_tokens * len(questions)
         blocks = math.ceil(longest * share / self.engine.model.block_tokens)
         return self.engine._memory.budget.planned(blocks) / 1e6
 
-    def run(self, count: int, small_mb: float) -> dict[str, float]:
+    def run(self, questions: Sequence[str], small_mb: float) -> dict[str, float]:
         """
-        Answer ``count`` questions, and again beside a correction; return what it took.
+        Answer questions, and again beside a correction; return what it took.
 
         And what the answers would have taken at least, as fast as these passes were, with all
         memory and with a budget of ``small_mb``.
         """
         watched, began = AnonymousPeak(), time.monotonic()
         try:
-            tokens = self._answer('alone', count)
+            tokens = self._answer('alone', questions)
             seconds = time.monotonic() - began
             alone = watched.peak
-            least_s, least_small_s = self._least_s(count, small_mb)
+            least_s, least_small_s = self._least_s(questions, small_mb)
             self.engine.correct(Correction(LESSON[1], id='lesson', prompt=LESSON[0]))
-            self._answer('learning', count, 'lesson')
+            self._answer('learning', questions, 'lesson')
         finally:
             peak = watched.end()
         status = self.engine.status()
         self.engine.close()
-        return {'requests': 2 * count, 'tokens': tokens, 'seconds': seconds,
+        return {'requests': 2 * len(questions), 'tokens': tokens, 'seconds': seconds,
+                'most_tokens': len(questions) * self.engine.settings.generation.max_tokens,
                 'least_s': least_s, 'least_small_s': least_small_s,
                 'budget_mb': status.budget_mb, 'peak_mb': peak - self._before,
                 'peak_alone_mb': alone - self._before, 'preemptions': status.preemptions,
                 'learned': float(self._learned)}
 
-    def _least_s(self, count: int, budget_mb: float) -> tuple[float, float]:
+    def _prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        return [self.engine.chat.prompt([{'role': 'user', 'content': q}]) for q in questions]
+
+    def _least_s(self, questions: Sequence[str], budget_mb: float) -> tuple[float, float]:
         """Return the least seconds for the answers' decode rows, in all memory and in a budget."""
-        engine, lengths = self.engine, [self._lengths[f'alone/{i}'] for i in range(count)]
-        prompts = [engine.chat.prompt([{'role': 'user', 'content': q}]) for q in QUESTIONS[:count]]
+        engine, prompts = self.engine, self._prompts(questions)
+        lengths = [self._lengths[f'alone/{i}'] for i in range(len(questions))]
         contexts = [len(p) + n / 2 for p, n in zip(prompts, lengths, strict=True)]
         context = sum(c * n for c, n in zip(contexts, lengths, strict=True)) / sum(lengths)
         small = copy(engine._memory.budget)
@@ -132,13 +139,13 @@ class BudgetedRobot(Robot):
         return (math.fsum(seconds(sum(n > i for n in lengths)) for i in range(max(lengths))),
                 passes * seconds(sum(lengths) / passes))
 
-    def _answer(self, name: str, count: int, lesson: str = '') -> int:
+    def _answer(self, name: str, questions: Sequence[str], lesson: str = '') -> int:
         """
         Ask all at once; return the tokens of the answers, all of which must come.
 
         If a correction is named, wait for its end, too.
         """
-        left, tokens = {f'{name}/{i}' for i in range(count)}, 0
+        left, tokens = {f'{name}/{i}' for i in range(len(questions))}, 0
         if lesson:
             left.add(lesson)
 
@@ -155,7 +162,7 @@ class BudgetedRobot(Robot):
                 left.discard(event.id)
             return not left
 
-        for i, text in enumerate(QUESTIONS[:count]):
+        for i, text in enumerate(questions):
             self.engine.submit(Query(text, id=f'{name}/{i}', temperature=0.0, no_learn=True))
         self.until(all_ended)
         return tokens
@@ -178,25 +185,33 @@ def least_passes(prompts: Sequence[Sequence[int]], lengths: Sequence[int], block
     return max(held / (blocks - shared), max(lengths))
 
 
+def loads(count: int) -> dict[str, list[str]]:
+    """Return so many questions of each load: of a public corpus, of all topics; and ours."""
+    topics = pairs(lambda answer: 0).values()
+    dice = random.Random('budget')
+    corpus = [question for found in topics for question, _ in found]
+    return {CORPUS: dice.sample(corpus, count), OURS: list(MIXED[:count])}
+
+
 def budgets(folder: Path, *, repeats: int, count: int, max_tokens: int, share: float,
             threads: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Run the load without and with a budget, by turns; return a row for each run."""
+    """Run each load without and with a budget, by turns; return a row for each run."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     budget = 0.0
-    for repeat in range(repeats):
-        for limited in (False, True):
-            worker = Worker(
-                BudgetedRobot, storage=str(folder / f'{repeat} {limited}'), threads=threads,
-                max_tokens=max_tokens, budget_mb=budget if limited else 0.0).ready()
-            try:
-                if not limited:
-                    budget = worker.call('fitting_budget_mb', count, max_tokens, share)
-                row = worker.call('run', count, budget)
-            finally:
-                worker.close()
-            rows.append({'repeat': repeat, 'limited': limited, **row})
-            say(f'{repeat + 1} of {repeats}, budget {row["budget_mb"]:.0f} MB: '
-                f'{row["tokens"] / row["seconds"]:.1f} tokens/s, peak {row["peak_mb"]:.0f} MB, '
-                f'{row["preemptions"]:.0f} preemptions')
+    for repeat, (load, questions), limited in product(
+            range(repeats), loads(count).items(), (False, True)):
+        worker = Worker(
+            BudgetedRobot, storage=str(folder / f'{repeat} {load} {limited}'), threads=threads,
+            max_tokens=max_tokens, budget_mb=budget if limited else 0.0).ready()
+        try:
+            if not limited:
+                budget = worker.call('fitting_budget_mb', questions, max_tokens, share)
+            row = worker.call('run', questions, budget)
+        finally:
+            worker.close()
+        rows.append({'repeat': repeat, 'load': load, 'limited': limited, **row})
+        say(f'{repeat + 1} of {repeats}, {load}, budget {row["budget_mb"]:.0f} MB: '
+            f'{row["tokens"] / row["seconds"]:.1f} tokens/s, peak {row["peak_mb"]:.0f} MB, '
+            f'{row["preemptions"]:.0f} preemptions')
     return rows

@@ -11,9 +11,12 @@ import math
 import statistics
 from typing import Any
 
-from bench.results import Check, check, paired, percentile, Reported, Table
+from bench.results import Check, check, paired, percentile, Ratio, Reported, Table
 
 Rows = Sequence[Mapping[str, Any]]
+
+# The load of questions that others wrote.
+CORPUS = 'chatterbot-corpus'
 
 
 def checks(samples: Mapping[str, Any]) -> list[Check]:
@@ -101,46 +104,65 @@ def _sharing_table(rows: Rows) -> Table:
 # -- one budget --------------------------------------------------------------------------
 
 
-def _budget_checks(rows: Rows) -> list[Check]:
-    def speeds(limited: bool) -> dict[int, float]:
-        return {r['repeat']: r['tokens'] / r['seconds'] for r in _where(rows, limited=limited)}
+def _of_loads(rows: Rows) -> dict[str, Rows]:
+    return {load: _where(rows, load=load) for load in dict.fromkeys(r['load'] for r in rows)}
 
-    limited = _where(rows, limited=True)
-    speed = paired(speeds(True), speeds(False))
-    peak = max((r['peak_mb'] / r['budget_mb'] for r in limited), default=None)
+
+def _speed(rows: Rows) -> Ratio:
+    """Return tokens per second within the budget over those with all memory."""
+    limited, unlimited = (
+        {r['repeat']: r['tokens'] / r['seconds'] for r in _where(rows, limited=x)}
+        for x in (True, False))
+    return paired(limited, unlimited)
+
+
+def _budget_checks(rows: Rows) -> list[Check]:
+    of_corpus = _speed(_of_loads(rows).get(CORPUS, []))
+    peak = max((r['peak_mb'] / r['budget_mb'] for r in _where(rows, limited=True)), default=None)
     return [
-        check('tokens/s, budget for 25 % of the worst-case length / all memory', speed.median,
-              '>= 0.8', f'all requests answered; {speed.spread}'),
+        check('tokens/s, budget for 25 % of the worst-case length / all memory',
+              of_corpus.median, '>= 0.8', f'all requests answered; {of_corpus.spread}'),
         check('peak memory / budget', peak, '<= 1.03',
               'the highest of all runs, answers first alone and then beside learning; private '
               'memory of the process less what the base model takes')]
 
 
 def _budget_reported(rows: Rows) -> list[Reported]:
-    limited, unlimited = (_where(rows, limited=x) for x in (True, False))
-    best = paired({r['repeat']: r['least_s'] for r in unlimited},
-                  {r['repeat']: r['least_small_s'] for r in unlimited})
-    return [] if not limited else [
-        Reported('tokens/s, the most that this budget allows / all memory', best.median,
-                 note='every block in use in every pass, nothing computed twice, as fast as the '
-                 f'passes with all memory; {best.spread}'),
-        Reported('corrections learned within the budget, of one each',
-                 statistics.fmean(r['learned'] for r in limited))]
+    result = []
+    for load, of_load in _of_loads(rows).items():
+        unlimited = _where(of_load, limited=False)
+        speed, best = _speed(of_load), paired(
+            {r['repeat']: r['least_s'] for r in unlimited},
+            {r['repeat']: r['least_small_s'] for r in unlimited})
+        result += [
+            Reported(f'answers, of the longest that they may be, {load}', statistics.fmean(
+                r['tokens'] / r['most_tokens'] for r in unlimited)),
+            Reported(f'tokens/s within the budget / all memory, {load}', speed.median,
+                     note=speed.spread),
+            Reported(f'the most that the budget allows of it, {load}', best.median,
+                     note='every block in use in every pass, nothing computed twice, as fast as '
+                     f'the passes with all memory; {best.spread}')]
+    limited = _where(rows, limited=True)
+    if limited:
+        result.append(Reported('corrections learned within the budget, of one each',
+                               statistics.fmean(r['learned'] for r in limited)))
+    return result
 
 
 def _budget_table(rows: Rows) -> Table:
-    def of(limited: bool) -> list[Any]:
-        chosen = _where(rows, limited=limited)
+    def of(load: str, limited: bool) -> list[Any]:
+        chosen = _where(rows, load=load, limited=limited)
         speed = statistics.median([r['tokens'] / r['seconds'] for r in chosen])
-        return ['for 25 %' if limited else 'all there is', _median(chosen, 'budget_mb'),
+        return [load, 'for 25 %' if limited else 'all there is', _median(chosen, 'budget_mb'),
                 speed, _median(chosen, 'peak_alone_mb'), _median(chosen, 'peak_mb'),
                 _median(chosen, 'preemptions'), f'{sum(r["learned"] for r in chosen):.0f} of '
                 f'{len(chosen)}']
 
     return Table(
         f'One budget: {rows[0]["requests"] // 2} requests at once, then again beside a correction',
-        ['budget', 'MB', 'tokens/s', 'peak MB, alone', 'peak MB, learning', 'preemptions',
-         'learned'], [of(limited) for limited in (False, True)],
+        ['questions', 'budget', 'MB', 'tokens/s', 'peak MB, alone', 'peak MB, learning',
+         'preemptions', 'learned'],
+        [of(load, limited) for load in _of_loads(rows) for limited in (False, True)],
         'Medians. Tokens per second of the answers alone.')
 
 

@@ -204,6 +204,14 @@ class Recorder:
         self._machine = machine()
         self._started, self._clock = datetime.now(timezone.utc), time.monotonic()
 
+    def earlier(self, bench: str, folder: Path | None = None) -> dict[str, Any]:
+        """Return the samples of an earlier run that :meth:`write` would replace, if any."""
+        path = self._path(bench, folder)
+        return dict(json.loads(path.read_text())['samples']) if path.exists() else {}
+
+    def _path(self, bench: str, folder: Path | None) -> Path:
+        return (folder or (QUICK_FOLDER if self.quick else FOLDER)) / f'{bench}.json'
+
     def write(self, result: Result, folder: Path | None = None) -> Path:
         """Write ``<folder>/<bench>.json``, whole or not at all; return its path."""
         module = f'bench.{result.bench}'
@@ -218,10 +226,9 @@ class Recorder:
             'reported': [asdict(r) for r in result.reported],
             'tables': [asdict(t) for t in result.tables],
             'samples': result.samples}
-        folder = folder or (QUICK_FOLDER if self.quick else FOLDER)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f'{result.bench}.json'
-        handle, name = tempfile.mkstemp(prefix=f'.{result.bench}-', dir=folder)
+        path = self._path(result.bench, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f'.{result.bench}-', dir=path.parent)
         try:
             with os.fdopen(handle, 'w') as file:
                 file.write(dumps(data))

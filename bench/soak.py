@@ -11,7 +11,7 @@ every correction is acknowledged, and nothing fails. Results: bench/results/soak
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 import json
 import math
@@ -33,7 +33,8 @@ LOAD = 0.7              # share of what the node can answer
 WARM_UP = 0.25          # share of the time after which memory is to be flat
 START_S, ANSWER_S = 250.0, 120.0
 CONTRADICTED = 0.1      # share of corrections with the answer to another question
-CALIBRATED_WITH = 32    # queries that are asked at once to know the node's rate
+AT_ONCE = 16            # queries that are under way while the node's rate is found out ...
+CALIBRATED_OVER = 256   # ... over so many, half of them to warm up
 FILLS_WITH = 500        # words of a question that fills the KV cache
 SAMPLE_S, CORRECTION_S, REPORT_S = 2.0, 20.0, 60.0
 WINDOWS = 8             # after the warm-up, in each of which the least memory counts
@@ -172,12 +173,15 @@ class Soak:
             left -= self._client.ask(text, max_tokens=1).result(ANSWER_S).prompt_tokens
 
     def _request_s(self) -> float:
-        """Return the time of a query when many are answered together."""
-        for _ in range(3):    # at first caches are cold, and conversations short
-            start = time.monotonic()
-            for answer in [self._client.ask(**self._question()) for _ in range(CALIBRATED_WITH)]:
-                answer.result(ANSWER_S)
-        return (time.monotonic() - start) / CALIBRATED_WITH
+        """Return the time of a query when many are answered together, one after the other asked."""
+        answers: deque[Any] = deque()
+        for i in range(CALIBRATED_OVER):
+            if i == CALIBRATED_OVER // 2:    # until then caches are cold, and conversations short
+                start = time.monotonic()
+            if len(answers) == AT_ONCE:
+                answers.popleft().result(ANSWER_S)
+            answers.append(self._client.ask(**self._question()))
+        return (time.monotonic() - start) / (CALIBRATED_OVER - CALIBRATED_OVER // 2)
 
     def _question(self) -> dict[str, Any]:
         return {'text': f'Question {self._random.randrange(200)}?',

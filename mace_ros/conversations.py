@@ -43,14 +43,20 @@ class Conversations:
 
     def add(self, conversation_id: str, system: str, turn: Turn, *, max_turns: int,
             max_conversations: int) -> None:
-        """Append a turn, and forget what is beyond the limits."""
+        """
+        Append a turn, and forget what is beyond the limits.
+
+        Of more than ``max_turns`` the older half goes at once: prompts begin alike until then,
+        and what they begin with need not be computed again for each question.
+        """
         if not conversation_id:
             return
         conversation = self._all.setdefault(conversation_id, Conversation())
         self._all.move_to_end(conversation_id)
         conversation.system = system
         conversation.turns.append(turn)
-        del conversation.turns[:max(len(conversation.turns) - max_turns, 0)]
+        if len(conversation.turns) > max_turns:
+            del conversation.turns[:len(conversation.turns) - (max_turns + 1) // 2]
         while len(self._all) > max_conversations:
             self._all.popitem(last=False)
 

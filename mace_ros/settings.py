@@ -76,7 +76,8 @@ class ConversationSettings:
     """How much of earlier turns is kept."""
 
     max_turns: int = _parameter(
-        8, 'Turns kept of one conversation; older ones are forgotten', minimum=0, maximum=1000)
+        12, 'Turns kept of one conversation; of more, the older half is forgotten, so that what '
+        'prompts begin with is seldom computed again', minimum=0, maximum=1000)
     max_conversations: int = _parameter(
         64, 'Conversations kept; the one unused longest is forgotten', minimum=1, maximum=100000)
 

@@ -110,6 +110,19 @@ def test_a_conversation_is_computed_once(settings: Settings, tmp_path: Path) -> 
     assert computed[True] <= 0.3 * computed[False]
 
 
+def test_a_long_conversation_forgets_seldom_and_much(settings: Settings, tmp_path: Path) -> None:
+    """Turns that are forgotten one by one would make each prompt a new one."""
+    with robot(settings, tmp_path, conversation__max_turns=6) as one:
+        prompts, computed = [], []
+        for n in range(20):
+            before = one.engine.status().statistics.prefill_tokens
+            prompts.append(one.ask(
+                f'Question {n}?', conversation_id='c', max_tokens=20).prompt_tokens)
+            computed.append(one.engine.status().statistics.prefill_tokens - before)
+    assert max(prompts[7:]) < 1.1 * max(prompts[:7])    # there is a limit
+    assert 2 * sum(computed[7:]) < sum(prompts[7:])
+
+
 def test_sharing_ends_and_begins_while_serving(settings: Settings, tmp_path: Path) -> None:
     """The parameter is in force at the next query."""
     with robot(settings, tmp_path) as one:
