@@ -104,9 +104,10 @@ def measure_passes(shape: str, args: argparse.Namespace, samples: dict[str, Any]
     import torch
 
     from mace_ros.execution.device_graphs import capture
-    from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+    from mace_ros.execution.finetune import FinetuneStep, Trainer
     from mace_ros.execution.hybrid import HybridModel
     from mace_ros.execution.lora import AdapterBank, FIRST_SERVED_SLOT
+    from mace_ros.execution.sample import Sample
     from mace_ros.execution.spans import Span
     from mace_ros.memory.block_pool import BLOCK_TOKENS
 

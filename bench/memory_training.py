@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from bench.load import prose
 from bench.peers.loading import load
 from bench.peers.worker import Worker
-from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_dtype, load_model
 from mace_ros.execution.lora import AdapterBank
+from mace_ros.execution.sample import Sample
 from mace_ros.scheduling.plan import SegmentKind
 
 WARM_UP_TOKENS = 8

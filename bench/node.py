@@ -48,9 +48,14 @@ class NodeProcess:
         """All that it has printed."""
         return self._log.read_text()
 
+    @property
+    def pid(self) -> int:
+        """The id of its process."""
+        return self._process.pid
+
     def memory_mb(self) -> float:
         """Return its resident memory."""
-        pages = Path(f'/proc/{self._process.pid}/statm').read_text().split()[1]
+        pages = Path(f'/proc/{self.pid}/statm').read_text().split()[1]
         return int(pages) * os.sysconf('SC_PAGE_SIZE') / 1e6
 
     def stop(self) -> list[float]:

@@ -3,16 +3,20 @@
 """
 What a robot sees of a node under stress, with a real node and real messages.
 
-Two hundred queries in one second: does each get its response, and are other callbacks (a
-timer of 10 Hz, a parameter that is read) served in time meanwhile? And a client that watches
-the node ten times a second: what does it cost? Results: bench/results/operation.json.
+Two hundred queries in one second, while corrections wait to be learned: does each get its
+response, and are other callbacks (a timer of 10 Hz, a parameter that is read) served in time
+meanwhile? And a client that watches the node ten times a second: what does it cost? Results:
+bench/results/operation.json.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+import json
+import os
 from pathlib import Path
 import statistics
 import subprocess
@@ -22,6 +26,7 @@ import threading
 import time
 from typing import Any
 
+from bench.learning import LESSONS
 from bench.node import NodeProcess, own_domain, PERIOD_S, ROOT
 from bench.report import summary
 from bench.results import Check, check, paired, percentile, Recorder, Reported, Result, Table
@@ -33,6 +38,7 @@ LONG = 'Repeat this: こんにちは 🤖'     # what the packaged model repeats
 START_S, END_S = 250.0, 400.0
 WATCH_HZ = 10.0
 DEFAULT_HZ = Settings().monitor.rate_hz
+COMPUTES = 0.25         # of the time: a thread that runs more than that computes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,20 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
         # One thread computes; who asks and who watches have the other cores.
-        node = NodeProcess(Path(folder), {
-            'model.threads': 1, 'finetune.budget': 0.0})
-        try:
-            from mace_ros.ros.client import MaceClient
-
-            with MaceClient() as client:
-                client.wait_until_ready(START_S)
-                samples['blocks'] = watched(client, args.pairs, args.seconds)
-                samples['burst'] = burst(client)
+        with running(Path(folder) / 'watched', {
+                'model.threads': 1, 'finetune.budget': 0.0}) as (node, client):
+            samples['blocks'] = watched(client, node.pid, args.pairs, args.seconds)
+        with running(Path(folder) / 'burst', {}) as (node, client):
+            samples['burst'] = burst(client)
             timer = node.stop()
-        except BaseException:
-            print(node.log, file=sys.stderr)
-            node.kill()
-            raise
     begin, end = samples['burst'].pop('from'), samples['burst'].pop('until')
     stamps = [t for t in timer if begin - 1.0 <= t <= end]
     samples['burst']['timer_late_ms'] = [
@@ -80,8 +78,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f'\n{path}')
 
 
+@contextmanager
+def running(folder: Path, parameters: dict[str, Any]) -> Iterator[tuple[NodeProcess, Any]]:
+    """Start a node, and a client of it once it is ready."""
+    from mace_ros.ros.client import MaceClient
+
+    folder.mkdir()
+    node = NodeProcess(folder, parameters)
+    try:
+        with MaceClient() as client:
+            client.wait_until_ready(START_S)
+            yield node, client
+    except BaseException:
+        print(node.log, file=sys.stderr)
+        raise
+    finally:
+        node.kill()
+
+
 def burst(client: Any) -> dict[str, Any]:
-    """Ask so many questions within a second; read a parameter again and again meanwhile."""
+    """
+    Ask so many questions within a second; read a parameter again and again meanwhile.
+
+    Before, correct so much that learning has something to do until the end.
+    """
     from mace_ros.msg import Response
     from rcl_interfaces.srv import GetParameters
 
@@ -103,6 +123,8 @@ def burst(client: Any) -> dict[str, Any]:
             reads.append((time.monotonic() - asked) * 1e3)
             time.sleep(0.02)
 
+    for lesson in json.loads(LESSONS.read_text())['corrections']:
+        client.correct(lesson['answer'], prompt=lesson['question'])
     reader = threading.Thread(target=read)
     begun = time.monotonic()
     reader.start()
@@ -123,28 +145,48 @@ def burst(client: Any) -> dict[str, Any]:
             'served': served, 'rejected': refused, 'parameter_ms': reads}
 
 
-def watched(client: Any, pairs: int, seconds: float) -> list[dict[str, Any]]:
-    """Return the tokens per second of blocks, each with and without a client that watches."""
+def watched(client: Any, pid: int, pairs: int, seconds: float) -> list[dict[str, Any]]:
+    """
+    Return what came of blocks, each with and without a client that watches.
+
+    Tokens per second, and the share of time that the node's threads ran which don't compute.
+    """
     blocks = []
     tokens_per_s(client, seconds)     # to warm up
     for pair in range(pairs):
         # Whoever comes first is another one each time: what drifts, drifts for both.
         for watching in ((False, True) if pair % 2 else (True, False)):
-            set_rate(client, WATCH_HZ if watching else DEFAULT_HZ)
+            set_parameter(client, 'monitor.rate_hz', WATCH_HZ if watching else DEFAULT_HZ)
             monitor = start_monitor() if watching else None
+            before, begun = thread_seconds(pid), time.monotonic()
             try:
                 rate = tokens_per_s(client, seconds)
             finally:
+                spent = time.monotonic() - begun
+                after = thread_seconds(pid)
                 if monitor is not None:
                     monitor.kill()
                     monitor.wait()
-            blocks.append({'pair': pair, 'watching': watching, 'tokens_per_s': rate})
+            shares = [(s - before.get(t, 0.0)) / spent for t, s in after.items()]
+            blocks.append({'pair': pair, 'watching': watching, 'tokens_per_s': rate,
+                           'beside': sum(share for share in shares if share < COMPUTES)})
             print(f'{"watched" if watching else "alone"}: {rate:.1f} tokens/s', flush=True)
     return blocks
 
 
-def set_rate(client: Any, rate_hz: float) -> None:
-    """Have the node tell what it does so often."""
+def thread_seconds(pid: int) -> dict[str, float]:
+    """Return the seconds that each thread of a process has run."""
+    ticks = os.sysconf('SC_CLK_TCK')
+    found = {}
+    for stat in Path(f'/proc/{pid}/task').glob('*/stat'):
+        with suppress(OSError):     # it has ended
+            fields = stat.read_text().rpartition(')')[2].split()
+            found[stat.parent.name] = (int(fields[11]) + int(fields[12])) / ticks
+    return found
+
+
+def set_parameter(client: Any, name: str, value: float) -> None:
+    """Set a parameter of the node."""
     from rcl_interfaces.srv import SetParameters
     from rclpy.parameter import Parameter
 
@@ -152,10 +194,10 @@ def set_rate(client: Any, rate_hz: float) -> None:
     service.wait_for_service(30.0)
     answered = threading.Event()
     done = service.call_async(SetParameters.Request(parameters=[
-        Parameter('monitor.rate_hz', value=rate_hz).to_parameter_msg()]))
+        Parameter(name, value=value).to_parameter_msg()]))
     done.add_done_callback(lambda _: answered.set())
     if not answered.wait(30.0) or not all(r.successful for r in done.result().results):
-        raise RuntimeError('monitor.rate_hz could not be set')
+        raise RuntimeError(f'{name} could not be set')
     client.node.destroy_client(service)
 
 
@@ -207,7 +249,16 @@ def checks(samples: dict[str, Any]) -> list[Check]:
         check('parameter read meanwhile, p99 ms', percentile(burst_['parameter_ms'], 99),
               '<= 100', f'{len(burst_["parameter_ms"])} reads by another process'),
         check('throughput with a client that watches at 10 Hz', ratio.median, '>= 0.99',
-              ratio.spread)]
+              ratio.spread),
+        check('time of the node for it, of one core', statistics.median(watching_costs(samples)),
+              '<= 0.01', 'of the threads that do not compute, with and without; median of '
+              f'{len(watching_costs(samples))} pairs, most {max(watching_costs(samples)):.2g}')]
+
+
+def watching_costs(samples: dict[str, Any]) -> list[float]:
+    """Return by how much longer, of each second, the node's other threads ran when watched."""
+    by = {(b['pair'], b['watching']): b['beside'] for b in samples['blocks']}
+    return [beside - by[pair, False] for (pair, watching), beside in by.items() if watching]
 
 
 def watching_ratio(samples: dict[str, Any]) -> Any:

@@ -16,7 +16,8 @@ import time
 
 from mace_ros.engine import Engine
 from mace_ros.events import Event
-from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Trainer
+from mace_ros.execution.sample import Sample
 from mace_ros.scheduling.plan import Segment
 from mace_ros.settings import Settings
 
@@ -47,6 +48,7 @@ class PendingLearner:
     """Supplies one fine-tune step after another, each over one sample of the same length."""
 
     wants_anchors = wants_to_judge = backlog = False
+    wake_at = None
     busy = True
 
     def __init__(self, engine: Engine, samples: Sequence[Sequence[int]]) -> None:

@@ -84,7 +84,8 @@ class Robot:
 
     def perplexity(self, *, live: bool) -> float:
         """Return that of bench/chat.txt, under the live adapter or the base model."""
-        from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+        from mace_ros.execution.finetune import FinetuneStep, Trainer
+        from mace_ros.execution.sample import Sample
 
         engine = self.engine
         if not live:

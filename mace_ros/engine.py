@@ -24,7 +24,8 @@ import uuid
 
 from torch import Tensor
 
-from mace_ros.answering import Answering, begin, NO_HURRY_S, NO_PRIORITY, reading
+from mace_ros.answering import Answering, begin, reading
+from mace_ros.base_answers import BaseAnswers
 from mace_ros.conversations import Conversations, Turn
 from mace_ros.corrections import accept, Accepted
 from mace_ros.events import (
@@ -53,7 +54,6 @@ from mace_ros.execution.spans import Span
 from mace_ros.execution.text import ChatText
 from mace_ros.execution.timing import DeviceTimer
 from mace_ros.kv_blocks import KvBlocks
-from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.learning.journal import Answer, Journal
 from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
@@ -210,7 +210,7 @@ class Engine:
         self._fragmented = False    # the heap, by fine-tune steps ...
         self._returned_at = clock()     # ... since then
         self._answering: dict[str, Answering] = {}
-        self._anchors: list[Answering] = []
+        self._base_answers = BaseAnswers()
         self._warming = Warming()
         self._reading: Answering | None = None
         self._conversations = Conversations()
@@ -267,7 +267,8 @@ class Engine:
 
     def cancel(self, query_id: str) -> None:
         """End a query early; one that is not running is left alone."""
-        self._enqueue(lambda: self._cancel(query_id))
+        if len(query_id) <= MAX_ID:     # of no query, else
+            self._enqueue(lambda: self._cancel(query_id))
 
     def correct(self, correction: Correction) -> None:
         """Take a correction; ACCEPTED or REJECTED will follow, after the write to disk."""
@@ -400,8 +401,8 @@ class Engine:
         if self.learner.drift.moved or self.learner.backlog != self._backlog:
             self._share_out()
         self._warm_up()
-        if self.learner.wants_anchors and not self._anchors:
-            self._ask_anchors()
+        if self.learner.wants_anchors:
+            self._ask_base()
         events += self._take_step()
         events += self._move_blocks()
         self._residence.refresh()
@@ -422,7 +423,10 @@ class Engine:
                 self._trace.planned(plan)
             self._run(plan, events)
             return now
-        return now if events else plan.wake_at
+        if events:
+            return now
+        return min((t for t in (plan.wake_at, self.learner.wake_at) if t is not None),
+                   default=None)
 
     def status(self) -> Status:
         """Return what is going on between two iterations."""
@@ -510,7 +514,7 @@ class Engine:
                 query, arrival, self._conversations.get(query.conversation_id), self.chat,
                 self._settings.generation.system, self._longest)
         except InvalidQuery as error:
-            if error.code is not ErrorCode.DUPLICATE_ID:
+            if error.code is not ErrorCode.DUPLICATE_ID and len(query.id) <= MAX_ID:
                 self._early.ended(query.id)
             return [self._not_begun(
                 query, arrival, FinishReason.REJECTED, error.code, str(error))]
@@ -518,8 +522,11 @@ class Engine:
             return [self._not_begun(
                 query, arrival, FinishReason.ERROR, ErrorCode.INTERNAL,
                 f'{type(error).__name__}: {error}')]
+        # Later: what the node asks itself keeps nobody waiting.
         if self._reading is not None:
-            self._end(self._reading, FinishReason.CANCELLED)     # later
+            self._end(self._reading, FinishReason.CANCELLED)
+        for query_id in self._base_answers.in_the_way:
+            self._end(self._answering[query_id], FinishReason.CANCELLED)
         self._start(answering)
         if answering.request.max_tokens == 0:
             return self._end(answering, FinishReason.LENGTH)
@@ -547,7 +554,7 @@ class Engine:
 
     def _cancel(self, query_id: str) -> list[Event]:
         answering = self._answering.get(query_id)
-        if answering is None and len(query_id) <= MAX_ID:
+        if answering is None:
             self._early.cancelled(query_id, self._clock())
         if answering is None or answering.silent:
             return []
@@ -597,19 +604,16 @@ class Engine:
     def _condemn(self, suspicion: Suspicion) -> None:
         self.rollback(suspicion.profile, suspicion.better, suspicion.reason)
 
-    def _ask_anchors(self) -> None:
-        """Let the base model answer the questions whose answers learning must not change."""
-        for text in ANCHORS:
-            query = replace(
-                checked_query(Query(
-                    text, id=str(uuid.uuid4()), priority=NO_PRIORITY,
-                    ttft_slo_ms=NO_HURRY_S * 1e3, tpot_slo_ms=NO_HURRY_S * 1e3), self._settings),
-                max_tokens=ANCHOR_TOKENS, temperature=0.0)
-            answering = begin(query, self._clock(), self._conversations.get(''), self.chat, '',
-                              self._longest)
+    def _ask_base(self) -> None:
+        """Ask the base model something whose answer learning must not change."""
+        now = self._clock()
+        overdue = now - min(self.learner.unlearned, default=now) > self._settings.slo.freshness_s
+        for query in self._base_answers.next(self._state, overdue=overdue):
+            answering = begin(
+                checked_query(query, self._settings), now, self._conversations.get(''),
+                self.chat, '', self._longest)
             answering.silent = True
             self._start(answering, base=True)
-            self._anchors.append(answering)
 
     def _published(self, profile: str) -> None:
         """Plan what the profile's new version is to read: what others read is of no use to it."""
@@ -641,11 +645,12 @@ class Engine:
         try:
             self._residence.begin(plan, started)
             flight = self._launch(plan, events) if plan.has_pass else None
-            if flight is not None and self.overlaps and not plan.segments:
-                self._flight = flight
-                self._foreseen = foresee(plan, self._state, self.scheduler.cost)
-                return
             if flight is not None:
+                plan = flight.plan      # less what did not ride
+                if self.overlaps and not plan.segments:
+                    self._flight = flight
+                    self._foreseen = foresee(plan, self._state, self.scheduler.cost)
+                    return
                 events += self._take_tokens(flight)
         except Exception as error:   # allocators, kernels
             events += self._broken(plan, error)
@@ -730,6 +735,8 @@ class Engine:
                 events += self._learning_broke(error)
         if not spans and rows is None:
             return None
+        if plan.finetune_tokens and rows is None:
+            plan = replace(plan, finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
         timer = DeviceTimer(self.model.device, self._clock)
         with phase_of(self._trace, 'pass', predicted_ms=plan.predicted_s * 1e3,
                       **plan.shape._asdict()):
@@ -815,7 +822,11 @@ class Engine:
             self._reading = None
             return []
         if answering.silent:
-            self._anchor_ended(answering, reason)
+            done = reason in (FinishReason.STOP, FinishReason.LENGTH)
+            self._base_answers.ended(
+                query.id, answering.ids[:request.prompt_tokens], answering.output if done else None)
+            if (answers := self._base_answers.all) is not None:
+                self.learner.give_anchors(answers)
             return []
         complete = reason in (FinishReason.STOP, FinishReason.LENGTH)
         if request.output_tokens:
@@ -838,7 +849,6 @@ class Engine:
         if self._journal.backlog >= MAX_UNWRITTEN:
             self._unrecorded += 1
             return
-        self._unrecorded = 0
         assert answering.version is not None
         answer = Answer(
             query_id=query.id, prompt_ids=tuple(answering.ids[:answering.request.prompt_tokens]),
@@ -848,15 +858,20 @@ class Engine:
             no_learn=query.no_learn or not complete, time=time.time())
         if not answer.no_learn:
             self.learner.drift.outcome(0.0)     # until somebody says otherwise
-        self._journal.submit(lambda journal: journal.record_answer(answer))
+        self._journal.submit(lambda journal: journal.record_answer(answer)).add_done_callback(
+            self._wrote_answer)
 
-    def _anchor_ended(self, answering: Answering, reason: FinishReason) -> None:
-        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
-            self._anchors.clear()     # asked again at the next iteration
-        elif self._anchors and all(a.query.id not in self._answering for a in self._anchors):
-            self.learner.give_anchors(
-                [(a.ids[:a.request.prompt_tokens], a.output) for a in self._anchors])
-            self._anchors.clear()
+    def _wrote_answer(self, done: Future[None]) -> None:
+        """Take note, from the journal's thread, if the disk fails or works again."""
+        error = done.exception()
+        if error is None and not (self._journal_error or self._unrecorded):
+            return
+
+        def note() -> list[Event]:
+            self._journal_error = str(error or '')
+            self._unrecorded = 0 if error is None else self._unrecorded + 1
+            return []
+        self._enqueue(note)
 
     def _broken(self, plan: Plan, error: Exception) -> list[Event]:
         """End what took part in an iteration that failed; the rest goes on."""

@@ -205,3 +205,10 @@ def test_a_program_ends_with_its_node(client: MaceClient, played: Played) -> Non
     played.end()
     _, errors = asking.communicate(timeout=SOON_S)
     assert (asking.returncode, errors) == (1, '/mace: query one: /mace is gone\n')
+
+
+def test_a_client_serves_nothing(client: MaceClient) -> None:
+    """The security policy allows it no service, and what is not allowed ends a node."""
+    name = client.node.get_name()
+    assert wait_until(lambda: name in client.node.get_node_names(), SOON_S)
+    assert client.node.get_service_names_and_types_by_node(name, '/') == []

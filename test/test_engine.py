@@ -3,7 +3,8 @@
 """The engine by itself, with a small random model behind the real tokenizer."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+import errno
 from itertools import pairwise
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mace_ros.base_answers import BaseAnswers
 from mace_ros.engine import Engine
 from mace_ros.events import (
     Correction,
@@ -29,8 +31,11 @@ from mace_ros.events import (
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.learning import choosing, learner
-from mace_ros.learning.versions import OtherModel
+from mace_ros.learning.anchors import ANCHORS
+from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
+from mace_ros.scheduling.plan import State
+from mace_ros.scheduling.request import Request
 from mace_ros.settings import Settings
 
 DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
@@ -585,6 +590,82 @@ def test_learning_that_always_fails_is_given_up(
         state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert state.state is CorrectionState.FAILED and 'injected' in state.reason
     assert robot.ask('Who are you?').text == wrong.text
+
+
+def test_what_cannot_be_saved_yet_is_saved_later(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk may take long; nothing is trained anew for that, and nothing given up."""
+    wrong = robot.ask('Who are you?')
+    save, failures, problems = VersionStore.save, [], set()
+
+    def full(*arguments: object) -> object:
+        problems.add(robot.engine.status().learning_error)
+        if len(failures) < learner.MAX_TRIES + 2:
+            failures.append(robot.engine.scheduler.statistics(time.monotonic()).finetune_steps)
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return save(*arguments)     # type: ignore[arg-type]
+
+    monkeypatch.setattr(VersionStore, 'save', full)
+    monkeypatch.setattr(learner, 'SAVE_AGAIN_S', 0.05)
+    state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+    assert state.state is CorrectionState.LEARNED
+    assert len(failures) == learner.MAX_TRIES + 2 and len(set(failures)) == 1
+    assert any('No space left' in problem for problem in problems)
+    assert robot.engine.status().learning_error == ''
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
+def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
+    """Before it learns, the base model is asked much; whoever comes sends that away."""
+    robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    while len(robot.engine._state.running) < 2:     # before its own questions are asked
+        robot.engine.step()
+    running = list(robot.engine._state.running)
+    robot.engine.submit(Query('One?', id='one', max_tokens=4))
+    while not robot.engine._answering.get('one'):
+        robot.engine.step()
+    assert [r.id for r in robot.engine._state.running + robot.engine._state.waiting] == ['one']
+    assert 'one' not in [r.id for r in running]
+    assert robot.response('one').finish_reason is FinishReason.LENGTH
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.LEARNED)
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
+def test_a_busy_robot_asks_itself_one_by_one() -> None:
+    """What was sent away is asked again; while somebody waits, only what is overdue."""
+    one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
+    base, idle, full = BaseAnswers(), State(), State(waiting=[one], running=[one])
+    assert base.next(full, overdue=False) == []
+    several = base.next(idle, overdue=False)
+    assert len(several) > 1 and base.in_the_way == [q.id for q in several]
+    assert base.next(idle, overdue=True) == []     # before those have ended
+    for query in several:
+        base.ended(query.id, [1], None)
+    few = base.next(State(running=[one]), overdue=False)
+    assert [q.text for q in few] == [q.text for q in several[:len(few)]]
+    for query in few:
+        base.ended(query.id, [1], None)
+    asked = []
+    while base.all is None:
+        [query] = base.next(full, overdue=True)
+        assert base.in_the_way == []
+        base.ended(query.id, [len(asked)], [2])
+        asked.append(query.text)
+    assert asked == list(ANCHORS) and base.all[3] == ([3], [2])
+
+
+def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
+    """The share that is overdue counts from the oldest correction, be it of another job."""
+    robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.TRAINING)
+    [trained] = robot.engine.learner._job.corrections
+    robot.engine.learner._waiting.append(replace(trained, arrived=-5.0))
+    step = robot.engine.learner.step
+    while robot.engine.learner.step in (step, None):
+        robot.engine.step()
+    assert robot.engine.learner.step.oldest_correction_at == -5.0
 
 
 @pytest.mark.parametrize('changes', [{'top_p': 0.0, 'temperature': 1.0}, {'temperature': 1e-38}])

@@ -35,17 +35,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mace_ros.execution import finetune
-from mace_ros.execution.finetune import (
-    FinetuneStep,
-    packed_tokens,
-    Preference,
-    Sample,
-    shared_tokens,
-    Trainer,
-    Whole,
-)
+from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
+from mace_ros.execution.sample import packed_tokens, Preference, Sample, shared_tokens
 from mace_ros.execution.spans import Span
 from mace_ros.execution.static_layers import StaticLayers
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool

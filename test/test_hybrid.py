@@ -34,10 +34,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from mace_ros.execution.device_graphs import capture
-from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import LoadedModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.execution.sample import Sample
 from mace_ros.execution.spans import FinetuneRows, Span
 from mace_ros.execution.static_layers import StaticLayers
 from mace_ros.execution.static_pass import Bucket, buckets, Outputs, StaticPass, StaticPasses

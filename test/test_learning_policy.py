@@ -12,7 +12,7 @@ import random
 from hypothesis import given, strategies
 import pytest
 
-from mace_ros.execution.finetune import Sample
+from mace_ros.execution.sample import Sample
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, surprise
 from mace_ros.learning.job import Job

@@ -16,6 +16,7 @@ from graph import ENVIRONMENT, wait_until
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from mace_ros.msg import CorrectionStatus, Response
+from mace_ros.srv import Trace
 import pytest
 from rclpy.context import Context
 from ros_graph import call, NodeProcess, set_parameters
@@ -154,6 +155,8 @@ def test_it_tells_its_state_while_it_is_configured(managed: Managed) -> None:
     assert managed.state == State.PRIMARY_STATE_INACTIVE
     assert managed.diagnosed('serving', DiagnosticStatus.OK, 'inactive')
     assert managed.ask().error_code == Response.NOT_SERVING
+    refused = call(managed.client, Trace, '/mace/trace')
+    assert not refused.success and 'not active' in refused.message
 
 
 def test_deactivation_cancels_what_runs_and_loses_no_correction(managed: Managed) -> None:
@@ -217,6 +220,9 @@ def test_a_full_disk_refuses_corrections_and_nothing_else(managed: Managed) -> N
     pid, unlimited = managed.node.process.pid, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     try:
+        # An answer that is not on record can't be corrected by its id.
+        assert managed.ask(max_tokens=8).text == 'Ho.'
+        assert managed.diagnosed('learning', DiagnosticStatus.ERROR, 'journal')
         refused = correct()
         assert refused.state == CorrectionStatus.REJECTED
         assert 'journal' in refused.reason
@@ -224,8 +230,9 @@ def test_a_full_disk_refuses_corrections_and_nothing_else(managed: Managed) -> N
         assert managed.diagnosed('learning', DiagnosticStatus.ERROR, 'journal')
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
-    assert correct().state == CorrectionStatus.ACCEPTED
+    assert managed.ask(max_tokens=8).text == 'Ho.'
     assert managed.diagnosed('learning', DiagnosticStatus.OK)
+    assert correct().state == CorrectionStatus.ACCEPTED
     assert managed.rest()
 
 

@@ -34,10 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.footprint import measure_footprint
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.execution.sample import Sample
 from mace_ros.execution.spans import Span
 from mace_ros.memory import prefix
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks

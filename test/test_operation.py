@@ -534,6 +534,37 @@ def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProc
         assert again.statuses[0].state != CorrectionStatus.REJECTED, again.statuses
 
 
+def test_goals_and_calls_with_anything_in_them_are_answered(
+    client: MaceClient, generator: Generator, node: NodeProcess,
+) -> None:
+    before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
+    fuzzer, reasons = Fuzzer(before), []
+    for _ in range(150):
+        query = fuzzer.query()
+        goal = generator.send(**{name: getattr(query, name)
+                                 for name in query.get_fields_and_field_types()})
+        status, response = generator.result(goal)
+        good = response.finish_reason in (Response.STOP, Response.LENGTH)
+        assert good == (status == GoalStatus.STATUS_SUCCEEDED)
+        assert good or (response.finish_reason == Response.REJECTED and response.error)
+        reasons.append(response.error)
+    assert len(set(reasons)) > 5 and '' in reasons
+    for _ in range(50):
+        unknown = f'x{fuzzer.id()}'
+        rollback = call(client, Rollback, '/mace/rollback', profile=unknown,
+                        version=random.Random(unknown).randrange(2**64))
+        assert not rollback.success and rollback.reason
+        listed = call(client, ListVersions, '/mace/list_versions', profile=unknown)
+        assert (listed.success and not listed.versions) or listed.message
+        trace = call(client, Trace, '/mace/trace', name=f'/{unknown}',
+                     iterations=random.Random(unknown).randrange(2**32),
+                     seconds=fuzzer._random.choice(NUMBERS))
+        assert not trace.success and trace.message
+    assert 'Traceback' not in node.log
+    after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
+    assert after.text == before.text
+
+
 def test_what_is_said_is_not_in_the_log(client: MaceClient, node: NodeProcess) -> None:
     secret = 'hush-hush'
     answered = client.ask(f'{secret}?', system=secret, stop=[secret], max_tokens=2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+import threading
 import wave
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -19,6 +20,7 @@ import pytest
 from rich.console import Console
 from ros_graph import NodeProcess, ROOT
 
+from mace_ros.programs.common import seconds
 from mace_ros.programs.dashboard import Dashboard
 from mace_ros.programs.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.programs.voice import CORRECTION
@@ -113,6 +115,17 @@ def test_a_wrong_node_is_named(client: MaceClient, node: str, code: int, message
     assert (asked.returncode, asked.stdout) == (code, '')
     assert message in asked.stderr
     assert 'Traceback' not in asked.stderr
+
+
+@pytest.mark.parametrize(('text', 'waits'), [('2.5', 2.5), ('inf', threading.TIMEOUT_MAX)])
+def test_a_timeout_is_what_python_can_wait(text: str, waits: float) -> None:
+    assert seconds(text) == waits
+
+
+@pytest.mark.parametrize('text', ['nan', '-1', 'soon'])
+def test_a_timeout_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        seconds(text)
 
 
 def test_monitor_prints_lines_where_there_is_no_terminal(client: MaceClient) -> None:

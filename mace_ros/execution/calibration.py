@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mace_ros.execution.finetune import FinetuneStep, Sample, Trainer
+from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, TRAINING_SLOT
+from mace_ros.execution.sample import Sample
 from mace_ros.execution.spans import Span
 from mace_ros.scheduling.plan import PassShape, Segment
 

@@ -113,12 +113,18 @@ def cache_folder(setting: str) -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mace_ros'
 
 
+def conversion_name(gguf: Path) -> str:
+    """Return the name of a conversion: of the whole content, lest another model takes its place."""
+    content = hashlib.sha256()
+    with gguf.open('rb') as file:
+        while piece := file.read(2**22):
+            content.update(piece)
+    return f'{gguf.stem}-{content.hexdigest()[:12]}'
+
+
 def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
     """Return the folder with the dequantised model, made now if it isn't there yet."""
-    with gguf.open('rb') as file:
-        head = file.read(2**20)    # its metadata, and some weights
-    key = hashlib.sha256(head + str(gguf.stat().st_size).encode()).hexdigest()[:12]
-    target = cache / f'{gguf.stem}-{key}'
+    target = cache / conversion_name(gguf)
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ import math
 from torch import Tensor
 
 from mace_ros.events import Event
-from mace_ros.execution.finetune import FinetuneStep, Sample, SampleScore, Trainer, Whole
+from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
+from mace_ros.execution.sample import Sample, SampleScore
 from mace_ros.learning.gate import Gate
 from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
 from mace_ros.learning.live_outcomes import Suspicion
@@ -87,8 +88,5 @@ class Job:
     score_after: float | None = None    # set when training has ended
     saving: Future[tuple[VersionRecord, tuple[str, ...]]] | None = None
     slot: int | None = None
-
-    @property
-    def oldest(self) -> float:
-        """When the oldest of its corrections arrived."""
-        return min((w.arrived for w in self.corrections), default=math.inf)
+    save_tries: int = 0     # in vain, one after the other ...
+    save_at: float = 0.0    # ... and when it may be tried again

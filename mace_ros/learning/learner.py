@@ -24,18 +24,10 @@ from typing import Any
 from torch import Tensor
 
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
-from mace_ros.execution.finetune import (
-    FinetuneStep,
-    packed_tokens,
-    Preference,
-    Sample,
-    SampleScore,
-    shared_tokens,
-    Trainer,
-    Whole,
-)
+from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
+from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
 from mace_ros.learning.describing import peft_config, version_event
@@ -54,6 +46,7 @@ from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
 JOB_CORRECTIONS = 4     # corrections learned together at most
+SAVE_AGAIN_S = 30.0     # at most, until a disk that failed is tried again
 REMEMBERED = 1000       # corrections whose first score is
 MORE_STEPS = 4          # at least, after a candidate was rejected
 # A right token must lead by this much (in logits) before it counts as learned, so that a
@@ -187,6 +180,13 @@ class Learner:
     def busy(self) -> bool:
         """Whether anything waits to be learned."""
         return self._job is not None or bool(self._waiting)
+
+    @property
+    def wake_at(self) -> float | None:
+        """When :meth:`advance` can go on by itself, if it waits for nothing but a time."""
+        job = self._job
+        waits = job is not None and job.score_after is not None and job.saving is None
+        return job.save_at if job is not None and waits and job.save_tries else None
 
     @property
     def backlog(self) -> bool:
@@ -494,7 +494,7 @@ class Learner:
         job.step = FinetuneStep(
             self._model, job.trainer, samples, keep_graphs=recompute != 'always',
             may_ride=recompute != 'never', preferences=preferences, whole=whole,
-            oldest_correction_at=job.oldest)
+            oldest_correction_at=min(self.unlearned, default=math.inf))
 
     def _score(self, job: Job, samples: Sequence[Sample],
                done: Callable[[list[SampleScore], list[Sample]], list[Event]],
@@ -516,7 +516,7 @@ class Learner:
             assert job.trainer is not None
             scoring.step = FinetuneStep(
                 self._model, job.trainer, batch, learns=False,
-                oldest_correction_at=job.oldest)
+                oldest_correction_at=min(self.unlearned, default=math.inf))
             return []
         job.scoring = None
         return scoring.done(scoring.scores, scoring.taught)
@@ -598,6 +598,8 @@ class Learner:
     def _save(self, job: Job) -> list[Event]:
         """Write the new version to disk, as soon as there is a slot for it."""
         assert job.score_after is not None
+        if self.clock() < job.save_at:
+            return []
         tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
         job.slot = self._slots.reserve()
         if job.slot is None:
@@ -625,7 +627,8 @@ class Learner:
         assert job.saving is not None and job.slot is not None
         error = job.saving.exception()
         if error is not None:
-            return self.drop(f'the new version could not be saved: {error}')
+            self._save_later(job, f'the new version could not be saved: {error}')
+            return []
         record, learned = job.saving.result()
         self._bank.write_slot(job.slot)
         self._slots.publish(job.profile, record.version, job.slot)
@@ -635,6 +638,15 @@ class Learner:
         return [version_event(record, self._store), *(
             CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
             for i in learned)]
+
+    def _save_later(self, job: Job, reason: str) -> None:
+        """Keep what was learned until the disk takes it, however long that is."""
+        assert job.slot is not None
+        self._slots.give_back(job.slot)
+        self._trouble = reason
+        job.slot = job.saving = None
+        job.save_tries += 1
+        job.save_at = self.clock() + min(2.0 ** job.save_tries, SAVE_AGAIN_S)
 
     # -- whether the live version is to blame ------------------------------------------
 

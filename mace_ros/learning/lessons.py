@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
-from mace_ros.execution.finetune import Preference, Sample, shared_tokens
+from mace_ros.execution.sample import Preference, Sample, shared_tokens
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.anchors import PROBE_EVERY
 from mace_ros.learning.gate import batches, Gate, Group, Measure

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from mace_ros.execution.finetune import copied_tokens, Sample
+from mace_ros.execution.sample import copied_tokens, Sample
 
 T = TypeVar('T')
 

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 import sys
+import threading
 
 from rclpy.exceptions import NameValidationException
 from rclpy.impl.implementation_singleton import rclpy_implementation
@@ -28,9 +29,17 @@ def parser(name: str, description: str, *, timeout_s: float = 60.0) -> argparse.
     made = argparse.ArgumentParser(prog=name, description=description, epilog=EXIT_CODES)
     made.add_argument('--node', default='/mace', metavar='NAME',
                       help='full name of the node, as /robot1/mace (default: /mace)')
-    made.add_argument('--timeout', type=float, default=timeout_s, metavar='SECONDS',
+    made.add_argument('--timeout', type=seconds, default=timeout_s, metavar='SECONDS',
                       help=f'longest silence of the node (default: {timeout_s:g})')
     return made
+
+
+def seconds(text: str) -> float:
+    """Return a time to wait; ``inf`` is as long as Python can wait."""
+    value = float(text)
+    if not value >= 0.0:
+        raise ValueError(text)
+    return min(value, threading.TIMEOUT_MAX)
 
 
 def run(program: Callable[[MaceClient], int], node: str) -> int:

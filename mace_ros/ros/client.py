@@ -25,6 +25,7 @@ import uuid
 from rclpy.clock import Clock, ClockType
 from rclpy.context import Context
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
 from mace_ros.msg import (
@@ -207,7 +208,9 @@ class MaceClient:
 
         self.node = Node(
             f'mace_client_{uuid.uuid4().hex[:8]}', context=context, use_global_arguments=False,
-            enable_rosout=False, start_parameter_services=False)
+            enable_rosout=False, start_parameter_services=False,
+            # What the security policy lets a client do: it serves nothing.
+            parameter_overrides=[Parameter('start_type_description_service', value=False)])
         self._query = self.node.create_publisher(Query, f'{node}/query', RELIABLE)
         self._correction = self.node.create_publisher(Correction, f'{node}/correction', RELIABLE)
         self._cancel = self.node.create_publisher(Cancel, f'{node}/cancel', RELIABLE)

@@ -60,7 +60,13 @@ class GenerateServer:
 
     def _may_start(self, goal: Generate.Goal) -> GoalResponse:
         asked = {_query_id(handle) for handle in list(self._goals.values())}
-        return GoalResponse.REJECT if goal.query.id in asked else GoalResponse.ACCEPT
+        if goal.query.id not in asked:
+            return GoalResponse.ACCEPT
+        # The action protocol has no field for a reason.
+        self._node.get_logger().warning(
+            'a goal is rejected: another one of the same query id is being answered',
+            throttle_duration_sec=1.0)
+        return GoalResponse.REJECT
 
     def _start(self, handle: ServerGoalHandle) -> None:
         origin = str(uuid.UUID(bytes=bytes(handle.goal_id.uuid)))

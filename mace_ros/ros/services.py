@@ -42,7 +42,7 @@ class Services:
     """
     Answers service calls.
 
-    Those that wait for the disk or the device are served in a thread of their own, so that
+    Those that wait for the disk or the device are served in threads of their own, so that
     no other callback waits with them.
     """
 
@@ -60,20 +60,23 @@ class Services:
         self._tracing = ''      # the file of the trace that is being made
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
         node.create_service(Trace, '~/trace', self._on_trace)
-        self._waiting = hidden_node(node, 'calls')
-        for kind, name, callback in ((ListVersions, '~/list_versions', self._on_list),
-                                     (Rollback, '~/rollback', self._on_rollback)):
+        self._apart: list[tuple[Node, Spinner]] = []
+        for kind, name, callback in ((ListVersions, 'list_versions', self._on_list),
+                                     (Rollback, 'rollback', self._on_rollback)):
             # Not the node's own group: while a call waits, it would keep all others out.
             service = node.create_service(
-                kind, name, callback, callback_group=MutuallyExclusiveCallbackGroup())
-            adopt(service, node, self._waiting)
-        self._spinner = Spinner(self._waiting, name='calls', context=node.context)
-        self._spinner.start()
+                kind, f'~/{name}', callback, callback_group=MutuallyExclusiveCallbackGroup())
+            apart = hidden_node(node, name)
+            adopt(service, node, apart)
+            spinner = Spinner(apart, name=name, context=node.context)
+            spinner.start()
+            self._apart.append((apart, spinner))
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread, unless a call keeps it for longer."""
-        if self._spinner.stop(timeout_s):
-            self._waiting.destroy_node()
+        """End the threads, unless a call keeps one for longer."""
+        for apart, spinner in self._apart:
+            if spinner.stop(timeout_s):
+                apart.destroy_node()
 
     def _on_freeze(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self._freeze(request.data)
@@ -104,8 +107,8 @@ class Services:
     def _on_trace(self, request: Trace.Request, response: Trace.Response) -> Trace.Response:
         engine = self._engine()
         try:
-            if engine is None:
-                raise InvalidTrace('the node is not configured')
+            if engine is None or not self._active():
+                raise InvalidTrace('the node is not active')
             if self._tracing:
                 raise InvalidTrace(f'{self._tracing} is being made; one trace at a time')
             iterations = request.iterations or TRACE_ITERATIONS

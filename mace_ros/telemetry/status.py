@@ -23,9 +23,9 @@ class Status:
     """
     A snapshot between two iterations; ``now`` is on the engine's clock.
 
-    ``journal_error`` says why the latest correction could not be written, and is empty
-    if it could. ``journal_backlog`` are writes that wait for the disk, and ``unrecorded``
-    are answers that did not even wait: no correction can name them.
+    ``journal_error`` says why the latest correction or answer could not be written, and is
+    empty if it could. ``journal_backlog`` are writes that wait for the disk, and ``unrecorded``
+    are answers that could not be written or did not even wait: no correction can name them.
     ``learning_error`` says why device or disk broke learning off, while it is tried again.
     """
 

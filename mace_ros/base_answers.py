@@ -1,0 +1,66 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the base model is asked before anything is learned, so that its answers can be kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import uuid
+
+from mace_ros.answering import NO_HURRY_S, NO_PRIORITY
+from mace_ros.events import Query
+from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
+from mace_ros.scheduling.plan import State
+
+AT_ONCE = 8     # questions, while nobody else asks anything ...
+BESIDE = 4      # ... and beside answers, which each of them slows down a little
+
+
+class BaseAnswers:
+    """
+    Which of :data:`ANCHORS` are asked, and which are answered.
+
+    No query may wait for them: they are asked while nobody waits, and whoever comes sends them
+    away, to be asked again. If somebody always waits, they are asked one by one once a correction
+    has waited for too long, and that one stays.
+    """
+
+    def __init__(self) -> None:
+        """Begin without an answer."""
+        self._asked: dict[str, int] = {}    # by the ids of the queries
+        self._answers: dict[int, tuple[list[int], list[int]]] = {}
+
+    def next(self, state: State, *, overdue: bool) -> list[Query]:
+        """Return what to ask now: nothing before all that was asked has ended."""
+        if self._asked or (state.waiting and not overdue):
+            return []
+        count = 1 if overdue and state.waiting else BESIDE if state.running else AT_ONCE
+        left = [i for i in range(len(ANCHORS)) if i not in self._answers]
+        queries = []
+        for i in left[:count]:
+            query = Query(ANCHORS[i], id=str(uuid.uuid4()), max_tokens=ANCHOR_TOKENS,
+                          temperature=0.0)
+            if not overdue:
+                query = replace(query, priority=NO_PRIORITY, ttft_slo_ms=NO_HURRY_S * 1e3,
+                                tpot_slo_ms=NO_HURRY_S * 1e3)
+            self._asked[query.id] = i
+            queries.append(query)
+        return queries
+
+    @property
+    def in_the_way(self) -> list[str]:
+        """The ids of those that a query which comes in sends away."""
+        return list(self._asked) if len(self._asked) > 1 else []
+
+    def ended(self, query_id: str, prompt: list[int], output: list[int] | None) -> None:
+        """Note an answer; None if the query was sent away."""
+        index = self._asked.pop(query_id)
+        if output is not None:
+            self._answers[index] = (prompt, output)
+
+    @property
+    def all(self) -> list[tuple[list[int], list[int]]] | None:
+        """The answers as (prompt, output) ids, in the order of the questions; None until then."""
+        if len(self._answers) < len(ANCHORS):
+            return None
+        return [self._answers[i] for i in range(len(ANCHORS))]
