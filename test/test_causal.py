@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mace_ros.execution.causal import attend_causally, suits
+from mace_ros.execution.attention import attend, SHAPE_STEP, TILED
+from mace_ros.execution.causal import attend_causally, suits, visible
 
 
 @pytest.mark.parametrize('scaling', [None, 0.3])
@@ -43,3 +44,36 @@ def test_only_training_in_bfloat16_takes_it() -> None:
     assert not suits(torch.randn(1, 2, 5, 8, requires_grad=True))
     with torch.no_grad():
         assert not suits(query)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('before', [0, 5, 64])
+@pytest.mark.parametrize('tokens', [TILED - 1, TILED, TILED + 6])
+def test_bfloat16_gets_few_shapes_and_gives_the_same(
+        tokens: int, before: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each shape PyTorch may keep a kernel for ever; what is appended changes nothing."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, count, 16) for heads, count in (
+        (4, tokens), (2, before + tokens), (2, before + tokens)))
+    mask = visible(tokens, before + tokens, query.device)
+    if masked:      # as of sequences side by side
+        mask[:, 1:4] = False
+    expected = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=True)
+    shapes = []
+    original = F.scaled_dot_product_attention
+
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: object) -> torch.Tensor:
+        shapes.append((q.shape[2], k.shape[2]))
+        return original(q, k, v, **others)      # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', noted)
+    given = [x.bfloat16().requires_grad_() for x in (query, key, value)]
+    with torch.no_grad():
+        y = attend(*given, mask if masked else None, None, None, None)
+    torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
+    [lengths] = shapes
+    assert all(n % SHAPE_STEP == 0 for n in lengths) == (tokens >= TILED)
+    if masked:      # else there is a way of our own to learn
+        attend(*given, mask, None, None, None).sum().backward()
+        assert all(bool(x.grad.isfinite().all()) for x in given)

@@ -24,6 +24,9 @@ from mace_ros.execution import causal
 
 NAME = 'mace_packed'
 
+TILED = 64          # queries from which PyTorch multiplies in tiles, and then ...
+SHAPE_STEP = 32     # ... the lengths that it may see are multiples of this
+
 # Arguments of the interface that change nothing here: dropout is off, and the row tells
 # positions and who sees whom.
 _REDUNDANT = {'dropout', 'position_ids', 'position_embeddings', 'cache_position',
@@ -285,9 +288,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
             return causal.attend_causally(query, key, value, scaling)
         if mask is None and 1 < tokens < keys:    # SDPA would take them for the first
             mask = causal.visible(tokens, keys, query.device)
-        return F.scaled_dot_product_attention(
+        if tokens >= TILED and query.device.type == 'cpu' and query.dtype == torch.bfloat16:
+            query, key, value, mask = _of_few_shapes(query, key, value, mask)
+        out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None and tokens > 1,
             scale=scaling, enable_gqa=grouped)
+        return out[:, :, :tokens]
     if grouped:
         repeats = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(repeats, dim=1)
@@ -305,6 +311,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys]
     return weights.to(query.dtype) @ value
+
+
+def _of_few_shapes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """
+    Return them with queries and keys appended that nothing looks at.
+
+    On a CPU that multiplies bfloat16 in tiles (AMX), PyTorch 2.13 makes kernels for each shape
+    and keeps them for ever: 20 KB and more for each length of a prompt and of what is before it.
+    """
+    queries, keys = (-x.shape[2] % SHAPE_STEP for x in (query, key))
+    if mask is not None:
+        mask = F.pad(mask, (0, keys, 0, queries))
+        mask[..., mask.shape[-2] - queries:, 0] = True     # or their softmax is not a number
+    return (F.pad(query, (0, 0, 0, queries)), F.pad(key, (0, 0, 0, keys)),
+            F.pad(value, (0, 0, 0, keys)), mask)
 
 
 AttentionInterface.register(NAME, packed_attention)
