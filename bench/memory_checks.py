@@ -44,7 +44,7 @@ def tables(samples: Mapping[str, Any]) -> list[Table]:
 
 
 def _where(rows: Rows, **columns: Any) -> list[Mapping[str, Any]]:
-    return [r for r in rows if all(r[c] == v for c, v in columns.items())]
+    return [r for r in rows if all(r.get(c) == v for c, v in columns.items())]
 
 
 def _median(rows: Rows, column: str) -> float | None:
@@ -105,7 +105,9 @@ def _sharing_table(rows: Rows) -> Table:
 
 
 def _of_loads(rows: Rows) -> dict[str, Rows]:
-    return {load: _where(rows, load=load) for load in dict.fromkeys(r['load'] for r in rows)}
+    # A run before there were loads has none to tell.
+    loads = dict.fromkeys(r['load'] for r in rows if 'load' in r)
+    return {load: _where(rows, load=load) for load in loads}
 
 
 def _speed(rows: Rows) -> Ratio:
