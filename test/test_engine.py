@@ -30,13 +30,15 @@ from mace_ros.events import (
     VersionState,
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
+from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning import choosing, learner
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
-from mace_ros.scheduling.plan import State
+from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request
 from mace_ros.settings import Settings
+from mace_ros.validation import MAX_ID
 
 DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
         CorrectionState.SUPERSEDED)
@@ -653,6 +655,40 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
         base.ended(query.id, [len(asked)], [2])
         asked.append(query.text)
     assert asked == list(ANCHORS) and base.all[3] == ([3], [2])
+
+
+def test_what_found_no_room_to_ride_is_not_booked(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the cost model would learn of passes that never ran."""
+    robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.TRAINING)
+    plan, asked = robot.engine.scheduler.plan, []
+
+    def with_riders(state: State, now: float) -> Plan:
+        planned = plan(state, now)
+        if not planned.decode:
+            return planned
+        asked.append(planned)
+        return replace(planned, finetune_tokens=4, segments=0,
+                       shape=planned.shape._replace(finetune_tokens=4))
+
+    monkeypatch.setattr(robot.engine.scheduler, 'plan', with_riders)
+    monkeypatch.setattr(KvBlocks, 'ride', lambda *_: None)
+    robot.ask('One?', max_tokens=8)
+    assert asked
+    statistics = robot.engine.scheduler.statistics(time.monotonic())
+    assert (statistics.ridden_tokens, statistics.shape.finetune_tokens) == (0, 0)
+
+
+def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:
+    """Of those that ended some are remembered: of any length, they could fill the memory."""
+    query_id = 'x' * (MAX_ID + 1)
+    robot.engine.submit(Query('One?', id=query_id))
+    assert robot.response(query_id).error_code is ErrorCode.INVALID_ID
+    robot.engine.cancel(query_id)
+    robot.engine.step()
+    assert not {query_id} & {*robot.engine._early._ended, *robot.engine._early._cancelled}
 
 
 def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:

@@ -320,7 +320,7 @@ def _of_few_shapes(
     Return them with queries and keys appended that nothing looks at.
 
     On a CPU that multiplies bfloat16 in tiles (AMX), PyTorch 2.13 makes kernels for each shape
-    and keeps them for ever: 20 KB and more for each length of a prompt and of what is before it.
+    and keeps them for ever: for each length of a prompt, and of what is before it.
     """
     queries, keys = (-x.shape[2] % SHAPE_STEP for x in (query, key))
     if mask is not None:
