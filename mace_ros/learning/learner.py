@@ -185,8 +185,8 @@ class Learner:
     def wake_at(self) -> float | None:
         """When :meth:`advance` can go on by itself, if it waits for nothing but a time."""
         job = self._job
-        waits = job is not None and job.score_after is not None and job.saving is None
-        return job.save_at if job is not None and waits and job.save_tries else None
+        # Later than that it waits for a slot, of which the engine tells.
+        return job.save_at if job is not None and job.save_at > self.clock() else None
 
     @property
     def backlog(self) -> bool:
