@@ -14,15 +14,16 @@ from mace_ros.scheduling.plan import State
 
 AT_ONCE = 8     # questions, while nobody else asks anything ...
 BESIDE = 4      # ... and beside answers, which each of them slows down a little
+ENOUGH = ANCHOR_TOKENS // 3     # tokens of an answer that was broken off
 
 
 class BaseAnswers:
     """
     Which of :data:`ANCHORS` are asked, and which are answered.
 
-    No query may wait for them: they are asked while nobody waits, and whoever comes sends them
-    away, to be asked again. If somebody always waits, they are asked one by one once a correction
-    has waited for too long, and that one stays.
+    No query may wait for them: they are asked while nobody waits, and whoever comes sends all but
+    one away, to be asked again unless enough of the answer was there. If somebody always waits,
+    they are asked one by one once a correction has waited for too long.
     """
 
     def __init__(self) -> None:
@@ -50,12 +51,13 @@ class BaseAnswers:
     @property
     def in_the_way(self) -> list[str]:
         """The ids of those that a query which comes in sends away."""
-        return list(self._asked) if len(self._asked) > 1 else []
+        return list(self._asked)[1:]
 
-    def ended(self, query_id: str, prompt: list[int], output: list[int] | None) -> None:
-        """Note an answer; None if the query was sent away."""
+    def ended(self, query_id: str, prompt: list[int], output: list[int], *,
+              complete: bool) -> None:
+        """Note an answer, or so much of it as there was when its query was sent away."""
         index = self._asked.pop(query_id)
-        if output is not None:
+        if complete or len(output) >= ENOUGH:
             self._answers[index] = (prompt, output)
 
     @property

@@ -822,9 +822,9 @@ class Engine:
             self._reading = None
             return []
         if answering.silent:
-            done = reason in (FinishReason.STOP, FinishReason.LENGTH)
             self._base_answers.ended(
-                query.id, answering.ids[:request.prompt_tokens], answering.output if done else None)
+                query.id, answering.ids[:request.prompt_tokens], answering.output,
+                complete=reason in (FinishReason.STOP, FinishReason.LENGTH))
             if (answers := self._base_answers.all) is not None:
                 self.learner.give_anchors(answers)
             return []

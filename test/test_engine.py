@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mace_ros.base_answers import BaseAnswers
+from mace_ros.base_answers import BaseAnswers, ENOUGH
 from mace_ros.engine import Engine
 from mace_ros.events import (
     Correction,
@@ -626,8 +626,8 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
     robot.engine.submit(Query('One?', id='one', max_tokens=4))
     while not robot.engine._answering.get('one'):
         robot.engine.step()
-    assert [r.id for r in robot.engine._state.running + robot.engine._state.waiting] == ['one']
-    assert 'one' not in [r.id for r in running]
+    left = [r.id for r in robot.engine._state.running + robot.engine._state.waiting]
+    assert len(left) == 2 and 'one' in left and 'one' not in [r.id for r in running]
     assert robot.response('one').finish_reason is FinishReason.LENGTH
     robot.until(lambda e: isinstance(e, CorrectionProgress)
                 and e.state is CorrectionState.LEARNED)
@@ -640,19 +640,20 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
     base, idle, full = BaseAnswers(), State(), State(waiting=[one], running=[one])
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
-    assert len(several) > 1 and base.in_the_way == [q.id for q in several]
+    assert len(several) > 1 and base.in_the_way == [q.id for q in several[1:]]
     assert base.next(idle, overdue=True) == []     # before those have ended
     for query in several:
-        base.ended(query.id, [1], None)
+        base.ended(query.id, [1], [2] * (ENOUGH - 1), complete=False)
     few = base.next(State(running=[one]), overdue=False)
     assert [q.text for q in few] == [q.text for q in several[:len(few)]]
     for query in few:
-        base.ended(query.id, [1], None)
+        base.ended(query.id, [1], [], complete=False)
     asked = []
     while base.all is None:
         [query] = base.next(full, overdue=True)
         assert base.in_the_way == []
-        base.ended(query.id, [len(asked)], [2])
+        base.ended(query.id, [len(asked)], [2] * (1 if len(asked) % 2 else ENOUGH),
+                   complete=bool(len(asked) % 2))
         asked.append(query.text)
     assert asked == list(ANCHORS) and base.all[3] == ([3], [2])
 
