@@ -3,7 +3,9 @@
 """When each policy learns, on a device that only takes time."""
 
 from functools import cache
+import gc
 from itertools import pairwise
+from weakref import ref
 
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 import pytest
@@ -213,6 +215,19 @@ def test_whether_riding_pays_is_asked_again_for_each_step():
     engine.recompute = True   # of later steps
     engine.run([query(1, engine.now, answer=300)])
     assert engine.scheduler.statistics(engine.now).ridden_tokens > STEP_TOKENS
+
+
+def test_the_scheduler_holds_no_step():
+    device = VirtualDevice(curve=GPU_PASS)
+    settings = Settings().updated({'scheduler.max_slowdown': 1.5})
+    scheduler = Scheduler(settings, device.calibrated())
+    engine = CheckedEngine(scheduler, device, settings, recompute=True)
+    engine.run([query(0, 0.0, answer=300)])
+    assert scheduler.statistics(engine.now).ridden_tokens > STEP_TOKENS
+    steps = [ref(step) for step in engine.steps]
+    del engine
+    gc.collect()
+    assert not any(step() for step in steps)
 
 
 def test_a_new_slowdown_counts_from_when_it_is_set():

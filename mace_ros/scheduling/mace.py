@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import math
+from weakref import ref
 
 from mace_ros.scheduling.batching import Batch
 from mace_ros.scheduling.cost_model import CostModel
@@ -47,8 +48,9 @@ class Mace(Policy):
         super().__init__(settings, cost, ledger)
         # What each row had earned when it was first seen decoding (see _slowdown_s).
         self._earned: dict[Request, float] = {}
-        # A step, its tokens that may ride, and what each of them saves.
-        self._saving: tuple[FinetuneWork | None, int, float] = (None, 0, 0.0)
+        # A step, its tokens that may ride, and what each of them saves. The step is not held:
+        # hundreds of megabytes would stay until another one may ride.
+        self._saving: tuple[ref[FinetuneWork] | None, int, float] = (None, 0, 0.0)
         self._delayed: set[Request] = set()
         self._late = 0
 
@@ -123,9 +125,9 @@ class Mace(Policy):
         # Of the KV cache a forward that rides takes blocks for each of its samples.
         if ridable and batch.free_tokens >= 2 * ridable:
             step, tokens, saving_s = self._saving
-            if step is not work or tokens != ridable:
+            if step is None or step() is not work or tokens != ridable:
                 saving_s = riding_saves_s(work, self._cost)
-                self._saving = (work, ridable, saving_s)
+                self._saving = (ref(work), ridable, saving_s)
             if saving_s > 0.0:
                 piece = tokens_within(
                     work, self._cost, batch, min(batch.due - now, pass_s + most_s),
