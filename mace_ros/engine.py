@@ -46,7 +46,7 @@ from mace_ros.events import (
 from mace_ros.execution.calibration import measure
 from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.footprint import measure_footprint
-from mace_ros.execution.hardware import return_free_memory
+from mace_ros.execution.heap import Heap
 from mace_ros.execution.loading import Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.sampling import sample
@@ -92,7 +92,6 @@ from mace_ros.warming import Warming
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
-RETURN_MEMORY_S = 10.0     # between two times that free memory goes back to the system
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
 
 
@@ -207,8 +206,6 @@ class Engine:
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
-        self._fragmented = False    # the heap, by fine-tune steps ...
-        self._returned_at = clock()     # ... since then
         self._answering: dict[str, Answering] = {}
         self._base_answers = BaseAnswers()
         self._warming = Warming()
@@ -231,6 +228,9 @@ class Engine:
         # All that stays: a full collection need not look at it again and again.
         gc.collect()
         gc.freeze()
+        self.model.drop_blocks(0)       # what measuring has left in them
+        # Of what the budget is for, the adapters are there already.
+        self._heap = Heap(self.bank.nbytes, clock())
         # What was live before the last stop, and what is still to be learned.
         self.restored: list[Event] = [*self.learner.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():
@@ -417,7 +417,7 @@ class Engine:
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
             return now     # and plan again, with more memory
         self._check_when_idle()
-        self._return_memory(now)
+        self._heap.tend(now, self._memory.budget.total)
         if not plan.is_empty:
             if self._trace is not None:
                 self._trace.planned(plan)
@@ -711,7 +711,8 @@ class Engine:
                                   started + spent, tokens=segment.tokens)
             segments.append((segment, spent))
             self.learner.ran(segment.tokens * (segment.kind is SegmentKind.OPTIMIZER), spent)
-            self._fragmented = self._fragmented or step.done
+            if step.done:
+                self._heap.left_gaps(started)
             if segment.kind is SegmentKind.HEAD and self.learner.wants_to_judge:
                 break      # it may have seen enough
 
@@ -777,12 +778,6 @@ class Engine:
             if request.max_tokens == request.output_tokens:
                 events += self._end(answering, FinishReason.LENGTH)
         return events
-
-    def _return_memory(self, now: float) -> None:
-        """Give back, now and then, what fine-tune steps have left free."""
-        if self._fragmented and now - self._returned_at >= RETURN_MEMORY_S:
-            self._fragmented, self._returned_at = False, now
-            return_free_memory()
 
     def _check_when_idle(self) -> None:
         """Account for every KV block when the last request has gone."""

@@ -9,12 +9,8 @@ import os
 
 import torch
 
-from mace_ros.execution.hardware import (
-    free_memory,
-    hardware,
-    limit_heap,
-    limit_kernel_caches,
-)
+from mace_ros.execution.hardware import free_memory, hardware, limit_kernel_caches
+from mace_ros.execution.heap import limit_heap
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress
 from mace_ros.memory.budget import MB, MemoryBudget

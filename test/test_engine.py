@@ -35,7 +35,7 @@ from mace_ros.learning import choosing, learner
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
-from mace_ros.scheduling.plan import Plan, State
+from mace_ros.scheduling.plan import Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.request import Request
 from mace_ros.settings import Settings
 from mace_ros.validation import MAX_ID
@@ -363,8 +363,9 @@ def test_a_slow_device_learns_in_parts_and_memory_goes_back(
     kept, returned = [], []
     keep = Trainer.keep
     monkeypatch.setattr(Trainer, 'keep', lambda self: (kept.append(1), keep(self)))
-    monkeypatch.setattr('mace_ros.engine.RETURN_MEMORY_S', 0.0)
-    monkeypatch.setattr('mace_ros.engine.return_free_memory', lambda: returned.append(1))
+    monkeypatch.setattr('mace_ros.execution.heap.AFTER_LEARNING_S', 0.0)
+    monkeypatch.setattr('mace_ros.execution.heap.LOOK_S', 0.0)
+    monkeypatch.setattr('mace_ros.execution.heap.return_free_memory', lambda: returned.append(1))
     robot.engine.learner.tokens_within = lambda seconds: 1
     wrong = robot.ask('Who are you?')
     assert not returned
@@ -372,6 +373,28 @@ def test_a_slow_device_learns_in_parts_and_memory_goes_back(
     assert robot.ask('Who are you?').text == 'A robot.'
     assert kept
     assert returned
+
+
+def test_no_piece_of_a_long_correction_is_longer_than_there_is_time_for(
+    robot: Robot, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces = []
+    run = FinetuneStep.run_segment
+
+    def noted(step: FinetuneStep) -> Segment:
+        segment = run(step)
+        if segment.kind is not SegmentKind.OPTIMIZER:
+            pieces.append(segment.tokens)
+        return segment
+
+    monkeypatch.setattr(FinetuneStep, 'run_segment', noted)
+    robot.engine.learner.tokens_within = lambda seconds: 24
+    wrong = robot.ask('Who are you, ' + 'my dear ' * 40 + 'robot?')
+    assert wrong.prompt_tokens > 60
+    robot.correct(Correction('A robot.', query_id=wrong.query_id, id='c'))
+    answer = robot.ask('Who are you, ' + 'my dear ' * 40 + 'robot?')
+    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
+    assert max(pieces) <= 24
 
 
 def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import math
 from pathlib import Path
 import subprocess
 import sys
+import time
 
 import pytest
 from test_engine import Robot
@@ -24,6 +26,8 @@ from mace_ros.events import (
     Token,
 )
 from mace_ros.execution.footprint import measure_footprint
+from mace_ros.execution.heap import AFTER_LEARNING_S, Heap, LOOK_S
+from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import InvalidSetting, Settings
 
 PROMPT = 'Tell me about number {}, and what it is good for.'
@@ -304,7 +308,7 @@ import re
 
 import torch
 
-from mace_ros.execution.hardware import limit_heap, return_free_memory
+from mace_ros.execution.heap import limit_heap, return_free_memory
 
 def resident_mb():
     return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3
@@ -335,23 +339,75 @@ print(before - resident_mb())
     assert returned > 80.0
 
 
+def test_free_memory_goes_back_when_the_process_has_too_much(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """And some time after a fine-tune step; not all the time when there is nothing to give."""
+    private, returned = [1000.0], []
+    monkeypatch.setattr('mace_ros.execution.heap.private_bytes', lambda: private[0])
+    monkeypatch.setattr('mace_ros.execution.heap.return_free_memory', lambda: returned.append(1))
+    heap = Heap(300.0, 0.0)      # 700 are none of the budget's
+    returned.clear()
+    times = iter(range(10 ** 6))
+
+    def tended(budget: float, seconds: float = 2 * LOOK_S) -> int:
+        before = len(returned)
+        now = next(times) * 60.0
+        heap.tend(now, budget)
+        heap.tend(now + LOOK_S / 2, budget)      # too soon to look again
+        heap.tend(now + seconds, budget)
+        return len(returned) - before
+
+    assert tended(300.0) == 0
+    assert tended(299.0) == 2
+    private[0] = math.nan
+    assert tended(0.0) == 0
+    heap.left_gaps(next(times) * 60.0 - 59.0)
+    assert tended(0.0) == 1
+    assert AFTER_LEARNING_S < 59.0
+
+    def slow() -> None:
+        returned.append(1)
+        time.sleep(0.03)
+
+    private[0] = 1000.0
+    monkeypatch.setattr('mace_ros.execution.heap.return_free_memory', slow)
+    assert tended(299.0) == 1
+    assert tended(299.0, 3.0) == 2
+
+
 def test_what_there_is_no_memory_to_learn_fails_by_name(
         settings: Settings, tmp_path: Path) -> None:
     """Even when nobody asks anything; a shorter one is learned after it."""
     values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
     with robot(settings.updated(values), tmp_path) as one:
         engine = one.engine
-        room = measure_footprint(engine.model, engine.bank).most_step_bytes(150) / 1e6
+        footprint = measure_footprint(engine.model, engine.bank)
+        room = sum(footprint.step_bytes([n], keep_graphs=False, piece_tokens=LEAST_PIECE)
+                   for n in (100, 300)) / 2e6
         long, short = one.ask('word ' * 300, max_tokens=1), one.ask('Who are you?')
         engine.update(engine.settings.updated(
             {'memory.budget_mb': engine.status().planned_mb + room}))
         failed = one.correct(Correction('I am Rover.', id='long', query_id=long.query_id))
         assert failed.state is CorrectionState.FAILED
-        assert 'memory.budget_mb' in failed.reason and 'tokens at once' in failed.reason
+        assert 'memory.budget_mb' in failed.reason and 'needed to learn' in failed.reason
         learned = one.correct(Correction('I am Rover.', id='short', query_id=short.query_id))
         assert learned.state is CorrectionState.LEARNED, learned
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         engine.step()
+
+
+def test_what_does_not_fit_whole_is_learned_in_pieces(
+        settings: Settings, tmp_path: Path) -> None:
+    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    with robot(settings.updated(values), tmp_path) as one:
+        engine = one.engine
+        room = measure_footprint(engine.model, engine.bank).most_step_bytes(150) / 1e6
+        long = one.ask('word ' * 300, max_tokens=1)
+        engine.update(engine.settings.updated(
+            {'memory.budget_mb': engine.status().planned_mb + room}))
+        learned = one.correct(Correction('I am Rover.', id='long', query_id=long.query_id))
+        assert learned.state is CorrectionState.LEARNED, learned
+        assert one.ask('word ' * 300).text == 'I am Rover.'
 
 
 def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(

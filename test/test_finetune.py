@@ -175,7 +175,7 @@ DRIVES: dict[str, tuple[Drive, bool]] = {
 
 def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
                     targets: str = 'all-linear', static: Sequence[int] = (),
-                    batch: Sequence[Sample] = ()) -> None:
+                    batch: Sequence[Sample] = (), piece_tokens: int | None = None) -> None:
     batch = batch or samples()
     model, bank, reference = with_reference(tiny_model(family), targets=targets)
     model.static_layers += [StaticLayers(model, tokens) for tokens in static]
@@ -183,8 +183,14 @@ def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
         random_adapter(bank, slot)
         bank.write_slot(slot)
     tensors = random_adapter(bank, 0)
-    step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=10, keep_graphs=keep_graphs)
+    step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=10, keep_graphs=keep_graphs,
+                        piece_tokens=piece_tokens)
     assert step.tokens == packed_tokens(batch)
+    if piece_tokens is not None:
+        layers = [s.tokens for s in step.segments()
+                  if s.kind not in (SegmentKind.HEAD, SegmentKind.OPTIMIZER)]
+        assert max(layers) <= piece_tokens
+        assert sum(layers) == 2 * len(model.layers) * step.tokens
 
     drive(step)
     run_until_optimizer(step)
@@ -232,6 +238,50 @@ def test_gradients_of_prompts_that_begin_alike(family: str, way: str) -> None:
 @pytest.mark.parametrize('way', ['alone, graphs kept', 'ridden among requests'])
 def test_gradients_of_prompts_that_begin_alike_at_fixed_addresses(way: str) -> None:
     check_gradients('gemma2', DRIVES[way][0], static=[110], batch=alike())
+
+
+FAMILIES = (
+    'llama', 'gemma2', 'gemma3', 'mistral', 'phi3', 'phi3-longrope', 'olmo2', 'cohere2', 'gpt-neox',
+    'glm', 'qwen3-moe', 'gpt-oss', 'deepseek-v2', 'opt')
+ONE = tuple(samples(lengths=(90,)))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('batch', [ONE, tuple(samples()), tuple(alike())],
+                         ids=['one', 'several', 'alike'])
+def test_gradients_of_layers_in_chunks(family: str, batch: Sequence[Sample]) -> None:
+    check_gradients(family, alone, batch=batch, piece_tokens=33, static=[150],
+                    targets=TARGETS.get(family, 'all-linear'))
+
+
+@pytest.mark.parametrize('piece_tokens', [1, 7, 45, 89])
+def test_gradients_of_one_long_sample_in_chunks_of_any_size(piece_tokens: int) -> None:
+    check_gradients('llama', alone, batch=ONE, piece_tokens=piece_tokens)
+
+
+@pytest.mark.parametrize('after', [1, 3, 5, 11, 16, 18])
+def test_a_step_in_chunks_begins_anew_wherever_it_was(after: int) -> None:
+    def interrupted(step: FinetuneStep) -> None:
+        for _ in range(after):
+            step.run_segment()
+        assert step.restart()
+
+    check_gradients('llama', interrupted, batch=ONE, piece_tokens=33)
+
+
+def test_what_is_scored_in_chunks_has_the_same_scores() -> None:
+    model, bank, _ = with_reference(tiny_model('llama'))
+    random_adapter(bank, 0)
+    found = []
+    for piece_tokens in (None, 20):
+        step = FinetuneStep(model, Trainer(bank, 1e-3), samples(), learns=False,
+                            piece_tokens=piece_tokens)
+        while not step.done:
+            step.run_segment()
+        found.append(step.scores())
+    for whole, chunked in zip(*found, strict=True):
+        assert chunked.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
+        assert (chunked.tokens, chunked.exact) == (whole.tokens, whole.exact)
 
 
 def test_what_begins_alike_is_known_by_its_prompts_alone() -> None:

@@ -168,14 +168,35 @@ def test_answers_come_first_then_a_step_then_what_may_be_of_use() -> None:
     held = [int((free - needed) // 1000) for needed in (graphs, again)]
     grants = [budget.grant([10, 10], held_blocks=n, keep_graphs=True)
               for n in (held[0], held[0] + 1, held[1], held[1] + 1)]
-    assert grants == [Grant(graphs, True), Grant(again, False), Grant(again, False), None]
+    assert grants == [
+        Grant(graphs, True, 20), Grant(again, False, 20), Grant(again, False, 20), None]
     budget.learning = again
     assert budget.kv_limit == held[1] < budget.kv_capacity
     most = budget.step_tokens(10**6, held_blocks=held[1])
-    assert FOOTPRINT.most_step_bytes(most) <= again
+    assert FOOTPRINT.most_step_bytes(most) <= free - held[1] * 1000
     assert FOOTPRINT.step_bytes([most + 1], keep_graphs=False) > free - held[1] * 1000
-    budget.total = 1000
+    budget.total = 1000.0
     assert budget.kv_capacity == 0 and budget.step_tokens(100, held_blocks=0) == 0
+
+
+def test_a_step_that_would_never_fit_whole_gets_smaller_pieces() -> None:
+    whole, pieces = (FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=n)
+                     for n in (None, 20))
+    budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
+    budget.total = budget.fixed + pieces + 1000
+
+    def granted(blocks: int, piece_tokens: int | None = None) -> Grant | None:
+        return budget.grant([80], held_blocks=blocks, keep_graphs=True, piece_tokens=piece_tokens)
+
+    assert granted(0) == granted(1) == granted(0, 40) == Grant(pieces, False, 20)
+    assert granted(2) is None       # until the answers have gone
+    assert granted(0, 17) == Grant(
+        FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=17), False, 17)
+    budget.total = budget.fixed + whole
+    assert granted(0) == Grant(whole, False, 80)
+    assert granted(1) is None       # it is not divided for a moment's sake
+    budget.total = budget.fixed
+    assert granted(0) is None
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8),
@@ -447,10 +468,10 @@ def test_counting_is_exact_and_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize('shared', [0, 24, 80])
-@pytest.mark.parametrize('keep_graphs', [True, False])
+@pytest.mark.parametrize(('keep_graphs', 'piece_tokens'), [(True, None), (False, None), (True, 60)])
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'qwen3-moe'])
 def test_a_step_takes_the_memory_that_was_predicted(
-        family: str, keep_graphs: bool, shared: int) -> None:
+        family: str, keep_graphs: bool, piece_tokens: int | None, shared: int) -> None:
     model, bank, _ = with_reference(tiny_model(family))
     footprint = measure_footprint(model, bank)
     rng = random.Random(0)
@@ -461,9 +482,11 @@ def test_a_step_takes_the_memory_that_was_predicted(
                       (0.0,) * (shared + n // 2) + (1.0,) * (n - n // 2)) for n in lengths]
     trainer = Trainer(bank, 1e-3)
     with Peak() as peak:
-        step = FinetuneStep(model, trainer, samples, keep_graphs=keep_graphs)
+        step = FinetuneStep(
+            model, trainer, samples, keep_graphs=keep_graphs, piece_tokens=piece_tokens)
         while not step.done:
             step.run_segment()
-    predicted = footprint.step_bytes(step.lengths, keep_graphs=keep_graphs)
+    predicted = footprint.step_bytes(
+        step.lengths, keep_graphs=keep_graphs, piece_tokens=piece_tokens)
     gradients = sum(p.nbytes for p in bank.parameters())     # those are the adapters'
     assert 0.4 * predicted <= peak.most - gradients <= predicted

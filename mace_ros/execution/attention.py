@@ -108,6 +108,26 @@ class Observed:
         self.target[:keys] += torch.softmax(scores, 2)[..., :keys].sum((0, 1)) / heads
 
 
+class Earlier:
+    """
+    Keys and values of what comes before a chunk of a row, at one layer.
+
+    ``[1, KV heads, tokens, head size]``, none before the first chunk. ``own`` becomes those of
+    the chunk when the layer attends.
+    """
+
+    def __init__(self, key: Tensor | None = None, value: Tensor | None = None) -> None:
+        self.key, self.value = key, value
+        self.own: tuple[Tensor, Tensor] | None = None
+
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return them with those of the chunk, which are noted."""
+        self.own = key, value
+        if self.key is None or self.value is None:
+            return key, value
+        return torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+
+
 @dataclass
 class Row:
     """
@@ -117,8 +137,9 @@ class Row:
     ``decode_slots[i, :decode_lengths[i]]`` of the cache, itself included. Then comes the
     block: chunks of sequences in any order. A token of the block sees the keys of its own
     sequence (``query_owner == key_owner``) up to its own place in it. The keys are the
-    block's own (``key_slots`` None), or those at ``key_slots`` of the cache: the block's
-    own and what came before them. Without ``write_slots`` the cache is not touched.
+    block's own (``key_slots`` None), after those of ``earlier`` if there are any, or those at
+    ``key_slots`` of the cache: the block's own and what came before them. Without
+    ``write_slots`` the cache is not touched.
 
     If the keys are the block's own, its first ``shared`` tokens may be what all others begin
     with: a sequence of which each token is a key for all of them.
@@ -132,10 +153,12 @@ class Row:
     key_owner: Tensor | None = None       # [keys]
     key_place: Tensor | None = None       # [keys]
     key_slots: Tensor | None = None       # [keys]
-    # Set if the block is nothing but sequences from their beginnings: their lengths. Each
-    # attends by itself then, without a mask, unless a window is shorter.
+    # Set if the block is nothing but sequences from their beginnings, or one that goes on from
+    # ``earlier``: their lengths. Each attends by itself then, without a mask, unless a window
+    # is shorter.
     lengths: tuple[int, ...] = ()
     shared: int = 0
+    earlier: Earlier | None = None
     masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
     observed: Sequence[Observed] = ()
 
@@ -154,8 +177,11 @@ class Row:
 
     def is_plain(self, window: int | None) -> bool:
         """Return whether each sequence of the block attends causally to itself alone."""
-        return bool(self.lengths) and (
-            window is None or window >= self.shared + max(self.lengths))
+        if not self.lengths or self.key_owner is None:
+            return False
+        longest = (self.shared + max(self.lengths) if self.earlier is None
+                   else self.key_owner.shape[0])
+        return window is None or window >= longest
 
     def block_mask(self, window: int | None) -> Tensor:
         """Return ``[block tokens, keys]``, true where one may look."""
@@ -234,6 +260,8 @@ def packed_attention(
         first = query.shape[2] - row.query_owner.shape[0]
         if row.key_slots is None:
             q, k, v = (x[:, :, first:] for x in (query, key, value))
+            if row.earlier is not None:
+                k, v = row.earlier.extended(k, v)
         else:
             q = query[:, :, first:]
             k = keys.index_select(0, row.key_slots).transpose(0, 1)[None]
@@ -243,7 +271,9 @@ def packed_attention(
             if sliding_window is None or sliding_window >= observed.target.shape[0]:
                 observed.look(q, k, scaling, softcap, s_aux)
         if row.is_plain(sliding_window):
-            queries, keys_of, values_of = (x.split(row.lengths, 2) for x in (q, k, v))
+            keyed = row.lengths if row.earlier is None else (k.shape[2],)
+            queries = q.split(row.lengths, 2)
+            keys_of, values_of = (x.split(keyed, 2) for x in (k, v))
             if row.shared:
                 keys_of, values_of = (_after_first(x) for x in (keys_of, values_of))
             outs = [attend(a, b, c, None, scaling, softcap, s_aux)

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mace_ros.execution.attention import Row, whole_sequences
+from mace_ros.execution.divided import chunks_of, DividedLayers
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, TRAINING_SLOT
 from mace_ros.execution.sample import (
@@ -76,14 +78,15 @@ class Trainer:
 
     def keep(self) -> None:
         """Put the gradients of a part by, for the update after the last part."""
-        # Copied: those of a device graph are overwritten by its next replay.
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone()
-                     for p in self._bank.parameters()]
-        self._optimizer.zero_grad(set_to_none=True)
         if self._kept:
-            torch._foreach_add_(self._kept, gradients)
+            pairs = [(kept, p.grad) for kept, p
+                     in zip(self._kept, self._bank.parameters(), strict=True) if p.grad is not None]
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
         else:
-            self._kept = gradients
+            # Copied: those of a device graph are overwritten by its next replay.
+            self._kept = [torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                          for p in self._bank.parameters()]
+        self._optimizer.zero_grad(set_to_none=True)
 
     def update(self) -> None:
         """
@@ -115,13 +118,15 @@ class FinetuneStep:
     What all prompts begin with, as chat templates make them, is computed once: the gradients
     are the same. Its pieces are as long as its sequences together. A step of many is done in
     parts, each one an object of its own, whose gradients add up to those of the undivided step.
+    What is longer than ``piece_tokens`` nevertheless, such as one long sequence, runs each layer
+    in chunks.
     """
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
                  head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
                  learns: bool = True, preferences: Sequence[Preference] = (),
                  imitation: float = 1.0, whole: Whole | None = None,
-                 oldest_correction_at: float = 0.0) -> None:
+                 piece_tokens: int | None = None, oldest_correction_at: float = 0.0) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.
 
@@ -129,7 +134,8 @@ class FinetuneStep:
         alone keeps its layer graphs instead of computing each layer again. Without
         ``may_ride`` it always runs alone. One that does not learn ends with its scores.
         ``imitation`` weighs the cross-entropy of what is ``better`` in a preference. If it
-        is a part, ``whole`` says of what; all preferences belong into one part.
+        is a part, ``whole`` says of what; all preferences belong into one part. With more than
+        ``piece_tokens`` it runs alone, and computes each layer again.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
@@ -138,7 +144,6 @@ class FinetuneStep:
         self.samples = tuple(samples)
         self.learns = learns
         self.preferences = tuple(preferences) if learns else ()
-        self.keep_graphs = keep_graphs and learns
         self._part_of = whole
         self.oldest_correction_at = oldest_correction_at
         self._shared = shared_tokens(samples)
@@ -149,25 +154,12 @@ class FinetuneStep:
             self._stretches.insert(0, (samples[0].tokens[:self._shared], 0))
         self._lengths = tuple(len(tokens) for tokens, _ in self._stretches)
         self.tokens = sum(self._lengths)
-        self._static = next((x for x in model.static_layers if x.tokens >= self.tokens), None)
-        padding = self._static.tokens - self.tokens if self._static is not None else 0
-        self._padded = (*self._lengths, padding) if padding else self._lengths
-        self._row = (whole_sequences(self._lengths, model.device, shared=self._shared)
-                     if self._static is None else self._static.row)
         self._blocks: list[list[int]] = []
         self._ridden = 0
         self._alone = not (may_ride and learns)
-        device = model.device
-        ids = [t for tokens, _ in self._stretches for t in tokens] + [0] * padding
-        positions = [first + i for tokens, first in self._stretches for i in range(len(tokens))]
-        positions += range(padding)
-        self._ids = torch.tensor([ids], device=device)
-        with torch.no_grad(), model.training(self._row):
-            first, self._calls = model.skeleton.call_layers(
-                self._ids, torch.tensor([positions], device=device))
-        # Input of each layer, and the last layer's output: [tokens and padding, width].
-        self._hidden: list[Tensor] = [first[0]]
         self._graphs: list[tuple[Tensor, Tensor]] = []
+        self.keep_graphs = keep_graphs and learns
+        self._lay_out(piece_tokens or self.tokens)
         self._imitated = [1.0] * len(samples)
         for pair in self.preferences:
             self._imitated[pair.better], self._imitated[pair.worse] = imitation, 0.0
@@ -178,6 +170,37 @@ class FinetuneStep:
         self._pulls: list[Tensor] = []      # of preferences, on each row of a chunk
         self._learned = 0                   # chunks that have their gradient
         self._segments = self._plan_segments()
+
+    def _lay_out(self, piece_tokens: int) -> None:
+        """Lay the tokens out for the layers: undivided, if they are not too many."""
+        model = self.model
+        self.piece_tokens = min(piece_tokens, self.tokens)
+        divided = self.piece_tokens < self.tokens
+        if divided:
+            self._alone, self.keep_graphs = True, False
+        self._static = None if divided else next(
+            (x for x in model.static_layers if x.tokens >= self.tokens), None)
+        padding = self._static.tokens - self.tokens if self._static is not None else 0
+        self._padded = (*self._lengths, padding) if padding else self._lengths
+        self._row = (whole_sequences(self._lengths, model.device, shared=self._shared)
+                     if self._static is None else self._static.row)
+        ids = [t for tokens, _ in self._stretches for t in tokens] + [0] * padding
+        positions = [first + i for tokens, first in self._stretches for i in range(len(tokens))]
+        positions += range(padding)
+        packed = model.tensor([ids]), model.tensor([positions])
+        self._calls: list[dict[str, Any]] = []
+        self._divided: DividedLayers | None = None
+        if divided:
+            self._divided = DividedLayers(
+                model, self._row, *packed, chunks_of(self.tokens, self.piece_tokens))
+            first = self._divided.first
+        else:
+            with torch.no_grad(), model.training(self._row):
+                hidden, self._calls = model.skeleton.call_layers(*packed)
+            first = hidden[0]
+        # Input of each layer, and the last layer's output: [tokens and padding, width].
+        self._hidden: list[Tensor] = [first]
+        self._output: Tensor | None = None      # of a divided layer that is not through
 
     def _supervised(self, head_tokens: int) -> list[tuple[Tensor, ...]]:
         """
@@ -279,9 +302,11 @@ class FinetuneStep:
         """Tokens of the sequences, by the memory that they take, padding included."""
         return tuple(n + self._copied for n in self._padded)
 
-    def recompute_layers(self) -> None:
-        """Keep no layer graphs; only before it begins."""
+    def save_memory(self, piece_tokens: int) -> None:
+        """Keep no layer graphs, and compute so many tokens at once; only before it begins."""
         self.keep_graphs = False
+        if piece_tokens < self.piece_tokens:
+            self._lay_out(piece_tokens)
         self._segments = self._plan_segments()
 
     def restart(self) -> bool:
@@ -299,6 +324,9 @@ class FinetuneStep:
         self._tops.clear()
         self._pulls.clear()
         self._learned, self._ridden, self._alone = 0, 0, True
+        self._output = None
+        if self._divided is not None:
+            self._divided.restart()
         self._segments = self._plan_segments()
         return True
 
@@ -306,15 +334,16 @@ class FinetuneStep:
 
     def _plan_segments(self) -> list[Segment]:
         layers = len(self.model.layers)
+        sizes = [self.tokens] if self._divided is None else self._divided.sizes
         backward = (SegmentKind.BACKWARD if self.keep_graphs
                     else SegmentKind.BACKWARD_RECOMPUTED)
         head = [Segment(SegmentKind.HEAD, len(rows)) for rows, *_ in self._targets]
-        scoring = [Segment(SegmentKind.FORWARD, self.tokens)] * layers + head
+        scoring = [Segment(SegmentKind.FORWARD, n) for n in sizes] * layers + head
         if not self.learns:
             return scoring
         whole = self._part_of or Whole(0.0, self.tokens)
         return (scoring + (head if self.preferences else [])
-                + [Segment(backward, self.tokens)] * layers
+                + [Segment(backward, n) for n in reversed(sizes)] * layers
                 + [Segment(SegmentKind.OPTIMIZER, whole.tokens)] * whole.ends)
 
     def segments(self) -> Iterator[Segment]:
@@ -358,6 +387,7 @@ class FinetuneStep:
     def _release(self) -> None:
         """Free the tensors of the step, whoever may still hold it for its scores."""
         self._hidden, self._calls, self._gradient, self._row = [], [], None, Row()
+        self._divided = None
 
     def _layer(self, index: int, x: Tensor, *, again: bool = False) -> Tensor:
         """Return a layer's output for ``x``, ``[1, tokens and padding, width]``."""
@@ -368,6 +398,9 @@ class FinetuneStep:
 
     def _forward_layer(self, index: int) -> None:
         self._alone = True
+        if self._divided is not None:
+            self._forward_chunk(self._divided, index)
+            return
         x = self._hidden[index][None]
         with torch.set_grad_enabled(self.keep_graphs), self.model.training(self._row):
             if self.keep_graphs:
@@ -376,6 +409,14 @@ class FinetuneStep:
         if self.keep_graphs:
             self._graphs.append((x, y))
         self._hidden.append(y.detach()[0])
+
+    def _forward_chunk(self, divided: DividedLayers, index: int) -> None:
+        x = self._hidden[index]
+        if self._output is None:
+            self._output = torch.empty_like(x)
+        if divided.forward(index, x, self._output, keep=self.learns):
+            self._hidden.append(self._output)
+            self._output = None
 
     def _head(self) -> None:
         """Score the next chunk, learn from it, or both."""
@@ -431,10 +472,17 @@ class FinetuneStep:
 
     def _backward_layer(self, index: int) -> None:
         """Backward through the layer before the last hidden state that is still held."""
-        self._hidden.pop()
         index -= 1
-        if index == len(self.model.layers) - 1:
+        divided = self._divided
+        begins = divided is None or divided.is_whole(index)
+        if begins and index == len(self.model.layers) - 1:
             self.trainer.start_backward(anew=self._part_of is None or self._part_of.begins)
+        if divided is not None:
+            assert self._gradient is not None
+            if divided.backward(index, self._hidden[index], self._gradient):
+                self._hidden.pop()
+            return
+        self._hidden.pop()
         if self._graphs:
             x, y = self._graphs.pop()
         else:

@@ -14,6 +14,8 @@ from mace_ros.execution.skeleton import run_layer
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.memory.budget import Footprint
 
+# What oneDNN keeps for each thread that multiplies in tiles (AMX), as found with mallinfo2().
+KERNEL_BYTES = 4_500_000
 LENGTHS = (16, 64, 256, 512)     # of the sequences of which a layer's graph is counted
 
 
@@ -32,7 +34,8 @@ def measure_footprint(model: HybridModel, bank: AdapterBank) -> Footprint:
         layers=len(model.layers), hidden_token=config.hidden_size * model.dtype.itemsize,
         logits_row=config.vocab_size * 4,
         graphs=tuple((n, _graph_bytes(model, n)) for n in lengths),
-        packed=model.device.type != 'cpu' or window < model.context_length)
+        packed=model.device.type != 'cpu' or window < model.context_length,
+        kernels=KERNEL_BYTES * torch.get_num_threads() if model.device.type == 'cpu' else 0)
 
 
 def _graph_bytes(model: HybridModel, tokens: int) -> int:

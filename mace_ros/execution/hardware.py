@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-import ctypes
 import gc
 import math
 import os
 
 import torch
 
+from mace_ros.execution.heap import return_free_memory
 from mace_ros.memory.budget import MB
 from mace_ros.telemetry.status import Hardware
 
@@ -20,27 +19,11 @@ from mace_ros.telemetry.status import Hardware
 # again by torch, which steps and passes of ever other sizes would fill: half a gigabyte.
 KERNELS_KEPT = 64
 
-M_MMAP_THRESHOLD = -3           # of malloc.h
-MAPPED_BYTES = 1 << 20
-
 
 def limit_kernel_caches() -> None:
     """Bound the memory of kernels, unless the environment says how; before the first product."""
     for name in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):
         os.environ.setdefault(name, str(KERNELS_KEPT))
-
-
-def limit_heap() -> None:
-    """
-    Let glibc map large tensors by themselves, unless the environment says how.
-
-    They go back to the system when they are freed. By default glibc puts ever larger ones into
-    its heap, between others that stay: gaps that fit none of the next steps and passes, and in
-    an hour half a gigabyte of them. Smaller ones would cost time to map.
-    """
-    if 'MALLOC_MMAP_THRESHOLD_' not in os.environ:
-        with suppress(OSError, AttributeError):     # another C library
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def hardware(device: torch.device) -> Hardware:
@@ -70,14 +53,3 @@ def release_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return_free_memory()
-
-
-def return_free_memory() -> None:
-    """
-    Give the system back what lies free between blocks in use; takes some milliseconds.
-
-    glibc keeps it: a third of the memory after a model. Fine-tune steps of ever other sizes
-    leave gaps that fit none of the next, and a process that grows for hours.
-    """
-    with suppress(OSError, AttributeError):     # another C library
-        ctypes.CDLL(None).malloc_trim(0)

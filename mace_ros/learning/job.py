@@ -32,14 +32,24 @@ class Waiting:
     reference: float = 0.0    # log p(corrected) - log p(rejected) under the live version
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fetched:
-    """What a job needs from disk."""
+    """What a job needs from disk; tensors are let go of once they are taken up."""
 
     answers: tuple[Answer, ...]                 # given earlier, to be replayed
     learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
     tensors: dict[str, Tensor] | None           # of the live version; None: the base model
     better: dict[str, Tensor] | None = None     # of the one that it is compared with; as above
+
+    def take(self) -> dict[str, Tensor] | None:
+        """Return the live version's, the first time."""
+        tensors, self.tensors = self.tensors, None
+        return tensors
+
+    def take_better(self) -> dict[str, Tensor] | None:
+        """Return the other one's, the first time."""
+        better, self.better = self.better, None
+        return better
 
 
 @dataclass
@@ -48,6 +58,7 @@ class Scoring:
 
     batches: Iterator[list[Sample]]
     done: Callable[[list[SampleScore], list[Sample]], list[Event]]
+    piece_tokens: int       # of a layer, computed at once
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
     taught: list[Sample] = field(default_factory=list)
@@ -69,6 +80,7 @@ class Job:
     trainer: Trainer | None = None
     step: FinetuneStep | None = None
     parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
+    piece_tokens: int = 0               # of a layer, computed at once
     gate: Gate | None = None
     scoring: Scoring | None = None
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards

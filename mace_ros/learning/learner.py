@@ -42,6 +42,7 @@ from mace_ros.learning.rollback import version_to_return_to
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
@@ -403,7 +404,7 @@ class Learner:
 
     def _load(self, job: Job) -> list[Event]:
         """Go on from the live version; look first how it does on the candidates."""
-        self._take_up(job, job.fetched.result().tensors)
+        self._take_up(job, job.fetched.result().take())
         prefers = self._settings.finetune.objective == 'dpo'
         if job.rehearses or not (self._decides or prefers):
             return self._guard(job)
@@ -474,13 +475,14 @@ class Learner:
     def _next_step(self, job: Job) -> None:
         assert job.trainer is not None
         finetune = self._settings.finetune
-        parts, preferences = self._lessons.step(job, finetune, self._step_tokens)
+        most = self._step_tokens
+        parts, preferences = self._lessons.step(job, finetune, most)
         worse = {pair.worse for pair in preferences}
         whole = Whole(
             weight=math.fsum(w for k, part in enumerate(parts) for i, s in enumerate(part)
                              if k or i not in worse for w in s.weights[1:]),
             tokens=sum(map(packed_tokens, parts)))
-        job.judged = False
+        job.judged, job.piece_tokens = False, max(most, LEAST_PIECE)
         job.trainer.set_learning_rate(finetune.learning_rate)
         job.parts = deque(
             (part, replace(whole, begins=k == 0, ends=k == len(parts) - 1))
@@ -494,15 +496,17 @@ class Learner:
         job.step = FinetuneStep(
             self._model, job.trainer, samples, keep_graphs=recompute != 'always',
             may_ride=recompute != 'never', preferences=preferences, whole=whole,
+            piece_tokens=job.piece_tokens,
             oldest_correction_at=min(self.unlearned, default=math.inf))
 
     def _score(self, job: Job, samples: Sequence[Sample],
                done: Callable[[list[SampleScore], list[Sample]], list[Event]],
                ) -> list[Event]:
         """Score samples under the adapter as it is, and go on with ``done``."""
-        most = min(self._step_tokens, BATCH_TOKENS)
+        most = self._step_tokens
         job.step, job.scoring = None, Scoring(
-            batches(samples, most, shared=shared_tokens(samples)), done)
+            batches(samples, min(most, BATCH_TOKENS), shared=shared_tokens(samples)), done,
+            max(most, LEAST_PIECE))
         return self._go_on_scoring(job, job.scoring)
 
     def _go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
@@ -515,7 +519,7 @@ class Learner:
         if batch is not None:
             assert job.trainer is not None
             scoring.step = FinetuneStep(
-                self._model, job.trainer, batch, learns=False,
+                self._model, job.trainer, batch, learns=False, piece_tokens=scoring.piece_tokens,
                 oldest_correction_at=min(self.unlearned, default=math.inf))
             return []
         job.scoring = None
@@ -667,14 +671,14 @@ class Learner:
 
     def _score_better(self, job: Job, suspicion: Suspicion) -> list[Event]:
         """Score what was corrected under the version that may be better, ..."""
-        self._take_up(job, job.fetched.result().better)
+        self._take_up(job, job.fetched.result().take_better())
         return self._score(job, self._corrected(suspicion.corrections),
                            partial(self._score_live, job, suspicion))
 
     def _score_live(self, job: Job, suspicion: Suspicion, better: list[SampleScore],
                     taught: list[Sample]) -> list[Event]:
         """... and under the live one what was not when it came: by now it may know the rest."""
-        self._take_up(job, job.fetched.result().tensors)
+        self._take_up(job, job.fetched.result().take())
         unseen = [r for r in suspicion.corrections if r.id not in self._first_scores]
         return self._score(job, self._corrected(unseen),
                            partial(self._decide, suspicion, better, unseen))

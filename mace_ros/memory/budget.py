@@ -13,6 +13,8 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS
 
 MB = 1_000_000
 LEAST_KV_TOKENS = 256      # with less, there is nothing to serve
+KV_COPIES = 8              # of one layer's keys and values, while a chunk of it is learned
+LEAST_PIECE = 16           # tokens of a layer that learning computes at once, at least
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Footprint:
     graphs: tuple[tuple[int, int], ...]    # (tokens, bytes), at least one
     packed: bool = False
     head_rows: int = 16      # tokens of a fine-tune step's HEAD segment
+    kernels: int = 0         # what products keep for themselves between passes
 
     def graph(self, tokens: int) -> float:
         """Return the bytes of one layer's graph of a sequence."""
@@ -62,11 +65,22 @@ class Footprint:
         # A layer without gradients holds no more than one that keeps its graph.
         return self.graph(tokens) + 2 * tokens * self.hidden_token + 2 * rows * self.logits_row
 
-    def step_bytes(self, lengths: Sequence[int], *, keep_graphs: bool,
-                   learns: bool = True) -> float:
-        """Return what a fine-tune step of sequences of these lengths takes."""
-        layer = self.graph(sum(lengths)) if self.packed else sum(map(self.graph, lengths))
-        return self._step_bytes(sum(lengths), layer, keep_graphs, learns)
+    def step_bytes(self, lengths: Sequence[int], *, keep_graphs: bool, learns: bool = True,
+                   piece_tokens: int | None = None) -> float:
+        """
+        Return what a fine-tune step of sequences of these lengths takes.
+
+        If they are more than ``piece_tokens``, its layers are computed in chunks of so many.
+        """
+        tokens = sum(lengths)
+        if piece_tokens is not None and piece_tokens < tokens:
+            # Of a chunk that looks at all of them; and the keys and values of all layers, with
+            # copies of one layer's: joined, one for each query head, and gradients of them.
+            layer = self.graph(tokens) * piece_tokens / tokens
+            kept = self.kv_block * tokens / BLOCK_TOKENS * (1 + KV_COPIES / self.layers)
+            return kept + self._step_bytes(tokens, layer, keep_graphs=False, learns=learns)
+        layer = self.graph(tokens) if self.packed else sum(map(self.graph, lengths))
+        return self._step_bytes(tokens, layer, keep_graphs, learns)
 
     def _step_bytes(self, tokens: int, layer: float, keep_graphs: bool, learns: bool) -> float:
         inputs = (self.layers + 1) * tokens * self.hidden_token
@@ -84,10 +98,16 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Grant:
-    """Memory for a fine-tune step, and whether it may keep its layers' graphs with it."""
+    """
+    Memory for a fine-tune step.
+
+    And whether it may keep its layers' graphs with it, and how many tokens of a layer it may
+    compute at once.
+    """
 
     bytes: float
     keep_graphs: bool
+    piece_tokens: int
 
 
 class MemoryBudget:
@@ -103,10 +123,12 @@ class MemoryBudget:
         """
         ``total`` is in bytes and may be changed; no more than ``most_blocks`` are used.
 
-        If the KV cache is ``resident``, it takes its memory whether blocks are used or not.
+        If the KV cache is ``resident``, it takes its memory whether blocks are used or not, and
+        passes leave nothing behind; else they leave gaps in the heap, which go back later on.
         """
         self.footprint = footprint
         self._resident = most_blocks * footprint.kv_block if resident else 0
+        self._passes = 1 if resident else 2     # held at once: one, and the gaps of another
         self.total = total
         self.learning = 0.0     # bytes granted to the current step
         self._most_blocks = most_blocks
@@ -114,12 +136,13 @@ class MemoryBudget:
 
     def limit_passes(self, tokens: int, rows: int) -> None:
         """Take passes to be no larger than this."""
-        self._pass = self.footprint.pass_bytes(tokens, rows)
+        self._pass = self._passes * self.footprint.pass_bytes(tokens, rows)
 
     @property
     def fixed(self) -> float:
         """Bytes that are taken in any case."""
-        return self.footprint.adapters + self._pass + self._resident
+        return (self.footprint.adapters + self.footprint.kernels + self._pass
+                + self._resident)
 
     @property
     def least(self) -> float:
@@ -137,14 +160,25 @@ class MemoryBudget:
         return self._blocks(self.total - self.fixed - self.learning)
 
     def grant(self, lengths: Sequence[int], *, held_blocks: int, keep_graphs: bool,
-              learns: bool = True) -> Grant | None:
-        """Return the most that a step may have beside ``held_blocks``; None: it must wait."""
-        room = self._room(held_blocks)
-        for keeps in (True, False) if keep_graphs else (False,):
-            needed = self.footprint.step_bytes(lengths, keep_graphs=keeps, learns=learns)
-            if needed <= room:
-                return Grant(needed, keeps)
-        return None
+              learns: bool = True, piece_tokens: int | None = None) -> Grant | None:
+        """
+        Return the most that a step may have beside ``held_blocks``; None: it must wait.
+
+        The step is told as in :meth:`Footprint.step_bytes`. One that would not fit even
+        beside nothing gets smaller pieces.
+        """
+        room, tokens = self._room(held_blocks), sum(lengths)
+        piece = min(piece_tokens or tokens, tokens)
+
+        def needed(keeps: bool) -> float:
+            return self.footprint.step_bytes(
+                lengths, keep_graphs=keeps, learns=learns, piece_tokens=piece)
+
+        if keep_graphs and piece == tokens and needed(True) <= room:
+            return Grant(needed(True), True, piece)
+        while piece > LEAST_PIECE and needed(False) > self._room(0):
+            piece = max(piece // 2, LEAST_PIECE)
+        return Grant(needed(False), False, piece) if needed(False) <= room else None
 
     def step_tokens(self, most: int, *, held_blocks: int) -> int:
         """Return with how many tokens (0 to ``most``) any step fits that recomputes its layers."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mace_ros.memory.budget import MB, MemoryBudget
+from mace_ros.memory.budget import LEAST_PIECE, MB, MemoryBudget
 from mace_ros.scheduling.plan import State
 from mace_ros.scheduling.residence import Residence
 
@@ -28,11 +28,15 @@ class StepMemory(Protocol):
         """Whether its layers' graphs are kept for the backward."""
 
     @property
+    def piece_tokens(self) -> int:
+        """Tokens of a layer that are computed at once."""
+
+    @property
     def blocks(self) -> Sequence[list[int]]:
         """KV blocks that it holds for riding."""
 
-    def recompute_layers(self) -> None:
-        """Keep no graphs; only before it begins."""
+    def save_memory(self, piece_tokens: int) -> None:
+        """Keep no graphs, and compute so many tokens at once; only before it begins."""
 
     def restart(self) -> bool:
         """Begin anew without what was computed, unless it is all but done; it does not ride."""
@@ -89,11 +93,13 @@ class MemoryKeeper:
         if self._granted is None and not self._yielded:
             # The next block of each request that runs is its own.
             held = self._residence.pool.held_blocks + len(self._state.running)
-            grant = self.budget.grant(step.lengths, held_blocks=held,
-                                      keep_graphs=step.keep_graphs, learns=step.learns)
+            grant = self.budget.grant(
+                step.lengths, held_blocks=held, keep_graphs=step.keep_graphs,
+                learns=step.learns, piece_tokens=step.piece_tokens)
             if grant is not None:
-                if step.keep_graphs and not grant.keep_graphs:
-                    step.recompute_layers()
+                if not grant.keep_graphs and (
+                        step.keep_graphs or grant.piece_tokens < step.piece_tokens):
+                    step.save_memory(grant.piece_tokens)
                 self._granted, self.budget.learning = step, grant.bytes
                 self._limit()
         return self._granted is not None
@@ -102,12 +108,13 @@ class MemoryKeeper:
         """Return why a step can't begin even when nobody asks anything; empty if it can."""
         budget = self.budget
         if step is self._granted or budget.grant(
-                step.lengths, held_blocks=0, keep_graphs=False, learns=step.learns) is not None:
+                step.lengths, held_blocks=0, keep_graphs=False, learns=step.learns,
+                piece_tokens=step.piece_tokens) is not None:
             return ''
         needed = budget.fixed + budget.footprint.step_bytes(
-            step.lengths, keep_graphs=False, learns=step.learns)
+            step.lengths, keep_graphs=False, learns=step.learns, piece_tokens=LEAST_PIECE)
         return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-                f'{needed / MB:.0f} are needed to learn {sum(step.lengths)} tokens at once')
+                f'{needed / MB:.0f} are needed to learn {sum(step.lengths)} tokens')
 
     def planned(self, lacks_memory: bool, *, overdue: bool = False) -> bool:
         """

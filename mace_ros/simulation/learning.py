@@ -17,6 +17,7 @@ import math
 import random
 from typing import Protocol
 
+from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.simulation.trace import Arrival
 
@@ -38,25 +39,29 @@ class VirtualStep:
 
     def __init__(self, layers: int, tokens: int, *, learned: int | None = None,
                  oldest_correction_at: float = 0.0, may_ride: bool = True,
-                 keep_graphs: bool = True, learns: bool = True,
-                 whole: int | None = None) -> None:
+                 keep_graphs: bool = True, learns: bool = True, whole: int | None = None,
+                 piece_tokens: int | None = None) -> None:
         """
         Begin with nothing done.
 
-        Of a step in parts, the last one has the tokens of the ``whole`` and the others 0.
+        Of a step in parts, the last one has the tokens of the ``whole`` and the others 0. With
+        more than ``piece_tokens``, each layer is computed in chunks.
         """
         self.tokens = tokens
         self.oldest_correction_at = oldest_correction_at
         self.ridden = 0
         self.done: list[Segment] = []
-        self._may_ride = may_ride and learns
+        count = -(-tokens // (piece_tokens or tokens))
+        sizes = [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
+        self._may_ride = may_ride and learns and count == 1
         heads, rest = divmod(tokens if learned is None else learned, HEAD_TOKENS)
-        self.left = [Segment(SegmentKind.FORWARD, tokens)] * layers
+        self.left = [Segment(SegmentKind.FORWARD, n) for n in sizes] * layers
         self.left += [Segment(SegmentKind.HEAD, HEAD_TOKENS)] * heads
         self.left += [Segment(SegmentKind.HEAD, rest)] * (rest > 0)
         if learns:
-            kind = SegmentKind.BACKWARD if keep_graphs else SegmentKind.BACKWARD_RECOMPUTED
-            self.left += [Segment(kind, tokens)] * layers
+            kind = (SegmentKind.BACKWARD if keep_graphs and count == 1
+                    else SegmentKind.BACKWARD_RECOMPUTED)
+            self.left += [Segment(kind, n) for n in reversed(sizes)] * layers
             if whole != 0:
                 self.left.append(Segment(SegmentKind.OPTIMIZER, whole or tokens))
         self._count = len(self.left)
@@ -276,7 +281,8 @@ class CorrectionLearning:
                 yield VirtualStep(
                     self._layers, tokens, learned=with_loss, oldest_correction_at=oldest,
                     may_ride=self._recompute != 'never', keep_graphs=self._recompute != 'always',
-                    whole=sum(n for n, _ in parts) if k == len(parts) - 1 else 0)
+                    whole=sum(n for n, _ in parts) if k == len(parts) - 1 else 0,
+                    piece_tokens=max(most, LEAST_PIECE))
         yield from self._scores(oldest)
 
     def _scores(self, oldest: float) -> Iterator[VirtualStep]:
