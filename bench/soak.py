@@ -34,7 +34,7 @@ WARM_UP = 0.25          # share of the time after which memory is to be flat
 START_S, ANSWER_S = 250.0, 120.0
 CONTRADICTED = 0.1      # share of corrections with the answer to another question
 AT_ONCE = 16            # queries that are under way while the node's rate is found out ...
-CALIBRATED_OVER = 256   # ... over so many, half of them to warm up
+CALIBRATED_OVER = 512   # ... over so many, half of them to warm up
 FILLS_WITH = 500        # words of a question that fills the KV cache
 SAMPLE_S, CORRECTION_S, REPORT_S = 2.0, 20.0, 60.0
 WINDOWS = 8             # after the warm-up, in each of which the least memory counts
@@ -98,7 +98,7 @@ class Soak:
         self._learning: list[Any] = []
         self._asked = self._cancelled = self._changed = self._made = self._refused = 0
         self._ended: list[Any] = []
-        self._queue_depth, self._planned_mb = 0, 0.0
+        self._queue_depth, self._planned_mb, self._learning_share = 0, 0.0, 0.0
         self._samples: list[dict[str, float]] = []
         self._parameters = client.node.create_client(SetParameters, '/mace/set_parameters')
 
@@ -126,6 +126,7 @@ class Soak:
                 self._samples.append({
                     'at_s': now - start, 'memory_mb': self._node.memory_mb(),
                     'planned_mb': self._planned_mb, 'queue_depth': self._queue_depth,
+                    'learning_share': self._learning_share,
                     'unanswered': len(self._answers)})
             if now > corrected + CORRECTION_S:
                 corrected = now
@@ -225,6 +226,7 @@ class Soak:
     def _watch(self, message: Any) -> None:
         self._queue_depth = message.queue_depth
         self._planned_mb = message.memory_planned_mb
+        self._learning_share = message.learning_share
 
 
 # -- what the samples say ----------------------------------------------------------------
@@ -292,6 +294,8 @@ def reported(samples: dict[str, Any]) -> list[Reported]:
         Reported('TPOT, p95 ms', percentile(samples['tpot_ms'], 95)),
         Reported('growth of resident memory, fitted through all samples', growth(memory(rows))),
         Reported('memory at the end, MB', rows[-1]['memory_mb']),
+        Reported('share of the time that went into learning', statistics.fmean(
+            r['learning_share'] for r in rows)),
         Reported('corrections learned', float(samples['learned']),
                  note=f'{samples["superseded"]} superseded, {samples["failed"]} failed')]
 

@@ -229,8 +229,8 @@ class Engine:
         gc.collect()
         gc.freeze()
         self.model.drop_blocks(0)       # what measuring has left in them
-        # Of what the budget is for, the adapters are there already.
-        self._heap = Heap(self.bank.nbytes, clock())
+        # Of what the budget is for, the adapters are there already; on a GPU in its own memory.
+        self._heap = Heap(self.bank.nbytes if self.model.device.type == 'cpu' else 0, clock())
         # What was live before the last stop, and what is still to be learned.
         self.restored: list[Event] = [*self.learner.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():

@@ -18,6 +18,7 @@ import time
 M_MMAP_THRESHOLD = -3       # of malloc.h
 MAPPED_BYTES = 1 << 20
 LOOK_S = 0.25               # between two looks at the memory of the process
+NEAR = 0.97                 # of the budget: from there on what is free goes back
 TRIM_SHARE = 0.02           # of the time may go into giving memory back
 AFTER_LEARNING_S = 10.0     # what fine-tune steps have left goes back after so long
 
@@ -55,7 +56,7 @@ def private_bytes() -> float:
 
 
 class Heap:
-    """Gives free memory back: when the process has more than it may, or steps have ended."""
+    """Gives free memory back: when the process comes near its budget, or steps have ended."""
 
     def __init__(self, counted: float, now: float) -> None:
         """Begin when all is loaded; ``counted`` bytes of the process are of the budget."""
@@ -70,12 +71,12 @@ class Heap:
             self._gaps_since = now
 
     def tend(self, now: float, budget: float) -> None:
-        """Give memory back if the process has taken more than ``budget`` bytes, or it is time."""
+        """Give memory back if the process comes near its ``budget`` of bytes, or it is time."""
         if now < self._looks_at:
             return
         self._looks_at = now + LOOK_S
         late = self._gaps_since is not None and now - self._gaps_since >= AFTER_LEARNING_S
-        if late or private_bytes() - self._base > budget:
+        if late or private_bytes() - self._base > NEAR * budget:
             began = time.perf_counter()
             return_free_memory()
             self._gaps_since = None

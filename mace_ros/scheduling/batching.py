@@ -14,6 +14,7 @@ again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heapify, heappop
 import math
 from typing import TypeAlias
 
@@ -124,20 +125,23 @@ class Batcher:
         batch = _Pass(self._cost, shape, _limit_s(rows, deadlines, due, alone_s, now),
                       limits.max_batch_tokens, now)
         queue = _queue(started, state.waiting, batch, now)
+        queued = len(queue)
         rejected: dict[Request, str] = {}
         capacity = (self.settings.memory.kv_cache_tokens if state.capacity_tokens is None
                     else state.capacity_tokens)
         if self.settings.slo.admission == 'reject':
+            queue.sort()
             rejected = self._unreachable(queue, state, unclaimed, batch, now)
+        else:
+            heapify(queue)      # mostly the pass is full after the first few
         too_large: list[Rejection] = []
         slots = limits.max_requests - len(running)
         lacks_memory = bool(preempted)
         # Nobody is admitted while others must leave, nor overtakes one that can't wait any
         # longer and lacks memory.
         held = bool(preempted)
-        for place, (_, latest, _, _, request, waits) in enumerate(queue):
-            if batch.is_full:
-                break
+        while queue and not batch.is_full:
+            _, latest, _, request, waits = heappop(queue)
             need = 0
             if waits:
                 if request in rejected:
@@ -158,7 +162,7 @@ class Batcher:
                 if room <= 0:
                     lacks_memory = True
                     continue
-            tokens = batch.add(request, latest, len(queue) - place, room)
+            tokens = batch.add(request, latest, len(queue) + 1, room)
             if tokens and waits:
                 slots -= 1
                 unclaimed -= need
@@ -172,7 +176,7 @@ class Batcher:
             decode=tuple(rows), prefill=tuple(batch.chunks), rejected=tuple(rejections),
             preempted=preempted, lacks_memory=lacks_memory,
             shape=batch.shape, seconds=self._cost.pass_s(*batch.shape), due=due,
-            next_due=next_due, waits=crowded or bool(preempted) or len(queue) > len(rejections),
+            next_due=next_due, waits=crowded or bool(preempted) or queued > len(rejections),
             free_tokens=_tokens(unclaimed))
 
     def _too_many(self, state: State, now: float) -> tuple[Request, ...]:
@@ -214,7 +218,7 @@ class Batcher:
         step_s = self._cost.pass_s(*batch.shape)
         ends = sorted([(r.max_tokens - r.output_tokens) * step_s for r in state.running])
         ahead = late = 0
-        for _, _, _, _, request, waits in queue:
+        for _, _, _, request, waits in queue:
             ahead += request.remaining_tokens
             predicted = batch.prefill_s(ahead)
             if not waits:
@@ -266,15 +270,15 @@ def admission_blocks(request: Request) -> int:
         request.known_tokens + AHEAD_BLOCKS * BLOCK_TOKENS, request.most_tokens))
 
 
-# Rank, latest start, arrival, position and waiting flag of a request without first token.
-_Place: TypeAlias = tuple[float, float, float, int, Request, bool]
+# Rank, latest start and position of a request without first token, and whether it waits.
+_Place: TypeAlias = tuple[float, float, int, Request, bool]
 
 
 def _queue(
     started: list[Request], waiting: list[Request], batch: _Pass, now: float,
 ) -> list[_Place]:
     """
-    Return those whose prompt is to be computed, the most urgent first.
+    Return those whose prompt is to be computed; in order, the most urgent come first.
 
     Within a class of priority: least slack first, that is, by the latest time at which
     work may start. Whoever ran out of patience goes first, in order of arrival.
@@ -286,15 +290,14 @@ def _queue(
             arrival = request.arrival
             objective = request.ttft_slo
             if now - arrival > PATIENCE * objective:
-                places.append((-math.inf, arrival, arrival, len(places), request, waits))
+                places.append((-math.inf, arrival, len(places), request, waits))
                 continue
             # Only who was preempted has a first token already.
             deadline = request.deadline if request.output_tokens else arrival + objective
             remaining = request.prompt_tokens + request.output_tokens - request.computed_tokens
             # Less _Pass.prefill_s, inlined.
             due = deadline + -remaining // chunk * chunk_s - remaining * token_s
-            places.append((-request.priority, due, arrival, len(places), request, waits))
-    places.sort()
+            places.append((-request.priority, due, len(places), request, waits))
     return places
 
 
