@@ -417,7 +417,8 @@ class Engine:
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
             return now     # and plan again, with more memory
         self._check_when_idle()
-        self._heap.tend(now, self._memory.budget.total)
+        self._heap.tend(now, self._memory.budget.total,
+                        idle=plan.is_empty and not self._state.has_requests)
         if not plan.is_empty:
             if self._trace is not None:
                 self._trace.planned(plan)
@@ -886,7 +887,11 @@ class Engine:
     def _take_step(self) -> list[Event]:
         """Let the scheduler see the learner's step if there is memory for it."""
         step = self.learner.step
-        self._state.finetune = step if self._memory.allows(step) else None
+        try:
+            self._state.finetune = step if self._memory.allows(step) else None
+        except Exception as error:    # the step could not be laid out in smaller pieces
+            self._state.finetune = None
+            return self._learning_broke(error)
         if step is None or self._state.finetune is not None:
             return []
         lack = self._memory.lacks(step)

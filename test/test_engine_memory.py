@@ -365,6 +365,14 @@ def test_free_memory_goes_back_near_the_budget(
     assert tended(0.0) == 1
     assert AFTER_LEARNING_S < 59.0
 
+    now = next(times) * 60.0
+    heap.left_gaps(now)
+    heap.tend(now, math.inf)
+    assert len(returned) == 3
+    heap.tend(now, math.inf, idle=True)     # nobody is waiting for anything
+    heap.tend(now, math.inf, idle=True)
+    assert len(returned) == 4
+
     def slow() -> None:
         returned.append(1)
         time.sleep(0.03)
@@ -408,6 +416,45 @@ def test_what_does_not_fit_whole_is_learned_in_pieces(
         learned = one.correct(Correction('I am Rover.', id='long', query_id=long.query_id))
         assert learned.state is CorrectionState.LEARNED, learned
         assert one.ask('word ' * 300).text == 'I am Rover.'
+
+
+def test_learning_that_gave_way_goes_on_when_nobody_asks(
+        settings: Settings, tmp_path: Path) -> None:
+    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    with robot(settings.updated(values), tmp_path) as one:
+        engine = one.engine
+        wrong = one.ask('Who are you?')
+        room = measure_footprint(engine.model, engine.bank).most_step_bytes(150) / 1e6
+        engine.update(engine.settings.updated(
+            {'memory.budget_mb': engine.status().planned_mb + room}))
+        engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        while engine._memory._granted is None:
+            one.events += engine.step().events
+        assert engine._memory._give_up()
+        one.events += engine.step().events
+        assert engine._memory._granted is not None
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        engine.step()
+
+
+def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    with robot(settings.updated(values), tmp_path) as one:
+        engine = one.engine
+        wrong = one.ask('Who are you?')
+        allows, failures = engine._memory.allows, iter([MemoryError('none left')])
+
+        def failing(step: object) -> bool:
+            error = None if step is None else next(failures, None)
+            if error is not None:
+                raise error
+            return allows(step)     # type: ignore[arg-type]
+
+        monkeypatch.setattr(engine._memory, 'allows', failing)
+        learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        assert learned.state is CorrectionState.LEARNED
+        assert next(failures, None) is None
 
 
 def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(

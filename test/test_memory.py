@@ -46,7 +46,7 @@ from mace_ros.memory.budget import Footprint, Grant, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State
 from mace_ros.scheduling.request import Request, RequestState
-from mace_ros.scheduling.residence import Residence
+from mace_ros.scheduling.residence import LOOKED_UP, Residence
 
 TOLERANCE = 1e-4
 TIE = 1e-4      # best logits closer than this may swap
@@ -363,6 +363,17 @@ def test_no_schedule_changes_an_answer(family: str, seed: int, blocks: int) -> N
     schedule.serve(sequences)
     for sequence in sequences:
         assert_answers_like(reference, sequence)
+
+
+def test_whoever_is_not_looked_up_is_not_taken_to_share_anything() -> None:
+    """What it shared when it was preempted may be gone by the time it is admitted."""
+    state = State()
+    residence = Residence(BlockPool(20, BLOCK_TOKENS), state)
+    state.waiting = [Request(str(i), float(i), 10, 10, 1.0, 1.0) for i in range(LOOKED_UP + 1)]
+    last = state.waiting[-1]
+    last.computed_tokens, last.shared_blocks = 160, 10
+    residence.refresh()
+    assert (last.computed_tokens, last.shared_blocks) == (0, 0)
 
 
 def test_schedules_do_preempt_and_share() -> None:

@@ -70,12 +70,18 @@ class Heap:
         if self._gaps_since is None:
             self._gaps_since = now
 
-    def tend(self, now: float, budget: float) -> None:
-        """Give memory back if the process comes near its ``budget`` of bytes, or it is time."""
-        if now < self._looks_at:
+    def tend(self, now: float, budget: float, *, idle: bool = False) -> None:
+        """
+        Give memory back if the process comes near its ``budget`` of bytes.
+
+        And what fine-tune steps have left: at once if the device is ``idle``, or else later.
+        """
+        rests = idle and self._gaps_since is not None
+        if now < self._looks_at and not rests:
             return
         self._looks_at = now + LOOK_S
-        late = self._gaps_since is not None and now - self._gaps_since >= AFTER_LEARNING_S
+        late = rests or (
+            self._gaps_since is not None and now - self._gaps_since >= AFTER_LEARNING_S)
         if late or private_bytes() - self._base > NEAR * budget:
             began = time.perf_counter()
             return_free_memory()

@@ -90,7 +90,7 @@ class MemoryKeeper:
                 self._limit()
         if step is None:
             return False
-        if self._granted is None and not self._yielded:
+        if self._granted is None and not (self._yielded and self._state.has_requests):
             # The next block of each request that runs is its own.
             held = self._residence.pool.held_blocks + len(self._state.running)
             grant = self.budget.grant(

@@ -49,6 +49,8 @@ class Residence:
         state.capacity_tokens = self.capacity_tokens
         for request in state.waiting[:LOOKED_UP]:
             self._look_up(request)
+        for request in state.waiting[LOOKED_UP:]:     # what was found once may be gone
+            request.computed_tokens = request.shared_blocks = 0
 
     def begin(self, plan: Plan, now: float) -> None:
         """Preempt, admit, and give blocks for what the plan's pass computes."""
