@@ -94,7 +94,8 @@ def test_slices_of_the_device_are_nested(records: list[Record]) -> None:
         end = piece['ts'] + piece['dur']
         assert not open_until or end <= open_until[-1] + 0.001
         open_until.append(end)
-    names = {r['name'] for r in slices}
+    # On a device that is busy elsewhere a step is too long for one piece, and recomputed.
+    names = {r['name'].removesuffix('_recomputed') for r in slices}
     assert {'iteration', 'take in', 'plan', 'pass', 'sample', 'commit', 'fine-tune optimizer',
             'fine-tune head', 'fine-tune backward'} <= names
 
@@ -104,7 +105,8 @@ def test_a_pass_says_what_was_in_it(records: list[Record]) -> None:
     assert any(p['prefill_tokens'] > 1 for p in passes)
     assert any(p['decode_rows'] == 2 for p in passes)
     assert all(p['predicted_ms'] > 0 for p in passes)
-    assert all(r['args']['tokens'] > 0 for r in records if r['name'] == 'fine-tune backward')
+    assert all(r['args']['tokens'] > 0 for r in records
+               if r['name'].startswith('fine-tune backward'))
 
 
 def test_each_query_has_its_stages(records: list[Record]) -> None:
