@@ -417,8 +417,8 @@ class Engine:
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
             return now     # and plan again, with more memory
         self._check_when_idle()
-        self._heap.tend(now, self._memory.budget.total,
-                        idle=plan.is_empty and not self._state.has_requests)
+        self._heap.tend(now, self._memory.budget.total, idle=(
+            plan.is_empty and not self._state.has_requests and not self.learner.busy))
         if not plan.is_empty:
             if self._trace is not None:
                 self._trace.planned(plan)

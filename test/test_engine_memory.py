@@ -383,6 +383,20 @@ def test_free_memory_goes_back_near_the_budget(
     assert tended(299.0, 3.0) == 2
 
 
+def test_the_engine_gives_memory_back_near_its_budget(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = []
+    with robot(settings, tmp_path) as one:
+        monkeypatch.setattr('mace_ros.execution.heap.LOOK_S', 0.0)
+        monkeypatch.setattr(
+            'mace_ros.execution.heap.return_free_memory', lambda: returned.append(1))
+        one.ask('Who are you?')
+        assert not returned
+        monkeypatch.setattr('mace_ros.execution.heap.private_bytes', lambda: math.inf)
+        one.ask('Where are you?')
+        assert returned
+
+
 def test_what_there_is_no_memory_to_learn_fails_by_name(
         settings: Settings, tmp_path: Path) -> None:
     """Even when nobody asks anything; a shorter one is learned after it."""

@@ -14,7 +14,7 @@ from mace_ros.execution.skeleton import run_layer
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.memory.budget import Footprint
 
-# What oneDNN keeps for each thread that multiplies in tiles (AMX), as found with mallinfo2().
+# What products of torch 2.13 keep for each thread, as mallinfo2() tells on a Xeon with AMX.
 KERNEL_BYTES = 4_500_000
 LENGTHS = (16, 64, 256, 512)     # of the sequences of which a layer's graph is counted
 

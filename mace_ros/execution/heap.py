@@ -74,7 +74,8 @@ class Heap:
         """
         Give memory back if the process comes near its ``budget`` of bytes.
 
-        And what fine-tune steps have left: at once if the device is ``idle``, or else later.
+        And what fine-tune steps have left: at once if the device is ``idle`` and nothing is to be
+        learned, or else later.
         """
         rests = idle and self._gaps_since is not None
         if now < self._looks_at and not rests:
