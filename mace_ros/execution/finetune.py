@@ -473,15 +473,10 @@ class FinetuneStep:
     def _backward_layer(self, index: int) -> None:
         """Backward through the layer before the last hidden state that is still held."""
         index -= 1
-        divided = self._divided
-        begins = divided is None or divided.is_whole(index)
-        if begins and index == len(self.model.layers) - 1:
-            self.trainer.start_backward(anew=self._part_of is None or self._part_of.begins)
-        if divided is not None:
-            assert self._gradient is not None
-            if divided.backward(index, self._hidden[index], self._gradient):
-                self._hidden.pop()
+        if self._divided is not None:
+            self._backward_chunk(self._divided, index)
             return
+        self._start_backward(index)
         self._hidden.pop()
         if self._graphs:
             x, y = self._graphs.pop()
@@ -493,6 +488,18 @@ class FinetuneStep:
         y.backward(self._gradient[None])
         assert x.grad is not None
         self._gradient = x.grad[0]
+
+    def _backward_chunk(self, divided: DividedLayers, index: int) -> None:
+        if divided.is_whole(index):
+            self._start_backward(index)
+        assert self._gradient is not None
+        if divided.backward(index, self._hidden[index], self._gradient):
+            self._hidden.pop()
+
+    def _start_backward(self, index: int) -> None:
+        """Forget gradients that were given up on their way, if this is the last layer."""
+        if index == len(self.model.layers) - 1:
+            self.trainer.start_backward(anew=self._part_of is None or self._part_of.begins)
 
     def scores(self) -> list[SampleScore]:
         """Return each sample's score under the weights that the step began with."""
