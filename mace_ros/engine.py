@@ -608,7 +608,7 @@ class Engine:
     def _ask_base(self) -> None:
         """Ask the base model something whose answer learning must not change."""
         now = self._clock()
-        overdue = now - min(self.learner.unlearned, default=now) > self._settings.slo.freshness_s
+        overdue = self.scheduler.is_overdue(min(self.learner.unlearned, default=now), now)
         for query in self._base_answers.next(self._state, overdue=overdue):
             answering = begin(
                 checked_query(query, self._settings), now, self._conversations.get(''),
@@ -888,7 +888,8 @@ class Engine:
         """Let the scheduler see the learner's step if there is memory for it."""
         step = self.learner.step
         try:
-            self._state.finetune = step if self._memory.allows(step) else None
+            allowed = self._memory.allows(step, overdue=self._is_overdue(self._clock()))
+            self._state.finetune = step if allowed else None
         except Exception as error:    # the step could not be laid out in smaller pieces
             self._state.finetune = None
             return self._learning_broke(error)
@@ -907,9 +908,8 @@ class Engine:
 
     def _is_overdue(self, now: float) -> bool:
         """Whether the step is for corrections that have waited for too long."""
-        step = self._state.finetune
-        return (step is not None
-                and now - step.oldest_correction_at > self._settings.slo.freshness_s)
+        step = self.learner.step
+        return step is not None and self.scheduler.is_overdue(step.oldest_correction_at, now)
 
     def _stop_learning(self, profile: str) -> bool:
         """Let the learner begin anew what it trains into a profile; False while it is saved."""

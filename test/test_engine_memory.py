@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 import math
 from pathlib import Path
 import subprocess
@@ -18,6 +19,7 @@ from test_engine import Robot
 from mace_ros.engine import Engine
 from mace_ros.events import (
     Correction,
+    CorrectionProgress,
     CorrectionState,
     ErrorCode,
     Finished,
@@ -451,6 +453,50 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
         engine.step()
 
 
+def test_overdue_learning_gets_its_memory_however_many_ask(
+        settings: Settings, tmp_path: Path) -> None:
+    """Those that run always have the memory that a step needs; none of them loses it."""
+    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
+              'slo.freshness_s': 1.0, 'finetune.min_share': 0.9, 'drift.min_budget': 1.0,
+              'scheduler.max_requests': 4}
+    with robot(settings.updated(values), tmp_path) as one:
+        engine, memory = one.engine, one.engine._memory
+        first, wrong = one.ask('Who made you?'), one.ask('Who are you?')
+        one.correct(Correction('My maker.', id='first', query_id=first.query_id))
+        room = memory.budget.footprint.least_step_bytes([100]) + 1e6
+        engine.update(engine.settings.updated(
+            {'memory.budget_mb': (memory.budget.fixed + room) / 1e6}))
+        numbers = count()
+
+        def ask() -> None:
+            number = next(numbers)
+            engine.submit(Query(f'{number} {"word " * 500}', id=f'{number}', max_tokens=50))
+
+        for _ in range(8):
+            ask()
+        engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        end, state, most_held, preempted = time.monotonic() + 120.0, None, 0, 0
+        while state is not CorrectionState.LEARNED:
+            assert time.monotonic() < end
+            waits = engine.learner.step is not None and not memory.budget.learning
+            if waits:
+                most_held = max(most_held, engine._pool.held_blocks)
+                preempted -= engine._residence.preemptions
+            for event in engine.step().events:
+                if isinstance(event, Finished):
+                    assert event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+                    ask()
+                elif isinstance(event, CorrectionProgress):
+                    state = event.state
+            if waits:
+                preempted += engine._residence.preemptions
+        assert most_held > memory.budget.kv_beside(room - 1e6) and not preempted
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        for number in range(next(numbers)):
+            engine.cancel(f'{number}')
+        engine.step()
+
+
 def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
@@ -459,11 +505,11 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
         wrong = one.ask('Who are you?')
         allows, failures = engine._memory.allows, iter([MemoryError('none left')])
 
-        def failing(step: object) -> bool:
+        def failing(step: object, **values: bool) -> bool:
             error = None if step is None else next(failures, None)
             if error is not None:
                 raise error
-            return allows(step)     # type: ignore[arg-type]
+            return allows(step, **values)     # type: ignore[arg-type]
 
         monkeypatch.setattr(engine._memory, 'allows', failing)
         learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))

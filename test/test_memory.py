@@ -42,8 +42,9 @@ from mace_ros.execution.sample import Sample
 from mace_ros.execution.spans import Span
 from mace_ros.memory import prefix
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
-from mace_ros.memory.budget import Footprint, Grant, MemoryBudget
+from mace_ros.memory.budget import Footprint, Grant, LEAST_PIECE, MemoryBudget
 from mace_ros.memory.prefix import Prefix
+from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.residence import LOOKED_UP, Residence
@@ -185,8 +186,10 @@ def test_a_step_that_would_never_fit_whole_gets_smaller_pieces() -> None:
     budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
     budget.total = budget.fixed + pieces + 1000
 
-    def granted(blocks: int, piece_tokens: int | None = None) -> Grant | None:
-        return budget.grant([80], held_blocks=blocks, keep_graphs=True, piece_tokens=piece_tokens)
+    def granted(blocks: int, piece_tokens: int | None = None, *,
+                urgent: bool = False) -> Grant | None:
+        return budget.grant([80], held_blocks=blocks, keep_graphs=True,
+                            piece_tokens=piece_tokens, urgent=urgent)
 
     assert granted(0) == granted(1) == granted(0, 40) == Grant(pieces, False, 20)
     assert granted(2) is None       # until the answers have gone
@@ -194,9 +197,61 @@ def test_a_step_that_would_never_fit_whole_gets_smaller_pieces() -> None:
         FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=17), False, 17)
     budget.total = budget.fixed + whole
     assert granted(0) == Grant(whole, False, 80)
-    assert granted(1) is None       # it is not divided for a moment's sake
+    assert granted(1) is None       # it is not divided for a moment's sake ...
+    assert granted(1, urgent=True) == Grant(
+        FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=40), False, 40)
+    assert granted(10**6, urgent=True) is None
     budget.total = budget.fixed
     assert granted(0) is None
+
+
+@dataclass(eq=False)
+class Step:
+    """A fine-tune step as the keeper sees it."""
+
+    lengths: tuple[int, ...] = (80,)
+    learns: bool = True
+    keep_graphs: bool = False
+    piece_tokens: int = 80
+    blocks: tuple[list[int], ...] = ()
+
+    def save_memory(self, piece_tokens: int) -> None:
+        self.piece_tokens = piece_tokens
+
+    def restart(self) -> bool:
+        return True
+
+    def take_blocks(self) -> list[list[int]]:
+        return []
+
+
+def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> None:
+    budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
+    step, least = Step(), FOOTPRINT.least_step_bytes([80])
+    budget.total = budget.fixed + least + 3000
+    state, pool = State(), BlockPool(1000, BLOCK_TOKENS)
+    residence = Residence(pool, state)
+    keeper = MemoryKeeper(budget, residence, state)
+    whole = pool.limit
+    # One decodes and fills its blocks; of the other's prompt one half is computed.
+    for name, computed, output in (('a', 48, 9), ('b', 48, 0)):
+        state.running.append(Request(
+            name, 0.0, 40 if output else 96, 20, 1.0, 1.0, state=RequestState.RUNNING,
+            computed_tokens=computed, output_tokens=output, blocks=pool.allocate(computed)))
+    assert not keeper.allows(step) and pool.limit == whole
+    assert not keeper.allows(step, overdue=True)
+    assert pool.limit == 4 + 7      # with the next token of each
+    assert not keeper.allows(None) and pool.limit == whole
+    assert not keeper.allows(step) and pool.limit == whole
+    residence.leave(state.running[1])
+    assert not keeper.allows(step, overdue=True) and pool.limit == 4
+    state.running[0].dropped_tokens = 16
+    pool.release([state.running[0].blocks.pop(0)])
+    assert keeper.allows(step, overdue=True) and pool.limit == 3
+    assert step.piece_tokens == LEAST_PIECE
+    # It keeps that, unless it is in the way and has become less urgent.
+    assert not keeper.planned(True, overdue=True) and keeper.allows(step)
+    assert keeper.planned(True) and not keeper.allows(step) and pool.limit == whole
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8),

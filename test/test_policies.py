@@ -24,8 +24,9 @@ from virtual_device import (
     VirtualDevice,
 )
 
+from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind
-from mace_ros.scheduling.scheduler import Scheduler
+from mace_ros.scheduling.scheduler import POLICIES, Scheduler
 from mace_ros.settings import Settings
 
 
@@ -273,6 +274,22 @@ def test_overdue_corrections_get_their_minimum_share_of_a_saturated_device(min_s
     accounts = engine.scheduler.statistics(engine.now)
     assert accounts.learning_s / (engine.now - 30.0) == pytest.approx(min_share, rel=0.2)
     assert any(SegmentKind.OPTIMIZER in [s.kind for s in step.done] for step in engine.steps)
+
+
+@pytest.mark.parametrize(('values', 'policies'), [
+    ({}, {'mace', 'continuous', 'periodic', 'static_split'}),
+    ({'finetune.min_share': 0.0}, {'continuous', 'periodic', 'static_split'}),
+    ({'finetune.budget': 0.0}, set())])
+def test_answers_make_way_only_for_what_would_be_learned(values, policies):
+    overdue = set()
+    for name in POLICIES:
+        settings = Settings().updated(
+            {'slo.freshness_s': 30.0, 'scheduler.policy': name, **values})
+        scheduler = Scheduler(settings, CostModel())
+        assert not scheduler.is_overdue(70.0, now=100.0)
+        if scheduler.is_overdue(69.0, now=100.0):
+            overdue.add(name)
+    assert overdue == policies
 
 
 def test_the_price_of_freshness_is_counted():

@@ -91,6 +91,11 @@ class Footprint:
         # One more layer for the gradients on the way.
         return inputs + head + layer * (self.layers + 1 if keep_graphs else 2)
 
+    def least_step_bytes(self, lengths: Sequence[int], *, learns: bool = True) -> float:
+        """Return the least with which such a step can run, in pieces however small."""
+        return min(self.step_bytes(lengths, keep_graphs=False, learns=learns, piece_tokens=piece)
+                   for piece in (None, LEAST_PIECE))
+
     def most_step_bytes(self, tokens: int) -> float:
         """Return the most that a step of so many tokens takes that recomputes its layers."""
         return self._step_bytes(tokens, self.most_graph(tokens), keep_graphs=False, learns=True)
@@ -157,15 +162,20 @@ class MemoryBudget:
     @property
     def kv_limit(self) -> int:
         """KV blocks beside the current step."""
-        return self._blocks(self.total - self.fixed - self.learning)
+        return self.kv_beside(self.learning)
+
+    def kv_beside(self, learning: float) -> int:
+        """Return the KV blocks beside a step of so many bytes."""
+        return self._blocks(self.total - self.fixed - learning)
 
     def grant(self, lengths: Sequence[int], *, held_blocks: int, keep_graphs: bool,
-              learns: bool = True, piece_tokens: int | None = None) -> Grant | None:
+              learns: bool = True, piece_tokens: int | None = None,
+              urgent: bool = False) -> Grant | None:
         """
         Return the most that a step may have beside ``held_blocks``; None: it must wait.
 
         The step is told as in :meth:`Footprint.step_bytes`. One that would not fit even
-        beside nothing gets smaller pieces.
+        beside nothing gets smaller pieces; one that is ``urgent``, rather than wait.
         """
         room, tokens = self._room(held_blocks), sum(lengths)
         piece = min(piece_tokens or tokens, tokens)
@@ -176,7 +186,7 @@ class MemoryBudget:
 
         if keep_graphs and piece == tokens and needed(True) <= room:
             return Grant(needed(True), True, piece)
-        while piece > LEAST_PIECE and needed(False) > self._room(0):
+        while piece > LEAST_PIECE and needed(False) > (room if urgent else self._room(0)):
             piece = max(piece // 2, LEAST_PIECE)
         return Grant(needed(False), False, piece) if needed(False) <= room else None
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mace_ros.memory.budget import LEAST_PIECE, MB, MemoryBudget
+from mace_ros.memory.block_pool import BLOCK_TOKENS
+from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.scheduling.plan import State
 from mace_ros.scheduling.residence import Residence
 
@@ -50,7 +51,8 @@ class MemoryKeeper:
     Keeps answers and learning within one budget.
 
     A step begins when it fits beside what the running requests hold; when requests then
-    need its memory, it begins anew later. It never takes blocks from a request.
+    need its memory, it begins anew later. It never takes blocks from a request: for one that
+    is overdue, those that end make room, and nobody is admitted in their place until it fits.
     """
 
     def __init__(self, budget: MemoryBudget, residence: Residence, state: State) -> None:
@@ -81,38 +83,38 @@ class MemoryKeeper:
         if self.budget.planned(self._residence.pool.held_blocks) > self.budget.total:
             self._give_up()
 
-    def allows(self, step: StepMemory | None) -> bool:
-        """Whether a step may run now; asked before each plan, since it may only just fit."""
-        if step is None or step is not self._granted:
-            self._granted = None
-            if self.budget.learning:
-                self.budget.learning = 0.0
-                self._limit()
-        if step is None:
-            return False
-        if self._granted is None and not (self._yielded and self._state.has_requests):
-            # The next block of each request that runs is its own.
-            held = self._residence.pool.held_blocks + len(self._state.running)
+    def allows(self, step: StepMemory | None, *, overdue: bool = False) -> bool:
+        """
+        Whether a step may run now; asked before each plan, since it may only just fit.
+
+        One that is ``overdue`` is cut into smaller pieces or gets room by and by, if that helps.
+        """
+        if step is not None and step is self._granted:
+            return True
+        self._granted, self.budget.learning, reserved = None, 0.0, 0.0
+        if step is not None and (
+                overdue or not (self._yielded and self._state.has_requests)):
             grant = self.budget.grant(
-                step.lengths, held_blocks=held, keep_graphs=step.keep_graphs,
-                learns=step.learns, piece_tokens=step.piece_tokens)
+                step.lengths, held_blocks=self._claimed_blocks, keep_graphs=step.keep_graphs,
+                learns=step.learns, piece_tokens=step.piece_tokens, urgent=overdue)
             if grant is not None:
                 if not grant.keep_graphs and (
                         step.keep_graphs or grant.piece_tokens < step.piece_tokens):
                     step.save_memory(grant.piece_tokens)
                 self._granted, self.budget.learning = step, grant.bytes
-                self._limit()
+            elif overdue:
+                reserved = self.budget.footprint.least_step_bytes(
+                    step.lengths, learns=step.learns)
+        self._limit(reserved)
         return self._granted is not None
 
     def lacks(self, step: StepMemory) -> str:
         """Return why a step can't begin even when nobody asks anything; empty if it can."""
         budget = self.budget
-        if step is self._granted or budget.grant(
-                step.lengths, held_blocks=0, keep_graphs=False, learns=step.learns,
-                piece_tokens=step.piece_tokens) is not None:
+        needed = budget.fixed + budget.footprint.least_step_bytes(
+            step.lengths, learns=step.learns)
+        if step is self._granted or needed <= budget.total:
             return ''
-        needed = budget.fixed + budget.footprint.step_bytes(
-            step.lengths, keep_graphs=False, learns=step.learns, piece_tokens=LEAST_PIECE)
         return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
                 f'{needed / MB:.0f} are needed to learn {sum(step.lengths)} tokens')
 
@@ -143,8 +145,18 @@ class MemoryKeeper:
         self._limit()
         return True
 
-    def _limit(self) -> None:
+    @property
+    def _claimed_blocks(self) -> int:
+        """KV blocks of those that run, with those for the rest of their prompts and a token."""
+        return self._residence.pool.held_blocks + sum(
+            max((r.known_tokens - r.dropped_tokens) // BLOCK_TOKENS + 1 - len(r.blocks), 0)
+            for r in self._state.running)
+
+    def _limit(self, reserved: float = 0.0) -> None:
+        """Let the KV cache have what is left; of ``reserved`` bytes what nobody claims."""
         limit = self.budget.kv_limit
+        if reserved:
+            limit = min(limit, max(self.budget.kv_beside(reserved), self._claimed_blocks))
         if limit != self._residence.pool.limit:
             self._residence.pool.shrink(limit)
         self._residence.capacity_tokens = (

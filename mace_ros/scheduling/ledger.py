@@ -113,6 +113,11 @@ class Ledger:
         return max(self._claim.seconds, 0.0)
 
     @property
+    def may_claim(self) -> bool:
+        """Whether learning has a minimum share."""
+        return self._claim.rate > 0.0
+
+    @property
     def claims_at(self) -> float:
         """When time will be missing from its minimum share, if learning gets none till then."""
         if self._now is None or self._claim.rate <= 0.0:

@@ -81,12 +81,16 @@ class Mace(Policy):
             most_s = min(self._slowdown_s(batch, now), blocking_s)
             if most_s > 0.0:
                 piece = self._beside(work, batch, most_s, now)
-        if piece is NOTHING and now - work.oldest_correction_at > self._settings.slo.freshness_s:
+        if piece is NOTHING and self.is_overdue(work.oldest_correction_at, now):
             claim_s = min(self._ledger.claim_s, blocking_s)
             if claim_s > 0.0:
                 piece = self._piece(work, batch, claim_s)
                 self._count_late(state, batch, piece, now)
         return plan_of(batch, piece)
+
+    def is_overdue(self, since: float, now: float) -> bool:
+        """Return whether learning may claim its minimum share for what waits since then."""
+        return self._ledger.may_claim and super().is_overdue(since, now)
 
     def quiet_until(self, state: State, now: float) -> float:
         """Return when learning is overdue, if somebody waits."""

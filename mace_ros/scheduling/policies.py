@@ -44,6 +44,11 @@ class Policy(ABC):
     def plan(self, state: State, now: float) -> Plan:
         """Return what to do now. ``state.finetune`` is None while the budget is used up."""
 
+    def is_overdue(self, since: float, now: float) -> bool:
+        """Return whether answers must make way for what has waited since then to be learned."""
+        return (self._settings.finetune.budget > 0.0
+                and now - since > self._settings.slo.freshness_s)
+
     def observe(  # noqa: B027 - most need not know
         self, serving_s: float, learning_s: float, steps: int,
     ) -> None:
@@ -76,6 +81,10 @@ class InferenceOnly(Policy):
     def plan(self, state: State, now: float) -> Plan:
         """Return the next pass."""
         return plan_of(self._batcher.batch(state, now))
+
+    def is_overdue(self, since: float, now: float) -> bool:
+        """Return that nothing is to be learned."""
+        return False
 
     def quiet_until(self, state: State, now: float) -> float:
         """Return that learning never comes."""

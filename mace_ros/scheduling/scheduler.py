@@ -101,6 +101,10 @@ class Scheduler:
             return math.inf if again is None else again
         return self._policy.quiet_until(state, now)
 
+    def is_overdue(self, since: float, now: float) -> bool:
+        """Return whether answers must make way for what has waited since then to be learned."""
+        return self._policy.is_overdue(since, now)
+
     def observe(self, measurement: Measurement, now: float) -> None:
         """Learn from an iteration that ended at ``now``."""
         plan, counts = measurement.plan, self._counts
