@@ -15,7 +15,6 @@ from typing import Any
 from bench.load import Answered
 import mace_ros.engine
 from mace_ros.engine import Engine, Iteration
-from mace_ros.events import Event
 from mace_ros.scheduling.plan import Measurement, Plan
 from mace_ros.settings import Settings
 
@@ -103,6 +102,7 @@ class MeasuredEngine(Engine):
         after(self.model, 'run', self._ran_pass)
         after(self.scheduler, 'plan', self._planned)
         before(self.scheduler, 'observe', self._observing)
+        before(self._answers, 'commit', self._committing)
         after(mace_ros.engine, 'sample', self._worked)
 
     def forget(self) -> None:
@@ -135,9 +135,8 @@ class MeasuredEngine(Engine):
         self._now.work_s += ended - began
         self.log.learning.append((began, ended, 1.0))
 
-    def _commit(self, sampled: list[Any], drawn: list[int]) -> list[Event]:
+    def _committing(self, sampled: list[Any], drawn: list[int]) -> None:
         self._sampled = list(sampled)
-        return super()._commit(sampled, drawn)
 
     def _worked(self, began: float, ended: float, result: object) -> None:
         self._now.work_s += ended - began
@@ -147,7 +146,7 @@ class MeasuredEngine(Engine):
         self._pass = (began, ended)
 
     def _planned(self, began: float, ended: float, plan: Plan) -> None:
-        self._now.plan_s, self._now.in_flight = ended - began, len(self._answering)
+        self._now.plan_s, self._now.in_flight = ended - began, len(self._answers)
 
     def _observing(self, measurement: Measurement, now: float) -> None:
         """Compare with what would be predicted: nothing of the iteration is known yet."""

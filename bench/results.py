@@ -187,8 +187,9 @@ def _commit() -> str | None:
             ['git', *words], cwd=Path(__file__).parent, check=True, capture_output=True,
             text=True).stdout.strip()
     try:
-        # Only what is tracked counts: earlier results lie about in the folder.
-        changed = git('status', '--porcelain', '--untracked-files=no', '--', '..')
+        # Only what is tracked counts, and not the results of what ran before.
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', '..',
+                      ':(exclude)results')
         return git('rev-parse', '--short=12', 'HEAD') + (' and changes' if changed else '')
     except (OSError, subprocess.CalledProcessError):
         return None

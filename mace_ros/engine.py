@@ -18,15 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 import gc
 from itertools import takewhile
+import math
 from pathlib import Path
 import time
 import uuid
 
 from torch import Tensor
 
-from mace_ros.answering import Answering, begin, reading
-from mace_ros.base_answers import BaseAnswers
-from mace_ros.conversations import Conversations, Turn
+from mace_ros.answering import Answering
+from mace_ros.answers import Answers
 from mace_ros.corrections import accept, Accepted
 from mace_ros.events import (
     Correction,
@@ -34,12 +34,9 @@ from mace_ros.events import (
     CorrectionState,
     ErrorCode,
     Event,
-    Finished,
     FinishReason,
     InvalidCorrection,
-    InvalidQuery,
     Query,
-    Token,
     VersionEvent,
     VersionState,
 )
@@ -54,7 +51,7 @@ from mace_ros.execution.spans import Span
 from mace_ros.execution.text import ChatText
 from mace_ros.execution.timing import DeviceTimer
 from mace_ros.kv_blocks import KvBlocks
-from mace_ros.learning.journal import Answer, Journal
+from mace_ros.learning.journal import Journal
 from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.learner import Learner
@@ -63,16 +60,14 @@ from mace_ros.learning.retention import tidy
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.versions import check_same_model, VersionStore
-from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
+from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
-from mace_ros.memory.prefix import Prefix
-from mace_ros.overtaking import EarlyCancellations
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.foresight import foresee, is_still_right
 from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
-from mace_ros.scheduling.request import Request, RequestState
+from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
@@ -82,12 +77,9 @@ from mace_ros.telemetry.status import Status
 from mace_ros.telemetry.trace import phase_of, Record, Trace
 from mace_ros.validation import (
     checked_correction,
-    checked_query,
     CorrectionDoor,
     MAX_ID,
-    MAX_UNWRITTEN,
 )
-from mace_ros.warming import Warming
 
 MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
@@ -206,12 +198,10 @@ class Engine:
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
-        self._answering: dict[str, Answering] = {}
-        self._base_answers = BaseAnswers()
-        self._warming = Warming()
-        self._reading: Answering | None = None
-        self._conversations = Conversations()
-        self._early = EarlyCancellations()
+        self._answers = Answers(
+            settings, chat=self.chat, state=self._state, residence=self._residence,
+            slots=self._slots, learner=self.learner, journal=self._journal,
+            longest=lambda: self._longest, later=self._enqueue, clock=clock)
         # Whether a device runs a pass while this thread tells what came of the last one.
         self.overlaps = self.model.device.type == 'cuda'
         self._flight: Flight | None = None
@@ -221,9 +211,7 @@ class Engine:
         self._spoke = False    # the latest iteration only said something
         self._failures = 0     # passes that failed, one after the other
         self._hopeless: Exception | None = None
-        self._journal_error = ''
         self._door = CorrectionDoor()
-        self._unrecorded = 0   # answers that were not kept, while the disk is too slow
         self._trace: Trace | None = None
         # All that stays: a full collection need not look at it again and again.
         gc.collect()
@@ -258,17 +246,17 @@ class Engine:
         """Take a query; exactly one :class:`Finished` will follow."""
         arrival, limit = self._clock(), self._settings.scheduler.max_queue
         if len(self._inbox) >= limit:    # an iteration takes so long, or hangs
-            refused = self._not_begun(
+            refused = self._answers.not_begun(
                 replace(query, id=query.id or str(uuid.uuid4())), arrival, FinishReason.REJECTED,
                 ErrorCode.OVERLOADED, f'{limit} messages wait already (scheduler.max_queue)')
             self._enqueue(lambda: [refused])
             return
-        self._enqueue(lambda: self._admit(query, arrival))
+        self._enqueue(lambda: self._answers.admit(query, arrival))
 
     def cancel(self, query_id: str) -> None:
         """End a query early; one that is not running is left alone."""
         if len(query_id) <= MAX_ID:     # of no query, else
-            self._enqueue(lambda: self._cancel(query_id))
+            self._enqueue(lambda: self._answers.cancel(query_id))
 
     def correct(self, correction: Correction) -> None:
         """Take a correction; ACCEPTED or REJECTED will follow, after the write to disk."""
@@ -292,7 +280,7 @@ class Engine:
     def update(self, settings: Settings) -> None:
         """Put other settings in force at the next iteration."""
         def apply() -> list[Event]:
-            self._settings = settings
+            self._settings = self._answers.settings = settings
             self._foreseen = None       # under those that were in force
             self._share_out()
             self._residence.share(settings.memory.prefix_sharing)
@@ -300,7 +288,7 @@ class Engine:
             limits = settings.scheduler
             self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
             self._memory.change(budget_bytes(settings, self._free_at_start))
-            return self._fit_requests()
+            return self._answers.fit()
         self._enqueue(apply)
 
     def trace(self, iterations: int, seconds: float,
@@ -390,7 +378,7 @@ class Engine:
                 events += self._learning_broke(error)
         for event in events:
             if isinstance(event, VersionEvent) and event.state is VersionState.PUBLISHED:
-                self._published(event.profile)
+                self._answers.published(event.profile)
         if any(isinstance(event, VersionEvent) for event in events):
             tidy(self._journal, self._store, self._settings.storage.max_versions)
         # Before the pass; but messages must not hold it up.
@@ -400,9 +388,10 @@ class Engine:
         self._spoke = False
         if self.learner.drift.moved or self.learner.backlog != self._backlog:
             self._share_out()
-        self._warm_up()
+        self._answers.warm_up()
         if self.learner.wants_anchors:
-            self._ask_base()
+            self._answers.ask_base(overdue=self.scheduler.is_overdue(
+                min(self.learner.unlearned, default=math.inf), self._clock()))
         events += self._take_step()
         events += self._move_blocks()
         self._residence.refresh()
@@ -410,8 +399,8 @@ class Engine:
         with phase_of(self._trace, 'plan'):
             plan = self._as_foreseen() or self.scheduler.plan(self._state, now)
         for rejection in plan.rejected:
-            events += self._end(
-                self._answering[rejection.request.id], FinishReason.REJECTED,
+            events += self._answers.end(
+                self._answers[rejection.request.id], FinishReason.REJECTED,
                 ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
                 rejection.reason)
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
@@ -436,7 +425,7 @@ class Engine:
         unlearned = self.learner.unlearned
         return Status(
             now=now, statistics=self.scheduler.statistics(now),
-            queue_depth=self._queue_depth, prefilling=len(state.running) - decode_rows,
+            queue_depth=self._answers.queue_depth, prefilling=len(state.running) - decode_rows,
             decode_rows=decode_rows,
             budget_mb=self._memory.budget.total / MB,
             planned_mb=self._memory.budget.planned(
@@ -447,9 +436,9 @@ class Engine:
             preemptions=self._residence.preemptions,
             corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
             live_version=self.live_version(''), profiles=self._slots.profiles,
-            journal_error=self._journal_error, drift_state=self.learner.drift.state,
+            journal_error=self._answers.journal_error, drift_state=self.learner.drift.state,
             drift_level=self.learner.drift.level, finetune_budget=self._budget,
-            journal_backlog=self._journal.backlog, unrecorded=self._unrecorded,
+            journal_backlog=self._journal.backlog, unrecorded=self._answers.unrecorded,
             learning_error=self.learner.trouble)
 
     def pause(self) -> list[Event]:
@@ -459,8 +448,7 @@ class Engine:
         events, self._unsaid = self._unsaid, []
         self._land(events)
         self._take_in(events)
-        for answering in list(self._answering.values()):
-            events += self._end(answering, FinishReason.CANCELLED)
+        events += self._answers.cancel_all()
         if self._trace is not None:
             self._trace.ended(events)
             self._end_trace(self._trace)
@@ -494,78 +482,11 @@ class Engine:
 
     # -- intake ----------------------------------------------------------------------
 
-    def _admit(self, query: Query, arrival: float) -> list[Event]:
-        query = replace(query, id=query.id or str(uuid.uuid4()))
-        try:
-            # First: what else is wrong with it is nothing that its namesake's asker should hear.
-            if query.id in self._answering:
-                raise InvalidQuery(
-                    ErrorCode.DUPLICATE_ID, f'id: {query.id!r} is being answered already')
-            query = checked_query(query, self._settings)
-            limit = self._settings.scheduler.max_queue
-            if self._queue_depth >= limit:
-                raise InvalidQuery(
-                    ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
-            if self._early.take(query.id, self._clock()):
-                return [Token(query.id, 0, '', True, query.origin),
-                        self._not_begun(query, arrival, FinishReason.CANCELLED)]
-            if query.reset_conversation:
-                self._conversations.reset(query.conversation_id)
-            answering = begin(
-                query, arrival, self._conversations.get(query.conversation_id), self.chat,
-                self._settings.generation.system, self._longest)
-        except InvalidQuery as error:
-            if error.code is not ErrorCode.DUPLICATE_ID and len(query.id) <= MAX_ID:
-                self._early.ended(query.id)
-            return [self._not_begun(
-                query, arrival, FinishReason.REJECTED, error.code, str(error))]
-        except Exception as error:    # such as a chat template that refuses the conversation
-            return [self._not_begun(
-                query, arrival, FinishReason.ERROR, ErrorCode.INTERNAL,
-                f'{type(error).__name__}: {error}')]
-        # Later: what the node asks itself keeps nobody waiting.
-        if self._reading is not None:
-            self._end(self._reading, FinishReason.CANCELLED)
-        for query_id in self._base_answers.in_the_way:
-            self._end(self._answering[query_id], FinishReason.CANCELLED)
-        self._start(answering)
-        if answering.request.max_tokens == 0:
-            return self._end(answering, FinishReason.LENGTH)
-        return []
-
-    def _not_begun(self, query: Query, arrival: float, reason: FinishReason,
-                   code: ErrorCode = ErrorCode.NONE, error: str = '') -> Finished:
-        return Finished(
-            query.id, query.conversation_id, '', reason, code, error,
-            e2e_ms=(self._clock() - arrival) * 1e3, origin=query.origin)
-
-    @property
-    def _queue_depth(self) -> int:
-        return sum(r.started_at is None and not self._answering[r.id].silent
-                   for r in self._state.waiting)
-
-    def _start(self, answering: Answering, *, base: bool = False) -> None:
-        """Let a request wait for its turn; it keeps the adapter version that is live now."""
-        answering.version = self._slots.pin(answering.query.profile)
-        answering.request.adapter_slot = BASE_SLOT if base else answering.version.slot
-        answering.request.prefix = Prefix(
-            BASE_IDENTITY if base else answering.version.identity, answering.ids, BLOCK_TOKENS)
-        self._answering[answering.query.id] = answering
-        self._state.waiting.append(answering.request)
-
-    def _cancel(self, query_id: str) -> list[Event]:
-        answering = self._answering.get(query_id)
-        if answering is None:
-            self._early.cancelled(query_id, self._clock())
-        if answering is None or answering.silent:
-            return []
-        return self._end(answering, FinishReason.CANCELLED)
-
     def _accepted(self, correction: Correction, done: Future[Accepted]) -> list[Event]:
         """Report what the journal said."""
         error = done.exception()
         if not isinstance(error, InvalidCorrection):
-            self._journal_error = str(error or '')
+            self._answers.journal_error = str(error or '')
         if error is not None:
             return [CorrectionProgress(correction.id, CorrectionState.REJECTED, str(error))]
         accepted = done.result()
@@ -573,7 +494,7 @@ class Engine:
         if not accepted.new:
             return [CorrectionProgress(
                 record.id, record.state, record.reason, record.adapter_version)]
-        self._conversations.correct(record.query_id, record.corrected)
+        self._answers.correct(record.query_id, record.corrected)
         renewed = self.learner.renew(record)
         if renewed is None:
             training = self.learner.trains(accepted.superseded)
@@ -604,34 +525,6 @@ class Engine:
 
     def _condemn(self, suspicion: Suspicion) -> None:
         self.rollback(suspicion.profile, suspicion.better, suspicion.reason)
-
-    def _ask_base(self) -> None:
-        """Ask the base model something whose answer learning must not change."""
-        now = self._clock()
-        overdue = self.scheduler.is_overdue(min(self.learner.unlearned, default=now), now)
-        for query in self._base_answers.next(self._state, overdue=overdue):
-            answering = begin(
-                checked_query(query, self._settings), now, self._conversations.get(''),
-                self.chat, '', self._longest)
-            answering.silent = True
-            self._start(answering, base=True)
-
-    def _published(self, profile: str) -> None:
-        """Plan what the profile's new version is to read: what others read is of no use to it."""
-        self._warming.begin(
-            lambda other: self._slots.live(other).profile == profile, self._memory.longest // 2)
-
-    def _warm_up(self) -> None:
-        """Read, while nothing else is to do, what a new version has not read yet."""
-        if self._state.has_requests:
-            return
-        if not self._settings.memory.prefix_sharing:
-            self._warming.stop()
-        piece = self._warming.next(lambda profile, ids: self._residence.known(Prefix(
-            self._slots.live(profile).identity, ids, BLOCK_TOKENS), len(ids)))
-        if piece is not None:
-            self._reading = reading(piece.ids, piece.profile, self._clock(), self.chat)
-            self._start(self._reading)
 
     # -- run and commit --------------------------------------------------------------
 
@@ -724,7 +617,7 @@ class Engine:
                 *((c.request, min(c.tokens, c.request.remaining_tokens)) for c in plan.prefill)]
         for request, tokens in work:
             done = request.computed_tokens
-            answering = self._answering[request.id]
+            answering = self._answers[request.id]
             spans.append(Span(
                 answering.ids[done:done + tokens], done, request.blocks, request.adapter_slot,
                 wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
@@ -748,7 +641,7 @@ class Engine:
             step.rode(rows.tokens)
             if step.ridable_tokens == 0:
                 self._blocks.release(step)
-        sampled = [self._answering[request.id] for (request, _), span
+        sampled = [self._answers[request.id] for (request, _), span
                    in zip(work, spans, strict=True) if span.wants_logits]
         with phase_of(self._trace, 'sample'):
             drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
@@ -762,23 +655,8 @@ class Engine:
             for request, computed in flight.work:
                 self._residence.computed(request, computed)
                 if not request.remaining_tokens:
-                    self._blocks.prune(self._answering[request.id])
-            return self._commit(flight.sampled, tokens)
-
-    def _fit_requests(self) -> list[Event]:
-        """Let no answer come to more than the KV cache takes by now."""
-        events: list[Event] = []
-        for answering in list(self._answering.values()):
-            request = answering.request
-            room = self._longest - request.prompt_tokens
-            begun = request.state is RequestState.RUNNING or request.output_tokens
-            if request.most_tokens <= self._longest or not begun or (
-                    room < 1 and not request.output_tokens):
-                continue    # it is rejected by name
-            request.max_tokens = max(room, request.output_tokens)
-            if request.max_tokens == request.output_tokens:
-                events += self._end(answering, FinishReason.LENGTH)
-        return events
+                    self._blocks.prune(self._answers[request.id])
+            return self._answers.commit(flight.sampled, tokens)
 
     def _check_when_idle(self) -> None:
         """Account for every KV block when the last request has gone."""
@@ -788,87 +666,6 @@ class Engine:
             self._pool.check(step.blocks if step is not None else ())
         self._was_idle = idle
 
-    def _commit(self, sampled: list[Answering], drawn: list[int]) -> list[Event]:
-        """Give each answer its new token, and end those that are complete."""
-        now = self._clock()
-        events: list[Event] = []
-        for answering, token in zip(sampled, drawn, strict=True):
-            try:
-                piece = answering.push(token, now, self.chat.end_tokens)
-            except Exception as error:    # a tokenizer that can't decode its own tokens
-                events += self._end(answering, FinishReason.ERROR, ErrorCode.INTERNAL,
-                                    f'{type(error).__name__}: {error}')
-                continue
-            if piece is not None and not answering.silent:
-                events.append(piece)
-            if answering.finish is not None:
-                events += self._end(answering, answering.finish)
-        return events
-
-    def _end(self, answering: Answering, reason: FinishReason,
-             code: ErrorCode = ErrorCode.NONE, error: str = '') -> list[Event]:
-        """Take a request out of the engine; return its last events."""
-        query, request = answering.query, answering.request
-        del self._answering[query.id]
-        self._early.ended(query.id)
-        self._residence.leave(request)
-        assert answering.version is not None
-        self._slots.unpin(answering.version)
-        if answering is self._reading:
-            self._reading = None
-            return []
-        if answering.silent:
-            self._base_answers.ended(
-                query.id, answering.ids[:request.prompt_tokens], answering.output,
-                complete=reason in (FinishReason.STOP, FinishReason.LENGTH))
-            if (answers := self._base_answers.all) is not None:
-                self.learner.give_anchors(answers)
-            return []
-        complete = reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if request.output_tokens:
-            self._remember(answering, complete)
-        closed = answering.finish is not None or reason is FinishReason.REJECTED
-        closing = [] if closed else [answering.cut()]
-        return [*closing, answering.finished(reason, self._clock(), code, error)]
-
-    def _remember(self, answering: Answering, complete: bool) -> None:
-        """Keep an answer: for the conversation, for corrections of it, and for replay."""
-        query, text = answering.query, answering.stream.text
-        settings = self._settings.conversation
-        system = next((m['content'] for m in answering.messages if m['role'] == 'system'), '')
-        self._conversations.add(
-            query.conversation_id, system, Turn(query.id, query.text, text),
-            max_turns=settings.max_turns, max_conversations=settings.max_conversations)
-        ids = answering.ids
-        self._warming.note(query.profile, system, query.conversation_id,
-                           ids[:answering.request.prompt_tokens], ids)
-        if self._journal.backlog >= MAX_UNWRITTEN:
-            self._unrecorded += 1
-            return
-        assert answering.version is not None
-        answer = Answer(
-            query_id=query.id, prompt_ids=tuple(answering.ids[:answering.request.prompt_tokens]),
-            messages=answering.messages, text=text, output_ids=tuple(answering.output),
-            conversation_id=query.conversation_id, profile=query.profile,
-            lineage=answering.version.profile, adapter_version=answering.version.version,
-            no_learn=query.no_learn or not complete, time=time.time())
-        if not answer.no_learn:
-            self.learner.drift.outcome(0.0)     # until somebody says otherwise
-        self._journal.submit(lambda journal: journal.record_answer(answer)).add_done_callback(
-            self._wrote_answer)
-
-    def _wrote_answer(self, done: Future[None]) -> None:
-        """Take note, from the journal's thread, if the disk fails or works again."""
-        error = done.exception()
-        if error is None and not (self._journal_error or self._unrecorded):
-            return
-
-        def note() -> list[Event]:
-            self._journal_error = str(error or '')
-            self._unrecorded = 0 if error is None else self._unrecorded + 1
-            return []
-        self._enqueue(note)
-
     def _broken(self, plan: Plan, error: Exception) -> list[Event]:
         """End what took part in an iteration that failed; the rest goes on."""
         self._failures += 1
@@ -877,9 +674,7 @@ class Engine:
         reason = f'{type(error).__name__}: {error}'
         events: list[Event] = []
         for request in [*plan.decode, *(c.request for c in plan.prefill)]:
-            answering = self._answering.get(request.id)
-            if answering is not None:
-                events += self._end(answering, FinishReason.ERROR, ErrorCode.INTERNAL, reason)
+            events += self._answers.broke_off(request.id, reason)
         if plan.finetune_tokens:
             events += self._learning_broke(error)
         return events

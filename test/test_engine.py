@@ -647,7 +647,7 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
         robot.engine.step()
     running = list(robot.engine._state.running)
     robot.engine.submit(Query('One?', id='one', max_tokens=4))
-    while not robot.engine._answering.get('one'):
+    while not robot.engine._answers._all.get('one'):
         robot.engine.step()
     left = [r.id for r in robot.engine._state.running + robot.engine._state.waiting]
     assert len(left) == 2 and 'one' in left and 'one' not in [r.id for r in running]
@@ -712,7 +712,8 @@ def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:
     assert robot.response(query_id).error_code is ErrorCode.INVALID_ID
     robot.engine.cancel(query_id)
     robot.engine.step()
-    assert not {query_id} & {*robot.engine._early._ended, *robot.engine._early._cancelled}
+    early = robot.engine._answers._early
+    assert not {query_id} & {*early._ended, *early._cancelled}
 
 
 def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:

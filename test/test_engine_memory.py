@@ -543,7 +543,7 @@ def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> N
         one.ask('Hm?', system=SYSTEM, max_tokens=1)
         engine._residence.share(False)
         engine._residence.share(True)     # nothing is left of it
-        engine._published('')
+        engine._answers.published('')
         engine.step()
         assert engine.status().queue_depth == 0 and engine.status().statistics.iterations
         computed = engine.status().statistics.prefill_tokens
