@@ -100,6 +100,8 @@ class MeasuredEngine(Engine):
         self._pass = (0.0, 0.0)
         self._sampled: list[Any] = []
         after(self.model, 'run', self._ran_pass)
+        after(self.model, 'forward_row', self._worked)
+        after(self.model.skeleton, 'call_layers', self._worked)     # where a step begins
         after(self.scheduler, 'plan', self._planned)
         before(self.scheduler, 'observe', self._observing)
         before(self._answers, 'commit', self._committing)
@@ -142,7 +144,6 @@ class MeasuredEngine(Engine):
         self._now.work_s += ended - began
 
     def _ran_pass(self, began: float, ended: float, result: object) -> None:
-        self._now.work_s += ended - began
         self._pass = (began, ended)
 
     def _planned(self, began: float, ended: float, plan: Plan) -> None:

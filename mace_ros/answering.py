@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 import math
 
 from torch import Tensor
@@ -122,7 +123,7 @@ def begin(query: Query, arrival: float, conversation: Conversation, chat: ChatTe
     request = Request(
         id=query.id, arrival=arrival, prompt_tokens=len(ids),
         max_tokens=min(query.max_tokens, longest - len(ids)),
-        ttft_slo=query.ttft_slo_ms / 1e3, tpot_slo=query.tpot_slo_ms / 1e3,
+        ttft_slo=_seconds(query.ttft_slo_ms), tpot_slo=_seconds(query.tpot_slo_ms),
         priority=query.priority)
     return Answering(
         query=query, messages=messages, ids=ids, request=request,
@@ -138,6 +139,12 @@ def reading(ids: Sequence[int], profile: str, now: float, chat: ChatText) -> Ans
     return Answering(
         query=Query('', id=READING, profile=profile), messages=(), ids=list(ids),
         request=request, sampling=Sampling(0.0, 1.0, 0), stream=TextStream(chat), silent=True)
+
+
+@lru_cache
+def _seconds(ms: float) -> float:
+    """Return one number for all who have the same objective: every plan reads that of each."""
+    return ms / 1e3
 
 
 def _ms(start: float, end: float | None) -> float:

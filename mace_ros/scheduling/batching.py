@@ -122,7 +122,7 @@ class Batcher:
             return Batch(decode=tuple(rows), shape=shape, seconds=alone_s, due=due,
                          next_due=next_due, waits=crowded or bool(preempted), preempted=preempted,
                          lacks_memory=bool(preempted), free_tokens=_tokens(unclaimed))
-        batch = _Pass(self._cost, shape, _limit_s(rows, deadlines, due, alone_s, now),
+        batch = _Pass(self._cost, shape, alone_s, _limit_s(rows, deadlines, due, alone_s, now),
                       limits.max_batch_tokens, now)
         queue = _queue(started, state.waiting, batch, now)
         queued = len(queue)
@@ -175,7 +175,7 @@ class Batcher:
         return Batch(
             decode=tuple(rows), prefill=tuple(batch.chunks), rejected=tuple(rejections),
             preempted=preempted, lacks_memory=lacks_memory,
-            shape=batch.shape, seconds=self._cost.pass_s(*batch.shape), due=due,
+            shape=batch.shape, seconds=batch.seconds, due=due,
             next_due=next_due, waits=crowded or bool(preempted) or queued > len(rejections),
             free_tokens=_tokens(unclaimed))
 
@@ -215,7 +215,7 @@ class Batcher:
         found: dict[Request, str] = {}
         slots = self.settings.scheduler.max_requests - len(state.running)
         # A place is free again when an answer ends, at the latest at its longest.
-        step_s = self._cost.pass_s(*batch.shape)
+        step_s = batch.seconds
         ends = sorted([(r.max_tokens - r.output_tokens) * step_s for r in state.running])
         ahead = late = 0
         for _, _, _, request, waits in queue:
@@ -338,13 +338,13 @@ def _limit_s(rows: list[Request], deadlines: list[float], due: float, alone_s: f
 class _Pass:
     """A pass while it is being filled with prefill chunks."""
 
-    def __init__(self, cost: CostModel, rows: PassShape, limit_s: float, max_tokens: int,
-                 now: float) -> None:
-        """Begin with the decode rows, whose deadlines allow it to take ``limit_s``."""
+    def __init__(self, cost: CostModel, rows: PassShape, seconds: float, limit_s: float,
+                 max_tokens: int, now: float) -> None:
+        """Begin with the decode rows: they take so long, and by their deadlines ``limit_s``."""
         self._cost = cost
         self._now = now
         self._limit_s = limit_s
-        self.shape = rows
+        self.shape, self.seconds = rows, seconds
         self.chunks: list[PrefillChunk] = []
         self._ending = 0   # chunks that end their prompt: a first token hangs on the pass
         self._tokens_left = max_tokens - rows.decode_rows
@@ -377,12 +377,12 @@ class _Pass:
             if self.chunks or self._now - due < request.ttft_slo:
                 return 0
             # So late that it must not wait for the rows any longer: they share the device.
-            alone_s = self._cost.pass_s(*self.shape)
-            tokens = max(self._most_within(2.0 * alone_s, request, most), least)
+            tokens = max(self._most_within(2.0 * self.seconds, request, most), least)
         elif self.chunks and not self._is_worth_joining(request, tokens, queued):
             self.is_full = True
             return 0
         self.shape = self._with(request, tokens)
+        self.seconds = self._cost.pass_s(*self.shape)
         self.chunks.append(PrefillChunk(request, tokens))
         self._tokens_left -= tokens
         if self._tokens_left <= 0:
@@ -390,7 +390,7 @@ class _Pass:
         if tokens == remaining:
             self._ending += 1
             slack = request.deadline - self._now
-            if self._cost.pass_s(*self.shape, upper=True) <= slack:
+            if self._cost.upper_s(self.seconds) <= slack:
                 self._limit_s = min(self._limit_s, slack)
         return tokens
 
@@ -437,7 +437,6 @@ class _Pass:
         the first one its answer earlier and the second hardly later.
         """
         rows, context, _, _, _ = self.shape
-        longer_s = (self._cost.pass_s(*self._with(request, tokens))
-                    - self._cost.pass_s(*self.shape))
+        longer_s = self._cost.pass_s(*self._with(request, tokens)) - self.seconds
         own_s = self._cost.pass_s(rows, context, tokens, tokens * request.computed_tokens)
         return self._ending * longer_s <= queued * (own_s - longer_s)

@@ -71,6 +71,10 @@ class CostModel:
         seconds += decode_s * decode_context + prefill_s * prefill_context
         return seconds * self._pace * (self._pass_ratios.upper if upper else 1.0)
 
+    def upper_s(self, seconds: float) -> float:
+        """Return what nine of ten passes stay below that were predicted to take so long."""
+        return seconds * self._pass_ratios.upper
+
     def segment_s(self, kind: SegmentKind, tokens: int, upper: bool = False) -> float:
         """Return the seconds of one segment."""
         curve = self._segments[kind]

@@ -29,6 +29,9 @@ class Request:
     waits, they are those that would be shared if it were admitted, and ``shared_blocks`` is
     how many of their blocks others hold. One that was preempted waits again, with its
     output.
+
+    What every plan reads of every request lies together, in two lines of a processor's cache:
+    after a pass nothing of it is left there.
     """
 
     id: str
@@ -43,12 +46,12 @@ class Request:
     output_tokens: int = 0
     dropped_tokens: int = 0         # of those computed; its blocks are the others'
     blocks: list[int] = field(default_factory=list)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    started_at: float | None = None       # first prefill
     shared_blocks: int = 0
     prefix: Prefix | None = None    # names of its blocks; without, it shares none
     adapter_slot: int = 0
-    started_at: float | None = None       # first prefill
-    first_token_at: float | None = None
-    last_token_at: float | None = None
 
     @property
     def most_tokens(self) -> int:
