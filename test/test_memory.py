@@ -254,6 +254,22 @@ def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> 
     assert keeper.planned(True) and not keeper.allows(step) and pool.limit == whole
 
 
+def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
+    """Pieces are bounded by time, too: a step that would fit whole must not wait for ever."""
+    footprint = replace(FOOTPRINT, kv_block=9000)
+    step = Step(lengths=(20,), piece_tokens=LEAST_PIECE)
+    whole, pieces = (footprint.step_bytes([20], keep_graphs=False, piece_tokens=n)
+                     for n in (None, LEAST_PIECE))
+    assert whole < pieces
+    budget = MemoryBudget(footprint, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
+    state = State()
+    keeper = MemoryKeeper(budget, Residence(BlockPool(1000, BLOCK_TOKENS), state), state)
+    for total, fits in ((whole, False), (pieces, True)):
+        budget.total = budget.fixed + total
+        assert (keeper.lacks(step) == '') is fits
+        assert keeper.allows(step, overdue=True) is fits
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8),
        st.lists(st.integers(1, 5000), min_size=1, max_size=4), st.booleans())
 def test_no_way_to_cut_a_step_takes_more_than_was_planned(

@@ -91,10 +91,12 @@ class Footprint:
         # One more layer for the gradients on the way.
         return inputs + head + layer * (self.layers + 1 if keep_graphs else 2)
 
-    def least_step_bytes(self, lengths: Sequence[int], *, learns: bool = True) -> float:
-        """Return the least with which such a step can run, in pieces however small."""
+    def least_step_bytes(self, lengths: Sequence[int], *, learns: bool = True,
+                         piece_tokens: int | None = None) -> float:
+        """Return the least with which such a step can run, in pieces however much smaller."""
+        # What is divided keeps more beside the pieces: a short step takes less without.
         return min(self.step_bytes(lengths, keep_graphs=False, learns=learns, piece_tokens=piece)
-                   for piece in (None, LEAST_PIECE))
+                   for piece in (piece_tokens, LEAST_PIECE))
 
     def most_step_bytes(self, tokens: int) -> float:
         """Return the most that a step of so many tokens takes that recomputes its layers."""

@@ -104,7 +104,7 @@ class MemoryKeeper:
                 self._granted, self.budget.learning = step, grant.bytes
             elif overdue:
                 reserved = self.budget.footprint.least_step_bytes(
-                    step.lengths, learns=step.learns)
+                    step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
         self._limit(reserved)
         return self._granted is not None
 
@@ -112,7 +112,7 @@ class MemoryKeeper:
         """Return why a step can't begin even when nobody asks anything; empty if it can."""
         budget = self.budget
         needed = budget.fixed + budget.footprint.least_step_bytes(
-            step.lengths, learns=step.learns)
+            step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
         if step is self._granted or needed <= budget.total:
             return ''
         return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
