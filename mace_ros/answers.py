@@ -134,7 +134,7 @@ class Answers:
         answering.request.prefix = Prefix(
             BASE_IDENTITY if base else answering.version.identity, answering.ids, BLOCK_TOKENS)
         self._all[answering.query.id] = answering
-        self._state.waiting.append(answering.request)
+        self._state.waiting.add(answering.request)
 
     def cancel(self, query_id: str) -> list[Event]:
         """End a query early, even if it has yet to come."""

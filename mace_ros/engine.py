@@ -631,7 +631,7 @@ class Engine:
         if not spans and rows is None:
             return None
         if plan.finetune_tokens and rows is None:
-            plan = replace(plan, finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
+            plan = plan._replace(finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
         timer = DeviceTimer(self.model.device, self._clock)
         with phase_of(self._trace, 'pass', predicted_ms=plan.predicted_s * 1e3,
                       **plan.shape._asdict()):

@@ -37,6 +37,7 @@ from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.scheduling.plan import Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.request import Request
+from mace_ros.scheduling.waiting import Waiting
 from mace_ros.settings import Settings
 from mace_ros.validation import MAX_ID
 
@@ -649,7 +650,7 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
     robot.engine.submit(Query('One?', id='one', max_tokens=4))
     while not robot.engine._answers._all.get('one'):
         robot.engine.step()
-    left = [r.id for r in robot.engine._state.running + robot.engine._state.waiting]
+    left = [r.id for r in [*robot.engine._state.running, *robot.engine._state.waiting]]
     assert len(left) == 2 and 'one' in left and 'one' not in [r.id for r in running]
     assert robot.response('one').finish_reason is FinishReason.LENGTH
     robot.until(lambda e: isinstance(e, CorrectionProgress)
@@ -660,7 +661,7 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
 def test_a_busy_robot_asks_itself_one_by_one() -> None:
     """What was sent away is asked again; while somebody waits, only what is overdue."""
     one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
-    base, idle, full = BaseAnswers(), State(), State(waiting=[one], running=[one])
+    base, idle, full = BaseAnswers(), State(), State(waiting=Waiting([one]), running=[one])
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
     assert len(several) > 1 and base.in_the_way == [q.id for q in several[1:]]
@@ -694,7 +695,7 @@ def test_what_found_no_room_to_ride_is_not_booked(
         if not planned.decode:
             return planned
         asked.append(planned)
-        return replace(planned, finetune_tokens=4, segments=0,
+        return planned._replace(finetune_tokens=4, segments=0,
                        shape=planned.shape._replace(finetune_tokens=4))
 
     monkeypatch.setattr(robot.engine.scheduler, 'plan', with_riders)

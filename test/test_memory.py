@@ -44,10 +44,13 @@ from mace_ros.memory import prefix
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
 from mace_ros.memory.budget import Footprint, Grant, LEAST_PIECE, MemoryBudget
 from mace_ros.memory.prefix import Prefix
+from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.keeper import MemoryKeeper
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State
 from mace_ros.scheduling.request import Request, RequestState
-from mace_ros.scheduling.residence import LOOKED_UP, Residence
+from mace_ros.scheduling.residence import Residence
+from mace_ros.scheduling.scheduler import Scheduler
+from mace_ros.settings import Settings
 
 TOLERANCE = 1e-4
 TIE = 1e-4      # best logits closer than this may swap
@@ -333,7 +336,7 @@ class Schedule:
             while coming and (not self.state.has_requests or self.rng.random() < 0.4):
                 sequence = coming.pop(0)
                 sequence.request.arrival = float(-len(coming))
-                self.state.waiting.append(sequence.request)
+                self.state.waiting.add(sequence.request)
             self.residence.refresh()
             plan = self._plan()
             self.residence.begin(plan, 0.0)
@@ -350,7 +353,9 @@ class Schedule:
         preempted = [r for r in state.running if rng.random() < 0.05]
         free = self.pool.free_blocks + sum(map(state.frees, preempted))
         candidates = [r for r in state.running if r not in preempted]
-        candidates += [] if preempted else state.waiting
+        for request in [] if preempted else state.waiting:
+            state.look_up(request)
+            candidates.append(request)
         rng.shuffle(candidates)
         decode, prefill = [], []
         for request in candidates[:rng.randint(1, 4)]:
@@ -436,15 +441,19 @@ def test_no_schedule_changes_an_answer(family: str, seed: int, blocks: int) -> N
         assert_answers_like(reference, sequence)
 
 
-def test_whoever_is_not_looked_up_is_not_taken_to_share_anything() -> None:
+def test_what_a_waiting_request_would_share_is_what_is_there_at_its_turn() -> None:
     """What it shared when it was preempted may be gone by the time it is admitted."""
     state = State()
     residence = Residence(BlockPool(20, BLOCK_TOKENS), state)
-    state.waiting = [Request(str(i), float(i), 10, 10, 1.0, 1.0) for i in range(LOOKED_UP + 1)]
-    last = state.waiting[-1]
-    last.computed_tokens, last.shared_blocks = 160, 10
+    request = Request('0', 0.0, 170, 10, 1.0, 1.0, prefix=Prefix('', range(170), BLOCK_TOKENS))
+    state.waiting.add(request)
+    request.computed_tokens, request.shared_blocks = 160, 10
     residence.refresh()
-    assert (last.computed_tokens, last.shared_blocks) == (0, 0)
+    plan = Scheduler(Settings(), CostModel()).plan(state, 0.0)
+    assert plan.prefill[0].tokens > 10
+    residence.begin(plan, 0.0)
+    assert (request.computed_tokens, request.shared_blocks) == (0, 0)
+    assert len(request.blocks) * BLOCK_TOKENS >= plan.prefill[0].tokens
 
 
 def test_schedules_do_preempt_and_share() -> None:

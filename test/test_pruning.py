@@ -66,7 +66,7 @@ def running(pool: BlockPool, tokens: int) -> tuple[Residence, Request, State]:
     residence = Residence(pool, state)
     ids = list(range(tokens))
     request = Request('a', 0.0, tokens, 50, 1.0, 1.0, prefix=Prefix('v', ids, pool.block_size))
-    state.waiting.append(request)
+    state.waiting.add(request)
     admitted(residence, request)
     return residence, request, state
 

@@ -13,15 +13,14 @@ again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from heapq import heapify, heappop
 import math
-from typing import TypeAlias
+from typing import NamedTuple
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import EMPTY, PassShape, PrefillChunk, Rejection, State
 from mace_ros.scheduling.request import Request
+from mace_ros.scheduling.waiting import is_impatient, Place, Queue
 from mace_ros.settings import Settings
 
 # Blocks beyond its prompt that must be free for a request to be admitted, so that it is not
@@ -31,13 +30,8 @@ AHEAD_BLOCKS = 4
 # The least worth computing of a prompt at once, unless less is left of it.
 LEAST_CHUNK = 16
 
-# A request that waited for so many of its TTFT objectives goes before every class of
-# priority: whatever else arrives, it is served.
-PATIENCE = 20
 
-
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """
     What one pass does for the requests.
 
@@ -124,24 +118,22 @@ class Batcher:
                          lacks_memory=bool(preempted), free_tokens=_tokens(unclaimed))
         batch = _Pass(self._cost, shape, alone_s, _limit_s(rows, deadlines, due, alone_s, now),
                       limits.max_batch_tokens, now)
-        queue = _queue(started, state.waiting, batch, now)
+        queue = Queue(started, state.waiting, state.look_up, batch.prefill_s, now)
         queued = len(queue)
         rejected: dict[Request, str] = {}
         capacity = (self.settings.memory.kv_cache_tokens if state.capacity_tokens is None
                     else state.capacity_tokens)
         if self.settings.slo.admission == 'reject':
-            queue.sort()
-            rejected = self._unreachable(queue, state, unclaimed, batch, now)
-        else:
-            heapify(queue)      # mostly the pass is full after the first few
+            rejected = self._unreachable(queue.places(), state, unclaimed, batch, now)
         too_large: list[Rejection] = []
         slots = limits.max_requests - len(running)
         lacks_memory = bool(preempted)
         # Nobody is admitted while others must leave, nor overtakes one that can't wait any
         # longer and lacks memory.
         held = bool(preempted)
-        while queue and not batch.is_full:
-            _, latest, _, request, waits = heappop(queue)
+        while not batch.is_full and (
+                place := queue.pop(admits=slots > 0 and not held)) is not None:
+            _, latest, _, request, waits = place
             need = 0
             if waits:
                 if request in rejected:
@@ -151,10 +143,10 @@ class Batcher:
                         request, f'{kv_tokens(request)} tokens of KV cache needed, {capacity} is '
                         'all there is (memory.kv_cache_tokens, memory.budget_mb)', too_large=True))
                     continue
-                if held or slots <= 0 or (need := admission_blocks(request)) > unclaimed:
-                    if slots > 0:
-                        lacks_memory = True
-                        held = held or latest < now
+                need = admission_blocks(request)
+                if need > unclaimed:
+                    lacks_memory = True
+                    held = latest < now
                     continue
                 room = request.remaining_tokens
             else:
@@ -201,7 +193,7 @@ class Batcher:
         What is preempted is computed again. Of those that have the time for it, the one leaves
         first that holds the most, so that few have to; then the one that will be late by least.
         """
-        if now - request.arrival > PATIENCE * request.ttft_slo:
+        if is_impatient(request, now):
             return -math.inf, request.arrival, 0.0
         known = request.known_tokens
         slack = request.deadline - now - self._cost.pass_s(
@@ -209,7 +201,7 @@ class Batcher:
         return -request.priority, min(slack, 0.0), known
 
     def _unreachable(
-        self, queue: list[_Place], state: State, free: int, batch: _Pass, now: float,
+        self, queue: list[Place], state: State, free: int, batch: _Pass, now: float,
     ) -> dict[Request, str]:
         """Return who would get its first token too late, and the reason to tell."""
         found: dict[Request, str] = {}
@@ -270,37 +262,6 @@ def admission_blocks(request: Request) -> int:
         request.known_tokens + AHEAD_BLOCKS * BLOCK_TOKENS, request.most_tokens))
 
 
-# Rank, latest start and position of a request without first token, and whether it waits.
-_Place: TypeAlias = tuple[float, float, int, Request, bool]
-
-
-def _queue(
-    started: list[Request], waiting: list[Request], batch: _Pass, now: float,
-) -> list[_Place]:
-    """
-    Return those whose prompt is to be computed; in order, the most urgent come first.
-
-    Within a class of priority: least slack first, that is, by the latest time at which
-    work may start. Whoever ran out of patience goes first, in order of arrival.
-    """
-    places: list[_Place] = []
-    chunk, chunk_s, token_s = batch.line
-    for group, waits in ((started, False), (waiting, True)):
-        for request in group:
-            arrival = request.arrival
-            objective = request.ttft_slo
-            if now - arrival > PATIENCE * objective:
-                places.append((-math.inf, arrival, len(places), request, waits))
-                continue
-            # Only who was preempted has a first token already.
-            deadline = request.deadline if request.output_tokens else arrival + objective
-            remaining = request.prompt_tokens + request.output_tokens - request.computed_tokens
-            # Less _Pass.prefill_s, inlined.
-            due = deadline + -remaining // chunk * chunk_s - remaining * token_s
-            places.append((-request.priority, due, len(places), request, waits))
-    return places
-
-
 def _turn(row: Request) -> float:
     """
     Return the key by which decode rows take turns when there are too many for one pass.
@@ -338,6 +299,9 @@ def _limit_s(rows: list[Request], deadlines: list[float], due: float, alone_s: f
 class _Pass:
     """A pass while it is being filled with prefill chunks."""
 
+    __slots__ = ('_cost', '_ending', '_limit_s', '_line', '_now', '_tokens_left', 'chunks',
+                 'is_full', 'seconds', 'shape')
+
     def __init__(self, cost: CostModel, rows: PassShape, seconds: float, limit_s: float,
                  max_tokens: int, now: float) -> None:
         """Begin with the decode rows: they take so long, and by their deadlines ``limit_s``."""
@@ -354,11 +318,11 @@ class _Pass:
         chunk_s = cost.pass_s(rows.decode_rows, rows.decode_context, 1)
         full_s = cost.pass_s(rows.decode_rows, rows.decode_context, chunk)
         # Tokens of a full one, seconds of each, seconds of each token.
-        self.line = chunk, chunk_s, (full_s - chunk_s) / chunk
+        self._line = chunk, chunk_s, max((full_s - chunk_s) / chunk, 0.0)
 
     def prefill_s(self, tokens: int) -> float:
         """Return about how long prompts of so many tokens take in passes like this one."""
-        chunk, chunk_s, token_s = self.line
+        chunk, chunk_s, token_s = self._line
         return -(-tokens // chunk) * chunk_s + tokens * token_s
 
     def add(self, request: Request, due: float, queued: int, room: int) -> int:
@@ -369,20 +333,24 @@ class _Pass:
         for ``room`` tokens. Returns the tokens of the chunk, or 0.
         """
         remaining = request.remaining_tokens
-        most = min(remaining, self._tokens_left, room)
-        least = min(LEAST_CHUNK, most)
-        tokens = self._most_within(self._limit_s, request, most)
-        if tokens < least:
-            self.is_full = True
-            if self.chunks or self._now - due < request.ttft_slo:
-                return 0
-            # So late that it must not wait for the rows any longer: they share the device.
-            tokens = max(self._most_within(2.0 * self.seconds, request, most), least)
-        elif self.chunks and not self._is_worth_joining(request, tokens, queued):
+        tokens = most = min(remaining, self._tokens_left, room)
+        shape = self._with(request, tokens)
+        seconds = self._cost.pass_s(*shape)
+        if self._cost.upper_s(seconds) > self._limit_s:    # mostly all of it fits
+            least = min(LEAST_CHUNK, most)
+            tokens = self._most_within(self._limit_s, request, most)
+            if tokens < least:
+                self.is_full = True
+                if self.chunks or self._now - due < request.ttft_slo:
+                    return 0
+                # So late that it must not wait for the rows any longer: they share the device.
+                tokens = max(self._most_within(2.0 * self.seconds, request, most), least)
+            shape = self._with(request, tokens)
+            seconds = self._cost.pass_s(*shape)
+        if self.chunks and not self._is_worth_joining(request, tokens, seconds, queued):
             self.is_full = True
             return 0
-        self.shape = self._with(request, tokens)
-        self.seconds = self._cost.pass_s(*self.shape)
+        self.shape, self.seconds = shape, seconds
         self.chunks.append(PrefillChunk(request, tokens))
         self._tokens_left -= tokens
         if self._tokens_left <= 0:
@@ -429,14 +397,15 @@ class _Pass:
                 high, over = middle, found
         return low
 
-    def _is_worth_joining(self, request: Request, tokens: int, queued: int) -> bool:
+    def _is_worth_joining(self, request: Request, tokens: int, seconds: float,
+                          queued: int) -> bool:
         """
         Return whether sharing the pass saves those who wait more than it costs those in it.
 
-        On a device that is busy with few tokens, two prompts one after the other give
-        the first one its answer earlier and the second hardly later.
+        It would take ``seconds``. On a device that is busy with few tokens, two prompts one
+        after the other give the first one its answer earlier and the second hardly later.
         """
         rows, context, _, _, _ = self.shape
-        longer_s = self._cost.pass_s(*self._with(request, tokens)) - self.seconds
+        longer_s = seconds - self.seconds
         own_s = self._cost.pass_s(rows, context, tokens, tokens * request.computed_tokens)
         return self._ending * longer_s <= queued * (own_s - longer_s)

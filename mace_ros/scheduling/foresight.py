@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Plan, State
 
@@ -16,7 +14,7 @@ def foresee(plan: Plan, state: State, cost: CostModel) -> Plan | None:
         return None
     shape = plan.shape._replace(
         decode_context=plan.shape.decode_context + plan.shape.decode_rows)
-    return replace(plan, rejected=(), preempted=(), shape=shape, predicted_s=cost.pass_s(*shape))
+    return plan._replace(rejected=(), preempted=(), shape=shape, predicted_s=cost.pass_s(*shape))
 
 
 def is_still_right(foreseen: Plan, state: State, free_blocks: int) -> bool:

@@ -20,6 +20,7 @@ gains nothing there and costs latency; at saturation weaving is all there is. He
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 import math
 from weakref import ref
 
@@ -147,16 +148,18 @@ class Mace(Policy):
         """Count the requests that are in time without ``piece`` and late with it."""
         token_s = batch.seconds / batch.shape.tokens
         ends = now + batch.seconds
-        for request in state.running + state.waiting:
+        for request in chain(state.running, state.waiting):
             if request.first_token_at is None:
                 spare = request.deadline - ends - token_s * request.remaining_tokens
             else:
-                spare = request.deadline + request.tpot_slo - ends - batch.seconds
+                # At its last token: who is behind now may catch up until then.
+                left = request.max_tokens - request.output_tokens - 1
+                spare = request.deadline - ends + left * (request.tpot_slo - batch.seconds)
             if 0.0 <= spare < piece.seconds and request not in self._delayed:
                 self._delayed.add(request)
                 self._late += 1
         if len(self._delayed) > 2 * len(state.running) + 64:
-            self._forget(state.running + state.waiting)
+            self._forget(chain(state.running, state.waiting))
 
     def _forget(self, but: Iterable[Request] = ()) -> None:
         """Drop what is kept of requests other than these."""

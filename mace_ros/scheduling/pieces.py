@@ -4,16 +4,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 import math
+from typing import NamedTuple
 
 from mace_ros.scheduling.batching import Batch, LEAST_CHUNK
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import FinetuneWork, Plan, SegmentKind
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """
     Learning of one iteration: tokens that ride in its pass, or segments after it.
 

@@ -10,6 +10,7 @@ from enum import auto, Enum
 from typing import NamedTuple, Protocol
 
 from mace_ros.scheduling.request import Request
+from mace_ros.scheduling.waiting import Waiting
 
 
 class SegmentKind(Enum):
@@ -49,23 +50,28 @@ def _all_blocks(request: Request) -> int:
     return len(request.blocks)
 
 
+def _shares_nothing(request: Request) -> None:
+    pass
+
+
 @dataclass(slots=True)
 class State:
     """
     What the scheduler decides from.
 
-    ``waiting`` and ``running`` are in order of arrival. ``free_tokens`` is how many
-    tokens the KV cache can still take on; negative if some must leave. Of its
-    ``capacity_tokens``, None is unknown. ``frees`` says how many blocks preempting a request
-    makes free.
+    ``running`` is in order of arrival. ``free_tokens`` is how many tokens the KV cache can
+    still take on; negative if some must leave. Of its ``capacity_tokens``, None is unknown.
+    ``frees`` says how many blocks preempting a request makes free; ``look_up`` brings up to
+    date what one that waits would share.
     """
 
-    waiting: list[Request] = field(default_factory=list)
+    waiting: Waiting = field(default_factory=Waiting)
     running: list[Request] = field(default_factory=list)
     finetune: FinetuneWork | None = None
     free_tokens: int = 0
     capacity_tokens: int | None = None
     frees: Callable[[Request], int] = _all_blocks
+    look_up: Callable[[Request], object] = _shares_nothing
 
     @property
     def has_requests(self) -> bool:
@@ -96,8 +102,7 @@ class PassShape(NamedTuple):
 EMPTY = PassShape()
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
+class PrefillChunk(NamedTuple):
     """The next ``tokens`` tokens of a request's prompt."""
 
     request: Request
@@ -113,8 +118,7 @@ class Rejection:
     too_large: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """
     One iteration: at most one hybrid pass, then some fine-tune segments.
 

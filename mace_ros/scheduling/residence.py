@@ -12,9 +12,6 @@ from mace_ros.memory.prefix import Prefix
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request, RequestState
 
-# How many of those that wait are looked up before each plan: the others' turn is far off.
-LOOKED_UP = 64
-
 
 class Residence:
     """
@@ -34,6 +31,7 @@ class Residence:
         self.pruned_tokens = 0  # dropped by running requests, so far
         self._state = state
         state.frees = lambda request: pool.frees(request.blocks)
+        state.look_up = self.look_up
         self.refresh()
 
     def share(self, sharing: bool) -> None:
@@ -44,13 +42,8 @@ class Residence:
 
     def refresh(self) -> None:
         """Bring what the scheduler reads of the memory up to date."""
-        state, pool = self._state, self.pool
-        state.free_tokens = pool.free_tokens
-        state.capacity_tokens = self.capacity_tokens
-        for request in state.waiting[:LOOKED_UP]:
-            self._look_up(request)
-        for request in state.waiting[LOOKED_UP:]:     # what was found once may be gone
-            request.computed_tokens = request.shared_blocks = 0
+        self._state.free_tokens = self.pool.free_tokens
+        self._state.capacity_tokens = self.capacity_tokens
 
     def begin(self, plan: Plan, now: float) -> None:
         """Preempt, admit, and give blocks for what the plan's pass computes."""
@@ -105,9 +98,9 @@ class Residence:
         request.dropped_tokens = 0
         self._state.running.remove(request)
         request.state = RequestState.WAITING
-        insort(self._state.waiting, request, key=lambda r: r.arrival)
+        self.look_up(request)
+        self._state.waiting.add(request)
         self.preemptions += 1
-        self._look_up(request)
 
     def start_over(self) -> None:
         """Let everybody wait, and nothing be found again: what the blocks hold is lost."""
@@ -123,7 +116,7 @@ class Residence:
         self.pool.release(request.blocks)
 
     def _admit(self, request: Request, now: float) -> None:
-        request.blocks = self.pool.hold(self._look_up(request))
+        request.blocks = self.pool.hold(self.look_up(request))
         self.shared_tokens += request.computed_tokens
         request.state = RequestState.RUNNING
         if request.started_at is None:
@@ -131,8 +124,8 @@ class Residence:
         self._state.waiting.remove(request)
         insort(self._state.running, request, key=lambda r: r.arrival)
 
-    def _look_up(self, request: Request) -> list[int]:
-        """Find the blocks that a waiting request could share; one token must be computed."""
+    def look_up(self, request: Request) -> list[int]:
+        """Find the blocks that a waiting request would share; one token must be computed."""
         request.computed_tokens = request.shared_blocks = 0
         if not self._sharing or request.prefix is None:
             return []

@@ -81,7 +81,7 @@ class Scheduler:
             state = replace(state, finetune=None)
         plan = self._policy.plan(state, now)
         if held and plan.is_empty and plan.wake_at is None:
-            plan = replace(plan, wake_at=self._ledger.learns_again_at)
+            plan = plan._replace(wake_at=self._ledger.learns_again_at)
         if plan.rejected:
             self._counts = replace(
                 self._counts, rejected=self._counts.rejected + len(plan.rejected))

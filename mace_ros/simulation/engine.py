@@ -114,7 +114,7 @@ class VirtualEngine:
             if len(self.state.waiting) >= self.settings.scheduler.max_queue:
                 self._reject(request)
             else:
-                self.state.waiting.append(request)
+                self.state.waiting.add(request)
         while self._changes and self._changes[0][0] <= self.now:
             self.settings = self.settings.updated(self._changes.pop(0)[1])
             self.scheduler.update(self.settings)

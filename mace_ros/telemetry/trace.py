@@ -10,7 +10,7 @@ has a track of its own. Of queries and corrections, only their ids are in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 import json
 import os
@@ -113,7 +113,7 @@ class Trace:
                     'i', f'version {event.version}: {event.state.name}', now, s='p',
                     args={'profile': event.profile, 'train_tokens': event.train_tokens}))
 
-    def finish(self, waiting: Sequence[Request]) -> None:
+    def finish(self, waiting: Iterable[Request]) -> None:
         """Hand over what was recorded; ``waiting`` are the queries that have not begun."""
         for request in waiting:
             self._requests.setdefault(request.id, request)
