@@ -235,11 +235,7 @@ class Batcher:
 
 def kv_tokens(request: Request) -> int:
     """Return the tokens of KV cache that a request may come to hold, in whole blocks."""
-    return _tokens(_blocks(request.most_tokens))
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK_TOKENS)
+    return _tokens(-(-request.most_tokens // BLOCK_TOKENS))
 
 
 def _tokens(blocks: int) -> int:
@@ -248,7 +244,7 @@ def _tokens(blocks: int) -> int:
 
 def _growth(request: Request, tokens: int) -> int:
     """Return the blocks that a request takes to have so many of its tokens computed."""
-    return max(_blocks(tokens) - (len(request.blocks) or request.shared_blocks), 0)
+    return max(-(-tokens // BLOCK_TOKENS) - (len(request.blocks) or request.shared_blocks), 0)
 
 
 def _lacks(row: Request) -> bool:
@@ -258,8 +254,9 @@ def _lacks(row: Request) -> bool:
 
 def admission_blocks(request: Request) -> int:
     """Return the blocks that must be free for a request to begin."""
+    known = request.prompt_tokens + request.output_tokens
     return _growth(request, min(
-        request.known_tokens + AHEAD_BLOCKS * BLOCK_TOKENS, request.most_tokens))
+        known + AHEAD_BLOCKS * BLOCK_TOKENS, request.prompt_tokens + request.max_tokens))
 
 
 def _turn(row: Request) -> float:
@@ -332,7 +329,7 @@ class _Pass:
         It had to start at ``due``; with it, ``queued`` requests are waiting. There is memory
         for ``room`` tokens. Returns the tokens of the chunk, or 0.
         """
-        remaining = request.remaining_tokens
+        remaining = request.prompt_tokens + request.output_tokens - request.computed_tokens
         tokens = most = min(remaining, self._tokens_left, room)
         shape = self._with(request, tokens)
         seconds = self._cost.pass_s(*shape)

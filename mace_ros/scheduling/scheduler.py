@@ -74,7 +74,7 @@ class Scheduler:
         self._counts = Statistics()
 
     def plan(self, state: State, now: float) -> Plan:
-        """Return what to do at ``now``; ``state`` is only read."""
+        """Return what to do at ``now``; of ``state`` only what is shared is brought up to date."""
         self._ledger.advance(now)
         held = state.finetune is not None and not self._ledger.may_learn
         if held:

@@ -132,13 +132,17 @@ class Queue:
         self._next = next(self._waiting, None)
 
     def _push(self, request: Request, tokens: int, *, waits: bool) -> None:
-        self._seen += 1
-        if is_impatient(request, self._now):
-            rank, due = -math.inf, request.arrival
+        self._seen = seen = self._seen + 1
+        # is_impatient and Request.deadline, inlined: what a plan has to call is not in a
+        # processor's cache after a pass.
+        arrival, objective = request.arrival, request.ttft_slo
+        if self._now > arrival + PATIENCE * objective:
+            rank, due = -math.inf, arrival
         else:
             rank = -request.priority
-            due = request.deadline - self._prefill_s(tokens)
-        heappush(self._heap, (rank, due, self._seen, request, waits))
+            due = ((request.deadline if request.output_tokens else arrival + objective)
+                   - self._prefill_s(tokens))
+        heappush(self._heap, (rank, due, seen, request, waits))
 
 
 def is_impatient(request: Request, now: float) -> bool:
