@@ -10,7 +10,7 @@ is needed, and nothing that was acknowledged is lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import time
 from typing import Any
@@ -239,7 +239,7 @@ def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         made = plan(state, now)
         if state.finetune is None or not state.finetune.ridable_tokens:
             return made
-        return replace(made, finetune_tokens=state.finetune.ridable_tokens, segments=0)
+        return made._replace(finetune_tokens=state.finetune.ridable_tokens, segments=0)
 
     patch.setattr(engine.scheduler, 'plan', riding)
 
