@@ -173,6 +173,15 @@ def test_of_those_that_wait_a_plan_looks_at_those_alone_whose_turn_may_have_come
     assert len(looked_up) < 20
 
 
+def test_those_that_wait_are_not_looked_at_while_there_is_no_place_for_them():
+    looked_up = []
+    state = State(Waiting(query(n, 0.01 * n) for n in range(100)), [running(100, now=10.0)],
+                  free_tokens=10000, look_up=looked_up.append)
+    plan = scheduler(scheduler__max_requests=1).plan(state, 10.0)
+    assert plan.decode and not plan.prefill
+    assert not looked_up
+
+
 def test_a_prefill_chunk_leaves_the_decode_rows_their_deadline():
     now = 100.0
     for spare in (0.03, 0.05, 0.08, 0.12, 0.2):
