@@ -32,9 +32,10 @@ from mace_ros.storage import JOURNAL
 
 START_S = 250.0
 LIFE_S = 12.0           # after it is ready, of a node that is killed at random
-WAIT_S = 40.0           # at most, for what a kill is to fall into
+WAIT_S = 200.0          # at most, for what a kill is to fall into: a slow machine takes long
 DRAIN_S = 0.3           # for messages that were on their way
 ASK_S = 0.2             # between two questions
+UNANSWERED = 8          # questions at most, so that a slow machine learns, too
 CORRECT_EVERY = 5       # questions; the node learns nearly as fast, so that versions come
 BURST = 20              # corrections at once
 PROFILES = ('', 'ann')
@@ -49,7 +50,7 @@ ROUNDS, QUICK_ROUNDS = 50, len(AIMS)
 PARAMETERS: dict[str, Any] = {
     'model.threads': 1, 'model.weight_dtype': 'float32', 'finetune.learning_rate': 0.01,
     'gate.tolerance': 1.0, 'generation.max_tokens': 8, 'scheduler.max_slowdown': 10.0,
-    'drift.min_budget': 1.0, 'finetune.spared_directions': 0,
+    'drift.min_budget': 1.0,
     # A version goes back for one reason only: that something was lost.
     'gate.auto_rollback': False}
 
@@ -213,7 +214,8 @@ class Life:
                 seen, kill_at = True, now + self._chance.uniform(earliest_s, latest_s)
             if now >= ask_at:
                 ask_at = now + ASK_S
-                self._ask()
+                if sum(not a.is_complete() for _, a in self._answers) < UNANSWERED:
+                    self._ask()
             time.sleep(0.0005)
 
     def end(self) -> None:
