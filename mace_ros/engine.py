@@ -144,7 +144,8 @@ class Engine:
         self.bank = AdapterBank(
             self.model.groups, targets=adapter.target_modules, rank=adapter.rank,
             # One more than may be live, for the version that is about to be.
-            alpha=adapter.alpha, slots=adapter.slots + 1)
+            alpha=adapter.alpha, slots=adapter.slots + 1,
+            spared=settings.finetune.spared_directions)
         self._state = State()
         self._pool = BlockPool(self.model.kv_blocks, BLOCK_TOKENS)
         self._residence = Residence(

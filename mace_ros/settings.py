@@ -203,6 +203,10 @@ class FinetuneSettings:
         8, 'Earlier answers trained in each step along with the corrections, so that the rest '
         'stays',
         minimum=0, maximum=256)
+    spared_directions: int = _parameter(
+        128, 'Directions along which learning changes nothing, so that the rest stays: those in '
+        "which most inputs of a layer lie while the base model answers; a sixteenth of a layer's "
+        'at most', minimum=0, maximum=4096, read_only=True)
     recompute: str = _parameter(
         'auto', "Whether a layer's forward is computed again in its backward (less memory) or "
         'its graph is kept (less time): auto keeps it when the forward ran alone; never also '

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.execution.attention import Row, whole_sequences
+from mace_ros.execution.directions import MainDirections
 from mace_ros.execution.divided import chunks_of, DividedLayers
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank, TRAINING_SLOT
@@ -102,6 +103,7 @@ class Trainer:
         gradients = [p.grad for p in self._bank.parameters() if p.grad is not None]
         if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             self._optimizer.step()
+            self._bank.keep_clear()
             self._bank.write_slot(TRAINING_SLOT)
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -126,7 +128,8 @@ class FinetuneStep:
                  head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
                  learns: bool = True, preferences: Sequence[Preference] = (),
                  imitation: float = 1.0, whole: Whole | None = None,
-                 piece_tokens: int | None = None, oldest_correction_at: float = 0.0) -> None:
+                 piece_tokens: int | None = None, oldest_correction_at: float = 0.0,
+                 directions: MainDirections | None = None) -> None:
         """
         Plan the step; raises ``ValueError`` if no token has a weight.
 
@@ -135,7 +138,8 @@ class FinetuneStep:
         ``may_ride`` it always runs alone. One that does not learn ends with its scores.
         ``imitation`` weighs the cross-entropy of what is ``better`` in a preference. If it
         is a part, ``whole`` says of what; all preferences belong into one part. With more than
-        ``piece_tokens`` it runs alone, and computes each layer again.
+        ``piece_tokens`` it runs alone, and computes each layer again. ``directions`` is shown
+        what goes into the adapted layers.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
@@ -146,6 +150,7 @@ class FinetuneStep:
         self.preferences = tuple(preferences) if learns else ()
         self._part_of = whole
         self.oldest_correction_at = oldest_correction_at
+        self._directions = directions
         self._shared = shared_tokens(samples)
         self._copied = copied_tokens(self._shared)
         # What is computed, and where in its sequence it begins.
@@ -178,7 +183,8 @@ class FinetuneStep:
         divided = self.piece_tokens < self.tokens
         if divided:
             self._alone, self.keep_graphs = True, False
-        self._static = None if divided else next(
+        # A captured layer shows nothing.
+        self._static = None if divided or self._directions is not None else next(
             (x for x in model.static_layers if x.tokens >= self.tokens), None)
         padding = self._static.tokens - self.tokens if self._static is not None else 0
         self._padded = (*self._lengths, padding) if padding else self._lengths
@@ -371,7 +377,10 @@ class FinetuneStep:
         segment = self._segments.pop(0)
         match segment.kind:
             case SegmentKind.FORWARD:
+                self.model.adapters.watch = (
+                    None if self._directions is None else self._directions.watch)
                 self._forward_layer(len(self._hidden) - 1)
+                self.model.adapters.watch = None
             case SegmentKind.HEAD:
                 self._head()
             case SegmentKind.BACKWARD | SegmentKind.BACKWARD_RECOMPUTED:

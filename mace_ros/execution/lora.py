@@ -11,7 +11,7 @@ being trained; the others hold served versions. The projections that read the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 import math
 from typing import Any
@@ -25,6 +25,9 @@ BASE_SLOT = 0
 TRAINING_SLOT = 1
 FIRST_SERVED_SLOT = 2
 
+# Of the directions of an input one of so many is spared at most: the rest is to learn along.
+SPARED_OF = 16
+
 # Children of one module that always receive the same input tensor.
 SHARED_INPUT = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'))
 
@@ -36,13 +39,14 @@ class TokenAdapters:
 
     Without ``choice``, a ``[tokens, slots]`` matrix of zeros and ones, all tokens use
     ``slot``. ``training`` makes all use the training slot, with gradients for the master
-    weights.
+    weights; ``watch`` is shown their inputs.
     """
 
     slots: int = FIRST_SERVED_SLOT
     slot: int = BASE_SLOT
     choice: Tensor | None = None
     training: bool = False
+    watch: Callable[[LinearGroup, Tensor], None] | None = None
 
 
 class _Member:
@@ -205,6 +209,8 @@ class LinearGroup(nn.Module):
         """Return all members' outputs side by side, each token with its adapter."""
         adapters = self.adapters
         if adapters.training and self.width:
+            if adapters.watch is not None:
+                adapters.watch(self, x)
             parameters = [p for m in self.adapted for p in (m.a, m.b)]
             y: Tensor = _TrainedProduct.apply(x, self, *parameters)
             return y
@@ -356,8 +362,13 @@ class AdapterBank:
     """
 
     def __init__(self, groups: list[LinearGroup], *, targets: str, rank: int, alpha: float,
-                 slots: int) -> None:
-        """``targets`` is ``all-linear`` or layer names separated by commas; see PEFT."""
+                 slots: int, spared: int = 0) -> None:
+        """
+        Begin with a fresh adapter.
+
+        ``targets`` is ``all-linear`` or layer names separated by commas; see PEFT. ``spared``
+        is how many directions of an input :meth:`spare` may be given, unless that were too many.
+        """
         names = {m.name for g in groups for m in g.members}
         if targets != 'all-linear':
             wanted = {t.strip() for t in targets.split(',')}
@@ -370,13 +381,17 @@ class AdapterBank:
         for group in groups:
             group.adapt(names, rank, alpha / rank, self.slots)
         self._members = [m for g in groups for m in g.adapted]
+        self._most_spared = spared
+        # Directions of a group's input, and how far each of its A looks along them.
+        self._spared: dict[LinearGroup, tuple[Tensor, list[Tensor]]] = {}
         self.reset()
 
     @property
     def nbytes(self) -> int:
-        """Memory of the slots and the master weights."""
+        """Memory of the slots, the master weights, and the directions to be spared."""
         return (sum(g.slots_nbytes for g in self.groups)
-                + sum(p.nbytes for p in self.parameters()))
+                + sum(p.nbytes for p in self.parameters())
+                + sum(4 * g.weight.shape[1] * self.spared(g) for g in self.groups if g.adapted))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the master weights, A and B of each adapted layer."""
@@ -397,12 +412,42 @@ class AdapterBank:
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
             member.a.copy_(fresh)
             member.b.zero_()
+        for _, looks in self._spared.values():
+            torch._foreach_zero_(looks)
+        self.keep_clear()
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Make ``tensors`` the master weights; names and shapes must match exactly."""
         for parameter, tensor in zip(self.parameters(), self.checked(tensors), strict=True):
             parameter.copy_(tensor)
+        for group, (directions, looks) in self._spared.items():
+            for member, look in zip(group.adapted, looks, strict=True):
+                assert member.a is not None
+                torch.mm(member.a, directions, out=look)
+
+    def spared(self, group: LinearGroup) -> int:
+        """Return how many directions of a group's input are to be spared."""
+        return min(self._most_spared, group.weight.shape[1] // SPARED_OF)
+
+    def spare(self, group: LinearGroup, directions: Tensor) -> None:
+        """
+        Let no update look along these directions of a group's input from now on.
+
+        They are orthonormal, ``[in, some]``. A fresh adapter does not look along them. One that
+        is loaded goes on looking as it did: else it would lose some of what it knows.
+        """
+        some = directions.shape[1]
+        self._spared[group] = directions, [
+            directions.new_zeros(group.rank, some) for _ in group.adapted]
+
+    @torch.no_grad()
+    def keep_clear(self) -> None:
+        """Undo what an update made the master weights look along what is spared."""
+        for group, (directions, looks) in self._spared.items():
+            for member, look in zip(group.adapted, looks, strict=True):
+                assert member.a is not None
+                member.a.addmm_(member.a @ directions - look, directions.t(), alpha=-1.0)
 
     def checked(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return tensors in the order of the master weights, or raise ``ValueError``."""

@@ -13,6 +13,7 @@ import math
 from torch import Tensor
 
 from mace_ros.events import Event
+from mace_ros.execution.directions import MainDirections
 from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
 from mace_ros.execution.sample import Sample, SampleScore
 from mace_ros.learning.gate import Gate
@@ -59,6 +60,7 @@ class Scoring:
     batches: Iterator[list[Sample]]
     done: Callable[[list[SampleScore], list[Sample]], list[Event]]
     piece_tokens: int       # of a layer, computed at once
+    directions: MainDirections | None = None
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
     taught: list[Sample] = field(default_factory=list)
@@ -83,6 +85,7 @@ class Job:
     piece_tokens: int = 0               # of a layer, computed at once
     gate: Gate | None = None
     scoring: Scoring | None = None
+    sparing: Iterator[None] | None = None   # piece by piece, what learning is to spare is found
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards
     lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
     repaired: bool = False              # trained on for what a good candidate had lost

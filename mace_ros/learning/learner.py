@@ -12,7 +12,7 @@ disk work goes to the journal's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
+from mace_ros.execution.directions import MainDirections
 from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
@@ -236,6 +237,8 @@ class Learner:
         job = self._job
         if job.scoring is not None:
             return self._go_on_scoring(job, job.scoring)
+        if job.sparing is not None:
+            return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
         if job.score_after is not None:
@@ -394,12 +397,27 @@ class Learner:
             return self._load(job)
         self._bank.reset()
         job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
-        return self._score(
-            job, self._lessons.replayed_anchors, partial(self._take_teachers, job))
+        directions = MainDirections(self._bank.spared)
+        return self._score(job, self._lessons.replayed_anchors,
+                           partial(self._take_teachers, job, directions), directions)
 
-    def _take_teachers(self, job: Job, scores: list[SampleScore],
+    def _take_teachers(self, job: Job, directions: MainDirections, scores: list[SampleScore],
                        taught: list[Sample]) -> list[Event]:
+        job.sparing = self._spare(directions, taught)
+        return []
+
+    def _spare(self, directions: MainDirections, taught: list[Sample]) -> Iterator[None]:
+        """Spare what was found, one group of layers after the other; then it is all known."""
+        for group, found in directions.found():
+            self._bank.spare(group, found)
+            yield
         self._lessons.teachers = taught
+
+    def _go_on_sparing(self, job: Job, sparing: Iterator[None]) -> list[Event]:
+        for _ in sparing:
+            self._wake()    # again at once, but for those who ask meanwhile
+            return []
+        job.sparing = None
         return self._load(job)
 
     def _load(self, job: Job) -> list[Event]:
@@ -501,12 +519,12 @@ class Learner:
 
     def _score(self, job: Job, samples: Sequence[Sample],
                done: Callable[[list[SampleScore], list[Sample]], list[Event]],
-               ) -> list[Event]:
+               directions: MainDirections | None = None) -> list[Event]:
         """Score samples under the adapter as it is, and go on with ``done``."""
         most = self._step_tokens
         job.step, job.scoring = None, Scoring(
             batches(samples, min(most, BATCH_TOKENS), shared=shared_tokens(samples)), done,
-            max(most, LEAST_PIECE))
+            max(most, LEAST_PIECE), directions)
         return self._go_on_scoring(job, job.scoring)
 
     def _go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
@@ -520,6 +538,7 @@ class Learner:
             assert job.trainer is not None
             scoring.step = FinetuneStep(
                 self._model, job.trainer, batch, learns=False, piece_tokens=scoring.piece_tokens,
+                directions=scoring.directions,
                 oldest_correction_at=min(self.unlearned, default=math.inf))
             return []
         job.scoring = None
