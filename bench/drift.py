@@ -38,7 +38,7 @@ SYSTEMS: Mapping[str, Mapping[str, Any]] = {
     'continuous': {'scheduler.policy': 'continuous'},
     'periodic': {'scheduler.policy': 'periodic'},
     'mace, no priority': {'finetune.order': 'arrival'},
-    'mace, no drift': {'drift.min_budget': 1.0},
+    'mace, no drift': {'drift.min_budget': 1.0, 'drift.gather_s': 0.0},
 }
 
 

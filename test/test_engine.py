@@ -33,6 +33,7 @@ from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning import choosing, learner
 from mace_ros.learning.anchors import ANCHORS
+from mace_ros.learning.gathering import Gathering
 from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.scheduling.plan import Plan, Segment, SegmentKind, State
@@ -494,6 +495,42 @@ def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
         robot.until(lambda e, i=i: isinstance(e, CorrectionProgress) and e.id == str(i))
         robot.engine.step()
     assert robot.engine.status().finetune_budget == robot.engine.settings.finetune.budget
+
+
+def in_calm_corrections_keep_coming(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(20):
+        robot.engine.learner.drift.outcome(0.0)
+    monkeypatch.setattr(Gathering, 'expected', lambda self, seconds: 2.0)
+
+
+def test_in_calm_corrections_wait_to_be_learned_together(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = robot.engine
+    in_calm_corrections_keep_coming(robot, monkeypatch)
+    engine.update(engine.settings.updated(
+        {'drift.gather_s': 1e6, 'finetune.max_steps': 2, 'gate.tolerance': 1.0}))
+    for i in range(learner.JOB_CORRECTIONS):
+        for _ in range(20):     # long enough to begin
+            engine.step()
+            assert engine.learner._job is None
+        engine.correct(Correction('A robot.', id=str(i), prompt=f'Question {i}?'))
+        robot.until(lambda e, i=i: isinstance(e, CorrectionProgress) and e.id == str(i))
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.TRAINING)
+    job = engine.learner._job
+    assert job is not None and len(job.corrections) == learner.JOB_CORRECTIONS
+
+
+def test_a_correction_that_stays_alone_is_learned_in_the_end(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = robot.engine
+    in_calm_corrections_keep_coming(robot, monkeypatch)
+    engine.update(engine.settings.updated({'drift.gather_s': 0.5, 'finetune.max_steps': 2}))
+    began = time.monotonic()
+    engine.correct(Correction('A robot.', id='alone', prompt='Who are you?'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.state is CorrectionState.TRAINING)
+    assert time.monotonic() - began >= 0.5
 
 
 def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(

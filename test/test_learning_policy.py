@@ -15,6 +15,7 @@ import pytest
 from mace_ros.execution.sample import Sample
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, surprise
+from mace_ros.learning.gathering import Gathering
 from mace_ros.learning.job import Job
 from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
@@ -117,6 +118,21 @@ def test_surprise_is_a_share() -> None:
     assert surprise(0.0) == 0.0 and surprise(0.1) == 0.0
     assert surprise(-100.0) == pytest.approx(1.0)
     assert surprise(math.log(0.25)) == pytest.approx(0.75)
+
+
+def test_how_often_corrections_come_is_told_by_what_comes_during_jobs() -> None:
+    gathering = Gathering()
+    gathering.came()                    # to an idle robot
+    gathering.ended(5.0)
+    assert gathering.expected(15.0) == 0.0
+    for job in range(10):
+        gathering.begun(10.0 * job)
+        for _ in range(2 if job < 8 else 0):
+            gathering.came()
+        gathering.ended(10.0 * job + 4.0)
+        gathering.ended(10.0 * job + 9.0)   # it has ended already
+        gathering.came()
+    assert gathering.expected(8.0) == pytest.approx(8.0 * 4 / 16)   # of the latest four
 
 
 # -- samples -----------------------------------------------------------------------------

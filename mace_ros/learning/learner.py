@@ -32,8 +32,9 @@ from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleS
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
 from mace_ros.learning.describing import peft_config, version_event
-from mace_ros.learning.drift import Drift, surprise
+from mace_ros.learning.drift import Drift, DriftState, surprise
 from mace_ros.learning.gate import BATCH_TOKENS, batches, Verdict
+from mace_ros.learning.gathering import Gathering
 from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
@@ -81,6 +82,8 @@ class Learner:
         self._jobs = 0
         self._turns: dict[str, int] = {}    # of profiles that wait: after which job
         self.drift = Drift()
+        self._gathering = Gathering()
+        self._gathers_until = -math.inf
         self._settings = Settings()
         self._rejections: deque[Future[VersionRecord]] = deque()
         self.clock: Callable[[], float] = time.monotonic
@@ -128,6 +131,7 @@ class Learner:
         older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
                  and w.record.profile == record.profile]
         self._waiting = [w for w in self._waiting if w not in older]
+        self._gathering.came()
         self._waiting.append(
             Waiting(record, arrived, repeats=sum(1 + w.repeats for w in older)))
 
@@ -188,7 +192,8 @@ class Learner:
         """When :meth:`advance` can go on by itself, if it waits for nothing but a time."""
         job = self._job
         # Later than that it waits for a slot, of which the engine tells.
-        return job.save_at if job is not None and job.save_at > self.clock() else None
+        at = self._gathers_until if job is None else job.save_at
+        return at if self.busy and at > self.clock() else None
 
     @property
     def backlog(self) -> bool:
@@ -233,6 +238,7 @@ class Learner:
             if written.exception() is None:     # else it is not on record; nothing else is lost
                 return [version_event(written.result(), self._store)]
         if self._job is None:
+            self._gathering.ended(self.clock())
             return self._start()
         job = self._job
         if job.scoring is not None:
@@ -315,6 +321,8 @@ class Learner:
         ready = [w for w in self._waiting if w.record.profile != self.held]
         if not ready:
             return self._rehearse()
+        if self._decides and self._gathers(ready):
+            return []
         profile = self._next_profile(ready)
         chosen = [w for w in ready if w.record.profile == profile]
         if not self._decides:
@@ -329,6 +337,14 @@ class Learner:
                 for w in chosen]
         self._begin(profile, chosen)
         return []
+
+    def _gathers(self, waiting: Sequence[Waiting]) -> bool:
+        """Return whether more corrections are worth waiting for, in calm."""
+        patience_s = self._settings.drift.gather_s
+        self._gathers_until = min(w.arrived for w in waiting) + patience_s
+        return (self.drift.state is DriftState.CALM and len(waiting) < JOB_CORRECTIONS
+                and self._gathering.expected(patience_s) >= 1.0
+                and self.clock() < self._gathers_until)
 
     def _next_profile(self, ready: Sequence[Waiting]) -> str:
         """Return whose turn it is: who is corrected without end must not hold up the others."""
@@ -368,6 +384,7 @@ class Learner:
         if self._known_of != (profile, live.profile, live.version):
             self._known, self._known_of = {}, (profile, live.profile, live.version)
         self._job = Job(profile, chosen, parent, self._submit(fetch))
+        self._gathering.begun(self.clock())
         self._jobs += 1
         self.wants_anchors = self._lessons.anchors is None
         return self._job
