@@ -112,11 +112,12 @@ def test_a_version_of_before_keeps_what_it_knows(model: HybridModel, bank: Adapt
 
 
 def test_never_too_many_are_spared() -> None:
-    """A sixteenth of an input's directions at most; the memory for them is counted at once."""
-    none, many = (
-        AdapterBank(HybridModel(tiny_model('llama'), kv_tokens=1024).groups, targets='down_proj',
-                    rank=RANK, alpha=ALPHA, slots=1, spared=spared) for spared in (0, 4096))
-    adapted = [g for g in many.groups if g.adapted]
-    assert {many.spared(g) for g in adapted} == {g.weight.shape[1] // 16 for g in adapted}
-    assert many.nbytes - none.nbytes == sum(
-        4 * g.weight.shape[1] * many.spared(g) for g in adapted)
+    """A sixteenth of an input's directions at most; the memory that they take is known before."""
+    model = HybridModel(tiny_model('llama'), kv_tokens=1024)
+    bank = AdapterBank(model.groups, targets='down_proj', rank=RANK, alpha=ALPHA, slots=1,
+                       spared=4096)
+    directions = found(model, bank)
+    assert directions.keys() == {g for g in bank.groups if g.adapted}
+    assert all(basis.shape == (g.weight.shape[1], g.weight.shape[1] // 16)
+               for g, basis in directions.items())
+    assert bank.spared_nbytes == sum(basis.nbytes for basis in directions.values())

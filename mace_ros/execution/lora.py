@@ -388,10 +388,14 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the slots, the master weights, and the directions to be spared."""
+        """Memory of the slots and the master weights."""
         return (sum(g.slots_nbytes for g in self.groups)
-                + sum(p.nbytes for p in self.parameters())
-                + sum(4 * g.weight.shape[1] * self.spared(g) for g in self.groups if g.adapted))
+                + sum(p.nbytes for p in self.parameters()))
+
+    @property
+    def spared_nbytes(self) -> int:
+        """Memory of the directions that are to be spared, once they are known."""
+        return sum(4 * g.weight.shape[1] * self.spared(g) for g in self.groups if g.adapted)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the master weights, A and B of each adapted layer."""
