@@ -18,7 +18,7 @@ from mace_ros.learning.versions import VersionStore, WEIGHTS
 from mace_ros.storage import JOURNAL
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_killed_node_has_lost_nothing(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,6 +8,7 @@ import errno
 from itertools import pairwise
 import math
 from pathlib import Path
+import threading
 import time
 
 import pytest
@@ -33,6 +34,7 @@ from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning import choosing, learner
 from mace_ros.learning.anchors import ANCHORS
+from mace_ros.learning.drift import Drift, DriftState
 from mace_ros.learning.gathering import Gathering
 from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
@@ -497,40 +499,75 @@ def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
     assert robot.engine.status().finetune_budget == robot.engine.settings.finetune.budget
 
 
-def in_calm_corrections_keep_coming(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(20):
-        robot.engine.learner.drift.outcome(0.0)
-    monkeypatch.setattr(Gathering, 'expected', lambda self, seconds: 2.0)
-
-
-def test_in_calm_corrections_wait_to_be_learned_together(
+def test_in_calm_corrections_that_keep_coming_are_learned_together(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = robot.engine
-    in_calm_corrections_keep_coming(robot, monkeypatch)
-    engine.update(engine.settings.updated(
-        {'drift.gather_s': 1e6, 'finetune.max_steps': 2, 'gate.tolerance': 1.0}))
-    for i in range(learner.JOB_CORRECTIONS):
-        for _ in range(20):     # long enough to begin
-            engine.step()
-            assert engine.learner._job is None
-        engine.correct(Correction('A robot.', id=str(i), prompt=f'Question {i}?'))
-        robot.until(lambda e, i=i: isinstance(e, CorrectionProgress) and e.id == str(i))
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
-                and e.state is CorrectionState.TRAINING)
-    job = engine.learner._job
-    assert job is not None and len(job.corrections) == learner.JOB_CORRECTIONS
+    """Those of one profile: others, and who repeats a correction, wait no longer for that."""
+    engine, jobs = robot.engine, []
+    monkeypatch.setattr(Drift, 'state', DriftState.CALM)
+    begin = learner.Learner._begin
+    monkeypatch.setattr(learner.Learner, '_begin', lambda self, profile, chosen: (
+        jobs.append({w.record.id for w in chosen}), begin(self, profile, chosen))[1])
+    engine.update(engine.settings.updated({
+        'drift.gather_s': 1e6, 'slo.freshness_s': 1e6, 'drift.min_budget': 1.0,
+        'finetune.max_steps': 2}))
+
+    def correct(name: str, *, about: str = '', profile: str = '') -> None:
+        engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?',
+                                  profile=profile))
+        robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == name)
+
+    def ended(name: str) -> Callable[[Event], bool]:
+        return lambda e: (isinstance(e, CorrectionProgress) and e.id == name and e.state in DONE)
+
+    correct('first')
+    while not jobs:     # at once: nobody else has come
+        engine.step()
+    correct('1')
+    correct('2')
+    robot.until(ended('first'))
+    for _ in range(20):
+        until = engine.step().wake_at
+    assert until is not None and until > time.monotonic() + 1e5
+    correct('2 again', about='2')
+    assert engine.step().wake_at == until
+    correct("ann's", profile='ann')
+    robot.until(ended("ann's"))
+    assert jobs == [{'first'}, {"ann's"}]
+    correct('3')
+    correct('4')
+    robot.until(ended('4'))
+    assert jobs == [{'first'}, {"ann's"}, {'1', '2 again', '3', '4'}]
 
 
 def test_a_correction_that_stays_alone_is_learned_in_the_end(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = robot.engine
-    in_calm_corrections_keep_coming(robot, monkeypatch)
-    engine.update(engine.settings.updated({'drift.gather_s': 0.5, 'finetune.max_steps': 2}))
-    began = time.monotonic()
+    monkeypatch.setattr(Drift, 'state', DriftState.CALM)
+    monkeypatch.setattr(Gathering, 'expected', lambda self, profile, seconds, now: 2.0)
+    engine.update(engine.settings.updated({'drift.gather_s': 1.0, 'finetune.max_steps': 2}))
     engine.correct(Correction('A robot.', id='alone', prompt='Who are you?'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
-                and e.state is CorrectionState.TRAINING)
-    assert time.monotonic() - began >= 0.5
+    robot.until(lambda e: isinstance(e, CorrectionProgress))
+    accepted = time.monotonic()
+    while engine.learner._job is None:
+        engine.step()
+    assert 0.5 <= time.monotonic() - accepted < 30.0
+
+
+def test_learning_needs_nobody_to_wake_it(settings: Settings, tmp_path: Path) -> None:
+    """Whatever it waits for, it says for how long, or wakes the engine itself."""
+    woken = threading.Event()
+    engine = Engine(settings, storage=tmp_path / 'woken', wake=woken.set)
+    try:
+        engine.correct(Correction('A robot.', id='c', prompt='Who are you?'))
+        states: set[CorrectionState] = set()
+        while not states.intersection(DONE):
+            woken.clear()
+            iteration = engine.step()
+            states |= {e.state for e in iteration.events if isinstance(e, CorrectionProgress)}
+            if iteration.wake_at is None:
+                assert woken.wait(30.0) or states.intersection(DONE)
+    finally:
+        engine.close()
 
 
 def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(

@@ -142,6 +142,12 @@ def test_a_correction_sent_twice_is_kept_once(journal: Journal) -> None:
     assert kept is not None
     assert (kept.corrected, kept.state, kept.adapter_version) == ('right', LEARNED, 4)
     assert not journal.set_correction('unknown', TRAINING)
+    # What became of it meanwhile stays so, whatever was known when that was written.
+    journal.set_correction('k', CorrectionState.SUPERSEDED, 'by correction k2')
+    assert not journal.set_correction('k', TRAINING, if_pending=True)
+    kept = journal.correction('k')
+    assert kept is not None and kept.state is CorrectionState.SUPERSEDED
+    assert not journal.pending()
 
 
 def test_pending_is_what_a_restarted_node_goes_on_with(journal: Journal) -> None:

@@ -15,7 +15,7 @@ import pytest
 from mace_ros.execution.sample import Sample
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, surprise
-from mace_ros.learning.gathering import Gathering
+from mace_ros.learning.gathering import FORGOTTEN_S, Gathering
 from mace_ros.learning.job import Job
 from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
@@ -122,17 +122,20 @@ def test_surprise_is_a_share() -> None:
 
 def test_how_often_corrections_come_is_told_by_what_comes_during_jobs() -> None:
     gathering = Gathering()
-    gathering.came()                    # to an idle robot
+    gathering.came('')                      # to an idle robot
     gathering.ended(5.0)
-    assert gathering.expected(15.0) == 0.0
+    assert gathering.expected('', 15.0, 5.0) == 0.0
     for job in range(10):
         gathering.begun(10.0 * job)
-        for _ in range(2 if job < 8 else 0):
-            gathering.came()
+        for profile in ('', '', 'ann') if job < 8 else ():
+            gathering.came(profile)
         gathering.ended(10.0 * job + 4.0)
         gathering.ended(10.0 * job + 9.0)   # it has ended already
-        gathering.came()
-    assert gathering.expected(8.0) == pytest.approx(8.0 * 4 / 16)   # of the latest four
+        gathering.came('')
+    # Of the latest four, of which two had none.
+    assert gathering.expected('', 8.0, 100.0) == pytest.approx(8.0 * 4 / 16)
+    assert gathering.expected('ann', 8.0, 100.0) == pytest.approx(8.0 * 2 / 16)
+    assert gathering.expected('', 8.0, 94.0 + FORGOTTEN_S) == 0.0
 
 
 # -- samples -----------------------------------------------------------------------------

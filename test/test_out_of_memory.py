@@ -31,6 +31,7 @@ from mace_ros.events import (
     Query,
 )
 from mace_ros.execution import loading
+from mace_ros.execution.directions import MainDirections
 from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
@@ -50,6 +51,9 @@ SERVING = {
 LEARNING = {
     'reading the live version': (AdapterBank, 'reset'),
     'optimizer state': (Trainer, '__init__'),
+    'the main directions': (MainDirections, 'watch'),
+    'what is spared': (AdapterBank, 'spare'),
+    'keeping clear of it': (AdapterBank, 'keep_clear'),
     'a step': (FinetuneStep, '__init__'),
     'rows that ride': (FinetuneStep, 'rows'),
     'a forward': (FinetuneStep, '_forward_layer'),
@@ -250,6 +254,8 @@ def test_learning_breaks_off_alone_and_is_tried_again(
 ) -> None:
     lesson = Lesson(robot)
     with monkeypatch.context() as patch:
+        if where in ('the main directions', 'what is spared'):      # found in the first job
+            robot.engine.learner._lessons.teachers = None
         if where == 'rows that ride':
             let_forwards_ride(robot.engine, patch)
         injected = inject(patch, LEARNING[where])

@@ -45,4 +45,5 @@ class MainDirections:
         """Yield each group with orthonormal directions, ``[in, some]``; milliseconds each."""
         while self._sums:
             group, seen = self._sums.popitem()
-            yield group, torch.linalg.qr(seen).Q
+            if seen.isfinite().all():   # as with weights, what is no number must reach nothing
+                yield group, torch.linalg.qr(seen).Q

@@ -12,6 +12,7 @@ of the undivided step, because a layer's input is all that its backward needs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import math
 from typing import Any
@@ -377,10 +378,8 @@ class FinetuneStep:
         segment = self._segments.pop(0)
         match segment.kind:
             case SegmentKind.FORWARD:
-                self.model.adapters.watch = (
-                    None if self._directions is None else self._directions.watch)
-                self._forward_layer(len(self._hidden) - 1)
-                self.model.adapters.watch = None
+                with self._shown():
+                    self._forward_layer(len(self._hidden) - 1)
             case SegmentKind.HEAD:
                 self._head()
             case SegmentKind.BACKWARD | SegmentKind.BACKWARD_RECOMPUTED:
@@ -404,6 +403,16 @@ class FinetuneStep:
             return run_layer(self.model.layers[index], x, self._calls[index])
         self._static.begin(self, self._padded, self._calls, shared=self._shared)
         return self._static.run(index, x, again=again)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Show the directions what goes into the adapted layers."""
+        adapters = self.model.adapters
+        adapters.watch = None if self._directions is None else self._directions.watch
+        try:
+            yield
+        finally:
+            adapters.watch = None
 
     def _forward_layer(self, index: int) -> None:
         self._alone = True

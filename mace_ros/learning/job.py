@@ -28,9 +28,15 @@ class Waiting:
     record: CorrectionRecord
     arrived: float    # on the engine's clock
     tries: int = 1
-    repeats: int = 0  # earlier corrections of the same question that it took the place of
+    repeats: int = 0  # earlier corrections of the same question that it took the place of ...
+    since: float = math.inf     # ... of which the first arrived then
     leads: tuple[float, ...] = ()   # mean log p of its texts when it was scored
     reference: float = 0.0    # log p(corrected) - log p(rejected) under the live version
+
+    @property
+    def waits_since(self) -> float:
+        """Since when somebody waits for this question to be answered right."""
+        return min(self.arrived, self.since)
 
 
 @dataclass

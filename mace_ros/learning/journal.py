@@ -230,12 +230,18 @@ class Journal(JournalFile):
 
     def set_correction(
         self, correction_id: str, state: CorrectionState, reason: str = '',
-        adapter_version: int = 0,
+        adapter_version: int = 0, *, if_pending: bool = False,
     ) -> bool:
-        """Write what became of a correction; return False if there is none of that id."""
+        """
+        Write what became of a correction; return False if there is none of that id.
+
+        Nor, ``if_pending``, one that is still to be learned.
+        """
+        condition = f'AND state IN {PENDING_SQL}' if if_pending else ''
         with self.transaction():
             cursor = self.execute(
-                'UPDATE corrections SET state = ?, reason = ?, adapter_version = ? WHERE id = ?',
+                'UPDATE corrections SET state = ?, reason = ?, adapter_version = ? '
+                f'WHERE id = ? {condition}',
                 int(state), reason, adapter_version, correction_id)
         return cursor.rowcount == 1
 

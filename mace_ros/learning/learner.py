@@ -83,7 +83,7 @@ class Learner:
         self._turns: dict[str, int] = {}    # of profiles that wait: after which job
         self.drift = Drift()
         self._gathering = Gathering()
-        self._gathers_until = -math.inf
+        self._gathers_until: float | None = None
         self._settings = Settings()
         self._rejections: deque[Future[VersionRecord]] = deque()
         self.clock: Callable[[], float] = time.monotonic
@@ -131,9 +131,11 @@ class Learner:
         older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
                  and w.record.profile == record.profile]
         self._waiting = [w for w in self._waiting if w not in older]
-        self._gathering.came()
-        self._waiting.append(
-            Waiting(record, arrived, repeats=sum(1 + w.repeats for w in older)))
+        if not older:
+            self._gathering.came(record.profile)
+        self._waiting.append(Waiting(
+            record, arrived, repeats=sum(1 + w.repeats for w in older),
+            since=min((w.waits_since for w in older), default=math.inf)))
 
     def renew(self, record: CorrectionRecord) -> list[Event] | None:
         """
@@ -191,9 +193,10 @@ class Learner:
     def wake_at(self) -> float | None:
         """When :meth:`advance` can go on by itself, if it waits for nothing but a time."""
         job = self._job
+        if job is None:
+            return self._gathers_until
         # Later than that it waits for a slot, of which the engine tells.
-        at = self._gathers_until if job is None else job.save_at
-        return at if self.busy and at > self.clock() else None
+        return job.save_at if job.save_at > self.clock() else None
 
     @property
     def backlog(self) -> bool:
@@ -204,7 +207,7 @@ class Learner:
     def unlearned(self) -> list[float]:
         """When each correction arrived, on the engine's clock, that is not yet learned."""
         job = self._job
-        return [w.arrived for w in [*(job.corrections if job else []), *self._waiting]]
+        return [w.waits_since for w in [*(job.corrections if job else []), *self._waiting]]
 
     @property
     def step(self) -> FinetuneStep | None:
@@ -311,6 +314,7 @@ class Learner:
 
     def _start(self) -> list[Event]:
         settings = self._settings
+        self._gathers_until = None
         if settings.finetune.budget == 0:
             return []
         suspicion = self._suspicion
@@ -321,8 +325,10 @@ class Learner:
         ready = [w for w in self._waiting if w.record.profile != self.held]
         if not ready:
             return self._rehearse()
-        if self._decides and self._gathers(ready):
-            return []
+        if self._decides:
+            ready = self._gathered(ready)
+            if not ready:
+                return []
         profile = self._next_profile(ready)
         chosen = [w for w in ready if w.record.profile == profile]
         if not self._decides:
@@ -338,13 +344,24 @@ class Learner:
         self._begin(profile, chosen)
         return []
 
-    def _gathers(self, waiting: Sequence[Waiting]) -> bool:
-        """Return whether more corrections are worth waiting for, in calm."""
-        patience_s = self._settings.drift.gather_s
-        self._gathers_until = min(w.arrived for w in waiting) + patience_s
-        return (self.drift.state is DriftState.CALM and len(waiting) < JOB_CORRECTIONS
-                and self._gathering.expected(patience_s) >= 1.0
-                and self.clock() < self._gathers_until)
+    def _gathered(self, ready: Sequence[Waiting]) -> list[Waiting]:
+        """Return those that need not wait for others to be learned with them."""
+        if self.drift.state is not DriftState.CALM:
+            return [*ready]
+        settings, now = self._settings, self.clock()
+        patience_s = min(settings.drift.gather_s, settings.slo.freshness_s)
+        gathered: list[Waiting] = []
+        for profile in dict.fromkeys(w.record.profile for w in ready):
+            some = [w for w in ready if w.record.profile == profile]
+            until = min(w.waits_since for w in some) + patience_s
+            # Another one like the last must fit into the job.
+            if (now < until and len(some) < JOB_CORRECTIONS
+                    and len(self._fitting([*some, some[-1]])) > len(some)
+                    and self._gathering.expected(profile, patience_s, now) >= 1.0):
+                self._gathers_until = min(self._gathers_until or until, until)
+            else:
+                gathered += some
+        return gathered
 
     def _next_profile(self, ready: Sequence[Waiting]) -> str:
         """Return whose turn it is: who is corrected without end must not hold up the others."""
@@ -414,18 +431,18 @@ class Learner:
             return self._load(job)
         self._bank.reset()
         job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
-        directions = MainDirections(self._bank.spared)
+        directions = MainDirections(self._bank.spared) if self._bank.spared_nbytes else None
         return self._score(job, self._lessons.replayed_anchors,
                            partial(self._take_teachers, job, directions), directions)
 
-    def _take_teachers(self, job: Job, directions: MainDirections, scores: list[SampleScore],
+    def _take_teachers(self, job: Job, directions: MainDirections | None, scores: list[SampleScore],
                        taught: list[Sample]) -> list[Event]:
         job.sparing = self._spare(directions, taught)
-        return []
+        return self._go_on_sparing(job, job.sparing)
 
-    def _spare(self, directions: MainDirections, taught: list[Sample]) -> Iterator[None]:
+    def _spare(self, directions: MainDirections | None, taught: list[Sample]) -> Iterator[None]:
         """Spare what was found, one group of layers after the other; then it is all known."""
-        for group, found in directions.found():
+        for group, found in directions.found() if directions is not None else ():
             self._bank.spare(group, found)
             yield
         self._lessons.teachers = taught
@@ -725,6 +742,7 @@ class Learner:
         live = self._first_scores | {
             r.id: s.log_probability for r, s in zip(unseen, scores, strict=True)}
         self._job = None
+        self._wake()
         if to_blame([s.log_probability - live[r.id]
                      for r, s in zip(suspicion.corrections, better, strict=True)]):
             self.condemn(suspicion)
@@ -758,7 +776,9 @@ class Learner:
 
     def _set_state(self, record: CorrectionRecord, state: CorrectionState, reason: str = '',
                    version: int = 0) -> CorrectionProgress:
-        self._journal.submit(lambda j: j.set_correction(record.id, state, reason, version))
+        # One that was superseded meanwhile stays so.
+        self._journal.submit(lambda j: j.set_correction(
+            record.id, state, reason, version, if_pending=True))
         return CorrectionProgress(record.id, state, reason, version)
 
     def _length(self, record: CorrectionRecord) -> int:
