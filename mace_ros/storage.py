@@ -9,6 +9,9 @@ from pathlib import Path
 
 JOURNAL = 'journal.sqlite'
 MODEL = 'model.txt'         # the base model, without which the rest means nothing
+# Of a version, as PEFT calls them.
+WEIGHTS = 'adapter_model.safetensors'
+CONFIG = 'adapter_config.json'
 
 
 def default_folder(node: str) -> Path:

@@ -242,9 +242,9 @@ def test_an_export_can_be_taken_in_elsewhere(storage: Path, tmp_path: Path) -> N
         journal.accept(correction('mine', 'Who am I?', profile='ann'))
     (other / MODEL).write_text('a model\n')
     assert run(other, 'import', str(file)) == (
-        '2 corrections and 3 answers taken in, 0 known already\n')
+        '2 corrections, 3 answers and 0 versions taken in, 0 known already\n')
     assert run(other, 'import', text=file.read_text()) == (
-        '0 corrections and 0 answers taken in, 5 known already\n')
+        '0 corrections, 0 answers and 0 versions taken in, 5 known already\n')
     with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
         assert new.answers() == journal.answers()
         assert [c.id for c in new.pending()] == ['k1', 'k2']
@@ -255,7 +255,35 @@ def test_an_export_can_be_taken_in_elsewhere(storage: Path, tmp_path: Path) -> N
         assert not new.versions()
 
 
+def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path: Path) -> None:
+    """Under new numbers, to be made live by a rollback; a second time nothing is new."""
+    export = run(storage, 'export', '--weights')
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL) as journal:
+        publish(journal, VersionStore(other), '', 'mine')
+    (other / MODEL).write_text('a model\n')
+    spoilt = export.replace('"sha256": "', '"sha256": "0')
+    assert 'checksum' in run(other, 'import', text=spoilt, code=1)
+    assert '2 versions taken in, 0 known' in run(other, 'import', text=export)
+    assert '0 versions taken in, 7 known' in run(other, 'import', text=export)
+    with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
+        mine, *theirs = new.versions('')
+        assert [v.correction_ids for v in theirs] == [
+            v.correction_ids for v in journal.versions('')]
+        assert [v.parent for v in theirs] == [0, theirs[0].version]
+        assert new.live('') == mine
+        store = VersionStore(other)
+        for here, there in zip(theirs, journal.versions(''), strict=True):
+            assert torch.equal(store.load(here.path, here.sha256)['weight'],
+                               VersionStore(storage).load(there.path, there.sha256)['weight'])
+        roll_back(new, '', theirs[-1].version, 'better')
+        assert new.live('') == theirs[-1]
+
+
 @pytest.mark.parametrize(('line', 'why'), [
+    ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "!"}', 'Error'),
+    ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "aaaa"}',
+     'checksum'),
     ('no JSON', 'JSONDecodeError'), ('[]', 'Error'), ('{"kind": "secret"}', 'secret'),
     ('{"kind": "correction", "id": "a"}', 'missing'),
     ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [], "corrected": ""}',

@@ -4,26 +4,34 @@
 A journal as lines of JSON, to be read, kept or given to another robot.
 
 The first line names the base model, without which token ids mean nothing. Each other one
-is a record with the names of its fields, and a ``kind``: answer, correction or version.
+is a record with the names of its fields, and a ``kind``: answer, correction or version. A
+version may have its files with it: ``weights``, in base64, and PEFT's ``config``.
 """
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from enum import IntEnum
+import hashlib
 import json
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from mace_ros.events import Correction, CorrectionState
-from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, PENDING
+from mace_ros.events import Correction, CorrectionState, VersionState
+from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, PENDING, VersionRecord
 from mace_ros.validation import checked_correction
 
 KINDS = ('answer', 'correction', 'version')
 
-_Record = TypeVar('_Record', Answer, CorrectionRecord)
+# Returns the bytes of a version's weights, and its configuration.
+ReadFiles: TypeAlias = Callable[[VersionRecord], tuple[bytes, dict[str, Any]]]
+# Saves those under the profile and version of a record; returns it with path and checksum.
+SaveFiles: TypeAlias = Callable[[VersionRecord, bytes, dict[str, Any]], VersionRecord]
+
+_Record = TypeVar('_Record', Answer, CorrectionRecord, VersionRecord)
 
 
 class InvalidLine(ValueError):
@@ -31,8 +39,12 @@ class InvalidLine(ValueError):
 
 
 def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
-           profile: str | None = None) -> Iterator[str]:
-    """Yield the lines of a journal of that base model; None is all profiles."""
+           profile: str | None = None, read: ReadFiles | None = None) -> Iterator[str]:
+    """
+    Yield the lines of a journal of that base model; None is all profiles.
+
+    Versions that are on disk have their files with them if there is somebody to ``read`` these.
+    """
     yield json.dumps({'kind': 'model', 'model': model})
     with journal.snapshot():
         found: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
@@ -40,19 +52,27 @@ def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
             'version': journal.versions}
         for kind in kinds:
             for record in found[kind](profile):
-                yield json.dumps({'kind': kind, **_plain(asdict(record))}, ensure_ascii=False)
+                files = {}
+                if read is not None and kind == 'version' and record.sha256:
+                    weights, config = read(record)
+                    files = {'weights': base64.b64encode(weights).decode(), 'config': config}
+                yield json.dumps({'kind': kind, **_plain(asdict(record)), **files},
+                                 ensure_ascii=False)
 
 
-def take_in(journal: Journal, lines: Iterable[str], model: str) -> Counter[str]:
+def take_in(journal: Journal, lines: Iterable[str], model: str,
+            save: SaveFiles) -> Counter[str]:
     """
-    Keep the answers and corrections of an export, all or none; return how many of each.
+    Keep what is in an export, all or none; return how many of each kind.
 
     What is known by its id is left as it is. A correction that another robot has learned,
     or was about to, is to be learned by this one; one that it had given up stays so.
-    Versions are passed over: their weights are not in the lines. ``model`` is the base
-    model of this journal. Raises :class:`InvalidLine`.
+    A version with its files gets a new number here, and can be made live by a rollback; one
+    without is passed over. ``model`` is the base model of this journal. Raises
+    :class:`InvalidLine`; what was saved until then is on no record.
     """
     taken: Counter[str] = Counter()
+    numbers: dict[tuple[str, int], int] = {}     # of versions here, by profile and number there
     begun = False
     with journal.transaction():
         for number, line in enumerate(lines, 1):
@@ -64,7 +84,8 @@ def take_in(journal: Journal, lines: Iterable[str], model: str) -> Counter[str]:
                 if not begun and (kind != 'model' or values['model'] != model):
                     raise ValueError(f'its base model must come first, and be {model!r}')
                 begun = True
-                taken += Counter({_take(journal, kind, values): 1})
+                taken[_take_version(journal, values, save, numbers) if kind == 'version'
+                      else _take(journal, kind, values)] += 1
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise InvalidLine(f'line {number}: {type(error).__name__}: {error}') from error
     return taken
@@ -90,9 +111,38 @@ def _take(journal: Journal, kind: str, values: dict[str, Any]) -> str:
         if correction.state in PENDING:
             journal.supersede(correction)
         return 'corrections'
-    if kind in ('model', 'version'):
-        return 'versions' if kind == 'version' else 'models'
+    if kind == 'model':
+        return 'models'
     raise ValueError(f'kind {kind!r} is none of {", ".join(KINDS)}')
+
+
+def _take_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
+                  numbers: dict[tuple[str, int], int]) -> str:
+    """Take in a version; return what became of it, in a word."""
+    coded, config = values.pop('weights', None), values.pop('config', None)
+    record = _record(VersionRecord, values)
+    if coded is None:
+        return 'versions without files'
+    weights = base64.b64decode(coded, validate=True)
+    if hashlib.sha256(weights).hexdigest() != record.sha256:
+        raise ValueError('the weights have another checksum than the version')
+    if not isinstance(config, dict):
+        raise ValueError('config: an object expected')
+    here = {(v.sha256, v.correction_ids): v.version for v in journal.versions(record.profile)}
+    known = here.get((record.sha256, record.correction_ids))
+    if known is not None:
+        numbers[record.profile, record.version] = known
+        return 'known'
+    new = replace(record, state=VersionState.PUBLISHED, reason='imported',
+                  parent=numbers.get((record.profile, record.parent), 0))
+    while True:
+        new = replace(new, version=journal.next_version(record.profile))
+        try:
+            journal.record_version(save(new, weights, config))
+        except FileExistsError:     # left by what was broken off
+            continue
+        numbers[record.profile, record.version] = new.version
+        return 'versions'
 
 
 def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
@@ -109,8 +159,14 @@ def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
             if not all(isinstance(m[key], str) for m in value for key in ('role', 'content')):
                 raise ValueError('messages: each has a role and a content')
             values[name] = tuple(value)
+        elif name == 'correction_ids':
+            if not all(isinstance(i, str) for i in value):
+                raise ValueError(f'{name}: ids are text')
+            values[name] = tuple(value)
         elif name == 'state':
-            values[name] = CorrectionState[value]
+            values[name] = (VersionState if kind is VersionRecord else CorrectionState)[value]
+        elif value is None and expected[name].type == 'float':
+            values[name] = math.nan
         elif expected[name].type in ('int', 'float'):
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f'{name}: a number expected, not {value!r}')
@@ -122,6 +178,8 @@ def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
         checked_correction(Correction(
             record.corrected, id=record.id, prompt='.', profile=record.profile,
             weight=record.weight, rejected=record.rejected, source=record.source))
+    elif isinstance(record, VersionRecord):
+        checked_correction(Correction('.', id='.', prompt='.', profile=record.profile))
     return record
 
 

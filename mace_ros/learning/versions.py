@@ -25,13 +25,10 @@ from safetensors.torch import load, save
 import torch
 
 from mace_ros.learning.journal_file import make_folder, sync_folder
-from mace_ros.storage import MODEL
+from mace_ros.storage import CONFIG, MODEL, WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS = 'adapter_model.safetensors'
-CONFIG = 'adapter_config.json'
 
 _TEMPORARY = '.tmp-'
 

@@ -12,9 +12,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+import json
 import os
 from pathlib import Path
 import sys
+from typing import Any
 
 from mace_ros.learning.exchange import export, InvalidLine, KINDS, take_in
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
@@ -27,7 +31,7 @@ from mace_ros.learning.retention import (
     remove_files,
 )
 from mace_ros.learning.storage_lock import StorageInUse, StorageLock
-from mace_ros.storage import default_folder, JOURNAL, MODEL
+from mace_ros.storage import CONFIG, default_folder, JOURNAL, MODEL, WEIGHTS
 
 
 class Refused(RuntimeError):
@@ -59,6 +63,29 @@ def base_model(folder: Path) -> str:
     return note.read_text().strip() if note.exists() else ''
 
 
+def read_files(folder: Path, record: VersionRecord) -> tuple[bytes, dict[str, Any]]:
+    """Return the weights and the configuration of a version in a storage folder."""
+    path = folder / record.path
+    return (path / WEIGHTS).read_bytes(), json.loads((path / CONFIG).read_text())
+
+
+def save_files(folder: Path, record: VersionRecord, weights: bytes,
+               config: dict[str, Any]) -> VersionRecord:
+    """Save a version in a storage folder that nobody uses; return it as it is there."""
+    # Only now: torch takes its time.
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from mace_ros.learning.versions import VersionStore
+
+    try:
+        tensors = load(weights)
+    except SafetensorError as error:
+        raise ValueError(f'weights: {error}') from error
+    saved = VersionStore(folder).save(record.profile, record.version, tensors, config)
+    return replace(record, path=saved.path, sha256=saved.sha256)
+
+
 def show(record: Answer | CorrectionRecord | VersionRecord) -> str:
     """Return a line about a record, its fields apart by tabs."""
     if isinstance(record, VersionRecord):
@@ -87,7 +114,8 @@ def do_list(given: argparse.Namespace) -> None:
 def do_export(given: argparse.Namespace) -> None:
     """Write the lines to a file, or to stdout."""
     with opened(given.folder) as journal:
-        lines = export(journal, base_model(given.folder), given.only or KINDS, given.profile)
+        lines = export(journal, base_model(given.folder), given.only or KINDS, given.profile,
+                       partial(read_files, given.folder) if given.weights else None)
         if given.file == '-':
             for line in lines:
                 print(line)
@@ -99,16 +127,20 @@ def do_export(given: argparse.Namespace) -> None:
 def do_import(given: argparse.Namespace) -> None:
     """Take in the lines of a file, or of stdin."""
     with opened(given.folder) as journal, alone(given.folder):
+        save = partial(save_files, given.folder)
         if given.file == '-':
-            taken = take_in(journal, sys.stdin, base_model(given.folder))
+            taken = take_in(journal, sys.stdin, base_model(given.folder), save)
         else:
             with open(given.file, encoding='utf-8') as file:
-                taken = take_in(journal, file, base_model(given.folder))
-    print(f'{taken["corrections"]} corrections and {taken["answers"]} answers taken in, '
-          f'{taken["known"]} known already')
+                taken = take_in(journal, file, base_model(given.folder), save)
+    print(f'{taken["corrections"]} corrections, {taken["answers"]} answers and '
+          f'{taken["versions"]} versions taken in, {taken["known"]} known already')
     if taken['versions']:
-        print(f'{taken["versions"]} versions passed over: an export does not hold their weights; '
-              'their corrections are learned anew', file=sys.stderr)
+        print('no version of these is live: ~/rollback makes one so', file=sys.stderr)
+    if passed := taken['versions without files']:
+        print(f'{passed} versions passed over, whose files are not in the export (see '
+              'mace_journal export --weights); their corrections are learned anew',
+              file=sys.stderr)
 
 
 def do_delete(given: argparse.Namespace) -> None:
@@ -163,14 +195,17 @@ def parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=do_list)
 
     out = commands.add_parser('export', help='write all of it as lines of JSON', description=(
-        'Write corrections, answers and versions (without their weights) as lines of JSON.'))
+        'Write corrections, answers and versions as lines of JSON.'))
     out.add_argument('file', nargs='?', default='-', help='default: stdout')
     out.add_argument('--only', action='append', choices=KINDS, help='may be given again')
+    out.add_argument('--weights', action='store_true',
+                     help='with the files of versions: some megabytes each')
     out.set_defaults(run=do_export)
 
     into = commands.add_parser('import', help='take in an export', description=(
-        'Take in the corrections and answers of an export, all or none. What is known stays as '
-        'it is; corrections that another robot has learned are to be learned by this one.'))
+        'Take in an export, all or none. What is known stays as it is; corrections that another '
+        'robot has learned are to be learned by this one. Versions that were exported with their '
+        'weights get new numbers; none becomes live before ~/rollback makes it so.'))
     into.add_argument('file', nargs='?', default='-', help='default: stdin')
     into.set_defaults(run=do_import)
 
