@@ -13,6 +13,7 @@ again.
 
 from __future__ import annotations
 
+from itertools import starmap
 import math
 from typing import NamedTuple
 
@@ -108,8 +109,9 @@ class Batcher:
             lacking = sum([_lacks(row) for row in rows])
         shape = PassShape(len(rows), context)
         alone_s = self._cost.pass_s(*shape)
-        free = state.free_tokens // BLOCK_TOKENS + sum([state.frees(r) for r in preempted])
-        free -= lacking
+        free = state.free_tokens // BLOCK_TOKENS - lacking
+        if preempted:
+            free += sum([state.frees(r) for r in preempted])
         # Kept back: for the next tokens of the rows, and for the rest of the prompts begun.
         unclaimed = free - len(rows) - unfinished
         if not (started or state.waiting):
@@ -119,7 +121,7 @@ class Batcher:
         batch = _Pass(self._cost, shape, alone_s, _limit_s(rows, deadlines, due, alone_s, now),
                       limits.max_batch_tokens, now)
         queue = Queue(started, state.waiting, state.look_up, batch.prefill_s, now)
-        queued = len(queue)
+        queued = queue.left
         rejected: dict[Request, str] = {}
         capacity = (self.settings.memory.kv_cache_tokens if state.capacity_tokens is None
                     else state.capacity_tokens)
@@ -138,7 +140,7 @@ class Batcher:
             if waits:
                 if request in rejected:
                     continue
-                if request.most_tokens > capacity:
+                if request.prompt_tokens + request.max_tokens > capacity:
                     too_large.append(Rejection(
                         request, f'{kv_tokens(request)} tokens of KV cache needed, {capacity} is '
                         'all there is (memory.kv_cache_tokens, memory.budget_mb)', too_large=True))
@@ -148,19 +150,21 @@ class Batcher:
                     lacks_memory = True
                     held = latest < now
                     continue
-                room = request.remaining_tokens
+                room = capacity
             else:
                 room = _tokens(len(request.blocks) + free) - request.computed_tokens
                 if room <= 0:
                     lacks_memory = True
                     continue
-            tokens = batch.add(request, latest, len(queue) + 1, room)
+            tokens = batch.add(request, latest, queue.left + 1, room)
             if tokens and waits:
                 slots -= 1
                 unclaimed -= need
             if tokens:
                 free -= _growth(request, request.computed_tokens + tokens)
-        rejections = [*(Rejection(r, reason) for r, reason in rejected.items()), *too_large]
+        rejections = too_large
+        if rejected:
+            rejections = [*starmap(Rejection, rejected.items()), *too_large]
         if not (rows or batch.chunks or preempted) and started and lacks_memory:
             # Prompts begun hold all the memory: one of them must let the others go on.
             preempted = (max(started, key=lambda r: self._rank(r, now)),)

@@ -91,7 +91,7 @@ class Mace(Policy):
 
     def is_overdue(self, since: float, now: float) -> bool:
         """Return whether learning may claim its minimum share for what waits since then."""
-        return self._ledger.may_claim and super().is_overdue(since, now)
+        return super().is_overdue(since, now) and self._ledger.may_claim
 
     def quiet_until(self, state: State, now: float) -> float:
         """Return when learning is overdue, if somebody waits."""

@@ -77,8 +77,8 @@ class Queue:
     in order of arrival. Who waits is looked at only when its turn may have come.
     """
 
-    __slots__ = ('_heap', '_left', '_look_up', '_most_s', '_next', '_now', '_prefill_s', '_seen',
-                 '_waiting')
+    __slots__ = ('_heap', '_look_up', '_most_s', '_next', '_now', '_prefill_s', '_seen',
+                 '_waiting', 'left')
 
     def __init__(self, started: Sequence[Request], waiting: Waiting,
                  look_up: Callable[[Request], object], prefill_s: Callable[[int], float],
@@ -92,17 +92,13 @@ class Queue:
         self._look_up, self._prefill_s, self._now = look_up, prefill_s, now
         self._heap: list[Place] = []
         self._seen = 0
-        self._left = len(started) + len(waiting)
+        self.left = len(started) + len(waiting)     # in it
         for request in started:
-            self._push(request, request.known_tokens, waits=False)
+            self._push(request, request.prompt_tokens + request.output_tokens, waits=False)
         self._waiting = iter(waiting)
         self._next = next(self._waiting, None)
         # By how much the latest start of one that waits may be before its deadline.
         self._most_s = prefill_s(waiting.longest) if waiting.are_patient(now) else math.inf
-
-    def __len__(self) -> int:
-        """Return how many are left."""
-        return self._left
 
     def places(self) -> list[Place]:
         """Return all that are left, in order."""
@@ -121,14 +117,15 @@ class Queue:
             self._pull(request)
         while heap:
             place = heappop(heap)
-            self._left -= 1
+            self.left -= 1
             if admits or not place[4]:
                 return place
         return None
 
     def _pull(self, request: Request) -> None:
         self._look_up(request)
-        self._push(request, request.remaining_tokens, waits=True)
+        self._push(request, request.prompt_tokens + request.output_tokens
+                   - request.computed_tokens, waits=True)
         self._next = next(self._waiting, None)
 
     def _push(self, request: Request, tokens: int, *, waits: bool) -> None:
