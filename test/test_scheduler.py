@@ -152,7 +152,7 @@ def test_whose_turn_it_is_comes_out_as_if_all_had_been_looked_at(waiting, starte
     while (place := queue.pop(admits=True)) is not None:
         order.append(turn(place[3]))
     assert order == sorted(map(turn, started + waiting))
-    assert not queue
+    assert queue.left == 0
 
 
 def test_of_many_that_come_at_once_no_prompt_waits_half_computed():
