@@ -499,6 +499,19 @@ def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
     assert robot.engine.status().finetune_budget == robot.engine.settings.finetune.budget
 
 
+def test_what_is_superseded_stays_so_whatever_its_job_writes_later(robot: Robot) -> None:
+    engine = robot.engine
+    engine.update(engine.settings.updated({'finetune.budget': 0.0}))
+    for name in ('older', 'newer'):
+        engine.correct(Correction(f'The {name}.', id=name, prompt='Which one?'))
+        robot.until(lambda e, name=name: isinstance(e, CorrectionProgress) and e.id == name)
+    journal = engine._journal
+    older = journal.submit(lambda j: j.correction('older')).result()
+    engine.learner._set_state(older, CorrectionState.TRAINING)
+    after = journal.submit(lambda j: j.correction('older')).result()
+    assert after.state is CorrectionState.SUPERSEDED
+
+
 def test_in_calm_corrections_that_keep_coming_are_learned_together(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of one profile: others, and who repeats a correction, wait no longer for that."""
@@ -528,7 +541,7 @@ def test_in_calm_corrections_that_keep_coming_are_learned_together(
     for _ in range(20):
         until = engine.step().wake_at
     assert until is not None and until > time.monotonic() + 1e5
-    correct('2 again', about='2')
+    correct('1 again', about='1')    # the one that waits longest
     assert engine.step().wake_at == until
     correct("ann's", profile='ann')
     robot.until(ended("ann's"))
@@ -536,7 +549,7 @@ def test_in_calm_corrections_that_keep_coming_are_learned_together(
     correct('3')
     correct('4')
     robot.until(ended('4'))
-    assert jobs == [{'first'}, {"ann's"}, {'1', '2 again', '3', '4'}]
+    assert jobs == [{'first'}, {"ann's"}, {'1 again', '2', '3', '4'}]
 
 
 def test_a_correction_that_stays_alone_is_learned_in_the_end(
