@@ -221,7 +221,7 @@ class Engine:
         # Of what the budget is for, the adapters are there already; on a GPU in its own memory.
         self._heap = Heap(self.bank.nbytes if self.model.device.type == 'cpu' else 0, clock())
         # What was live before the last stop, and what is still to be learned.
-        self.restored: list[Event] = [*self.learner.restore()]
+        self.restored: list[Event] = [*self.learner.publisher.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():
             self.learner.add(record, clock())
         tidy(self._journal, store, settings.storage.max_versions)
@@ -306,7 +306,7 @@ class Engine:
 
     def versions(self, profile: str) -> Future[list[VersionEvent]]:
         """Read all versions of a profile, oldest first."""
-        return self.learner.versions(profile)
+        return self.learner.publisher.versions(profile)
 
     def rollback(self, profile: str, version: int, reason: str = '') -> Future[RolledBack]:
         """

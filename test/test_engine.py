@@ -810,7 +810,7 @@ def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
     robot.until(lambda e: isinstance(e, CorrectionProgress)
                 and e.state is CorrectionState.TRAINING)
     [trained] = robot.engine.learner._job.corrections
-    robot.engine.learner._waiting.append(replace(trained, arrived=-5.0))
+    robot.engine.learner._queue.put_back([replace(trained, arrived=-5.0)])
     step = robot.engine.learner.step
     while robot.engine.learner.step in (step, None):
         robot.engine.step()

@@ -12,18 +12,16 @@ disk work goes to the journal's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 import math
 from statistics import fmean
 import time
-from typing import Any
 
 from torch import Tensor
 
-from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
+from mace_ros.events import CorrectionProgress, CorrectionState, Event
 from mace_ros.execution.directions import MainDirections
 from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
 from mace_ros.execution.hybrid import HybridModel
@@ -31,25 +29,23 @@ from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
-from mace_ros.learning.describing import peft_config, version_event
 from mace_ros.learning.drift import Drift, DriftState, surprise
 from mace_ros.learning.gate import BATCH_TOKENS, batches, Verdict
-from mace_ros.learning.gathering import Gathering
 from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
-from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
+from mace_ros.learning.journal import CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.lessons import Lessons, texts
 from mace_ros.learning.live_outcomes import Suspicion, to_blame
+from mace_ros.learning.publishing import Publisher
+from mace_ros.learning.queue import CorrectionQueue, JOB_CORRECTIONS
 from mace_ros.learning.rollback import version_to_return_to
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
-from mace_ros.learning.versions import CorruptVersion, VersionStore
+from mace_ros.learning.versions import VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
-JOB_CORRECTIONS = 4     # corrections learned together at most
-SAVE_AGAIN_S = 30.0     # at most, until a disk that failed is tried again
 REMEMBERED = 1000       # corrections whose first score is
 MORE_STEPS = 4          # at least, after a candidate was rejected
 # A right token must lead by this much (in logits) before it counts as learned, so that a
@@ -64,10 +60,11 @@ class Learner:
                  slots: AdapterSlots, journal: JournalWriter, store: VersionStore,
                  wake: Callable[[], None]) -> None:
         """``wake`` is called from another thread when :meth:`advance` can go on."""
-        self._model, self._model_name = model, model_name
-        self._bank, self._chat, self._slots = bank, chat, slots
+        self._model, self._bank, self._chat, self._slots = model, bank, chat, slots
         self._journal, self._store, self._wake = journal, store, wake
-        self._waiting: list[Waiting] = []
+        self.publisher = Publisher(
+            model_name=model_name, bank=bank, slots=slots, journal=journal, store=store, wake=wake)
+        self._queue = CorrectionQueue()
         self._job: Job | None = None
         self._lessons = Lessons(chat)
         # Scores under a profile's version that its gate has found out.
@@ -80,12 +77,8 @@ class Learner:
         self._compared: deque[str] = deque(maxlen=REMEMBERED)       # corrections
         self.condemn: Callable[[Suspicion], None] = lambda suspicion: None
         self._jobs = 0
-        self._turns: dict[str, int] = {}    # of profiles that wait: after which job
         self.drift = Drift()
-        self._gathering = Gathering()
-        self._gathers_until: float | None = None
         self._settings = Settings()
-        self._rejections: deque[Future[VersionRecord]] = deque()
         self.clock: Callable[[], float] = time.monotonic
         self.held: str | None = None    # a profile for which nothing may be begun
         self.wants_anchors = False
@@ -97,45 +90,9 @@ class Learner:
 
     # -- what comes in ---------------------------------------------------------------
 
-    def restore(self) -> list[VersionEvent]:
-        """
-        Load the live versions from disk; return an event for each (the base model's, if none).
-
-        A version that can't be read is passed over for the base model, and its event
-        says so. Blocks; for configuration only.
-        """
-        events = []
-        for record in self._journal.submit(lambda j: j.lives()).result():
-            slot = self._slots.reserve() if self._slots.has_room(record.profile) else None
-            if slot is None:
-                events.append(version_event(
-                    record, self._store, VersionState.REJECTED,
-                    'no adapter slot is left; raise adapter.slots'))
-                continue
-            try:
-                self._bank.load(self._store.load(record.path, record.sha256))
-            except (CorruptVersion, ValueError) as error:
-                self._slots.give_back(slot)
-                events.append(version_event(
-                    record, self._store, VersionState.REJECTED, str(error)))
-                continue
-            self._bank.write_slot(slot)
-            self._slots.publish(record.profile, record.version, slot)
-            events.append(version_event(record, self._store))
-        if not any(e.profile == '' and e.state is VersionState.PUBLISHED for e in events):
-            events.append(VersionEvent('', 0, 0, VersionState.PUBLISHED))
-        return events
-
     def add(self, record: CorrectionRecord, arrived: float) -> None:
         """Queue a correction that is in the journal, in the place of what it supersedes."""
-        older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
-                 and w.record.profile == record.profile]
-        self._waiting = [w for w in self._waiting if w not in older]
-        if not older:
-            self._gathering.came(record.profile)
-        self._waiting.append(Waiting(
-            record, arrived, repeats=sum(1 + w.repeats for w in older),
-            since=min((w.waits_since for w in older), default=math.inf)))
+        self._queue.add(record, arrived)
 
     def renew(self, record: CorrectionRecord) -> list[Event] | None:
         """
@@ -187,27 +144,27 @@ class Learner:
     @property
     def busy(self) -> bool:
         """Whether anything waits to be learned."""
-        return self._job is not None or bool(self._waiting)
+        return self._job is not None or bool(self._queue)
 
     @property
     def wake_at(self) -> float | None:
         """When :meth:`advance` can go on by itself, if it waits for nothing but a time."""
         job = self._job
         if job is None:
-            return self._gathers_until
+            return self._queue.gathers_until
         # Later than that it waits for a slot, of which the engine tells.
         return job.save_at if job.save_at > self.clock() else None
 
     @property
     def backlog(self) -> bool:
         """Whether as many corrections wait as are learned together at most."""
-        return len(self._waiting) >= JOB_CORRECTIONS
+        return len(self._queue) >= JOB_CORRECTIONS
 
     @property
     def unlearned(self) -> list[float]:
         """When each correction arrived, on the engine's clock, that is not yet learned."""
         job = self._job
-        return [w.waits_since for w in [*(job.corrections if job else []), *self._waiting]]
+        return [w.waits_since for w in [*(job.corrections if job else []), *self._queue]]
 
     @property
     def step(self) -> FinetuneStep | None:
@@ -236,12 +193,11 @@ class Learner:
     def advance(self, settings: Settings) -> list[Event]:
         """Go on as far as possible without waiting; return what happened."""
         self._settings = settings
-        while self._rejections and self._rejections[0].done():
-            written = self._rejections.popleft()
-            if written.exception() is None:     # else it is not on record; nothing else is lost
-                return [version_event(written.result(), self._store)]
+        rejected = self.publisher.rejected()
+        if rejected:
+            return rejected
         if self._job is None:
-            self._gathering.ended(self.clock())
+            self._queue.gathering.ended(self.clock())
             return self._start()
         job = self._job
         if job.scoring is not None:
@@ -277,8 +233,8 @@ class Learner:
         if job.rehearses:
             return []
         failed = [w for w in job.corrections if w.tries >= MAX_TRIES]
-        self._let_wait(replace(w, tries=w.tries + 1) for w in job.corrections
-                       if w not in failed)
+        self._queue.put_back(
+            replace(w, tries=w.tries + 1) for w in job.corrections if w not in failed)
         self._wake()
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
 
@@ -302,19 +258,14 @@ class Learner:
             self._slots.give_back(job.slot)
         self._job, job.scoring = None, None
         if not job.rehearses:
-            self._let_wait(job.corrections)
+            self._queue.put_back(job.corrections)
         return True
-
-    def versions(self, profile: str) -> Future[list[VersionEvent]]:
-        """Read all versions of a profile from the journal, oldest first."""
-        return self._journal.submit(lambda journal: [
-            version_event(record, self._store) for record in journal.versions(profile)])
 
     # -- a job's life ----------------------------------------------------------------
 
     def _start(self) -> list[Event]:
         settings = self._settings
-        self._gathers_until = None
+        self._queue.gathers_until = None
         if settings.finetune.budget == 0:
             return []
         suspicion = self._suspicion
@@ -322,20 +273,20 @@ class Learner:
             self._suspicion = None
             self._compare(suspicion)
             return []
-        ready = [w for w in self._waiting if w.record.profile != self.held]
+        ready = [w for w in self._queue if w.record.profile != self.held]
         if not ready:
             return self._rehearse()
         if self._decides:
             ready = self._gathered(ready)
             if not ready:
                 return []
-        profile = self._next_profile(ready)
+        profile = self._queue.next_profile(ready, self._jobs + 1)
         chosen = [w for w in ready if w.record.profile == profile]
         if not self._decides:
             chosen = self._fitting(chosen)
         else:
             chosen = candidates(chosen, by_priority=settings.finetune.order == 'priority')
-        self._waiting = [w for w in self._waiting if w not in chosen]
+        self._queue.remove(chosen)
         if not self._slots.has_room(profile):
             return [self._set_state(
                 w.record, CorrectionState.FAILED,
@@ -344,31 +295,15 @@ class Learner:
         self._begin(profile, chosen)
         return []
 
-    def _gathered(self, ready: Sequence[Waiting]) -> list[Waiting]:
+    def _gathered(self, ready: list[Waiting]) -> list[Waiting]:
         """Return those that need not wait for others to be learned with them."""
         if self.drift.state is not DriftState.CALM:
-            return [*ready]
-        settings, now = self._settings, self.clock()
-        patience_s = min(settings.drift.gather_s, settings.slo.freshness_s)
-        gathered: list[Waiting] = []
-        for profile in dict.fromkeys(w.record.profile for w in ready):
-            some = [w for w in ready if w.record.profile == profile]
-            until = min(w.waits_since for w in some) + patience_s
-            # Another one like the last must fit into the job.
-            if (now < until and len(some) < JOB_CORRECTIONS
-                    and len(self._fitting([*some, some[-1]])) > len(some)
-                    and self._gathering.expected(profile, patience_s, now) >= 1.0):
-                self._gathers_until = min(self._gathers_until or until, until)
-            else:
-                gathered += some
-        return gathered
-
-    def _next_profile(self, ready: Sequence[Waiting]) -> str:
-        """Return whose turn it is: who is corrected without end must not hold up the others."""
-        turns = {w.record.profile: self._turns.get(w.record.profile, 0) for w in ready}
-        profile = min(turns, key=turns.__getitem__)
-        self._turns = {**turns, profile: self._jobs + 1}
-        return profile
+            return ready
+        settings = self._settings
+        return self._queue.gathered(
+            ready, now=self.clock(),
+            patience_s=min(settings.drift.gather_s, settings.slo.freshness_s),
+            fit=lambda some: len(self._fitting(some)) == len(some))
 
     def _rehearse(self) -> list[Event]:
         """Under the policy ``continuous``, which never rests, train again what was learned."""
@@ -400,8 +335,8 @@ class Learner:
         # One that has no version of its own yet begins from where it was forked.
         if self._known_of != (profile, live.profile, live.version):
             self._known, self._known_of = {}, (profile, live.profile, live.version)
-        self._job = Job(profile, chosen, parent, self._submit(fetch))
-        self._gathering.begun(self.clock())
+        self._job = Job(profile, chosen, parent, self.publisher.submit(fetch))
+        self._queue.gathering.begun(self.clock())
         self._jobs += 1
         self.wants_anchors = self._lessons.anchors is None
         return self._job
@@ -484,11 +419,11 @@ class Learner:
         wrong = [w for w in job.corrections if w not in right]
         if self._settings.finetune.order == 'priority':
             wrong = ordered(
-                wrong, [w for w in self._waiting if w.record.profile == job.profile],
-                now=self.clock(), freshness_s=self._settings.slo.freshness_s,
+                wrong, self._queue.of(job.profile), now=self.clock(),
+                freshness_s=self._settings.slo.freshness_s,
                 step_s=lambda w: self.step_s(self._length(w.record)))
         job.corrections = self._fitting(wrong)
-        self._let_wait(w for w in wrong if w not in job.corrections)
+        self._queue.put_back(w for w in wrong if w not in job.corrections)
         events: list[Event] = [self._set_state(
             w.record, CorrectionState.LEARNED, 'the live version already answers so', job.parent)
             for w in right]
@@ -593,18 +528,7 @@ class Learner:
 
     def _reject(self, job: Job, verdict: Verdict) -> list[Event]:
         """Don't publish; go on with what was lost among what must be right, if that may help."""
-        record = VersionRecord(
-            profile=job.profile, version=0, parent=job.parent, state=VersionState.REJECTED,
-            reason=verdict.reason, correction_ids=tuple(w.record.id for w in job.corrections),
-            score_before=job.score_before, score_after=job.score_after or math.nan,
-            train_tokens=job.train_tokens, train_seconds=job.train_seconds, created=time.time())
-
-        def write(journal: Journal) -> VersionRecord:
-            numbered = replace(record, version=journal.next_version(job.profile))
-            journal.record_version(numbered)
-            return numbered
-
-        self._rejections.append(self._submit(write))
+        self.publisher.reject(job, verdict.reason)
         if job.steps < self._settings.finetune.max_steps:
             job.rejections += 1
             job.least_steps = job.steps + MORE_STEPS
@@ -653,57 +577,22 @@ class Learner:
             self._set_state(w.record, CorrectionState.FAILED, reason) for w in corrections]
 
     def _save(self, job: Job) -> list[Event]:
-        """Write the new version to disk, as soon as there is a slot for it."""
-        assert job.score_after is not None
-        if self.clock() < job.save_at:
-            return []
-        tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
-        job.slot = self._slots.reserve()
-        if job.slot is None:
-            return []    # asked again: publication waits for a request to end, never the reverse
-        record = VersionRecord(
-            profile=job.profile, version=0, parent=job.parent,
-            correction_ids=tuple(w.record.id for w in job.corrections),
-            score_before=job.score_before, score_after=job.score_after,
-            train_tokens=job.train_tokens, train_seconds=job.train_seconds, created=time.time())
-
-        def save(journal: Journal) -> tuple[VersionRecord, tuple[str, ...]]:
-            while True:
-                version = journal.next_version(job.profile)
-                try:
-                    saved = self._store.save(job.profile, version, tensors, config)
-                except FileExistsError:   # left by a crash before it was recorded
-                    continue
-                done = replace(record, version=version, path=saved.path, sha256=saved.sha256)
-                return done, journal.publish(done)
-
-        job.saving = self._submit(save)
+        if self.clock() >= job.save_at:
+            self.publisher.save(job)
         return []
 
     def _publish(self, job: Job) -> list[Event]:
-        assert job.saving is not None and job.slot is not None
+        assert job.saving is not None
         error = job.saving.exception()
         if error is not None:
-            self._save_later(job, f'the new version could not be saved: {error}')
+            self._trouble = f'the new version could not be saved: {error}'
+            self.publisher.save_later(job, self.clock())
             return []
-        record, learned = job.saving.result()
-        self._bank.write_slot(job.slot)
-        self._slots.publish(job.profile, record.version, job.slot)
+        record, events = self.publisher.publish(job)
         self._known, self._known_of = job.after, (job.profile, job.profile, record.version)
         self._recent.extend(w.record for w in job.corrections if w.record not in self._recent)
         self._job, self._trouble = None, ''
-        return [version_event(record, self._store), *(
-            CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
-            for i in learned)]
-
-    def _save_later(self, job: Job, reason: str) -> None:
-        """Keep what was learned until the disk takes it, however long that is."""
-        assert job.slot is not None
-        self._slots.give_back(job.slot)
-        self._trouble = reason
-        job.slot = job.saving = None
-        job.save_tries += 1
-        job.save_at = self.clock() + min(2.0 ** job.save_tries, SAVE_AGAIN_S)
+        return events
 
     # -- whether the live version is to blame ------------------------------------------
 
@@ -720,7 +609,8 @@ class Learner:
                                      for r in (live, better)))
 
         # No correction is its own, so it is the rehearsal of none.
-        self._job = Job(profile, [], 0, self._submit(fetch), rehearses=True, suspicion=suspicion)
+        self._job = Job(profile, [], 0, self.publisher.submit(fetch), rehearses=True,
+                        suspicion=suspicion)
 
     def _score_better(self, job: Job, suspicion: Suspicion) -> list[Event]:
         """Score what was corrected under the version that may be better, ..."""
@@ -765,14 +655,6 @@ class Learner:
 
     def _corrected(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
         return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]
-
-    def _let_wait(self, again: Iterable[Waiting]) -> None:
-        self._waiting = sorted([*again, *self._waiting], key=lambda w: w.arrived)
-
-    def _submit(self, function: Callable[[Journal], object]) -> Future[Any]:
-        future = self._journal.submit(function)
-        future.add_done_callback(lambda _: self._wake())
-        return future
 
     def _set_state(self, record: CorrectionRecord, state: CorrectionState, reason: str = '',
                    version: int = 0) -> CorrectionProgress:

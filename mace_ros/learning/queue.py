@@ -1,0 +1,86 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The corrections that wait to be learned, whose turn it is, and which wait for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import math
+
+from mace_ros.learning.gathering import Gathering
+from mace_ros.learning.job import Waiting
+from mace_ros.learning.journal import CorrectionRecord
+
+JOB_CORRECTIONS = 4     # corrections learned together at most
+
+
+class CorrectionQueue:
+    """What waits, oldest first."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._waiting: list[Waiting] = []
+        self._turns: dict[str, int] = {}    # of profiles: their latest turn
+        self.gathering = Gathering()
+        self.gathers_until: float | None = None     # those that wait for others
+
+    def __iter__(self) -> Iterator[Waiting]:
+        """Go through all."""
+        return iter(self._waiting)
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return len(self._waiting)
+
+    def add(self, record: CorrectionRecord, arrived: float) -> None:
+        """Append a correction, in the place of what it supersedes."""
+        older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
+                 and w.record.profile == record.profile]
+        self.remove(older)
+        if not older:
+            self.gathering.came(record.profile)
+        self._waiting.append(Waiting(
+            record, arrived, repeats=sum(1 + w.repeats for w in older),
+            since=min((w.waits_since for w in older), default=math.inf)))
+
+    def put_back(self, again: Iterable[Waiting]) -> None:
+        """Let corrections wait again that had been removed."""
+        self._waiting = sorted([*again, *self._waiting], key=lambda w: w.arrived)
+
+    def remove(self, chosen: Collection[Waiting]) -> None:
+        """Take some out."""
+        self._waiting = [w for w in self._waiting if w not in chosen]
+
+    def of(self, profile: str) -> list[Waiting]:
+        """Return those of one profile."""
+        return [w for w in self._waiting if w.record.profile == profile]
+
+    def gathered(self, ready: Sequence[Waiting], *, now: float, patience_s: float,
+                 fit: Callable[[Sequence[Waiting]], bool]) -> list[Waiting]:
+        """
+        Return those of ``ready`` that need not wait for others to be learned with them.
+
+        Nobody waits longer than ``patience_s``; ``fit`` says whether a job can take so many.
+        """
+        gathered: list[Waiting] = []
+        for profile in dict.fromkeys(w.record.profile for w in ready):
+            some = [w for w in ready if w.record.profile == profile]
+            until = min(w.waits_since for w in some) + patience_s
+            # Another one like the last must fit into the job.
+            if (now < until and len(some) < JOB_CORRECTIONS and fit([*some, some[-1]])
+                    and self.gathering.expected(profile, patience_s, now) >= 1.0):
+                self.gathers_until = min(self.gathers_until or until, until)
+            else:
+                gathered += some
+        return gathered
+
+    def next_profile(self, ready: Sequence[Waiting], turn: int) -> str:
+        """
+        Return whose turn it is: who is corrected without end must not hold up the others.
+
+        ``turn`` grows from call to call.
+        """
+        turns = {w.record.profile: self._turns.get(w.record.profile, 0) for w in ready}
+        profile = min(turns, key=turns.__getitem__)
+        self._turns = {**turns, profile: turn}
+        return profile
