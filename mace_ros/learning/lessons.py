@@ -28,6 +28,7 @@ class Lessons:
         self._chat = chat
         self.anchors: list[tuple[list[int], list[int]]] | None = None    # prompt, output
         self.teachers: list[Sample] | None = None   # those replayed, as the base model predicts
+        self._steps = 0     # of all jobs: a short one goes on with replay where the last one ended
 
     @property
     def replayed_anchors(self) -> list[Sample]:
@@ -81,17 +82,18 @@ class Lessons:
         The first one has the preferences, and what must be right before the job may end.
         """
         count = finetune.replay_samples * (2 if job.rejections else 1)
+        now, self._steps = self._steps, self._steps + 1
         # Up to half of what is replayed are earlier corrections; all in their turn.
-        kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), job.steps)
+        kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), now)
         needed = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
         rejected = [(i, waiting, sample(waiting.record.prompt_ids, self._chat.answer(text)))
                     for i, waiting in enumerate(job.corrections if finetune.objective == 'dpo'
                                                 else ())
                     for text in texts(waiting.record)[1:]]
         worse = [s for _, _, s in rejected]
-        again = [s for s in turn(job.forgotten, min(RELEARNED, len(job.forgotten)), job.steps)
+        again = [s for s in turn(job.forgotten, min(RELEARNED, len(job.forgotten)), now)
                  if s not in needed]
-        replayed = turn(job.replayed, max(count - len(kept), 0), job.steps)
+        replayed = turn(job.replayed, max(count - len(kept), 0), now)
         others = [*turn(job.variants, 1, job.steps), *again, *replayed]
         shared = shared_tokens([*needed, *worse, *others])
         room = most - shared
