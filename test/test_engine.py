@@ -32,7 +32,7 @@ from mace_ros.events import (
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.kv_blocks import KvBlocks
-from mace_ros.learning import choosing, learner
+from mace_ros.learning import choosing, learner, publishing
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState
 from mace_ros.learning.gathering import Gathering
@@ -719,7 +719,7 @@ def test_what_cannot_be_saved_yet_is_saved_later(
         return save(*arguments)     # type: ignore[arg-type]
 
     monkeypatch.setattr(VersionStore, 'save', full)
-    monkeypatch.setattr(learner, 'SAVE_AGAIN_S', 0.05)
+    monkeypatch.setattr(publishing, 'SAVE_AGAIN_S', 0.05)
     state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert state.state is CorrectionState.LEARNED
     assert len(failures) == learner.MAX_TRIES + 2 and len(set(failures)) == 1
