@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     add('--corrections', type=int, help='of the part one (default: 10; quick: 2)')
     add('--many', type=int, help='corrections of the part forty (default: 40; quick: 3)')
     add('--questions', type=int, help='of the drift trace (default: 300; quick: 24)')
-    add('--rate', type=float, default=0.8, help='questions a second of it (default: 0.8)')
+    add('--rate', type=float, help='questions a second of it (default: 0.2, which takes 25 minutes '
+        'for each system; quick: 0.8)')
     add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to')
     add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='parameters of the node')
     add('--results', type=Path, metavar='FOLDER', help='where to write the results')
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.corrections = args.corrections or (2 if args.quick else 10)
     args.many = args.many or (3 if args.quick else 40)
     args.questions = args.questions or (24 if args.quick else 300)
+    args.rate = args.rate or (0.8 if args.quick else 0.2)
     args.systems = args.systems or list(QUICK_SYSTEMS if args.quick else drift.SYSTEMS)
     recorder = Recorder(vars(args), quick=args.quick)
     samples = recorder.earlier('learning', args.results) if set(args.only) != set(PARTS) else {}
@@ -88,6 +90,7 @@ def result_of(samples: Mapping[str, Any]) -> Result:
         result.checks += forty.checks(samples)
     if 'drift' in samples:
         result.checks += drift.checks(samples)
+        result.reported += drift.reported(samples)
         result.tables.append(drift.table(samples))
     return result
 
