@@ -195,7 +195,7 @@ class FinetuneSettings:
     dpo_beta: float = _parameter(
         0.1, 'How closely dpo stays to the published version', minimum=0.001, maximum=10.0)
     learning_rate: float = _parameter(
-        3e-3, 'AdamW learning rate', minimum=1e-6, maximum=0.1)
+        2e-3, 'AdamW learning rate', minimum=1e-6, maximum=0.1)
     max_steps: int = _parameter(
         40, 'Optimizer steps after which a correction counts as not learnable',
         minimum=1, maximum=10000)
