@@ -32,7 +32,7 @@ FOCUS = 0.8             # share of a phase's questions that are of its topics
 LONGEST_ANSWER = 16     # tokens
 WINDOW = 25             # questions over which the alignment of a moment is taken
 
-OVERLOAD = 3.0          # times the rate: far more is corrected than can be learned
+OVERLOAD = 3.0          # times the rate: more is corrected than can be learned
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,12 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
               _ratio(numbers, 'learning_s', 'mace', 'continuous'), '<= 0.6'),
         check('alignment of mace over that of periodic',
               _ratio(numbers, 'alignment', 'mace', 'periodic'), '>= 1.2'),
+        check('alignment per fine-tune second of mace over that without priority',
+              _per_second(numbers, 'mace', 'mace, no priority'), '>= 1'),
         check('alignment per fine-tune second of mace over that without drift',
               _per_second(numbers, 'mace', 'mace, no drift'), '>= 1'),
         check('alignment per fine-tune second of mace over that without priority, overloaded',
-              _per_second(numbers, 'mace, overloaded', 'mace, overloaded, no priority'), '>= 1',
-              f'asked {OVERLOAD:g} times as fast')]
+              _per_second(numbers, 'mace, overloaded', 'mace, overloaded, no priority'), '>= 1')]
 
 
 def reported(samples: Mapping[str, Any]) -> list[Reported]:
@@ -250,8 +251,6 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
          _ratio(numbers, 'alignment', 'mace', 'mace, no drift')),
         ('alignment of mace over that without priority, overloaded',
          _ratio(numbers, 'alignment', 'mace, overloaded', 'mace, overloaded, no priority')),
-        ('alignment per fine-tune second of mace over that without priority',
-         _per_second(numbers, 'mace', 'mace, no priority')),
         ('the most that a policy could reach, of answers right when asked',
          _bound(samples))]
     return [Reported(name, value) for name, value in found if value is not None]

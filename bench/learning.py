@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 import statistics
 import tempfile
+import time
 from typing import Any
 
 from bench import drift, forty
@@ -109,12 +110,13 @@ def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, count: int,
             **lesson, 'before': before.text, 'seconds': seconds, 'state': last.state.name,
             'after': after, 'after_paraphrase': again})
         print(f'{seconds:5.1f} s {last.state.name} {after!r} {again!r}', flush=True)
+    steps = robot.engine.scheduler.statistics(time.monotonic()).finetune_steps
     for each in taught:
         each['in_the_end'] = robot.ask(each['question']).text
     for fact in facts:
         fact['after'] = robot.ask(fact['question']).text
     robot.engine.close()
-    return {'corrections': taught, 'facts': facts}
+    return {'corrections': taught, 'facts': facts, 'steps': steps}
 
 
 # -- what the samples say ----------------------------------------------------------------
@@ -146,6 +148,7 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
     return [
         Reported('corrections still right in the end', sum(
             says(r['in_the_end'], r['key']) for r in taught) / len(taught)),
+        Reported('fine-tune steps, of all corrections', samples.get('steps')),
         Reported('facts answered in the same words', sum(
             f['before'] == f['after'] for f in facts) / len(facts))]
 

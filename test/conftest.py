@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import os
 from pathlib import Path
 import signal
 
 from graph import use_another_domain
 import pytest
+from robot import Robot
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mace_ros.engine import Engine
 from mace_ros.execution.loading import load_model, LoadedModel
+from mace_ros.settings import Settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,3 +60,26 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedMod
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope='module')
+def settings(model_folder: Path) -> Settings:
+    """Return settings for the tiny model on the CPU."""
+    return Settings().updated({
+        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
+        # Texts are compared, of passes that are not the same: rounding must not matter.
+        'model.weight_dtype': 'float32',
+        # Of a random model everything is noise; where the gate is tested it is set.
+        'gate.tolerance': 1.0,
+        'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12,
+        'finetune.learning_rate': 0.01})
+
+
+@pytest.fixture
+def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
+    """Return a fresh engine; afterwards nothing may be left in the KV cache."""
+    engine = Engine(settings, storage=tmp_path)
+    everything = engine.free_kv_tokens
+    yield Robot(engine)
+    engine.close()
+    assert engine.free_kv_tokens == everything

@@ -73,6 +73,17 @@ def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
     assert job.must_be_right >= 1
 
 
+def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
+    lessons, finetune = Lessons(None), Settings().finetune      # type: ignore[arg-type]
+    kept, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
+    seen: list[Sample] = []
+    for _ in range(5):
+        job = Job('', [], 0, Future(), samples=[sample([1, 1], [1])], kept=kept, replayed=replayed)
+        (part,), _ = lessons.step(job, finetune, 10**6)
+        seen += part
+    assert {*kept, *replayed} <= {*seen}
+
+
 # -- drift -------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import random
 
 import pytest
-from test_engine import DONE, Robot
+from robot import DONE, Robot
 from test_journal import answer, correction
 import torch
 

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from peft import PeftModel
 import pytest
-from test_engine import Robot
+from robot import Robot
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from test_engine import Robot
+from robot import Robot
 
 from mace_ros.engine import Engine
 from mace_ros.events import Correction, CorrectionState, Finished, Query, Token

@@ -10,7 +10,7 @@ from pathlib import Path
 import time
 
 import pytest
-from test_engine import Robot
+from robot import Robot
 
 from mace_ros.engine import Engine
 from mace_ros.events import (

@@ -80,10 +80,10 @@ class Publisher:
 
         Asked again otherwise: publication waits for a request to end, never the reverse.
         """
-        tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
         job.slot = self._slots.reserve()
         if job.slot is None:
             return
+        tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
         record = self._record(job)
 
         def save(journal: Journal) -> tuple[VersionRecord, tuple[str, ...]]:

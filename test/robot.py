@@ -1,0 +1,66 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that is stepped by hand, and keeps what it says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+import time
+
+from mace_ros.engine import Engine
+from mace_ros.events import (
+    Correction,
+    CorrectionProgress,
+    CorrectionState,
+    Event,
+    Finished,
+    Query,
+    Token,
+)
+
+DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
+        CorrectionState.SUPERSEDED)
+
+
+@dataclass
+class Robot:
+    """Steps an engine and keeps what it says."""
+
+    engine: Engine
+    events: list[Event] = field(default_factory=list)
+
+    def until(self, condition: Callable[[Event], bool], seconds: float = 60.0) -> Event:
+        """Step until an event fulfils the condition."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            iteration = self.engine.step()
+            self.events += iteration.events
+            for event in iteration.events:
+                if condition(event):
+                    return event
+            if iteration.wake_at is None:
+                time.sleep(0.002)
+        raise AssertionError(f'not within {seconds} s; last events: {self.events[-3:]}')
+
+    def response(self, query_id: str) -> Finished:
+        """Step until that query has ended."""
+        event = self.until(lambda e: isinstance(e, Finished) and e.query_id == query_id)
+        assert isinstance(event, Finished)
+        return event
+
+    def ask(self, text: str, **kwargs: object) -> Finished:
+        """Ask and wait for the answer."""
+        query = Query(text, **{'id': f'q{len(self.events)}-{time.monotonic_ns()}', **kwargs})  # type: ignore[arg-type]
+        self.engine.submit(query)
+        return self.response(query.id)
+
+    def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionProgress:
+        """Correct and wait until the correction has come to its end."""
+        self.engine.correct(correction)
+        event = self.until(lambda e: isinstance(e, CorrectionProgress)
+                           and e.id == correction.id and e.state in DONE, seconds)
+        assert isinstance(event, CorrectionProgress)
+        return event
+
+    def tokens(self, query_id: str) -> list[Token]:
+        """Return the pieces of an answer so far."""
+        return [e for e in self.events if isinstance(e, Token) and e.query_id == query_id]
