@@ -48,7 +48,7 @@ SYSTEMS: Mapping[str, System] = {
     'mace': System(),
     'continuous': System({'scheduler.policy': 'continuous'}),
     'periodic': System({'scheduler.policy': 'periodic'}),
-    'mace, no drift': System({'drift.min_budget': 1.0, 'drift.gather_s': 0.0}),
+    'mace, no drift': System({'drift.min_budget': 1.0}),
     'mace, overloaded': System(hurry=OVERLOAD),
     'mace, overloaded, no priority': System({'finetune.order': 'arrival'}, OVERLOAD),
     'mace, no priority': System({'finetune.order': 'arrival'}),

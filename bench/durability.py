@@ -50,7 +50,7 @@ ROUNDS, QUICK_ROUNDS = 50, len(AIMS)
 PARAMETERS: dict[str, Any] = {
     'model.threads': 1, 'model.weight_dtype': 'float32', 'finetune.learning_rate': 0.01,
     'gate.tolerance': 1.0, 'generation.max_tokens': 8, 'scheduler.max_slowdown': 10.0,
-    'drift.min_budget': 1.0, 'drift.gather_s': 0.0,
+    'drift.min_budget': 1.0,
     # A version goes back for one reason only: that something was lost.
     'gate.auto_rollback': False}
 

@@ -194,8 +194,6 @@ class Engine:
             + cost.segment_s(SegmentKind.BACKWARD, tokens))
         self.learner.clock = clock
         self.learner.condemn = self._condemn
-        self._budget = settings.finetune.budget     # in force, by drift ...
-        self._backlog = False                       # ... and by how many corrections wait
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
@@ -283,7 +281,7 @@ class Engine:
         def apply() -> list[Event]:
             self._settings = self._answers.settings = settings
             self._foreseen = None       # under those that were in force
-            self._share_out()
+            self.scheduler.update(settings)
             self._residence.share(settings.memory.prefix_sharing)
             self._blocks.prune_share = settings.memory.kv_prune
             limits = settings.scheduler
@@ -387,8 +385,6 @@ class Engine:
             self._spoke = True
             return self._clock()
         self._spoke = False
-        if self.learner.drift.moved or self.learner.backlog != self._backlog:
-            self._share_out()
         self._answers.warm_up()
         if self.learner.wants_anchors:
             self._answers.ask_base(overdue=self.scheduler.is_overdue(
@@ -438,7 +434,8 @@ class Engine:
             corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
             live_version=self.live_version(''), profiles=self._slots.profiles,
             journal_error=self._answers.journal_error, drift_state=self.learner.drift.state,
-            drift_level=self.learner.drift.level, finetune_budget=self._budget,
+            drift_level=self.learner.drift.level,
+            finetune_budget=self.learner.budget(self._settings),
             journal_backlog=self._journal.backlog, unrecorded=self._answers.unrecorded,
             learning_error=self.learner.trouble)
 
@@ -466,16 +463,6 @@ class Engine:
         # What the journal finished meanwhile has put its last words into the inbox.
         self._take_in(events)
         return events
-
-    def _share_out(self) -> None:
-        """Let the scheduler know the settings, with what drift leaves of the budget."""
-        settings, finetune = self._settings, self._settings.finetune
-        self._budget, self._backlog = finetune.budget, self.learner.backlog
-        if settings.scheduler.policy == 'mace':     # the baselines know no drift
-            self._budget = self.learner.drift.budget(
-                settings.drift.min_budget, finetune.budget, backlog=self._backlog)
-        self.scheduler.update(replace(
-            settings, finetune=replace(finetune, budget=self._budget)))
 
     def _take_in(self, events: list[Event]) -> None:
         while self._inbox:

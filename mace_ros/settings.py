@@ -234,12 +234,9 @@ class DriftSettings:
     """How much to learn, by whether what is asked changes."""
 
     min_budget: float = _parameter(
-        0.2, 'Share of device time for learning while nothing changes and few corrections wait; '
-        'else it is finetune.budget', minimum=0.0, maximum=1.0)
-    gather_s: float = _parameter(
-        15.0, 'Longest that a correction waits for others to be learned with it, while nothing '
-        'changes and others keep coming while the robot learns; 0 waits for none', unit='s',
-        minimum=0.0, maximum=1e6)
+        0.2, 'Share of device time for learning while nothing changes and nothing is corrected; '
+        'the more is, the more of finetune.budget is used. To keep to it, learning rests between '
+        'jobs', minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)

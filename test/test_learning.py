@@ -30,7 +30,6 @@ from mace_ros.events import (
 from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.learning import choosing, learner, publishing
 from mace_ros.learning.drift import Drift, DriftState
-from mace_ros.learning.gathering import Gathering
 from mace_ros.learning.versions import VersionStore
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.settings import Settings
@@ -225,58 +224,60 @@ def test_what_is_superseded_stays_so_whatever_its_job_writes_later(robot: Robot)
     assert after.state is CorrectionState.SUPERSEDED
 
 
-def test_in_calm_corrections_that_keep_coming_are_learned_together(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of one profile: others, and who repeats a correction, wait no longer for that."""
+@pytest.fixture
+def resting(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """A robot in calm that has learned a correction, the one of the jobs that are returned."""
     engine, jobs = robot.engine, []
     monkeypatch.setattr(Drift, 'state', DriftState.CALM)
+    monkeypatch.setattr(Drift, 'level', 0.0)
     begin = learner.Learner._begin
     monkeypatch.setattr(learner.Learner, '_begin', lambda self, profile, chosen: (
         jobs.append({w.record.id for w in chosen}), begin(self, profile, chosen))[1])
     engine.update(engine.settings.updated({
-        'drift.gather_s': 1e6, 'slo.freshness_s': 1e6, 'drift.min_budget': 1.0,
-        'finetune.max_steps': 2}))
+        'drift.min_budget': 0.0, 'slo.freshness_s': 1e6, 'finetune.max_steps': 2}))
+    correct(robot, 'first')
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
+    assert jobs == [{'first'}]
+    return jobs
 
-    def correct(name: str, *, about: str = '', profile: str = '') -> None:
-        engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?',
-                                  profile=profile))
-        robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == name)
 
-    def ended(name: str) -> Callable[[Event], bool]:
-        return lambda e: (isinstance(e, CorrectionProgress) and e.id == name and e.state in DONE)
+def correct(robot: Robot, name: str, *, about: str = '') -> None:
+    robot.engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == name)
 
-    correct('first')
-    while not jobs:     # at once: nobody else has come
-        engine.step()
-    correct('1')
-    correct('2')
-    robot.until(ended('first'))
+
+def test_in_calm_corrections_are_learned_together_after_a_rest(
+        robot: Robot, resting: list[set[str]]) -> None:
+    correct(robot, '1')
+    correct(robot, '2')
     for _ in range(20):
-        until = engine.step().wake_at
+        until = robot.engine.step().wake_at
     assert until is not None and until > time.monotonic() + 1e5
-    correct('1 again', about='1')    # the one that waits longest
-    assert engine.step().wake_at == until
-    correct("ann's", profile='ann')
-    robot.until(ended("ann's"))
-    assert jobs == [{'first'}, {"ann's"}]
-    correct('3')
-    correct('4')
-    robot.until(ended('4'))
-    assert jobs == [{'first'}, {"ann's"}, {'1 again', '2', '3', '4'}]
+    correct(robot, '1 again', about='1')    # the one that waits longest
+    assert robot.engine.step().wake_at == until
+    correct(robot, '3')
+    assert len(resting) == 1
+    correct(robot, '4')                     # as many as a job takes
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == '4' and e.state in DONE)
+    assert resting == [{'first'}, {'1 again', '2', '3', '4'}]
 
 
-def test_a_correction_that_stays_alone_is_learned_in_the_end(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rest_makes_a_correction_too_old(robot: Robot, resting: list[set[str]]) -> None:
     engine = robot.engine
-    monkeypatch.setattr(Drift, 'state', DriftState.CALM)
-    monkeypatch.setattr(Gathering, 'expected', lambda self, profile, seconds, now: 2.0)
-    engine.update(engine.settings.updated({'drift.gather_s': 1.0, 'finetune.max_steps': 2}))
-    engine.correct(Correction('A robot.', id='alone', prompt='Who are you?'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress))
+    engine.update(engine.settings.updated({'slo.freshness_s': 1.0}))
+    correct(robot, 'alone')
     accepted = time.monotonic()
-    while engine.learner._job is None:
+    while len(resting) == 1:
         engine.step()
     assert 0.5 <= time.monotonic() - accepted < 30.0
+
+
+def test_a_change_ends_the_rest(
+        robot: Robot, resting: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    correct(robot, 'another')
+    monkeypatch.setattr(Drift, 'state', DriftState.DRIFTING)
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
+    assert resting == [{'first'}, {'another'}]
 
 
 def test_learning_needs_nobody_to_wake_it(settings: Settings, tmp_path: Path) -> None:

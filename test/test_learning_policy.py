@@ -15,11 +15,11 @@ import pytest
 from mace_ros.execution.sample import Sample
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, surprise
-from mace_ros.learning.gathering import FORGOTTEN_S, Gathering
 from mace_ros.learning.job import Job
 from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, gain, priority, resemble
+from mace_ros.learning.resting import Resting
 from mace_ros.learning.samples import interleaved, sample, turn
 from mace_ros.settings import Settings
 
@@ -131,22 +131,19 @@ def test_surprise_is_a_share() -> None:
     assert surprise(math.log(0.25)) == pytest.approx(0.75)
 
 
-def test_how_often_corrections_come_is_told_by_what_comes_during_jobs() -> None:
-    gathering = Gathering()
-    gathering.came('')                      # to an idle robot
-    gathering.ended(5.0)
-    assert gathering.expected('', 15.0, 5.0) == 0.0
-    for job in range(10):
-        gathering.begun(10.0 * job)
-        for profile in ('', '', 'ann') if job < 8 else ():
-            gathering.came(profile)
-        gathering.ended(10.0 * job + 4.0)
-        gathering.ended(10.0 * job + 9.0)   # it has ended already
-        gathering.came('')
-    # Of the latest four, of which two had none.
-    assert gathering.expected('', 8.0, 100.0) == pytest.approx(8.0 * 4 / 16)
-    assert gathering.expected('ann', 8.0, 100.0) == pytest.approx(8.0 * 2 / 16)
-    assert gathering.expected('', 8.0, 94.0 + FORGOTTEN_S) == 0.0
+def test_after_a_job_learning_rests_until_it_took_its_share_of_time() -> None:
+    resting = Resting()
+    assert resting.until(0.0) == -math.inf      # nothing was learned yet
+    resting.begun(100.0)
+    assert resting.until(0.0) == 100.0
+    resting.spent(1.5)
+    resting.spent(0.5)
+    assert resting.until(0.25) == 108.0
+    assert resting.until(1.0) == 102.0          # it is over by then: no rest
+    assert resting.until(0.0) == math.inf
+    resting.begun(200.0)
+    resting.spent(1.0)
+    assert resting.until(0.5) == 202.0
 
 
 # -- samples -----------------------------------------------------------------------------

@@ -180,8 +180,7 @@ class FinetuneStep:
     def _lay_out(self, piece_tokens: int) -> None:
         """Lay the tokens out for the layers: undivided, if they are not too many."""
         model = self.model
-        self.piece_tokens = min(piece_tokens, self.tokens)
-        divided = self.piece_tokens < self.tokens
+        divided = piece_tokens < self.tokens
         if divided:
             self._alone, self.keep_graphs = True, False
         # A captured layer shows nothing.
@@ -189,6 +188,8 @@ class FinetuneStep:
             (x for x in model.static_layers if x.tokens >= self.tokens), None)
         padding = self._static.tokens - self.tokens if self._static is not None else 0
         self._padded = (*self._lengths, padding) if padding else self._lengths
+        # By the memory that they take, all of them at once are a piece that divides nothing.
+        self.piece_tokens = piece_tokens if divided else sum(self.lengths)
         self._row = (whole_sequences(self._lengths, model.device, shared=self._shared)
                      if self._static is None else self._static.row)
         ids = [t for tokens, _ in self._stretches for t in tokens] + [0] * padding

@@ -23,6 +23,8 @@ FALSE_ALARMS = 0.05
 ENOUGH = 5
 # A rise counts until the mean has halved.
 OVER = 0.5
+# With so much mean surprise there is no rest in calm either: half of the answers are wrong.
+MUCH = 0.5
 
 
 class DriftState(IntEnum):
@@ -43,20 +45,12 @@ class Drift:
         self._count = 0
         self._peak: float | None = None    # mean surprise since the rise; None: calm
         self.rises = 0
-        self._moved = True
-
-    @property
-    def moved(self) -> bool:
-        """Whether there were outcomes since this was last asked."""
-        moved, self._moved = self._moved, False
-        return moved
 
     def outcome(self, surprise: float) -> None:
         """Note how an answer turned out; 0 is fine, 1 as wrong as can be."""
         before = self._window.estimation
         self._window.update(min(max(surprise, 0.0), 1.0))
         self._count += 1
-        self._moved = True
         mean = self._window.estimation
         if self._window.drift_detected and mean > before:
             self.rises += 1
@@ -83,10 +77,12 @@ class Drift:
         """
         Return the share of device time for learning, between ``least`` and ``most``.
 
-        All of it while drifting or unknown; in calm, in proportion to the mean surprise, so
-        that corrections gather and are learned together, unless enough of them wait already.
+        All of it while drifting or unknown; in calm, in proportion to the mean surprise up to
+        :data:`MUCH`, so that corrections gather and are learned together, unless enough of
+        them wait already.
         """
-        intensity = self.level if self.state is DriftState.CALM and not backlog else 1.0
+        calm = self.state is DriftState.CALM and not backlog
+        intensity = min(self.level / MUCH, 1.0) if calm else 1.0
         return min(least, most) + max(most - least, 0.0) * intensity
 
 

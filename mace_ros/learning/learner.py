@@ -29,7 +29,7 @@ from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
-from mace_ros.learning.drift import Drift, DriftState, surprise
+from mace_ros.learning.drift import Drift, surprise
 from mace_ros.learning.gate import BATCH_TOKENS, batches, Verdict
 from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal
@@ -38,6 +38,7 @@ from mace_ros.learning.lessons import Lessons, texts
 from mace_ros.learning.live_outcomes import Suspicion, to_blame
 from mace_ros.learning.publishing import Publisher
 from mace_ros.learning.queue import CorrectionQueue, JOB_CORRECTIONS
+from mace_ros.learning.resting import Resting
 from mace_ros.learning.rollback import version_to_return_to
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
 from mace_ros.learning.versions import VersionStore
@@ -78,6 +79,8 @@ class Learner:
         self.condemn: Callable[[Suspicion], None] = lambda suspicion: None
         self._jobs = 0
         self.drift = Drift()
+        self._resting = Resting()
+        self._rests_until: float | None = None
         self._settings = Settings()
         self.clock: Callable[[], float] = time.monotonic
         self.held: str | None = None    # a profile for which nothing may be begun
@@ -151,14 +154,16 @@ class Learner:
         """When :meth:`advance` can go on by itself, if it waits for nothing but a time."""
         job = self._job
         if job is None:
-            return self._queue.gathers_until
+            return self._rests_until
         # Later than that it waits for a slot, of which the engine tells.
         return job.save_at if job.save_at > self.clock() else None
 
-    @property
-    def backlog(self) -> bool:
-        """Whether as many corrections wait as are learned together at most."""
-        return len(self._queue) >= JOB_CORRECTIONS
+    def budget(self, settings: Settings) -> float:
+        """Return the share of device time for learning, by drift and what waits."""
+        if settings.scheduler.policy != 'mace':     # the baselines know no drift
+            return settings.finetune.budget
+        return self.drift.budget(settings.drift.min_budget, settings.finetune.budget,
+                                 backlog=len(self._queue) >= JOB_CORRECTIONS)
 
     @property
     def unlearned(self) -> list[float]:
@@ -189,6 +194,7 @@ class Learner:
         if job is not None:
             job.train_tokens += tokens if job.scoring is None else 0
             job.train_seconds += seconds
+            self._resting.spent(seconds)
 
     def advance(self, settings: Settings) -> list[Event]:
         """Go on as far as possible without waiting; return what happened."""
@@ -197,7 +203,6 @@ class Learner:
         if rejected:
             return rejected
         if self._job is None:
-            self._queue.gathering.ended(self.clock())
             return self._start()
         job = self._job
         if job.scoring is not None:
@@ -264,8 +269,7 @@ class Learner:
     # -- a job's life ----------------------------------------------------------------
 
     def _start(self) -> list[Event]:
-        settings = self._settings
-        self._queue.gathers_until = None
+        settings, self._rests_until = self._settings, None
         if settings.finetune.budget == 0:
             return []
         suspicion = self._suspicion
@@ -277,8 +281,11 @@ class Learner:
         if not ready:
             return self._rehearse()
         if self._decides:
-            ready = self._gathered(ready)
-            if not ready:
+            # Nothing grows older than it should for that.
+            until = min(self._resting.until(self.budget(settings)),
+                        min(w.waits_since for w in ready) + settings.slo.freshness_s)
+            if self.clock() < until:
+                self._rests_until = until
                 return []
         profile = self._queue.next_profile(ready, self._jobs + 1)
         chosen = [w for w in ready if w.record.profile == profile]
@@ -294,16 +301,6 @@ class Learner:
                 for w in chosen]
         self._begin(profile, chosen)
         return []
-
-    def _gathered(self, ready: list[Waiting]) -> list[Waiting]:
-        """Return those that need not wait for others to be learned with them."""
-        if self.drift.state is not DriftState.CALM:
-            return ready
-        settings = self._settings
-        return self._queue.gathered(
-            ready, now=self.clock(),
-            patience_s=min(settings.drift.gather_s, settings.slo.freshness_s),
-            fit=lambda some: len(self._fitting(some)) == len(some))
 
     def _rehearse(self) -> list[Event]:
         """Under the policy ``continuous``, which never rests, train again what was learned."""
@@ -336,7 +333,7 @@ class Learner:
         if self._known_of != (profile, live.profile, live.version):
             self._known, self._known_of = {}, (profile, live.profile, live.version)
         self._job = Job(profile, chosen, parent, self.publisher.submit(fetch))
-        self._queue.gathering.begun(self.clock())
+        self._resting.begun(self.clock())
         self._jobs += 1
         self.wants_anchors = self._lessons.anchors is None
         return self._job

@@ -1,13 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The corrections that wait to be learned, whose turn it is, and which wait for each other."""
+"""The corrections that wait to be learned, and whose turn it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 import math
 
-from mace_ros.learning.gathering import Gathering
 from mace_ros.learning.job import Waiting
 from mace_ros.learning.journal import CorrectionRecord
 
@@ -21,8 +20,6 @@ class CorrectionQueue:
         """Begin with nothing."""
         self._waiting: list[Waiting] = []
         self._turns: dict[str, int] = {}    # of profiles: their latest turn
-        self.gathering = Gathering()
-        self.gathers_until: float | None = None     # those that wait for others
 
     def __iter__(self) -> Iterator[Waiting]:
         """Go through all."""
@@ -37,8 +34,6 @@ class CorrectionQueue:
         older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
                  and w.record.profile == record.profile]
         self.remove(older)
-        if not older:
-            self.gathering.came(record.profile)
         self._waiting.append(Waiting(
             record, arrived, repeats=sum(1 + w.repeats for w in older),
             since=min((w.waits_since for w in older), default=math.inf)))
@@ -54,25 +49,6 @@ class CorrectionQueue:
     def of(self, profile: str) -> list[Waiting]:
         """Return those of one profile."""
         return [w for w in self._waiting if w.record.profile == profile]
-
-    def gathered(self, ready: Sequence[Waiting], *, now: float, patience_s: float,
-                 fit: Callable[[Sequence[Waiting]], bool]) -> list[Waiting]:
-        """
-        Return those of ``ready`` that need not wait for others to be learned with them.
-
-        Nobody waits longer than ``patience_s``; ``fit`` says whether a job can take so many.
-        """
-        gathered: list[Waiting] = []
-        for profile in dict.fromkeys(w.record.profile for w in ready):
-            some = [w for w in ready if w.record.profile == profile]
-            until = min(w.waits_since for w in some) + patience_s
-            # Another one like the last must fit into the job.
-            if (now < until and len(some) < JOB_CORRECTIONS and fit([*some, some[-1]])
-                    and self.gathering.expected(profile, patience_s, now) >= 1.0):
-                self.gathers_until = min(self.gathers_until or until, until)
-            else:
-                gathered += some
-        return gathered
 
     def next_profile(self, ready: Sequence[Waiting], turn: int) -> str:
         """
