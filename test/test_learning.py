@@ -262,6 +262,27 @@ def test_in_calm_corrections_are_learned_together_after_a_rest(
     assert resting == [{'first'}, {'1 again', '2', '3', '4'}]
 
 
+def test_what_comes_before_anything_is_learned_joins_the_job(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, began = robot.engine, []
+    begin = learner.Learner._begin
+    monkeypatch.setattr(learner.Learner, '_begin', lambda self, profile, chosen: (
+        began.append(profile), begin(self, profile, chosen))[1])
+    engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
+    while (job := engine.learner._job) is None or not job.begun:
+        engine.step()
+    engine.update(engine.settings.updated({'finetune.budget': 0.0}))    # not a step further
+    correct(robot, 'second')
+    engine.step()
+    assert [w.record.id for w in job.corrections] == ['first', 'second'] and job.steps == 0
+    engine.update(engine.settings.updated({'finetune.budget': 1.0}))
+    told: list[CorrectionProgress] = []
+    while {e.id for e in told if e.state in DONE} != {'first', 'second'}:
+        told += [e for e in engine.step().events if isinstance(e, CorrectionProgress)]
+    assert began == ['']
+    assert {e.adapter_version for e in told if e.state in DONE} == {1}
+
+
 def test_no_rest_makes_a_correction_too_old(robot: Robot, resting: list[set[str]]) -> None:
     engine = robot.engine
     engine.update(engine.settings.updated({'slo.freshness_s': 1.0}))

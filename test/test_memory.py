@@ -46,7 +46,7 @@ from mace_ros.memory.budget import Footprint, Grant, LEAST_PIECE, MemoryBudget
 from mace_ros.memory.prefix import Prefix
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.keeper import MemoryKeeper
-from mace_ros.scheduling.plan import Plan, PrefillChunk, State
+from mace_ros.scheduling.plan import Plan, PrefillChunk, SegmentKind, State
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
@@ -271,6 +271,22 @@ def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
         budget.total = budget.fixed + total
         assert (keeper.lacks(step) == '') is fits
         assert keeper.allows(step, overdue=True) is fits
+
+
+@pytest.mark.parametrize('shared', [0, 24])
+def test_where_there_is_room_graphs_are_kept(shared: int) -> None:
+    """Also if the samples begin alike, of which a copy for each takes memory."""
+    model, bank, _ = with_reference(tiny_model('llama'))
+    rng = random.Random(0)
+    begin = tuple(random_ids(rng, shared))
+    step = FinetuneStep(model, Trainer(bank, 1e-3), [
+        Sample((*begin, *random_ids(rng, 10)), (0.0,) * (shared + 5) + (1.0,) * 5)
+        for _ in range(8)], piece_tokens=200)
+    footprint, state = measure_footprint(model, bank), State()
+    budget = MemoryBudget(footprint, 1e9, most_blocks=1000, pass_tokens=10, rows=1)
+    keeper = MemoryKeeper(budget, Residence(BlockPool(1000, BLOCK_TOKENS), state), state)
+    assert keeper.allows(step) and step.keep_graphs
+    assert SegmentKind.BACKWARD in {s.kind for s in step.segments()}
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8),

@@ -111,7 +111,7 @@ class Learner:
             if all(getattr(older.record, name) == getattr(record, name)
                    for name in ('profile', 'prompt_ids', 'corrected', 'weight')):
                 job.corrections[i] = replace(older, record=record, repeats=older.repeats + 1)
-                return [] if job.gate is None else [
+                return [] if not job.begun else [
                     self._set_state(record, CorrectionState.TRAINING)]
         return None
 
@@ -211,6 +211,8 @@ class Learner:
             return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
+        if job.begun and job.steps == 0 and (joining := self._joining(job)):
+            return self._join(job, joining)
         if job.score_after is not None:
             return self._save(job)
         if job.step is None:
@@ -389,6 +391,9 @@ class Learner:
     def _load(self, job: Job) -> list[Event]:
         """Go on from the live version; look first how it does on the candidates."""
         self._take_up(job, job.fetched.result().take())
+        return self._look(job)
+
+    def _look(self, job: Job) -> list[Event]:
         prefers = self._settings.finetune.objective == 'dpo'
         if job.rehearses or not (self._decides or prefers):
             return self._guard(job)
@@ -429,6 +434,19 @@ class Learner:
             return events
         return events + self._guard(job)
 
+    def _joining(self, job: Job) -> list[Waiting]:
+        """Return what came since a job began, and may be learned in it while it knows nothing."""
+        if (not self._decides or job.rehearses or len(job.corrections) >= JOB_CORRECTIONS
+                or (job.step is not None and job.step.holds_blocks)):   # it rides in passes
+            return []
+        # Those that were looked at did not fit.
+        return [w for w in self._queue.of(job.profile) if not w.leads]
+
+    def _join(self, job: Job, joining: list[Waiting]) -> list[Event]:
+        self._queue.remove(joining)
+        job.corrections, job.begun = [*job.corrections, *joining], False
+        return self._look(job)
+
     def _note_surprise(self, correction_id: str, log_probability: float) -> None:
         self.drift.outcome(surprise(log_probability))
         self._first_scores[correction_id] = log_probability
@@ -441,10 +459,7 @@ class Learner:
         assert job.gate is not None
         # What is replayed of this robot's answers needs the live version as its teacher.
         unknown = [s for s in job.gate.samples if s.tokens not in self._known or s in own]
-        events: list[Event] = [] if job.rehearses else [
-            self._set_state(w.record, CorrectionState.TRAINING) for w in job.corrections]
-        return events + self._score(
-            job, unknown, partial(self._begin_training, job, unknown, own))
+        return self._score(job, unknown, partial(self._begin_training, job, unknown, own))
 
     def _begin_training(self, job: Job, unknown: list[Sample], own: list[Sample],
                         scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
@@ -454,7 +469,9 @@ class Learner:
         job.forgotten = job.gate.wrong(job.before)
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
         self._next_step(job)
-        return []
+        job.begun = True
+        return [] if job.rehearses else [
+            self._set_state(w.record, CorrectionState.TRAINING) for w in job.corrections]
 
     def _next_step(self, job: Job) -> None:
         assert job.trainer is not None
