@@ -301,6 +301,23 @@ def test_a_change_ends_the_rest(
     assert resting == [{'first'}, {'another'}]
 
 
+def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -> None:
+    """The baseline never rests, and nobody hears of its corrections again."""
+    engine = robot.engine
+    engine.update(engine.settings.updated({
+        'scheduler.policy': 'continuous', 'finetune.period_steps': 2}))
+    for name in ('1', '2'):
+        correct(robot, name)
+        robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
+    learned = engine.live_version('')
+    told: list[Event] = []
+    end = time.monotonic() + 60.0
+    while engine.live_version('') < learned + 2 and time.monotonic() < end:
+        told += engine.step().events
+    assert engine.live_version('') >= learned + 2
+    assert not [e for e in told if isinstance(e, CorrectionProgress)]
+
+
 def test_learning_needs_nobody_to_wake_it(settings: Settings, tmp_path: Path) -> None:
     """Whatever it waits for, it says for how long, or wakes the engine itself."""
     woken = threading.Event()

@@ -313,7 +313,8 @@ class Learner:
             again = turn([r for r in self._recent if r.profile == profile],
                          min(JOB_CORRECTIONS, len(self._recent)), self._jobs)
             now = time.monotonic()
-            job = self._begin(profile, [Waiting(r, now) for r in dict.fromkeys(again)])
+            job = self._begin(profile, [
+                Waiting(r, now) for r in {r.id: r for r in again}.values()])
             job.rehearses, job.least_steps = True, self._settings.finetune.period_steps
         return []
 
