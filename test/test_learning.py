@@ -269,16 +269,21 @@ def test_what_comes_before_anything_is_learned_joins_the_job(
     monkeypatch.setattr(learner.Learner, '_begin', lambda self, profile, chosen: (
         began.append(profile), begin(self, profile, chosen))[1])
     engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
-    while (job := engine.learner._job) is None or not job.begun:
-        engine.step()
+    told: list[CorrectionProgress] = []
+
+    def step() -> None:
+        told.extend(e for e in engine.step().events if isinstance(e, CorrectionProgress))
+
+    while (job := engine.learner._job) is None or job.step is None:
+        step()
     engine.update(engine.settings.updated({'finetune.budget': 0.0}))    # not a step further
     correct(robot, 'second')
     engine.step()
     assert [w.record.id for w in job.corrections] == ['first', 'second'] and job.steps == 0
     engine.update(engine.settings.updated({'finetune.budget': 1.0}))
-    told: list[CorrectionProgress] = []
     while {e.id for e in told if e.state in DONE} != {'first', 'second'}:
-        told += [e for e in engine.step().events if isinstance(e, CorrectionProgress)]
+        step()
+    assert sorted(e.id for e in told if e.state is CorrectionState.TRAINING) == ['first', 'second']
     assert began == ['']
     assert {e.adapter_version for e in told if e.state in DONE} == {1}
 

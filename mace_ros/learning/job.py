@@ -90,7 +90,7 @@ class Job:
     parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
     piece_tokens: int = 0               # of a layer, computed at once
     gate: Gate | None = None
-    begun: bool = False                 # its first step is there
+    told: set[str] = field(default_factory=set)     # of which corrections it was said: TRAINING
     scoring: Scoring | None = None
     sparing: Iterator[None] | None = None   # piece by piece, what learning is to spare is found
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards

@@ -111,8 +111,7 @@ class Learner:
             if all(getattr(older.record, name) == getattr(record, name)
                    for name in ('profile', 'prompt_ids', 'corrected', 'weight')):
                 job.corrections[i] = replace(older, record=record, repeats=older.repeats + 1)
-                return [] if not job.begun else [
-                    self._set_state(record, CorrectionState.TRAINING)]
+                return self._tell_training(job, [record]) if older.record.id in job.told else []
         return None
 
     def trains(self, correction_ids: Collection[str]) -> str | None:
@@ -211,7 +210,7 @@ class Learner:
             return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
-        if job.begun and job.steps == 0 and (joining := self._joining(job)):
+        if job.step is not None and job.steps == 0 and (joining := self._joining(job)):
             return self._join(job, joining)
         if job.score_after is not None:
             return self._save(job)
@@ -445,7 +444,7 @@ class Learner:
 
     def _join(self, job: Job, joining: list[Waiting]) -> list[Event]:
         self._queue.remove(joining)
-        job.corrections, job.begun = [*job.corrections, *joining], False
+        job.corrections = [*job.corrections, *joining]
         return self._look(job)
 
     def _note_surprise(self, correction_id: str, log_probability: float) -> None:
@@ -470,9 +469,13 @@ class Learner:
         job.forgotten = job.gate.wrong(job.before)
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
         self._next_step(job)
-        job.begun = True
-        return [] if job.rehearses else [
-            self._set_state(w.record, CorrectionState.TRAINING) for w in job.corrections]
+        return [] if job.rehearses else self._tell_training(
+            job, [w.record for w in job.corrections])
+
+    def _tell_training(self, job: Job, records: Sequence[CorrectionRecord]) -> list[Event]:
+        new = [r for r in records if r.id not in job.told]
+        job.told.update(r.id for r in new)
+        return [self._set_state(r, CorrectionState.TRAINING) for r in new]
 
     def _next_step(self, job: Job) -> None:
         assert job.trainer is not None
