@@ -227,16 +227,6 @@ def settings(model_folder: Path) -> Settings:
         'generation.max_tokens': 12, 'finetune.learning_rate': 0.01})
 
 
-@pytest.fixture
-def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
-    """Return a fresh engine; afterwards nothing may be left in the KV cache."""
-    engine = Engine(settings, storage=tmp_path)
-    everything = engine.free_kv_tokens
-    yield Robot(engine)
-    engine.close()
-    assert engine.free_kv_tokens == everything
-
-
 def teach(robot: Robot, *corrected: str, question: str = 'Who are you?', profile: str = '') -> None:
     """Have corrections of a question learned, one after the other."""
     for text in corrected:
