@@ -195,6 +195,7 @@ class Engine:
         self.learner.clock = clock
         self.learner.condemn = self._condemn
         self._inbox: deque[Callable[[], list[Event]]] = deque()
+        self._arrived: deque[tuple[Query, float]] = deque()     # those of the inbox
         self._unsaid: list[Event] = []      # of the iteration that is being run
         self._was_idle = True
         self._answers = Answers(
@@ -244,13 +245,14 @@ class Engine:
     def submit(self, query: Query) -> None:
         """Take a query; exactly one :class:`Finished` will follow."""
         arrival, limit = self._clock(), self._settings.scheduler.max_queue
-        if len(self._inbox) >= limit:    # an iteration takes so long, or hangs
+        if len(self._arrived) >= limit:    # an iteration takes so long, or hangs
             refused = self._answers.not_begun(
                 replace(query, id=query.id or str(uuid.uuid4())), arrival, FinishReason.REJECTED,
-                ErrorCode.OVERLOADED, f'{limit} messages wait already (scheduler.max_queue)')
+                ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
             self._enqueue(lambda: [refused])
             return
-        self._enqueue(lambda: self._answers.admit(query, arrival))
+        self._arrived.append((query, arrival))
+        self._enqueue(lambda: self._answers.admit(*self._arrived.popleft()))
 
     def cancel(self, query_id: str) -> None:
         """End a query early; one that is not running is left alone."""
@@ -374,6 +376,8 @@ class Engine:
             try:
                 events += self.learner.advance(self._settings)
             except Exception as error:    # such as an allocation for the next step
+                if not self.learner.busy:
+                    raise                 # that is no device's fault, and nothing else would tell
                 events += self._learning_broke(error)
         for event in events:
             if isinstance(event, VersionEvent) and event.state is VersionState.PUBLISHED:

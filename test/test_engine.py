@@ -191,15 +191,16 @@ def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
 
 
 def test_what_comes_during_an_iteration_is_bounded(robot: Robot) -> None:
-    """Messages wait for its end, so many and no more; those that wait are served."""
+    """Queries wait for its end, so many and no more; other messages take no place of theirs."""
     robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
     assert robot.ask('Hm?').error_code is ErrorCode.NONE     # it is in force
     for query_id in ('a', 'b', 'c'):
+        robot.engine.cancel('another')
         robot.engine.submit(Query('Hm?', id=query_id))
     refused = answer_of(robot, 'c')
     assert (refused.finish_reason, refused.error_code) == (
         FinishReason.REJECTED, ErrorCode.OVERLOADED)
-    assert refused.error == '2 messages wait already (scheduler.max_queue)'
+    assert refused.error == '2 queries wait already (scheduler.max_queue)'
     for query_id in ('a', 'b'):
         assert answer_of(robot, query_id).output_tokens > 0
 

@@ -449,6 +449,27 @@ def test_learning_that_always_fails_is_given_up(
     assert robot.ask('Who are you?').text == wrong.text
 
 
+@pytest.mark.parametrize('waits', [True, False])
+def test_learning_that_cannot_begin_says_so(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """Who waits for it reads it in the status; else the iteration fails, and the next one runs."""
+    def fail(*_: object) -> None:
+        raise TypeError('injected')
+
+    wrong = robot.ask('Who are you?')
+    with monkeypatch.context() as patch:
+        patch.setattr(robot.engine.learner, '_start', fail)
+        if waits:
+            robot.engine.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+            robot.until(lambda event: isinstance(event, CorrectionProgress))
+            assert robot.ask('Who are you?').text == wrong.text
+            assert 'injected' in robot.engine.status().learning_error
+        else:
+            with pytest.raises(TypeError, match='injected'):
+                robot.engine.step()
+    assert robot.ask('Who are you?').text
+
+
 def test_what_cannot_be_saved_yet_is_saved_later(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk may take long; nothing is trained anew for that, and nothing given up."""

@@ -23,8 +23,8 @@ FALSE_ALARMS = 0.05
 ENOUGH = 5
 # A rise counts until the mean has halved.
 OVER = 0.5
-# With so much mean surprise there is no rest in calm either: half of the answers are wrong.
-MUCH = 0.5
+# With so much mean surprise there is no rest in calm either: hardly an answer is right.
+MUCH = 0.75
 
 
 class DriftState(IntEnum):

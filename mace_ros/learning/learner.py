@@ -230,10 +230,10 @@ class Learner:
     def drop(self, reason: str) -> list[Event]:
         """Give up the current job, because device or disk failed; try it again a few times."""
         job, self._job = self._job, None
+        self._trouble = reason
         if job is None:
             return []
         job.scoring = None      # it refers to the job, whose tensors would wait for the collector
-        self._trouble = reason
         if job.slot is not None:
             self._slots.give_back(job.slot)
         if job.rehearses:
