@@ -453,12 +453,15 @@ def test_learning_that_always_fails_is_given_up(
 def test_learning_that_cannot_begin_says_so(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
     """Who waits for it reads it in the status; else the iteration fails, and the next one runs."""
-    def fail(*_: object) -> None:
-        raise TypeError('injected')
+    wrong, learning = robot.ask('Who are you?'), robot.engine.learner
 
-    wrong = robot.ask('Who are you?')
+    def fail() -> list[Event]:
+        if learning.busy or not waits:
+            raise TypeError('injected')
+        return []
+
     with monkeypatch.context() as patch:
-        patch.setattr(robot.engine.learner, '_start', fail)
+        patch.setattr(learning, '_start', fail)
         if waits:
             robot.engine.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
             robot.until(lambda event: isinstance(event, CorrectionProgress))
