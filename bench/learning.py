@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add('--questions', type=int, help='of the drift trace (default: 300; quick: 24)')
     add('--rate', type=float, help='questions a second of it (default: 0.2, which takes 25 minutes '
         'for each system; quick: 0.8)')
+    add('--seed', default='drift', help='of it: what is asked, when, and what is true')
     add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to')
     add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='parameters of the node')
     add('--results', type=Path, metavar='FOLDER', help='where to write the results')
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if 'drift' in args.only:
             samples |= drift.measure(
                 settings, Path(storage), systems=args.systems, questions=args.questions,
-                rate=args.rate)
+                rate=args.rate, seed=args.seed)
     result = result_of(samples)
     path = recorder.write(result, args.results)
     if 'drift' in samples:

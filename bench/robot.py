@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import math
 from pathlib import Path
+import re
 import time
 from typing import Any
 
@@ -105,5 +106,5 @@ class Robot:
 
 
 def says(answer: str, key: str) -> bool:
-    """Return whether an answer has its key phrase."""
-    return key.lower() in answer.lower()
+    """Return whether an answer has its key phrase, as words: 3600 does not say 60."""
+    return re.search(rf'(?<!\w){re.escape(key)}(?!\w)', answer, re.IGNORECASE) is not None

@@ -487,6 +487,7 @@ class Engine:
             return [CorrectionProgress(
                 record.id, record.state, record.reason, record.adapter_version)]
         self._answers.correct(record.query_id, record.corrected)
+        self.learner.drift.corrected(record.query_id)
         renewed = self.learner.renew(record)
         if renewed is None:
             training = self.learner.trains(accepted.superseded)

@@ -14,7 +14,7 @@ from test_journal import answer, correction
 import torch
 
 from mace_ros.events import CorrectionState, InvalidCorrection, VersionState
-from mace_ros.learning.journal import Journal, VersionRecord
+from mace_ros.learning.journal import Journal, MAX_ANSWERS, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.retention import forget_old_versions, make_room, remove_files, tidy
 from mace_ros.learning.rollback import roll_back, RollbackRefused
@@ -253,6 +253,18 @@ def test_an_export_can_be_taken_in_elsewhere(storage: Path, tmp_path: Path) -> N
         assert mine is not None and mine.state is CorrectionState.SUPERSEDED
         assert theirs is not None and theirs.corrected == SECRET
         assert not new.versions()
+
+
+def test_an_import_makes_no_answer_forgotten(storage: Path, tmp_path: Path) -> None:
+    """How many are kept is the node's parameter, of which the program knows nothing."""
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL, max_answers=10**6) as journal, journal.transaction():
+        for i in range(MAX_ANSWERS + 1):
+            journal.record_answer(answer(f'old{i}', 'Who am I?'))
+    (other / MODEL).write_text('a model\n')
+    run(other, 'import', text=run(storage, 'export'))
+    with Journal(other / JOURNAL) as journal:
+        assert journal.answer('old0') is not None and journal.answer('q3') is not None
 
 
 def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path: Path) -> None:

@@ -28,9 +28,11 @@ from mace_ros.events import (
     VersionState,
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.learning import choosing, learner, publishing
+from mace_ros.execution.lora import AdapterBank
+from mace_ros.learning import backoff, choosing, learner
 from mace_ros.learning.drift import Drift, DriftState
-from mace_ros.learning.versions import VersionStore
+from mace_ros.learning.journal import Journal
+from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.settings import Settings
 
@@ -288,6 +290,37 @@ def test_what_comes_before_anything_is_learned_joins_the_job(
     assert {e.adapter_version for e in told if e.state in DONE} == {1}
 
 
+def test_what_comes_once_something_is_learned_waits(robot: Robot) -> None:
+    """Also while it is not yet looked at: its first score would be that of no version."""
+    engine = robot.engine
+    engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
+    while (job := engine.learner._job) is None or not job.has_changed_weights:
+        engine.step()
+    assert job.steps == 0
+    engine.correct(Correction('A robot.', id='second', prompt='Question second?'))
+    engine._journal.submit(lambda journal: None).result(10)     # in time for the next iteration
+    robot.until(lambda e: isinstance(e, VersionEvent))
+    assert [w.record.id for w in job.corrections] == ['first']
+    last = robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'second'
+                       and e.state in DONE)
+    assert isinstance(last, CorrectionProgress) and last.state is CorrectionState.LEARNED
+
+
+def test_what_waits_when_a_job_begins_does_not_join_it(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of a long queue would be looked at before the first step."""
+    engine = robot.engine
+    monkeypatch.setattr(choosing, 'JOB_CANDIDATES', 2)
+    engine.update(engine.settings.updated({'finetune.budget': 0.0}))
+    for name in 'abcd':
+        correct(robot, name)
+    engine.update(engine.settings.updated({'finetune.budget': 1.0}))
+    while (job := engine.learner._job) is None or not job.has_changed_weights:
+        engine.step()
+    assert [w.record.id for w in engine.learner._queue] == ['b', 'c']
+    assert not any(w.leads for w in engine.learner._queue)
+
+
 def test_no_rest_makes_a_correction_too_old(robot: Robot, resting: list[set[str]]) -> None:
     engine = robot.engine
     engine.update(engine.settings.updated({'slo.freshness_s': 1.0}))
@@ -487,13 +520,59 @@ def test_what_cannot_be_saved_yet_is_saved_later(
         return save(*arguments)     # type: ignore[arg-type]
 
     monkeypatch.setattr(VersionStore, 'save', full)
-    monkeypatch.setattr(publishing, 'SAVE_AGAIN_S', 0.05)
+    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert state.state is CorrectionState.LEARNED
     assert len(failures) == learner.MAX_TRIES + 2 and len(set(failures)) == 1
     assert any('No space left' in problem for problem in problems)
     assert robot.engine.status().learning_error == ''
     assert robot.ask('Who are you?').text == 'A robot.'
+
+
+def test_what_cannot_be_read_is_read_later(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A correction is no less wanted because the disk fails, however often."""
+    robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    load, failures, problems = VersionStore.load, [], set()
+
+    def gone(*arguments: object) -> object:
+        problems.add(robot.engine.status().learning_error)
+        if len(failures) < learner.MAX_TRIES + 2:
+            failures.append(1)
+            raise CorruptVersion('injected')
+        return load(*arguments)     # type: ignore[arg-type]
+
+    monkeypatch.setattr(VersionStore, 'load', gone)
+    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
+    state = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
+    assert state.state is CorrectionState.LEARNED
+    assert any('injected' in problem for problem in problems)
+    assert robot.engine.status().learning_error == ''
+
+
+def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal says that it is live: it must be, and nothing is trained for it again."""
+    publish, write, failures = Journal.publish, AdapterBank.write_slot, []
+
+    def failing(*arguments: object) -> None:
+        if len(failures) <= learner.MAX_TRIES:
+            failures.append(robot.engine.learner.busy)
+            raise torch.OutOfMemoryError('injected')
+        write(*arguments)       # type: ignore[arg-type]
+
+    def recorded(*arguments: object) -> object:
+        monkeypatch.setattr(AdapterBank, 'write_slot', failing)
+        return publish(*arguments)      # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, 'publish', recorded)
+    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
+    state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    assert (state.state, state.adapter_version) == (CorrectionState.LEARNED, 1)
+    assert len(failures) == learner.MAX_TRIES + 1
+    answer = robot.ask('Who are you?')
+    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
+    assert robot.engine.status().learning_error == ''
 
 
 def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:

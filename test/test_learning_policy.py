@@ -14,7 +14,7 @@ import pytest
 
 from mace_ros.execution.sample import Sample
 from mace_ros.learning.anchors import ANCHORS
-from mace_ros.learning.drift import Drift, DriftState, surprise
+from mace_ros.learning.drift import Drift, DriftState, OPEN, surprise
 from mace_ros.learning.job import Job
 from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
@@ -61,7 +61,7 @@ def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
     def some(kind: int, count: int) -> list[Sample]:
         return [sample([kind, i] * 5, [i] * 10) for i in range(count)]
 
-    job = Job('', [], 0, Future(), samples=some(1, 1), kept=some(2, 3), variants=some(3, 2),
+    job = Job('', [], Future(), samples=some(1, 1), kept=some(2, 3), variants=some(3, 2),
               forgotten=some(4, 1), replayed=some(5, 9))
     finetune = Settings().finetune
     expected = [*some(1, 1), *some(2, 3), *some(3, 1), *some(4, 1),
@@ -78,7 +78,7 @@ def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
     kept, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
     seen: list[Sample] = []
     for _ in range(5):
-        job = Job('', [], 0, Future(), samples=[sample([1, 1], [1])], kept=kept, replayed=replayed)
+        job = Job('', [], Future(), samples=[sample([1, 1], [1])], kept=kept, replayed=replayed)
         (part,), _ = lessons.step(job, finetune, 10**6)
         seen += part
     assert {*kept, *replayed} <= {*seen}
@@ -89,8 +89,11 @@ def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
 
 def outcomes(drift: Drift, wrong: float, count: int, seed: int) -> None:
     rng = random.Random(seed)
-    for _ in range(count):
-        drift.outcome(0.9 if rng.random() < wrong else 0.0)
+    for i in range(count):
+        drift.answered(f'{count} {i}')
+        if rng.random() < wrong:
+            drift.corrected(f'{count} {i}')
+            drift.outcome(0.9)
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -123,6 +126,21 @@ def test_the_budget_stays_within_its_bounds() -> None:
         assert 0.2 <= drift.budget(0.2, 0.7) <= 0.7
     assert drift.budget(0.5, 0.1) == 0.1    # never above finetune.budget
     assert drift.budget(0.2, 0.0) == 0.0    # frozen is frozen
+
+
+def test_an_answer_that_is_corrected_has_one_outcome() -> None:
+    drift = Drift()
+    for i in range(100):
+        drift.answered(str(i))
+        drift.corrected(str(i))
+        drift.outcome(0.8)
+    assert drift.level == pytest.approx(0.8)
+    for i in range(OPEN):
+        drift.answered(f'good {i}')
+    assert drift.level == pytest.approx(0.8)
+    drift.answered('another one')
+    assert drift.level < 0.8
+    drift.corrected('good 0')   # too late: it counts as one of each
 
 
 def test_surprise_is_a_share() -> None:

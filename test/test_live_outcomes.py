@@ -21,6 +21,7 @@ from mace_ros.events import (
     VersionEvent,
     VersionState,
 )
+from mace_ros.learning import comparing
 from mace_ros.learning.describing import peft_config
 from mace_ros.learning.journal import Journal, VersionRecord
 from mace_ros.learning.live_outcomes import (
@@ -30,6 +31,7 @@ from mace_ros.learning.live_outcomes import (
     got_worse,
     Outcomes,
     suspected,
+    Suspicion,
     to_blame,
     WATCHED,
 )
@@ -245,6 +247,28 @@ def test_a_bad_version_is_taken_back_by_itself(
     robot.engine.close()
 
 
+def test_what_was_suspected_of_a_version_taken_back_is_forgotten(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal may say so only when somebody has taken back more than that already."""
+    monkeypatch.setattr(comparing, 'to_blame', lambda leads: True)
+    robot, _ = with_version(settings, tmp_path, 0.02)
+    engine = robot.engine
+    last = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    assert last.adapter_version == 2
+    rolled_back = engine.rollback('', 0)
+    while not rolled_back.done():
+        engine.step()
+    record = engine._journal.submit(lambda j: j.correction('k')).result(10)
+    some = Outcomes(ENOUGH, ENOUGH)
+    engine.learner.suspect(Suspicion('', 2, 1, some, some, (record,) * ENOUGH))
+    last = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
+    # From the base model: version 1 was not returned to.
+    assert last.state is CorrectionState.LEARNED
+    versions = engine.versions('').result(10)
+    assert [(v.version, v.parent) for v in versions][-1] == (3, 0)
+    engine.close()
+
+
 @pytest.mark.parametrize('case', ['taught', 'switched off'])
 def test_a_version_that_is_not_to_blame_stays(
         case: str, settings: Settings, tmp_path: Path) -> None:
@@ -267,6 +291,6 @@ def test_a_version_that_is_not_to_blame_stays(
     robot.until(lambda e: isinstance(e, CorrectionProgress)
                 and e.state is CorrectionState.TRAINING)
     robot.events += robot.engine.step().events
-    assert bool(robot.engine.learner._compared) == (case == 'taught')
+    assert bool(robot.engine.learner.comparing.compared) == (case == 'taught')
     assert not taken_back(robot) and robot.engine.live_version('') == 1
     robot.engine.close()

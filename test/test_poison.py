@@ -125,6 +125,8 @@ def test_many_copies_of_one_sentence_leave_other_answers(
             robot.until(lambda e, i=i: isinstance(e, CorrectionProgress)   # type: ignore[misc]
                         and e.id == f'k{i}' and e.state in ends, 100.0)
     robot.engine.close()
+    assert all(e.reason for e in robot.events
+               if isinstance(e, CorrectionProgress) and e.state is CorrectionState.FAILED)
     published = [e for e in robot.events if isinstance(e, VersionEvent)
                  and e.state is VersionState.PUBLISHED and e.path]
     base, before = probe_score(model_folder, None), None

@@ -178,13 +178,19 @@ def test_profiles_are_lines_of_their_own(journal: Journal) -> None:
         return None if record is None else (record.profile, record.version)
 
     assert [parent(p) for p in ('', 'early', 'ann', 'bob')] == [('', 2), None, ('', 1), ('', 1)]
+    def held(profile: str) -> list[str]:
+        return [c.id for c in journal.held_by(journal.next_parent(profile))]
+
+    assert [held(p) for p in ('', 'early', 'ann', 'bob')] == [['a', 'b'], [], ['a'], ['a']]
     publish(journal, 1, 'ann1', profile='ann')
     assert parent('ann') == ('ann', 1)
+    assert held('ann') == ['a', 'ann1']     # as the version was trained on top of the robot's
     # The robot's version 1 was bad: who has not begun yet begins before it, and nobody
     # else is touched.
     outcome = roll_back(journal, '', 0, '')
     assert {c.id for c in outcome.corrections} == {'a', 'b'}
     assert [parent(p) for p in ('', 'early', 'ann', 'bob')] == [None, None, ('ann', 1), None]
+    assert held('ann') == ['ann1']
     assert states(journal, 'ann1', 'ann2', 'bob1') == [LEARNED, ACCEPTED, ACCEPTED]
     # Back to the robot's, ann begins again where the robot is at her next correction.
     roll_back(journal, '', 2, '')

@@ -32,9 +32,9 @@ def ordered(scored: Sequence[Waiting], others: Sequence[Waiting], *, now: float,
         _candidate(w, every, max(now - w.arrived, 0.0), step_s(w)), freshness_s) for w in scored}
 
     def overdue(waiting: Waiting) -> bool:
-        return waiting is oldest and now - waiting.arrived > freshness_s
+        return waiting is oldest and now - waiting.waits_since > freshness_s
 
-    oldest = min(scored, key=lambda w: w.arrived, default=None)
+    oldest = min(scored, key=lambda w: w.waits_since, default=None)
     return sorted(scored, key=lambda w: (not overdue(w), -priorities[w.record.id]))
 
 

@@ -3,11 +3,10 @@
 """
 How much to learn: more while what is asked of the robot changes, little while it is calm.
 
-Each outcome of an answer is a number between 0 (nobody objected) and 1 (corrected, and
-the corrected text was a full surprise). ADWIN (Bifet and Gavaldà 2007, by river) keeps a
-window of them without a change in their mean, and tells when that mean has moved. That
-drift decides about the frequency of learning is MACE's idea (arXiv 2510.03283); the
-signal and the rule are ours.
+Each answer has an outcome between 0 (nobody objected) and 1 (corrected, and the corrected
+text was a full surprise). ADWIN (Bifet and Gavaldà 2007, by river) keeps a window of them
+without a change in their mean, and tells when that mean has moved. That drift decides about
+the frequency of learning is MACE's idea (arXiv 2510.03283); the signal and the rule are ours.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ FALSE_ALARMS = 0.05
 ENOUGH = 5
 # A rise counts until the mean has halved.
 OVER = 0.5
-# With so much mean surprise there is no rest in calm either: hardly an answer is right.
-MUCH = 0.75
+# After so many more answers it counts that nobody objected to one.
+OPEN = 8
 
 
 class DriftState(IntEnum):
@@ -43,8 +42,21 @@ class Drift:
         # The library's default looks at every 32nd value only: corrections are rarer.
         self._window = ADWIN(delta=FALSE_ALARMS, clock=1, grace_period=ENOUGH)
         self._count = 0
+        self._open: dict[str, None] = {}   # queries whose answers have no outcome yet, oldest first
         self._peak: float | None = None    # mean surprise since the rise; None: calm
         self.rises = 0
+
+    def answered(self, query_id: str) -> None:
+        """Note an answer: a good one, unless it is corrected before :data:`OPEN` more."""
+        self.corrected(query_id)        # an id that is used again
+        self._open[query_id] = None
+        if len(self._open) > OPEN:
+            del self._open[next(iter(self._open))]
+            self.outcome(0.0)
+
+    def corrected(self, query_id: str) -> None:
+        """Note that an answer's outcome will be the surprise of its correction."""
+        self._open.pop(query_id, None)
 
     def outcome(self, surprise: float) -> None:
         """Note how an answer turned out; 0 is fine, 1 as wrong as can be."""
@@ -77,12 +89,11 @@ class Drift:
         """
         Return the share of device time for learning, between ``least`` and ``most``.
 
-        All of it while drifting or unknown; in calm, in proportion to the mean surprise up to
-        :data:`MUCH`, so that corrections gather and are learned together, unless enough of
-        them wait already.
+        All of it while drifting or unknown; in calm, in proportion to the mean surprise, so
+        that corrections gather and are learned together, unless enough of them wait already.
         """
         calm = self.state is DriftState.CALM and not backlog
-        intensity = min(self.level / MUCH, 1.0) if calm else 1.0
+        intensity = self.level if calm else 1.0
         return min(least, most) + max(most - least, 0.0) * intensity
 
 

@@ -16,6 +16,7 @@ from mace_ros.events import Event
 from mace_ros.execution.directions import MainDirections
 from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
 from mace_ros.execution.sample import Sample, SampleScore
+from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.gate import Gate
 from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
 from mace_ros.learning.live_outcomes import Suspicion
@@ -43,6 +44,7 @@ class Waiting:
 class Fetched:
     """What a job needs from disk; tensors are let go of once they are taken up."""
 
+    live: VersionRecord | None                  # what the job begins from; None: the base model
     answers: tuple[Answer, ...]                 # given earlier, to be replayed
     learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
     tensors: dict[str, Tensor] | None           # of the live version; None: the base model
@@ -78,8 +80,9 @@ class Job:
 
     profile: str
     corrections: list[Waiting]
-    parent: int
     fetched: Future[Fetched]
+    begun: float = 0.0      # on the engine's clock
+    parent: int = 0         # known with what is fetched
     samples: list[Sample] = field(default_factory=list)
     variants: list[Sample] = field(default_factory=list)    # in other words
     kept: list[Sample] = field(default_factory=list)        # earlier corrections
@@ -110,5 +113,9 @@ class Job:
     score_after: float | None = None    # set when training has ended
     saving: Future[tuple[VersionRecord, tuple[str, ...]]] | None = None
     slot: int | None = None
-    save_tries: int = 0     # in vain, one after the other ...
-    save_at: float = 0.0    # ... and when it may be tried again
+    publication: Backoff = field(default_factory=Backoff)     # while disk or slot refuses it
+
+    @property
+    def has_changed_weights(self) -> bool:
+        """Whether the adapter is no longer the version that the job began from."""
+        return self.steps > 0 or (self.step is not None and self.step.done and not self.parts)

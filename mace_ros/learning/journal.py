@@ -259,6 +259,22 @@ class Journal(JournalFile):
         return self._corrections(
             'state = ? AND profile = ?', int(CorrectionState.LEARNED), profile)
 
+    def held_by(self, version: VersionRecord | None) -> tuple[CorrectionRecord, ...]:
+        """
+        Return the corrections that a live version was taught; None is the base model.
+
+        Those of the robot's version that a profile has begun from come before its own.
+        """
+        if version is None:
+            return ()
+        own = tuple(c for c in self.learned(version.profile)
+                    if c.adapter_version <= version.version)
+        if not version.profile:
+            return own
+        row = self.one('SELECT fork FROM profiles WHERE profile = ?', version.profile)
+        fork = row['fork'] or 0 if row is not None else 0
+        return *(c for c in self.learned('') if c.adapter_version <= fork), *own
+
     # Versions
 
     def next_version(self, profile: str) -> int:

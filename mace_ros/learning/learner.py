@@ -28,18 +28,20 @@ from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
 from mace_ros.execution.text import ChatText
+from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
+from mace_ros.learning.comparing import Comparing
 from mace_ros.learning.drift import Drift, surprise
 from mace_ros.learning.gate import BATCH_TOKENS, batches, Verdict
 from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.lessons import Lessons, texts
-from mace_ros.learning.live_outcomes import Suspicion, to_blame
+from mace_ros.learning.live_outcomes import Suspicion
 from mace_ros.learning.publishing import Publisher
 from mace_ros.learning.queue import CorrectionQueue, JOB_CORRECTIONS
 from mace_ros.learning.resting import Resting
-from mace_ros.learning.rollback import version_to_return_to
+from mace_ros.learning.rollback import RollbackRefused
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
 from mace_ros.learning.versions import VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
@@ -47,7 +49,7 @@ from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
-REMEMBERED = 1000       # corrections whose first score is
+REMEMBERED = 1000       # scores under the version that a job begins from
 MORE_STEPS = 4          # at least, after a candidate was rejected
 # A right token must lead by this much (in logits) before it counts as learned, so that a
 # different order of additions in another batch does not change the answer.
@@ -72,15 +74,13 @@ class Learner:
         self._known: dict[tuple[int, ...], SampleScore] = {}
         self._known_of: tuple[str, str, int] | None = None
         self._recent: deque[CorrectionRecord] = deque(maxlen=JOB_CANDIDATES)
-        # Mean log p of corrected texts under the version that was live when they came.
-        self._first_scores: dict[str, float] = {}
-        self._suspicion: Suspicion | None = None
-        self._compared: deque[str] = deque(maxlen=REMEMBERED)       # corrections
+        self.comparing = Comparing(store)
         self.condemn: Callable[[Suspicion], None] = lambda suspicion: None
         self._jobs = 0
         self.drift = Drift()
         self._resting = Resting()
         self._rests_until: float | None = None
+        self._reading = Backoff()       # after a live version, or the journal, that can't be read
         self._settings = Settings()
         self.clock: Callable[[], float] = time.monotonic
         self.held: str | None = None    # a profile for which nothing may be begun
@@ -122,14 +122,9 @@ class Learner:
         return job.profile
 
     def suspect(self, suspicion: Suspicion) -> None:
-        """
-        Compare a version with the one that may be better, before the next job.
-
-        Unless most of what speaks against it was compared already; the baselines never do.
-        """
-        new = sum(r.id not in self._compared for r in suspicion.corrections)
-        if self._decides and 2 * new >= len(suspicion.corrections):
-            self._suspicion = suspicion
+        """Compare a version with the one that may be better, before the next job."""
+        if self._decides:       # the baselines never do
+            self.comparing.suspect(suspicion)
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to :data:`ANCHORS`, as (prompt, output) ids."""
@@ -155,7 +150,8 @@ class Learner:
         if job is None:
             return self._rests_until
         # Later than that it waits for a slot, of which the engine tells.
-        return job.save_at if job.save_at > self.clock() else None
+        again = job.publication.until
+        return again if again > self.clock() else None
 
     def budget(self, settings: Settings) -> float:
         """Return the share of device time for learning, by drift and what waits."""
@@ -210,7 +206,7 @@ class Learner:
             return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
-        if job.step is not None and job.steps == 0 and (joining := self._joining(job)):
+        if job.step is not None and (joining := self._joining(job)):
             return self._join(job, joining)
         if job.score_after is not None:
             return self._save(job)
@@ -229,10 +225,12 @@ class Learner:
 
     def drop(self, reason: str) -> list[Event]:
         """Give up the current job, because device or disk failed; try it again a few times."""
-        job, self._job = self._job, None
+        job = self._job
         self._trouble = reason
-        if job is None:
+        # What is on its way to the disk needs nothing of what failed, and may be on record.
+        if job is None or job.saving is not None:
             return []
+        self._job = None
         job.scoring = None      # it refers to the job, whose tensors would wait for the collector
         if job.slot is not None:
             self._slots.give_back(job.slot)
@@ -252,8 +250,7 @@ class Learner:
         """
         # What it was taught is not to be trained again and again.
         self._recent = deque((r for r in self._recent if r.profile != profile), JOB_CANDIDATES)
-        if self._suspicion is not None and self._suspicion.profile == profile:
-            self._suspicion = None
+        self.comparing.forget(profile)
         job = self._job
         if job is None or profile not in (
                 job.profile, self._slots.live(job.profile).profile):
@@ -273,9 +270,11 @@ class Learner:
         settings, self._rests_until = self._settings, None
         if settings.finetune.budget == 0:
             return []
-        suspicion = self._suspicion
+        if self.clock() < self._reading.until:
+            self._rests_until = self._reading.until
+            return []
+        suspicion = self.comparing.suspicion
         if suspicion is not None and suspicion.profile != self.held:
-            self._suspicion = None
             self._compare(suspicion)
             return []
         ready = [w for w in self._queue if w.record.profile != self.held]
@@ -311,7 +310,7 @@ class Learner:
                 return []
             again = turn([r for r in self._recent if r.profile == profile],
                          min(JOB_CORRECTIONS, len(self._recent)), self._jobs)
-            now = time.monotonic()
+            now = self.clock()
             job = self._begin(profile, [
                 Waiting(r, now) for r in {r.id: r for r in again}.values()])
             job.rehearses, job.least_steps = True, self._settings.finetune.period_steps
@@ -319,23 +318,17 @@ class Learner:
 
     def _begin(self, profile: str, chosen: list[Waiting]) -> Job:
         count = self._settings.finetune.replay_samples
-        live = self._slots.live(profile)
 
         def fetch(journal: Journal) -> Fetched:
-            record = journal.next_parent(profile)
-            learned = () if record is None else tuple(
-                c for c in journal.learned(record.profile)
-                if c.adapter_version <= record.version)
+            # Of one that has no version of its own yet, the robot's at its first correction.
+            live = journal.next_parent(profile)
             return Fetched(
-                journal.replay_candidates(profile, count), learned,
-                self._store.load(record.path, record.sha256) if record else None)
+                live, journal.replay_candidates(profile, count), journal.held_by(live),
+                self._store.load(live.path, live.sha256) if live else None)
 
-        parent = live.version if live.profile == profile else 0
-        # One that has no version of its own yet begins from where it was forked.
-        if self._known_of != (profile, live.profile, live.version):
-            self._known, self._known_of = {}, (profile, live.profile, live.version)
-        self._job = Job(profile, chosen, parent, self.publisher.submit(fetch))
-        self._resting.begun(self.clock())
+        now = self.clock()
+        self._job = Job(profile, chosen, self.publisher.submit(fetch), begun=now)
+        self._resting.begun(now)
         self._jobs += 1
         self.wants_anchors = self._lessons.anchors is None
         return self._job
@@ -358,7 +351,8 @@ class Learner:
         """Let the base model teach its answers, once."""
         error = job.fetched.exception()
         if error is not None:
-            return self.drop(f'the live version could not be read: {error}')
+            return self._put_off(job, error)
+        self._reading.succeeded()
         if job.suspicion is not None:
             return self._score_better(job, job.suspicion)
         if self._lessons.teachers is not None:
@@ -368,6 +362,18 @@ class Learner:
         directions = MainDirections(self._bank.spared) if self._bank.spared_nbytes else None
         return self._score(job, self._lessons.replayed_anchors,
                            partial(self._take_teachers, job, directions), directions)
+
+    def _put_off(self, job: Job, error: BaseException) -> list[Event]:
+        """Begin a job anew later: that nothing can be read is no fault of what it learns."""
+        self._job = None
+        if isinstance(error, RollbackRefused):      # a comparison that is of no use any more
+            self._wake()
+            return []
+        self._trouble = f'the live version could not be read: {error}'
+        self._reading.failed(self.clock())
+        if not job.rehearses:
+            self._queue.put_back(job.corrections)
+        return []
 
     def _take_teachers(self, job: Job, directions: MainDirections | None, scores: list[SampleScore],
                        taught: list[Sample]) -> list[Event]:
@@ -390,7 +396,14 @@ class Learner:
 
     def _load(self, job: Job) -> list[Event]:
         """Go on from the live version; look first how it does on the candidates."""
-        self._take_up(job, job.fetched.result().take())
+        fetched = job.fetched.result()
+        live = fetched.live
+        if live is not None and live.profile == job.profile:
+            job.parent = live.version
+        source = job.profile, *(('', 0) if live is None else (live.profile, live.version))
+        if self._known_of != source:
+            self._known, self._known_of = {}, source
+        self._take_up(job, fetched.take())
         return self._look(job)
 
     def _look(self, job: Job) -> list[Event]:
@@ -411,7 +424,8 @@ class Learner:
         for waiting in unknown:
             of = [next(left) for _ in texts(waiting.record)]
             if not waiting.leads:
-                self._note_surprise(waiting.record.id, of[0].log_probability)
+                self.drift.outcome(surprise(of[0].log_probability))
+                self.comparing.scored(waiting.record.id, of[0].log_probability)
             waiting.leads = tuple(s.log_probability for s in of)
             if len(of) > 1:
                 waiting.reference = (of[0].log_probability * of[0].tokens
@@ -437,21 +451,17 @@ class Learner:
     def _joining(self, job: Job) -> list[Waiting]:
         """Return what came since a job began, and may be learned in it while it knows nothing."""
         if (not self._decides or job.rehearses or len(job.corrections) >= JOB_CORRECTIONS
+                or job.has_changed_weights      # those of the live version are what scores are of
                 or (job.step is not None and job.step.holds_blocks)):   # it rides in passes
             return []
         # Those that were looked at did not fit.
-        return [w for w in self._queue.of(job.profile) if not w.leads]
+        return [w for w in self._queue.of(job.profile)
+                if w.arrived >= job.begun and not w.leads]
 
     def _join(self, job: Job, joining: list[Waiting]) -> list[Event]:
         self._queue.remove(joining)
         job.corrections = [*job.corrections, *joining]
         return self._look(job)
-
-    def _note_surprise(self, correction_id: str, log_probability: float) -> None:
-        self.drift.outcome(surprise(log_probability))
-        self._first_scores[correction_id] = log_probability
-        if len(self._first_scores) > REMEMBERED:
-            del self._first_scores[next(iter(self._first_scores))]
 
     def _guard(self, job: Job) -> list[Event]:
         """Gather what is to be learned, and score what is guarded under the live version."""
@@ -466,6 +476,8 @@ class Learner:
         assert job.gate is not None
         self._known.update({s.tokens: score for s, score in zip(unknown, scores, strict=True)})
         job.before = [self._known[s.tokens] for s in job.gate.samples]
+        for tokens in list(self._known)[:-REMEMBERED]:
+            del self._known[tokens]
         job.forgotten = job.gate.wrong(job.before)
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
         self._next_step(job)
@@ -582,6 +594,8 @@ class Learner:
         events = self._fail(job, [w for w in job.corrections if w not in learned],
                             f'{reason} after {job.steps} steps (finetune.max_steps)')
         if learned and job.steps:
+            job.samples = [s for s, w in zip(job.samples, job.corrections, strict=True)
+                           if w in learned]
             job.corrections, job.score_after = learned, score
             assert job.gate is not None
             return events + self._score(job, job.gate.samples, partial(self._weigh, job))
@@ -595,18 +609,25 @@ class Learner:
             self._set_state(w.record, CorrectionState.FAILED, reason) for w in corrections]
 
     def _save(self, job: Job) -> list[Event]:
-        if self.clock() >= job.save_at:
+        if self.clock() >= job.publication.until:
             self.publisher.save(job)
         return []
 
     def _publish(self, job: Job) -> list[Event]:
         assert job.saving is not None
+        if self.clock() < job.publication.until:
+            return []
         error = job.saving.exception()
         if error is not None:
             self._trouble = f'the new version could not be saved: {error}'
             self.publisher.save_later(job, self.clock())
             return []
-        record, events = self.publisher.publish(job)
+        try:
+            record, events = self.publisher.publish(job)
+        except Exception as broken:     # of the device; on record the version is live
+            self._trouble = f'the new version could not be put into its slot: {broken}'
+            job.publication.failed(self.clock())
+            return []
         self._known, self._known_of = job.after, (job.profile, job.profile, record.version)
         self._recent.extend(w.record for w in job.corrections if w.record not in self._recent)
         self._job, self._trouble = None, ''
@@ -615,20 +636,10 @@ class Learner:
     # -- whether the live version is to blame ------------------------------------------
 
     def _compare(self, suspicion: Suspicion) -> None:
-        profile = suspicion.profile
-        self._compared.extend(r.id for r in suspicion.corrections if r.id not in self._compared)
-
-        def fetch(journal: Journal) -> Fetched:
-            # What would be served: of a profile that had no version, the robot's.
-            better = (journal.live('') if profile and not suspicion.better
-                      else version_to_return_to(journal, profile, suspicion.better))
-            live = journal.live(profile)
-            return Fetched((), (), *(self._store.load(r.path, r.sha256) if r else None
-                                     for r in (live, better)))
-
+        self.comparing.begin(suspicion)
+        fetched = self.publisher.submit(lambda j: self.comparing.fetch(j, suspicion))
         # No correction is its own, so it is the rehearsal of none.
-        self._job = Job(profile, [], 0, self.publisher.submit(fetch), rehearses=True,
-                        suspicion=suspicion)
+        self._job = Job(suspicion.profile, [], fetched, rehearses=True, suspicion=suspicion)
 
     def _score_better(self, job: Job, suspicion: Suspicion) -> list[Event]:
         """Score what was corrected under the version that may be better, ..."""
@@ -638,21 +649,18 @@ class Learner:
 
     def _score_live(self, job: Job, suspicion: Suspicion, better: list[SampleScore],
                     taught: list[Sample]) -> list[Event]:
-        """... and under the live one what was not when it came: by now it may know the rest."""
+        """... and under the live one what was not when it came."""
         self._take_up(job, job.fetched.result().take())
-        unseen = [r for r in suspicion.corrections if r.id not in self._first_scores]
+        unseen = self.comparing.unseen(suspicion)
         return self._score(job, self._corrected(unseen),
                            partial(self._decide, suspicion, better, unseen))
 
     def _decide(self, suspicion: Suspicion, better: list[SampleScore],
                 unseen: list[CorrectionRecord], scores: list[SampleScore],
                 taught: list[Sample]) -> list[Event]:
-        live = self._first_scores | {
-            r.id: s.log_probability for r, s in zip(unseen, scores, strict=True)}
         self._job = None
         self._wake()
-        if to_blame([s.log_probability - live[r.id]
-                     for r, s in zip(suspicion.corrections, better, strict=True)]):
+        if self.comparing.blames(suspicion, better, list(zip(unseen, scores, strict=True))):
             self.condemn(suspicion)
         return []
 

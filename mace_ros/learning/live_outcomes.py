@@ -125,8 +125,8 @@ def suspected(journal: Journal, profile: str) -> Suspicion | None:
             continue
         newer = {record.version for record in line.versions[:i + 1]}
         own = [row for row in rows if row.lineage == profile and row.version in newer]
-        older = [row for row in rows if row not in own and (
-            row.lineage != profile or row.version == 0 or line.holds(row.version))]
+        older = [row for row in rows if row.lineage != profile or (
+            row.version not in newer and (row.version == 0 or line.holds(row.version)))]
         # Of what came after the last correction nobody knows yet.
         while own and not own[-1].corrected:
             own.pop()

@@ -21,8 +21,6 @@ from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 
-SAVE_AGAIN_S = 30.0     # at most, until a disk that failed is tried again
-
 
 class Publisher:
     """Never blocks but in :meth:`restore`: disk work goes to the journal's thread."""
@@ -99,7 +97,11 @@ class Publisher:
         job.saving = self.submit(save)
 
     def publish(self, job: Job) -> tuple[VersionRecord, list[Event]]:
-        """Make live what is saved; return its record, and what there is to tell."""
+        """
+        Make live what is saved; return its record, and what there is to tell.
+
+        Where the device fails nothing has changed, and it may be asked again.
+        """
         assert job.saving is not None and job.slot is not None
         record, learned = job.saving.result()
         self._bank.write_slot(job.slot)
@@ -113,8 +115,7 @@ class Publisher:
         assert job.slot is not None
         self._slots.give_back(job.slot)
         job.slot = job.saving = None
-        job.save_tries += 1
-        job.save_at = now + min(2.0 ** job.save_tries, SAVE_AGAIN_S)
+        job.publication.failed(now)
 
     def reject(self, job: Job, reason: str) -> None:
         """Put a candidate on record that is not published."""

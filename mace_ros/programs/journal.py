@@ -43,7 +43,8 @@ def opened(folder: Path) -> Iterator[Journal]:
     """Open the journal in a folder that a node has used before."""
     if not (folder / JOURNAL).exists():
         raise Refused(f'{folder} is no storage folder of a node; name one with --folder')
-    with Journal(folder / JOURNAL) as journal:
+    # How many answers are kept is for the node to say.
+    with Journal(folder / JOURNAL, max_answers=sys.maxsize) as journal:
         yield journal
 
 
