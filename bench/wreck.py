@@ -17,15 +17,16 @@ class Wreck:
     """
     What lies in the folder.
 
-    ``live`` has version and checksum of each profile that has versions, ``states`` the state
-    of each correction. A half-written version is told from one that is whole by its name
+    ``live`` has version and checksum of each profile that has versions; ``corrections`` are
+    the ids of all of them but those that are called learned and are not, for the live version
+    does not hold them. A half-written version is told from one that is whole by its name
     (``leftovers``); ``saved`` are whole, and not on record. ``damaged`` says what of all that
     has a version's name, or is on record, can't be loaded.
     """
 
     live: Mapping[str, tuple[int, str]]
     versions: Collection[tuple[str, int]]
-    states: Mapping[str, int]
+    corrections: Collection[str]
     leftovers: Collection[str]
     saved: Collection[str]
     damaged: Collection[str]
@@ -46,7 +47,9 @@ def examine(folder: Path) -> Wreck:
 def _examine(folder: Path) -> Wreck:
     from safetensors.torch import load_file
 
+    from mace_ros.events import CorrectionState
     from mace_ros.learning.journal import Journal
+    from mace_ros.learning.rollback import Lineage
     from mace_ros.learning.versions import CorruptVersion, VersionStore, WEIGHTS
     from mace_ros.storage import JOURNAL
 
@@ -60,7 +63,12 @@ def _examine(folder: Path) -> Wreck:
         if row is None or row[0] != 'ok':
             damaged.append(JOURNAL)
         records, lives = journal.versions(), journal.lives()
-        states = {c.id: int(c.state) for c in journal.corrections()}
+        corrections = journal.corrections()
+    lines = {live.profile: Lineage([r for r in records if r.profile == live.profile], live.version)
+             for live in lives}
+    kept = {c.id for c in corrections if c.state is not CorrectionState.LEARNED
+            or c.adapter_version == 0
+            or (c.profile in lines and lines[c.profile].holds(c.adapter_version))}
     store = VersionStore(folder)
     on_record = {r.path: r.sha256 for r in records if r.sha256}
     for path in sorted(whole | on_record.keys()):
@@ -76,14 +84,14 @@ def _examine(folder: Path) -> Wreck:
             damaged.append(f'{path}: {error}')
     return Wreck(
         live={r.profile: (r.version, r.sha256) for r in lives},
-        versions={(r.profile, r.version) for r in records}, states=states,
+        versions={(r.profile, r.version) for r in records}, corrections=kept,
         leftovers=sorted(leftovers), saved=sorted(whole - {r.path for r in records}),
         damaged=damaged)
 
 
 def lost(wreck: Wreck, acknowledged: Collection[str]) -> list[str]:
-    """Return which acknowledged corrections the journal does not know."""
-    return sorted(set(acknowledged) - wreck.states.keys())
+    """Return which acknowledged corrections are gone, or called learned and are not."""
+    return sorted(set(acknowledged) - set(wreck.corrections))
 
 
 def older(wreck: Wreck, announced: Mapping[str, tuple[int, str]]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 
 from bench.durability import checks, run
 from bench.wreck import examine, lost, older
+from mace_ros.events import CorrectionState
 from mace_ros.learning.journal import Journal, VersionRecord
 from mace_ros.learning.versions import VersionStore, WEIGHTS
 from mace_ros.storage import JOURNAL
@@ -44,6 +45,9 @@ def test_what_a_kill_must_not_do_would_be_seen(tmp_path: Path) -> None:
             journal.publish(VersionRecord(
                 '', version, version - 1, path=saved.path, sha256=saved.sha256))
         store.save('ann', 1, {'weight': torch.ones(4)}, {})
+        for name, version in (('held', 1), ('not held', 3)):
+            journal.accept(correction(name))
+            journal.set_correction(name, CorrectionState.LEARNED, adapter_version=version)
     sha256 = saved.sha256
     (tmp_path / 'adapters/_robot/.tmp-v000003').mkdir()
     wreck = examine(tmp_path)
@@ -51,7 +55,7 @@ def test_what_a_kill_must_not_do_would_be_seen(tmp_path: Path) -> None:
     assert wreck.leftovers == ['adapters/_robot/.tmp-v000003']
     assert [path.split('/')[-1] for path in wreck.saved] == ['v000001']
     assert (tmp_path / 'adapters/_robot/.tmp-v000003').exists()      # nothing was repaired
-    assert lost(wreck, {'k1', 'k2'}) == ['k2']
+    assert lost(wreck, {'k1', 'k2', 'held', 'not held'}) == ['k2', 'not held']
     assert not older(wreck, {'': (2, sha256)}) and not older(wreck, {'': (1, 'another')})
     assert older(wreck, {'': (3, 'new')}) and older(wreck, {'': (2, 'another')})
     assert older(wreck, {'ann': (1, sha256)})

@@ -112,6 +112,15 @@ def test_a_shift_is_noticed_and_forgotten_again(seed: int) -> None:
     assert drift.budget(0.1, 0.8) < 0.3
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_a_smaller_shift_is_noticed_later(seed: int) -> None:
+    drift = Drift()
+    outcomes(drift, 0.3, 100, seed)
+    assert drift.rises == 0
+    outcomes(drift, 0.7, 150, seed + 100)
+    assert drift.rises == 1
+
+
 def test_getting_better_is_no_drift() -> None:
     drift = Drift()
     outcomes(drift, 0.9, 60, 1)
