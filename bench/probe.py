@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from bench.load import Answered
-import mace_ros.engine
+from mace_ros import running
 from mace_ros.engine import Engine, Iteration
 from mace_ros.scheduling.plan import Measurement, Plan
 from mace_ros.settings import Settings
@@ -105,7 +105,7 @@ class MeasuredEngine(Engine):
         after(self.scheduler, 'plan', self._planned)
         before(self.scheduler, 'observe', self._observing)
         before(self._answers, 'commit', self._committing)
-        after(mace_ros.engine, 'sample', self._worked)
+        after(running, 'sample', self._worked)
 
     def forget(self) -> None:
         """Begin a new log."""
@@ -126,7 +126,7 @@ class MeasuredEngine(Engine):
             stamps.last = ended
             stamps.tokens += 1
         self._now.wall_s += ended - begun
-        if self._begun is None:     # else the next call goes on with it
+        if not self.runner.is_under_way:     # else the next call goes on with it
             if self._now.measured_s:
                 self.log.iterations.append(self._now)
             self._now = Spent()

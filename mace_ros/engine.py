@@ -3,7 +3,7 @@
 """
 The engine: queries and corrections in, events out, one iteration at a time.
 
-It is the only place where plan (scheduling), run (execution) and commit meet. One
+It is the only place where plan (scheduling), run (running.py) and commit meet. One
 thread, the one that owns the device, calls :meth:`Engine.step`; any thread may call
 :meth:`Engine.submit`, :meth:`Engine.cancel`, :meth:`Engine.correct` and
 :meth:`Engine.update`, which only enqueue.
@@ -23,9 +23,6 @@ from pathlib import Path
 import time
 import uuid
 
-from torch import Tensor
-
-from mace_ros.answering import Answering
 from mace_ros.answers import Answers
 from mace_ros.corrections import accept, Accepted
 from mace_ros.events import (
@@ -46,10 +43,7 @@ from mace_ros.execution.footprint import measure_footprint
 from mace_ros.execution.heap import Heap
 from mace_ros.execution.loading import Progress, reporting
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
-from mace_ros.execution.sampling import sample
-from mace_ros.execution.spans import Span
 from mace_ros.execution.text import ChatText
-from mace_ros.execution.timing import DeviceTimer
 from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning.journal import Journal
 from mace_ros.learning.journal_file import JournalError
@@ -63,11 +57,10 @@ from mace_ros.learning.versions import check_same_model, VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
+from mace_ros.running import Runner
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.foresight import foresee, is_still_right
 from mace_ros.scheduling.keeper import MemoryKeeper
-from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
-from mace_ros.scheduling.request import Request
+from mace_ros.scheduling.plan import SegmentKind, State
 from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.settings import Settings
@@ -81,7 +74,6 @@ from mace_ros.validation import (
     MAX_ID,
 )
 
-MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
 CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
@@ -97,17 +89,6 @@ class Iteration:
 
     events: list[Event]
     wake_at: float | None
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A pass that the device was given, and may still be running."""
-
-    plan: Plan
-    work: list[tuple[Request, int]]     # with the tokens of each that it computes
-    sampled: list[Answering]
-    drawn: Tensor                       # the next token of each of these
-    timer: DeviceTimer
 
 
 class Engine:
@@ -202,23 +183,19 @@ class Engine:
             settings, chat=self.chat, state=self._state, residence=self._residence,
             slots=self._slots, learner=self.learner, journal=self._journal,
             longest=lambda: self._longest, later=self._enqueue, clock=clock)
-        # Whether a device runs a pass while this thread tells what came of the last one.
-        self.overlaps = self.model.device.type == 'cuda'
-        self._flight: Flight | None = None
-        self._foreseen: Plan | None = None      # what to do after it, if nothing happens
-        # The plan whose segments are still to run, and the seconds of its pass.
-        self._begun: tuple[Plan, float] | None = None
         self._spoke = False    # the latest iteration only said something
-        self._failures = 0     # passes that failed, one after the other
-        self._hopeless: Exception | None = None
         self._door = CorrectionDoor()
-        self._trace: Trace | None = None
         # All that stays: a full collection need not look at it again and again.
         gc.collect()
         gc.freeze()
         self.model.drop_blocks(0)       # what measuring has left in them
         # Of what the budget is for, the adapters are there already; on a GPU in its own memory.
         self._heap = Heap(self.bank.nbytes if self.model.device.type == 'cpu' else 0, clock())
+        self.runner = Runner(
+            model=self.model, state=self._state, pool=self._pool, blocks=self._blocks,
+            residence=self._residence, scheduler=self.scheduler, answers=self._answers,
+            heap=self._heap, learner=lambda: self.learner, is_called=lambda: bool(self._inbox),
+            clock=clock)
         # What was live before the last stop, and what is still to be learned.
         self.restored: list[Event] = [*self.learner.publisher.restore()]
         for record in self._journal.submit(lambda j: j.pending()).result():
@@ -282,7 +259,7 @@ class Engine:
         """Put other settings in force at the next iteration."""
         def apply() -> list[Event]:
             self._settings = self._answers.settings = settings
-            self._foreseen = None       # under those that were in force
+            self.runner.foreseen = None     # under those that were in force
             self.scheduler.update(settings)
             self._residence.share(settings.memory.prefix_sharing)
             self._blocks.prune_share = settings.memory.kv_prune
@@ -300,7 +277,7 @@ class Engine:
         ``done`` gets the records, in the device's thread. One trace at a time.
         """
         def begin() -> list[Event]:
-            self._trace = Trace(iterations, self._clock() + seconds, done, self._clock)
+            self.runner.trace = Trace(iterations, self._clock() + seconds, done, self._clock)
             return []
         self._enqueue(begin)
 
@@ -340,12 +317,13 @@ class Engine:
         One that has something to say before its segments returns it first; the next call
         goes on with them.
         """
-        with phase_of(self._trace, 'iteration'):
+        with phase_of(self.runner.trace, 'iteration'):
             wake_at = self._step(self._unsaid)
         # Not before: of an iteration that fails, what it has to say is said by the next one.
         events, self._unsaid = self._unsaid, []
         iteration = Iteration(events, wake_at)
-        return iteration if self._trace is None else self._traced(self._trace, iteration)
+        trace = self.runner.trace
+        return iteration if trace is None else self._traced(trace, iteration)
 
     def _traced(self, trace: Trace, iteration: Iteration) -> Iteration:
         """Note what an iteration said, and see to it that the trace ends in time."""
@@ -357,19 +335,18 @@ class Engine:
         return replace(iteration, wake_at=min(wake_at, trace.ends_at))
 
     def _end_trace(self, trace: Trace) -> None:
-        self._trace = None
+        self.runner.trace = None
         trace.finish(self._state.waiting)
 
     def _step(self, events: list[Event]) -> float | None:
         """Run an iteration, and add what it has to say; return when to call again."""
-        if self._hopeless is not None:
-            raise self._hopeless
-        if self._begun is not None:
-            (plan, pass_s), self._begun = self._begun, None
-            self._finish(plan, pass_s, events)
+        if self.runner.hopeless is not None:
+            raise self.runner.hopeless
+        if self.runner.is_under_way:
+            self.runner.go_on(events)
             return self._clock()
-        self._land(events)
-        with phase_of(self._trace, 'take in'):
+        self.runner.land(events)
+        with phase_of(self.runner.trace, 'take in'):
             self._take_in(events)
             events += self._rollbacks.advance(may_begin=self._stop_learning)
             self.learner.held = self._rollbacks.profile
@@ -378,14 +355,14 @@ class Engine:
             except Exception as error:    # such as an allocation for the next step
                 if not self.learner.busy:
                     raise                 # that is no device's fault, and nothing else would tell
-                events += self._learning_broke(error)
+                events += self.runner.learning_broke(error)
         for event in events:
             if isinstance(event, VersionEvent) and event.state is VersionState.PUBLISHED:
                 self._answers.published(event.profile)
         if any(isinstance(event, VersionEvent) for event in events):
             tidy(self._journal, self._store, self._settings.storage.max_versions)
         # Before the pass; but messages must not hold it up.
-        if events and not self._spoke and not self.overlaps:
+        if events and not self._spoke and not self.runner.overlaps:
             self._spoke = True
             return self._clock()
         self._spoke = False
@@ -397,8 +374,8 @@ class Engine:
         events += self._move_blocks()
         self._residence.refresh()
         now = self._clock()
-        with phase_of(self._trace, 'plan'):
-            plan = self._as_foreseen() or self.scheduler.plan(self._state, now)
+        with phase_of(self.runner.trace, 'plan'):
+            plan = self.runner.take_foreseen() or self.scheduler.plan(self._state, now)
         for rejection in plan.rejected:
             events += self._answers.end(
                 self._answers[rejection.request.id], FinishReason.REJECTED,
@@ -410,9 +387,9 @@ class Engine:
         self._heap.tend(now, self._memory.budget.total, idle=(
             plan.is_empty and not self._state.has_requests and not self.learner.busy))
         if not plan.is_empty:
-            if self._trace is not None:
-                self._trace.planned(plan)
-            self._run(plan, events)
+            if self.runner.trace is not None:
+                self.runner.trace.planned(plan)
+            self.runner.run(plan, events)
             return now
         if events:
             return now
@@ -448,12 +425,12 @@ class Engine:
         # What it was given before is through when this is, or has failed.
         self._journal.submit(lambda _: None).exception()
         events, self._unsaid = self._unsaid, []
-        self._land(events)
+        self.runner.land(events)
         self._take_in(events)
         events += self._answers.cancel_all()
-        if self._trace is not None:
-            self._trace.ended(events)
-            self._end_trace(self._trace)
+        if self.runner.trace is not None:
+            self.runner.trace.ended(events)
+            self._end_trace(self.runner.trace)
         return events
 
     def close(self) -> list[Event]:
@@ -519,137 +496,7 @@ class Engine:
     def _condemn(self, suspicion: Suspicion) -> None:
         self.rollback(suspicion.profile, suspicion.better, suspicion.reason)
 
-    # -- run and commit --------------------------------------------------------------
-
-    def _run(self, plan: Plan, events: list[Event]) -> None:
-        """
-        Run the plan; what fails ends those who took part in it, and nobody else.
-
-        Where that overlaps, a pass without segments is left to the device: see :meth:`_land`.
-        """
-        pass_s = 0.0
-        started = self._clock()
-        try:
-            self._residence.begin(plan, started)
-            flight = self._launch(plan, events) if plan.has_pass else None
-            if flight is not None:
-                plan = flight.plan      # less what did not ride
-                if self.overlaps and not plan.segments:
-                    self._flight = flight
-                    self._foreseen = foresee(plan, self._state, self.scheduler.cost)
-                    return
-                events += self._take_tokens(flight)
-        except Exception as error:   # allocators, kernels
-            events += self._broken(plan, error)
-            return
-        if plan.has_pass:
-            self._failures = 0
-            self.model.synchronize()
-            pass_s = self._clock() - started
-        if events and plan.segments:
-            self._begun = (plan, pass_s)
-        else:
-            self._finish(plan, pass_s, events)
-
-    def _land(self, events: list[Event]) -> None:
-        """Wait for the pass that the device is running, if it is, and take its tokens."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return
-        try:
-            events += self._take_tokens(flight)
-            pass_s = flight.timer.seconds()
-        except Exception as error:
-            events += self._broken(flight.plan, error)
-            return
-        self._failures = 0
-        self._finish(flight.plan, pass_s, events)
-
-    def _as_foreseen(self) -> Plan | None:
-        """Return what was planned while the last pass ran, if that is still right."""
-        plan, self._foreseen = self._foreseen, None
-        if plan is None or not is_still_right(plan, self._state, self._pool.free_blocks):
-            return None
-        return plan
-
-    def _finish(self, plan: Plan, pass_s: float, events: list[Event]) -> None:
-        """Run the plan's segments, and let the scheduler know what all of it took."""
-        segments: list[tuple[Segment, float]] = []
-        try:
-            self._run_segments(plan, segments)
-        except Exception as error:
-            events += self._learning_broke(error)
-        self.scheduler.observe(
-            Measurement(plan, pass_s, tuple(segments)), self._clock())
-
-    def _run_segments(self, plan: Plan, segments: list[tuple[Segment, float]]) -> None:
-        """Run fine-tune segments, and append each one with its time."""
-        step = self.learner.step
-        for _ in range(plan.segments if step is not None else 0):
-            assert step is not None
-            if step.done or (plan.interruptible and self._inbox):
-                break      # the learner, or a query, comes first
-            started = self._clock()
-            segment = step.run_segment()
-            self.model.synchronize()
-            spent = self._clock() - started
-            if self._trace is not None:
-                self._trace.slice(f'fine-tune {segment.kind.name.lower()}', started,
-                                  started + spent, tokens=segment.tokens)
-            segments.append((segment, spent))
-            self.learner.ran(segment.tokens * (segment.kind is SegmentKind.OPTIMIZER), spent)
-            if step.done:
-                self._heap.left_gaps(started)
-            if segment.kind is SegmentKind.HEAD and self.learner.wants_to_judge:
-                break      # it may have seen enough
-
-    def _launch(self, plan: Plan, events: list[Event]) -> Flight | None:
-        """Give the hybrid pass to the device; None if nothing is left of it."""
-        spans: list[Span] = []
-        work = [*((r, 1) for r in plan.decode),
-                *((c.request, min(c.tokens, c.request.remaining_tokens)) for c in plan.prefill)]
-        for request, tokens in work:
-            done = request.computed_tokens
-            answering = self._answers[request.id]
-            spans.append(Span(
-                answering.ids[done:done + tokens], done, request.blocks, request.adapter_slot,
-                wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
-                attention=self._blocks.attention(answering, tokens)))
-        step, rows = self.learner.step, None
-        if step is not None:
-            try:
-                rows = self._blocks.ride(step, plan.finetune_tokens)
-            except Exception as error:    # memory that only learning wants: answers go on
-                events += self._learning_broke(error)
-        if not spans and rows is None:
-            return None
-        if plan.finetune_tokens and rows is None:
-            plan = plan._replace(finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
-        timer = DeviceTimer(self.model.device, self._clock)
-        with phase_of(self._trace, 'pass', predicted_ms=plan.predicted_s * 1e3,
-                      **plan.shape._asdict()):
-            logits = self.model.run(spans, rows)
-        timer.stop()
-        if rows is not None and step is not None:
-            step.rode(rows.tokens)
-            if step.ridable_tokens == 0:
-                self._blocks.release(step)
-        sampled = [self._answers[request.id] for (request, _), span
-                   in zip(work, spans, strict=True) if span.wants_logits]
-        with phase_of(self._trace, 'sample'):
-            drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
-        return Flight(plan, work, sampled, drawn, timer)
-
-    def _take_tokens(self, flight: Flight) -> list[Event]:
-        """Wait for a pass, and take its tokens."""
-        with phase_of(self._trace, 'wait'):
-            tokens = flight.drawn.tolist()
-        with phase_of(self._trace, 'commit'):
-            for request, computed in flight.work:
-                self._residence.computed(request, computed)
-                if not request.remaining_tokens:
-                    self._blocks.prune(self._answers[request.id])
-            return self._answers.commit(flight.sampled, tokens)
+    # -- between two passes ----------------------------------------------------------
 
     def _check_when_idle(self) -> None:
         """Account for every KV block when the last request has gone."""
@@ -659,19 +506,6 @@ class Engine:
             self._pool.check(step.blocks if step is not None else ())
         self._was_idle = idle
 
-    def _broken(self, plan: Plan, error: Exception) -> list[Event]:
-        """End what took part in an iteration that failed; the rest goes on."""
-        self._failures += 1
-        if self._failures >= MAX_FAILURES:
-            self._hopeless = error
-        reason = f'{type(error).__name__}: {error}'
-        events: list[Event] = []
-        for request in [*plan.decode, *(c.request for c in plan.prefill)]:
-            events += self._answers.broke_off(request.id, reason)
-        if plan.finetune_tokens:
-            events += self._learning_broke(error)
-        return events
-
     def _take_step(self) -> list[Event]:
         """Let the scheduler see the learner's step if there is memory for it."""
         step = self.learner.step
@@ -680,7 +514,7 @@ class Engine:
             self._state.finetune = step if allowed else None
         except Exception as error:    # the step could not be laid out in smaller pieces
             self._state.finetune = None
-            return self._learning_broke(error)
+            return self.runner.learning_broke(error)
         if step is None or self._state.finetune is not None:
             return []
         lack = self._memory.lacks(step)
@@ -691,7 +525,7 @@ class Engine:
         try:
             self._blocks.move(self.learner.step)
         except Exception as error:    # requests are computed again, and go on
-            return self._learning_broke(error)
+            return self.runner.learning_broke(error)
         return []
 
     def _is_overdue(self, now: float) -> bool:
@@ -706,10 +540,3 @@ class Engine:
         if step is not None and self.learner.step is not step:
             self._blocks.release(step)
         return stopped
-
-    def _learning_broke(self, error: Exception) -> list[Event]:
-        """Let the learner begin its job anew; what is served is not touched."""
-        step = self.learner.step
-        if step is not None:
-            self._blocks.release(step)
-        return self.learner.drop(f'{type(error).__name__}: {error}')

@@ -15,8 +15,10 @@ from robot import Robot
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mace_ros import base_answers, engine
 from mace_ros.engine import Engine
 from mace_ros.execution.loading import load_model, LoadedModel
+from mace_ros.learning.anchors import ANCHORS
 from mace_ros.settings import Settings
 
 
@@ -35,10 +37,32 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(len(own))
 
 
+@pytest.fixture(scope='session', autouse=True)
+def in_haste() -> Iterator[None]:
+    """
+    Load soon, and learn soon: of a random model there is little to keep, and times matter less.
+
+    Programs that are tested as processes are as they are.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_answers, 'ANCHORS', ANCHORS[::6])
+        patch.setattr(engine, 'CALIBRATION_S', 0.5)
+        yield
+
+
 @pytest.fixture(scope='module', autouse=True)
 def domain() -> None:
     """Let a file not meet nodes that the one before it has killed: for a while, they seem to be."""
     use_another_domain()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on more threads, and very slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='session')

@@ -12,6 +12,7 @@ from robot import Robot
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mace_ros import base_answers
 from mace_ros.base_answers import BaseAnswers, ENOUGH
 from mace_ros.engine import Engine
 from mace_ros.events import (
@@ -25,7 +26,6 @@ from mace_ros.events import (
     Token,
 )
 from mace_ros.kv_blocks import KvBlocks
-from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.versions import OtherModel
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.scheduling.plan import Plan, State
@@ -294,7 +294,7 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
         base.ended(query.id, [len(asked)], [2] * (1 if len(asked) % 2 else ENOUGH),
                    complete=bool(len(asked) % 2))
         asked.append(query.text)
-    assert asked == list(ANCHORS) and base.all[3] == ([3], [2])
+    assert asked == list(base_answers.ANCHORS) and base.all[3] == ([3], [2])
 
 
 def test_what_found_no_room_to_ride_is_not_booked(

@@ -4,173 +4,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-import copy
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-import gc
-from itertools import accumulate
 import math
-from pathlib import Path
-import random
 
 from families import (
-    CONTEXT,
     gradients,
-    lora_config,
-    publish,
     random_adapter,
     relative_error,
     TARGETS,
     tiny_model,
     VOCABULARY,
-    WINDOW,
     with_reference,
 )
-from peft import get_peft_model, PeftModel
-from peft.utils import set_peft_model_state_dict
+from finetuning import (
+    alike,
+    alone,
+    as_peft,
+    assert_same,
+    Drive,
+    DRIVES,
+    gradients_of,
+    loss_of,
+    ride_among_requests,
+    run_until_optimizer,
+    samples,
+    TOLERANCE,
+)
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mace_ros.execution import finetune
 from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
+from mace_ros.execution.lora import BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.execution.sample import packed_tokens, Preference, Sample, shared_tokens
 from mace_ros.execution.spans import Span
 from mace_ros.execution.static_layers import StaticLayers
-from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.scheduling.plan import SegmentKind
 
-TOLERANCE = 1e-4
-
-Drive = Callable[[FinetuneStep], None]   # does a step's forward in some way
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on more threads, and very slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def samples(seed: int = 0, lengths: Sequence[int] = (40, 9, 2, 61)) -> list[Sample]:
-    """Return samples of several lengths, unweighted at first, then of different weights."""
-    rng = random.Random(seed)
-    result = []
-    for length in lengths:
-        prompt = length // 3
-        weights = [0.0] * prompt + [rng.choice((0.5, 1.0, 2.0)) for _ in range(length - prompt)]
-        result.append(Sample(tuple(rng.randrange(VOCABULARY) for _ in range(length)),
-                             tuple(weights)))
-    return result
-
-
-def alike(*, shared: int = 19) -> list[Sample]:
-    """Return samples that begin with the same tokens, some of them with no other prompt."""
-    begin = tuple(random.Random(7).randrange(VOCABULARY) for _ in range(shared))
-    return [Sample((*begin, *s.tokens), (*(0.0 for _ in begin), *s.weights))
-            for s in samples(lengths=(30, 9, 2, 41, 2))]
-
-
-def as_peft(reference: PreTrainedModel, bank: AdapterBank, tensors: dict[str, Tensor],
-            ) -> PeftModel:
-    """Return PEFT's model with the same adapter, ready to be trained."""
-    peft = get_peft_model(copy.deepcopy(reference), lora_config(bank))
-    loaded = set_peft_model_state_dict(peft, tensors)
-    assert not loaded.unexpected_keys
-    return peft
-
-
-def loss_of(peft: PeftModel, batch: Sequence[Sample]) -> Tensor:
-    """Return the weighted mean cross-entropy, one sample at a time."""
-    total, normaliser = torch.zeros(()), 0.0
-    for sample in batch:
-        logits = peft(input_ids=torch.tensor([sample.tokens])).logits[0].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits[:-1], torch.tensor(sample.tokens[1:]), reduction='none')
-        weights = torch.tensor(sample.weights[1:])
-        total, normaliser = total + (losses * weights).sum(), normaliser + float(weights.sum())
-    return total / normaliser
-
-
-def gradients_of(bank: AdapterBank) -> dict[str, Tensor]:
-    """Return the gradients that the master weights hold."""
-    return {name: parameter.grad for name, parameter
-            in zip(bank.export(), bank.parameters(), strict=True) if parameter.grad is not None}
-
-
-def run_until_optimizer(step: FinetuneStep) -> None:
-    while next(iter(step.segments())).kind is not SegmentKind.OPTIMIZER:
-        step.run_segment()
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor],
-                tolerance: float = TOLERANCE) -> None:
-    assert ours.keys() == theirs.keys()
-    errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
-    worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] < tolerance, f'{worst}: {errors[worst]:.2g}'
-
-
-# -- ways to do a step's forward ---------------------------------------------------------
-
-
-def alone(step: FinetuneStep) -> None:
-    """Leave it all to the segments."""
-
-
-def ride(*sizes: int) -> Drive:
-    """Ride alone, in chunks of these sizes by turns."""
-    def drive(step: FinetuneStep) -> None:
-        pool = BlockPool(step.model.kv_blocks, BLOCK_TOKENS)
-        step.hold_blocks([pool.allocate(n) for n in step.kv_tokens])
-        turn = 0
-        while step.ridable_tokens:
-            rows = step.rows(min(sizes[turn % len(sizes)], step.ridable_tokens))
-            step.model.run((), rows)
-            step.rode(rows.tokens)
-            turn += 1
-        step.take_blocks()
-    return drive
-
-
-def ride_among_requests(step: FinetuneStep) -> None:
-    """Ride beside prefill chunks and decode rows of requests under other adapters."""
-    rng = random.Random(2)
-    pool = BlockPool(step.model.kv_blocks, BLOCK_TOKENS)
-    rng.shuffle(pool._empty)
-    step.hold_blocks([pool.allocate(n) for n in step.kv_tokens])
-    texts = [[rng.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
-    tables, computed = [pool.allocate(60) for _ in texts], [0, 0, 0]
-    while step.ridable_tokens:
-        spans = []
-        for i, slot in enumerate((BASE_SLOT, FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1)):
-            tokens = texts[i][computed[i]:computed[i] + rng.choice((1, 1, 9))]
-            if tokens:
-                spans.append(Span(tokens, computed[i], tables[i], slot, True))
-                computed[i] += len(tokens)
-        rng.shuffle(spans)
-        rows = step.rows(min(rng.choice((1, 7, 15)), step.ridable_tokens))
-        step.model.run(spans, rows)
-        step.rode(rows.tokens)
-    step.take_blocks()
-
-
-DRIVES: dict[str, tuple[Drive, bool]] = {
-    'alone, graphs kept': (alone, True),
-    'alone, recomputed': (alone, False),
-    'ridden by 1': (ride(1), True),
-    'ridden by 7': (ride(7), True),
-    'ridden by 33': (ride(33), True),
-    'ridden whole': (ride(1000), True),
-    'ridden by 50, 1, 8': (ride(50, 1, 8), False),
-    'ridden among requests': (ride_among_requests, True),
-}
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
@@ -474,224 +347,3 @@ def test_bfloat16_weights_with_float32_masters() -> None:
     assert_same(ours, theirs, tolerance=0.2)
     assert relative_error(*(torch.cat([x[n].flatten() for n in theirs]) for x in (ours, theirs))
                           ) < 0.05
-
-
-# -- the optimizer, and what is published ------------------------------------------------
-
-
-def trained(family: str, batch: Sequence[Sample], steps: int, rate: float,
-            ) -> tuple[HybridModel, AdapterBank, PreTrainedModel, dict[str, Tensor], FinetuneStep]:
-    """Run whole steps; return also the adapter at their beginning, and the last step."""
-    model, bank, reference = with_reference(tiny_model(family))
-    tensors = random_adapter(bank, 0)
-    trainer = Trainer(bank, rate)
-    for i in range(steps):
-        step = FinetuneStep(model, trainer, batch, keep_graphs=i % 2 == 0)
-        if i % 3 == 0:
-            ride(23)(step)
-        while not step.done:
-            step.run_segment()
-    return model, bank, reference, tensors, step
-
-
-def test_three_steps_move_the_weights_as_adamw_moves_those_of_peft() -> None:
-    batch = samples()
-    _, bank, reference, start, _ = trained('llama', batch, steps=3, rate=1e-3)
-
-    peft = as_peft(reference, bank, start)
-    optimizer = torch.optim.AdamW(
-        [p for p in peft.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss_of(peft, batch).backward()
-        optimizer.step()
-    end = {name.replace('.default.', '.'): p.detach()
-           for name, p in peft.named_parameters() if p.requires_grad}
-    ours = bank.export()
-    assert_same({n: ours[n] - start[n] for n in ours}, {n: end[n] - start[n] for n in end}, 1e-2)
-    assert_same(ours, end)
-
-
-@pytest.mark.parametrize('family', ['llama', 'phi3', 'gemma3', 'gpt-neox'])
-def test_published_adapter_answers_in_peft_as_here(family: str, tmp_path: Path) -> None:
-    batch = samples(3, (40, 25))
-    model, bank, reference, _, _ = trained(family, batch, steps=2, rate=1e-2)
-    bank.write_slot(FIRST_SERVED_SLOT)
-    prompt = list(batch[0].tokens[:WINDOW + 5])
-    answers = {}
-    for slot in (FIRST_SERVED_SLOT, BASE_SLOT):
-        answer: list[int] = []
-        span = Span(prompt, 0, [2, 0, 1], slot, True)
-        while len(answer) < 20:
-            answer.append(int(model.run([span])[0].argmax()))
-            span = Span(answer[-1:], len(prompt) + len(answer) - 1, [2, 0, 1], slot, True)
-        answers[slot] = answer
-
-    peft = PeftModel.from_pretrained(reference, str(publish(tmp_path, bank, bank.export())))
-
-    output = peft.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=20)
-    assert output[0, len(prompt):].tolist() == answers[FIRST_SERVED_SLOT]
-    assert answers[FIRST_SERVED_SLOT] != answers[BASE_SLOT]
-
-
-def test_adapter_of_another_shape_is_refused() -> None:
-    _, bank, _ = with_reference(tiny_model('llama'))
-    tensors = bank.export()
-    name = next(iter(tensors))
-    with pytest.raises(ValueError, match='missing or unknown'):
-        bank.load({n: t for n, t in tensors.items() if n != name})
-    with pytest.raises(ValueError, match=f'{name} is'):
-        bank.load(tensors | {name: tensors[name][:1]})
-
-
-# -- scores ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('drive', [alone, ride(7)], ids=['alone', 'ridden'])
-def test_scores_are_log_probabilities_by_transformers(drive: Drive) -> None:
-    batch = samples()
-    model, bank, reference = with_reference(tiny_model('gemma2'))
-    tensors = random_adapter(bank, 0)
-    step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=6)
-    drive(step)
-    while not step.scored:
-        step.run_segment()
-
-    peft = as_peft(reference, bank, tensors)
-    for sample, score in zip(batch, step.scores(), strict=True):
-        with torch.no_grad():
-            logits = peft(input_ids=torch.tensor([sample.tokens])).logits[0]
-        places = [i for i in range(1, len(sample.tokens)) if sample.weights[i]]
-        log_probabilities, margins = [], []
-        for i in places:
-            row, token = logits[i - 1], sample.tokens[i]
-            log_probabilities.append(float(row.log_softmax(-1)[token]))
-            others = torch.cat([row[:token], row[token + 1:]])
-            margins.append(float(row[token] - others.max()))
-        assert score.tokens == len(places)
-        assert score.log_probability == pytest.approx(
-            sum(log_probabilities) / len(places), rel=1e-4)
-        assert score.margin == pytest.approx(min(margins), abs=1e-3)
-        assert score.exact == (min(margins) > 0)
-
-
-def test_what_is_learned_is_exact_and_is_what_greedy_decoding_gives() -> None:
-    sample = samples(4, (12,))[0]
-    model, _, _, _, step = trained('qwen3', [sample], steps=40, rate=1e-2)
-    score = step.scores()[0]
-    assert score.exact
-    assert score.margin > 0
-    prompt = len(sample.tokens) // 3
-    answer: list[int] = []
-    for i in range(prompt, len(sample.tokens)):
-        known = [*sample.tokens[:prompt], *answer]
-        logits = model.run([Span(known, 0, [0], TRAINING_SLOT, True)])
-        answer.append(int(logits[0].argmax()))
-        assert len(known) == i
-    assert tuple(answer) == sample.tokens[prompt:]
-
-
-# -- a step's course ---------------------------------------------------------------------
-
-
-def test_nothing_rides_once_the_step_runs_alone() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
-    step = FinetuneStep(model, Trainer(bank, 1e-3), samples())
-    assert step.ridable_tokens == step.tokens == 112
-    assert step.kv_tokens == (40, 9, 2, 61)
-    while not step.done:
-        step.run_segment()
-        assert step.ridable_tokens == 0
-        assert step.kv_tokens == ()
-
-
-def test_no_segment_runs_before_all_tokens_rode() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
-    step = FinetuneStep(model, Trainer(bank, 1e-3), samples(), head_tokens=1000)
-    step.hold_blocks([[0, 1, 2], [3], [4], [5, 6, 7, 8]])
-    for tokens in (45, 66, 1):
-        assert len(list(step.segments())) == (8 if tokens == 45 else 0)
-        with pytest.raises(ValueError, match='asked to ride'):
-            step.rows(step.ridable_tokens + 1)
-        rows = step.rows(tokens)
-        model.run((), rows)
-        step.rode(rows.tokens)
-    assert step.ridable_tokens == 0
-    assert [s.kind for s in step.segments()] == [
-        SegmentKind.HEAD, *[SegmentKind.BACKWARD_RECOMPUTED] * 3, SegmentKind.OPTIMIZER]
-
-
-def test_a_step_without_anything_to_learn_is_refused() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
-    with pytest.raises(ValueError, match='all weights are 0'):
-        FinetuneStep(model, Trainer(bank, 1e-3), [Sample((5, 6, 7), (1.0, 0.0, 0.0))])
-
-
-def test_gradients_that_are_not_finite_change_nothing() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
-    tensors = random_adapter(bank, 0)
-    step = FinetuneStep(model, Trainer(bank, 1e-3), [Sample((5, 6, 7), (0.0, 1.0, math.inf))])
-    while not step.done:
-        step.run_segment()
-    assert all(torch.equal(t, tensors[n]) for n, t in bank.export().items())
-    assert not gradients_of(bank)
-
-
-def live_bytes() -> int:
-    gc.collect()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for t in gc.get_objects() if issubclass(type(t), Tensor)}
-    return sum(storages.values())
-
-
-@pytest.mark.parametrize('way', ['alone, graphs kept', 'alone, recomputed', 'ridden by 33'])
-def test_a_finished_step_holds_no_tensors_but_its_scores(way: str) -> None:
-    drive, keep_graphs = DRIVES[way]
-    model, bank, _ = with_reference(tiny_model('mistral'))
-    trainer = Trainer(bank, 1e-3)
-
-    def finished() -> FinetuneStep:
-        step = FinetuneStep(model, trainer, samples(), keep_graphs=keep_graphs)
-        drive(step)
-        while not step.done:
-            step.run_segment()
-        return step
-
-    finished()   # the optimizer allocates its state
-    before = live_bytes()
-    steps = [finished() for _ in range(3)]
-    assert live_bytes() - before < 3 * 4096
-    assert all(s.scored for s in steps)
-
-
-def peak_bytes(compute: Callable[[], object]) -> int:
-    """Return the most memory that PyTorch's allocator held at once beyond what it held before."""
-    with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        compute()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events()
-                     if e.name() == '[memory]')
-    return max(accumulate(change for _, change in changes))
-
-
-def test_recomputing_takes_a_quarter_of_the_memory_that_peft_takes() -> None:
-    batch = samples(lengths=[CONTEXT])
-    model, bank, reference = with_reference(tiny_model('llama', num_hidden_layers=16))
-    peft = as_peft(reference, bank, random_adapter(bank, 0)).train()
-    trainer = Trainer(bank, 1e-3)
-
-    def step(keep_graphs: bool) -> None:
-        trainer.start_backward()
-        run_until_optimizer(FinetuneStep(model, trainer, batch, keep_graphs=keep_graphs))
-
-    theirs = peak_bytes(lambda: loss_of(peft, batch).backward())
-    kept = peak_bytes(partial(step, True))
-    kept_gradients = gradients_of(bank)
-    recomputed = peak_bytes(partial(step, False))
-
-    assert recomputed <= 0.25 * theirs
-    assert recomputed < kept
-    assert_same(gradients_of(bank), gradients(peft))
-    for name, gradient in gradients_of(bank).items():
-        assert torch.equal(gradient, kept_gradients[name])

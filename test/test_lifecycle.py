@@ -21,7 +21,6 @@ import pytest
 from rclpy.context import Context
 from ros_graph import call, NodeProcess, set_parameters
 
-from mace_ros import engine as engine_room
 from mace_ros.engine import Engine
 from mace_ros.ros.client import MaceClient
 from mace_ros.ros.node import MaceNode
@@ -263,7 +262,6 @@ def here(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(folder)}.items():
             patch.setenv(name, value)
-        patch.setattr(engine_room, 'CALIBRATION_S', 0.5)    # times do not matter here
         made = Managed(NodeHere(**{
             'model.source': model_folder, 'model.threads': 1, 'storage.folder': folder / 'storage',
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -57,13 +57,7 @@ TIE = 1e-4      # best logits closer than this may swap
 ANSWER = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on more threads, and very slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # -- the pool by itself ------------------------------------------------------------------

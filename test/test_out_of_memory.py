@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mace_ros import engine as engine_room
+from mace_ros import engine as engine_room, running
 from mace_ros.engine import Engine
 from mace_ros.events import (
     Correction,
@@ -45,7 +45,7 @@ from mace_ros.telemetry.health import ACTIVE, Health, Level
 
 SERVING = {
     'the pass': (HybridModel, 'run'),
-    'sampling': (engine_room, 'sample'),
+    'sampling': (running, 'sample'),
     'KV blocks': (BlockPool, 'grow'),
 }
 LEARNING = {
@@ -96,9 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def robot(settings: Settings, folder: Path) -> Iterator[Robot]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_room, 'CALIBRATION_S', 1.0)    # times do not matter here
-        made = Robot(Engine(settings, storage=folder))
+    made = Robot(Engine(settings, storage=folder))
     yield made
     made.engine.close()
 
@@ -323,7 +321,6 @@ def test_loading_can_be_tried_again(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine_room, 'CALIBRATION_S', 1.0)
         inject(patch, LOADING[where])
         with pytest.raises(torch.OutOfMemoryError, match='injected'):
             Engine(settings, storage=tmp_path)

@@ -43,7 +43,7 @@ def settings(model_folder: Path) -> Settings:
 def engine(settings: Settings, tmp_path: Path) -> Iterator[Engine]:
     """Yield an engine that overlaps; afterwards nothing may be left in the KV cache."""
     made = Engine(settings, storage=tmp_path)
-    made.overlaps = True
+    made.runner.overlaps = True
     everything = made.free_kv_tokens
     yield made
     made.close()
@@ -71,10 +71,10 @@ def test_answers_are_the_same_and_most_passes_were_planned_before(
         return plans[-1]
 
     monkeypatch.setattr(engine.scheduler, 'plan', counted)
-    engine.overlaps = False
+    engine.runner.overlaps = False
     expected = answers(engine, 4, max_tokens=30)
     before = len(plans)
-    engine.overlaps = True
+    engine.runner.overlaps = True
     assert answers(engine, 4, max_tokens=30) == expected
     assert len(plans) - before < before / 2
 
@@ -85,7 +85,7 @@ def test_tokens_are_told_while_the_next_pass_runs(engine: Engine) -> None:
     while True:
         events = engine.step().events
         told += sum(isinstance(e, Token) for e in events)
-        flying += engine._flight is not None and any(isinstance(e, Token) for e in events)
+        flying += engine.runner.flight is not None and any(isinstance(e, Token) for e in events)
         if any(isinstance(e, Finished) for e in events):
             break
     assert flying >= told - 2 > 5
@@ -94,12 +94,12 @@ def test_tokens_are_told_while_the_next_pass_runs(engine: Engine) -> None:
 def test_what_is_set_is_in_force_though_the_next_pass_was_planned(engine: Engine) -> None:
     for i, text in enumerate(QUESTIONS):
         engine.submit(Query(text, id=f'{i}', max_tokens=200))
-    while engine._foreseen is None or len(engine._foreseen.decode) < len(QUESTIONS):
+    while engine.runner.foreseen is None or len(engine.runner.foreseen.decode) < len(QUESTIONS):
         engine.step()
     engine.update(engine.settings.updated({'scheduler.max_requests': 2}))
     engine.step()
-    assert engine._flight is not None
-    assert len(engine._flight.plan.decode) == 2
+    assert engine.runner.flight is not None
+    assert len(engine.runner.flight.plan.decode) == 2
 
 
 def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> None:
@@ -109,7 +109,7 @@ def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> No
     events: list[Event] = []
     while not any(isinstance(e, Token) and e.query_id == 'cancelled' for e in events):
         events += engine.step().events
-    assert engine._flight is not None
+    assert engine.runner.flight is not None
     engine.cancel('cancelled')
     events = list(engine.step().events)
     [ended] = [e for e in events if isinstance(e, Finished)]
@@ -122,11 +122,11 @@ def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> No
 
 def test_a_pause_lets_the_pass_end_first(engine: Engine) -> None:
     engine.submit(Query('Sing.', id='song', max_tokens=200))
-    while engine._flight is None:
+    while engine.runner.flight is None:
         engine.step()
     events = engine.pause()
     assert [e.finish_reason for e in events if isinstance(e, Finished)] == [FinishReason.CANCELLED]
-    assert engine._flight is None
+    assert engine.runner.flight is None
 
 
 def test_a_pass_that_fails_on_the_device_ends_its_queries_only(
@@ -139,7 +139,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_queries_only(
             raise RuntimeError('injected')
 
     with monkeypatch.context() as patch:
-        patch.setattr('mace_ros.engine.sample',
+        patch.setattr('mace_ros.running.sample',
                       lambda logits, rows: logits.argmax(-1).as_subclass(Failed))
         engine.submit(Query('Sing.', id='song', max_tokens=20))
         events: list[Event] = []

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import math
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from robot import Robot
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mace_ros import base_answers
 from mace_ros.engine import Engine
 from mace_ros.events import (
     Correction,
@@ -26,6 +28,14 @@ from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS, PROBE_EVERY
 from mace_ros.settings import Settings
 
 TOLERANCE = 0.002     # the probes of a random model have a probability of some hundredths
+
+
+@pytest.fixture(scope='module', autouse=True)
+def all_base_answers() -> Iterator[None]:
+    """Ask the base model all that a node asks it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_answers, 'ANCHORS', ANCHORS)
+        yield
 
 
 @pytest.fixture(scope='module')
