@@ -54,7 +54,7 @@ demo: setup  ## ask, correct and ask again
 	@$(RUN) -m mace_ros.demo $(DEMO_ARGS)
 
 test: setup  ## run the tests; PYTEST_ARGS='-k launch -x' goes to pytest
-	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: setup  ## run the benchmarks; BENCH_ARGS goes to them
 	@$(pip) install --quiet 'mace-ros[bench]'
