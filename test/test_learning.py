@@ -32,6 +32,7 @@ from mace_ros.execution.lora import AdapterBank
 from mace_ros.learning import backoff, choosing, learner
 from mace_ros.learning.drift import Drift, DriftState
 from mace_ros.learning.journal import Journal
+from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.settings import Settings
@@ -356,8 +357,21 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
     assert not [e for e in told if isinstance(e, CorrectionProgress)]
 
 
-def test_learning_needs_nobody_to_wake_it(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize('fails', ['', 'replay_candidates', 'publish'])
+def test_learning_needs_nobody_to_wake_it(
+        fails: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it waits for, it says for how long, or wakes the engine itself."""
+    if fails:
+        once = [JournalError('injected')]
+        function = getattr(Journal, fails)
+
+        def failing(*arguments: object) -> object:
+            if once:
+                raise once.pop()
+            return function(*arguments)
+
+        monkeypatch.setattr(Journal, fails, failing)
+        monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     woken = threading.Event()
     engine = Engine(settings, storage=tmp_path / 'woken', wake=woken.set)
     try:
@@ -369,6 +383,8 @@ def test_learning_needs_nobody_to_wake_it(settings: Settings, tmp_path: Path) ->
             states |= {e.state for e in iteration.events if isinstance(e, CorrectionProgress)}
             if iteration.wake_at is None:
                 assert woken.wait(30.0) or states.intersection(DONE)
+            else:
+                woken.wait(max(iteration.wake_at - time.monotonic(), 0.0))
     finally:
         engine.close()
 

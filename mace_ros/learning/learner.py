@@ -371,6 +371,7 @@ class Learner:
             return []
         self._trouble = f'the live version could not be read: {error}'
         self._reading.failed(self.clock())
+        self._rests_until = self._reading.until
         if not job.rehearses:
             self._queue.put_back(job.corrections)
         return []
