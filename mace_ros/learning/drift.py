@@ -89,12 +89,12 @@ class Drift:
         """
         Return the share of device time for learning, between ``least`` and ``most``.
 
-        All of it while drifting or unknown; in calm, in proportion to the mean surprise, so
-        that corrections gather and are learned together, unless enough of them wait already.
+        All of it while drifting or unknown; in calm the mean surprise is the part of ``most``
+        that is used, so that corrections gather and are learned together, unless enough of
+        them wait already.
         """
         calm = self.state is DriftState.CALM and not backlog
-        intensity = self.level if calm else 1.0
-        return min(least, most) + max(most - least, 0.0) * intensity
+        return min(max(least, most * self.level), most) if calm else most
 
 
 def surprise(log_probability: float) -> float:
