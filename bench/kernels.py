@@ -4,7 +4,8 @@
 Forms of the same computation on a CPU: why each precision and kernel was chosen.
 
 The products of a token count with all weights of SmolLM2-135M (layers and head), and the
-attention of a training sequence with its backward, each in the forms that there are.
+attention of a training sequence, and of a batch of short ones, with its backward, each in
+the forms that there are.
 Results: bench/results/kernels.json.
 """
 
@@ -23,7 +24,9 @@ from bench.results import percentile, Recorder, Result, Table
 # Merged qkv, o, merged gate and up, down; 30 layers of them, and the head.
 WEIGHTS = [(960, 576), (576, 576), (3072, 576), (576, 1536)] * 30 + [(49152, 576)]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-SEQUENCES = (32, 64, 128, 256)
+SEQUENCES = (32, 64, 128, 256, 384)
+BATCHES = (128, 256, 384)
+SHORT, BEGINNING = 25, 36      # tokens of each sequence of a batch, and of what all begin with
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,9 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print('attention of a training sequence, with its backward', flush=True)
     for tokens in SEQUENCES[:2 if args.quick else None]:
         measure('attention', tokens, attentions(tokens), args, rows)
+    for tokens in BATCHES[:2 if args.quick else None]:
+        measure('batch', tokens, batches(tokens), args, rows)
     result = Result('kernels', {'times': rows}, [], [], [
         table(rows, 'product', 'Products of so many tokens with all weights, ms'),
-        table(rows, 'attention', 'Attention of one layer, forward and backward, ms')],
+        table(rows, 'attention', 'Attention of one layer, forward and backward, ms'),
+        table(rows, 'batch', f'The same of a batch: sequences of {SHORT} tokens after {BEGINNING} '
+              'that all begin with, ms')],
         [f'{args.threads} threads.'])
     path = recorder.write(result, args.results)
     print(summary(result))
@@ -131,6 +138,38 @@ def attentions(tokens: int) -> dict[str, Callable[[], object]]:
         forms[f'{name} ours'] = lambda run=run: run(
             lambda q, k, v: attend_causally(q, k, v, None))
     return forms
+
+
+def batches(tokens: int) -> dict[str, Callable[[], object]]:
+    """Return the ways to attend within short sequences, so many tokens in all, and back."""
+    import torch
+
+    from mace_ros.execution.causal import attend_causally
+
+    lengths = [SHORT] * ((tokens - BEGINNING) // SHORT)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    own = (owner[:, None] == owner).tril()
+    count = BEGINNING + len(owner)
+    mask = torch.ones(count, count, dtype=torch.bool).tril()
+    mask[BEGINNING:, BEGINNING:] = own
+    given = [torch.randn(1, count, heads, 64).bfloat16().transpose(1, 2) for heads in (9, 3, 3)]
+    gradient = torch.randn(1, 9, count, 64).bfloat16()
+
+    def one_by_one(*qkv: torch.Tensor) -> torch.Tensor:
+        queries, keys, values = (x.split([BEGINNING, *lengths], 2) for x in qkv)
+        return torch.cat([attend_causally(queries[0], keys[0], values[0], None)] + [
+            attend_causally(q, *(torch.cat([first, x], 2) for first, x in
+                                 ((keys[0], k), (values[0], v))), None)
+            for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True)], 2)
+
+    def one_mask(*qkv: torch.Tensor) -> torch.Tensor:
+        return attend_causally(*qkv, None, mask)
+
+    def run(attend: Callable[..., torch.Tensor]) -> None:
+        attend(*[x.detach().requires_grad_() for x in given]).backward(gradient)
+
+    return {'bfloat16 one by one': lambda: run(one_by_one),
+            'bfloat16 one mask': lambda: run(one_mask)}
 
 
 def table(rows: Sequence[dict[str, Any]], what: str, title: str) -> Table:

@@ -199,18 +199,20 @@ class Row:
         return self.masks[key]
 
 
-def whole_sequences(lengths: Sequence[int], device: torch.device, *, shared: int = 0) -> Row:
+def whole_sequences(lengths: Sequence[int], device: torch.device, *, shared: int = 0,
+                    together: bool = False) -> Row:
     """
     Return the row of whole sequences one after the other, without cache: for training.
 
-    The first ``shared`` tokens are the first one, which all others go on from.
+    The first ``shared`` tokens are the first one, which all others go on from. Are they
+    ``together``, all attend behind one mask on a CPU as well.
     """
     owner = torch.repeat_interleave(
         torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
     place = torch.cat([torch.arange(n, device=device) for n in lengths])
     place[shared:] += shared
     # Elsewhere one kernel for all, with a mask, is faster than one for each.
-    apart = len(lengths) == 1 or device.type == 'cpu'
+    apart = len(lengths) == 1 or (device.type == 'cpu' and not together)
     return Row(query_owner=owner, query_place=place, key_owner=owner, key_place=place,
                lengths=tuple(lengths) if apart else (), shared=shared)
 
@@ -314,8 +316,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     grouped = query.shape[1] != key.shape[1]
     tokens, keys = query.shape[2], key.shape[2]
     if softcap is None and sinks is None:
-        if mask is None and causal.suits(query):
-            return causal.attend_causally(query, key, value, scaling)
+        if causal.suits(query):
+            return causal.attend_causally(query, key, value, scaling, mask)
         if mask is None and 1 < tokens < keys:    # SDPA would take them for the first
             mask = causal.visible(tokens, keys, query.device)
         if tokens >= TILED and query.device.type == 'cpu' and query.dtype == torch.bfloat16:

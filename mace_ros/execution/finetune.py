@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.execution.attention import Row, whole_sequences
+from mace_ros.execution.causal import are_few
 from mace_ros.execution.directions import MainDirections
 from mace_ros.execution.divided import chunks_of, DividedLayers
 from mace_ros.execution.hybrid import HybridModel
@@ -35,6 +36,7 @@ from mace_ros.execution.sample import (
 )
 from mace_ros.execution.skeleton import run_layer
 from mace_ros.execution.spans import FinetuneRows, Span
+from mace_ros.memory.budget import HEAD_ROWS
 from mace_ros.scheduling.plan import Segment, SegmentKind
 
 
@@ -126,7 +128,7 @@ class FinetuneStep:
     """
 
     def __init__(self, model: HybridModel, trainer: Trainer, samples: Sequence[Sample], *,
-                 head_tokens: int = 16, keep_graphs: bool = True, may_ride: bool = True,
+                 head_tokens: int = HEAD_ROWS, keep_graphs: bool = True, may_ride: bool = True,
                  learns: bool = True, preferences: Sequence[Preference] = (),
                  imitation: float = 1.0, whole: Whole | None = None,
                  piece_tokens: int | None = None, oldest_correction_at: float = 0.0,
@@ -190,8 +192,10 @@ class FinetuneStep:
         self._padded = (*self._lengths, padding) if padding else self._lengths
         # By the memory that they take, all of them at once are a piece that divides nothing.
         self.piece_tokens = piece_tokens if divided else sum(self.lengths)
-        self._row = (whole_sequences(self._lengths, model.device, shared=self._shared)
-                     if self._static is None else self._static.row)
+        self._row = (whole_sequences(
+            self._lengths, model.device, shared=self._shared,
+            together=are_few(self.tokens, model.dtype, model.device))
+            if self._static is None else self._static.row)
         ids = [t for tokens, _ in self._stretches for t in tokens] + [0] * padding
         positions = [first + i for tokens, first in self._stretches for i in range(len(tokens))]
         positions += range(padding)

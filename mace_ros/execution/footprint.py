@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.execution.attention import whole_sequences
+from mace_ros.execution.causal import are_few, LONGEST
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.skeleton import run_layer
@@ -16,7 +17,7 @@ from mace_ros.memory.budget import Footprint
 
 # What products of torch 2.13 keep for each thread, as mallinfo2() tells on a Xeon with AMX.
 KERNEL_BYTES = 4_500_000
-LENGTHS = (16, 64, 256, 512)     # of the sequences of which a layer's graph is counted
+LENGTHS = (16, 64, 256, LONGEST, 512)     # of the sequences of which a layer's graph is counted
 
 
 def measure_footprint(model: HybridModel, bank: AdapterBank) -> Footprint:
@@ -35,7 +36,8 @@ def measure_footprint(model: HybridModel, bank: AdapterBank) -> Footprint:
         layers=len(model.layers), hidden_token=config.hidden_size * model.dtype.itemsize,
         logits_row=config.vocab_size * 4,
         graphs=tuple((n, _graph_bytes(model, n)) for n in lengths),
-        packed=model.device.type != 'cpu' or window < model.context_length,
+        packed=(model.device.type != 'cpu' or are_few(LONGEST, model.dtype, model.device)
+                or window < model.context_length),
         kernels=KERNEL_BYTES * torch.get_num_threads() if model.device.type == 'cpu' else 0)
 
 

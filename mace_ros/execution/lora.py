@@ -193,9 +193,9 @@ class LinearGroup(nn.Module):
         if self._input is not x or index not in self._outputs:
             y = self.compute(x)
             self._input = x
-            # Not by split(): autograd forbids to change its views in place, as OLMo does.
-            self._outputs = {i: y[..., m.start:m.start + m.size]
-                             for i, m in enumerate(self.members)}
+            sizes = [m.size for m in self.members]
+            parts = _Parts.apply(y, sizes) if y.requires_grad else y.split(sizes, -1)
+            self._outputs = dict(enumerate(parts))
         result = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
@@ -287,6 +287,23 @@ class _TrainedProduct(torch.autograd.Function):
             parts.append(of_a[rows].float())
             parts.append(of_b[rows, columns].t().float() * group.scaling)
         return of_x.view(ctx.saved_tensors[0].shape), None, *parts
+
+
+class _Parts(torch.autograd.Function):
+    """
+    The outputs of a group's members, from all of them side by side.
+
+    Gradients of views would each be filled up with zeros, and added. Copies may be changed in
+    place, as OLMo does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return tuple(part.contiguous() for part in y.split(sizes, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.cat(gradients, -1), None
 
 
 class GroupedLinear(nn.Module):

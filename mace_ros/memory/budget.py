@@ -15,6 +15,7 @@ MB = 1_000_000
 LEAST_KV_TOKENS = 256      # with less, there is nothing to serve
 KV_COPIES = 8              # of one layer's keys and values, while a chunk of it is learned
 LEAST_PIECE = 16           # tokens of a layer that learning computes at once, at least
+HEAD_ROWS = 16             # tokens of a fine-tune step's HEAD segment
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Footprint:
     Bytes that each kind of work takes on a device, as execution found them.
 
     ``graphs`` holds, for sequences of some lengths, what one layer keeps of them for its
-    backward. If ``packed``, the sequences of a step attend behind one mask, like one long one.
+    backward. If ``packed``, the sequences of a step may attend behind one mask, like one long one.
     """
 
     kv_block: int            # keys and values of one block, all layers
@@ -33,7 +34,6 @@ class Footprint:
     logits_row: int          # logits of one token, fp32
     graphs: tuple[tuple[int, int], ...]    # (tokens, bytes), at least one
     packed: bool = False
-    head_rows: int = 16      # tokens of a fine-tune step's HEAD segment
     kernels: int = 0         # what products keep for themselves between passes
 
     def graph(self, tokens: int) -> float:
@@ -79,13 +79,15 @@ class Footprint:
             layer = self.graph(tokens) * piece_tokens / tokens
             kept = self.kv_block * tokens / BLOCK_TOKENS * (1 + KV_COPIES / self.layers)
             return kept + self._step_bytes(tokens, layer, keep_graphs=False, learns=learns)
-        layer = self.graph(tokens) if self.packed else sum(map(self.graph, lengths))
+        layer = sum(map(self.graph, lengths))
+        if self.packed:
+            layer = max(layer, self.graph(tokens))
         return self._step_bytes(tokens, layer, keep_graphs, learns)
 
     def _step_bytes(self, tokens: int, layer: float, keep_graphs: bool, learns: bool) -> float:
         inputs = (self.layers + 1) * tokens * self.hidden_token
         # Of the head: logits, their probabilities, both for the gradient, and one more.
-        head = 5 * self.head_rows * self.logits_row
+        head = 5 * HEAD_ROWS * self.logits_row
         if not learns:
             return inputs + head + layer
         # One more layer for the gradients on the way.
