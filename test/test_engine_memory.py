@@ -175,7 +175,8 @@ def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
         while len([e for e in one.events if isinstance(e, Finished)]) < 6:
             one.until(lambda e: True)
             status = engine.status()
-            assert status.planned_mb <= budget + 1e-6 or status.preemptions == 0
+            # Less than the least may have been asked for: it depends on who has come how far.
+            assert status.planned_mb <= status.budget_mb + 1e-6 or status.preemptions == 0
         assert engine.status().preemptions > used.preemptions
         assert {e.query_id: e.text for e in one.events if isinstance(e, Finished)} == expected
         assert engine.free_kv_tokens < 0.2 * everything
