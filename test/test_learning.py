@@ -414,6 +414,23 @@ def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
+def test_a_correction_that_is_repeated_while_it_is_looked_at_is_not_begun_anew(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores that are on their way are those of the older one."""
+    engine = robot.engine
+    monkeypatch.setattr(engine.learner, 'drop', None)    # the job is not given up
+    engine.correct(Correction('A robot.', id='old', prompt='Who are you?', rejected='A mouse.'))
+    while engine.learner._job is None or engine.learner._job.scoring is None or (
+            engine.learner._lessons.teachers is None):
+        robot.events += engine.step().events
+    assert not engine.learner._job.corrections[0].leads
+    engine.correct(Correction('A robot.', id='new', prompt='Who are you?'))
+    engine._journal.submit(lambda _: None).result()     # it is accepted before the scores are known
+    robot.until(lambda e: isinstance(e, CorrectionProgress)
+                and e.id == 'new' and e.state is CorrectionState.LEARNED)
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
 def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> None:
     """Profiles take turns, whoever came first."""
     for number in range(9):

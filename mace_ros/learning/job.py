@@ -98,8 +98,8 @@ class Job:
     sparing: Iterator[None] | None = None   # piece by piece, what learning is to spare is found
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards
     lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
-    repaired: bool = False              # trained on for what a good candidate had lost
-    rejections: int = 0                 # of its candidates: then more is replayed
+    repaired: bool = False              # trained on for what a candidate had lost
+    rejections: int = 0                 # of its candidates since: then more is replayed
     after: dict[tuple[int, ...], SampleScore] = field(default_factory=dict)
     rehearses: bool = False             # what was learned already
     suspicion: Suspicion | None = None  # it learns nothing, but compares two versions

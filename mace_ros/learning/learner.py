@@ -107,11 +107,14 @@ class Learner:
         job = self._job
         if job is None or job.saving is not None:
             return None
-        for i, older in enumerate(job.corrections):
+        for older in job.corrections:
             if all(getattr(older.record, name) == getattr(record, name)
                    for name in ('profile', 'prompt_ids', 'corrected', 'weight')):
-                job.corrections[i] = replace(older, record=record, repeats=older.repeats + 1)
-                return self._tell_training(job, [record]) if older.record.id in job.told else []
+                was_told = older.record.id in job.told
+                # What was scored, or is about to be, is what the older one rejected.
+                older.record = replace(record, rejected=older.record.rejected)
+                older.repeats += 1
+                return self._tell_training(job, [record]) if was_told else []
         return None
 
     def trains(self, correction_ids: Collection[str]) -> str | None:
@@ -561,8 +564,11 @@ class Learner:
         """Don't publish; go on with what was lost among what must be right, if that may help."""
         self.publisher.reject(job, verdict.reason)
         if job.steps < self._settings.finetune.max_steps:
-            job.rejections += 1
-            job.least_steps = job.steps + MORE_STEPS
+            if verdict.lost and not job.repaired:
+                job.repaired = True     # mostly that is enough
+            else:
+                job.rejections += 1
+                job.least_steps = job.steps + MORE_STEPS
             return self._go_on(job, verdict.lost)
         self._job = None
         return self._fail(
