@@ -306,6 +306,10 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
      '"weight": NaN}', 'weight'),
     ('{"kind": "answer", "query_id": 7, "prompt_ids": [], "messages": [], "text": "b", '
      '"output_ids": []}', 'query_id'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [], "messages": [], "corrected": "b", '
+     '"received": 1' + 400 * '0' + '}', 'OverflowError'),
+    (100_000 * '[', 'RecursionError'),
+    ('{"kind": "model", "model": "a second one"}', 'base model'),
     ('{"kind": "model", "model": "another"}', 'another')])
 def test_an_import_is_all_or_nothing(storage: Path, line: str, why: str) -> None:
     """A bad line is named, and none before it is kept."""
@@ -319,6 +323,18 @@ def test_an_import_is_all_or_nothing(storage: Path, line: str, why: str) -> None
         assert why in said
     with Journal(storage / JOURNAL) as journal:
         assert journal.correction('new') is None
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_line(storage: Path, tmp_path: Path) -> None:
+    file = tmp_path / 'lines.jsonl'
+    file.write_bytes(b'{"kind": "model", "model": "a model"}\n'
+                     b'{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [], '
+                     b'"corrected": "\xff"}\n')
+    assert 'line 2' in run(storage, 'import', str(file), code=1)
+    done = subprocess.run(
+        [sys.executable, '-m', 'mace_ros.programs.journal', '--folder', storage, 'import'],
+        cwd=ROOT, input=file.read_bytes(), capture_output=True, timeout=60)
+    assert done.returncode == 1 and b'line 2' in done.stderr
 
 
 def test_a_version_that_was_rejected_has_no_files_to_delete(storage: Path) -> None:

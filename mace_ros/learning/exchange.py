@@ -81,12 +81,13 @@ def take_in(journal: Journal, lines: Iterable[str], model: str,
             try:
                 values = json.loads(line)
                 kind = values.pop('kind')
-                if not begun and (kind != 'model' or values['model'] != model):
+                if values['model'] != model if kind == 'model' else not begun:
                     raise ValueError(f'its base model must come first, and be {model!r}')
                 begun = True
                 taken[_take_version(journal, values, save, numbers) if kind == 'version'
                       else _take(journal, kind, values)] += 1
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
+                    RecursionError) as error:
                 raise InvalidLine(f'line {number}: {type(error).__name__}: {error}') from error
     return taken
 

@@ -129,11 +129,10 @@ def do_import(given: argparse.Namespace) -> None:
     """Take in the lines of a file, or of stdin."""
     with opened(given.folder) as journal, alone(given.folder):
         save = partial(save_files, given.folder)
-        if given.file == '-':
-            taken = take_in(journal, sys.stdin, base_model(given.folder), save)
-        else:
-            with open(given.file, encoding='utf-8') as file:
-                taken = take_in(journal, file, base_model(given.folder), save)
+        source = sys.stdin.fileno() if given.file == '-' else given.file
+        # What is no text is refused with its line.
+        with open(source, encoding='utf-8', errors='surrogateescape') as file:
+            taken = take_in(journal, file, base_model(given.folder), save)
     print(f'{taken["corrections"]} corrections, {taken["answers"]} answers and '
           f'{taken["versions"]} versions taken in, {taken["known"]} known already')
     if taken['versions']:
