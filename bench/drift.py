@@ -134,7 +134,7 @@ def measure(settings: Any, folder: Path, *, systems: Sequence[str], questions: i
         rows += [{'system': system, **row} for row in asked]
         runs.append({'system': system, **run})
         robot.engine.close()
-        right = sum(r['right'] for r in asked) / len(asked)
+        right = sum(r['right'] for r in asked) / run['asked']
         print(f'{system}: alignment {right:.3f}, fine-tune {run["learning_s"]:.1f} s', flush=True)
     return {'drift': rows, 'drift_runs': runs}
 
@@ -183,6 +183,7 @@ def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], 
     asking.join()
     after = engine.scheduler.statistics(time.monotonic())
     return rows, {
+        'asked': len(load),
         'learning_s': after.learning_s - before.learning_s,
         'serving_s': after.serving_s - before.serving_s,
         'seconds': time.monotonic() - begun, 'versions': versions, 'rejected': rejected,
@@ -219,7 +220,9 @@ def by_system(samples: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for run in samples['drift_runs']:
         rows = [r for r in samples['drift'] if r['system'] == run['system']]
         result[run['system']] = {
-            **run, 'alignment': alignment(rows), 'area': area(rows), 'answers': len(rows),
+            # What was never answered was not answered right.
+            **run, 'alignment': alignment(rows) * len(rows) / run.get('asked', len(rows)),
+            'area': area(rows), 'answers': len(rows),
             'ttft_p95_ms': percentile([r['ttft_ms'] for r in rows], 95),
             'tpot_p95_ms': percentile([r['tpot_ms'] for r in rows], 95)}
     return result
