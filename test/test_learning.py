@@ -29,7 +29,7 @@ from mace_ros.events import (
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.lora import AdapterBank
-from mace_ros.learning import backoff, choosing, learner
+from mace_ros.learning import backoff, choosing, gate, learner
 from mace_ros.learning.drift import Drift, DriftState
 from mace_ros.learning.journal import Journal
 from mace_ros.learning.journal_file import JournalError
@@ -429,6 +429,29 @@ def test_a_correction_that_is_repeated_while_it_is_looked_at_is_not_begun_anew(
     robot.until(lambda e: isinstance(e, CorrectionProgress)
                 and e.id == 'new' and e.state is CorrectionState.LEARNED)
     assert robot.ask('Who are you?').text == 'A robot.'
+
+
+def test_a_rejected_candidate_learns_what_it_lost_before_more_is_replayed(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts, seen = [True, True], []
+    judge = gate.Gate.judge
+
+    def worse(self: gate.Gate, *arguments: object) -> gate.Verdict:
+        job = robot.engine.learner._job
+        seen.append((job.repaired, job.rejections, len(job.lost)))
+        if not verdicts:
+            return judge(self, *arguments)      # type: ignore[arg-type]
+        verdicts.pop()
+        return gate.Verdict('worse', tuple(self.samples[:1]))
+
+    monkeypatch.setattr(gate.Gate, 'judge', worse)
+    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
+    taught = robot.correct(Correction('A robot.', id='c', prompt='Who are you?'))
+    assert taught.state is CorrectionState.LEARNED
+    assert seen == [(False, 0, 0), (True, 0, 1), (True, 1, 1)]
+    rejected = [e for e in robot.events if isinstance(e, VersionEvent)
+                and e.state is VersionState.REJECTED]
+    assert [e.reason for e in rejected] == ['worse', 'worse']
 
 
 def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> None:
