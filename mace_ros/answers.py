@@ -156,6 +156,11 @@ class Answers:
 
     # -- what nobody hears -----------------------------------------------------------
 
+    @property
+    def base_questions_left(self) -> int:
+        """How many questions the base model has to answer before anything is learned."""
+        return self._base.left
+
     def ask_base(self, *, overdue: bool) -> None:
         """Ask the base model something whose answer learning must not change."""
         for query in self._base.next(self._state, overdue=overdue):

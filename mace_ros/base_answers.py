@@ -61,8 +61,13 @@ class BaseAnswers:
             self._answers[index] = (prompt, output)
 
     @property
+    def left(self) -> int:
+        """How many questions are not answered yet."""
+        return len(ANCHORS) - len(self._answers)
+
+    @property
     def all(self) -> list[tuple[list[int], list[int]]] | None:
         """The answers as (prompt, output) ids, in the order of the questions; None until then."""
-        if len(self._answers) < len(ANCHORS):
+        if self.left:
             return None
         return [self._answers[i] for i in range(len(ANCHORS))]

@@ -103,7 +103,7 @@ class Engine:
 
         ``storage`` defaults to the setting. ``wake`` is called, from any thread, when
         there is something to do. Raises ``ModelNotFound``, ``UnsupportedModel``,
-        ``InvalidSetting``, ``JournalError``, ``StorageInUse`` or ``OtherModel``.
+        ``InvalidSetting``, ``JournalError``, ``StorageInUse``, ``OtherModel`` or ``OtherAdapter``.
         """
         self._settings, self._wake, self._clock = settings, wake, clock
         folder = storage or Path(settings.storage.folder).expanduser()
@@ -301,8 +301,9 @@ class Engine:
         return done
 
     def live_version(self, profile: str) -> int:
-        """Return the version that serves a profile."""
-        return self._slots.live(profile).version
+        """Return the version of its own that serves a profile; 0 if there is none."""
+        live = self._slots.live(profile)
+        return live.version if live.profile == profile else 0
 
     def _enqueue(self, action: Callable[[], list[Event]]) -> None:
         self._inbox.append(action)
@@ -418,7 +419,9 @@ class Engine:
             drift_level=self.learner.drift.level,
             finetune_budget=self.learner.budget(self._settings),
             journal_backlog=self._journal.backlog, unrecorded=self._answers.unrecorded,
-            learning_error=self.learner.trouble)
+            learning_error=self.learner.trouble,
+            base_questions_left=(
+                self._answers.base_questions_left if self.learner.wants_anchors else 0))
 
     def pause(self) -> list[Event]:
         """Cancel what runs, and hear all that the journal has to say; may be gone on from."""

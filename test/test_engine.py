@@ -26,7 +26,9 @@ from mace_ros.events import (
     Token,
 )
 from mace_ros.kv_blocks import KvBlocks
-from mace_ros.learning.versions import OtherModel
+from mace_ros.learning.describing import OtherAdapter, peft_config
+from mace_ros.learning.journal import VersionRecord
+from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request
@@ -266,10 +268,12 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
     while not robot.engine._answers._all.get('one'):
         robot.engine.step()
     left = [r.id for r in [*robot.engine._state.running, *robot.engine._state.waiting]]
+    assert 0 < robot.engine.status().base_questions_left <= len(base_answers.ANCHORS)
     assert len(left) == 2 and 'one' in left and 'one' not in [r.id for r in running]
     assert robot.response('one').finish_reason is FinishReason.LENGTH
     robot.until(lambda e: isinstance(e, CorrectionProgress)
                 and e.state is CorrectionState.LEARNED)
+    assert robot.engine.status().base_questions_left == 0
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
@@ -345,6 +349,26 @@ def test_storage_of_another_model_is_refused(settings: Settings, tmp_path: Path)
     note.write_text(note.read_text().replace('2 layers', '3 layers'))
     with pytest.raises(OtherModel, match=r'3 layers.*set storage.folder'):
         Engine(settings, storage=tmp_path)
+
+
+@pytest.mark.parametrize(('parameter', 'value'), [
+    ('rank', 4), ('alpha', 8.0), ('target_modules', 'q_proj')])
+def test_versions_of_another_kind_of_adapter_are_refused(
+        settings: Settings, tmp_path: Path, parameter: str, value: object) -> None:
+    """A wrong setting is told at the start; nobody loses what was learned for it."""
+    first = Engine(settings, storage=tmp_path)
+    config = peft_config(first.bank, 'a model')
+    store = VersionStore(tmp_path)
+    saved = store.save('', 1, first.bank.export(), config)
+    first._journal.submit(lambda j: j.publish(VersionRecord(
+        '', 1, 0, path=saved.path, sha256=saved.sha256))).result()
+    first.close()
+    other = settings.updated({f'adapter.{parameter}': value})
+    with pytest.raises(OtherAdapter, match=rf'v000001 .* adapter.{parameter} .*, not {value};'):
+        Engine(other, storage=tmp_path)
+    again = Engine(settings, storage=tmp_path)
+    assert again.live_version('') == 1 and again.live_version('ann') == 0
+    again.close()
 
 
 def test_template_without_system_role_puts_it_into_the_first_question(

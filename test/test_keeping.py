@@ -170,14 +170,14 @@ def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
 def test_what_is_kept_can_be_listed(storage: Path) -> None:
     """A line for each, oldest first, of all profiles or of one."""
     assert run(storage, 'list', 'corrections') == (
-        f'k1\tLEARNED\t\tWhere do I live?\t{SECRET}\t\n'
-        'k2\tACCEPTED\tann\tWho am I?\tAnn.\t\n')
+        f'k1\tLEARNED\t\tWhere do I live?\t{SECRET}\tversion 1\t\n'
+        'k2\tACCEPTED\tann\tWho am I?\tAnn.\t\t\n')
     assert run(storage, 'list', 'corrections', '--profile', 'ann').startswith('k2')
     assert [line.split('\t')[0] for line in run(storage, 'list', 'answers').splitlines()] == [
         'q1', 'q2', 'q3']
     assert run(storage, 'list', 'versions') == (
         '1\tPUBLISHED\t\tparent 0\t1 corrections\ton disk\t\n'
-        '2\tPUBLISHED\t\tparent 1\t0 corrections\ton disk\t\n')
+        '2\tPUBLISHED\t\tparent 1\t0 corrections\tlive\t\n')
 
 
 def test_a_wrong_command_says_what_is_wrong(storage: Path) -> None:
@@ -199,7 +199,7 @@ def test_what_is_deleted_is_gone_from_the_disk(storage: Path) -> None:
                 if path.is_file() and text.encode() in path.read_bytes()]
 
     assert found(SECRET) and found('In a house.')
-    assert run(storage, 'delete', 'corrections', 'k1') == ''
+    assert run(storage, 'delete', 'corrections', 'k1') == '1 corrections deleted\n'
     assert not found(SECRET) and not found('In a house.')
     assert found('In a flat.')      # said to another person
     run(storage, 'delete', 'answers', 'q3')
@@ -248,11 +248,38 @@ def test_an_export_can_be_taken_in_elsewhere(storage: Path, tmp_path: Path) -> N
     with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
         assert new.answers() == journal.answers()
         assert [c.id for c in new.pending()] == ['k1', 'k2']
-        # It contradicts what was there, and is newer here.
+        # It contradicts what was there, and is no older.
         mine, theirs = new.correction('mine'), new.correction('k1')
         assert mine is not None and mine.state is CorrectionState.SUPERSEDED
         assert theirs is not None and theirs.corrected == SECRET
         assert not new.versions()
+
+
+def test_an_import_does_not_contradict_what_was_said_later(
+        storage: Path, tmp_path: Path) -> None:
+    """Whoever takes in an old export keeps what this robot was told since."""
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL) as journal:
+        journal.accept(correction('mine', 'Where do I live?', received=1.0))
+    (other / MODEL).write_text('a model\n')
+    run(other, 'import', text=run(storage, 'export', '--only', 'correction'))
+    with Journal(other / JOURNAL) as journal:
+        assert [c.id for c in journal.pending()] == ['mine', 'k2']
+        old = journal.correction('k1')
+        assert old is not None
+        assert (old.state, old.reason) == (CorrectionState.SUPERSEDED, 'by correction mine')
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(storage: Path) -> None:
+    """It would break every job that replays it."""
+    model = 'llama, 2 layers of 8, vocabulary of 100'
+    (storage / MODEL).write_text(f'{model}\n')
+    first = json.dumps({'kind': 'model', 'model': model}) + '\n'
+    line = ('{"kind": "answer", "query_id": "q9", "prompt_ids": [99], "messages": [], '
+            '"text": "b", "output_ids": [TOKEN]}')
+    said = run(storage, 'import', text=first + line.replace('TOKEN', '100'), code=1)
+    assert 'line 2: output_ids: token ids are whole numbers below 100' in said
+    run(storage, 'import', text=first + line.replace('TOKEN', '99'))
 
 
 def test_an_import_makes_no_answer_forgotten(storage: Path, tmp_path: Path) -> None:
@@ -293,11 +320,14 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
 
 
 @pytest.mark.parametrize(('line', 'why'), [
-    ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "!"}', 'Error'),
+    ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "!"}', 'base64'),
     ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "aaaa"}',
      'checksum'),
-    ('no JSON', 'JSONDecodeError'), ('[]', 'Error'), ('{"kind": "secret"}', 'secret'),
-    ('{"kind": "correction", "id": "a"}', 'missing'),
+    ('no JSON', 'Expecting value'), ('[]', 'nothing that was exported'),
+    ('{"kind": "secret"}', 'secret'),
+    ('{"kind": "correction", "id": "a"}', 'prompt_ids, messages, corrected missing'),
+    ('{"kind": "answer", "query_id": "q", "prompt_ids": [], "messages": [], "text": "b", '
+     '"output_ids": [], "profile": "' + 129 * 'x' + '"}', 'profile: longer'),
     ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [], "corrected": ""}',
      'empty'),
     ('{"kind": "correction", "id": "a", "prompt_ids": ["x"], "messages": [], "corrected": "b"}',

@@ -77,7 +77,8 @@ def test_ctrl_c_cancels_the_answer(client: MaceClient) -> None:
 
 
 def test_ask_correct_and_ask_again(client: MaceClient) -> None:
-    asked = program('ask', 'What is your colour?', '--id', 'colour', '--max-tokens', '3')
+    asked = program('ask', 'What is your colour?', '--id', 'colour', '--max-tokens', '3',
+                    '--no-learn')
     assert asked.returncode == 0, asked.stderr
     assert 'query colour: adapter version' in asked.stderr
 
@@ -92,9 +93,14 @@ def test_ask_correct_and_ask_again(client: MaceClient) -> None:
 
 
 def test_a_correction_need_not_be_waited_for(client: MaceClient) -> None:
-    corrected = program('correct', 'Left.', '--prompt', 'Left or right?', '--no-wait')
+    about = ('--prompt', 'Left or right?', '--no-wait')
+    corrected = program('correct', 'Left.', *about, '--weight', '2', '--source', 'a driver')
+    equal = program('correct', 'Left.', *about, '--rejected', 'Left.')
+    heavy = program('correct', 'Left.', *about, '--weight', '1e40')
 
     assert (corrected.returncode, corrected.stdout) == (0, 'ACCEPTED\n')
+    assert (equal.returncode, 'equal to the rejected' in equal.stdout) == (1, True)
+    assert (heavy.returncode, "invalid weight value: '1e40'" in heavy.stderr) == (2, True)
 
 
 def test_what_is_refused_has_a_reason_and_exit_code_1(client: MaceClient) -> None:
@@ -195,7 +201,8 @@ def test_the_page_shows_what_was_heard_of_its_node_alone() -> None:
     page = Dashboard('/robot1/mace', clock=lambda: now)
     assert 'waiting for it' in shown(page)
     page.hear(Scheduler(live_version=7, serving_share=0.25, learning_share=0.5, busy_share=0.75,
-                        slo_attainment=float('nan'), corrections_waiting=2, freshness_s=9.0))
+                        slo_attainment=float('nan'), corrections_waiting=2, freshness_s=9.0,
+                        drift=Scheduler.DRIFT_DRIFTING, drift_level=0.375, finetune_budget=0.625))
     page.hear(Latency(query_id='q1', finish_reason=Response.CANCELLED, ttft_ms=123.0))
     page.hear(DiagnosticArray(status=[
         DiagnosticStatus(level=DiagnosticStatus.WARN, name='robot1/mace: device', message='hot'),
@@ -203,7 +210,7 @@ def test_the_page_shows_what_was_heard_of_its_node_alone() -> None:
 
     text = shown(page)
     for part in ('adapter version 7', '25%', '50%', 'WARN', 'hot', 'q1', 'CANCELLED', '123',
-                 '2 corrections wait'):
+                 '2 corrections wait', 'drifts', '38%', '62%'):
         assert part in text
     assert 'cool' not in text
     assert 'nothing is heard' not in text

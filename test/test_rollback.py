@@ -202,6 +202,21 @@ def test_profiles_are_lines_of_their_own(journal: Journal) -> None:
     assert (parent('ann'), parent('')) == (('', 2), ('', 3))
 
 
+def test_a_profile_begins_anew_where_nothing_came_of_its_corrections(journal: Journal) -> None:
+    """A correction that failed long ago does not take it back to what the robot was then."""
+    correct(journal, 'ann1', profile='ann')
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    correct(journal, 'ann2', profile='ann')
+    assert journal.next_parent('ann') is None
+    for name in ('ann1', 'ann2'):
+        journal.set_correction(name, FAILED)
+    assert journal.next_parent('ann') is None
+    correct(journal, 'ann3', profile='ann')
+    record = journal.next_parent('ann')
+    assert record is not None and record.version == 1
+
+
 # In the slots
 
 def test_a_version_that_a_request_still_holds_is_not_loaded_again() -> None:

@@ -272,6 +272,12 @@ PROBLEMS = {
 }
 
 
+def test_what_learning_waits_for_is_no_problem_but_is_told() -> None:
+    status = Status(100.0, Statistics(), base_questions_left=12)
+    learning = findings(Health(), status)['learning']
+    assert learning.level is Level.OK and learning.message.startswith('12 questions left')
+
+
 @pytest.mark.parametrize('case', PROBLEMS)
 def test_a_problem_is_found(case: str) -> None:
     health, reading, status = Health(), Reading(), Status(100.0, Statistics())

@@ -12,6 +12,10 @@ from mace_ros.learning.journal import VersionRecord
 from mace_ros.learning.versions import VersionStore
 
 
+class OtherAdapter(ValueError):
+    """A version is of adapters of another kind than those in force; the message says what to do."""
+
+
 def version_event(record: VersionRecord, store: VersionStore,
                   state: VersionState | None = None, reason: str = '') -> VersionEvent:
     """Return what is told about a version; ``state`` and ``reason`` replace its own."""
@@ -32,3 +36,24 @@ def peft_config(bank: AdapterBank, model_name: str) -> dict[str, object]:
         task_type='CAUSAL_LM', base_model_name_or_path=model_name,
         inference_mode=True).to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def check_same_adapter(record: VersionRecord, store: VersionStore, bank: AdapterBank) -> None:
+    """
+    Raise :class:`OtherAdapter` unless a version on disk is of adapters as ``bank`` trains them.
+
+    With another rank it could be neither served nor trained on; with another alpha it would
+    answer otherwise than it did when the gate let it pass. Raises ``CorruptVersion``.
+    """
+    saved, config = store.config(record.path), peft_config(bank, '')
+    for key, parameter in (('r', 'adapter.rank'), ('lora_alpha', 'adapter.alpha'),
+                           ('target_modules', 'adapter.target_modules')):
+        if saved.get(key) != config[key]:
+            raise OtherAdapter(
+                f'{store.absolute(record.path)} was learned with {parameter} '
+                f'{_words(saved.get(key))}, not {_words(config[key])}; set that back, or give '
+                'storage.folder another folder')
+
+
+def _words(value: object) -> str:
+    return ','.join(value) if isinstance(value, list) else str(value)

@@ -13,15 +13,17 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, MISSING, replace
 from enum import IntEnum
 import hashlib
 import json
 import math
+import sys
 from typing import Any, TypeAlias, TypeVar
 
 from mace_ros.events import Correction, CorrectionState, VersionState
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, PENDING, VersionRecord
+from mace_ros.storage import vocabulary_of
 from mace_ros.validation import checked_correction
 
 KINDS = ('answer', 'correction', 'version')
@@ -66,14 +68,15 @@ def take_in(journal: Journal, lines: Iterable[str], model: str,
     Keep what is in an export, all or none; return how many of each kind.
 
     What is known by its id is left as it is. A correction that another robot has learned,
-    or was about to, is to be learned by this one; one that it had given up stays so.
-    A version with its files gets a new number here, and can be made live by a rollback; one
-    without is passed over. ``model`` is the base model of this journal. Raises
-    :class:`InvalidLine`; what was saved until then is on no record.
+    or was about to, is to be learned by this one, unless this one was told later what to say;
+    one that it had given up stays so. A version with its files gets a new number here, and can
+    be made live by a rollback; one without is passed over. ``model`` is the base model of this
+    journal. Raises :class:`InvalidLine`; what was saved until then is on no record.
     """
     taken: Counter[str] = Counter()
     numbers: dict[tuple[str, int], int] = {}     # of versions here, by profile and number there
     begun = False
+    token_ids = range(vocabulary_of(model) or sys.maxsize)
     with journal.transaction():
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -85,28 +88,34 @@ def take_in(journal: Journal, lines: Iterable[str], model: str,
                     raise ValueError(f'its base model must come first, and be {model!r}')
                 begun = True
                 taken[_take_version(journal, values, save, numbers) if kind == 'version'
-                      else _take(journal, kind, values)] += 1
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
-                    RecursionError) as error:
-                raise InvalidLine(f'line {number}: {type(error).__name__}: {error}') from error
+                      else _take(journal, kind, values, token_ids)] += 1
+            except ValueError as error:
+                raise InvalidLine(f'line {number}: {error}') from error
+            except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+                raise InvalidLine(
+                    f'line {number} is nothing that was exported: {type(error).__name__}: '
+                    f'{error}') from error
     return taken
 
 
-def _take(journal: Journal, kind: str, values: dict[str, Any]) -> str:
+def _take(journal: Journal, kind: str, values: dict[str, Any], token_ids: range) -> str:
     """Take in a line; return what became of it, in a word."""
     if kind == 'answer':
-        answer = _record(Answer, values)
+        answer = _record(Answer, values, token_ids)
         if journal.answer(answer.query_id) is not None:
             return 'known'
         # The version that gave it is not one of this journal's.
         journal.record_answer(replace(answer, lineage='', adapter_version=0))
         return 'answers'
     if kind == 'correction':
-        correction = _record(CorrectionRecord, values)
+        correction = _record(CorrectionRecord, values, token_ids)
         lost = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED)
         correction = replace(
             correction, adapter_version=0,
             state=correction.state if correction.state in lost else CorrectionState.ACCEPTED)
+        if correction.state in PENDING and (newer := journal.newer_than(correction)):
+            correction = replace(
+                correction, state=CorrectionState.SUPERSEDED, reason=f'by correction {newer}')
         if not journal.accept(correction):
             return 'known'
         if correction.state in PENDING:
@@ -146,15 +155,19 @@ def _take_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
         return 'versions'
 
 
-def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
+def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = range(0)) -> _Record:
     """Return the record of a line, with all fields in their types."""
     expected = {field.name: field for field in fields(kind)}
+    missing = [field.name for field in fields(kind)
+               if field.default is MISSING and field.name not in values]
+    if missing:
+        raise ValueError(f'{", ".join(missing)} missing')
     for name, value in values.items():
         if name not in expected:
             raise ValueError(f'{name} is no field of a {kind.__name__}')
         if name in ('prompt_ids', 'output_ids'):
-            if not all(type(i) is int and i >= 0 for i in value):
-                raise ValueError(f'{name}: token ids are whole numbers')
+            if not all(type(i) is int and i in token_ids for i in value):
+                raise ValueError(f'{name}: token ids are whole numbers below {token_ids.stop}')
             values[name] = tuple(value)
         elif name == 'messages':
             if not all(isinstance(m[key], str) for m in value for key in ('role', 'content')):
@@ -179,8 +192,12 @@ def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
         checked_correction(Correction(
             record.corrected, id=record.id, prompt='.', profile=record.profile,
             weight=record.weight, rejected=record.rejected, source=record.source))
-    elif isinstance(record, VersionRecord):
-        checked_correction(Correction('.', id='.', prompt='.', profile=record.profile))
+    elif isinstance(record, Answer):
+        checked_correction(Correction(
+            '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,
+            profile=record.profile, rejected=record.text))
+    else:
+        checked_correction(Correction('.', prompt='.', profile=record.profile))
     return record
 
 

@@ -33,6 +33,9 @@ MAX_ANSWERS = 10000
 PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
 # Constants of ours, so they can stand in the SQL text.
 PENDING_SQL = f'({", ".join(str(int(state)) for state in PENDING)})'
+# What is pending or learned of the prompt that :func:`_prompt_of` describes.
+_OF_SAME_PROMPT = (f'profile = ? AND question = ? AND prompt_ids = ? AND (state IN {PENDING_SQL} '
+                   f'OR state = {int(CorrectionState.LEARNED)})')
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,15 @@ class Journal(JournalFile):
                 adapter_version=record.adapter_version,
                 question=_question(record.messages, record.prompt_ids))
             if record.profile:
-                # What the robot serves now is where a new profile's own versions begin.
+                # What the robot serves now is where a new profile's own versions begin; anew, if
+                # nothing came of what it was corrected before.
                 self.execute(
                     'INSERT INTO profiles (profile, fork) VALUES '
-                    "(?, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
-                    'ON CONFLICT (profile) DO UPDATE SET fork = coalesce(fork, excluded.fork)',
-                    record.profile)
+                    "(?1, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
+                    'ON CONFLICT (profile) DO UPDATE SET fork = excluded.fork '
+                    'WHERE fork IS NULL OR (live_version = 0 AND NOT EXISTS ('
+                    'SELECT 1 FROM corrections AS c WHERE c.profile = ?1 AND c.id <> ?2 '
+                    f'AND c.state IN {PENDING_SQL}))', record.profile, record.id)
         return True
 
     def supersede(self, newer: CorrectionRecord) -> tuple[str, ...]:
@@ -213,15 +219,25 @@ class Journal(JournalFile):
         """
         with self.transaction():
             ids = tuple(row['id'] for row in self.rows(
-                'SELECT id FROM corrections WHERE profile = ? AND question = ? '
-                f'AND prompt_ids = ? AND id <> ? AND (state IN {PENDING_SQL} OR state = ?) '
-                'ORDER BY number', newer.profile, _question(newer.messages, newer.prompt_ids),
-                as_json(newer.prompt_ids), newer.id, int(CorrectionState.LEARNED)))
+                f'SELECT id FROM corrections WHERE {_OF_SAME_PROMPT} AND id <> ? ORDER BY number',
+                *_prompt_of(newer), newer.id))
             self.execute(
                 'UPDATE corrections SET state = ?, reason = ? '
                 'WHERE id IN (SELECT value FROM json_each(?))',
                 int(CorrectionState.SUPERSEDED), f'by correction {newer.id}', as_json(ids))
         return ids
+
+    def newer_than(self, other: CorrectionRecord) -> str:
+        """
+        Return the id of a correction of the same prompt and profile, received later than another.
+
+        It is pending or learned; '' if there is none. By the clocks of both, for want of
+        anything better: the other one comes from another journal.
+        """
+        row = self.one(
+            f'SELECT id FROM corrections WHERE {_OF_SAME_PROMPT} AND received > ? '
+            'ORDER BY number DESC', *_prompt_of(other), other.received)
+        return '' if row is None else str(row['id'])
 
     def correction(self, correction_id: str) -> CorrectionRecord | None:
         """Return the correction of that id."""
@@ -377,6 +393,11 @@ def _question(messages: Messages, prompt_ids: Sequence[int]) -> str:
     asked = [message['content'] for message in messages if message['role'] == 'user']
     text = ' '.join(asked[-1].casefold().split()) if asked else as_json(prompt_ids)
     return hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
+
+
+def _prompt_of(record: CorrectionRecord) -> tuple[str, str, str]:
+    return (record.profile, _question(record.messages, record.prompt_ids),
+            as_json(record.prompt_ids))
 
 
 def as_json(value: object) -> str:

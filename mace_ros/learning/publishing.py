@@ -14,7 +14,12 @@ from typing import Any
 
 from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
 from mace_ros.execution.lora import AdapterBank
-from mace_ros.learning.describing import peft_config, version_event
+from mace_ros.learning.describing import (
+    check_same_adapter,
+    OtherAdapter,
+    peft_config,
+    version_event,
+)
 from mace_ros.learning.job import Job
 from mace_ros.learning.journal import Journal, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
@@ -43,7 +48,7 @@ class Publisher:
         Load the live versions from disk; return an event for each (the base model's, if none).
 
         A version that can't be read is passed over for the base model, and its event
-        says so. Blocks; for configuration only.
+        says so. Blocks; for configuration only. Raises ``OtherAdapter``.
         """
         events = []
         for record in self._journal.submit(lambda j: j.lives()).result():
@@ -54,7 +59,10 @@ class Publisher:
                     'no adapter slot is left; raise adapter.slots'))
                 continue
             try:
+                check_same_adapter(record, self._store, self._bank)
                 self._bank.load(self._store.load(record.path, record.sha256))
+            except OtherAdapter:    # a wrong setting, of which none should lose its version
+                raise
             except (CorruptVersion, ValueError) as error:
                 self._slots.give_back(slot)
                 events.append(version_event(

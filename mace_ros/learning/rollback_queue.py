@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mace_ros.events import CorrectionProgress, Event, VersionEvent, VersionState
 from mace_ros.execution.lora import AdapterBank
-from mace_ros.learning.describing import version_event
+from mace_ros.learning.describing import check_same_adapter, version_event
 from mace_ros.learning.journal import Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.rollback import (
@@ -122,6 +122,7 @@ class RollbackQueue:
             tensors = None
             if record is not None:
                 tensors = self._store.load(record.path, record.sha256)
+                check_same_adapter(record, self._store, self._bank)
                 self._bank.checked(tensors)
             return roll_back(journal, profile, version, wanted.reason), tensors
 

@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 import torch
 
 from mace_ros.learning.journal_file import make_folder, sync_folder
-from mace_ros.storage import CONFIG, MODEL, WEIGHTS
+from mace_ros.storage import CONFIG, MODEL, model_note, WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,17 +159,17 @@ def check_same_model(folder: Path, model: PreTrainedModel) -> None:
     Token ids in the journal, and adapters, mean nothing to another model.
     """
     config = model.config.get_text_config()
-    name = (f'{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, '
-            f'vocabulary of {config.vocab_size}\n')
+    name = model_note(config.model_type, layers=config.num_hidden_layers,
+                      width=config.hidden_size, vocabulary=config.vocab_size)
     note = folder / MODEL
     if not note.exists():
         make_folder(folder)
-        _write(note, name.encode())
+        _write(note, f'{name}\n'.encode())
         sync_folder(folder)
-    elif note.read_text() != name:
+    elif (known := note.read_text().strip()) != name:
         raise OtherModel(
-            f'{folder} holds what another model learned ({note.read_text().strip()}; this one is '
-            f'{name.strip()}); set storage.folder to another folder, or model.source back')
+            f'{folder} holds what another model learned ({known}; this one is {name}); set '
+            'storage.folder to another folder, or model.source back')
 
 
 def profile_folder(profile: str) -> str:

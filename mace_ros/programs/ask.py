@@ -39,9 +39,12 @@ def main() -> int:
     arguments.add_argument('--system', default='', metavar='PROMPT', help='system prompt')
     arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
                            help='longest answer')
+    arguments.add_argument('--no-learn', action='store_true',
+                           help='this answer is never used as a replay example')
     given = arguments.parse_args()
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
-              'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens}
+              'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens,
+              'no_learn': given.no_learn}
     return run(partial(ask, given.text, fields, given.timeout), given.node)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from mace_ros.msg import CorrectionStatus
 from mace_ros.programs.common import parser, run, STATES
 from mace_ros.ros.client import MaceClient
+from mace_ros.validation import MAX_WEIGHT
 
 
 def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool,
@@ -34,6 +35,14 @@ def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool
     return 0
 
 
+def weight(text: str) -> float:
+    """Return how important a correction is."""
+    value = float(text)
+    if not 0.0 < value <= MAX_WEIGHT:
+        raise ValueError(text)
+    return value
+
+
 def main() -> int:
     """Run the program; return the exit code."""
     arguments = parser('mace_correct', __doc__, timeout_s=600.0)
@@ -44,10 +53,16 @@ def main() -> int:
                        help='whose last answer was wrong')
     which.add_argument('--prompt', default='', metavar='TEXT', help='the question itself')
     arguments.add_argument('--profile', default='', help='whose adapter learns')
+    arguments.add_argument('--rejected', default='', metavar='TEXT',
+                           help='the wrong answer (default: the recorded one)')
+    arguments.add_argument('--weight', type=weight, default=1.0,
+                           help=f'importance, above 0 and up to {MAX_WEIGHT:g} (default: 1)')
+    arguments.add_argument('--source', default='mace_correct', help='who corrects')
     arguments.add_argument('--no-wait', action='store_true', help='return once it is on disk')
     given = arguments.parse_args()
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
-              'prompt': given.prompt, 'profile': given.profile, 'source': 'mace_correct'}
+              'prompt': given.prompt, 'profile': given.profile, 'rejected': given.rejected,
+              'weight': given.weight, 'source': given.source}
     return run(partial(correct, given.corrected, fields, given.timeout, not given.no_wait),
                given.node)
 

@@ -43,6 +43,9 @@ LEVELS = {DiagnosticStatus.OK: ('OK', 'green'), DiagnosticStatus.WARN: ('WARN', 
           DiagnosticStatus.ERROR: ('ERROR', 'bold red'),
           DiagnosticStatus.STALE: ('STALE', 'magenta')}
 
+DRIFTS = {Scheduler.DRIFT_UNKNOWN: 'drift: too few answers yet', Scheduler.DRIFT_CALM: 'calm',
+          Scheduler.DRIFT_DRIFTING: 'what is asked drifts'}
+
 REASONS = {getattr(Response, name): name for name in (
     'STOP', 'LENGTH', 'CANCELLED', 'REJECTED', 'ERROR')}
 
@@ -129,7 +132,9 @@ class Dashboard:
                     f'{number(now.freshness_s)} s')
         else:
             text = 'no correction waits'
-        return Text(f'{text}; {now.profiles} profiles have versions of their own')
+        return Text(f'{text}; {now.profiles} profiles have versions of their own\n'
+                    f'{DRIFTS.get(now.drift, "?")} (mean surprise {share(now.drift_level)}); '
+                    f'learning may take {share(now.finetune_budget)} of the device')
 
     def _latest(self) -> Table:
         table = Table('answer', 'end', 'TTFT ms', 'TPOT ms', 'tokens', 'version', 'in time',

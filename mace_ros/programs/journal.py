@@ -87,12 +87,12 @@ def save_files(folder: Path, record: VersionRecord, weights: bytes,
     return replace(record, path=saved.path, sha256=saved.sha256)
 
 
-def show(record: Answer | CorrectionRecord | VersionRecord) -> str:
+def show(record: Answer | CorrectionRecord | VersionRecord, live: bool = False) -> str:
     """Return a line about a record, its fields apart by tabs."""
     if isinstance(record, VersionRecord):
         cells = [record.version, record.state.name, record.profile, f'parent {record.parent}',
                  f'{len(record.correction_ids)} corrections',
-                 'on disk' if record.sha256 else 'no files', record.reason]
+                 'live' if live else 'on disk' if record.sha256 else 'no files', record.reason]
     else:
         question = next(
             (m['content'] for m in reversed(record.messages) if m['role'] == 'user'), '')
@@ -101,6 +101,7 @@ def show(record: Answer | CorrectionRecord | VersionRecord) -> str:
                      question, record.text]
         else:
             cells = [record.id, record.state.name, record.profile, question, record.corrected,
+                     f'version {record.adapter_version}' if record.adapter_version else '',
                      record.reason]
     return '\t'.join(' '.join(str(cell).split()) for cell in cells)
 
@@ -108,8 +109,9 @@ def show(record: Answer | CorrectionRecord | VersionRecord) -> str:
 def do_list(given: argparse.Namespace) -> None:
     """Print a line for each record."""
     with opened(given.folder) as journal, journal.snapshot():
+        lives = journal.lives()
         for record in getattr(journal, given.what)(given.profile):
-            print(show(record))
+            print(show(record, record in lives))
 
 
 def do_export(given: argparse.Namespace) -> None:
@@ -162,6 +164,7 @@ def do_delete(given: argparse.Namespace) -> None:
         if not journal.compact():
             raise Refused('deleted, but another process reads the journal, whose log still has '
                           'it: end that process, and run this again or start the node')
+    print(f'{len(set(given.id))} {given.what} deleted')
 
 
 def _forget_versions(journal: Journal, profile: str, numbers: Sequence[str]) -> None:
@@ -182,10 +185,6 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog='mace_journal', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument('--node', default='/mace',
-                      help='full name of the node whose folder it is (default: /mace)')
-    made.add_argument('--folder', type=Path,
-                      help="the folder, if the node's storage.folder is set")
     commands = made.add_subparsers(required=True, metavar='COMMAND')
     whats = ('corrections', 'answers', 'versions')
 
@@ -204,7 +203,8 @@ def parser() -> argparse.ArgumentParser:
 
     into = commands.add_parser('import', help='take in an export', description=(
         'Take in an export, all or none. What is known stays as it is; corrections that another '
-        'robot has learned are to be learned by this one. Versions that were exported with their '
+        'robot has learned are to be learned by this one, unless it was told later what to say. '
+        'Versions that were exported with their '
         'weights get new numbers; none becomes live before ~/rollback makes it so.'))
     into.add_argument('file', nargs='?', default='-', help='default: stdin')
     into.set_defaults(run=do_import)
@@ -217,6 +217,12 @@ def parser() -> argparse.ArgumentParser:
     away.add_argument('id', nargs='+', help='of a correction or query; the number of a version')
     away.set_defaults(run=do_delete)
 
+    made.set_defaults(node='/mace', folder=None)
+    for each in (made, listing, out, into, away):   # before the command, or after it
+        each.add_argument('--node', default=argparse.SUPPRESS,
+                          help='full name of the node whose folder it is (default: /mace)')
+        each.add_argument('--folder', type=Path, default=argparse.SUPPRESS,
+                          help="the folder, if the node's storage.folder is set")
     for command in (listing, out, away):
         command.add_argument('--profile', help="default: all; of versions to delete the robot's")
     return made

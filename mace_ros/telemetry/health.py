@@ -152,6 +152,9 @@ class Health:
                 found.add(Level.ERROR, status.journal_error)
             if status.learning_error:
                 found.add(Level.ERROR, f'broke off, and is tried again: {status.learning_error}')
+            if status.base_questions_left and not self.frozen:
+                found.well = (f'{status.base_questions_left} questions left for the base model, '
+                              'whose answers are to stay; then learning begins')
             if status.journal_backlog > MUCH_UNWRITTEN:
                 found.add(Level.WARN, f'the disk is slow: {status.journal_backlog} writes of the '
                           'journal wait for it')

@@ -27,6 +27,7 @@ class Status:
     empty if it could. ``journal_backlog`` are writes that wait for the disk, and ``unrecorded``
     are answers that could not be written or did not even wait: no correction can name them.
     ``learning_error`` says why device or disk broke learning off, while it is tried again.
+    ``base_questions_left`` are asked of the base model before the first job, which waits for that.
     """
 
     now: float
@@ -51,3 +52,4 @@ class Status:
     journal_backlog: int = 0
     unrecorded: int = 0
     learning_error: str = ''
+    base_questions_left: int = 0
