@@ -192,6 +192,13 @@ def test_a_wrong_command_says_what_is_wrong(storage: Path) -> None:
     assert on_disk(storage) == ['_robot/v000001', '_robot/v000002']
 
 
+def test_the_folder_may_be_named_after_the_command(storage: Path, tmp_path: Path) -> None:
+    """The later one counts, as with any option that is given twice."""
+    nowhere = tmp_path / 'nowhere'
+    assert run(nowhere, 'list', 'answers', '--folder', str(storage)).startswith('q1')
+    assert 'nowhere' in run(storage, 'export', '--folder', str(nowhere), code=1)
+
+
 def test_what_is_deleted_is_gone_from_the_disk(storage: Path) -> None:
     """No file has a byte of it left, nor of the answers to its question."""
     def found(text: str) -> list[str]:
