@@ -219,10 +219,11 @@ def by_system(samples: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     result = {}
     for run in samples['drift_runs']:
         rows = [r for r in samples['drift'] if r['system'] == run['system']]
+        # What was never answered was not answered right.
+        answered = len(rows) / run.get('asked', len(rows))
         result[run['system']] = {
-            # What was never answered was not answered right.
-            **run, 'alignment': alignment(rows) * len(rows) / run.get('asked', len(rows)),
-            'area': area(rows), 'answers': len(rows),
+            **run, 'alignment': alignment(rows) * answered, 'area': area(rows) * answered,
+            'answers': len(rows),
             'ttft_p95_ms': percentile([r['ttft_ms'] for r in rows], 95),
             'tpot_p95_ms': percentile([r['tpot_ms'] for r in rows], 95)}
     return result
