@@ -203,6 +203,9 @@ class FinetuneSettings:
         8, 'Earlier answers trained in each step along with the corrections, so that the rest '
         'stays',
         minimum=0, maximum=256)
+    replay_weight: float = _parameter(
+        3.0, 'How much each token of an answer that is to stay counts, beside one of a correction: '
+        'more keeps more, and takes more steps', minimum=0.01, maximum=100.0)
     spared_directions: int = _parameter(
         128, 'Directions along which learning changes nothing, so that the rest stays: those in '
         "which most inputs of a layer lie while the base model answers; a sixteenth of a layer's "

@@ -20,7 +20,7 @@ from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, gain, priority, resemble
 from mace_ros.learning.resting import Resting
-from mace_ros.learning.samples import interleaved, sample, turn
+from mace_ros.learning.samples import interleaved, sample, turn, weighted
 from mace_ros.settings import Settings
 
 # -- priority ----------------------------------------------------------------------------
@@ -65,7 +65,8 @@ def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
               forgotten=some(4, 1), replayed=some(5, 9))
     finetune = Settings().finetune
     expected = [*some(1, 1), *some(2, 3), *some(3, 1), *some(4, 1),
-                *some(5, finetune.replay_samples - 3)]
+                *(weighted(s, finetune.replay_weight)
+                  for s in some(5, finetune.replay_samples - 3))]
     parts, _ = Lessons(None).step(job, finetune, most)     # type: ignore[arg-type]
     assert sorted((s for part in parts for s in part), key=lambda s: s.tokens) == expected
     assert all(len(part) == 1 or sum(len(s.tokens) for s in part) <= most for part in parts)
@@ -81,7 +82,7 @@ def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
         job = Job('', [], Future(), samples=[sample([1, 1], [1])], kept=kept, replayed=replayed)
         (part,), _ = lessons.step(job, finetune, 10**6)
         seen += part
-    assert {*kept, *replayed} <= {*seen}
+    assert {*kept, *(weighted(s, finetune.replay_weight) for s in replayed)} <= {*seen}
 
 
 # -- drift -------------------------------------------------------------------------------

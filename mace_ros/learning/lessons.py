@@ -13,7 +13,7 @@ from mace_ros.learning.gate import batches, Gate, Group, Measure
 from mace_ros.learning.job import Job
 from mace_ros.learning.journal import CorrectionRecord
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
-from mace_ros.learning.samples import first_within, own_tokens, sample, turn
+from mace_ros.learning.samples import first_within, own_tokens, sample, turn, weighted
 from mace_ros.settings import FinetuneSettings
 
 GUARDED = 32    # earlier corrections that the gate looks at, by turns
@@ -93,7 +93,8 @@ class Lessons:
         worse = [s for _, _, s in rejected]
         again = [s for s in turn(job.forgotten, min(RELEARNED, len(job.forgotten)), now)
                  if s not in needed]
-        replayed = turn(job.replayed, max(count - len(kept), 0), now)
+        replayed = [weighted(s, finetune.replay_weight)
+                    for s in turn(job.replayed, max(count - len(kept), 0), now)]
         others = [*turn(job.variants, 1, job.steps), *again, *replayed]
         shared = shared_tokens([*needed, *worse, *others])
         room = most - shared

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from mace_ros.execution.sample import copied_tokens, Sample
@@ -44,6 +45,11 @@ def sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[i
             weight: float = 1.0) -> Sample:
     """Return a training sequence whose loss is on the answer only."""
     return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
+
+
+def weighted(sample: Sample, factor: float) -> Sample:
+    """Return a sample whose tokens count so many times as much."""
+    return replace(sample, weights=tuple(factor * w for w in sample.weights))
 
 
 def interleaved(many: Sequence[T], few: Sequence[T]) -> list[T]:
