@@ -51,9 +51,11 @@ from mace_ros.settings import Settings
 MAX_TRIES = 3           # of a job that the device or the disk fails
 REMEMBERED = 1000       # scores under the version that a job begins from
 MORE_STEPS = 4          # at least, after a candidate was rejected
-# A right token must lead by this much (in logits) before it counts as learned, so that a
-# different order of additions in another batch does not change the answer.
-LEARNED_MARGIN = 0.5
+# A right token must lead by this much (in logits) to stay right: a different order of additions
+# in another batch does not change the answer then.
+RIGHT_MARGIN = 0.5
+# What is taught is trained on until it leads by more: then it is right in other words, too.
+LEARNED_MARGIN = 1.0
 
 
 class Learner:
@@ -434,7 +436,7 @@ class Learner:
             if len(of) > 1:
                 waiting.reference = (of[0].log_probability * of[0].tokens
                                      - of[1].log_probability * of[1].tokens)
-            if of[0].margin >= LEARNED_MARGIN:
+            if of[0].margin >= RIGHT_MARGIN:
                 right.append(waiting)
         wrong = [w for w in job.corrections if w not in right]
         if self._settings.finetune.order == 'priority':
@@ -589,11 +591,13 @@ class Learner:
         job.judged = True
         count = len(job.corrections)
         scores = job.step.scores()
-        right = [s.margin >= LEARNED_MARGIN for s in scores[:job.must_be_right]]
+        right = [s.margin >= RIGHT_MARGIN for s in scores[:job.must_be_right]]
+        learned_well = all(s.margin >= LEARNED_MARGIN for s in scores[:count])
         score = fmean(s.log_probability for s in scores[:count])
         if job.steps == 0:
             job.score_before = score
-        if job.steps < most and (job.steps < job.least_steps or not all(right)):
+        if job.steps < most and (
+                job.steps < job.least_steps or not (all(right) and learned_well)):
             return []
         keeps = all(right[count:])
         learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok and keeps]
