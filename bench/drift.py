@@ -33,14 +33,15 @@ LONGEST_ANSWER = 16     # tokens
 WINDOW = 25             # questions over which the alignment of a moment is taken
 
 OVERLOAD = 3.0          # times the rate: more is corrected than can be learned
+LASTING = 2             # times the questions: nothing is learned while it begins
 
 
 @dataclass(frozen=True)
 class System:
-    """What a system sets, beside the node's defaults, and how much faster it is asked."""
+    """What a system sets, beside the node's defaults, and how it is asked."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
-    hurry: float = 1.0
+    overloaded: bool = False
 
 
 # What comes first matters only while more waits than one job takes: hence the overload.
@@ -49,8 +50,8 @@ SYSTEMS: Mapping[str, System] = {
     'continuous': System({'scheduler.policy': 'continuous'}),
     'periodic': System({'scheduler.policy': 'periodic'}),
     'mace, no drift': System({'drift.min_budget': 1.0}),
-    'mace, overloaded': System(hurry=OVERLOAD),
-    'mace, overloaded, no priority': System({'finetune.order': 'arrival'}, OVERLOAD),
+    'mace, overloaded': System(overloaded=True),
+    'mace, overloaded, no priority': System({'finetune.order': 'arrival'}, overloaded=True),
     'mace, no priority': System({'finetune.order': 'arrival'}),
 }
 
@@ -119,20 +120,28 @@ def trace(tokens: Any, *, questions: int, rate: float, seed: str) -> list[Questi
     return result
 
 
-def measure(settings: Any, folder: Path, *, systems: Sequence[str], questions: int,
-            rate: float, seed: str) -> dict[str, Any]:
-    """Run the trace under each system."""
-    rows: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
+def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, systems: Sequence[str],
+            questions: int, rate: float, seed: str) -> dict[str, Any]:
+    """
+    Run the trace under each system; return what all of them did.
+
+    What ``earlier`` runs say of systems that don't run now is kept if their trace was the same.
+    """
+    asked_for = {'questions': questions, 'rate': rate, 'seed': seed}
+    runs = [r for r in earlier.get('drift_runs', ())
+            if r['system'] not in systems and r.get('trace') == asked_for]
+    kept = {r['system'] for r in runs}
+    rows = [r for r in earlier.get('drift', ()) if r['system'] in kept]
     for system in systems:
         its = SYSTEMS[system]
         robot = Robot(settings.updated(its.values), folder / system.replace(' ', '_'))
         chat = robot.engine.chat
-        load = trace(lambda text, chat=chat: len(chat.answer(text)), questions=questions,
-                     rate=rate * its.hurry, seed=seed)
+        load = trace(lambda text, chat=chat: len(chat.answer(text)),
+                     questions=questions * (LASTING if its.overloaded else 1),
+                     rate=rate * (OVERLOAD if its.overloaded else 1.0), seed=seed)
         asked, run = play(robot, load)
         rows += [{'system': system, **row} for row in asked]
-        runs.append({'system': system, **run})
+        runs.append({'system': system, 'trace': asked_for, **run})
         robot.engine.close()
         right = sum(r['right'] for r in asked) / run['asked']
         print(f'{system}: alignment {right:.3f}, fine-tune {run["learning_s"]:.1f} s', flush=True)
@@ -217,7 +226,8 @@ def area(rows: Sequence[Mapping[str, Any]]) -> float:
 def by_system(samples: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return for each system that ran its numbers."""
     result = {}
-    for run in samples['drift_runs']:
+    order = list(SYSTEMS)
+    for run in sorted(samples['drift_runs'], key=lambda r: order.index(r['system'])):
         rows = [r for r in samples['drift'] if r['system'] == run['system']]
         # What was never answered was not answered right.
         answered = len(rows) / run.get('asked', len(rows))
@@ -280,8 +290,14 @@ def _per_second(numbers: Mapping[str, Mapping[str, Any]], above: str,
 
 def _bound(samples: Mapping[str, Any]) -> float:
     """Return the share of questions that were asked before, and had the same answer."""
-    rows = [r for r in samples['drift'] if r['system'] == samples['drift'][0]['system']]
+    rows = _usual(samples)
     return 1.0 - len({(r['question'], r['truth']) for r in rows}) / len(rows)
+
+
+def _usual(samples: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what one system did, one that was not overloaded if there is one."""
+    ran = sorted(by_system(samples), key=lambda name: SYSTEMS[name].overloaded)
+    return [r for r in samples['drift'] if r['system'] == ran[0]]
 
 
 def table(samples: Mapping[str, Any]) -> Table:
@@ -308,12 +324,12 @@ def draw(samples: Mapping[str, Any], path: Path) -> bool:
 
     figure, axes = pyplot.subplots(figsize=(9, 4), layout='constrained')
     for system in by_system(samples):
-        if SYSTEMS[system].hurry != 1.0:
+        if SYSTEMS[system].overloaded:
             continue    # its shifts are at other times
         rows = [r for r in samples['drift'] if r['system'] == system]
         times, values = zip(*curve(rows), strict=True)
         axes.plot(times, values, label=system, linewidth=2.2 if system == 'mace' else 1.2)
-    some = [r for r in samples['drift'] if r['system'] == samples['drift'][0]['system']]
+    some = _usual(samples)
     for phase in range(1, PHASES):
         axes.axvline(min(r['at'] for r in some if r['phase'] == phase), color='0.8', zorder=0)
     axes.set(xlabel='seconds; the topics shift at each line', ylim=(0, 1),

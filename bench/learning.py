@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     add('--rate', type=float, help='questions a second of it (default: 0.2, which takes 25 minutes '
         'for each system; quick: 0.8)')
     add('--seed', default='drift', help='of it: what is asked, when, and what is true')
-    add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to')
+    add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to '
+        '(default: all); with --only drift, what was found out about the others is kept if their '
+        'trace was the same')
     add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='parameters of the node')
     add('--results', type=Path, metavar='FOLDER', help='where to write the results')
     return result
@@ -71,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 settings, lessons, Path(storage) / 'forty', count=args.many, facts=facts)
         if 'drift' in args.only:
             samples |= drift.measure(
-                settings, Path(storage), systems=args.systems, questions=args.questions,
-                rate=args.rate, seed=args.seed)
+                settings, Path(storage), samples, systems=args.systems,
+                questions=args.questions, rate=args.rate, seed=args.seed)
     result = result_of(samples)
     path = recorder.write(result, args.results)
     if 'drift' in samples:

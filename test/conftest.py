@@ -94,7 +94,7 @@ def settings(model_folder: Path) -> Settings:
         # Texts are compared, of passes that are not the same: rounding must not matter.
         'model.weight_dtype': 'float32',
         # Of a random model everything is noise; where the gate is tested it is set.
-        'gate.tolerance': 1.0,
+        'gate.tolerance': 1.0, 'finetune.replay_weight': 1.0,
         'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12,
         'finetune.learning_rate': 0.01})
 
