@@ -11,7 +11,7 @@ import signal
 
 from graph import use_another_domain
 import pytest
-from robot import Robot
+from robot import RANDOM_MODEL, Robot
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,10 +93,8 @@ def settings(model_folder: Path) -> Settings:
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         # Texts are compared, of passes that are not the same: rounding must not matter.
         'model.weight_dtype': 'float32',
-        # Of a random model everything is noise; where the gate is tested it is set.
-        'gate.tolerance': 1.0, 'finetune.replay_weight': 1.0,
-        'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12,
-        'finetune.learning_rate': 0.01})
+        **RANDOM_MODEL,
+        'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12})
 
 
 @pytest.fixture

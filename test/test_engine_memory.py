@@ -14,7 +14,7 @@ import sys
 import time
 
 import pytest
-from robot import Robot
+from robot import RANDOM_MODEL, Robot
 
 from mace_ros.engine import Engine
 from mace_ros.events import (
@@ -252,7 +252,7 @@ def test_a_budget_too_small_to_serve_is_refused_by_name(
 
 def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path: Path) -> None:
     """A step with graphs does not fit, one without does; queries come first, and both end."""
-    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot(settings.updated(values), tmp_path) as one:
         engine = one.engine
         fixed = engine.status().planned_mb
@@ -403,7 +403,7 @@ def test_the_engine_gives_memory_back_near_its_budget(
 def test_what_there_is_no_memory_to_learn_fails_by_name(
         settings: Settings, tmp_path: Path) -> None:
     """Even when nobody asks anything; a shorter one is learned after it."""
-    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot(settings.updated(values), tmp_path) as one:
         engine = one.engine
         footprint = measure_footprint(engine.model, engine.bank)
@@ -423,7 +423,7 @@ def test_what_there_is_no_memory_to_learn_fails_by_name(
 
 def test_what_does_not_fit_whole_is_learned_in_pieces(
         settings: Settings, tmp_path: Path) -> None:
-    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot(settings.updated(values), tmp_path) as one:
         engine = one.engine
         room = measure_footprint(engine.model, engine.bank).most_step_bytes(150) / 1e6
@@ -437,7 +437,7 @@ def test_what_does_not_fit_whole_is_learned_in_pieces(
 
 def test_learning_that_gave_way_goes_on_when_nobody_asks(
         settings: Settings, tmp_path: Path) -> None:
-    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot(settings.updated(values), tmp_path) as one:
         engine = one.engine
         wrong = one.ask('Who are you?')
@@ -458,7 +458,7 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
 def test_overdue_learning_gets_its_memory_however_many_ask(
         settings: Settings, tmp_path: Path) -> None:
     """Those that run always have the memory that a step needs; none of them loses it."""
-    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL,
               'slo.freshness_s': 1.0, 'finetune.min_share': 0.9, 'drift.min_budget': 1.0,
               'scheduler.max_requests': 4}
     with robot(settings.updated(values), tmp_path) as one:
@@ -501,7 +501,7 @@ def test_overdue_learning_gets_its_memory_however_many_ask(
 
 def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot(settings.updated(values), tmp_path) as one:
         engine = one.engine
         wrong = one.ask('Who are you?')
@@ -522,7 +522,7 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
 def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
         settings: Settings, tmp_path: Path) -> None:
     """After a publication, in idle time; what others have read is not taken for it."""
-    values = {'finetune.budget': 1.0, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01}
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot(settings.updated(values), tmp_path) as one:
         wrong = one.ask('Who are you?', system=SYSTEM, conversation_id='c')
         one.ask('Where are you?', system=SYSTEM, max_tokens=1)

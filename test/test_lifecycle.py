@@ -19,6 +19,7 @@ from mace_ros.msg import CorrectionStatus, Response
 from mace_ros.srv import Trace
 import pytest
 from rclpy.context import Context
+from robot import RANDOM_MODEL
 from ros_graph import call, NodeProcess, set_parameters
 
 from mace_ros.engine import Engine
@@ -110,7 +111,7 @@ def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
             'model.source': folder / 'model', 'model.threads': 1,
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 524288,
             # So that setbacks of learning, if there are any, are soon forgotten.
-            'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0, 'monitor.window_s': 1.0}))
+            **RANDOM_MODEL, 'monitor.window_s': 1.0}))
         yield made
         made.close()
 

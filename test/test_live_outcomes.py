@@ -9,7 +9,7 @@ from pathlib import Path
 import random
 
 import pytest
-from robot import DONE, Robot
+from robot import DONE, RANDOM_MODEL, Robot
 from test_journal import answer, correction
 import torch
 
@@ -185,8 +185,8 @@ def settings(model_folder: Path) -> Settings:
     """Return settings for the tiny model on the CPU."""
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'gate.tolerance': 1.0, 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 8, 'finetune.learning_rate': 0.01})
+        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
+        'generation.max_tokens': 8, **RANDOM_MODEL})
 
 
 def with_version(settings: Settings, folder: Path, scale: float) -> tuple[Robot, dict[str, str]]:

@@ -25,6 +25,7 @@ import pytest
 from rcl_interfaces.srv import GetParameters
 from rclpy.action.graph import get_action_server_names_and_types_by_node
 from rclpy.qos import DurabilityPolicy, ReliabilityPolicy
+from robot import RANDOM_MODEL
 from ros_graph import (
     call,
     eventually,
@@ -55,7 +56,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterat
             patch.setenv(name, value)
         made = NodeProcess(tmp_path_factory.mktemp('operated'), **{
             'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0, 'monitor.rate_hz': 10.0})
+            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
         made.start()
         yield made
         made.kill()
@@ -397,7 +398,7 @@ def test_a_trace_is_made_on_demand(client: MaceClient, node: NodeProcess) -> Non
 # -- abuse -------------------------------------------------------------------------------
 
 # What this node was started with, or what would make the rest of the file slow.
-KEPT = {'monitor.rate_hz': 10.0, 'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0}
+KEPT = {'monitor.rate_hz': 10.0, **RANDOM_MODEL}
 
 
 def bounds(parameter: Parameter) -> tuple[list[object], list[object]]:

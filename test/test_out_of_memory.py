@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import pytest
+from robot import RANDOM_MODEL
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,7 +83,7 @@ def settings(model_folder: Path) -> Settings:
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 8, 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
+        'generation.max_tokens': 8, **RANDOM_MODEL,
         # Each lesson has a profile of its own, so that none is in another's way.
         'adapter.slots': 40,
         # Learning runs along with answers wherever it can, to be in their way.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from robot import RANDOM_MODEL
 import torch
 
 from mace_ros.engine import Engine
@@ -36,7 +37,7 @@ def settings(model_folder: Path) -> Settings:
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01})
+        **RANDOM_MODEL})
 
 
 @pytest.fixture

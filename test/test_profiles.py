@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from robot import Robot
+from robot import RANDOM_MODEL, Robot
 
 from mace_ros.engine import Engine
 from mace_ros.events import Correction, CorrectionState, Finished, Query, Token
@@ -28,7 +28,7 @@ def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         # Rounding, other in another batch, must not change a token.
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01})
+        **RANDOM_MODEL})
     taught = Robot(Engine(settings, storage=tmp_path_factory.mktemp('profiles')))
     for profile, text in TAUGHT.items():
         state = taught.correct(Correction(text, id=profile, prompt=QUESTION, profile=profile))

@@ -18,6 +18,7 @@ from graph import ENVIRONMENT
 from mace_ros.msg import Latency, Response, Scheduler
 import pytest
 from rich.console import Console
+from robot import RANDOM_MODEL
 from ros_graph import NodeProcess, ROOT
 
 from mace_ros.programs.common import seconds
@@ -39,7 +40,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iter
             patch.setenv(name, value)
         node = NodeProcess(tmp_path_factory.mktemp('typed'), **{
             'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            'finetune.learning_rate': 0.01, 'gate.tolerance': 1.0, 'monitor.rate_hz': 10.0})
+            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
         node.start()
         try:
             with MaceClient() as made:

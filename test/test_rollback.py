@@ -10,7 +10,7 @@ from pathlib import Path
 import time
 
 import pytest
-from robot import Robot
+from robot import RANDOM_MODEL, Robot
 
 from mace_ros.engine import Engine
 from mace_ros.events import (
@@ -244,8 +244,8 @@ def settings(model_folder: Path) -> Settings:
     """Return settings for the tiny model on the CPU."""
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'gate.tolerance': 1.0, 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 12, 'finetune.learning_rate': 0.01})
+        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
+        'generation.max_tokens': 12, **RANDOM_MODEL})
 
 
 def teach(robot: Robot, *corrected: str, question: str = 'Who are you?', profile: str = '') -> None:

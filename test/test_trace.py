@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import pytest
+from robot import RANDOM_MODEL
 
 from mace_ros.engine import Engine
 from mace_ros.events import (
@@ -31,7 +32,7 @@ from mace_ros.telemetry.trace import check_extent, InvalidTrace, Record, trace_p
 def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     made = Engine(Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'gate.tolerance': 1.0, 'memory.kv_cache_tokens': 8192, 'finetune.learning_rate': 0.01,
+        'memory.kv_cache_tokens': 8192, **RANDOM_MODEL,
     }), storage=tmp_path_factory.mktemp('traced'))
     yield made
     made.close()
