@@ -644,6 +644,17 @@ def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
     assert robot.engine.learner.step.oldest_correction_at == -5.0
 
 
+def test_training_goes_on_until_what_is_taught_leads_clearly(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is right, and never leads by enough, is learned when finetune.max_steps end it."""
+    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 12}))
+    monkeypatch.setattr(learner, 'LEARNED_MARGIN', 1e9)
+    state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    assert state.state is CorrectionState.LEARNED, state.reason
+    assert robot.engine.scheduler.statistics(time.monotonic()).finetune_steps == 12
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
 def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path: Path) -> None:
     """With as many live profiles as slots, another one is refused and the others go on."""
     robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))

@@ -74,6 +74,14 @@ def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
     assert job.must_be_right >= 1
 
 
+def test_what_is_replayed_counts_as_the_parameter_says() -> None:
+    job = Job('', [], Future(), samples=[sample([1, 1], [1, 2])], replayed=[sample([2, 2], [3])])
+    finetune = Settings().updated(
+        {'finetune.replay_weight': 5.0, 'finetune.replay_samples': 1}).finetune
+    (part,), _ = Lessons(None).step(job, finetune, 10**6)     # type: ignore[arg-type]
+    assert [s.weights for s in part] == [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 5.0)]
+
+
 def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
     lessons, finetune = Lessons(None), Settings().finetune      # type: ignore[arg-type]
     kept, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
