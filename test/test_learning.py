@@ -13,6 +13,7 @@ import time
 import pytest
 from robot import DONE, Robot
 import torch
+from transformers import AutoModelForCausalLM
 
 from mace_ros.engine import Engine
 from mace_ros.events import (
@@ -29,8 +30,10 @@ from mace_ros.events import (
 )
 from mace_ros.execution.finetune import FinetuneStep, Trainer
 from mace_ros.execution.lora import AdapterBank
+from mace_ros.execution.sample import SampleScore
 from mace_ros.learning import backoff, choosing, gate, learner
 from mace_ros.learning.drift import Drift, DriftState
+from mace_ros.learning.job import Job
 from mace_ros.learning.journal import Journal
 from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.versions import CorruptVersion, VersionStore
@@ -291,20 +294,57 @@ def test_what_comes_before_anything_is_learned_joins_the_job(
     assert {e.adapter_version for e in told if e.state in DONE} == {1}
 
 
-def test_what_comes_once_something_is_learned_waits(robot: Robot) -> None:
-    """Also while it is not yet looked at: its first score would be that of no version."""
+def test_what_comes_while_a_job_trains_joins_it(
+        robot: Robot, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is scored under the live version, and what the job has trained so far stays."""
     engine = robot.engine
+    engine.update(engine.settings.updated({'finetune.max_steps': 400}))
+    shown: list[tuple[dict[str, torch.Tensor], ...]] = []
+    show = learner.Learner._show
+
+    def noted(self: learner.Learner, *args: object) -> None:
+        before = self._bank.export()
+        show(self, *args)   # type: ignore[arg-type]
+        shown.append((before, self._bank.export()))
+
+    monkeypatch.setattr(learner.Learner, '_show', noted)
+    engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
+    while (job := engine.learner._job) is None or not job.steps:
+        engine.step()
+    begun = len(shown)
+    engine.correct(Correction('A human.', id='second', prompt='Question second?'))
+    last = robot.until(lambda e: isinstance(e, VersionEvent))
+    assert isinstance(last, VersionEvent)
+    assert (last.state, last.correction_ids) == (VersionState.PUBLISHED, ('first', 'second'))
+    (trained, live), (still_live, trained_again) = shown[begun:]
+    for name, of_job in trained.items():
+        assert torch.equal(of_job, trained_again[name])
+        assert torch.equal(live[name], still_live[name])
+    assert not any(b.any() for name, b in live.items() if 'lora_B' in name)     # the base model
+    record = job.corrections[1].record
+    tokens = torch.tensor([[*record.prompt_ids, *engine.chat.answer('A human.')]])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model_folder)(tokens).logits[0, :-1]
+    log_p = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[len(record.prompt_ids) - 1:]
+    assert job.corrections[1].leads[0] == pytest.approx(float(log_p.mean()), abs=1e-4)
+    assert robot.ask('Question first?').text == 'A robot.'
+    assert robot.ask('Question second?').text == 'A human.'
+
+
+def test_what_comes_late_waits_for_the_next_job(robot: Robot) -> None:
+    """It would have too few of finetune.max_steps."""
+    engine = robot.engine
+    engine.update(engine.settings.updated({'finetune.max_steps': 3}))
     engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
     while (job := engine.learner._job) is None or not job.has_changed_weights:
         engine.step()
-    assert job.steps == 0
     engine.correct(Correction('A robot.', id='second', prompt='Question second?'))
     engine._journal.submit(lambda journal: None).result(10)     # in time for the next iteration
-    robot.until(lambda e: isinstance(e, VersionEvent))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'first'
+                and e.state in DONE)
     assert [w.record.id for w in job.corrections] == ['first']
-    last = robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'second'
-                       and e.state in DONE)
-    assert isinstance(last, CorrectionProgress) and last.state is CorrectionState.LEARNED
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'second'
+                and e.state in DONE)
 
 
 def test_what_waits_when_a_job_begins_does_not_join_it(
@@ -431,14 +471,14 @@ def test_a_correction_that_is_repeated_while_it_is_looked_at_is_not_begun_anew(
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
-def test_a_rejected_candidate_learns_what_it_lost_before_more_is_replayed(
+def test_more_is_replayed_after_a_rejected_candidate(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts, seen = [True, True], []
     judge = gate.Gate.judge
 
     def worse(self: gate.Gate, *arguments: object) -> gate.Verdict:
         job = robot.engine.learner._job
-        seen.append((job.repaired, job.rejections, len(job.lost)))
+        seen.append((job.rejections, len(job.lost)))
         if not verdicts:
             return judge(self, *arguments)      # type: ignore[arg-type]
         verdicts.pop()
@@ -448,10 +488,39 @@ def test_a_rejected_candidate_learns_what_it_lost_before_more_is_replayed(
     robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
     taught = robot.correct(Correction('A robot.', id='c', prompt='Who are you?'))
     assert taught.state is CorrectionState.LEARNED
-    assert seen == [(False, 0, 0), (True, 0, 1), (True, 1, 1)]
+    assert seen == [(0, 0), (1, 1), (2, 1)]
     rejected = [e for e in robot.events if isinstance(e, VersionEvent)
                 and e.state is VersionState.REJECTED]
     assert [e.reason for e in rejected] == ['worse', 'worse']
+
+
+def test_a_candidate_learns_what_it_lost_before_the_gate_is_asked(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
+    scored: list[list[tuple[int, ...]]] = []
+    weigh_exact = learner.Learner._weigh_exact
+
+    def lost(self: learner.Learner, job: Job, scores: list[SampleScore], *rest: object,
+             ) -> list[Event]:
+        scored.append([s.tokens for s in job.lost])
+        if len(scored) == 1:
+            scores = [replace(score, exact=False) for score in scores]
+        return weigh_exact(self, job, scores, *rest)    # type: ignore[arg-type]
+
+    judged = []
+    judge = gate.Gate.judge
+    monkeypatch.setattr(learner.Learner, '_weigh_exact', lost)
+    monkeypatch.setattr(gate.Gate, 'judge', lambda self, *arguments: (
+        judged.append(1), judge(self, *arguments))[1])
+    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
+    taught = robot.correct(Correction('A robot.', id='b', prompt='Who are you?'))
+    assert taught.state is CorrectionState.LEARNED
+    chat = robot.engine.chat
+    kept = (*chat.prompt([{'role': 'user', 'content': 'Where do you live?'}]),
+            *chat.answer('In the hall.'))
+    assert scored == [[], [kept]]
+    assert len(judged) == 1
+    assert robot.ask('Where do you live?').text == 'In the hall.'
 
 
 def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> None:

@@ -67,7 +67,11 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             bank.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
         self._kept: list[Tensor] = []     # gradients of the parts before this one
-        bank.write_slot(TRAINING_SLOT)
+        self.show()
+
+    def show(self) -> None:
+        """Copy the master weights to the slot that is trained and scored."""
+        self._bank.write_slot(TRAINING_SLOT)
 
     def set_learning_rate(self, rate: float) -> None:
         """Use this rate from the next update on."""
@@ -107,7 +111,7 @@ class Trainer:
         if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             self._optimizer.step()
             self._bank.keep_clear()
-            self._bank.write_slot(TRAINING_SLOT)
+            self.show()
         self._optimizer.zero_grad(set_to_none=True)
 
 

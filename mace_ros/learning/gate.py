@@ -61,6 +61,12 @@ class Gate:
         """All samples, in the order in which they are judged."""
         return [sample for group in self._groups for sample in group.samples]
 
+    @property
+    def exact(self) -> list[Sample]:
+        """Those that greedy decoding should give, word for word."""
+        return [sample for group in self._groups if group.measure is Measure.EXACT
+                for sample in group.samples]
+
     def wrong(self, scores: Sequence[SampleScore]) -> list[Sample]:
         """Return what greedy decoding should give and does not, by the scores of all samples."""
         must_be_exact = [group.measure is Measure.EXACT

@@ -89,6 +89,8 @@ class Job:
     forgotten: list[Sample] = field(default_factory=list)   # of these, by the live version
     replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None
+    again: Future[dict[str, Tensor] | None] | None = None   # its live version, for what joins ...
+    trained: dict[str, Tensor] | None = None    # ... and its own weights, while that is shown
     step: FinetuneStep | None = None
     parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
     piece_tokens: int = 0               # of a layer, computed at once

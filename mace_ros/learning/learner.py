@@ -51,6 +51,8 @@ from mace_ros.settings import Settings
 MAX_TRIES = 3           # of a job that the device or the disk fails
 REMEMBERED = 1000       # scores under the version that a job begins from
 MORE_STEPS = 4          # at least, after a candidate was rejected
+# What comes may join a job until so much of finetune.max_steps is spent: the rest is enough for it.
+JOINED_WITHIN = 0.25
 # A right token must lead by this much (in logits) to stay right: a different order of additions
 # in another batch does not change the answer then.
 RIGHT_MARGIN = 0.5
@@ -211,7 +213,7 @@ class Learner:
             return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
             return self._publish(job) if job.saving.done() else []
-        if job.step is not None and (joining := self._joining(job)):
+        if job.step is not None and (joining := self._joining(job)) and self._can_look(job):
             return self._join(job, joining)
         if job.score_after is not None:
             return self._save(job)
@@ -362,8 +364,7 @@ class Learner:
             return self._score_better(job, job.suspicion)
         if self._lessons.teachers is not None:
             return self._load(job)
-        self._bank.reset()
-        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
+        self._take_up(job, None)
         directions = MainDirections(self._bank.spared) if self._bank.spared_nbytes else None
         return self._score(job, self._lessons.replayed_anchors,
                            partial(self._take_teachers, job, directions), directions)
@@ -436,15 +437,17 @@ class Learner:
             if len(of) > 1:
                 waiting.reference = (of[0].log_probability * of[0].tokens
                                      - of[1].log_probability * of[1].tokens)
-            if of[0].margin >= RIGHT_MARGIN:
+            if of[0].margin >= RIGHT_MARGIN and waiting.record.id not in job.told:
                 right.append(waiting)
-        wrong = [w for w in job.corrections if w not in right]
+        wrong = [w for w in job.corrections if w not in right and w.record.id not in job.told]
         if self._settings.finetune.order == 'priority':
             wrong = ordered(
                 wrong, self._queue.of(job.profile), now=self.clock(),
                 freshness_s=self._settings.slo.freshness_s,
                 step_s=lambda w: self.step_s(self._length(w.record)))
-        job.corrections = self._fitting(wrong)
+        # What it trains already, it goes on with.
+        job.corrections = self._fitting(
+            [*(w for w in job.corrections if w.record.id in job.told), *wrong])
         self._queue.put_back(w for w in wrong if w not in job.corrections)
         events: list[Event] = [self._set_state(
             w.record, CorrectionState.LEARNED, 'the live version already answers so', job.parent)
@@ -455,18 +458,37 @@ class Learner:
         return events + self._guard(job)
 
     def _joining(self, job: Job) -> list[Waiting]:
-        """Return what came since a job began, and may be learned in it while it knows nothing."""
-        if (not self._decides or job.rehearses or len(job.corrections) >= JOB_CORRECTIONS
-                or job.has_changed_weights      # those of the live version are what scores are of
-                or (job.step is not None and job.step.holds_blocks)):   # it rides in passes
+        """Return what came since a job began and may be learned in it: it has no candidate yet."""
+        room = JOB_CORRECTIONS - len(job.corrections)
+        if (not self._decides or job.rehearses or job.score_after is not None or job.repaired
+                or job.rejections
+                or job.steps > JOINED_WITHIN * self._settings.finetune.max_steps):
             return []
         # Those that were looked at did not fit.
         return [w for w in self._queue.of(job.profile)
-                if w.arrived >= job.begun and not w.leads]
+                if w.arrived >= job.begun and not w.leads][:room]
+
+    def _can_look(self, job: Job) -> bool:
+        """Whether what joins can be scored now, under the version that the job began from."""
+        assert job.step is not None
+        if not job.has_changed_weights:
+            return not job.step.holds_blocks    # else it rides in passes
+        if job.again is None:
+            live = job.fetched.result().live
+            job.again = self.publisher.submit(
+                lambda _: self._store.load(live.path, live.sha256) if live else None)
+        return (job.step.done and not job.parts
+                and job.again.done() and job.again.exception() is None)
 
     def _join(self, job: Job, joining: list[Waiting]) -> list[Event]:
         self._queue.remove(joining)
         job.corrections = [*job.corrections, *joining]
+        if job.has_changed_weights:
+            assert job.again is not None
+            job.steps += 1
+            job.trained = self._bank.export()
+            self._show(job, job.again.result())
+            job.again = None
         return self._look(job)
 
     def _guard(self, job: Job) -> list[Event]:
@@ -486,6 +508,10 @@ class Learner:
             del self._known[tokens]
         job.forgotten = job.gate.wrong(job.before)
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
+        if job.trained is not None:
+            self._show(job, job.trained)
+            job.trained = None
+            job.score_before = fmean(w.leads[0] for w in job.corrections)
         self._next_step(job)
         return [] if job.rehearses else self._tell_training(
             job, [w.record for w in job.corrections])
@@ -549,28 +575,37 @@ class Learner:
         job.scoring = None
         return scoring.done(scoring.scores, scoring.taught)
 
-    def _weigh(self, job: Job, scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
+    def _weigh_exact(self, job: Job, scores: list[SampleScore], taught: list[Sample],
+                     ) -> list[Event]:
+        """Look first for what a candidate lost of what must be right: mostly that comes back."""
+        assert job.gate is not None
+        before = {s.tokens: score for s, score in zip(job.gate.samples, job.before, strict=True)}
+        exact = job.gate.exact
+        lost = [s for s, score in zip(exact, scores, strict=True)
+                if before[s.tokens].exact and not score.exact]
+        if lost and not job.repaired and job.steps < self._settings.finetune.max_steps:
+            job.repaired = True
+            return self._go_on(job, lost)
+        job.after = {s.tokens: score for s, score in zip(exact, scores, strict=True)}
+        others = [s for s in job.gate.samples if s.tokens not in job.after]
+        return self._score(job, others, partial(self._weigh, job, others))
+
+    def _weigh(self, job: Job, others: list[Sample], scores: list[SampleScore],
+               taught: list[Sample]) -> list[Event]:
         """Ask the gate about a candidate."""
         assert job.gate is not None
-        verdict = job.gate.judge(job.before, scores, self._settings.gate.tolerance)
-        if verdict.reason:
-            return self._reject(job, verdict)
-        if verdict.lost and not job.repaired and job.steps < self._settings.finetune.max_steps:
-            # Few enough to be let go; but mostly they are soon learned again.
-            job.repaired = True
-            return self._go_on(job, verdict.lost)
-        job.after = {s.tokens: score for s, score in zip(job.gate.samples, scores, strict=True)}
-        return self._save(job)
+        job.after |= {s.tokens: score for s, score in zip(others, scores, strict=True)}
+        verdict = job.gate.judge(
+            job.before, [job.after[s.tokens] for s in job.gate.samples],
+            self._settings.gate.tolerance)
+        return self._reject(job, verdict) if verdict.reason else self._save(job)
 
     def _reject(self, job: Job, verdict: Verdict) -> list[Event]:
         """Don't publish; go on with what was lost among what must be right, if that may help."""
         self.publisher.reject(job, verdict.reason)
         if job.steps < self._settings.finetune.max_steps:
-            if verdict.lost and not job.repaired:
-                job.repaired = True     # mostly that is enough
-            else:
-                job.rejections += 1
-                job.least_steps = job.steps + MORE_STEPS
+            job.rejections += 1
+            job.least_steps = job.steps + MORE_STEPS
             return self._go_on(job, verdict.lost)
         self._job = None
         return self._fail(
@@ -609,7 +644,7 @@ class Learner:
                            if w in learned]
             job.corrections, job.score_after = learned, score
             assert job.gate is not None
-            return events + self._score(job, job.gate.samples, partial(self._weigh, job))
+            return events + self._score(job, job.gate.exact, partial(self._weigh_exact, job))
         self._job = None
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,
@@ -683,12 +718,18 @@ class Learner:
         return self.tokens_within(self._settings.finetune.max_blocking_ms / 1e3)
 
     def _take_up(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
-        """Go on with a version; None is the base model."""
+        """Go on with a version, and an optimizer that knows nothing."""
+        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
+        self._show(job, tensors)
+
+    def _show(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
+        """Make these the weights that a step scores and trains; None is the base model."""
+        assert job.trainer is not None
         if tensors is None:
             self._bank.reset()
         else:
             self._bank.load(tensors)
-        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
+        job.trainer.show()
 
     def _corrected(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
         return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]
