@@ -167,8 +167,9 @@ class Engine:
                 self.model, self.bank, max_tokens=settings.scheduler.max_batch_tokens,
                 clock=clock)))
         self.scheduler = Scheduler(settings, cost)
-        self.learner.tokens_within = lambda seconds: self._memory.step_tokens(cost.tokens_within(
-            SegmentKind.BACKWARD_RECOMPUTED, seconds, most=MAX_STEP_TOKENS))
+        self.learner.training.tokens_within = lambda seconds: self._memory.step_tokens(
+            cost.tokens_within(
+                SegmentKind.BACKWARD_RECOMPUTED, seconds, most=MAX_STEP_TOKENS))
         layers = len(self.model.layers)
         self.learner.step_s = lambda tokens: layers * (
             cost.segment_s(SegmentKind.FORWARD, tokens)

@@ -238,7 +238,7 @@ class DriftSettings:
 
     min_budget: float = _parameter(
         0.2, 'Share of device time for learning while nothing changes and nothing is corrected; '
-        'the more is, the more is used, up to half-way to finetune.budget. To keep to it, learning '
+        'the more surprises, the more is used, up to finetune.budget. To keep to it, learning '
         'rests between jobs', minimum=0.0, maximum=1.0)
 
 

@@ -36,6 +36,7 @@ from mace_ros.learning.drift import Drift, DriftState
 from mace_ros.learning.job import Job
 from mace_ros.learning.journal import Journal
 from mace_ros.learning.journal_file import JournalError
+from mace_ros.learning.training import Training
 from mace_ros.learning.versions import CorruptVersion, VersionStore
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.settings import Settings
@@ -88,7 +89,7 @@ def test_a_slow_device_learns_in_parts_and_memory_goes_back(
     monkeypatch.setattr('mace_ros.execution.heap.AFTER_LEARNING_S', 0.0)
     monkeypatch.setattr('mace_ros.execution.heap.LOOK_S', 0.0)
     monkeypatch.setattr('mace_ros.execution.heap.return_free_memory', lambda: returned.append(1))
-    robot.engine.learner.tokens_within = lambda seconds: 1
+    robot.engine.learner.training.tokens_within = lambda seconds: 1
     wrong = robot.ask('Who are you?')
     assert not returned
     robot.correct(Correction('A robot.', query_id=wrong.query_id, id='c'))
@@ -110,7 +111,7 @@ def test_no_piece_of_a_long_correction_is_longer_than_there_is_time_for(
         return segment
 
     monkeypatch.setattr(FinetuneStep, 'run_segment', noted)
-    robot.engine.learner.tokens_within = lambda seconds: 24
+    robot.engine.learner.training.tokens_within = lambda seconds: 24
     wrong = robot.ask('Who are you, ' + 'my dear ' * 40 + 'robot?')
     assert wrong.prompt_tokens > 60
     robot.correct(Correction('A robot.', query_id=wrong.query_id, id='c'))
@@ -300,14 +301,14 @@ def test_what_comes_while_a_job_trains_joins_it(
     engine = robot.engine
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))
     shown: list[tuple[dict[str, torch.Tensor], ...]] = []
-    show = learner.Learner._show
+    show = Training._show
 
-    def noted(self: learner.Learner, *args: object) -> None:
-        before = self._bank.export()
+    def noted(self: Training, *args: object) -> None:
+        before = self.bank.export()
         show(self, *args)   # type: ignore[arg-type]
-        shown.append((before, self._bank.export()))
+        shown.append((before, self.bank.export()))
 
-    monkeypatch.setattr(learner.Learner, '_show', noted)
+    monkeypatch.setattr(Training, '_show', noted)
     engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
     while (job := engine.learner._job) is None or not job.steps:
         engine.step()

@@ -147,12 +147,12 @@ def test_the_budget_stays_within_its_bounds() -> None:
 
 
 @pytest.mark.parametrize('level', [0.0, 0.5, 1.0])
-def test_calm_goes_half_way_at_most(level: float) -> None:
+def test_in_calm_the_budget_goes_with_the_surprise(level: float) -> None:
     drift = Drift()
     for _ in range(20):
         drift.outcome(level)
     assert drift.state is DriftState.CALM
-    assert drift.budget(0.2, 0.8) == pytest.approx(0.2 + 0.3 * level)
+    assert drift.budget(0.2, 0.8) == pytest.approx(0.2 + 0.6 * level)
 
 
 def test_an_answer_that_is_corrected_has_one_outcome() -> None:

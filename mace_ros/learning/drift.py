@@ -22,8 +22,6 @@ FALSE_ALARMS = 0.05
 ENOUGH = 5
 # A rise counts until the mean has halved.
 OVER = 0.5
-# Of the way from the least budget to the most, the part that calm may have.
-CALM = 0.5
 # After so many more answers it counts that nobody objected to one.
 OPEN = 8
 
@@ -91,13 +89,12 @@ class Drift:
         """
         Return the share of device time for learning, between ``least`` and ``most``.
 
-        All of it while drifting or unknown. In calm it goes with the mean surprise from ``least``
-        to half-way, so that corrections gather and are learned together, unless enough of them
-        wait already.
+        All of it while drifting or unknown. In calm it goes with the mean surprise, so that
+        corrections gather and are learned together, unless enough of them wait already.
         """
         if self.state is not DriftState.CALM or backlog:
             return most
-        return min(least + CALM * max(most - least, 0.0) * self.level, most)
+        return min(least + max(most - least, 0.0) * self.level, most)
 
 
 def surprise(log_probability: float) -> float:

@@ -19,21 +19,19 @@ import math
 from statistics import fmean
 import time
 
-from torch import Tensor
-
 from mace_ros.events import CorrectionProgress, CorrectionState, Event
 from mace_ros.execution.directions import MainDirections
-from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
+from mace_ros.execution.finetune import FinetuneStep
 from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
-from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
+from mace_ros.execution.sample import Sample, SampleScore, shared_tokens
 from mace_ros.execution.text import ChatText
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
 from mace_ros.learning.comparing import Comparing
 from mace_ros.learning.drift import Drift, surprise
-from mace_ros.learning.gate import BATCH_TOKENS, batches, Verdict
-from mace_ros.learning.job import Fetched, Job, Scoring, Waiting
+from mace_ros.learning.gate import Verdict
+from mace_ros.learning.job import Fetched, Job, Waiting
 from mace_ros.learning.journal import CorrectionRecord, Journal
 from mace_ros.learning.journal_writer import JournalWriter
 from mace_ros.learning.lessons import Lessons, texts
@@ -43,9 +41,9 @@ from mace_ros.learning.queue import CorrectionQueue, JOB_CORRECTIONS
 from mace_ros.learning.resting import Resting
 from mace_ros.learning.rollback import RollbackRefused
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
+from mace_ros.learning.training import Training
 from mace_ros.learning.versions import VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots
-from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
@@ -61,18 +59,19 @@ LEARNED_MARGIN = 1.0
 
 
 class Learner:
-    """Owns the training adapter; the engine runs the steps that it asks for."""
+    """Decides what is trained and published; the engine runs the steps that it asks for."""
 
     def __init__(self, *, model: HybridModel, model_name: str, bank: AdapterBank, chat: ChatText,
                  slots: AdapterSlots, journal: JournalWriter, store: VersionStore,
                  wake: Callable[[], None]) -> None:
         """``wake`` is called from another thread when :meth:`advance` can go on."""
-        self._model, self._bank, self._chat, self._slots = model, bank, chat, slots
+        self._chat, self._slots = chat, slots
         self._journal, self._store, self._wake = journal, store, wake
         self.publisher = Publisher(
             model_name=model_name, bank=bank, slots=slots, journal=journal, store=store, wake=wake)
         self._queue = CorrectionQueue()
         self._job: Job | None = None
+        self.training = Training(model, bank, lambda: min(self.unlearned, default=math.inf))
         self._lessons = Lessons(chat)
         # Scores under a profile's version that its gate has found out.
         self._known: dict[tuple[int, ...], SampleScore] = {}
@@ -90,8 +89,6 @@ class Learner:
         self.held: str | None = None    # a profile for which nothing may be begun
         self.wants_anchors = False
         self._trouble = ''      # why a job broke off that is tried again
-        # How many tokens a step may have whose pieces end within so many seconds.
-        self.tokens_within: Callable[[float], int] = lambda seconds: 512
         # Device seconds of a step over so many tokens.
         self.step_s: Callable[[int], float] = float
 
@@ -200,7 +197,7 @@ class Learner:
 
     def advance(self, settings: Settings) -> list[Event]:
         """Go on as far as possible without waiting; return what happened."""
-        self._settings = settings
+        self._settings, self.training.settings = settings, settings.finetune
         rejected = self.publisher.rejected()
         if rejected:
             return rejected
@@ -208,7 +205,7 @@ class Learner:
             return self._start()
         job = self._job
         if job.scoring is not None:
-            return self._go_on_scoring(job, job.scoring)
+            return self.training.go_on_scoring(job, job.scoring)
         if job.sparing is not None:
             return self._go_on_sparing(job, job.sparing)
         if job.saving is not None:
@@ -222,7 +219,7 @@ class Learner:
                 return []
             return self._prepare(job)
         if job.step.done and job.parts:
-            self._next_part(job)
+            self.training.next_part(job)
         elif job.step.done:
             job.steps += 1
             self._next_step(job)
@@ -347,7 +344,7 @@ class Learner:
 
     def _fitting(self, waiting: Sequence[Waiting]) -> list[Waiting]:
         """Return the first corrections that may be learned together; at least one."""
-        most = self._step_tokens
+        most = self.training.step_tokens
         chosen = list(waiting[:JOB_CORRECTIONS])
         samples = self._corrected([w.record for w in chosen])
         shared = shared_tokens(samples)
@@ -364,10 +361,12 @@ class Learner:
             return self._score_better(job, job.suspicion)
         if self._lessons.teachers is not None:
             return self._load(job)
-        self._take_up(job, None)
-        directions = MainDirections(self._bank.spared) if self._bank.spared_nbytes else None
-        return self._score(job, self._lessons.replayed_anchors,
-                           partial(self._take_teachers, job, directions), directions)
+        self.training.take_up(job, None)
+        bank = self.training.bank
+        directions = MainDirections(bank.spared) if bank.spared_nbytes else None
+        return self.training.score(
+            job, self._lessons.replayed_anchors,
+            partial(self._take_teachers, job, directions), directions)
 
     def _put_off(self, job: Job, error: BaseException) -> list[Event]:
         """Begin a job anew later: that nothing can be read is no fault of what it learns."""
@@ -390,7 +389,7 @@ class Learner:
     def _spare(self, directions: MainDirections | None, taught: list[Sample]) -> Iterator[None]:
         """Spare what was found, one group of layers after the other; then it is all known."""
         for group, found in directions.found() if directions is not None else ():
-            self._bank.spare(group, found)
+            self.training.bank.spare(group, found)
             yield
         self._lessons.teachers = taught
 
@@ -410,7 +409,7 @@ class Learner:
         source = job.profile, *(('', 0) if live is None else (live.profile, live.version))
         if self._known_of != source:
             self._known, self._known_of = {}, source
-        self._take_up(job, fetched.take())
+        self.training.take_up(job, fetched.take())
         return self._look(job)
 
     def _look(self, job: Job) -> list[Event]:
@@ -421,7 +420,7 @@ class Learner:
         unknown = [w for w in job.corrections if prefers or not w.leads]
         both = [sample(w.record.prompt_ids, self._chat.answer(text))
                 for w in unknown for text in texts(w.record)]
-        return self._score(job, both, partial(self._choose, job, unknown))
+        return self.training.score(job, both, partial(self._choose, job, unknown))
 
     def _choose(self, job: Job, unknown: Sequence[Waiting], scores: list[SampleScore],
                 taught: list[Sample]) -> list[Event]:
@@ -486,8 +485,7 @@ class Learner:
         if job.has_changed_weights:
             assert job.again is not None
             job.steps += 1
-            job.trained = self._bank.export()
-            self._show(job, job.again.result())
+            self.training.set_aside(job, job.again.result())
             job.again = None
         return self._look(job)
 
@@ -497,7 +495,7 @@ class Learner:
         assert job.gate is not None
         # What is replayed of this robot's answers needs the live version as its teacher.
         unknown = [s for s in job.gate.samples if s.tokens not in self._known or s in own]
-        return self._score(job, unknown, partial(self._begin_training, job, unknown, own))
+        return self.training.score(job, unknown, partial(self._begin_training, job, unknown, own))
 
     def _begin_training(self, job: Job, unknown: list[Sample], own: list[Sample],
                         scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
@@ -509,8 +507,7 @@ class Learner:
         job.forgotten = job.gate.wrong(job.before)
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
         if job.trained is not None:
-            self._show(job, job.trained)
-            job.trained = None
+            self.training.go_back(job)
             job.score_before = fmean(w.leads[0] for w in job.corrections)
         self._next_step(job)
         return [] if job.rehearses else self._tell_training(
@@ -522,58 +519,8 @@ class Learner:
         return [self._set_state(r, CorrectionState.TRAINING) for r in new]
 
     def _next_step(self, job: Job) -> None:
-        assert job.trainer is not None
-        finetune = self._settings.finetune
-        most = self._step_tokens
-        parts, preferences = self._lessons.step(job, finetune, most)
-        worse = {pair.worse for pair in preferences}
-        whole = Whole(
-            weight=math.fsum(w for k, part in enumerate(parts) for i, s in enumerate(part)
-                             if k or i not in worse for w in s.weights[1:]),
-            tokens=sum(map(packed_tokens, parts)))
-        job.judged, job.piece_tokens = False, max(most, LEAST_PIECE)
-        job.trainer.set_learning_rate(finetune.learning_rate)
-        job.parts = deque(
-            (part, replace(whole, begins=k == 0, ends=k == len(parts) - 1))
-            for k, part in enumerate(parts))
-        self._next_part(job, preferences)
-
-    def _next_part(self, job: Job, preferences: Sequence[Preference] = ()) -> None:
-        assert job.trainer is not None
-        samples, whole = job.parts.popleft()
-        recompute = self._settings.finetune.recompute
-        job.step = FinetuneStep(
-            self._model, job.trainer, samples, keep_graphs=recompute != 'always',
-            may_ride=recompute != 'never', preferences=preferences, whole=whole,
-            piece_tokens=job.piece_tokens,
-            oldest_correction_at=min(self.unlearned, default=math.inf))
-
-    def _score(self, job: Job, samples: Sequence[Sample],
-               done: Callable[[list[SampleScore], list[Sample]], list[Event]],
-               directions: MainDirections | None = None) -> list[Event]:
-        """Score samples under the adapter as it is, and go on with ``done``."""
-        most = self._step_tokens
-        job.step, job.scoring = None, Scoring(
-            batches(samples, min(most, BATCH_TOKENS), shared=shared_tokens(samples)), done,
-            max(most, LEAST_PIECE), directions)
-        return self._go_on_scoring(job, job.scoring)
-
-    def _go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
-        if scoring.step is not None:
-            if not scoring.step.done:
-                return []
-            scoring.scores += scoring.step.scores()
-            scoring.taught += scoring.step.taught()
-        batch = next(scoring.batches, None)
-        if batch is not None:
-            assert job.trainer is not None
-            scoring.step = FinetuneStep(
-                self._model, job.trainer, batch, learns=False, piece_tokens=scoring.piece_tokens,
-                directions=scoring.directions,
-                oldest_correction_at=min(self.unlearned, default=math.inf))
-            return []
-        job.scoring = None
-        return scoring.done(scoring.scores, scoring.taught)
+        self.training.begin_step(job, *self._lessons.step(
+            job, self._settings.finetune, self.training.step_tokens))
 
     def _weigh_exact(self, job: Job, scores: list[SampleScore], taught: list[Sample],
                      ) -> list[Event]:
@@ -588,7 +535,7 @@ class Learner:
             return self._go_on(job, lost)
         job.after = {s.tokens: score for s, score in zip(exact, scores, strict=True)}
         others = [s for s in job.gate.samples if s.tokens not in job.after]
-        return self._score(job, others, partial(self._weigh, job, others))
+        return self.training.score(job, others, partial(self._weigh, job, others))
 
     def _weigh(self, job: Job, others: list[Sample], scores: list[SampleScore],
                taught: list[Sample]) -> list[Event]:
@@ -644,7 +591,8 @@ class Learner:
                            if w in learned]
             job.corrections, job.score_after = learned, score
             assert job.gate is not None
-            return events + self._score(job, job.gate.exact, partial(self._weigh_exact, job))
+            return events + self.training.score(
+                job, job.gate.exact, partial(self._weigh_exact, job))
         self._job = None
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,
@@ -689,17 +637,18 @@ class Learner:
 
     def _score_better(self, job: Job, suspicion: Suspicion) -> list[Event]:
         """Score what was corrected under the version that may be better, ..."""
-        self._take_up(job, job.fetched.result().take_better())
-        return self._score(job, self._corrected(suspicion.corrections),
-                           partial(self._score_live, job, suspicion))
+        self.training.take_up(job, job.fetched.result().take_better())
+        return self.training.score(
+            job, self._corrected(suspicion.corrections),
+            partial(self._score_live, job, suspicion))
 
     def _score_live(self, job: Job, suspicion: Suspicion, better: list[SampleScore],
                     taught: list[Sample]) -> list[Event]:
         """... and under the live one what was not when it came."""
-        self._take_up(job, job.fetched.result().take())
+        self.training.take_up(job, job.fetched.result().take())
         unseen = self.comparing.unseen(suspicion)
-        return self._score(job, self._corrected(unseen),
-                           partial(self._decide, suspicion, better, unseen))
+        return self.training.score(
+            job, self._corrected(unseen), partial(self._decide, suspicion, better, unseen))
 
     def _decide(self, suspicion: Suspicion, better: list[SampleScore],
                 unseen: list[CorrectionRecord], scores: list[SampleScore],
@@ -711,25 +660,6 @@ class Learner:
         return []
 
     # -- helpers ---------------------------------------------------------------------
-
-    @property
-    def _step_tokens(self) -> int:
-        """How many tokens a step may have: a piece of learning is a layer of all of them."""
-        return self.tokens_within(self._settings.finetune.max_blocking_ms / 1e3)
-
-    def _take_up(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
-        """Go on with a version, and an optimizer that knows nothing."""
-        job.trainer = Trainer(self._bank, self._settings.finetune.learning_rate)
-        self._show(job, tensors)
-
-    def _show(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
-        """Make these the weights that a step scores and trains; None is the base model."""
-        assert job.trainer is not None
-        if tensors is None:
-            self._bank.reset()
-        else:
-            self._bank.load(tensors)
-        job.trainer.show()
 
     def _corrected(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
         return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]

@@ -1,0 +1,129 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The weights that a job trains, its steps over them, and the scores that they give.
+
+There is one set of them on the device, whatever the profile: one job at a time has it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+import math
+
+from torch import Tensor
+
+from mace_ros.events import Event
+from mace_ros.execution.directions import MainDirections
+from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
+from mace_ros.execution.hybrid import HybridModel
+from mace_ros.execution.lora import AdapterBank
+from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
+from mace_ros.learning.gate import BATCH_TOKENS, batches
+from mace_ros.learning.job import Job, Scoring
+from mace_ros.memory.budget import LEAST_PIECE
+from mace_ros.settings import FinetuneSettings
+
+
+class Training:
+    """Makes the steps that the engine runs."""
+
+    def __init__(self, model: HybridModel, bank: AdapterBank,
+                 oldest_correction_at: Callable[[], float]) -> None:
+        """``oldest_correction_at`` tells, on the engine's clock, since when one is not learned."""
+        self._model, self.bank = model, bank
+        self._oldest_correction_at = oldest_correction_at
+        self.settings = FinetuneSettings()
+        # How many tokens a step may have whose pieces end within so many seconds.
+        self.tokens_within: Callable[[float], int] = lambda seconds: 512
+
+    @property
+    def step_tokens(self) -> int:
+        """How many tokens a step may have: a piece of learning is a layer of all of them."""
+        return self.tokens_within(self.settings.max_blocking_ms / 1e3)
+
+    # -- the weights -----------------------------------------------------------------
+
+    def take_up(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
+        """Go on with a version, and an optimizer that knows nothing; None is the base model."""
+        job.trainer = Trainer(self.bank, self.settings.learning_rate)
+        self._show(job.trainer, tensors)
+
+    def set_aside(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
+        """Score a version, and keep what is being trained; None is the base model."""
+        assert job.trainer is not None
+        job.trained = self.bank.export()
+        self._show(job.trainer, tensors)
+
+    def go_back(self, job: Job) -> None:
+        """Train on what was set aside."""
+        assert job.trainer is not None
+        assert job.trained is not None
+        self._show(job.trainer, job.trained)
+        job.trained = None
+
+    def _show(self, trainer: Trainer, tensors: dict[str, Tensor] | None) -> None:
+        if tensors is None:
+            self.bank.reset()
+        else:
+            self.bank.load(tensors)
+        trainer.show()
+
+    # -- steps over them -------------------------------------------------------------
+
+    def begin_step(self, job: Job, parts: Sequence[list[Sample]],
+                   preferences: Sequence[Preference]) -> None:
+        """Begin a step, of parts that are done one after the other."""
+        assert job.trainer is not None
+        worse = {pair.worse for pair in preferences}
+        whole = Whole(
+            weight=math.fsum(w for k, part in enumerate(parts) for i, s in enumerate(part)
+                             if k or i not in worse for w in s.weights[1:]),
+            tokens=sum(map(packed_tokens, parts)))
+        job.judged, job.piece_tokens = False, max(self.step_tokens, LEAST_PIECE)
+        job.trainer.set_learning_rate(self.settings.learning_rate)
+        job.parts = deque(
+            (part, replace(whole, begins=k == 0, ends=k == len(parts) - 1))
+            for k, part in enumerate(parts))
+        self.next_part(job, preferences)
+
+    def next_part(self, job: Job, preferences: Sequence[Preference] = ()) -> None:
+        """Go on with the step's next part; the first one has the preferences."""
+        assert job.trainer is not None
+        samples, whole = job.parts.popleft()
+        recompute = self.settings.recompute
+        job.step = FinetuneStep(
+            self._model, job.trainer, samples, keep_graphs=recompute != 'always',
+            may_ride=recompute != 'never', preferences=preferences, whole=whole,
+            piece_tokens=job.piece_tokens, oldest_correction_at=self._oldest_correction_at())
+
+    # -- and scores ------------------------------------------------------------------
+
+    def score(self, job: Job, samples: Sequence[Sample],
+              done: Callable[[list[SampleScore], list[Sample]], list[Event]],
+              directions: MainDirections | None = None) -> list[Event]:
+        """Score samples under the weights as they are, and go on with ``done``."""
+        most = self.step_tokens
+        job.step, job.scoring = None, Scoring(
+            batches(samples, min(most, BATCH_TOKENS), shared=shared_tokens(samples)), done,
+            max(most, LEAST_PIECE), directions)
+        return self.go_on_scoring(job, job.scoring)
+
+    def go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
+        """Score the next batch once the one before it is done."""
+        if scoring.step is not None:
+            if not scoring.step.done:
+                return []
+            scoring.scores += scoring.step.scores()
+            scoring.taught += scoring.step.taught()
+        batch = next(scoring.batches, None)
+        if batch is not None:
+            assert job.trainer is not None
+            scoring.step = FinetuneStep(
+                self._model, job.trainer, batch, learns=False, piece_tokens=scoring.piece_tokens,
+                directions=scoring.directions, oldest_correction_at=self._oldest_correction_at())
+            return []
+        job.scoring = None
+        return scoring.done(scoring.scores, scoring.taught)
