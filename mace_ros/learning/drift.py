@@ -89,8 +89,8 @@ class Drift:
         """
         Return the share of device time for learning, between ``least`` and ``most``.
 
-        All of it while drifting or unknown. In calm it goes with the mean surprise, so that
-        corrections gather and are learned together, unless enough of them wait already.
+        All of it while drifting or unknown. In calm it goes with the mean surprise, and
+        corrections gather meanwhile, unless enough to be learned together wait already.
         """
         if self.state is not DriftState.CALM or backlog:
             return most

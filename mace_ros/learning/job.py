@@ -89,8 +89,9 @@ class Job:
     forgotten: list[Sample] = field(default_factory=list)   # of these, by the live version
     replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None
-    again: Future[dict[str, Tensor] | None] | None = None   # its live version, for what joins ...
-    trained: dict[str, Tensor] | None = None    # ... and its own weights, while that is shown
+    # The live version, read again to score what joins; and what is trained, while that is scored.
+    live_again: Future[dict[str, Tensor] | None] | None = None
+    trained: dict[str, Tensor] | None = None
     step: FinetuneStep | None = None
     parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
     piece_tokens: int = 0               # of a layer, computed at once
@@ -101,7 +102,7 @@ class Job:
     before: list[SampleScore] = field(default_factory=list)     # of what the gate guards
     lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
     repaired: bool = False              # trained on for what a candidate had lost
-    rejections: int = 0                 # of its candidates since: then more is replayed
+    rejections: int = 0                 # of its candidates: then more is replayed
     after: dict[tuple[int, ...], SampleScore] = field(default_factory=dict)
     rehearses: bool = False             # what was learned already
     suspicion: Suspicion | None = None  # it learns nothing, but compares two versions
@@ -119,5 +120,5 @@ class Job:
 
     @property
     def has_changed_weights(self) -> bool:
-        """Whether the adapter is no longer the version that the job began from."""
+        """Whether what it trains is no longer the version that it began from."""
         return self.steps > 0 or (self.step is not None and self.step.done and not self.parts)

@@ -240,9 +240,12 @@ class Learner:
             self._slots.give_back(job.slot)
         if job.rehearses:
             return []
-        failed = [w for w in job.corrections if w.tries >= MAX_TRIES]
+        # While something is about to join, what is trained already is not to blame.
+        tried = [w for w in job.corrections if job.trained is None or w.record.id not in job.told]
+        failed = [w for w in tried if w.tries >= MAX_TRIES]
         self._queue.put_back(
-            replace(w, tries=w.tries + 1) for w in job.corrections if w not in failed)
+            replace(w, tries=w.tries + 1) if w in tried else w
+            for w in job.corrections if w not in failed)
         self._wake()
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
 
@@ -436,18 +439,19 @@ class Learner:
             if len(of) > 1:
                 waiting.reference = (of[0].log_probability * of[0].tokens
                                      - of[1].log_probability * of[1].tokens)
-            if of[0].margin >= RIGHT_MARGIN and waiting.record.id not in job.told:
+            # What joins has to be right in the next version, whatever the live one answers.
+            if of[0].margin >= RIGHT_MARGIN and not job.told:
                 right.append(waiting)
-        wrong = [w for w in job.corrections if w not in right and w.record.id not in job.told]
+        trained = [w for w in job.corrections if w.record.id in job.told]
+        wrong = [w for w in job.corrections if w not in right and w not in trained]
         if self._settings.finetune.order == 'priority':
             wrong = ordered(
                 wrong, self._queue.of(job.profile), now=self.clock(),
                 freshness_s=self._settings.slo.freshness_s,
                 step_s=lambda w: self.step_s(self._length(w.record)))
-        # What it trains already, it goes on with.
-        job.corrections = self._fitting(
-            [*(w for w in job.corrections if w.record.id in job.told), *wrong])
-        self._queue.put_back(w for w in wrong if w not in job.corrections)
+        fitting = self._fitting([*trained, *wrong])
+        job.corrections = [*trained, *(w for w in wrong if w in fitting)]
+        self._queue.put_back(w for w in wrong if w not in fitting)
         events: list[Event] = [self._set_state(
             w.record, CorrectionState.LEARNED, 'the live version already answers so', job.parent)
             for w in right]
@@ -458,35 +462,44 @@ class Learner:
 
     def _joining(self, job: Job) -> list[Waiting]:
         """Return what came since a job began and may be learned in it: it has no candidate yet."""
-        room = JOB_CORRECTIONS - len(job.corrections)
-        if (not self._decides or job.rehearses or job.score_after is not None or job.repaired
-                or job.rejections
-                or job.steps > JOINED_WITHIN * self._settings.finetune.max_steps):
+        finetune = self._settings.finetune
+        if (not self._decides or job.rehearses or len(job.corrections) >= JOB_CORRECTIONS
+                or job.score_after is not None or job.repaired or job.rejections
+                or (job.has_changed_weights
+                    and job.steps + 1 > JOINED_WITHIN * finetune.max_steps)):
             return []
         # Those that were looked at did not fit.
-        return [w for w in self._queue.of(job.profile)
-                if w.arrived >= job.begun and not w.leads][:room]
+        came = [w for w in self._queue.of(job.profile)
+                if w.arrived >= job.begun and not w.leads
+                and w in self._fitting([*job.corrections, w])]
+        return candidates(came, by_priority=finetune.order == 'priority')
 
     def _can_look(self, job: Job) -> bool:
-        """Whether what joins can be scored now, under the version that the job began from."""
+        """
+        Return whether what joins can be scored now, under the version that the job began from.
+
+        Once the job has changed the weights, that is read again first, and scored between steps.
+        """
         assert job.step is not None
         if not job.has_changed_weights:
-            return not job.step.holds_blocks    # else it rides in passes
-        if job.again is None:
+            # A step that rides in passes is not given up.
+            return not job.step.holds_blocks
+        if job.live_again is None:
             live = job.fetched.result().live
-            job.again = self.publisher.submit(
+            job.live_again = self.publisher.submit(
                 lambda _: self._store.load(live.path, live.sha256) if live else None)
+        # If it can't be read, nothing joins; the next job says so.
         return (job.step.done and not job.parts
-                and job.again.done() and job.again.exception() is None)
+                and job.live_again.done() and job.live_again.exception() is None)
 
     def _join(self, job: Job, joining: list[Waiting]) -> list[Event]:
         self._queue.remove(joining)
         job.corrections = [*job.corrections, *joining]
         if job.has_changed_weights:
-            assert job.again is not None
+            assert job.live_again is not None
             job.steps += 1
-            self.training.set_aside(job, job.again.result())
-            job.again = None
+            self.training.set_aside(job, job.live_again.result())
+            job.live_again = None
         return self._look(job)
 
     def _guard(self, job: Job) -> list[Event]:
@@ -508,7 +521,9 @@ class Learner:
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
         if job.trained is not None:
             self.training.go_back(job)
-            job.score_before = fmean(w.leads[0] for w in job.corrections)
+            new = [w.leads[0] for w in job.corrections if w.record.id not in job.told]
+            earlier = len(job.corrections) - len(new)
+            job.score_before = (earlier * job.score_before + sum(new)) / len(job.corrections)
         self._next_step(job)
         return [] if job.rehearses else self._tell_training(
             job, [w.record for w in job.corrections])
@@ -583,6 +598,7 @@ class Learner:
             return []
         keeps = all(right[count:])
         learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok and keeps]
+        job.live_again = None       # nothing joins any more
         reason = ('not learned' if keeps else 'not learned without losing what was right before')
         events = self._fail(job, [w for w in job.corrections if w not in learned],
                             f'{reason} after {job.steps} steps (finetune.max_steps)')

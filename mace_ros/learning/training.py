@@ -48,28 +48,29 @@ class Training:
 
     def take_up(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
         """Go on with a version, and an optimizer that knows nothing; None is the base model."""
+        self._load(tensors)
         job.trainer = Trainer(self.bank, self.settings.learning_rate)
-        self._show(job.trainer, tensors)
 
     def set_aside(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
         """Score a version, and keep what is being trained; None is the base model."""
         assert job.trainer is not None
         job.trained = self.bank.export()
-        self._show(job.trainer, tensors)
+        self._load(tensors)
+        job.trainer.show()
 
     def go_back(self, job: Job) -> None:
         """Train on what was set aside."""
         assert job.trainer is not None
         assert job.trained is not None
-        self._show(job.trainer, job.trained)
+        self._load(job.trained)
+        job.trainer.show()
         job.trained = None
 
-    def _show(self, trainer: Trainer, tensors: dict[str, Tensor] | None) -> None:
+    def _load(self, tensors: dict[str, Tensor] | None) -> None:
         if tensors is None:
             self.bank.reset()
         else:
             self.bank.load(tensors)
-        trainer.show()
 
     # -- steps over them -------------------------------------------------------------
 
