@@ -120,32 +120,30 @@ def trace(tokens: Any, *, questions: int, rate: float, seed: str) -> list[Questi
     return result
 
 
-def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, systems: Sequence[str],
-            questions: int, rate: float, seed: str) -> dict[str, Any]:
+def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, system: str,
+            questions: int, rate: float, seed: str, commit: str | None) -> dict[str, Any]:
     """
-    Run the trace under each system; return what all of them did.
+    Run the trace under a system; return what that one and the others did.
 
-    What ``earlier`` runs say of systems that don't run now is kept if their trace was the same.
+    What ``earlier`` runs say of other systems is kept if their trace was the same.
     """
     asked_for = {'questions': questions, 'rate': rate, 'seed': seed}
     runs = [r for r in earlier.get('drift_runs', ())
-            if r['system'] not in systems and r.get('trace') == asked_for]
+            if r['system'] != system and r.get('trace') == asked_for]
     kept = {r['system'] for r in runs}
     rows = [r for r in earlier.get('drift', ()) if r['system'] in kept]
-    for system in systems:
-        its = SYSTEMS[system]
-        robot = Robot(settings.updated(its.values), folder / system.replace(' ', '_'))
-        chat = robot.engine.chat
-        load = trace(lambda text, chat=chat: len(chat.answer(text)),
-                     questions=questions * (LASTING if its.overloaded else 1),
-                     rate=rate * (OVERLOAD if its.overloaded else 1.0), seed=seed)
-        asked, run = play(robot, load)
-        rows += [{'system': system, **row} for row in asked]
-        runs.append({'system': system, 'trace': asked_for, **run})
-        robot.engine.close()
-        right = sum(r['right'] for r in asked) / run['asked']
-        print(f'{system}: alignment {right:.3f}, fine-tune {run["learning_s"]:.1f} s', flush=True)
-    return {'drift': rows, 'drift_runs': runs}
+    its = SYSTEMS[system]
+    robot = Robot(settings.updated(its.values), folder / system.replace(' ', '_'))
+    chat = robot.engine.chat
+    many, fast = (LASTING, OVERLOAD) if its.overloaded else (1, 1.0)
+    load = trace(lambda text: len(chat.answer(text)), questions=questions * many,
+                 rate=rate * fast, seed=seed)
+    asked, run = play(robot, load)
+    robot.engine.close()
+    right = sum(r['right'] for r in asked) / run['asked']
+    print(f'{system}: alignment {right:.3f}, fine-tune {run["learning_s"]:.1f} s', flush=True)
+    return {'drift': [*rows, *({'system': system, **row} for row in asked)],
+            'drift_runs': [*runs, {'system': system, 'trace': asked_for, 'commit': commit, **run}]}
 
 
 def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -303,10 +301,10 @@ def _usual(samples: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def table(samples: Mapping[str, Any]) -> Table:
     """Return alignment and latency of each system in one table."""
     columns = ['alignment', 'area', 'learning_s', 'ttft_p95_ms', 'tpot_p95_ms', 'versions',
-               'rejected', 'steps', 'drifting', 'unlearned']
+               'rejected', 'steps', 'drifting', 'unlearned', 'commit']
     return Table(
         'Drift trace', ['system', *columns],
-        [[name, *(row[c] for c in columns)] for name, row in by_system(samples).items()],
+        [[name, *(row.get(c) for c in columns)] for name, row in by_system(samples).items()],
         'alignment: share of answers right when asked; area: the same over time; learning_s: '
         'device seconds of fine-tuning, scoring and gate included')
 

@@ -71,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if 'forty' in args.only:
             samples |= forty.measure(
                 settings, lessons, Path(storage) / 'forty', count=args.many, facts=facts)
-        if 'drift' in args.only:
+        for system in args.systems if 'drift' in args.only else ():
             samples |= drift.measure(
-                settings, Path(storage), samples, systems=args.systems,
-                questions=args.questions, rate=args.rate, seed=args.seed)
+                settings, Path(storage), samples, system=system, questions=args.questions,
+                rate=args.rate, seed=args.seed, commit=recorder.commit)
+            # Each takes long: what is known is not to be lost with the next.
+            recorder.write(result_of(samples), args.results)
     result = result_of(samples)
     path = recorder.write(result, args.results)
     if 'drift' in samples:

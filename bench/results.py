@@ -205,6 +205,12 @@ class Recorder:
         self._machine = machine()
         self._started, self._clock = datetime.now(timezone.utc), time.monotonic()
 
+    @property
+    def commit(self) -> str | None:
+        """What is measured."""
+        commit: str | None = self._machine['commit']
+        return commit
+
     def earlier(self, bench: str, folder: Path | None = None) -> dict[str, Any]:
         """Return the samples of an earlier run that :meth:`write` would replace, if any."""
         path = self._path(bench, folder)
