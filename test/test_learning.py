@@ -370,17 +370,30 @@ def test_a_job_that_is_stopped_while_something_joins_begins_anew(robot: Robot) -
 
 def test_what_trains_stays_if_there_is_less_room_when_something_joins(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = join(robot, lambda job: len(job.told) == 2)
     set_aside = Training.set_aside
+    shrunk = []
 
     def shrink(self: Training, *arguments: object) -> None:
         set_aside(self, *arguments)     # type: ignore[arg-type]
         self.tokens_within = lambda seconds: 1
+        shrunk.append(job.steps)
 
     monkeypatch.setattr(Training, 'set_aside', shrink)
-    job = join(robot, lambda job: job.live_again is None and job.trained is not None)
+    robot.engine.correct(Correction('A cat.', id='third', prompt='Question third?'))
     version = robot.until(lambda e: isinstance(e, VersionEvent))
-    assert [w.record.id for w in job.corrections] == ['first']
-    assert isinstance(version, VersionEvent) and version.correction_ids == ('first',)
+    assert shrunk, 'it did not try to join'
+    assert isinstance(version, VersionEvent) and version.correction_ids == ('first', 'second')
+    learned(robot, 'first', 'second', 'third')
+
+
+def test_what_joins_is_learned_even_if_the_live_version_answers_it_right(robot: Robot) -> None:
+    """The version in training might not."""
+    robot.correct(Correction('A human.', id='zeroth', prompt='Question second?'))
+    job = join(robot)
+    version = robot.until(lambda e: isinstance(e, VersionEvent))
+    assert isinstance(version, VersionEvent) and version.correction_ids == ('first', 'second')
+    assert [w.record.id for w in job.corrections] == ['first', 'second']
     learned(robot, 'first', 'second')
 
 

@@ -4,8 +4,8 @@
 How long learning rests after a job, so as to take no more than its share of time.
 
 A job that has begun is not slowed down: its corrections would be learned later, and nothing
-saved. While learning rests, corrections gather and are learned together, which costs little
-more than one alone: what each step replays and what the gate looks at is the same.
+saved. While learning rests, corrections gather and are learned together, which costs less than
+one by one: they share what each step replays and what the gate looks at.
 """
 
 from __future__ import annotations
