@@ -68,3 +68,9 @@ class Robot:
     def tokens(self, query_id: str) -> list[Token]:
         """Return the pieces of an answer so far."""
         return [e for e in self.events if isinstance(e, Token) and e.query_id == query_id]
+
+
+def correct(robot: Robot, name: str, *, about: str = '') -> None:
+    """Correct the answer to a question named so, and wait until that is accepted."""
+    robot.engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == name)
