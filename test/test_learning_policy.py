@@ -19,7 +19,7 @@ from mace_ros.learning.job import Job
 from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, gain, priority, resemble
-from mace_ros.learning.resting import Resting
+from mace_ros.learning.resting import LULL_S, Resting
 from mace_ros.learning.samples import interleaved, sample, turn, weighted
 from mace_ros.settings import Settings
 
@@ -179,16 +179,35 @@ def test_surprise_is_a_share() -> None:
 def test_after_a_job_learning_rests_until_it_took_its_share_of_time() -> None:
     resting = Resting()
     assert resting.until(0.0) == -math.inf      # nothing was learned yet
-    resting.begun(100.0)
-    assert resting.until(0.0) == 100.0
-    resting.spent(1.5)
-    resting.spent(0.5)
-    assert resting.until(0.25) == 108.0
-    assert resting.until(1.0) == 102.0          # it is over by then: no rest
+    resting.begun(100.0, 0.0)
+    resting.spent(4.0)
+    resting.spent(6.0)
+    assert resting.until(0.25) == 100.0 - LULL_S + 40.0
+    assert resting.until(1.0) <= 100.0 + 10.0   # it is over by then: no rest
     assert resting.until(0.0) == math.inf
-    resting.begun(200.0)
+
+
+def test_a_lull_before_a_job_shortens_the_rest_after_it() -> None:
+    resting = Resting()
+    resting.begun(100.0, 0.5)
+    resting.spent(15.0)
+    through = resting.until(0.5)
+    assert through == 100.0 - LULL_S + 30.0
+    resting.begun(through + 5.0, 0.5)       # of so much nothing was used
     resting.spent(1.0)
-    assert resting.until(0.5) == 202.0
+    assert resting.until(0.5) == through + 2.0
+    resting.begun(1000.0, 0.5)              # not all of a long one counts
+    resting.spent(1.0)
+    assert resting.until(0.5) == 1000.0 - LULL_S + 2.0
+
+
+def test_a_job_that_could_not_wait_leaves_no_debt() -> None:
+    resting = Resting()
+    resting.begun(100.0, 0.5)
+    resting.spent(50.0)
+    resting.begun(160.0, 0.0)
+    resting.spent(1.0)
+    assert resting.until(0.5) == 162.0
 
 
 # -- samples -----------------------------------------------------------------------------
