@@ -163,7 +163,7 @@ def learned(robot: Robot, *ids: str) -> None:
 
 
 def test_what_comes_late_waits_for_the_next_job(robot: Robot) -> None:
-    """What trains already would have to wait for it."""
+    """It would have too few of finetune.max_steps."""
     engine = robot.engine
     engine.update(engine.settings.updated(
         {'finetune.max_steps': 3, 'finetune.learning_rate': 1e-6}))

@@ -49,9 +49,8 @@ from mace_ros.settings import Settings
 MAX_TRIES = 3           # of a job that the device or the disk fails
 REMEMBERED = 1000       # scores under the version that a job begins from
 MORE_STEPS = 4          # at least, after a candidate was rejected
-# What comes may join a job until so much of finetune.max_steps is spent: later than that, what
-# trains already would wait longer for its version than what comes would gain.
-JOINED_WITHIN = 0.1
+# What comes may join a job until so much of finetune.max_steps is spent: the rest is enough for it.
+JOINED_WITHIN = 0.25
 # A right token must lead by this much (in logits) to stay right: a different order of additions
 # in another batch does not change the answer then.
 RIGHT_MARGIN = 0.5
