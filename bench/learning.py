@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add('--corrections', type=int, help='of the part one (default: 10; quick: 2)')
     add('--many', type=int, help='corrections of the part forty (default: 40; quick: 3)')
     add('--questions', type=int, help='of the drift trace (default: 300; quick: 24)')
-    add('--rate', type=float, help='questions a second of it (default: 0.2, which takes 25 minutes '
+    add('--rate', type=float, help='questions a second of it (default: 0.16, which takes 32 minutes '
         'for each system; quick: 0.8)')
     add('--seed', default='drift', help='of it: what is asked, when, and what is true')
     add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to '
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.corrections = args.corrections or (2 if args.quick else 10)
     args.many = args.many or (3 if args.quick else 40)
     args.questions = args.questions or (24 if args.quick else 300)
-    args.rate = args.rate or (0.8 if args.quick else 0.2)
+    args.rate = args.rate or (0.8 if args.quick else 0.16)
     args.systems = args.systems or list(QUICK_SYSTEMS if args.quick else drift.SYSTEMS)
     recorder = Recorder(vars(args), quick=args.quick)
     samples = recorder.earlier('learning', args.results) if set(args.only) != set(PARTS) else {}
