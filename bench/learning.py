@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add('--corrections', type=int, help='of the part one (default: 10; quick: 2)')
     add('--many', type=int, help='corrections of the part forty (default: 40; quick: 3)')
     add('--questions', type=int, help='of the drift trace (default: 300; quick: 24)')
-    add('--rate', type=float, help='questions a second of it (default: 0.16, which takes 32 minutes '
-        'for each system; quick: 0.8)')
+    add('--rate', type=float, help='questions a second of it (default: 0.16, which takes 32 '
+        'minutes for each system; quick: 0.8)')
     add('--seed', default='drift', help='of it: what is asked, when, and what is true')
     add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to '
         '(default: all); with --only drift, what was found out about the others is kept if their '
