@@ -129,7 +129,7 @@ def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, system: 
     """
     asked_for = {'questions': questions, 'rate': rate, 'seed': seed}
     runs = [r for r in earlier.get('drift_runs', ())
-            if r['system'] != system and r.get('trace') == asked_for]
+            if r['system'] != system and r['trace'] == asked_for]
     kept = {r['system'] for r in runs}
     rows = [r for r in earlier.get('drift', ()) if r['system'] in kept]
     its = SYSTEMS[system]
@@ -228,7 +228,7 @@ def by_system(samples: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for run in sorted(samples['drift_runs'], key=lambda r: order.index(r['system'])):
         rows = [r for r in samples['drift'] if r['system'] == run['system']]
         # What was never answered was not answered right.
-        answered = len(rows) / run.get('asked', len(rows))
+        answered = len(rows) / run['asked']
         result[run['system']] = {
             **run, 'alignment': alignment(rows) * answered, 'area': area(rows) * answered,
             'answers': len(rows),
@@ -304,7 +304,7 @@ def table(samples: Mapping[str, Any]) -> Table:
                'rejected', 'steps', 'drifting', 'unlearned', 'commit']
     return Table(
         'Drift trace', ['system', *columns],
-        [[name, *(row.get(c) for c in columns)] for name, row in by_system(samples).items()],
+        [[name, *(row[c] for c in columns)] for name, row in by_system(samples).items()],
         'alignment: share of answers right when asked; area: the same over time; learning_s: '
         'device seconds of fine-tuning, scoring and gate included')
 
