@@ -178,7 +178,11 @@ class Generator:
             feedback_callback=lambda m: self.chunks.append(m.feedback.chunk)), ANSWER_S)
 
     def result(self, goal: Any) -> tuple[int, Response]:
-        """Return the goal's status and the response."""
+        """
+        Return the goal's status and the response.
+
+        rclpy hands on no feedback after that: wait for the last chunk before.
+        """
         reply = resolved(goal.get_result_async(), ANSWER_S)
         return reply.status, reply.result.response
 

@@ -145,8 +145,9 @@ def test_action_and_topics_give_the_same_tokens(
     by_topic = client.ask('What is the capital of France?', **fields)
     expected = by_topic.result(ANSWER_S)
     with Recorder(client, response=Response, response_chunk=msg.ResponseChunk) as recorder:
-        status, response = generator.result(
-            generator.send('What is the capital of France?', id='by action', **fields))
+        goal = generator.send('What is the capital of France?', id='by action', **fields)
+        assert wait_until(lambda: generator.chunks[-1:] and generator.chunks[-1].last, ANSWER_S)
+        status, response = generator.result(goal)
         heard = eventually(
             lambda: recorder.of(Response, query_id='by action'), client, ANSWER_S)
         chunks = eventually(lambda: len(recorder.of(msg.ResponseChunk)) == len(by_topic.chunks)
@@ -155,7 +156,6 @@ def test_action_and_topics_give_the_same_tokens(
     assert response.query_id == 'by action'
     assert response.text == expected.text
     assert [response] == heard
-    assert wait_until(lambda: len(generator.chunks) == len(chunks), ANSWER_S)
     assert generator.chunks == chunks
     assert [c.text for c in chunks] == [c.text for c in by_topic.chunks]
 
@@ -171,11 +171,11 @@ def test_a_goal_is_cancelled_through_either(
         assert len(resolved(goal.cancel_goal_async(), ANSWER_S).goals_canceling) == 1
     else:
         client.cancel(query_id)
+    assert wait_until(lambda: generator.chunks[-1].last, ANSWER_S)
     status, response = generator.result(goal)
     assert response.finish_reason == Response.CANCELLED
     assert status == (GoalStatus.STATUS_CANCELED if through == 'the action'
                       else GoalStatus.STATUS_ABORTED)
-    assert generator.chunks[-1].last
 
 
 def test_a_topic_query_that_takes_a_goals_id_does_not_end_it(
