@@ -48,8 +48,9 @@ class ModelSettings:
         'auto', 'Where it runs; auto takes a CUDA device if there is one',
         choices=('auto', 'cpu', 'cuda'), read_only=True)
     weight_dtype: str = _parameter(
-        'auto', 'Precision of the base weights: auto is bfloat16 on CUDA and int8 on a CPU; int8 '
-        'rounds the linear layers to 8 bits, and computes in bfloat16 if the CPU can',
+        'auto', 'Precision of the base weights: auto is bfloat16 on CUDA, and on a CPU int8 if '
+        'that has instructions for it (bfloat16, or ARM), otherwise float32; int8 rounds the '
+        'linear layers to 8 bits, and computes in bfloat16 if the CPU can',
         choices=('auto', 'float32', 'bfloat16', 'int8'), read_only=True)
     device_graphs: bool = _parameter(
         True, 'On CUDA, capture passes and fine-tune layers as device graphs at the start, which '

@@ -12,7 +12,10 @@ import torch
 from mace_ros.execution.hardware import free_memory, hardware, limit_kernel_caches
 from mace_ros.execution.heap import limit_heap
 from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.loading import best_device, load_model, LoadedModel, Progress
+from mace_ros.execution.loading import (
+    best_device, best_dtype, load_model, LoadedModel, Progress,
+)
+from mace_ros.execution.products import multiplies_int8
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.settings import InvalidSetting, Settings
 from mace_ros.telemetry.device import DeviceCounters
@@ -43,7 +46,9 @@ def load(settings: Settings, progress: Progress,
     device = best_device() if model.device == 'auto' else model.device
     dtype = model.weight_dtype
     if dtype == 'auto':
-        dtype = 'int8' if device == 'cpu' else 'bfloat16'
+        dtype = best_dtype(device)
+        if device == 'cpu' and multiplies_int8(getattr(torch, dtype)):
+            dtype = 'int8'
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs alone, not for {device}')
     if device == 'cpu':
