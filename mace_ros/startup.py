@@ -12,9 +12,7 @@ import torch
 from mace_ros.execution.hardware import free_memory, hardware, limit_kernel_caches
 from mace_ros.execution.heap import limit_heap
 from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.loading import (
-    best_device, best_dtype, load_model, LoadedModel, Progress,
-)
+from mace_ros.execution.loading import best_device, best_dtype, load_model, LoadedModel, Progress
 from mace_ros.execution.products import multiplies_int8
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.settings import InvalidSetting, Settings

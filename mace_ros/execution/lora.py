@@ -203,7 +203,8 @@ class LinearGroup(nn.Module):
 
     def forget(self) -> None:
         """Drop what a pass left behind that did not call every member."""
-        self._input, self._outputs = None, {}
+        if self._outputs:   # seldom, and a module is slow to set what belongs to it
+            self._input, self._outputs = None, {}
 
     def compute(self, x: Tensor) -> Tensor:
         """Return all members' outputs side by side, each token with its adapter."""
