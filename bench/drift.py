@@ -121,18 +121,19 @@ def trace(tokens: Any, *, questions: int, rate: float, seed: str) -> list[Questi
 
 
 def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, system: str,
-            questions: int, rate: float, seed: str, commit: str | None) -> dict[str, Any]:
+            questions: int, rate: float, seed: str, where: Mapping[str, Any]) -> dict[str, Any]:
     """
     Run the trace under a system; return what that one and the others did.
 
-    What ``earlier`` runs say of other systems is kept if their trace was the same.
+    What ``earlier`` runs say of other systems is kept if nobody compares them with this one,
+    or if their trace was the same; ``where`` is noted with the run.
     """
+    its = SYSTEMS[system]
     asked_for = {'questions': questions, 'rate': rate, 'seed': seed}
-    runs = [r for r in earlier.get('drift_runs', ())
-            if r['system'] != system and r['trace'] == asked_for]
+    runs = [r for r in earlier.get('drift_runs', ()) if r['system'] != system and (
+        r['trace'] == asked_for or SYSTEMS[r['system']].overloaded != its.overloaded)]
     kept = {r['system'] for r in runs}
     rows = [r for r in earlier.get('drift', ()) if r['system'] in kept]
-    its = SYSTEMS[system]
     robot = Robot(settings.updated(its.values), folder / system.replace(' ', '_'))
     chat = robot.engine.chat
     many, fast = (LASTING, OVERLOAD) if its.overloaded else (1, 1.0)
@@ -143,7 +144,7 @@ def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, system: 
     right = sum(r['right'] for r in asked) / run['asked']
     print(f'{system}: alignment {right:.3f}, fine-tune {run["learning_s"]:.1f} s', flush=True)
     return {'drift': [*rows, *({'system': system, **row} for row in asked)],
-            'drift_runs': [*runs, {'system': system, 'trace': asked_for, 'commit': commit, **run}]}
+            'drift_runs': [*runs, {'system': system, 'trace': asked_for, **where, **run}]}
 
 
 def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -301,7 +302,7 @@ def _usual(samples: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def table(samples: Mapping[str, Any]) -> Table:
     """Return alignment and latency of each system in one table."""
     columns = ['alignment', 'area', 'learning_s', 'ttft_p95_ms', 'tpot_p95_ms', 'versions',
-               'rejected', 'steps', 'drifting', 'unlearned', 'commit']
+               'rejected', 'steps', 'drifting', 'unlearned', 'commit', 'cpu']
     return Table(
         'Drift trace', ['system', *columns],
         [[name, *(row[c] for c in columns)] for name, row in by_system(samples).items()],

@@ -211,6 +211,12 @@ class Recorder:
         commit: str | None = self._machine['commit']
         return commit
 
+    @property
+    def cpu(self) -> str:
+        """What it is measured on."""
+        cpu: str = self._machine['cpu']
+        return cpu
+
     def earlier(self, bench: str, folder: Path | None = None) -> dict[str, Any]:
         """Return the samples of an earlier run that :meth:`write` would replace, if any."""
         path = self._path(bench, folder)
