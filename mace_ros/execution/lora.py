@@ -473,25 +473,28 @@ class AdapterBank:
 
     def checked(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return tensors in the order of the master weights, or raise ``ValueError``."""
-        names = [name for m in self._members for name in _peft_names(m)]
-        odd = sorted(set(names) ^ set(tensors))
+        named = dict(self._named())
+        odd = sorted(named.keys() ^ tensors.keys())
         if odd:
             raise ValueError(f'adapter does not fit this model: {len(odd)} tensors missing or '
                              f'unknown, such as {odd[0]}')
-        for name, parameter in zip(names, self.parameters(), strict=True):
+        for name, parameter in named.items():
             if parameter.shape != tensors[name].shape:
                 raise ValueError(f'adapter does not fit this model: {name} is '
                                  f'{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}')
-        return [tensors[name] for name in names]
+        return [tensors[name] for name in named]
 
     def export(self) -> dict[str, Tensor]:
         """Return copies of the master weights on the CPU."""
-        result = {}
-        for member in self._members:
-            for parameter, name in zip((member.a, member.b), _peft_names(member), strict=True):
-                assert parameter is not None
-                result[name] = parameter.detach().to('cpu', copy=True)
-        return result
+        return {name: p.detach().to('cpu', copy=True) for name, p in self._named()}
+
+    def copies(self) -> dict[str, Tensor]:
+        """Return copies of the master weights where they are."""
+        return {name: p.detach().clone() for name, p in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        names = [name for m in self._members for name in _peft_names(m)]
+        return zip(names, self.parameters(), strict=True)
 
     @torch.no_grad()
     def write_slot(self, slot: int, tensors: Mapping[str, Tensor] | None = None) -> None:

@@ -89,9 +89,8 @@ class Job:
     forgotten: list[Sample] = field(default_factory=list)   # of these, by the live version
     replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None
-    # The live version, read again to score what joins; and what is trained, while that is scored.
-    live_again: Future[dict[str, Tensor] | None] | None = None
-    trained: dict[str, Tensor] | None = None
+    began_with: dict[str, Tensor] = field(default_factory=dict)     # the live version's weights
+    trained: dict[str, Tensor] | None = None    # those in training, while the others score
     step: FinetuneStep | None = None
     parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
     piece_tokens: int = 0               # of a layer, computed at once

@@ -478,28 +478,20 @@ class Learner:
         """
         Return whether what joins can be scored now, under the version that the job began from.
 
-        Once the job has changed the weights, that is read again first, and scored between steps.
+        Once the job has changed the weights, that is done between two steps.
         """
         assert job.step is not None
-        if not job.has_changed_weights:
-            # A step that rides in passes is not given up.
-            return not job.step.holds_blocks
-        if job.live_again is None:
-            live = job.fetched.result().live
-            job.live_again = self.publisher.submit(
-                lambda _: self._store.load(live.path, live.sha256) if live else None)
-        # If it can't be read, nothing joins; the next job says so.
-        return (job.step.done and not job.parts
-                and job.live_again.done() and job.live_again.exception() is None)
+        if job.has_changed_weights:
+            return job.step.done and not job.parts
+        # A step that rides in passes is not given up.
+        return not job.step.holds_blocks
 
     def _join(self, job: Job, joining: list[Waiting]) -> list[Event]:
         self._queue.remove(joining)
         job.corrections = [*job.corrections, *joining]
         if job.has_changed_weights:
-            assert job.live_again is not None
             job.steps += 1
-            self.training.set_aside(job, job.live_again.result())
-            job.live_again = None
+            self.training.set_aside(job)
         return self._look(job)
 
     def _guard(self, job: Job) -> list[Event]:
@@ -520,7 +512,7 @@ class Learner:
         job.forgotten = job.gate.wrong(job.before)
         job.replayed = interleaved(job.replayed, [t for t in taught if t in own])
         if job.trained is not None:
-            self.training.go_back(job)
+            self.training.go_on(job)
             new = [w.leads[0] for w in job.corrections if w.record.id not in job.told]
             earlier = len(job.corrections) - len(new)
             job.score_before = (earlier * job.score_before + sum(new)) / len(job.corrections)
@@ -536,6 +528,19 @@ class Learner:
     def _next_step(self, job: Job) -> None:
         self.training.begin_step(job, *self._lessons.step(
             job, self._settings.finetune, self.training.step_tokens))
+
+    def _still_learned(self, job: Job, scores: list[SampleScore]) -> bool:
+        count = len(job.samples)
+        learned = (all(s.margin >= LEARNED_MARGIN for s in scores[:count])
+                   and all(s.margin >= RIGHT_MARGIN for s in scores[count:]))
+        if learned:
+            job.score_after = fmean(s.log_probability for s in scores[:count])
+        return learned
+
+    def _propose(self, job: Job) -> list[Event]:
+        """Score the candidate."""
+        assert job.gate is not None
+        return self.training.score(job, job.gate.exact, partial(self._weigh_exact, job))
 
     def _weigh_exact(self, job: Job, scores: list[SampleScore], taught: list[Sample],
                      ) -> list[Event]:
@@ -598,7 +603,6 @@ class Learner:
             return []
         keeps = all(right[count:])
         learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok and keeps]
-        job.live_again = None       # nothing joins any more
         reason = ('not learned' if keeps else 'not learned without losing what was right before')
         events = self._fail(job, [w for w in job.corrections if w not in learned],
                             f'{reason} after {job.steps} steps (finetune.max_steps)')
@@ -606,9 +610,10 @@ class Learner:
             job.samples = [s for s, w in zip(job.samples, job.corrections, strict=True)
                            if w in learned]
             job.corrections, job.score_after = learned, score
-            assert job.gate is not None
-            return events + self.training.score(
-                job, job.gate.exact, partial(self._weigh_exact, job))
+            # What is rehearsed was learned already: all of that would be taken back.
+            return events + (self._propose(job) if job.rehearses else self.training.pull_back(
+                job, [*job.samples, *job.lost], partial(self._still_learned, job),
+                partial(self._propose, job)))
         self._job = None
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,

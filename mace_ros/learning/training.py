@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 import math
 
+import torch
 from torch import Tensor
 
 from mace_ros.events import Event
@@ -25,6 +26,9 @@ from mace_ros.learning.gate import BATCH_TOKENS, batches
 from mace_ros.learning.job import Job, Scoring
 from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import FinetuneSettings
+
+# How exactly it is found how far weights can be taken back: three halvings.
+CLOSE = 1 / 8
 
 
 class Training:
@@ -48,29 +52,56 @@ class Training:
 
     def take_up(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
         """Go on with a version, and an optimizer that knows nothing; None is the base model."""
-        self._load(tensors)
-        job.trainer = Trainer(self.bank, self.settings.learning_rate)
-
-    def set_aside(self, job: Job, tensors: dict[str, Tensor] | None) -> None:
-        """Score a version, and keep what is being trained; None is the base model."""
-        assert job.trainer is not None
-        job.trained = self.bank.export()
-        self._load(tensors)
-        job.trainer.show()
-
-    def go_back(self, job: Job) -> None:
-        """Train on what was set aside."""
-        assert job.trainer is not None
-        assert job.trained is not None
-        self._load(job.trained)
-        job.trainer.show()
-        job.trained = None
-
-    def _load(self, tensors: dict[str, Tensor] | None) -> None:
         if tensors is None:
             self.bank.reset()
         else:
             self.bank.load(tensors)
+        job.began_with = self.bank.copies()
+        job.trainer = Trainer(self.bank, self.settings.learning_rate)
+
+    def set_aside(self, job: Job) -> None:
+        """Score the version that the job began from, and keep what is being trained."""
+        job.trained = self.bank.copies()
+        self._load(job, job.began_with)
+
+    def go_on(self, job: Job) -> None:
+        """Train on what was set aside."""
+        assert job.trained is not None
+        self._load(job, job.trained)
+        job.trained = None
+
+    def pull_back(self, job: Job, samples: Sequence[Sample],
+                  still_learned: Callable[[list[SampleScore]], bool],
+                  done: Callable[[], list[Event]]) -> list[Event]:
+        """
+        Take the weights back towards those that the job began with, and go on with ``done``.
+
+        As far as scores of the samples allow, by halving what lies between three times.
+        """
+        return self._halve(job, samples, still_learned, done, self.bank.copies(), 0.0, 1.0)
+
+    def _halve(self, job: Job, samples: Sequence[Sample],
+               still_learned: Callable[[list[SampleScore]], bool],
+               done: Callable[[], list[Event]], trained: dict[str, Tensor],
+               too_little: float, enough: float) -> list[Event]:
+        """Both are shares of the way from the live version to what was trained."""
+        last = enough - too_little <= CLOSE
+        share = enough if last else (too_little + enough) / 2
+        self._load(job, {
+            name: torch.lerp(job.began_with[name], end, share) for name, end in trained.items()})
+        if last:
+            return done()
+
+        def judge(scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
+            bounds = (too_little, share) if still_learned(scores) else (share, enough)
+            return self._halve(job, samples, still_learned, done, trained, *bounds)
+
+        return self.score(job, samples, judge)
+
+    def _load(self, job: Job, tensors: dict[str, Tensor]) -> None:
+        assert job.trainer is not None
+        self.bank.load(tensors)
+        job.trainer.show()
 
     # -- steps over them -------------------------------------------------------------
 
