@@ -121,17 +121,19 @@ def trace(tokens: Any, *, questions: int, rate: float, seed: str) -> list[Questi
 
 
 def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, system: str,
-            questions: int, rate: float, seed: str, where: Mapping[str, Any]) -> dict[str, Any]:
+            questions: int, rate: float, seed: str, commit: str | None,
+            conditions: Mapping[str, Any]) -> dict[str, Any]:
     """
     Run the trace under a system; return what that one and the others did.
 
-    What ``earlier`` runs say of other systems is kept if nobody compares them with this one,
-    or if their trace was the same; ``where`` is noted with the run.
+    What ``earlier`` runs say of other systems is kept if the trace and all other ``conditions``
+    were the same, or if nobody compares them with this one.
     """
     its = SYSTEMS[system]
-    asked_for = {'questions': questions, 'rate': rate, 'seed': seed}
+    same = {'trace': {'questions': questions, 'rate': rate, 'seed': seed}, **conditions}
     runs = [r for r in earlier.get('drift_runs', ()) if r['system'] != system and (
-        r['trace'] == asked_for or SYSTEMS[r['system']].overloaded != its.overloaded)]
+        SYSTEMS[r['system']].overloaded != its.overloaded
+        or all(r.get(name) == value for name, value in same.items()))]
     kept = {r['system'] for r in runs}
     rows = [r for r in earlier.get('drift', ()) if r['system'] in kept]
     robot = Robot(settings.updated(its.values), folder / system.replace(' ', '_'))
@@ -144,7 +146,7 @@ def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, system: 
     right = sum(r['right'] for r in asked) / run['asked']
     print(f'{system}: alignment {right:.3f}, fine-tune {run["learning_s"]:.1f} s', flush=True)
     return {'drift': [*rows, *({'system': system, **row} for row in asked)],
-            'drift_runs': [*runs, {'system': system, 'trace': asked_for, **where, **run}]}
+            'drift_runs': [*runs, {'system': system, 'commit': commit, **same, **run}]}
 
 
 def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -302,10 +304,11 @@ def _usual(samples: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def table(samples: Mapping[str, Any]) -> Table:
     """Return alignment and latency of each system in one table."""
     columns = ['alignment', 'area', 'learning_s', 'ttft_p95_ms', 'tpot_p95_ms', 'versions',
-               'rejected', 'steps', 'drifting', 'unlearned', 'commit', 'cpu']
+               'rejected', 'steps', 'drifting', 'unlearned', 'asked', 'seconds', 'commit', 'cpu']
     return Table(
-        'Drift trace', ['system', *columns],
-        [[name, *(row[c] for c in columns)] for name, row in by_system(samples).items()],
+        'Drift trace', ['system', *columns, 'set'],
+        [[name, *(row[c] for c in columns), ' '.join(row['set'])]
+         for name, row in by_system(samples).items()],
         'alignment: share of answers right when asked; area: the same over time; learning_s: '
         'device seconds of fine-tuning, scoring and gate included')
 

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add('--seed', default='drift', help='of it: what is asked, when, and what is true')
     add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to '
         '(default: all); with --only drift, what was found out about the others is kept if their '
-        'trace was the same, or if only one of the two is overloaded')
+        'trace, CPU and --set were the same, or if only one of the two is overloaded')
     add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='parameters of the node')
     add('--results', type=Path, metavar='FOLDER', help='where to write the results')
     return result
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for system in args.systems if 'drift' in args.only else ():
             samples |= drift.measure(
                 settings, Path(storage), samples, system=system, questions=args.questions,
-                rate=args.rate, seed=args.seed,
-                where={'commit': recorder.commit, 'cpu': recorder.cpu, 'set': args.set})
+                rate=args.rate, seed=args.seed, commit=recorder.commit,
+                conditions={'cpu': recorder.cpu, 'set': args.set})
             # Each takes long: what is known is not to be lost with the next.
             recorder.write(result_of(samples), args.results)
     result = result_of(samples)

@@ -37,6 +37,13 @@ def check_budget(budget: MemoryBudget) -> None:
             'scheduler.max_batch_tokens, or memory.headroom_mb if it is 0')
 
 
+def best_weight_dtype(device: str) -> str:
+    """Return what ``auto`` stands for: what answers fastest there."""
+    dtype = best_dtype(device)
+    fast = device == 'cpu' and multiplies_int8(getattr(torch, dtype))
+    return 'int8' if fast else dtype
+
+
 def load(settings: Settings, progress: Progress,
          ) -> tuple[LoadedModel, HybridModel, Hardware, float]:
     """Return the model, what it runs on, and the bytes that are free beside it."""
@@ -44,9 +51,7 @@ def load(settings: Settings, progress: Progress,
     device = best_device() if model.device == 'auto' else model.device
     dtype = model.weight_dtype
     if dtype == 'auto':
-        dtype = best_dtype(device)
-        if device == 'cpu' and multiplies_int8(getattr(torch, dtype)):
-            dtype = 'int8'
+        dtype = best_weight_dtype(device)
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs alone, not for {device}')
     if device == 'cpu':

@@ -9,12 +9,14 @@ import json
 from pathlib import Path
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 
+from bench import drift, learning
 from bench.load import Arrival
 from bench.memory_budget import least_passes
-from bench.results import check
+from bench.results import check, dumps, FOLDER
 from bench.serving import Served
 from bench.soak import floor, growth
 from mace_ros.settings import Settings
@@ -82,6 +84,36 @@ def test_no_schedule_needs_fewer_passes_than_the_bound() -> None:
     # the first one has said nothing. Of 3 blocks, 1 is for what both begin with.
     assert least_passes(prompts, [16, 16], 3, 16) == (2 * (15 * 2 + 1)) / 2
     assert least_passes(prompts, [16, 16], 1000, 16) == 16      # a token each in every pass
+
+
+def test_what_was_found_out_about_learning_can_be_computed_again() -> None:
+    """Else a run that measures one part would be lost in the end, beside the others."""
+    found = json.loads((FOLDER / 'learning.json').read_text())
+    again = json.loads(dumps(asdict(learning.result_of(found['samples']))))
+    assert again['checks'] == found['checks']
+    assert again['tables'] == found['tables']
+
+
+def test_runs_that_cannot_be_compared_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {'questions': 2, 'rate': 1.0, 'seed': 'a'}
+    here = {'cpu': 'this one', 'set': []}
+    runs = [{'system': 'mace', 'trace': asked, **here},
+            {'system': 'periodic', 'trace': asked, 'cpu': 'another', 'set': []},
+            {'system': 'mace, no drift', 'trace': {**asked, 'rate': 2.0}, **here},
+            {'system': 'mace, overloaded', 'trace': {**asked, 'rate': 2.0}, **here}]
+    earlier = {'drift_runs': runs, 'drift': [{'system': run['system']} for run in runs]}
+    monkeypatch.setattr(drift, 'Robot', MagicMock())
+    monkeypatch.setattr(drift, 'trace', MagicMock())
+    monkeypatch.setattr(drift, 'play', lambda robot, load: (
+        [{'right': True}], {'asked': 1, 'learning_s': 1.0}))
+    found = drift.measure(MagicMock(), Path(), earlier, system='continuous', questions=2, rate=1.0,
+                          seed='a', commit='c', conditions=here)
+    kept = ['mace', 'mace, overloaded', 'continuous']
+    assert [run['system'] for run in found['drift_runs']] == kept
+    assert [row['system'] for row in found['drift']] == kept
+    assert found['drift_runs'][-1] == {
+        'system': 'continuous', 'commit': 'c', 'trace': asked, **here, 'asked': 1,
+        'learning_s': 1.0}
 
 
 def test_check_compares_value_and_target() -> None:

@@ -416,7 +416,7 @@ def test_a_late_subscriber_hears_the_live_version(mace: Mace, lesson: SimpleName
 
 def test_peft_gives_the_same_answers(
         mace: Mace, lesson: SimpleNamespace, tmp_path: Path) -> None:
-    """In float32, long answers too; the weights in 8 bits that a CPU has by default are others."""
+    """In float32, long answers too; the 8 bits that most CPUs have by default are other weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

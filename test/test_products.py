@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mace_ros.execution.products import FEW_TOKENS, Int8Weight, linear, multiplies_int8
+from mace_ros.startup import best_weight_dtype
 
 SHAPES = [(), (0,), (1,), (2,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (1, 1), (1, 5), (2, 3)]
 
@@ -46,3 +47,16 @@ def test_a_weight_of_8_bits(dtype: torch.dtype, inputs: int) -> None:
         int8.linear(x, bias), F.linear(x, rounded, bias), rtol=2e-2, atol=5e-2)
     if dtype == torch.float32:
         torch.testing.assert_close(int8.linear(x), F.linear(x, rounded), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('machine, native, expected', [
+    ('x86_64', {'avx2': True}, 'float32'),
+    ('x86_64', {'avx512_bf16': True}, 'int8'),
+    ('aarch64', {}, 'int8')])
+def test_weights_have_8_bits_where_that_is_fast(
+        machine: str, native: dict[str, bool], expected: str,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('platform.machine', lambda: machine)
+    monkeypatch.setattr('torch.cpu.get_capabilities', lambda: native)
+    assert best_weight_dtype('cpu') == expected
+    assert best_weight_dtype('cuda') == 'bfloat16'

@@ -8,23 +8,23 @@ from typing import Any
 
 from peft import PeftModel, set_peft_model_state_dict
 import pytest
-from robot import correct, DONE, Robot
+from robot import Robot
 from safetensors.torch import load_file
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mace_ros.events import Correction, CorrectionProgress
-from mace_ros.execution.sample import SampleScore
+from mace_ros.events import Correction, CorrectionState, VersionEvent, VersionState
+from mace_ros.execution.sample import Sample, SampleScore
+from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import Job
-from mace_ros.learning.learner import LEARNED_MARGIN, Learner, RIGHT_MARGIN
-from mace_ros.learning.samples import sample
+from mace_ros.learning.learner import LEARNED_MARGIN, learned_well, Learner, RIGHT_MARGIN
 from mace_ros.learning.training import CLOSE, Training
 
 
 @pytest.fixture
 def pulled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, dict[str, Tensor]]]:
-    """Return the jobs whose weights were taken back, with what they had trained."""
+    """Return the jobs whose weights were pulled back, with what they had trained."""
     found: list[tuple[Job, dict[str, Tensor]]] = []
     original = Training.pull_back
 
@@ -59,7 +59,7 @@ def test_no_more_is_published_than_what_was_corrected_needs(
     published = load_file(folder / 'adapter_model.safetensors')
     share = next(share for share in (i * CLOSE for i in range(1, round(1 / CLOSE) + 1))
                  if same(published, between(job, trained, share)))
-    assert share < 1.0, 'nothing was taken back'
+    assert share < 1.0, 'nothing was pulled back'
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder)
     assert lead(peft, job) >= LEARNED_MARGIN - 1e-3
     set_peft_model_state_dict(peft, between(job, trained, share - CLOSE))
@@ -89,29 +89,50 @@ def lead(model: torch.nn.Module, job: Job) -> float:
     return float((right - others)[first:].min())
 
 
-def test_what_leads_by_too_little_is_still_to_be_learned(robot: Robot) -> None:
-    job = Job('', [], None)     # type: ignore[arg-type]
-    job.samples, job.lost = [sample([1], [2])] * 2, [sample([1], [3])]
-
+def test_what_leads_by_too_little_is_still_to_be_learned() -> None:
     def learned(*margins: float) -> bool:
-        return robot.engine.learner._still_learned(
-            job, [SampleScore(-margin, 1, True, margin) for margin in margins])
+        return learned_well([SampleScore(-m, 1, True, m) for m in margins], 2)
 
+    assert learned(2.0, LEARNED_MARGIN, RIGHT_MARGIN)
     assert not learned(2.0, LEARNED_MARGIN - 0.1, 2.0)
     assert not learned(2.0, 2.0, RIGHT_MARGIN - 0.1)
-    assert job.score_after is None
-    assert learned(2.0, LEARNED_MARGIN + 0.5, RIGHT_MARGIN)
-    assert job.score_after == pytest.approx(-(2.0 + LEARNED_MARGIN + 0.5) / 2)
 
 
-def test_what_continuous_rehearses_is_not_taken_back(
-        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]]) -> None:
-    """All of it would be: it was learned before."""
+def test_what_was_learned_again_stays_so(
+        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The live version had forgotten it, and so the gate would not miss it."""
+    robot.correct(Correction('In the hall.', id='first', prompt='Question first?'))
+    held: list[tuple[Sample, ...]] = []
+    noted = Training.pull_back
+
+    def look(self: Training, job: Job, samples: tuple[Sample, ...], *arguments: Any) -> Any:
+        held.append(samples)
+        return noted(self, job, samples, *arguments)
+
+    monkeypatch.setattr(Training, 'pull_back', look)
+    robot.correct(Correction('A robot.', id='second', prompt='Question second?'))
+    [(job, _)], [samples] = pulled[1:], held
+    assert [*samples] == [*job.samples, *job.kept]
+
+
+def test_what_was_rejected_is_not_pulled_back_to_again(
+        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [Verdict('injected', ())]
+    judge = Gate.judge
+    monkeypatch.setattr(Gate, 'judge', lambda *arguments: (
+        verdicts.pop() if verdicts else judge(*arguments)))
+    state = robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
+    assert (state.state, verdicts, len(pulled)) == (CorrectionState.LEARNED, [], 1)
+    assert [e.state for e in robot.events if isinstance(e, VersionEvent)] == [
+        VersionState.REJECTED, VersionState.PUBLISHED]
+
+
+@pytest.mark.parametrize('policy', ['continuous', 'periodic'])
+def test_the_baselines_publish_what_they_trained(
+        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]], policy: str) -> None:
     robot.engine.update(robot.engine.settings.updated({
-        'scheduler.policy': 'continuous', 'finetune.period_steps': 2}))
-    correct(robot, 'k')
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
-    learned = robot.engine.live_version('')
-    while robot.engine.live_version('') == learned:
-        robot.events += robot.engine.step().events
-    assert [job.rehearses for job, _ in pulled] == [False]
+        'scheduler.policy': policy, 'finetune.period_s': 0.1}))
+    robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
+    assert robot.engine.live_version('') and not pulled

@@ -30,9 +30,9 @@ def measure_footprint(model: HybridModel, bank: AdapterBank) -> Footprint:
     window = getattr(config, 'sliding_window', None) or model.context_length
     return Footprint(
         kv_block=cache.slot_bytes * BLOCK_TOKENS,
-        # With the gradients, AdamW's two moments, those of a step's earlier parts or a copy while
-        # others are in their place or a version is saved, what a job began with, what lies between
-        # that and what it trained, and what the first job adds.
+        # With AdamW's two moments, what a job began with, the gradients and those of a step's
+        # earlier parts, or what was trained while other weights are in its place, and what the
+        # first job adds.
         adapters=bank.nbytes + 6 * masters + bank.spared_nbytes,
         layers=len(model.layers), hidden_token=config.hidden_size * model.dtype.itemsize,
         logits_row=config.vocab_size * 4,

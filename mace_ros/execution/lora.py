@@ -203,7 +203,7 @@ class LinearGroup(nn.Module):
 
     def forget(self) -> None:
         """Drop what a pass left behind that did not call every member."""
-        if self._outputs:   # seldom, and a module is slow to set what belongs to it
+        if self._input is not None:     # seldom; and torch.nn.Module sets attributes slowly
             self._input, self._outputs = None, {}
 
     def compute(self, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Job:
     replayed: list[Sample] = field(default_factory=list)    # what else is to stay
     trainer: Trainer | None = None
     began_with: dict[str, Tensor] = field(default_factory=dict)     # the live version's weights
-    trained: dict[str, Tensor] | None = None    # those in training, while the others score
+    trained: dict[str, Tensor] | None = None    # its own, while those are in their place
     step: FinetuneStep | None = None
     parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
     piece_tokens: int = 0               # of a layer, computed at once

@@ -58,6 +58,12 @@ RIGHT_MARGIN = 0.5
 LEARNED_MARGIN = 1.0
 
 
+def learned_well(scores: Sequence[SampleScore], count: int) -> bool:
+    """Return whether all that must be right leads, the first ``count``, as taught, by more."""
+    return (all(s.margin >= LEARNED_MARGIN for s in scores[:count])
+            and all(s.margin >= RIGHT_MARGIN for s in scores[count:]))
+
+
 class Learner:
     """Decides what is trained and published; the engine runs the steps that it asks for."""
 
@@ -413,6 +419,7 @@ class Learner:
         if self._known_of != source:
             self._known, self._known_of = {}, source
         self.training.take_up(job, fetched.take())
+        job.began_with = self.training.bank.copies()
         return self._look(job)
 
     def _look(self, job: Job) -> list[Event]:
@@ -529,13 +536,12 @@ class Learner:
         self.training.begin_step(job, *self._lessons.step(
             job, self._settings.finetune, self.training.step_tokens))
 
-    def _still_learned(self, job: Job, scores: list[SampleScore]) -> bool:
-        count = len(job.samples)
-        learned = (all(s.margin >= LEARNED_MARGIN for s in scores[:count])
-                   and all(s.margin >= RIGHT_MARGIN for s in scores[count:]))
-        if learned:
-            job.score_after = fmean(s.log_probability for s in scores[:count])
-        return learned
+    def _still_learned(self, job: Job, scores: Sequence[SampleScore]) -> bool:
+        count = len(job.corrections)
+        if not learned_well(scores, count):
+            return False
+        job.score_after = fmean(s.log_probability for s in scores[:count])
+        return True
 
     def _propose(self, job: Job) -> list[Event]:
         """Score the candidate."""
@@ -592,14 +598,13 @@ class Learner:
         most = self._settings.finetune.max_steps
         job.judged = True
         count = len(job.corrections)
-        scores = job.step.scores()
-        right = [s.margin >= RIGHT_MARGIN for s in scores[:job.must_be_right]]
-        learned_well = all(s.margin >= LEARNED_MARGIN for s in scores[:count])
+        scores = job.step.scores()[:job.must_be_right]
+        right = [s.margin >= RIGHT_MARGIN for s in scores]
+        well = learned_well(scores, count)
         score = fmean(s.log_probability for s in scores[:count])
         if job.steps == 0:
             job.score_before = score
-        if job.steps < most and (
-                job.steps < job.least_steps or not (all(right) and learned_well)):
+        if job.steps < most and (job.steps < job.least_steps or not well):
             return []
         keeps = all(right[count:])
         learned = [w for w, ok in zip(job.corrections, right, strict=False) if ok and keeps]
@@ -610,10 +615,12 @@ class Learner:
             job.samples = [s for s, w in zip(job.samples, job.corrections, strict=True)
                            if w in learned]
             job.corrections, job.score_after = learned, score
-            # What is rehearsed was learned already: all of that would be taken back.
-            return events + (self._propose(job) if job.rehearses else self.training.pull_back(
-                job, [*job.samples, *job.lost], partial(self._still_learned, job),
-                partial(self._propose, job)))
+            # After a rejection, it would lead to what was rejected. Baselines know nothing of it.
+            if not well or job.rejections or not self._decides:
+                return events + self._propose(job)
+            return events + self.training.pull_back(
+                job, job.step.samples[:job.must_be_right], partial(self._still_learned, job),
+                partial(self._propose, job))
         self._job = None
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,

@@ -27,7 +27,7 @@ from mace_ros.learning.job import Job, Scoring
 from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import FinetuneSettings
 
-# How exactly it is found how far weights can be taken back: three halvings.
+# How exactly it is found how far weights can be pulled back: three halvings.
 CLOSE = 1 / 8
 
 
@@ -56,11 +56,10 @@ class Training:
             self.bank.reset()
         else:
             self.bank.load(tensors)
-        job.began_with = self.bank.copies()
         job.trainer = Trainer(self.bank, self.settings.learning_rate)
 
     def set_aside(self, job: Job) -> None:
-        """Score the version that the job began from, and keep what is being trained."""
+        """Put what the job began with in place of what it trains, until :meth:`go_on`."""
         job.trained = self.bank.copies()
         self._load(job, job.began_with)
 
@@ -71,32 +70,26 @@ class Training:
         job.trained = None
 
     def pull_back(self, job: Job, samples: Sequence[Sample],
-                  still_learned: Callable[[list[SampleScore]], bool],
+                  still_learned: Callable[[Sequence[SampleScore]], bool],
                   done: Callable[[], list[Event]]) -> list[Event]:
         """
-        Take the weights back towards those that the job began with, and go on with ``done``.
+        Pull the weights back towards those that the job began with, and go on with ``done``.
 
-        As far as scores of the samples allow, by halving what lies between three times.
+        As far as the scores of ``samples`` allow, which is found by halving three times what lies
+        between: 0 is what the job began with, and 1 what it trained.
         """
-        return self._halve(job, samples, still_learned, done, self.bank.copies(), 0.0, 1.0)
+        trained = self.bank.copies()
 
-    def _halve(self, job: Job, samples: Sequence[Sample],
-               still_learned: Callable[[list[SampleScore]], bool],
-               done: Callable[[], list[Event]], trained: dict[str, Tensor],
-               too_little: float, enough: float) -> list[Event]:
-        """Both are shares of the way from the live version to what was trained."""
-        last = enough - too_little <= CLOSE
-        share = enough if last else (too_little + enough) / 2
-        self._load(job, {
-            name: torch.lerp(job.began_with[name], end, share) for name, end in trained.items()})
-        if last:
-            return done()
+        def halve(too_little: float, enough: float) -> list[Event]:
+            last = enough - too_little <= CLOSE
+            share = enough if last else (too_little + enough) / 2
+            self._load(job, {name: torch.lerp(job.began_with[name], end, share)
+                             for name, end in trained.items()})
+            return done() if last else self.score(
+                job, samples, lambda scores, taught:
+                halve(too_little, share) if still_learned(scores) else halve(share, enough))
 
-        def judge(scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
-            bounds = (too_little, share) if still_learned(scores) else (share, enough)
-            return self._halve(job, samples, still_learned, done, trained, *bounds)
-
-        return self.score(job, samples, judge)
+        return halve(0.0, 1.0)
 
     def _load(self, job: Job, tensors: dict[str, Tensor]) -> None:
         assert job.trainer is not None

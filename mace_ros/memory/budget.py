@@ -28,7 +28,7 @@ class Footprint:
     """
 
     kv_block: int            # keys and values of one block, all layers
-    adapters: int            # all slots, the master weights, their gradients and moments
+    adapters: int            # all slots, and the master weights with all that training adds
     layers: int
     hidden_token: int        # a token's hidden state
     logits_row: int          # logits of one token, fp32
