@@ -3,8 +3,10 @@
 """What was trained further than it had to be, with a small random model."""
 
 from collections.abc import Mapping
+import gc
 from pathlib import Path
 from typing import Any
+import weakref
 
 from peft import PeftModel, set_peft_model_state_dict
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mace_ros.events import Correction, CorrectionState, VersionEvent, VersionState
+from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.sample import Sample, SampleScore
 from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import Job
@@ -127,6 +130,26 @@ def test_what_was_rejected_is_not_pulled_back_to_again(
     assert (state.state, verdicts, len(pulled)) == (CorrectionState.LEARNED, [], 1)
     assert [e.state for e in robot.events if isinstance(e, VersionEvent)] == [
         VersionState.REJECTED, VersionState.PUBLISHED]
+
+
+def test_nothing_keeps_the_weights_of_a_job_that_has_ended(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would stay on the device until Python's collector comes."""
+    kept: list[weakref.ref[Tensor]] = []
+    copies = AdapterBank.copies
+
+    def noted(self: AdapterBank) -> dict[str, Tensor]:
+        result = copies(self)
+        kept.extend(weakref.ref(t) for t in result.values())
+        return result
+
+    monkeypatch.setattr(AdapterBank, 'copies', noted)
+    gc.disable()
+    try:
+        robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
+        assert kept and not [t for t in kept if t() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('policy', ['continuous', 'periodic'])

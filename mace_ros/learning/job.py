@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 import math
@@ -72,6 +72,18 @@ class Scoring:
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
     taught: list[Sample] = field(default_factory=list)
+
+
+@dataclass
+class PullingBack:
+    """Between which shares of what a job trained lies the one that is just enough."""
+
+    samples: Sequence[Sample]       # that must be right
+    still_learned: Callable[[Sequence[SampleScore]], bool]
+    done: Callable[[], list[Event]]
+    trained: dict[str, Tensor]
+    too_little: float = 0.0
+    enough: float = 1.0
 
 
 @dataclass

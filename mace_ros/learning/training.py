@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 import math
 
 import torch
@@ -23,7 +24,7 @@ from mace_ros.execution.hybrid import HybridModel
 from mace_ros.execution.lora import AdapterBank
 from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
 from mace_ros.learning.gate import BATCH_TOKENS, batches
-from mace_ros.learning.job import Job, Scoring
+from mace_ros.learning.job import Job, PullingBack, Scoring
 from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.settings import FinetuneSettings
 
@@ -76,20 +77,25 @@ class Training:
         Pull the weights back towards those that the job began with, and go on with ``done``.
 
         As far as the scores of ``samples`` allow, which is found by halving three times what lies
-        between: 0 is what the job began with, and 1 what it trained.
+        between.
         """
-        trained = self.bank.copies()
+        return self._halve(job, PullingBack(samples, still_learned, done, self.bank.copies()))
 
-        def halve(too_little: float, enough: float) -> list[Event]:
-            last = enough - too_little <= CLOSE
-            share = enough if last else (too_little + enough) / 2
-            self._load(job, {name: torch.lerp(job.began_with[name], end, share)
-                             for name, end in trained.items()})
-            return done() if last else self.score(
-                job, samples, lambda scores, taught:
-                halve(too_little, share) if still_learned(scores) else halve(share, enough))
+    def _halve(self, job: Job, search: PullingBack) -> list[Event]:
+        last = search.enough - search.too_little <= CLOSE
+        share = search.enough if last else (search.too_little + search.enough) / 2
+        self._load(job, {name: torch.lerp(job.began_with[name], end, share)
+                         for name, end in search.trained.items()})
+        return search.done() if last else self.score(
+            job, search.samples, partial(self._go_on_halving, job, search, share))
 
-        return halve(0.0, 1.0)
+    def _go_on_halving(self, job: Job, search: PullingBack, share: float,
+                       scores: list[SampleScore], taught: list[Sample]) -> list[Event]:
+        if search.still_learned(scores):
+            search.enough = share
+        else:
+            search.too_little = share
+        return self._halve(job, search)
 
     def _load(self, job: Job, tensors: dict[str, Tensor]) -> None:
         assert job.trainer is not None
