@@ -33,7 +33,9 @@ from mace_ros.storage import JOURNAL
 START_S = 250.0
 LIFE_S = 12.0           # after it is ready, of a node that is killed at random
 WAIT_S = 200.0          # at most, for what a kill is to fall into: a slow machine takes long
-DRAIN_S = 0.3           # for messages that were on their way
+# For messages that were on their way, and for Fast DDS (3.2.3) to give up what the killed process
+# has locked in shared memory: a client that closes meanwhile crashes.
+DRAIN_S = 3.0
 ASK_S = 0.2             # between two questions
 UNANSWERED = 8          # questions at most, so that a slow machine learns, too
 CORRECT_EVERY = 5       # questions; the node learns nearly as fast, so that versions come

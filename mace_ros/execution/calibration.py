@@ -29,7 +29,8 @@ def measure(model: HybridModel, bank: AdapterBank, *, max_tokens: int,
 
     Passes of up to ``max_tokens`` tokens under an adapter, and all segments of two
     fine-tune steps. The first of each is not counted: it pays for what later ones find
-    ready. The master weights are changed.
+    ready. The master weights are changed. On a slow device there may not be time for all
+    of it: each kind of work comes once before larger ones of its kind.
     """
     capacity = min(max_tokens, model.context_length, model.kv_blocks * model.block_tokens)
     per_row = -(-(CONTEXT + 1) // model.block_tokens)
@@ -39,21 +40,28 @@ def measure(model: HybridModel, bank: AdapterBank, *, max_tokens: int,
         spans = [Span((0,), CONTEXT, range(i * per_row, (i + 1) * per_row), TRAINING_SLOT, True)
                  for i in range(rows)]
         yield from _passes(model, spans, PassShape(rows, rows * (CONTEXT + 1), 0, 0, 0), clock)
+    trainer = Trainer(bank, 1e-9)
+    small, *larger = sorted({min(n, model.context_length) for n in STEP_TOKENS})
+    yield from _steps(model, trainer, small, clock)
     for tokens in sorted({min(n, capacity) for n in PREFILL_TOKENS}):
         blocks = range(-(-tokens // model.block_tokens))
         span = Span((0,) * tokens, 0, blocks, TRAINING_SLOT, True)
         shape = PassShape(0, 0, tokens, tokens * (tokens + 1) // 2, 0)
         yield from _passes(model, [span], shape, clock)
-    trainer = Trainer(bank, 1e-9)
-    for tokens in sorted({min(n, model.context_length) for n in STEP_TOKENS}):
-        for keep_graphs in (True, False):
-            sample = Sample((0,) * tokens, (0.0,) * (tokens // 2) + (1.0,) * (tokens - tokens // 2))
-            step = FinetuneStep(model, trainer, [sample], keep_graphs=keep_graphs)
-            while not step.done:
-                started = clock()
-                segment = step.run_segment()
-                model.synchronize()
-                yield segment, clock() - started
+    for tokens in larger:
+        yield from _steps(model, trainer, tokens, clock)
+
+
+def _steps(model: HybridModel, trainer: Trainer, tokens: int,
+           clock: Callable[[], float]) -> Iterator[Measured]:
+    for keep_graphs in (True, False):
+        sample = Sample((0,) * tokens, (0.0,) * (tokens // 2) + (1.0,) * (tokens - tokens // 2))
+        step = FinetuneStep(model, trainer, [sample], keep_graphs=keep_graphs)
+        while not step.done:
+            started = clock()
+            segment = step.run_segment()
+            model.synchronize()
+            yield segment, clock() - started
 
 
 def _passes(model: HybridModel, spans: list[Span], shape: PassShape,
