@@ -19,7 +19,7 @@ def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, *, count: i
     base = robot.perplexity(live=False)
     known = robot.facts(lessons['facts'], facts)
     taught = []
-    for lesson in [*lessons['corrections'], *lessons['more_corrections']][:count]:
+    for lesson in lessons['corrections'][:count]:
         wrong = robot.ask(lesson['question'], no_learn=False)
         if wrong.text.strip() == lesson['answer']:
             seconds, state = 0.0, 'KNOWN'

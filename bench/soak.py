@@ -92,8 +92,7 @@ class Soak:
 
         self._node, self._client, self._seconds = node, client, seconds
         self._random = random.Random(4)
-        lessons = json.loads(LESSONS.read_text())
-        self._lessons = [*lessons['corrections'], *lessons['more_corrections']]
+        self._lessons = json.loads(LESSONS.read_text())['corrections']
         self._answers: list[Any] = []
         self._learning: list[Any] = []
         self._asked = self._cancelled = self._changed = self._made = self._refused = 0
