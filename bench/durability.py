@@ -53,6 +53,8 @@ PARAMETERS: dict[str, Any] = {
     'model.threads': 1, 'model.weight_dtype': 'float32', 'finetune.learning_rate': 0.01,
     'gate.tolerance': 1.0, 'generation.max_tokens': 8, 'scheduler.max_slowdown': 10.0,
     'drift.min_budget': 1.0,
+    # A slow machine that is always asked learns, too.
+    'slo.freshness_s': 5.0, 'finetune.min_share': 0.5,
     # A version goes back for one reason only: that something was lost.
     'gate.auto_rollback': False}
 
