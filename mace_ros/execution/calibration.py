@@ -30,7 +30,7 @@ def measure(model: HybridModel, bank: AdapterBank, *, max_tokens: int,
     Passes of up to ``max_tokens`` tokens under an adapter, and all segments of two
     fine-tune steps. The first of each is not counted: it pays for what later ones find
     ready. The master weights are changed. On a slow device there may not be time for all
-    of it: each kind of work comes once before larger ones of its kind.
+    of it: the smaller step, which has segments of every kind, comes before long prefills.
     """
     capacity = min(max_tokens, model.context_length, model.kv_blocks * model.block_tokens)
     per_row = -(-(CONTEXT + 1) // model.block_tokens)
