@@ -42,7 +42,7 @@ class Answers:
     """Lets queries in, gives them their tokens, and keeps what is said; on the device's thread."""
 
     def __init__(self, settings: Settings, *, chat: ChatText, state: State, residence: Residence,
-                 slots: AdapterSlots, learner: Learner, journal: JournalWriter,
+                 slots: AdapterSlots, learner: Learner, journal: JournalWriter, base: BaseAnswers,
                  longest: Callable[[], int], later: Callable[[Callable[[], list[Event]]], None],
                  clock: Callable[[], float]) -> None:
         """
@@ -60,7 +60,7 @@ class Answers:
         self._all: dict[str, Answering] = {}
         self._conversations = Conversations()
         self._early = EarlyCancellations()
-        self._base = BaseAnswers()
+        self._base = base
         self._warming = Warming()
         self._reading: Answering | None = None
 
@@ -163,12 +163,22 @@ class Answers:
 
     def ask_base(self, *, overdue: bool) -> None:
         """Ask the base model something whose answer learning must not change."""
-        for query in self._base.next(self._state, overdue=overdue):
-            answering = begin(
-                checked_query(query, self.settings), self._clock(), self._conversations.get(''),
-                self._chat, '', self._longest())
-            answering.silent = True
-            self._start(answering, base=True)
+        while queries := self._base.next(self._state, overdue=overdue):
+            for query in queries:
+                answering = begin(
+                    checked_query(query, self.settings), self._clock(),
+                    self._conversations.get(''), self._chat, '', self._longest())
+                if not self._base.knows(query.id, answering.ids):
+                    answering.silent = True
+                    self._start(answering, base=True)
+        if self._give_anchors():    # all of an earlier start: no end of one calls the learner
+            self._later(list)
+
+    def _give_anchors(self) -> bool:
+        answers = self._base.all
+        if answers is not None:
+            self._learner.give_anchors(answers)
+        return answers is not None
 
     def published(self, profile: str) -> None:
         """Plan what the profile's new version is to read: what others read is of no use to it."""
@@ -246,8 +256,7 @@ class Answers:
             self._base.ended(
                 query.id, answering.ids[:request.prompt_tokens], answering.output,
                 complete=complete)
-            if (answers := self._base.all) is not None:
-                self._learner.give_anchors(answers)
+            self._give_anchors()
             return []
         if request.output_tokens:
             self._remember(answering, complete)

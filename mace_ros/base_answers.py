@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 import uuid
 
@@ -26,8 +27,10 @@ class BaseAnswers:
     they are asked one by one once a correction has waited for too long.
     """
 
-    def __init__(self) -> None:
-        """Begin without an answer."""
+    def __init__(self, known: Mapping[tuple[int, ...], list[int]],
+                 record: Callable[[Sequence[int], Sequence[int]], object]) -> None:
+        """Begin with what is ``known`` by its prompt, of earlier starts; ``record`` the others."""
+        self._known, self._record = known, record
         self._asked: dict[str, int] = {}    # by the ids of the queries
         self._answers: dict[int, tuple[list[int], list[int]]] = {}
 
@@ -53,12 +56,21 @@ class BaseAnswers:
         """The ids of those that a query which comes in sends away."""
         return list(self._asked)[1:]
 
+    def knows(self, query_id: str, prompt: list[int]) -> bool:
+        """Return whether this one need not be asked again."""
+        output = self._known.get(tuple(prompt))
+        if output is None:
+            return False
+        self._answers[self._asked.pop(query_id)] = (prompt, output)
+        return True
+
     def ended(self, query_id: str, prompt: list[int], output: list[int], *,
               complete: bool) -> None:
         """Note an answer, or so much of it as there was when its query was sent away."""
         index = self._asked.pop(query_id)
         if complete or len(output) >= ENOUGH:
             self._answers[index] = (prompt, output)
+            self._record(prompt, output)
 
     @property
     def left(self) -> int:

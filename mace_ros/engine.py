@@ -24,6 +24,7 @@ import time
 import uuid
 
 from mace_ros.answers import Answers
+from mace_ros.base_answers import BaseAnswers
 from mace_ros.corrections import accept, Accepted
 from mace_ros.events import (
     Correction,
@@ -41,7 +42,7 @@ from mace_ros.execution.calibration import measure
 from mace_ros.execution.device_graphs import capture
 from mace_ros.execution.footprint import measure_footprint
 from mace_ros.execution.heap import Heap
-from mace_ros.execution.loading import Progress, reporting
+from mace_ros.execution.loading import Progress, reporting, weights_digest
 from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.execution.text import ChatText
 from mace_ros.kv_blocks import KvBlocks
@@ -183,6 +184,7 @@ class Engine:
         self._answers = Answers(
             settings, chat=self.chat, state=self._state, residence=self._residence,
             slots=self._slots, learner=self.learner, journal=self._journal,
+            base=self._base_answers(weights_digest(loaded.model)),
             longest=lambda: self._longest, later=self._enqueue, clock=clock)
         self._spoke = False    # the latest iteration only said something
         self._door = CorrectionDoor()
@@ -499,6 +501,13 @@ class Engine:
 
     def _condemn(self, suspicion: Suspicion) -> None:
         self.rollback(suspicion.profile, suspicion.better, suspicion.reason)
+
+    def _base_answers(self, model: str) -> BaseAnswers:
+        journal = self._journal
+        return BaseAnswers(
+            journal.submit(lambda j: j.base_answers(model)).result(),
+            record=lambda prompt, output: journal.submit(
+                lambda j: j.record_base_answer(model, prompt, output)))
 
     # -- between two passes ----------------------------------------------------------
 

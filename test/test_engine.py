@@ -27,13 +27,14 @@ from mace_ros.events import (
 )
 from mace_ros.kv_blocks import KvBlocks
 from mace_ros.learning.describing import OtherAdapter, peft_config
-from mace_ros.learning.journal import VersionRecord
+from mace_ros.learning.journal import Journal, VersionRecord
 from mace_ros.learning.versions import OtherModel, VersionStore
 from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.waiting import Waiting
 from mace_ros.settings import Settings
+from mace_ros.storage import JOURNAL
 from mace_ros.validation import MAX_ID
 
 
@@ -280,7 +281,9 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
 def test_a_busy_robot_asks_itself_one_by_one() -> None:
     """What was sent away is asked again; while somebody waits, only what is overdue."""
     one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
-    base, idle, full = BaseAnswers(), State(), State(waiting=Waiting([one]), running=[one])
+    recorded: list[tuple[object, object]] = []
+    base = BaseAnswers({}, lambda prompt, output: recorded.append((prompt, output)))
+    idle, full = State(), State(waiting=Waiting([one]), running=[one])
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
     assert len(several) > 1 and base.in_the_way == [q.id for q in several[1:]]
@@ -299,6 +302,35 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
                    complete=bool(len(asked) % 2))
         asked.append(query.text)
     assert asked == list(base_answers.ANCHORS) and base.all[3] == ([3], [2])
+    assert recorded == base.all
+
+
+def test_what_the_base_model_answered_is_known_after_a_restart(
+        settings: Settings, tmp_path: Path) -> None:
+    """Not what another one of the same shape did."""
+    def learn(name: str) -> int:
+        """Return how many questions the node asked itself before it learned."""
+        robot = Robot(Engine(settings, storage=tmp_path))
+        began = []
+        try:
+            start = robot.engine._answers._start
+            robot.engine._answers._start = lambda answering, **kwargs: (
+                began.append(answering.silent), start(answering, **kwargs))[1]
+            assert robot.correct(Correction(
+                'A robot.', id=name, prompt=f'{name}?')).state is CorrectionState.LEARNED
+            assert robot.engine.status().base_questions_left == 0
+        finally:
+            robot.engine.close()
+        return sum(began)
+
+    assert learn('first') == len(base_answers.ANCHORS)
+    assert learn('second') == 0
+    with Journal(tmp_path / JOURNAL) as journal:
+        journal.execute("UPDATE base_answers SET model = 'another'")
+    assert learn('third') == len(base_answers.ANCHORS)
+    with Journal(tmp_path / JOURNAL) as journal:
+        [models] = journal.rows('SELECT count(*), count(DISTINCT model) FROM base_answers')
+    assert tuple(models) == (len(base_answers.ANCHORS), 1)
 
 
 def test_what_found_no_room_to_ride_is_not_booked(

@@ -64,13 +64,13 @@ def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
     job = Job('', [], Future(), samples=some(1, 1), kept=some(2, 3), variants=some(3, 2),
               forgotten=some(4, 1), replayed=some(5, 9))
     finetune = Settings().finetune
-    expected = [*some(1, 1), *some(2, 3), *some(3, 1), *some(4, 1),
+    expected = [*some(1, 1), *some(2, 2), *some(3, 1), *some(4, 1),
                 *(weighted(s, finetune.replay_weight)
-                  for s in some(5, finetune.replay_samples - 3))]
+                  for s in some(5, finetune.replay_samples - 2))]
     parts, _ = Lessons(None).step(job, finetune, most)     # type: ignore[arg-type]
     assert sorted((s for part in parts for s in part), key=lambda s: s.tokens) == expected
     assert all(len(part) == 1 or sum(len(s.tokens) for s in part) <= most for part in parts)
-    assert parts[0][:job.must_be_right] == [*some(1, 1), *some(2, 3)][:job.must_be_right]
+    assert parts[0][:job.must_be_right] == [*some(1, 1), *some(2, 2)][:job.must_be_right]
     assert job.must_be_right >= 1
 
 
@@ -86,7 +86,7 @@ def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
     lessons, finetune = Lessons(None), Settings().finetune      # type: ignore[arg-type]
     kept, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
     seen: list[Sample] = []
-    for _ in range(5):
+    for _ in range(10):
         job = Job('', [], Future(), samples=[sample([1, 1], [1])], kept=kept, replayed=replayed)
         (part,), _ = lessons.step(job, finetune, 10**6)
         seen += part
@@ -222,6 +222,14 @@ def test_a_paraphrase_changes_the_last_question_only() -> None:
         assert each[:3] == list(messages[:3]) and 'C?' in each[3]['content'] != 'C?'
     assert paraphrases(({'role': 'system', 'content': 'x'},), JUDGED) == []
     assert not set(JUDGED) & set(TRAINED)     # what is judged by is not trained
+
+
+@pytest.mark.parametrize(('question', 'words'), [
+    ('Where is the fire extinguisher?', 'fire extinguisher'), ('What is it?', 'What is it'),
+    ('Wo ist der Ausgang?', 'Wo ist der Ausgang'), (' ', '')])
+def test_what_a_question_is_about_is_trained_as_well(question: str, words: str) -> None:
+    [[asked]] = paraphrases(({'role': 'user', 'content': question},), TRAINED[:1])
+    assert asked['content'] == f'{words}?'
 
 
 def test_all_take_their_turn() -> None:

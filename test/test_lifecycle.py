@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import gc
 from pathlib import Path
 import resource
 import signal
@@ -55,6 +56,10 @@ class NodeHere:
         self._spinner.stop()
         self._node.destroy_node()
         self._context.shutdown()
+        # rclpy keeps a lifecycle node's services until the node is collected: the next
+        # node's first request could go to them.
+        del self._node, self._spinner
+        gc.collect()
 
 
 class Managed:
@@ -248,7 +253,6 @@ def test_shutdown_comes_from_any_state(managed: Managed) -> None:
 
 def test_shutdown_comes_from_unconfigured(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a node in a namespace, where none is in its way."""
     for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     new = Managed(NodeHere(**{'storage.folder': tmp_path}))

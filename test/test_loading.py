@@ -10,12 +10,14 @@ import pickle
 import shutil
 
 import pytest
+import torch
 
 from mace_ros.execution.loading import (
     conversion_name,
     load_model,
     ModelNotFound,
     packaged_gguf,
+    weights_digest,
 )
 
 
@@ -89,3 +91,12 @@ def test_other_weights_are_another_conversion(tmp_path: Path) -> None:
         gguf.write_bytes(bytes(2**22 + 5) + end)
         names.add(conversion_name(gguf))
     assert len(names) == 2
+
+
+def test_models_of_the_same_shape_are_told_apart(model_folder: Path) -> None:
+    model = load_model(str(model_folder), device='cpu').model
+    before = weights_digest(model)
+    assert weights_digest(load_model(str(model_folder), device='cpu').model) == before
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.001)
+    assert weights_digest(model) != before

@@ -348,10 +348,12 @@ def lesson(mace: Mace) -> SimpleNamespace:
     heard.first = mace.client.wait_until_ready(30.0)
     heard.others = {q: mace.ask(q, max_tokens=16, no_learn=True).text for q in OTHERS}
     heard.wrong = mace.ask(NAME, max_tokens=10)
-    running = mace.begin_endless()
     mace.set('slo.freshness_s', 1.0)          # or learning would wait for the query's end
     mace.set('finetune.min_share', 0.9)
     learning = mace.client.correct(ROVER, query_id=heard.wrong.query_id)
+    # Once the base model has been asked, which takes several times as long beside a query.
+    assert learning.wait(CorrectionStatus.TRAINING, LEARN_S).state == CorrectionStatus.TRAINING
+    running = mace.begin_endless()
     end = time.monotonic() + LEARN_S
     while not learning.is_final() and time.monotonic() < end:
         if running.is_complete():       # the model has found an end after all

@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+DIGESTED = 16   # numbers of each tensor
+
 Progress = Callable[[str], None]
 
 
@@ -80,6 +82,15 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
             raise ModelNotFound(
                 f'model.source: the weights in {name!r} are damaged: {error}') from error
     return LoadedModel(model, tokenizer, name)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return what tells apart models of the same shape: a digest of some of all their weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.flatten()[:DIGESTED].double()
+        digest.update(f'{name} {tensor.dtype} {some.tolist()}'.encode())
+    return digest.hexdigest()
 
 
 def best_device() -> str:

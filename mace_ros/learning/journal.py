@@ -162,6 +162,19 @@ class Journal(JournalFile):
         return tuple(map(_answer, self.rows(
             'SELECT * FROM answers WHERE profile = coalesce(?, profile) ORDER BY number', profile)))
 
+    def record_base_answer(
+            self, model: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Record what this base model answers, and forget what another one did."""
+        with self.transaction():
+            self.execute('DELETE FROM base_answers WHERE model <> ?', model)
+            self.insert('INSERT OR REPLACE', 'base_answers', prompt_ids=as_json(prompt_ids),
+                        output_ids=as_json(output_ids), model=model)
+
+    def base_answers(self, model: str) -> dict[tuple[int, ...], list[int]]:
+        """Return what this base model has answered, by the prompts' ids."""
+        return {tuple(json.loads(row['prompt_ids'])): json.loads(row['output_ids'])
+                for row in self.rows('SELECT * FROM base_answers WHERE model = ?', model)}
+
     def replay_candidates(
         self, profile: str, limit: int, exclude_query_ids: Collection[str] = (),
     ) -> tuple[Answer, ...]:

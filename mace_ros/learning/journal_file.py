@@ -98,6 +98,15 @@ _STEPS = (
         # The newest answers of a line of versions, each time that one of them is corrected.
         'CREATE INDEX answers_lineage ON answers (lineage, number)',
     ),
+    (
+        # To the questions that learning must not change.
+        """
+        CREATE TABLE base_answers (
+            prompt_ids TEXT PRIMARY KEY,
+            output_ids TEXT NOT NULL,
+            model TEXT NOT NULL)
+        """,
+    ),
 )
 _SCHEMA_VERSION = len(_STEPS)
 

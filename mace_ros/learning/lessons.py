@@ -83,8 +83,8 @@ class Lessons:
         """
         count = finetune.replay_samples * (2 if job.rejections else 1)
         now, self._steps = self._steps, self._steps + 1
-        # Up to half of what is replayed are earlier corrections; all in their turn.
-        kept = turn(job.kept, min((count + 1) // 2, len(job.kept)), now)
+        # Up to a quarter of what is replayed are earlier corrections; all in their turn.
+        kept = turn(job.kept, min((count + 3) // 4, len(job.kept)), now)
         needed = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
         rejected = [(i, waiting, sample(waiting.record.prompt_ids, self._chat.answer(text)))
                     for i, waiting in enumerate(job.corrections if finetune.objective == 'dpo'

@@ -14,7 +14,21 @@ from collections.abc import Mapping, Sequence
 from mace_ros.learning.journal import Messages
 
 JUDGED = ('Please answer: {}', 'I would like to know: {}', '{} Please be brief.')
-TRAINED = ('Question: {}', 'Hello! {}', '{} Thank you.', 'One more thing. {}')
+# The first one keeps no order of words: people who ask the same ask it in another one.
+TRAINED = ('{content}?', 'Hello! {}', 'Question: {}', '{} Thank you.', 'One more thing. {}')
+
+# What English asks with, and what holds its sentences together.
+FUNCTION_WORDS = frozenset({
+    'a', 'an', 'and', 'are', 'at', 'by', 'can', 'could', 'did', 'do', 'does', 'for', 'from',
+    'had', 'has', 'have', 'how', 'in', 'is', 'it', 'may', 'might', 'must', 'of', 'on', 'or',
+    'shall', 'should', 'that', 'the', 'to', 'was', 'were', 'what', 'when', 'where', 'which',
+    'who', 'whom', 'whose', 'why', 'will', 'with', 'would'})
+
+
+def content(text: str) -> str:
+    """Return the words of a question that say what it is about; all if there are none."""
+    words = text.strip().rstrip('?.!').split()
+    return ' '.join([w for w in words if w.lower() not in FUNCTION_WORDS] or words)
 
 
 def paraphrases(messages: Messages, templates: Sequence[str]) -> list[list[Mapping[str, str]]]:
@@ -26,6 +40,8 @@ def paraphrases(messages: Messages, templates: Sequence[str]) -> list[list[Mappi
     for template in templates:
         changed: list[Mapping[str, str]] = list(messages)
         last = changed[asked[-1]]
-        changed[asked[-1]] = {**last, 'content': template.format(last['content'])}
+        question = last['content']
+        changed[asked[-1]] = {
+            **last, 'content': template.format(question, content=content(question))}
         result.append(changed)
     return result

@@ -200,7 +200,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._stopping = True
         self._intake.close('the node is stopping')
         freed = self._device.call(self._end)
-        if self._engine is not None:
+        if self._engine is not None or not self._health.doing:    # else it loads a model
             try:
                 freed.result(END_TIMEOUT_S)
             except FutureTimeout:
