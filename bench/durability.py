@@ -51,7 +51,8 @@ ROUNDS, QUICK_ROUNDS = 50, len(AIMS)
 # Of a node whose model has random weights: it is ready, and learns, within seconds.
 PARAMETERS: dict[str, Any] = {
     'model.threads': 1, 'model.weight_dtype': 'float32', 'finetune.learning_rate': 0.01,
-    'gate.tolerance': 1.0, 'generation.max_tokens': 8, 'scheduler.max_slowdown': 10.0,
+    'finetune.replay_weight': 1.0, 'finetune.replay_samples': 2, 'gate.tolerance': 1.0,
+    'generation.max_tokens': 8, 'scheduler.max_slowdown': 10.0,
     'drift.min_budget': 1.0,
     # A slow machine that is always asked learns, too.
     'slo.freshness_s': 5.0, 'finetune.min_share': 0.5,

@@ -280,7 +280,7 @@ def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Pat
     """Who runs ends on the newer one; all of it holds after a restart, too."""
     robot = Robot(Engine(settings, storage=tmp_path))
     teach(robot, 'A robot.', 'Your friend.')
-    robot.engine.submit(Query('Running?', id='running', max_tokens=1000))
+    robot.engine.submit(Query('Tell me a long story about the sea.', id='running', max_tokens=1000))
     robot.until(lambda e: isinstance(e, Token) and e.query_id == 'running')
     start = len(robot.events)
     outcome = rolled_back(robot, 1)
