@@ -20,7 +20,7 @@ import threading
 import pytest
 
 from mace_ros.events import CorrectionState, VersionState
-from mace_ros.learning import journal_file
+from mace_ros.learning import journal as journal_module, journal_file
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
@@ -176,6 +176,17 @@ def test_old_answers_go_but_none_that_a_pending_correction_needs(path: Path) -> 
         journal.record_answer(answer('q20'))
         kept = [number for number in range(21) if journal.answer(f'q{number}')]
         assert kept == [16, 17, 18, 19, 20]
+
+
+def test_base_answers_are_those_of_one_model_and_bounded(
+        journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template that tells the date makes new prompts every day."""
+    monkeypatch.setattr(journal_module, 'MAX_BASE_ANSWERS', 3)
+    journal.record_base_answer('old', [0], [9])
+    for i in range(5):
+        journal.record_base_answer('new', [i], [i, i])
+    assert journal.base_answers('old') == {}
+    assert journal.base_answers('new') == {(i,): [i, i] for i in (2, 3, 4)}
 
 
 def test_replay_takes_answers_that_nobody_called_wrong(journal: Journal) -> None:

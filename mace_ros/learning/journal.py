@@ -29,6 +29,8 @@ Messages: TypeAlias = tuple[Mapping[str, str], ...]
 """A prompt as the chat template takes it: each mapping has ``role`` and ``content``."""
 
 MAX_ANSWERS = 10000
+# Some sets of them: chat templates that tell the date make other prompts each day.
+MAX_BASE_ANSWERS = 500
 
 PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
 # Constants of ours, so they can stand in the SQL text.
@@ -164,11 +166,13 @@ class Journal(JournalFile):
 
     def record_base_answer(
             self, model: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Record what this base model answers, and forget what another one did."""
+        """Record what this base model answers; forget old ones, and what another one did."""
         with self.transaction():
-            self.execute('DELETE FROM base_answers WHERE model <> ?', model)
-            self.insert('INSERT OR REPLACE', 'base_answers', prompt_ids=as_json(prompt_ids),
-                        output_ids=as_json(output_ids), model=model)
+            number = self.insert(
+                'INSERT OR REPLACE', 'base_answers', prompt_ids=as_json(prompt_ids),
+                output_ids=as_json(output_ids), model=model)
+            self.execute('DELETE FROM base_answers WHERE model <> ? OR rowid <= ?',
+                         model, number - MAX_BASE_ANSWERS)
 
     def base_answers(self, model: str) -> dict[tuple[int, ...], list[int]]:
         """Return what this base model has answered, by the prompts' ids."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from mace_ros.learning.journal import Messages
 
 JUDGED = ('Please answer: {}', 'I would like to know: {}', '{} Please be brief.')
-# The first one keeps no order of words: people who ask the same ask it in another one.
+# The first one leaves out how the question is put, which differs most between people.
 TRAINED = ('{content}?', 'Hello! {}', 'Question: {}', '{} Thank you.', 'One more thing. {}')
 
 # What English asks with, and what holds its sentences together.
