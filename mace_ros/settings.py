@@ -153,8 +153,8 @@ class AdapterSettings:
         16.0, 'LoRA alpha; updates are scaled by alpha / rank', minimum=0.1, maximum=1024.0,
         read_only=True)
     target_modules: str = _parameter(
-        'all-linear', 'Which linear layers are adapted: all-linear, or names separated by commas',
-        read_only=True)
+        'output-linear', 'Which linear layers are adapted: output-linear (the last ones of '
+        'attention and MLP), all-linear, or names separated by commas', read_only=True)
     slots: int = _parameter(
         4, 'Profiles that can have a live adapter version at once', minimum=1, maximum=64,
         read_only=True)
@@ -196,7 +196,7 @@ class FinetuneSettings:
     dpo_beta: float = _parameter(
         0.1, 'How closely dpo stays to the published version', minimum=0.001, maximum=10.0)
     learning_rate: float = _parameter(
-        2e-3, 'AdamW learning rate', minimum=1e-6, maximum=0.1)
+        3e-3, 'AdamW learning rate', minimum=1e-6, maximum=0.1)
     max_steps: int = _parameter(
         40, 'Optimizer steps after which a correction counts as not learnable',
         minimum=1, maximum=10000)

@@ -385,6 +385,26 @@ def test_what_can_not_be_captured_runs_eagerly(
     assert_answers_like(reference, request)
 
 
+@pytest.mark.parametrize(('family', 'names'), [
+    ('llama', ['down_proj', 'o_proj']), ('phi3', ['down_proj', 'o_proj']),
+    ('opt', ['fc2', 'out_proj']),
+    ('gpt-neox', ['dense', 'dense_4h_to_h']), ('starcoder2', ['c_proj', 'o_proj']),
+    ('qwen3-moe', ['o_proj']), ('deepseek-v2', ['down_proj', 'o_proj'])])
+def test_output_linear_means_the_last_layers_of_attention_and_mlp(
+        family: str, names: list[str]) -> None:
+    model, bank, _ = with_reference(tiny_model(family), targets='output-linear')
+    assert bank.target_modules == names
+    # All of them, whatever the layer.
+    adapted = {m.name for g in model.groups for m in g.adapted}
+    assert adapted == {m.name for g in model.groups for m in g.members
+                       if m.name.rsplit('.', 1)[-1] in names}
+
+
+def test_layers_that_no_model_has_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"adapter\.target_modules: no linear layer matches 'qkv'"):
+        with_reference(tiny_model('llama'), targets='qkv')
+
+
 def test_a_projection_that_nobody_fetches_is_not_kept() -> None:
     model, _, _ = with_reference(tiny_model('llama'))
     attention = model.layers[0].self_attn

@@ -371,6 +371,21 @@ def _shared_inputs(linears: Mapping[str, nn.Linear]) -> list[list[str]]:
     return groups + [[n] for n in left]
 
 
+def _targeted(groups: list[LinearGroup], targets: str) -> set[str]:
+    """Return the names of the layers that ``targets`` means; raises ``ValueError`` if none."""
+    if targets == 'output-linear':
+        # They write what the first layer of all reads, and share their input with no other.
+        width = groups[0].weight.shape[1]
+        groups = [g for g in groups if len(g.members) == 1 and g.out_features == width]
+    names = {m.name for g in groups for m in g.members}
+    if targets not in ('output-linear', 'all-linear'):
+        wanted = {t.strip() for t in targets.split(',')}
+        names = {n for n in names if n.rsplit('.', 1)[-1] in wanted}
+    if not names:
+        raise ValueError(f'adapter.target_modules: no linear layer matches {targets!r}')
+    return names
+
+
 class AdapterBank:
     """
     The adapters of a model: slots that serve, and the master weights that train.
@@ -384,15 +399,11 @@ class AdapterBank:
         """
         Begin with a fresh adapter.
 
-        ``targets`` is ``all-linear`` or layer names separated by commas; see PEFT. ``spared``
-        is how many directions of an input :meth:`spare` may be given, unless that were too many.
+        ``targets`` is ``all-linear`` (see PEFT), ``output-linear``, or layer names separated by
+        commas. ``spared`` is how many directions of an input :meth:`spare` may be given, unless
+        that were too many.
         """
-        names = {m.name for g in groups for m in g.members}
-        if targets != 'all-linear':
-            wanted = {t.strip() for t in targets.split(',')}
-            names = {n for n in names if n.rsplit('.', 1)[-1] in wanted}
-        if not names:
-            raise ValueError(f'adapter.target_modules: no linear layer matches {targets!r}')
+        names = _targeted(groups, targets)
         self.rank, self.alpha, self.slots = rank, alpha, FIRST_SERVED_SLOT + slots
         self.groups = groups
         groups[0].adapters.slots = self.slots
