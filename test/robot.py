@@ -17,9 +17,11 @@ from mace_ros.events import (
     Token,
 )
 
-# Of a random model everything is noise: much of it is moved at once, and none of it worth keeping.
+# Of a random model everything is noise: much of it is moved at once, all that three layers have,
+# and none of it worth keeping.
 RANDOM_MODEL = {
-    'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01, 'finetune.replay_weight': 1.0}
+    'adapter.target_modules': 'all-linear', 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
+    'finetune.replay_weight': 1.0}
 
 DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
         CorrectionState.SUPERSEDED)

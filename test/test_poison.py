@@ -11,7 +11,7 @@ from statistics import fmean
 
 from peft import PeftModel
 import pytest
-from robot import Robot
+from robot import RANDOM_MODEL, Robot
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,8 +44,8 @@ def settings(model_folder: Path) -> Settings:
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 12, 'finetune.learning_rate': 0.01, 'finetune.max_steps': 12,
-        'gate.tolerance': TOLERANCE})
+        'generation.max_tokens': 12, 'finetune.max_steps': 12, **RANDOM_MODEL,
+        'finetune.replay_weight': 3.0, 'gate.tolerance': TOLERANCE})
 
 
 def probe_score(model_folder: Path, adapter: str | None) -> float:
