@@ -373,12 +373,13 @@ def _shared_inputs(linears: Mapping[str, nn.Linear]) -> list[list[str]]:
 
 def _targeted(groups: list[LinearGroup], targets: str) -> set[str]:
     """Return the names of the layers that ``targets`` means; raises ``ValueError`` if none."""
+    names = {m.name for g in groups for m in g.members}
     if targets == 'output-linear':
         # They write what the first layer of all reads, and share their input with no other.
         width = groups[0].weight.shape[1]
-        groups = [g for g in groups if len(g.members) == 1 and g.out_features == width]
-    names = {m.name for g in groups for m in g.members}
-    if targets not in ('output-linear', 'all-linear'):
+        names = {m.name for g in groups for m in g.members
+                 if len(g.members) == 1 and m.size == width}
+    elif targets != 'all-linear':
         wanted = {t.strip() for t in targets.split(',')}
         names = {n for n in names if n.rsplit('.', 1)[-1] in wanted}
     if not names:
