@@ -48,8 +48,10 @@ AIMS = ('any', 'saving', 'intake', 'recording', 'training', 'publishing', 'any',
 # Where some must have fallen: a version is saved, put on record, and announced.
 PHASES = ('intake', 'training', 'saving', 'recording', 'publishing')
 ROUNDS, QUICK_ROUNDS = 50, len(AIMS)
-# Of a node whose model has random weights: it is ready, and learns, within seconds.
+# Of a node whose model has random weights: it is ready, and learns, within seconds. The last layers
+# of noise alone would learn little.
 PARAMETERS: dict[str, Any] = {
+    'adapter.target_modules': 'all-linear',
     'model.threads': 1, 'model.weight_dtype': 'float32', 'finetune.learning_rate': 0.01,
     'finetune.replay_weight': 1.0, 'finetune.replay_samples': 2, 'gate.tolerance': 1.0,
     'generation.max_tokens': 8, 'scheduler.max_slowdown': 10.0,
