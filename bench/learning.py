@@ -72,8 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if 'one' in args.only:
             samples |= measure(settings, lessons, Path(storage), robots=args.robots,
                                count=args.corrections, facts=facts)
-            # Each part takes long: what is known is not to be lost with the next.
-            recorder.write(result_of(samples), args.results)
         if 'forty' in args.only:
             samples |= forty.measure(
                 settings, lessons, Path(storage) / 'forty', count=args.many, facts=facts)
@@ -82,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 settings, Path(storage), samples, system=system, questions=args.questions,
                 rate=args.rate, seed=args.seed, commit=recorder.commit,
                 conditions={'cpu': recorder.cpu, 'set': args.set})
+            # Each takes long: what is known is not to be lost with the next.
             recorder.write(result_of(samples), args.results)
     result = result_of(samples)
     path = recorder.write(result, args.results)
