@@ -30,7 +30,7 @@ SYSTEMS = {
 
 
 def checks(samples: Samples) -> list[Check]:
-    """Return the checks of what issue 3 asks for, each computed from ``samples``."""
+    """Return the checks, each computed from ``samples``."""
     def ratio(what: str, above: str, below: str, target: str) -> Check:
         column, percent = what.split()
         found = latency_ratio(samples, above, below, f'{column.lower()}_ms', float(percent[1:]))

@@ -191,7 +191,7 @@ def perplexity(engine: Any) -> dict[str, Any]:
 
 
 def checks(samples: Mapping[str, Any]) -> list[Check]:
-    """Return the checks of what issue 3 asks for."""
+    """Return the checks."""
     default = samples['default_precision']
     fp32 = ratio(samples, ('mace_ros', 'float32'), ('hf_generate', 'float32'))
     shipped = ratio(samples, ('mace_ros', default), ('hf_generate', 'float32'))

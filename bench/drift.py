@@ -66,19 +66,26 @@ class Question:
     truth: str
 
 
+def corpus() -> Path:
+    """Return the folder of the topics; raises ``SystemExit`` without chatterbot-corpus."""
+    try:
+        import chatterbot_corpus
+        import yaml  # noqa: F401
+    except ImportError as error:
+        raise SystemExit("the drift trace needs chatterbot-corpus: pip install 'mace-ros[bench]'"
+                         ) from error
+    return Path(chatterbot_corpus.__file__).parent / 'data' / 'english'
+
+
 def pairs(tokens: Any) -> dict[str, list[tuple[str, list[str]]]]:
     """
     Return for each topic its questions with their answers: short ones, one or two each.
 
-    ``tokens`` counts the tokens of a text. Raises ``SystemExit`` without chatterbot-corpus.
+    ``tokens`` counts the tokens of a text. Raises ``SystemExit`` as :func:`corpus`.
     """
-    try:
-        import chatterbot_corpus
-        import yaml
-    except ImportError as error:
-        raise SystemExit("the drift trace needs chatterbot-corpus: pip install 'mace-ros[bench]'"
-                         ) from error
-    folder = Path(chatterbot_corpus.__file__).parent / 'data' / 'english'
+    folder = corpus()
+    import yaml
+
     asked: set[str] = set()
     result: dict[str, list[tuple[str, list[str]]]] = {}
     for topic in TOPICS:
@@ -241,7 +248,7 @@ def by_system(samples: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def checks(samples: Mapping[str, Any]) -> list[Check]:
-    """Return the checks of what issue 6 asks for."""
+    """Return the checks."""
     numbers = by_system(samples)
     return [
         check('alignment of mace over that of continuous',

@@ -339,7 +339,7 @@ class Life:
 
 
 def checks(samples: dict[str, Any]) -> list[Check]:
-    """Return the checks of what issue 6 asks for."""
+    """Return the checks."""
     kills = samples['kills']
 
     def total(column: str) -> tuple[float, str]:

@@ -41,7 +41,7 @@ def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, *, count: i
 
 
 def checks(samples: Mapping[str, Any]) -> list[Check]:
-    """Return the checks of what issue 6 asks for."""
+    """Return the checks."""
     taught: Sequence[Mapping[str, Any]] = samples['forty']
     facts: Sequence[Mapping[str, Any]] = samples['forty_facts']
     base, live = (row['value'] for row in samples['perplexity'])

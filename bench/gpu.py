@@ -246,7 +246,7 @@ def longest_segment_ms(samples: dict[str, Any], shape: str) -> tuple[float, str]
 
 
 def checks(shapes: Sequence[str], samples: dict[str, Any]) -> list[Check]:
-    """Return the checks of what issue 3 asks for."""
+    """Return the checks."""
     found = []
     for shape in shapes:
         decode = median_ms(samples, shape, 'decode')

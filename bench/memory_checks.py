@@ -20,7 +20,7 @@ CORPUS = 'chatterbot-corpus'
 
 
 def checks(samples: Mapping[str, Any]) -> list[Check]:
-    """Return the checks of what issue 5 asks for."""
+    """Return the checks."""
     return [*_sharing_checks(samples.get('sharing', [])),
             *_budget_checks(samples.get('budget', [])),
             *_training_checks(samples.get('training', [])),

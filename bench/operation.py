@@ -236,7 +236,7 @@ def tokens_per_s(client: Any, seconds: float) -> float:
 
 
 def checks(samples: dict[str, Any]) -> list[Check]:
-    """Return the checks of what issue 4 asks for."""
+    """Return the checks."""
     burst_, ratio = samples['burst'], watching_ratio(samples)
     return [
         check('responses to 200 queries in one second',

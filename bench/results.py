@@ -201,7 +201,9 @@ class Recorder:
     def __init__(self, settings: Mapping[str, Any], *, quick: bool = False) -> None:
         """Begin; ``settings`` are the options in force. Results of a quick run are kept apart."""
         self.quick = quick
-        self._settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+        # Where it is written is no condition of what was measured.
+        self._settings = {k: str(v) if isinstance(v, Path) else v
+                          for k, v in settings.items() if k != 'results'}
         self._machine = machine()
         self._started, self._clock = datetime.now(timezone.utc), time.monotonic()
 

@@ -235,7 +235,7 @@ def errors(samples: dict[str, Any], policy: str) -> dict[str, float]:
 
 
 def checks(samples: dict[str, Any]) -> list[Check]:
-    """Return the checks of what issue 7 asks for."""
+    """Return the checks."""
     off = errors(samples, 'mace')
     return [check(f'{name} under mace, simulated against real', off[name], WITHIN)
             for name in ('TTFT p50', 'TTFT p95', 'fine-tune tokens')]

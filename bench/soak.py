@@ -265,7 +265,7 @@ def floor(rows: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
 
 
 def checks(samples: dict[str, Any]) -> list[Check]:
-    """Return the checks of what issue 4 asks for."""
+    """Return the checks."""
     rows = samples['over_time']
     failures = sum(samples['log'].values())
     minutes = rows[-1]['at_s'] / 60

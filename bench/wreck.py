@@ -49,7 +49,7 @@ def _examine(folder: Path) -> Wreck:
 
     from mace_ros.events import CorrectionState
     from mace_ros.learning.journal import Journal
-    from mace_ros.learning.rollback import Lineage
+    from mace_ros.learning.lineage import Lineage
     from mace_ros.learning.versions import CorruptVersion, VersionStore, WEIGHTS
     from mace_ros.storage import JOURNAL
 
