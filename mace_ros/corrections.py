@@ -40,9 +40,10 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatText, settings
     if known is not None:
         return Accepted(known, False, arrived)
     record = _resolved(correction, journal, chat, settings, longest)
-    make_room(journal, settings.storage.max_corrections)
     journal.accept(record)
-    return Accepted(record, True, arrived, journal.supersede(record))
+    superseded = journal.supersede(record)
+    make_room(journal, settings.storage.max_corrections)
+    return Accepted(record, True, arrived, superseded)
 
 
 def _resolved(correction: Correction, journal: Journal, chat: ChatText, settings: Settings,
@@ -67,11 +68,14 @@ def _resolved(correction: Correction, journal: Journal, chat: ChatText, settings
     rejected = correction.rejected or answer.text
     if rejected.strip() == correction.corrected.strip():
         raise InvalidCorrection('corrected: equal to the rejected answer')
-    tokens = len(answer.prompt_ids) + len(chat.answer(correction.corrected))
     longest = min(settings.finetune.max_sample_tokens, longest)
+    tokens, of_rejected = (len(answer.prompt_ids) + len(chat.answer(text))
+                           for text in (correction.corrected, rejected))
     if tokens > longest:
         raise InvalidCorrection(
             f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
+    if of_rejected > longest:
+        rejected = ''       # to learn what is right it is not needed
     return CorrectionRecord(
         id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
         corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,

@@ -200,7 +200,7 @@ class Engine:
             heap=self._heap, learner=lambda: self.learner, is_called=lambda: bool(self._inbox),
             clock=clock)
         # What was live before the last stop, and what is still to be learned.
-        self.restored: list[Event] = [*self.learner.publisher.restore()]
+        self.restored = self.learner.publisher.restore()
         for record in self._journal.submit(lambda j: j.pending()).result():
             self.learner.add(record, clock())
         tidy(self._journal, store, settings.storage.max_versions)

@@ -29,7 +29,7 @@ def checked_query(query: Query, settings: Settings) -> Query:
     if not query.text.strip():
         raise InvalidQuery(ErrorCode.EMPTY_TEXT, 'text: empty')
     for name in ('text', 'system'):
-        problem = _text_problem(getattr(query, name))
+        problem = text_problem(getattr(query, name))
         if problem:
             raise InvalidQuery(ErrorCode.INVALID_PARAMETER, f'{name}: {problem}')
     if len(query.stop) > MAX_STOPS:
@@ -56,7 +56,7 @@ def checked_correction(correction: Correction) -> Correction:
         if problem:
             raise InvalidCorrection(f'{name}: {problem}')
     for name in ('corrected', 'rejected', 'prompt', 'source'):
-        problem = _text_problem(getattr(correction, name))
+        problem = text_problem(getattr(correction, name))
         if problem:
             raise InvalidCorrection(f'{name}: {problem}')
     if not correction.corrected.strip():
@@ -115,7 +115,8 @@ def _id_problem(text: str) -> str:
     return ''
 
 
-def _text_problem(text: str) -> str:
+def text_problem(text: str) -> str:
+    """Return why a text can't be taken, '' if it can."""
     if len(text) > MAX_TEXT:
         return f'longer than {MAX_TEXT} characters'
     try:

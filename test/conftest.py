@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import json
 import os
 from pathlib import Path
 import signal
@@ -20,6 +21,28 @@ from mace_ros.engine import Engine
 from mace_ros.execution.loading import load_model, LoadedModel
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.settings import Settings
+
+# Tokens of the tiny model: most of its time would go into those that no test needs.
+VOCABULARY = 8192
+
+
+def tiny_model(folder: Path, tokens: int, seed: int) -> None:
+    """Save a tiny model of random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=tokens, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def keep_tokens(path: Path, count: int) -> None:
+    """Leave a tokenizer its first tokens: they are in the order in which BPE has merged them."""
+    tokenizer = json.loads(path.read_text())
+    model = tokenizer['model']
+    model['vocab'] = {text: i for text, i in model['vocab'].items() if i < count}
+    model['merges'] = [pair for pair in model['merges'] if ''.join(pair) in model['vocab']]
+    path.write_text(json.dumps(tokenizer))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,16 +96,20 @@ def base_model() -> LoadedModel:
 
 @pytest.fixture(scope='session')
 def model_folder(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel) -> Path:
-    """Make a tiny model in a folder, with the tokenizer of the packaged one."""
+    """Make a tiny model in a folder, whose tokens are the first ones of the packaged one."""
     folder = tmp_path_factory.mktemp('tiny')
-    tokenizer = base_model.tokenizer
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    base_model.tokenizer.save_pretrained(folder)
+    keep_tokens(folder / 'tokenizer.json', VOCABULARY)
+    tiny_model(folder, VOCABULARY, seed=2)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def all_tokens(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel) -> Path:
+    """Make one with all tokens, for tests that count bytes: the head is most of it."""
+    folder = tmp_path_factory.mktemp('tiny_with_all')
+    base_model.tokenizer.save_pretrained(folder)
+    tiny_model(folder, len(base_model.tokenizer), seed=0)
     return folder
 
 

@@ -80,6 +80,7 @@ def test_what_waits_for_a_node_that_goes_is_told(client: MaceClient, played: Pla
     begun, unbegun = client.ask('One?', query_id='one'), client.ask('Two?', query_id='two')
     ended = client.ask('Three?', query_id='three')
     kept = client.correct('Ho.', correction_id='kept', prompt='Hi')
+    assert client.correct('Ho.', correction_id='kept', prompt='Hi') is kept
     unheard = client.correct('He.', correction_id='unheard', prompt='Hi')
     assert played.hears('unheard') and played.hears('three')
     played.say(ResponseChunk(query_id='one', text='I '))

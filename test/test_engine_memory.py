@@ -37,10 +37,10 @@ SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' *
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
+def settings(all_tokens: Path) -> Settings:
     """Return settings for the tiny model, without learning."""
     return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
+        'model.source': str(all_tokens), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'finetune.budget': 0.0})
 
 

@@ -99,7 +99,7 @@ def test_the_file_is_set_up_for_power_failures(journal: Journal, path: Path) -> 
     """WAL with synchronous=FULL; kill -9 could not tell it from NORMAL."""
     assert journal._db.execute('PRAGMA journal_mode').fetchone()[0] == 'wal'
     assert journal._db.execute('PRAGMA synchronous').fetchone()[0] == 2
-    assert journal._db.execute('PRAGMA user_version').fetchone()[0] == 4
+    assert journal._db.execute('PRAGMA user_version').fetchone()[0] == 5
 
 
 def test_a_journal_of_an_earlier_schema_is_brought_up_to_date(path: Path) -> None:

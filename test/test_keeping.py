@@ -49,9 +49,11 @@ def test_the_oldest_finished_corrections_make_room(tmp_path: Path) -> None:
     """Those that no version holds go first; what waits never goes, but keeps others out."""
     with Journal(tmp_path / JOURNAL) as journal:
         for name in ('learned1', 'failed', 'learned2', 'waits1', 'waits2'):
-            journal.accept(correction(name, query_id=f'q-{name}'))
             journal.record_answer(answer(f'q-{name}', f'question of {name}'))
+            journal.accept(correction(name, query_id=f'q-{name}'))
         journal.record_answer(answer('q-again', ' Question OF  failed'))
+        journal.record_answer(answer('q-wanted', 'question of failed'))
+        journal.accept(correction('waits3', query_id='q-wanted'))
         journal.set_correction('failed', CorrectionState.FAILED)
         for name in ('learned1', 'learned2'):
             journal.set_correction(name, LEARNED, adapter_version=1)
@@ -60,16 +62,16 @@ def test_the_oldest_finished_corrections_make_room(tmp_path: Path) -> None:
             make_room(journal, most)
             return [record.id for record in journal.corrections()]
 
-        assert len(after(6)) == 5
-        assert after(5) == ['learned1', 'learned2', 'waits1', 'waits2']
+        assert len(after(6)) == 6
+        assert after(5) == ['learned1', 'learned2', 'waits1', 'waits2', 'waits3']
         # Without it, the wrong answers would be there to be replayed.
         assert journal.answer('q-failed') is None and journal.answer('q-again') is None
-        assert after(4) == ['learned2', 'waits1', 'waits2']
-        assert after(3) == ['waits1', 'waits2']
+        assert after(4) == ['learned2', 'waits1', 'waits2', 'waits3']
+        assert after(3) == ['waits1', 'waits2', 'waits3']
         with pytest.raises(InvalidCorrection, match=r'2 corrections wait.*max_corrections'):
             make_room(journal, 2)
-        assert [record.id for record in journal.pending()] == ['waits1', 'waits2']
-        assert journal.answer('q-waits1') is not None
+        assert [record.id for record in journal.pending()] == ['waits1', 'waits2', 'waits3']
+        assert journal.answer('q-waits1') is not None and journal.answer('q-wanted') is not None
 
 
 def test_the_newest_versions_and_those_in_use_are_kept(tmp_path: Path) -> None:
@@ -341,6 +343,10 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
      'whole numbers'),
     ('{"kind": "correction", "id": "a", "prompt_ids": [], "messages": [], "corrected": "b", '
      '"weight": NaN}', 'weight'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "user", '
+     '"content": "\\ud800"}], "corrected": "b"}', 'messages'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "tool", '
+     '"content": "c"}], "corrected": "b"}', 'role'),
     ('{"kind": "answer", "query_id": 7, "prompt_ids": [], "messages": [], "text": "b", '
      '"output_ids": []}', 'query_id'),
     ('{"kind": "correction", "id": "a", "prompt_ids": [], "messages": [], "corrected": "b", '

@@ -295,6 +295,13 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
         told += engine.step().events
     assert engine.live_version('') >= learned + 2
     assert not [e for e in told if isinstance(e, CorrectionProgress)]
+    # Who says the same again is told, even if what is trained then breaks off.
+    while engine.learner._job is None or not engine.learner._job.rehearses:
+        engine.step()
+    correct(robot, 'again', about='1')
+    engine.learner.drop('injected')
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'again'
+                and e.state is CorrectionState.LEARNED)
 
 
 @pytest.mark.parametrize('fails', ['', 'replay_candidates', 'publish'])
@@ -457,6 +464,9 @@ def test_restart_serves_the_latest_version_and_goes_on_learning(
     robot.engine.close()
 
     again = Robot(Engine(settings, storage=tmp_path))
+    # Told again: who stopped it may have been faster than the one who tells.
+    assert CorrectionProgress('k', CorrectionState.LEARNED, adapter_version=1) in (
+        again.engine.restored)
     live = [e for e in again.engine.restored if isinstance(e, VersionEvent)]
     assert [(e.profile, e.version) for e in live] == [('', 1)]
     again.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'anna'
@@ -465,6 +475,15 @@ def test_restart_serves_the_latest_version_and_goes_on_learning(
     assert again.ask('Who are you?', profile='anna').text == 'Your friend.'
     assert again.ask('Who are you?', profile='stranger').text == 'A robot.'
     again.engine.close()
+
+
+def test_a_wrong_answer_that_is_too_long_is_not_looked_at(robot: Robot) -> None:
+    """It may have any length; what is right is learned without it."""
+    last = robot.correct(Correction('A robot.', id='k', prompt='Who are you?',
+                                    rejected='I am. ' * 500))
+    assert last.state is CorrectionState.LEARNED
+    record = robot.engine._journal.submit(lambda j: j.correction('k')).result(10)
+    assert record is not None and record.rejected == ''
 
 
 @pytest.mark.parametrize('where', ['run_segment', '__init__'])

@@ -139,14 +139,14 @@ def test_it_waits_to_be_configured_and_refuses_meanwhile(managed: Managed) -> No
     assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
 
 
-def test_a_failed_configuration_says_why(managed: Managed, model_folder: Path) -> None:
+def test_a_failed_configuration_says_why(managed: Managed, all_tokens: Path) -> None:
     missing = managed.node.folder / 'model'
     assert not managed.change('configure')
     assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
     reason = f"model.source: '{missing}' is neither a folder"
     assert reason in managed.node.log
     assert managed.diagnosed('serving', DiagnosticStatus.ERROR, reason)
-    missing.symlink_to(model_folder)    # so that the next one succeeds
+    missing.symlink_to(all_tokens)    # so that the next one succeeds
 
 
 def test_it_tells_its_state_while_it_is_configured(managed: Managed) -> None:
@@ -262,13 +262,13 @@ def test_shutdown_comes_from_unconfigured(
 
 
 @pytest.fixture(scope='module')
-def here(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Managed]:
+def here(tmp_path_factory: pytest.TempPathFactory, all_tokens: Path) -> Iterator[Managed]:
     folder = tmp_path_factory.mktemp('here')
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(folder)}.items():
             patch.setenv(name, value)
         made = Managed(NodeHere(**{
-            'model.source': model_folder, 'model.threads': 1, 'storage.folder': folder / 'storage',
+            'model.source': all_tokens, 'model.threads': 1, 'storage.folder': folder / 'storage',
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
         yield made
         made.close()

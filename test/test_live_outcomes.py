@@ -150,6 +150,17 @@ def test_one_question_is_one_thing_wrong(journal: Journal) -> None:
     assert suspected(journal, '') is None
 
 
+def test_an_id_that_is_used_again_is_of_another_answer(journal: Journal) -> None:
+    """What was corrected before says nothing of that."""
+    serve(journal, 0, 10)
+    publish(journal, 1)
+    serve(journal, 1, 20, 20)
+    assert suspected(journal, '') is not None
+    for again in journal.answers()[10:]:
+        journal.record_answer(again)
+    assert suspected(journal, '') is None
+
+
 def test_a_version_that_has_served_long_is_left_alone(journal: Journal) -> None:
     """What gets worse then is not its doing."""
     serve(journal, 0, 30)
@@ -220,7 +231,7 @@ def taken_back(robot: Robot) -> list[VersionEvent]:
 def test_a_bad_version_is_taken_back_by_itself(
         waits: bool, settings: Settings, tmp_path: Path) -> None:
     """Whether it is still live, or others have grown from it that know some corrections."""
-    robot, right = with_version(settings, tmp_path, 0.3)
+    robot, right = with_version(settings, tmp_path, 0.6)
     asked = 0
     for text, corrected in right.items():
         if taken_back(robot):

@@ -188,10 +188,10 @@ def test_decoding_without_some_blocks(family: str, static: bool) -> None:
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
+def settings(all_tokens: Path) -> Settings:
     """Return settings for the tiny model, without learning."""
     return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
+        'model.source': str(all_tokens), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'finetune.budget': 0.0,
         'memory.kv_cache_tokens': 4096})
 
@@ -200,7 +200,7 @@ LONG = SYSTEM * 8
 
 
 def test_answers_are_those_of_transformers_without_what_was_dropped(
-        settings: Settings, tmp_path: Path, model_folder: Path,
+        settings: Settings, tmp_path: Path, all_tokens: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the blocks go after the first token; the rest of the answer does not see them."""
     with robot(settings, tmp_path, memory__kv_prune=0.5) as one:
@@ -227,7 +227,7 @@ def test_answers_are_those_of_transformers_without_what_was_dropped(
     assert len(dropped) == 1     # short prompts are kept whole
     assert len(dropped[0]) == blocks // 2
     assert held <= blocks - blocks // 2 + 1
-    reference = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation='eager')
+    reference = AutoModelForCausalLM.from_pretrained(all_tokens, attn_implementation='eager')
     count, expected = len(ids), list(ids)
     for _ in range(answer.output_tokens):
         logits = hidden_logits(reference, expected, count, dropped[0])

@@ -202,6 +202,32 @@ def test_profiles_are_lines_of_their_own(journal: Journal) -> None:
     assert (parent('ann'), parent('')) == (('', 2), ('', 3))
 
 
+def test_a_version_holds_what_its_own_line_began_from(journal: Journal) -> None:
+    """Not what the robot was taught since, or in another line."""
+    def held(profile: str) -> list[str]:
+        return [c.id for c in journal.held_by(journal.next_parent(profile))]
+
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    correct(journal, 'ann1', profile='ann')
+    publish(journal, 1, 'ann1', profile='ann')
+    correct(journal, 'b')
+    publish(journal, 2, 'b')
+    roll_back(journal, 'ann', 0, '')
+    correct(journal, 'ann2', profile='ann')
+    assert held('ann') == ['a', 'b']
+    roll_back(journal, 'ann', 1, '')
+    assert held('ann') == ['a', 'ann1']
+    roll_back(journal, '', 1, '')
+    correct(journal, 'c')
+    publish(journal, 3, 'c')
+    correct(journal, 'bob1', profile='bob')
+    publish(journal, 1, 'bob1', profile='bob')
+    assert held('bob') == ['a', 'c', 'bob1']
+    roll_back(journal, '', 2, '')
+    assert held('bob') == ['a', 'bob1']
+
+
 def test_a_profile_begins_anew_where_nothing_came_of_its_corrections(journal: Journal) -> None:
     """A correction that failed long ago does not take it back to what the robot was then."""
     correct(journal, 'ann1', profile='ann')
@@ -235,6 +261,19 @@ def test_a_version_that_a_request_still_holds_is_not_loaded_again() -> None:
     slots.withdraw('')
     slots.withdraw('')
     assert slots.free == 3 and slots.live('').version == 0
+
+
+def test_a_version_on_its_way_has_the_room_of_its_profile() -> None:
+    slots = AdapterSlots(base_slot=0, first=1, count=3)
+    slots.publish('', 1, slots.reserve() or 0)
+    slots.expect('ann')
+    assert slots.has_room('ann') and not slots.has_room('bob')
+    slots.expect_no_more('ann')
+    assert slots.has_room('bob')
+    slots.expect('ann')
+    slots.publish('ann', 1, slots.reserve() or 0)
+    slots.withdraw('ann')
+    assert slots.has_room('bob')
 
 
 # While queries are served
@@ -358,6 +397,25 @@ def test_it_waits_for_a_free_slot_and_delays_no_query(settings: Settings, tmp_pa
     robot.engine.close()
     with pytest.raises(RollbackRefused, match='stopping'):
         waiting.result(0)
+
+
+def test_a_rollback_may_take_the_last_room(settings: Settings, tmp_path: Path) -> None:
+    """Of the version that is trained meanwhile, which is told; others learn on."""
+    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    teach(robot, 'A robot.')
+    teach(robot, 'Your friend.', profile='ann')
+    rolled_back(robot, 0, 'ann')
+    robot.engine.correct(Correction('Bob.', id='bob', prompt='Who am I?', profile='bob'))
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'bob'
+                and e.state is CorrectionState.TRAINING)
+    rolled_back(robot, 1, 'ann')
+    told = [e for e in robot.events if isinstance(e, CorrectionProgress) and e.id == 'bob']
+    if told[-1].state is not FAILED:
+        robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'bob'
+                    and e.state is FAILED)
+    assert robot.ask('Who are you?', profile='ann').text == 'Your friend.'
+    teach(robot, 'A tin can.')
+    robot.engine.close()
 
 
 def fail_to_write(robot: Robot, patch: pytest.MonkeyPatch, times: int) -> None:

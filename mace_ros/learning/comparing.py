@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from mace_ros.execution.sample import SampleScore
 from mace_ros.learning.job import Fetched
 from mace_ros.learning.journal import CorrectionRecord, Journal
+from mace_ros.learning.lineage import Lineage
 from mace_ros.learning.live_outcomes import Suspicion, to_blame
-from mace_ros.learning.rollback import Lineage, RollbackRefused, version_to_return_to
+from mace_ros.learning.rollback import RollbackRefused, version_to_return_to
 from mace_ros.learning.versions import VersionStore
 
 REMEMBERED = 1000       # corrections whose first score is

@@ -24,9 +24,10 @@ from typing import Any, TypeAlias, TypeVar
 from mace_ros.events import Correction, CorrectionState, VersionState
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, PENDING, VersionRecord
 from mace_ros.storage import vocabulary_of
-from mace_ros.validation import checked_correction
+from mace_ros.validation import checked_correction, text_problem
 
 KINDS = ('answer', 'correction', 'version')
+ROLES = ('system', 'user', 'assistant')     # of what is asked and answered here
 
 # Returns the bytes of a version's weights, and its configuration.
 ReadFiles: TypeAlias = Callable[[VersionRecord], tuple[bytes, dict[str, Any]]]
@@ -105,7 +106,7 @@ def _take(journal: Journal, kind: str, values: dict[str, Any], token_ids: range)
         if journal.answer(answer.query_id) is not None:
             return 'known'
         # The version that gave it is not one of this journal's.
-        journal.record_answer(replace(answer, lineage='', adapter_version=0))
+        journal.record_answer(replace(answer, lineage='', adapter_version=0), given_now=False)
         return 'answers'
     if kind == 'correction':
         correction = _record(CorrectionRecord, values, token_ids)
@@ -170,11 +171,13 @@ def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = rang
                 raise ValueError(f'{name}: token ids are whole numbers below {token_ids.stop}')
             values[name] = tuple(value)
         elif name == 'messages':
-            if not all(isinstance(m[key], str) for m in value for key in ('role', 'content')):
-                raise ValueError('messages: each has a role and a content')
+            if not all(m['role'] in ROLES and isinstance(m['content'], str) for m in value):
+                raise ValueError(f'messages: each has a content, and as role {" or ".join(ROLES)}')
+            if problem := next(filter(None, (text_problem(m['content']) for m in value)), ''):
+                raise ValueError(f'messages: {problem}')
             values[name] = tuple(value)
         elif name == 'correction_ids':
-            if not all(isinstance(i, str) for i in value):
+            if not all(isinstance(i, str) and not text_problem(i) for i in value):
                 raise ValueError(f'{name}: ids are text')
             values[name] = tuple(value)
         elif name == 'state':
@@ -186,6 +189,8 @@ def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = rang
                 raise ValueError(f'{name}: a number expected, not {value!r}')
         elif type(value).__name__ != expected[name].type:
             raise ValueError(f'{name}: {expected[name].type} expected, not {value!r}')
+        elif isinstance(value, str) and (problem := text_problem(value)):
+            raise ValueError(f'{name}: {problem}')
     record = kind(**values)
     if isinstance(record, CorrectionRecord):
         # As if somebody had sent it.

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 
 from mace_ros.events import CorrectionState, VersionState
 from mace_ros.learning.journal_file import JournalFile
+from mace_ros.learning.lineage import Lineage
 
 Messages: TypeAlias = tuple[Mapping[str, str], ...]
 """A prompt as the chat template takes it: each mapping has ``role`` and ``content``."""
@@ -130,9 +131,16 @@ class Journal(JournalFile):
 
     # Answers
 
-    def record_answer(self, answer: Answer) -> None:
-        """Record an answer (again, if its query id was used before) and forget old ones."""
+    def record_answer(self, answer: Answer, *, given_now: bool = True) -> None:
+        """
+        Record an answer (again, if its query id was used before) and forget old ones.
+
+        Whatever was corrected before one is ``given_now`` was another answer.
+        """
         with self.transaction():
+            if given_now:
+                self.execute("UPDATE corrections SET query_id = '' WHERE query_id = ?",
+                             answer.query_id)
             # REPLACE gives the row a new number: an id used again is the newest answer.
             number = self.insert(
                 'INSERT OR REPLACE', 'answers',
@@ -305,8 +313,8 @@ class Journal(JournalFile):
         if not version.profile:
             return own
         row = self.one('SELECT fork FROM profiles WHERE profile = ?', version.profile)
-        fork = row['fork'] or 0 if row is not None else 0
-        return *(c for c in self.learned('') if c.adapter_version <= fork), *own
+        robots = Lineage(self.versions(''), row['fork'] or 0 if row is not None else 0)
+        return *(c for c in self.learned('') if robots.holds(c.adapter_version)), *own
 
     # Versions
 
@@ -362,6 +370,9 @@ class Journal(JournalFile):
             self.execute(
                 'UPDATE profiles SET live_version = ? WHERE profile = ?',
                 record.version, record.profile)
+            self.execute(
+                'UPDATE versions SET fork = (SELECT fork FROM profiles WHERE profile = ?1) '
+                'WHERE profile = ?1 AND version = ?2', record.profile, record.version)
             learned = tuple(row['id'] for row in self.rows(
                 f'SELECT id FROM corrections WHERE state IN {PENDING_SQL} '
                 'AND id IN (SELECT value FROM json_each(?)) ORDER BY number',
@@ -384,7 +395,7 @@ class Journal(JournalFile):
         """
         row = self.one(
             "SELECT versions.* FROM profiles JOIN versions ON versions.profile = '' "
-            'AND version = coalesce(fork, (SELECT live_version FROM profiles '
+            'AND version = coalesce(profiles.fork, (SELECT live_version FROM profiles '
             "WHERE profile = '')) WHERE profiles.profile = ? AND live_version = 0", profile)
         return self.live(profile) if row is None else version_from(row)
 
@@ -427,7 +438,7 @@ def _columns(row: sqlite3.Row) -> dict[str, Any]:
     values = dict(row)
     for name in values.keys() & {'prompt_ids', 'messages', 'output_ids', 'correction_ids'}:
         values[name] = tuple(json.loads(values[name]))
-    for name in values.keys() & {'number', 'question'}:
+    for name in values.keys() & {'number', 'question', 'fork'}:
         del values[name]
     return values
 

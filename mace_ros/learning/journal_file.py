@@ -91,7 +91,7 @@ _STEPS = (
         # Whose version gave the answer, which may be the robot's for a profile of a person.
         "ALTER TABLE answers ADD COLUMN lineage TEXT NOT NULL DEFAULT ''",
         'CREATE INDEX answers_question ON answers (profile, question)',
-        # The robot's version that the profile's own begin from; NULL: not yet chosen.
+        # The robot's version that the profile's next one begins from; NULL: not yet chosen.
         'ALTER TABLE profiles ADD COLUMN fork INTEGER',
     ),
     (
@@ -106,6 +106,12 @@ _STEPS = (
             output_ids TEXT NOT NULL,
             model TEXT NOT NULL)
         """,
+    ),
+    (
+        # The robot's version that the line of a profile's version has begun from.
+        'ALTER TABLE versions ADD COLUMN fork INTEGER',
+        'UPDATE versions SET fork = '
+        '(SELECT fork FROM profiles WHERE profiles.profile = versions.profile)',
     ),
 )
 _SCHEMA_VERSION = len(_STEPS)

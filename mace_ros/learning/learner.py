@@ -4,8 +4,8 @@
 From accepted corrections to a published adapter version, one job at a time.
 
 A job chooses among the corrections that wait for one profile, trains them together with
-replayed answers, and ends as soon as greedy decoding would give every corrected answer and
-the gate finds nothing lost. Everything here runs in the device thread and never blocks:
+replayed answers, and ends as soon as every corrected answer leads clearly and the gate finds
+nothing lost. Everything here runs in the device thread and never blocks:
 disk work goes to the journal's thread.
 """
 
@@ -43,7 +43,7 @@ from mace_ros.learning.rollback import RollbackRefused
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
 from mace_ros.learning.training import Training
 from mace_ros.learning.versions import VersionStore
-from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.settings import Settings
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
@@ -102,6 +102,9 @@ class Learner:
 
     def add(self, record: CorrectionRecord, arrived: float) -> None:
         """Queue a correction that is in the journal, in the place of what it supersedes."""
+        # Which is not to be rehearsed any more.
+        self._recent = deque((r for r in self._recent if (r.profile, r.prompt_ids) != (
+            record.profile, record.prompt_ids)), JOB_CANDIDATES)
         self._queue.add(record, arrived)
 
     def renew(self, record: CorrectionRecord) -> list[Event] | None:
@@ -112,7 +115,7 @@ class Learner:
         says the same or its version is on its way to the disk under the older one's id.
         """
         job = self._job
-        if job is None or job.saving is not None:
+        if job is None or job.saving is not None or job.rehearses:
             return None
         for older in job.corrections:
             if all(getattr(older.record, name) == getattr(record, name)
@@ -244,6 +247,7 @@ class Learner:
         job.scoring = None      # it refers to the job, whose tensors would wait for the collector
         if job.slot is not None:
             self._slots.give_back(job.slot)
+        self._wake()
         if job.rehearses:
             return []
         # While something is about to join, what is trained already is not to blame.
@@ -252,7 +256,6 @@ class Learner:
         self._queue.put_back(
             replace(w, tries=w.tries + 1) if w in tried else w
             for w in job.corrections if w not in failed)
-        self._wake()
         return [self._set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
 
     def stop(self, profile: str) -> bool:
@@ -308,10 +311,7 @@ class Learner:
             chosen = candidates(chosen, by_priority=settings.finetune.order == 'priority')
         self._queue.remove(chosen)
         if not self._slots.has_room(profile):
-            return [self._set_state(
-                w.record, CorrectionState.FAILED,
-                'every adapter slot has the live version of a profile; raise adapter.slots')
-                for w in chosen]
+            return [self._set_state(w.record, CorrectionState.FAILED, NO_SLOT) for w in chosen]
         self._begin(profile, chosen)
         return []
 
@@ -622,6 +622,7 @@ class Learner:
                 job, job.step.samples[:job.must_be_right], partial(self._still_learned, job),
                 partial(self._propose, job))
         self._job = None
+        self._wake()    # a rehearsal says nothing of its end
         return events + [
             self._set_state(w.record, CorrectionState.LEARNED,
                             'the live version already answers so', job.parent) for w in learned]
@@ -631,6 +632,9 @@ class Learner:
             self._set_state(w.record, CorrectionState.FAILED, reason) for w in corrections]
 
     def _save(self, job: Job) -> list[Event]:
+        if not self._slots.has_room(job.profile):       # a rollback has taken it meanwhile
+            self._job = None
+            return self._fail(job, job.corrections, NO_SLOT)
         if self.clock() >= job.publication.until:
             self.publisher.save(job)
         return []
@@ -651,7 +655,8 @@ class Learner:
             job.publication.failed(self.clock())
             return []
         self._known, self._known_of = job.after, (job.profile, job.profile, record.version)
-        self._recent.extend(w.record for w in job.corrections if w.record not in self._recent)
+        if not job.rehearses:
+            self._recent.extend(w.record for w in job.corrections)
         self._job, self._trouble = None, ''
         return events
 

@@ -23,7 +23,7 @@ from mace_ros.learning.journal import (
     Journal,
     VersionRecord,
 )
-from mace_ros.learning.rollback import Lineage
+from mace_ros.learning.lineage import Lineage
 
 # A version that is as good as those before it is suspected once in so many, ever.
 FALSE_ALARMS = 0.01

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 import math
@@ -43,15 +43,19 @@ class Publisher:
         future.add_done_callback(lambda _: self._wake())
         return future
 
-    def restore(self) -> list[VersionEvent]:
+    def restore(self) -> list[Event]:
         """
         Load the live versions from disk; return an event for each (the base model's, if none).
 
         A version that can't be read is passed over for the base model, and its event
-        says so. Blocks; for configuration only. Raises ``OtherAdapter``.
+        says so. What was learned last is told again: maybe there was no time to tell it before
+        the last stop. Blocks; for configuration only. Raises ``OtherAdapter``.
         """
-        events = []
-        for record in self._journal.submit(lambda j: j.lives()).result():
+        events: list[Event] = []
+        lives = self._journal.submit(lambda j: [
+            (record, [c.id for c in j.learned(record.profile)
+                      if c.adapter_version == record.version]) for record in j.lives()]).result()
+        for record, learned in lives:
             slot = self._slots.reserve() if self._slots.has_room(record.profile) else None
             if slot is None:
                 events.append(version_event(
@@ -70,8 +74,8 @@ class Publisher:
                 continue
             self._bank.write_slot(slot)
             self._slots.publish(record.profile, record.version, slot)
-            events.append(version_event(record, self._store))
-        if not any(e.profile == '' and e.state is VersionState.PUBLISHED for e in events):
+            events += self._published(record, learned)
+        if not self._slots.live('').version:
             events.append(VersionEvent('', 0, 0, VersionState.PUBLISHED))
         return events
 
@@ -89,6 +93,7 @@ class Publisher:
         job.slot = self._slots.reserve()
         if job.slot is None:
             return
+        self._slots.expect(job.profile)
         tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
         record = self._record(job)
 
@@ -114,7 +119,10 @@ class Publisher:
         record, learned = job.saving.result()
         self._bank.write_slot(job.slot)
         self._slots.publish(job.profile, record.version, job.slot)
-        return record, [version_event(record, self._store), *(
+        return record, self._published(record, learned)
+
+    def _published(self, record: VersionRecord, learned: Iterable[str]) -> list[Event]:
+        return [version_event(record, self._store), *(
             CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
             for i in learned)]
 
@@ -122,6 +130,7 @@ class Publisher:
         """Keep what was learned until the disk takes it, however long that is."""
         assert job.slot is not None
         self._slots.give_back(job.slot)
+        self._slots.expect_no_more(job.profile)
         job.slot = job.saving = None
         job.publication.failed(now)
 

@@ -26,13 +26,13 @@ VERSION_RECORDS = 1000      # of each profile; without files they are a few hund
 
 def make_room(journal: Journal, max_corrections: int) -> None:
     """
-    Forget the oldest corrections, so that there is room for one more.
+    Forget the oldest corrections, so that there are no more than that.
 
     First those that are in no version, then the learned ones. Raises
     :class:`InvalidCorrection` if nothing but pending ones are left.
     """
     row = journal.one('SELECT count(*) FROM corrections')
-    surplus = (row[0] if row is not None else 0) + 1 - max_corrections
+    surplus = (row[0] if row is not None else 0) - max_corrections
     if surplus <= 0:
         return
     finished = [row['id'] for row in journal.rows(
@@ -48,13 +48,16 @@ def forget_corrections(journal: Journal, ids: Collection[str]) -> int:
     """
     Delete corrections, and all answers to their questions; return how many were there.
 
-    The answers go, too: without the correction, a wrong one would count as one to keep.
+    The answers go, too: without the correction, a wrong one would count as one to keep. But for
+    those that another correction refers to which is still to be learned.
     """
     with journal.transaction():
         journal.execute(
             'DELETE FROM answers WHERE number IN (SELECT a.number FROM answers AS a '
-            'JOIN corrections AS c ON c.id IN (SELECT value FROM json_each(?)) '
-            'AND (a.query_id = c.query_id OR (a.profile = c.profile AND a.question = c.question)))',
+            'JOIN corrections AS c ON c.id IN (SELECT value FROM json_each(?1)) '
+            'AND (a.query_id = c.query_id OR (a.profile = c.profile AND a.question = c.question))) '
+            f'AND query_id NOT IN (SELECT query_id FROM corrections WHERE state IN {PENDING_SQL} '
+            'AND id NOT IN (SELECT value FROM json_each(?1)))',
             as_json(list(ids)))
         return journal.execute(
             'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))',

@@ -9,7 +9,6 @@ line of parents was taught, and nothing else. So a rollback can be taken back, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mace_ros.events import CorrectionState, VersionState
@@ -21,6 +20,7 @@ from mace_ros.learning.journal import (
     PENDING_SQL,
     VersionRecord,
 )
+from mace_ros.learning.lineage import Lineage
 
 
 class RollbackRefused(ValueError):
@@ -42,25 +42,6 @@ class RolledBack:
     changed: bool
     taken_back: tuple[VersionRecord, ...] = ()
     corrections: tuple[CorrectionRecord, ...] = ()
-
-
-class Lineage:
-    """A version and the parents that it was trained from, newest first; all of one profile."""
-
-    def __init__(self, records: Iterable[VersionRecord], version: int) -> None:
-        """Follow the parents of ``version`` as far as they are among ``records``."""
-        by_number = {record.version: record for record in records}
-        line = []
-        while version in by_number:
-            line.append(by_number[version])
-            version = by_number[version].parent
-        self.versions = tuple(line)
-        self.numbers = frozenset(record.version for record in line)
-        self._forgotten = version       # this one and its parents are on record no more
-
-    def holds(self, version: int) -> bool:
-        """Whether what was learned in that version is part of it."""
-        return version in self.numbers or 0 < version <= self._forgotten
 
 
 def version_to_return_to(journal: Journal, profile: str, version: int) -> VersionRecord | None:
@@ -101,6 +82,10 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
             'INSERT INTO profiles (profile, live_version) VALUES (?, ?) '
             'ON CONFLICT (profile) DO UPDATE SET live_version = excluded.live_version',
             profile, version)
+        # What it holds of the robot's is what its first version began from.
+        journal.execute(
+            'UPDATE profiles SET fork = coalesce((SELECT fork FROM versions '
+            'WHERE profile = ?1 AND version = ?2), fork) WHERE profile = ?1', profile, version)
         if not profile:
             # A person's lineage that has not begun yet must not begin with a bad version.
             journal.execute(

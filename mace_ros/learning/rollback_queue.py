@@ -29,7 +29,7 @@ from mace_ros.learning.rollback import (
     version_to_return_to,
 )
 from mace_ros.learning.versions import VersionStore
-from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 
 MAX_FAILURES = 3        # of the device, one after the other
 
@@ -113,8 +113,7 @@ class RollbackQueue:
     def _begin(self, wanted: _Wanted) -> list[Event]:
         profile, version = wanted.profile, wanted.version
         if version and not self._slots.has_room(profile):
-            return self._refuse(RollbackRefused(
-                'every adapter slot has the live version of a profile; raise adapter.slots'))
+            return self._refuse(RollbackRefused(NO_SLOT))
 
         def decide(journal: Journal) -> _Decided:
             record = version_to_return_to(journal, profile, version)
@@ -130,6 +129,8 @@ class RollbackQueue:
             wanted.decided = self._journal.submit(decide)
         except Exception as error:      # the journal is closed
             return self._refuse(error)
+        if version:
+            self._slots.expect(profile)
         wanted.decided.add_done_callback(lambda _: self._wake())
         return []
 
@@ -155,7 +156,9 @@ class RollbackQueue:
         return True
 
     def _refuse(self, error: BaseException) -> list[Event]:
-        self._wanted.popleft().done.set_exception(error)
+        wanted = self._wanted.popleft()
+        self._slots.expect_no_more(wanted.profile)
+        wanted.done.set_exception(error)
         return []
 
     def _told(self, outcome: RolledBack) -> list[Event]:

@@ -162,11 +162,14 @@ def check_same_model(folder: Path, model: PreTrainedModel) -> None:
     name = model_note(config.model_type, layers=config.num_hidden_layers,
                       width=config.hidden_size, vocabulary=config.vocab_size)
     note = folder / MODEL
-    if not note.exists():
+    known = note.read_text().strip() if note.exists() else ''
+    if not known:
         make_folder(folder)
-        _write(note, f'{name}\n'.encode())
+        temporary = folder / f'{_TEMPORARY}{MODEL}'
+        _write(temporary, f'{name}\n'.encode())
+        os.replace(temporary, note)
         sync_folder(folder)
-    elif (known := note.read_text().strip()) != name:
+    elif known != name:
         raise OtherModel(
             f'{folder} holds what another model learned ({known}; this one is {name}); set '
             'storage.folder to another folder, or model.source back')

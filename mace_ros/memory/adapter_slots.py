@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 BASE_VERSION = 0
 BASE_IDENTITY = ''
+NO_SLOT = 'every adapter slot has the live version of a profile; raise adapter.slots'
 
 
 @dataclass(frozen=True, order=True)
@@ -39,6 +40,7 @@ class AdapterSlots:
         self._base = LiveVersion('', BASE_VERSION, base_slot)
         self._free = list(range(first + count - 1, first - 1, -1))
         self._live: dict[str, LiveVersion] = {}
+        self._coming: set[str] = set()      # profiles a version of which is about to be live
         self._pins: Counter[LiveVersion] = Counter()
 
     @property
@@ -54,7 +56,16 @@ class AdapterSlots:
     def has_room(self, profile: str) -> bool:
         """Whether that profile may have a version of its own, now or after some request."""
         # One slot is for the next version of a profile that has one already.
-        return profile in self._live or len(self._live) < self._count - 1
+        profiles = self._live.keys() | self._coming
+        return profile in profiles or len(profiles) < self._count - 1
+
+    def expect(self, profile: str) -> None:
+        """Let others have the room that is left beside a version, until that is live, ..."""
+        self._coming.add(profile)
+
+    def expect_no_more(self, profile: str) -> None:
+        """... or will not be."""
+        self._coming.discard(profile)
 
     def live(self, profile: str) -> LiveVersion:
         """Return the version that a query of that profile is served now."""
@@ -82,6 +93,7 @@ class AdapterSlots:
     def publish(self, profile: str, version: int, slot: int) -> LiveVersion:
         """Make the version in that reserved slot the profile's live one."""
         before = self._live.get(profile)
+        self._coming.discard(profile)
         self._live[profile] = LiveVersion(profile, version, slot)
         if before is not None:
             self._retire(before)

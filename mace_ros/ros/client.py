@@ -280,15 +280,17 @@ class MaceClient:
         """
         Say what should have been answered; ``fields`` are any others of ``Correction.msg``.
 
-        One of ``query_id``, ``conversation_id`` and ``prompt`` is needed.
+        One of ``query_id``, ``conversation_id`` and ``prompt`` is needed. The node keeps each id
+        once: while this client waits for one of that id, it is the same.
         """
         correction = Correction(
             id=correction_id or str(uuid.uuid4()), corrected=corrected, **fields)
         correction.header.stamp = self.node.get_clock().now().to_msg()
-        learning = Learning(correction.id, self._changed)
         with self._changed:
             self._look()
-            self._learning[correction.id] = learning
+            learning = self._learning.get(correction.id)
+            if learning is None or learning.lost:
+                learning = self._learning[correction.id] = Learning(correction.id, self._changed)
         self._correction.publish(correction)
         return learning
 

@@ -32,7 +32,7 @@ class VersionLatch:
 
     def _add(self, event: VersionEvent) -> VersionEvent:
         # One that was trained in vain, or taken back, does not replace the one that serves.
-        if event.state is VersionState.PUBLISHED or event.profile not in self._newest:
+        if event.state is VersionState.PUBLISHED:
             self._newest.pop(event.profile, None)
             self._newest[event.profile] = (self._published, event)
         self._published += 1
