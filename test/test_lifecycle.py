@@ -11,6 +11,7 @@ import resource
 import signal
 import statistics
 import threading
+import time
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from graph import ENVIRONMENT, wait_until
@@ -51,8 +52,10 @@ class NodeHere:
         self._spinner = Spinner(self._node, name='ros', context=self._context)
         self._spinner.start()
 
-    def kill(self) -> None:
+    def kill(self, *, linger_s: float = 0.0) -> None:
+        """Stop; its executor runs on for a while."""
         assert self._node.stop()
+        time.sleep(linger_s)
         self._spinner.stop()
         self._node.destroy_node()
         self._context.shutdown()
@@ -259,6 +262,17 @@ def test_shutdown_comes_from_unconfigured(
     assert new.change('shutdown')
     assert new.state == State.PRIMARY_STATE_FINALIZED
     new.close()
+
+
+def test_timers_that_ring_once_it_has_stopped_do_no_harm(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str]) -> None:
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    node = NodeHere(**{'storage.folder': tmp_path, 'monitor.rate_hz': 100.0})
+    node.start()
+    node.kill(linger_s=0.5)
+    assert 'failed' not in capfd.readouterr().err
 
 
 @pytest.fixture(scope='module')

@@ -209,6 +209,12 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._calls.stop(0.1)
         return self._device.stop(max(0.1, end - time.monotonic()) if freed.done() else 0.1)
 
+    def destroy_node(self) -> None:
+        """Free all that ROS has of it, when neither its executor nor the device's runs."""
+        # Not when it stops: until its executor has ended, timers ask the device for a status.
+        self._device.destroy()
+        super().destroy_node()
+
     def _end(self) -> None:
         if self._health.state != 'finalized':    # by ~/change_state
             self.trigger_shutdown()
