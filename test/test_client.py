@@ -132,12 +132,18 @@ def test_the_next_node_is_waited_for_and_goes_on(client: MaceClient, played: Pla
 def test_one_that_comes_before_the_first_is_missed_has_taken_its_place(
         client: MaceClient, played: Played) -> None:
     """As after a kill, which the middleware notices late."""
-    lost = client.ask('One?')
+    lost, unheard = client.ask('One?'), client.correct('Ho.', correction_id='k', prompt='Hi')
     following = Played()
     following.say(AdapterVersion(version=2, state=AdapterVersion.PUBLISHED))
     try:
+        assert wait_until(lambda: unheard.lost or unheard in client._leaving, SOON_S)
+        again = client.correct('Ho.', correction_id='k', prompt='Hi')
         with pytest.raises(ConnectionError):
             lost.result(SOON_S)
+        with pytest.raises(ConnectionError):
+            unheard.wait(timeout_s=SOON_S)
+        following.say(CorrectionStatus(id='k', state=CorrectionStatus.LEARNED))
+        assert again.wait(timeout_s=SOON_S)
         answer = client.ask('Two?', query_id='two')
         played.end()
         time.sleep(1.5)

@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 import math
 from pathlib import Path
 import random
@@ -24,6 +25,7 @@ from mace_ros.learning import journal as journal_module, journal_file
 from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
 from mace_ros.learning.journal_file import JournalError
 from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.learning.rollback import roll_back
 
 ROOT = Path(__file__).parents[1]
 LEARNED, TRAINING = CorrectionState.LEARNED, CorrectionState.TRAINING
@@ -118,6 +120,24 @@ def test_a_journal_of_an_earlier_schema_is_brought_up_to_date(path: Path) -> Non
         assert journal.next_version('ann') == 3
     with Journal(path) as journal:
         assert journal.answer('q') is not None
+
+
+def test_what_a_profile_has_begun_from_is_known_of_earlier_journals(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as old:
+        for statement in chain.from_iterable(journal_file._STEPS[:4]):
+            old.execute(statement)
+        old.execute('PRAGMA user_version = 4')
+        for profile, version in (('', 1), ('', 2), ('ann', 1)):
+            old.execute("INSERT INTO versions VALUES (?, ?, 0, ?, '', '[]', 0, 0, 0, 0, '', 'ab', "
+                        '0)', (profile, version, int(VersionState.PUBLISHED)))
+        old.execute("INSERT INTO profiles VALUES ('', 2, 2, NULL), ('ann', 1, 1, 1)")
+    with Journal(path) as journal:
+        roll_back(journal, 'ann', 0, '')
+        parent = journal.next_parent('ann')
+        assert parent is not None and (parent.profile, parent.version) == ('', 2)
+        roll_back(journal, 'ann', 1, '')
+        assert journal.rows("SELECT fork FROM profiles WHERE profile = 'ann'")[0]['fork'] == 1
 
 
 def test_the_last_answer_of_a_conversation(journal: Journal) -> None:

@@ -16,7 +16,13 @@ import torch
 from mace_ros.events import CorrectionState, InvalidCorrection, VersionState
 from mace_ros.learning.journal import Journal, MAX_ANSWERS, VersionRecord
 from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.retention import forget_old_versions, make_room, remove_files, tidy
+from mace_ros.learning.retention import (
+    forget_corrections,
+    forget_old_versions,
+    make_room,
+    remove_files,
+    tidy,
+)
 from mace_ros.learning.rollback import roll_back, RollbackRefused
 from mace_ros.learning.storage_lock import StorageInUse, StorageLock
 from mace_ros.learning.versions import VersionStore
@@ -72,6 +78,16 @@ def test_the_oldest_finished_corrections_make_room(tmp_path: Path) -> None:
             make_room(journal, 2)
         assert [record.id for record in journal.pending()] == ['waits1', 'waits2', 'waits3']
         assert journal.answer('q-waits1') is not None and journal.answer('q-wanted') is not None
+
+
+def test_what_a_person_deletes_is_gone_whoever_refers_to_it(tmp_path: Path) -> None:
+    with Journal(tmp_path / JOURNAL) as journal:
+        for query, name in (('q1', 'deleted'), ('q2', 'waits')):
+            journal.record_answer(answer(query, 'the question'))
+            journal.accept(correction(name, 'the question', query_id=query))
+        assert forget_corrections(journal, ['deleted']) == 1
+        assert not journal.answers()
+        assert [record.id for record in journal.pending()] == ['waits']
 
 
 def test_the_newest_versions_and_those_in_use_are_kept(tmp_path: Path) -> None:

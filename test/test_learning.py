@@ -486,6 +486,36 @@ def test_a_wrong_answer_that_is_too_long_is_not_looked_at(robot: Robot) -> None:
     assert record is not None and record.rejected == ''
 
 
+def test_under_continuous_what_was_superseded_is_not_rehearsed(robot: Robot) -> None:
+    """Even if that came while its version was on its way to the disk."""
+    engine = robot.engine
+    engine.update(engine.settings.updated({'scheduler.policy': 'continuous'}))
+    correct(robot, 'old', about='this')
+    while engine.learner._job is None or engine.learner._job.saving is None:
+        engine.step()
+    engine.correct(Correction('Your friend.', id='new', prompt='Question this?'))
+    engine._journal.submit(lambda _: None).result(10)
+    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'new'
+                and e.state is CorrectionState.LEARNED)
+    assert [record.id for record in engine.learner._recent] == ['new']
+
+
+def test_those_that_wait_keep_others_out_but_not_who_takes_their_place(robot: Robot) -> None:
+    engine = robot.engine
+    engine.update(engine.settings.updated({'finetune.budget': 0.0, 'storage.max_corrections': 2}))
+    for name, about in (('1', '1'), ('2', '2'), ('2 again', '2')):
+        engine.correct(Correction('A robot.', id=name, prompt=f'Question {about}?'))
+        state = robot.until(lambda e, name=name: isinstance(e, CorrectionProgress)  # type: ignore[misc]
+                            and e.id == name)
+        assert state.state is CorrectionState.ACCEPTED
+    assert [r.id for r in engine._journal.submit(lambda j: j.corrections()).result(10)] == [
+        '1', '2 again']
+    state = robot.correct(Correction('A robot.', id='3', prompt='Question 3?'))
+    assert state.state is CorrectionState.REJECTED and 'max_corrections' in state.reason
+    assert [r.id for r in engine._journal.submit(lambda j: j.corrections()).result(10)] == [
+        '1', '2 again']
+
+
 @pytest.mark.parametrize('where', ['run_segment', '__init__'])
 def test_failing_learning_loses_no_answer_and_is_tried_again(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str) -> None:

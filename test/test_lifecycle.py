@@ -264,6 +264,21 @@ def test_shutdown_comes_from_unconfigured(
     new.close()
 
 
+def test_a_node_that_could_not_shut_down_ends_all_the_same(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+
+    def fails(_: MaceNode) -> None:
+        raise OSError('injected')
+
+    monkeypatch.setattr(MaceNode, '_unload', fails)
+    new = Managed(NodeHere(**{'storage.folder': tmp_path}))
+    assert not new.change('shutdown')
+    assert new.state == State.PRIMARY_STATE_FINALIZED
+    new.close()
+
+
 def test_timers_that_ring_once_it_has_stopped_do_no_harm(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str]) -> None:

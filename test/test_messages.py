@@ -99,8 +99,11 @@ def test_response_names_the_same_constants(kind: type) -> None:
 def test_the_live_version_of_each_profile_stays_on_the_topic() -> None:
     depth = 3
     latch, published, live = VersionLatch(depth), [], {}
-    # One that never had a version does not hold a place on it.
-    published += latch.to_publish(VersionEvent('eve', 1, 0, VersionState.REJECTED))
+    # One that never had a version does not hold a place on it, nor one that has none any more.
+    for event in (VersionEvent('eve', 1, 0, VersionState.REJECTED),
+                  VersionEvent('dan', 1, 0, VersionState.PUBLISHED),
+                  VersionEvent('dan', 0, 0, VersionState.PUBLISHED)):
+        published += latch.to_publish(event)
     turns = [('', 1), ('ann', 1), ('bob', 1), *[('ann', n) for n in range(2, 9)], ('', 2)]
     for profile, version in turns:
         event = VersionEvent(profile, version, version - 1, VersionState.PUBLISHED)

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from robot import RANDOM_MODEL, Robot
+import torch
 
 from mace_ros.engine import Engine
 from mace_ros.events import (
@@ -228,6 +229,31 @@ def test_a_version_holds_what_its_own_line_began_from(journal: Journal) -> None:
     assert held('bob') == ['a', 'bob1']
 
 
+def test_a_line_that_goes_on_after_a_rollback_begins_where_the_robot_is(
+        journal: Journal) -> None:
+    """Though nothing was corrected since: it was waiting."""
+    def held() -> list[str]:
+        return [c.id for c in journal.held_by(journal.next_parent('ann'))]
+
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    correct(journal, 'ann1', profile='ann')
+    correct(journal, 'ann2', profile='ann')
+    publish(journal, 1, 'ann1', profile='ann')
+    roll_back(journal, 'ann', 0, '')
+    assert held() == ['a']
+    publish(journal, 2, 'ann2', profile='ann')
+    assert held() == ['a', 'ann2']
+    correct(journal, 'b')
+    publish(journal, 2, 'b')
+    correct(journal, 'ann3', profile='ann')
+    assert held() == ['a', 'ann2']
+    roll_back(journal, 'ann', 0, '')
+    assert held() == ['a', 'b']
+    roll_back(journal, 'ann', 2, '')
+    assert held() == ['a', 'ann2']
+
+
 def test_a_profile_begins_anew_where_nothing_came_of_its_corrections(journal: Journal) -> None:
     """A correction that failed long ago does not take it back to what the robot was then."""
     correct(journal, 'ann1', profile='ann')
@@ -418,6 +444,39 @@ def test_a_rollback_may_take_the_last_room(settings: Settings, tmp_path: Path) -
     assert told() == [NO_SLOT]
     assert robot.ask('Who are you?', profile='ann').text == 'Your friend.'
     teach(robot, 'A tin can.')
+    robot.engine.close()
+
+
+def test_a_version_on_its_way_to_the_disk_keeps_its_room(
+        settings: Settings, tmp_path: Path) -> None:
+    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    teach(robot, 'A robot.')
+    teach(robot, 'Your friend.', profile='ann')
+    rolled_back(robot, 0, 'ann')
+    robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
+    while robot.engine.learner._job is None or robot.engine.learner._job.saving is None:
+        robot.engine.step()
+    with pytest.raises(RollbackRefused, match=NO_SLOT):
+        rolled_back(robot, 1, 'ann')
+    while robot.engine.live_version('bob') == 0:
+        robot.engine.step()
+    assert robot.ask('Who are you?', profile='bob').text == 'Your guest.'
+    robot.engine.close()
+
+
+def test_a_version_that_never_comes_to_the_disk_keeps_no_room(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError('injected')
+
+    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    teach(robot, 'A robot.')
+    with monkeypatch.context() as patch:
+        patch.setattr(robot.engine.bank, 'export', fails)
+        last = robot.correct(
+            Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
+    assert last.state is FAILED and 'injected' in last.reason
+    teach(robot, 'Your friend.', profile='ann')
     robot.engine.close()
 
 

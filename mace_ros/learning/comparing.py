@@ -21,6 +21,7 @@ from mace_ros.learning.rollback import RollbackRefused, version_to_return_to
 from mace_ros.learning.versions import VersionStore
 
 REMEMBERED = 1000       # corrections whose first score is
+MAX_TRIES = 3           # to compare, if device or disk fails
 
 
 class Comparing:
@@ -30,6 +31,7 @@ class Comparing:
         """Begin without a suspicion."""
         self._store = store
         self.suspicion: Suspicion | None = None
+        self._tries = 0
         # Mean log p of corrected texts under the version that was live when they came.
         self._first_scores: dict[str, float] = {}
         self.compared: deque[str] = deque(maxlen=REMEMBERED)    # corrections
@@ -44,7 +46,7 @@ class Comparing:
         """Wait to compare, unless most of what speaks against the version was compared already."""
         new = sum(r.id not in self.compared for r in suspicion.corrections)
         if 2 * new >= len(suspicion.corrections):
-            self.suspicion = suspicion
+            self.suspicion, self._tries = suspicion, 0
 
     def forget(self, profile: str) -> None:
         """Drop what is suspected of a profile's version: it is being taken back."""
@@ -53,8 +55,13 @@ class Comparing:
 
     def begin(self, suspicion: Suspicion) -> None:
         """Note that versions are compared now."""
-        self.suspicion = None
+        self.suspicion, self._tries = None, self._tries + 1
         self.compared.extend(r.id for r in suspicion.corrections if r.id not in self.compared)
+
+    def broke_off(self, suspicion: Suspicion) -> None:
+        """Wait to compare again, since device or disk failed; a few times."""
+        if self.suspicion is None and self._tries < MAX_TRIES:
+            self.suspicion = suspicion
 
     def fetch(self, journal: Journal, suspicion: Suspicion) -> Fetched:
         """

@@ -231,7 +231,7 @@ class Journal(JournalFile):
                     'INSERT INTO profiles (profile, fork) VALUES '
                     "(?1, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
                     'ON CONFLICT (profile) DO UPDATE SET fork = excluded.fork '
-                    'WHERE fork IS NULL OR (live_version = 0 AND NOT EXISTS ('
+                    'WHERE live_version = 0 AND (fork IS NULL OR NOT EXISTS ('
                     'SELECT 1 FROM corrections AS c WHERE c.profile = ?1 AND c.id <> ?2 '
                     f'AND c.state IN {PENDING_SQL}))', record.profile, record.id)
         return True
@@ -367,9 +367,11 @@ class Journal(JournalFile):
             raise ValueError(f'version {record.version} is {record.state.name}, not PUBLISHED')
         with self.transaction():
             self.record_version(record)
+            # Where next_parent() has let its line begin, if nothing was corrected since a rollback.
             self.execute(
-                'UPDATE profiles SET live_version = ? WHERE profile = ?',
-                record.version, record.profile)
+                'UPDATE profiles SET live_version = ?1, fork = coalesce(fork, '
+                "(SELECT live_version FROM profiles WHERE profile = '' AND ?2 <> ''), 0) "
+                'WHERE profile = ?2', record.version, record.profile)
             self.execute(
                 'UPDATE versions SET fork = (SELECT fork FROM profiles WHERE profile = ?1) '
                 'WHERE profile = ?1 AND version = ?2', record.profile, record.version)

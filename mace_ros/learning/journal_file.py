@@ -91,7 +91,7 @@ _STEPS = (
         # Whose version gave the answer, which may be the robot's for a profile of a person.
         "ALTER TABLE answers ADD COLUMN lineage TEXT NOT NULL DEFAULT ''",
         'CREATE INDEX answers_question ON answers (profile, question)',
-        # The robot's version that the profile's next one begins from; NULL: not yet chosen.
+        # The robot's version that the profile's own line begins from; NULL: not yet chosen.
         'ALTER TABLE profiles ADD COLUMN fork INTEGER',
     ),
     (

@@ -89,7 +89,7 @@ class Learner:
         self.drift = Drift()
         self._resting = Resting()
         self._rests_until: float | None = None
-        self._reading = Backoff()       # after a live version, or the journal, that can't be read
+        self._backoff = Backoff()       # after what failed through no correction's fault
         self._settings = Settings()
         self.clock: Callable[[], float] = time.monotonic
         self.held: str | None = None    # a profile for which nothing may be begun
@@ -249,6 +249,7 @@ class Learner:
             self._slots.give_back(job.slot)
         self._wake()
         if job.rehearses:
+            self._try_later(job)
             return []
         # While something is about to join, what is trained already is not to blame.
         tried = [w for w in job.corrections if job.trained is None or w.record.id not in job.told]
@@ -286,8 +287,8 @@ class Learner:
         settings, self._rests_until = self._settings, None
         if settings.finetune.budget == 0:
             return []
-        if self.clock() < self._reading.until:
-            self._rests_until = self._reading.until
+        if self.clock() < self._backoff.until:
+            self._rests_until = self._backoff.until
             return []
         suspicion = self.comparing.suspicion
         if suspicion is not None and suspicion.profile != self.held:
@@ -365,7 +366,7 @@ class Learner:
         error = job.fetched.exception()
         if error is not None:
             return self._put_off(job, error)
-        self._reading.succeeded()
+        self._backoff.succeeded()
         if job.suspicion is not None:
             return self._score_better(job, job.suspicion)
         if self._lessons.teachers is not None:
@@ -384,11 +385,17 @@ class Learner:
             self._wake()
             return []
         self._trouble = f'the live version could not be read: {error}'
-        self._reading.failed(self.clock())
-        self._rests_until = self._reading.until
+        self._try_later(job)
         if not job.rehearses:
             self._queue.put_back(job.corrections)
         return []
+
+    def _try_later(self, job: Job) -> None:
+        """Begin nothing for a while; then compare again what was compared."""
+        self._backoff.failed(self.clock())
+        self._rests_until = self._backoff.until
+        if job.suspicion is not None:
+            self.comparing.broke_off(job.suspicion)
 
     def _take_teachers(self, job: Job, directions: MainDirections | None, scores: list[SampleScore],
                        taught: list[Sample]) -> list[Event]:
@@ -656,7 +663,9 @@ class Learner:
             return []
         self._known, self._known_of = job.after, (job.profile, job.profile, record.version)
         if not job.rehearses:
-            self._recent.extend(w.record for w in job.corrections)
+            superseded = {w.record.prompt_ids for w in self._queue.of(job.profile)}
+            self._recent.extend(w.record for w in job.corrections
+                                if w.record.prompt_ids not in superseded)
         self._job, self._trouble = None, ''
         return events
 

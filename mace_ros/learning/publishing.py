@@ -93,7 +93,6 @@ class Publisher:
         job.slot = self._slots.reserve()
         if job.slot is None:
             return
-        self._slots.expect(job.profile)
         tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
         record = self._record(job)
 
@@ -108,6 +107,7 @@ class Publisher:
                 return done, journal.publish(done)
 
         job.saving = self.submit(save)
+        self._slots.expect(job.profile)
 
     def publish(self, job: Job) -> tuple[VersionRecord, list[Event]]:
         """

@@ -41,24 +41,25 @@ def make_room(journal: Journal, max_corrections: int) -> None:
     if len(finished) < surplus:
         raise InvalidCorrection(
             f'{max_corrections} corrections wait already (storage.max_corrections)')
-    forget_corrections(journal, finished)
+    forget_corrections(journal, finished, keep_corrected=True)
 
 
-def forget_corrections(journal: Journal, ids: Collection[str]) -> int:
+def forget_corrections(journal: Journal, ids: Collection[str], *,
+                       keep_corrected: bool = False) -> int:
     """
     Delete corrections, and all answers to their questions; return how many were there.
 
-    The answers go, too: without the correction, a wrong one would count as one to keep. But for
-    those that another correction refers to which is still to be learned.
+    The answers go, too: without the correction, a wrong one would count as one to keep.
+    ``keep_corrected`` keeps those that another correction refers to which is to be learned yet.
     """
     with journal.transaction():
         journal.execute(
             'DELETE FROM answers WHERE number IN (SELECT a.number FROM answers AS a '
             'JOIN corrections AS c ON c.id IN (SELECT value FROM json_each(?1)) '
             'AND (a.query_id = c.query_id OR (a.profile = c.profile AND a.question = c.question))) '
-            f'AND query_id NOT IN (SELECT query_id FROM corrections WHERE state IN {PENDING_SQL} '
-            'AND id NOT IN (SELECT value FROM json_each(?1)))',
-            as_json(list(ids)))
+            'AND NOT (?2 AND query_id IN (SELECT query_id FROM corrections '
+            f'WHERE state IN {PENDING_SQL} AND id NOT IN (SELECT value FROM json_each(?1))))',
+            as_json(list(ids)), keep_corrected)
         return journal.execute(
             'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))',
             as_json(list(ids))).rowcount

@@ -289,7 +289,7 @@ class MaceClient:
         with self._changed:
             self._look()
             learning = self._learning.get(correction.id)
-            if learning is None or learning.lost:
+            if learning is None or learning.lost or learning in self._leaving:
                 learning = self._learning[correction.id] = Learning(correction.id, self._changed)
         self._correction.publish(correction)
         return learning

@@ -34,6 +34,8 @@ class VersionLatch:
         # One that was trained in vain, or taken back, does not replace the one that serves.
         if event.state is VersionState.PUBLISHED:
             self._newest.pop(event.profile, None)
-            self._newest[event.profile] = (self._published, event)
+            # Nor has a profile that is served the robot's version a place on the topic.
+            if event.version or not event.profile:
+                self._newest[event.profile] = (self._published, event)
         self._published += 1
         return event

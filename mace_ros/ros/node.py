@@ -205,6 +205,8 @@ class MaceNode(LifecycleNodeMixin, Node):
                 freed.result(END_TIMEOUT_S)
             except FutureTimeout:
                 self.get_logger().error('an iteration does not end; giving up on it')
+            except Exception as error:      # a state that nothing leads out of
+                self.get_logger().error(f'shutting down failed: {error}')
         self._wait_until_heard()
         self._calls.stop(0.1)
         return self._device.stop(max(0.1, end - time.monotonic()) if freed.done() else 0.1)
@@ -426,8 +428,10 @@ def main(args: list[str] | None = None) -> int:
     node.start()
     stop.wait()
     ended = node.stop()
-    server.stop(1.0)
-    node.destroy_node()
+    if server.stop(1.0):
+        node.destroy_node()
+    else:
+        ended = False
     rclpy.shutdown()
     code = 1 if node.failure else 0
     if not ended:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from builtin_interfaces.msg import Time
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 JOURNAL_TIMEOUT_S = 5.0
 # An iteration or two, but while no adapter slot is free.
 ROLLBACK_TIMEOUT_S = 60.0
+# A trace that a stop has cut off is written within a second.
+WRITE_TIMEOUT_S = 2.0
 
 # What a trace is that says nothing else.
 TRACE_ITERATIONS, TRACE_SECONDS = 200, 10.0
@@ -58,6 +61,7 @@ class Services:
         self._node, self._engine, self._active, self._freeze = node, engine, active, freeze
         self._storage = storage
         self._tracing = ''      # the file of the trace that is being made
+        self._writer: Thread | None = None
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
         node.create_service(Trace, '~/trace', self._on_trace)
         self._apart: list[tuple[Node, Spinner]] = []
@@ -73,7 +77,9 @@ class Services:
             self._apart.append((apart, spinner))
 
     def stop(self, timeout_s: float) -> None:
-        """End the threads, unless a call keeps one for longer."""
+        """End the threads, unless a call keeps one for longer; a trace is written to its end."""
+        if self._writer is not None:
+            self._writer.join(WRITE_TIMEOUT_S)
         for apart, spinner in self._apart:
             if spinner.stop(timeout_s):
                 apart.destroy_node()
@@ -121,7 +127,7 @@ class Services:
         self._tracing = str(path)
 
         def write(records: list[Record]) -> None:
-            write_in_background(records, path, written)
+            self._writer = write_in_background(records, path, written)
 
         def written(problem: str) -> None:
             self._tracing = ''
