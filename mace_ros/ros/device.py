@@ -92,12 +92,8 @@ class Device:
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread; return False if it hangs in a call or an iteration."""
+        # What wake() uses goes with the context: until then a timer may call it.
         return self._spinner.stop(timeout_s)
-
-    def destroy(self) -> None:
-        """Free what :meth:`wake` uses, if the thread has ended; when no other may call it."""
-        if self._spinner.stop(0.0):
-            self._node.destroy_node()
 
     def _on_timer(self) -> None:
         self._timer.cancel()    # it is to ring once

@@ -211,12 +211,6 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._calls.stop(0.1)
         return self._device.stop(max(0.1, end - time.monotonic()) if freed.done() else 0.1)
 
-    def destroy_node(self) -> None:
-        """Free all that ROS has of it, when neither its executor nor the device's runs."""
-        # Not when it stops: until its executor has ended, timers ask the device for a status.
-        self._device.destroy()
-        super().destroy_node()
-
     def _end(self) -> None:
         if self._health.state != 'finalized':    # by ~/change_state
             self.trigger_shutdown()
@@ -428,10 +422,8 @@ def main(args: list[str] | None = None) -> int:
     node.start()
     stop.wait()
     ended = node.stop()
-    if server.stop(1.0):
-        node.destroy_node()
-    else:
-        ended = False
+    ended = server.stop(1.0) and ended
+    node.destroy_node()
     rclpy.shutdown()
     code = 1 if node.failure else 0
     if not ended:
