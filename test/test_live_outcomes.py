@@ -37,6 +37,7 @@ from mace_ros.learning.live_outcomes import (
     WATCHED,
 )
 from mace_ros.learning.rollback import roll_back
+from mace_ros.learning.versions import VersionStore
 from mace_ros.settings import Settings
 from mace_ros.storage import JOURNAL
 
@@ -226,6 +227,20 @@ def with_version(settings: Settings, folder: Path, scale: float) -> tuple[Robot,
 def taken_back(robot: Robot) -> list[VersionEvent]:
     """Return what was said of versions that were taken back."""
     return [e for e in robot.events if isinstance(e, VersionEvent) and e.state is ROLLED_BACK]
+
+
+def test_a_comparison_that_always_breaks_off_is_given_up(tmp_path: Path) -> None:
+    some = Outcomes(ENOUGH, ENOUGH)
+    suspicion = Suspicion('', 2, 1, some, some, (correction('k'),))
+    compares = comparing.Comparing(VersionStore(tmp_path))
+    compares.suspect(suspicion)
+    tries = 0
+    while compares.suspicion is not None:
+        compares.begin(compares.suspicion)
+        compares.broke_off(suspicion)
+        tries += 1
+        assert tries <= comparing.MAX_TRIES
+    assert tries == comparing.MAX_TRIES
 
 
 @pytest.mark.parametrize('waits', [True, False], ids=['each is learned', 'all at once'])

@@ -254,6 +254,17 @@ def test_a_line_that_goes_on_after_a_rollback_begins_where_the_robot_is(
     assert held() == ['a', 'ann2']
 
 
+def test_a_version_of_another_robot_holds_nothing_of_this_one(journal: Journal) -> None:
+    """As one that was imported, of which nobody knows what it has begun from."""
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    journal.record_version(VersionRecord(
+        'ann', journal.next_version('ann'), 0, path='adapters/ann/v1', sha256='ab'))
+    roll_back(journal, 'ann', 1, '')
+    correct(journal, 'ann1', profile='ann')
+    assert journal.held_by(journal.next_parent('ann')) == ()
+
+
 def test_a_profile_begins_anew_where_nothing_came_of_its_corrections(journal: Journal) -> None:
     """A correction that failed long ago does not take it back to what the robot was then."""
     correct(journal, 'ann1', profile='ann')
