@@ -12,6 +12,7 @@ import signal
 import statistics
 import threading
 import time
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from graph import ENVIRONMENT, wait_until
@@ -28,6 +29,7 @@ from mace_ros.engine import Engine
 from mace_ros.ros.client import MaceClient
 from mace_ros.ros.node import MaceNode
 from mace_ros.ros.spinning import Spinner
+from mace_ros.telemetry import trace
 
 START_S = 60.0
 ANSWER_S = 30.0
@@ -277,6 +279,28 @@ def test_a_node_that_could_not_shut_down_ends_all_the_same(
     assert not new.change('shutdown')
     assert new.state == State.PRIMARY_STATE_FINALIZED
     new.close()
+
+
+def test_a_trace_that_a_stop_cuts_off_is_written_to_its_end(
+        tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    write = trace.write_trace
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.5)
+        write(*given)
+
+    monkeypatch.setattr(trace, 'write_trace', slowly)
+    new = Managed(NodeHere(**{
+        'model.source': model_folder, 'model.threads': 1, 'storage.folder': tmp_path / 'storage',
+        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
+    assert new.live()
+    begun = call(new.client, Trace, '/mace/trace', seconds=60.0)
+    assert begun.success, begun.message
+    assert new.ask().finish_reason == Response.LENGTH
+    new.close()
+    assert Path(begun.path).stat().st_size > 0
 
 
 def test_timers_that_ring_once_it_has_stopped_do_no_harm(
