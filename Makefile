@@ -51,7 +51,7 @@ endif
 setup: $(VENV)/.dependencies  ## create .venv with the package and all that it needs (default)
 
 demo: setup  ## ask, correct and ask again
-	@$(RUN) -m mace_ros.demo $(DEMO_ARGS)
+	@$(RUN) -m mace_ros.cli.demo $(DEMO_ARGS)
 
 test: setup  ## run the tests; PYTEST_ARGS='-k launch -x' goes to pytest
 	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

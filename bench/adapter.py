@@ -10,15 +10,15 @@ from pathlib import Path
 import shutil
 import time
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
     CorrectionState,
-    VersionEvent,
+    CorrectionStatus,
     VersionState,
 )
-from mace_ros.settings import Settings
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
 
 LEARN_TIMEOUT_S = 300.0
 
@@ -51,9 +51,9 @@ def publish(settings: Settings, storage: Path, say: Callable[[str], None]) -> Pu
         while time.monotonic() < deadline:
             iteration = engine.step()
             for event in iteration.events:
-                if isinstance(event, VersionEvent) and event.state is VersionState.PUBLISHED:
+                if isinstance(event, AdapterVersion) and event.state is VersionState.PUBLISHED:
                     return Published(storage, Path(event.path))
-                if (isinstance(event, CorrectionProgress)
+                if (isinstance(event, CorrectionStatus)
                         and event.state in (CorrectionState.REJECTED, CorrectionState.FAILED)):
                     raise RuntimeError(f'the correction was not learned: {event.reason}')
             if iteration.wake_at is None:

@@ -113,9 +113,9 @@ class Run:
         # Only here, so that --help answers at once.
         from bench.adapter import publish
         from bench.serving import POLICIES, precision_of, Served
-        from mace_ros.execution.loading import load_model
-        from mace_ros.execution.text import ChatText
-        from mace_ros.settings import Settings
+        from mace_ros.api.settings import Settings
+        from mace_ros.model.chat import ChatTokenizer
+        from mace_ros.model.loading import load_model
 
         args = self._args
         settings = Settings().updated({
@@ -124,7 +124,7 @@ class Run:
         self._slo = Slo(settings.slo.ttft_ms, settings.slo.tpot_ms)
         self.say('loading the model and learning a correction for the adapter')
         loaded = load_model('', device='cpu')
-        chat = ChatText(loaded.tokenizer)
+        chat = ChatTokenizer(loaded.tokenizer)
         self._encode: Callable[[str], Sequence[int]] = lambda text: chat.prompt(
             [{'role': 'user', 'content': text}])
         ids = cut(loaded.tokenizer.encode(prose()), args.sample_tokens)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from bench.colocation_checks import SPLIT
 from bench.load import Arrival, block_row, request_row, Slo
 from bench.peers.worker import CONTEXT, Worker
-from mace_ros.settings import Settings
+from mace_ros.api.settings import Settings
 
 AHEAD_S = 0.2     # a block begins so much after the processes are told of it
 
@@ -127,7 +127,7 @@ def make_peer(system: str, *, model: str, adapter: Path, dtype: str,
     if system == 'llama_cpp':
         from bench.peers.gguf_files import adapter as write_adapter, convert
         from bench.peers.llama import LlamaCpp
-        from mace_ros.execution.loading import packaged_gguf
+        from mace_ros.model.loading import packaged_gguf
 
         source = packaged_gguf()
         return Server(Worker(

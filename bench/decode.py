@@ -74,14 +74,14 @@ def measure(args: argparse.Namespace, folder: Path, notes: list[str]) -> dict[st
     from bench.peers.generate import HfGenerate
     from bench.peers.worker import PeerFailed, Worker
     from bench.serving import precision_of, Served
-    from mace_ros.execution.loading import load_model, packaged_gguf
-    from mace_ros.execution.text import ChatText
-    from mace_ros.settings import PARAMETERS, Settings
+    from mace_ros.api.settings import PARAMETERS, Settings
+    from mace_ros.model.chat import ChatTokenizer
+    from mace_ros.model.loading import load_model, packaged_gguf
 
     plain = Settings().updated({'model.device': 'cpu', 'model.threads': args.threads})
     print('loading the model and learning a correction for the adapter', flush=True)
     loaded = load_model('', device='cpu')
-    chat, model = ChatText(loaded.tokenizer), loaded.name
+    chat, model = ChatTokenizer(loaded.tokenizer), loaded.name
     del loaded
     published = publish(plain, folder / 'published', lambda text: None)
     ours: dict[str, Served] = {}
@@ -172,8 +172,8 @@ def perplexity(engine: Any) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from mace_ros.execution.attention import whole_sequences
-    from mace_ros.execution.lora import BASE_SLOT
+    from mace_ros.model.attention import whole_sequences
+    from mace_ros.model.lora import BASE_SLOT
 
     model, total, count = engine.model, 0.0, 0
     for messages in conversations():

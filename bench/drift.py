@@ -158,7 +158,7 @@ def measure(settings: Any, folder: Path, earlier: Mapping[str, Any], *, system: 
 
 def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Ask at the times of the trace, and correct what is wrong; return rows and totals."""
-    from mace_ros.events import Correction, Finished, Query, VersionEvent, VersionState
+    from mace_ros.api.events import AdapterVersion, Correction, Query, Response, VersionState
 
     engine = robot.engine
     robot.ask('Hello.')     # what is only slow once
@@ -178,10 +178,10 @@ def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], 
     while len(rows) < len(load) and time.monotonic() < end:
         iteration = engine.step()
         for event in iteration.events:
-            if isinstance(event, VersionEvent):
+            if isinstance(event, AdapterVersion):
                 versions += event.state is VersionState.PUBLISHED
                 rejected += event.state is VersionState.REJECTED
-            if not isinstance(event, Finished) or not event.query_id.startswith('t'):
+            if not isinstance(event, Response) or not event.query_id.startswith('t'):
                 continue
             question = load[int(event.query_id[1:])]
             right = event.text.strip() == question.truth

@@ -28,7 +28,7 @@ from bench.node import NodeProcess, own_domain
 from bench.report import summary
 from bench.results import Check, check, Recorder, Reported, Result, Table
 from bench.wreck import examine, lost, older, Wreck
-from mace_ros.storage import JOURNAL
+from mace_ros.store.layout import JOURNAL
 
 START_S = 250.0
 LIFE_S = 12.0           # after it is ready, of a node that is killed at random
@@ -99,7 +99,7 @@ def tiny_model(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mace_ros.execution.loading import load_model
+    from mace_ros.model.loading import load_model
 
     tokenizer = load_model('', device='cpu').tokenizer
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ class Life:
 
     def _correct(self, name: str, profile: str, **about: str) -> None:
         self._corrections.add(name)
-        self._client.correct(f'Answer {name}.', correction_id=name, profile=profile, **about)
+        self._client.correct(f'AnswerHandle {name}.', correction_id=name, profile=profile, **about)
 
     def _hear(self) -> None:
         self._served |= {(profile, answer.response.adapter_version)

@@ -103,21 +103,21 @@ def measure_passes(shape: str, args: argparse.Namespace, samples: dict[str, Any]
     """Time our passes and segments, HF generate and the reading of as many bytes, by turns."""
     import torch
 
-    from mace_ros.execution.device_graphs import capture
-    from mace_ros.execution.finetune import FinetuneStep, Trainer
-    from mace_ros.execution.hybrid import HybridModel
-    from mace_ros.execution.lora import AdapterBank, FIRST_SERVED_SLOT
-    from mace_ros.execution.sample import Sample
-    from mace_ros.execution.spans import Span
+    from mace_ros.finetune.sample import Sample
+    from mace_ros.finetune.step import FinetuneStep, Trainer
     from mace_ros.memory.block_pool import BLOCK_TOKENS
+    from mace_ros.model.graph_capture import capture
+    from mace_ros.model.lora import FIRST_SERVED_SLOT, LoRAManager
+    from mace_ros.model.packed_model import PackedModel
+    from mace_ros.model.spans import Span
 
     theirs = hf_generate(random_model(shape, args.device))
     base = random_model(shape, args.device)
     weights = sum(p.nbytes for p in base.parameters())
     if not base.config.tie_word_embeddings:    # of the embedding a token reads one row
         weights -= base.get_input_embeddings().weight.nbytes
-    ours = HybridModel(base, kv_tokens=4096)
-    bank = AdapterBank(ours.groups, targets='all-linear', rank=RANK, alpha=16.0, slots=2)
+    ours = PackedModel(base, kv_tokens=4096)
+    bank = LoRAManager(ours.groups, targets='all-linear', rank=RANK, alpha=16.0, slots=2)
     bank.write_slot(FIRST_SERVED_SLOT)
     if args.device == 'cuda':
         end = time.monotonic() + 120.0
@@ -192,8 +192,8 @@ def measure_beside(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]
     """Answer the same requests with and without fine-tuning beside them, by turns."""
     from bench.load import arrivals, prose, samples
     from bench.serving import Served
-    from mace_ros.execution.loading import load_model
-    from mace_ros.settings import Settings
+    from mace_ros.api.settings import Settings
+    from mace_ros.model.loading import load_model
 
     with tempfile.TemporaryDirectory(prefix='mace-bench-') as name:
         folder = Path(name)

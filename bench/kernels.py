@@ -89,7 +89,7 @@ def products() -> dict[str, Callable[[int], Callable[[], object]]]:
     import torch
     import torch.nn.functional as F
 
-    from mace_ros.execution.products import Int8Weight, linear
+    from mace_ros.model.cpu_matmul import Int8Weight, linear
 
     fp32 = [torch.randn(shape) * 0.02 for shape in WEIGHTS]
     bf16 = [w.bfloat16() for w in fp32]
@@ -120,7 +120,7 @@ def attentions(tokens: int) -> dict[str, Callable[[], object]]:
     import torch
     import torch.nn.functional as F
 
-    from mace_ros.execution.causal import attend_causally
+    from mace_ros.model.cpu_attention import attend_causally
 
     forms: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -144,7 +144,7 @@ def batches(tokens: int) -> dict[str, Callable[[], object]]:
     """Return the ways to attend within short sequences, so many tokens in all, and back."""
     import torch
 
-    from mace_ros.execution.causal import attend_causally
+    from mace_ros.model.cpu_attention import attend_causally
 
     lengths = [SHORT] * ((tokens - BEGINNING) // SHORT)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

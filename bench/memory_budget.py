@@ -21,8 +21,8 @@ from bench.learning import Robot
 from bench.memory_checks import CORPUS
 from bench.memory_training import resident_mb, settle
 from bench.peers.worker import Worker
-from mace_ros.events import Correction, CorrectionProgress, CorrectionState, Finished, Query
-from mace_ros.settings import Settings
+from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus, Query, Response
+from mace_ros.api.settings import Settings
 
 SAMPLE_S = 0.004     # between two looks at the memory in use
 ENDS = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
@@ -151,13 +151,13 @@ class BudgetedRobot(Robot):
 
         def all_ended(event: Any) -> bool:
             nonlocal tokens
-            if isinstance(event, Finished):
+            if isinstance(event, Response):
                 if event.error:
                     raise AssertionError(f'{event.query_id}: {event.error}')
                 tokens += event.output_tokens
                 self._lengths[event.query_id] = event.output_tokens
                 left.discard(event.query_id)
-            elif isinstance(event, CorrectionProgress) and event.state in ENDS:
+            elif isinstance(event, CorrectionStatus) and event.state in ENDS:
                 self._learned = event.state is CorrectionState.LEARNED
                 left.discard(event.id)
             return not left

@@ -14,12 +14,12 @@ import torch
 
 from bench.learning import Robot
 from bench.load import conversations, prose
-from mace_ros.events import Finished, FinishReason, Query
-from mace_ros.execution.lora import BASE_SLOT
-from mace_ros.execution.spans import Span
+from mace_ros.api.events import FinishReason, Query, Response
+from mace_ros.api.settings import Settings
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.memory.pruning import blocks_to_drop
-from mace_ros.settings import Settings
+from mace_ros.model.lora import BASE_SLOT
+from mace_ros.model.spans import Span
 
 Say = Callable[[str], None]
 
@@ -63,16 +63,16 @@ class Server(Robot):
         self.engine.update(self.engine.settings.updated({name: value}))
         self.engine.step()
 
-    def answer(self, query: Query, watch: Callable[[], None] = lambda: None) -> Finished:
+    def answer(self, query: Query, watch: Callable[[], None] = lambda: None) -> Response:
         """Return the whole answer; ``watch`` is called at each piece of it."""
         def ended(event: Any) -> bool:
-            if isinstance(event, Finished) and event.query_id == query.id:
+            if isinstance(event, Response) and event.query_id == query.id:
                 return True
             watch()
             return False
 
         self.engine.submit(query)
-        event: Finished = self.until(ended)
+        event: Response = self.until(ended)
         if event.finish_reason is not FinishReason.LENGTH:
             raise AssertionError(f'{query.id} ended with {event.finish_reason.name}')
         return event

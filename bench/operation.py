@@ -30,7 +30,7 @@ from bench.learning import LESSONS
 from bench.node import NodeProcess, own_domain, PERIOD_S, ROOT
 from bench.report import summary
 from bench.results import Check, check, paired, percentile, Recorder, Reported, Result, Table
-from mace_ros.settings import Settings
+from mace_ros.api.settings import Settings
 
 BURST = 200
 LOAD = 8                # answers at once while the cost of watching is measured
@@ -204,7 +204,7 @@ def set_parameter(client: Any, name: str, value: float) -> None:
 def start_monitor() -> subprocess.Popen[str]:
     """Start the program that watches, and return once it does."""
     process = subprocess.Popen(
-        [sys.executable, '-u', '-m', 'mace_ros.programs.monitor'], cwd=ROOT,
+        [sys.executable, '-u', '-m', 'mace_ros.cli.monitor'], cwd=ROOT,
         stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for _ in range(3):

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 import time
 
-from mace_ros.engine import Engine
-from mace_ros.events import Event
-from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.execution.sample import Sample
+from mace_ros.api.events import Event
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep, Trainer
 from mace_ros.scheduling.plan import Segment
-from mace_ros.settings import Settings
 
 Spent = Callable[[float, float], None]
 
@@ -84,7 +84,7 @@ class PendingLearner:
         # As old as it gets when corrections are learned as fast as they come.
         step = TimedStep(
             self._engine.model, self._trainer, [next(self._samples)],
-            keep_graphs=recompute != 'always', may_ride=recompute != 'never',
+            keep_graphs=recompute != 'always', may_piggyback=recompute != 'never',
             oldest_correction_at=time.monotonic())
         step.spent = self.on_spent
         return step

@@ -13,10 +13,10 @@ import time
 from typing import Any
 
 from bench.load import Answered
-from mace_ros import running
-from mace_ros.engine import Engine, Iteration
+from mace_ros.api.settings import Settings
+from mace_ros.engine import model_runner
+from mace_ros.engine.engine import Engine, Iteration
 from mace_ros.scheduling.plan import Measurement, Plan
-from mace_ros.settings import Settings
 
 # Of each iteration, in this order; what JSON keeps of them.
 COLUMNS = ('wall_ms', 'work_ms', 'plan_us', 'predicted_ms', 'measured_ms', 'in_flight',
@@ -104,8 +104,8 @@ class MeasuredEngine(Engine):
         after(self.model.skeleton, 'call_layers', self._worked)     # where a step begins
         after(self.scheduler, 'plan', self._planned)
         before(self.scheduler, 'observe', self._observing)
-        before(self._answers, 'commit', self._committing)
-        after(running, 'sample', self._worked)
+        before(self._requests, 'commit', self._committing)
+        after(model_runner, 'sample', self._worked)
 
     def forget(self) -> None:
         """Begin a new log."""
@@ -126,7 +126,7 @@ class MeasuredEngine(Engine):
             stamps.last = ended
             stamps.tokens += 1
         self._now.wall_s += ended - begun
-        if not self.runner.is_under_way:     # else the next call goes on with it
+        if not self.runner.is_suspended:     # else the next call goes on with it
             if self._now.measured_s:
                 self.log.iterations.append(self._now)
             self._now = Spent()
@@ -147,7 +147,7 @@ class MeasuredEngine(Engine):
         self._pass = (began, ended)
 
     def _planned(self, began: float, ended: float, plan: Plan) -> None:
-        self._now.plan_s, self._now.in_flight = ended - began, len(self._answers)
+        self._now.plan_s, self._now.in_flight = ended - began, len(self._requests)
 
     def _observing(self, measurement: Measurement, now: float) -> None:
         """Compare with what would be predicted: nothing of the iteration is known yet."""

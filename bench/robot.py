@@ -19,7 +19,7 @@ ENDS_AFTER_S = 300.0    # no answer and no correction takes so long
 
 def settings_from(pairs: Sequence[str]) -> Any:
     """Return the node's settings with ``name=value`` put in."""
-    from mace_ros.settings import PARAMETERS, Settings
+    from mace_ros.api.settings import PARAMETERS, Settings
 
     values = {}
     for name, _, value in (each.partition('=') for each in pairs):
@@ -33,7 +33,7 @@ class Robot:
 
     def __init__(self, settings: Any, storage: Path) -> None:
         """Load the model."""
-        from mace_ros.engine import Engine
+        from mace_ros.engine.engine import Engine
 
         self.engine = Engine(settings, storage=storage)
         self._count = 0
@@ -52,22 +52,22 @@ class Robot:
 
     def ask(self, text: str, *, no_learn: bool = True) -> Any:
         """Return the answer, greedily decoded."""
-        from mace_ros.events import Finished, Query
+        from mace_ros.api.events import Query, Response
 
         self._count += 1
         name = f'q{self._count}'
         self.engine.submit(Query(
             text, id=name, max_tokens=MAX_TOKENS, temperature=0.0, no_learn=no_learn))
-        return self.until(lambda e: isinstance(e, Finished) and e.query_id == name)
+        return self.until(lambda e: isinstance(e, Response) and e.query_id == name)
 
     def teach(self, query_id: str, answer: str) -> tuple[float, Any]:
         """Correct an answer; return the seconds that it took, and its last status."""
-        from mace_ros.events import Correction, CorrectionProgress, CorrectionState
+        from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus
 
         ends = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
         began = time.monotonic()
         self.engine.correct(Correction(answer, id=f'c-{query_id}', query_id=query_id))
-        last = self.until(lambda e: isinstance(e, CorrectionProgress)
+        last = self.until(lambda e: isinstance(e, CorrectionStatus)
                           and e.id == f'c-{query_id}' and e.state in ends)
         return time.monotonic() - began, last
 
@@ -85,8 +85,8 @@ class Robot:
 
     def perplexity(self, *, live: bool) -> float:
         """Return that of bench/chat.txt, under the live adapter or the base model."""
-        from mace_ros.execution.finetune import FinetuneStep, Trainer
-        from mace_ros.execution.sample import Sample
+        from mace_ros.finetune.sample import Sample
+        from mace_ros.finetune.step import FinetuneStep, Trainer
 
         engine = self.engine
         if not live:

@@ -15,8 +15,8 @@ from typing import Any
 from bench.load import Arrival, block_row, request_row, Slo
 from bench.pending import PendingLearner
 from bench.probe import COLUMNS, Log, MeasuredEngine
-from mace_ros.events import Event, Finished, FinishReason, Query
-from mace_ros.settings import Settings
+from mace_ros.api.events import Event, FinishReason, Query, Response
+from mace_ros.api.settings import Settings
 
 POLICIES = ('mace', 'inference_only', 'continuous', 'periodic', 'static_split')
 DEADLINE_S = 600.0      # no block takes so long
@@ -75,7 +75,7 @@ class Served:
 
         def finished(events: list[Event]) -> bool:
             for event in events:
-                if isinstance(event, Finished):
+                if isinstance(event, Response):
                     _expect(event, left.pop(event.query_id))
             return not left and time.monotonic() >= begun + seconds
 
@@ -140,7 +140,7 @@ class Served:
             if time.monotonic() >= ends:
                 return True
             for event in events:
-                if isinstance(event, Finished):
+                if isinstance(event, Response):
                     ask()
             return False
 
@@ -192,7 +192,7 @@ def iteration_rows(system: str, block: int, log: Log) -> list[dict[str, Any]]:
              'rows': [i.row() for i in log.iterations]}]
 
 
-def _expect(event: Finished, max_tokens: int) -> None:
+def _expect(event: Response, max_tokens: int) -> None:
     if event.finish_reason is not FinishReason.LENGTH or event.output_tokens != max_tokens:
         raise AssertionError(
             f'{event.query_id} ended with {event.finish_reason.name} after '

@@ -81,15 +81,15 @@ class Run:
         """Load the engine."""
         # Only here, so that --help answers at once.
         from bench.serving import Served
-        from mace_ros.execution.loading import load_model
-        from mace_ros.execution.text import ChatText
-        from mace_ros.settings import Settings
+        from mace_ros.api.settings import Settings
+        from mace_ros.model.chat import ChatTokenizer
+        from mace_ros.model.loading import load_model
         import mace_ros.simulation.replay  # noqa: F401 - all code as it is now
 
         self._args, self._begun = args, time.monotonic()
         self._settings = Settings().updated({'model.device': 'cpu'})
         loaded = load_model('', device='cpu')
-        chat = ChatText(loaded.tokenizer)
+        chat = ChatTokenizer(loaded.tokenizer)
         self._encode = lambda text: chat.prompt([{'role': 'user', 'content': text}])
         ids = cut(loaded.tokenizer.encode(prose()), args.sample_tokens)
         del loaded
@@ -127,11 +127,11 @@ class Run:
                               for seed in range(REPLAYS)]}
 
     def _arrivals(self, count: int) -> list[Arrival]:
-        from mace_ros.simulation import trace
+        from mace_ros.simulation import arrival_trace
 
         seed = self._args.seed
-        found = (trace.thinned(trace.read(self._args.trace), 0.1, count, seed)
-                 if self._args.trace else trace.poisson(1.0, count, seed))
+        found = (arrival_trace.thinned(arrival_trace.read(self._args.trace), 0.1, count, seed)
+                 if self._args.trace else arrival_trace.poisson(1.0, count, seed))
         made = []
         for number, each in enumerate(found):
             tokens = min(max(each.prompt_tokens // SHORTER, LEAST_PROMPT), MOST_PROMPT)
@@ -186,7 +186,7 @@ class Run:
 
     def _replay(self, real: dict[str, Any], seed: int) -> dict[str, Any]:
         """Replay a block that was really run."""
-        from mace_ros.simulation import trace
+        from mace_ros.simulation import arrival_trace
         from mace_ros.simulation.replay import Load, replay, Target, tpot_s
 
         with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
@@ -195,7 +195,7 @@ class Run:
             outcome = replay(
                 Target('this-machine', 'smollm2-135m', calibration=Path(file.name)),
                 self._settings, real['policy'],
-                Load([trace.Arrival(*a) for a in real['arrivals']], 'always',
+                Load([arrival_trace.Arrival(*a) for a in real['arrivals']], 'always',
                      sample_tokens=self._args.sample_tokens, seed=seed))
         return {
             'policy': real['policy'], 'block': real['block'], 'seed': seed,

@@ -27,7 +27,7 @@ from bench.learning import LESSONS
 from bench.node import NodeProcess, own_domain
 from bench.report import summary
 from bench.results import Check, check, percentile, Recorder, Reported, Result, Table
-from mace_ros.settings import PARAMETERS
+from mace_ros.api.settings import PARAMETERS
 
 LOAD = 0.7              # share of what the node can answer
 WARM_UP = 0.25          # share of the time after which memory is to be flat

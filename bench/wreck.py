@@ -47,11 +47,11 @@ def examine(folder: Path) -> Wreck:
 def _examine(folder: Path) -> Wreck:
     from safetensors.torch import load_file
 
-    from mace_ros.events import CorrectionState
-    from mace_ros.learning.journal import Journal
-    from mace_ros.learning.lineage import Lineage
-    from mace_ros.learning.versions import CorruptVersion, VersionStore, WEIGHTS
-    from mace_ros.storage import JOURNAL
+    from mace_ros.api.events import CorrectionState
+    from mace_ros.store.adapter_store import AdapterStore, CorruptVersion, WEIGHTS
+    from mace_ros.store.journal import Journal
+    from mace_ros.store.layout import JOURNAL
+    from mace_ros.store.lineage import Lineage
 
     def names(pattern: str) -> set[str]:
         return {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
@@ -69,7 +69,7 @@ def _examine(folder: Path) -> Wreck:
     kept = {c.id for c in corrections if c.state is not CorrectionState.LEARNED
             or c.adapter_version == 0
             or (c.profile in lines and lines[c.profile].holds(c.adapter_version))}
-    store = VersionStore(folder)
+    store = AdapterStore(folder)
     on_record = {r.path: r.sha256 for r in records if r.sha256}
     for path in sorted(whole | on_record.keys()):
         try:

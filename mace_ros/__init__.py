@@ -3,7 +3,7 @@
 """
 A language model for robots that answers and learns on one GPU.
 
-``mace_ros.ros`` speaks ROS 2; ``mace_ros.engine`` does the same work without it.
+``mace_ros.ros`` speaks ROS 2; ``mace_ros.engine.engine`` does the same work without it.
 """
 
 from pkgutil import extend_path

@@ -16,11 +16,11 @@ from robot import RANDOM_MODEL, Robot
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mace_ros import base_answers, engine
-from mace_ros.engine import Engine
-from mace_ros.execution.loading import load_model, LoadedModel
+from mace_ros.api.settings import Settings
+from mace_ros.engine import anchor_requests, engine
+from mace_ros.engine.engine import Engine
 from mace_ros.learning.anchors import ANCHORS
-from mace_ros.settings import Settings
+from mace_ros.model.loading import load_model, LoadedModel
 
 # Tokens of the tiny model: most of its time would go into those that no test needs.
 VOCABULARY = 8192
@@ -68,7 +68,7 @@ def in_haste() -> Iterator[None]:
     Programs that are tested as processes are as they are.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_answers, 'ANCHORS', ANCHORS[::6])
+        patch.setattr(anchor_requests, 'ANCHORS', ANCHORS[::6])
         patch.setattr(engine, 'CALIBRATION_S', 0.5)
         yield
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank
+from mace_ros.model.lora import LoRAManager
+from mace_ros.model.packed_model import PackedModel
 
 VOCABULARY = 199
 CONTEXT = 160
@@ -104,15 +104,15 @@ def random_model(config_name: str, **settings: Any) -> PreTrainedModel:
 
 def with_reference(model: PreTrainedModel, *, kv_tokens: int = 1024,
                    targets: str = 'all-linear', slots: int = 2, int8: bool = False,
-                   ) -> tuple[HybridModel, AdapterBank, PreTrainedModel]:
+                   ) -> tuple[PackedModel, LoRAManager, PreTrainedModel]:
     """Convert ``model``; return it, its adapters, and an unconverted copy."""
     reference = copy.deepcopy(model)
-    hybrid = HybridModel(model, kv_tokens=kv_tokens, int8=int8)
-    bank = AdapterBank(hybrid.groups, targets=targets, rank=RANK, alpha=ALPHA, slots=slots)
+    hybrid = PackedModel(model, kv_tokens=kv_tokens, int8=int8)
+    bank = LoRAManager(hybrid.groups, targets=targets, rank=RANK, alpha=ALPHA, slots=slots)
     return hybrid, bank, reference
 
 
-def random_adapter(bank: AdapterBank, seed: int, scale: float = 0.5) -> dict[str, Tensor]:
+def random_adapter(bank: LoRAManager, seed: int, scale: float = 0.5) -> dict[str, Tensor]:
     """Make random A and B (neither zero) the bank's master weights, and return them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(t.shape, generator=generator) * scale * t.shape[-1] ** -0.5
@@ -121,14 +121,14 @@ def random_adapter(bank: AdapterBank, seed: int, scale: float = 0.5) -> dict[str
     return tensors
 
 
-def publish(path: Path, bank: AdapterBank, tensors: Mapping[str, Tensor]) -> Path:
+def publish(path: Path, bank: LoRAManager, tensors: Mapping[str, Tensor]) -> Path:
     """Write an adapter in PEFT's format."""
     lora_config(bank).save_pretrained(str(path))
     save_file(dict(tensors), path / 'adapter_model.safetensors', metadata={'format': 'pt'})
     return path
 
 
-def lora_config(bank: AdapterBank) -> LoraConfig:
+def lora_config(bank: LoRAManager) -> LoraConfig:
     """Return PEFT's configuration of such adapters."""
     return LoraConfig(r=bank.rank, lora_alpha=bank.alpha, lora_dropout=0.0,
                       target_modules=bank.target_modules, task_type='CAUSAL_LM')

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mace_ros.execution.finetune import FinetuneStep
-from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
-from mace_ros.execution.sample import Sample
-from mace_ros.execution.spans import Span
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
+from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import SegmentKind
 
 TOLERANCE = 1e-4
@@ -50,7 +50,7 @@ def alike(*, shared: int = 19) -> list[Sample]:
             for s in samples(lengths=(30, 9, 2, 41, 2))]
 
 
-def as_peft(reference: PreTrainedModel, bank: AdapterBank, tensors: dict[str, Tensor],
+def as_peft(reference: PreTrainedModel, bank: LoRAManager, tensors: dict[str, Tensor],
             ) -> PeftModel:
     """Return PEFT's model with the same adapter, ready to be trained."""
     peft = get_peft_model(copy.deepcopy(reference), lora_config(bank))
@@ -71,7 +71,7 @@ def loss_of(peft: PeftModel, batch: Sequence[Sample]) -> Tensor:
     return total / normaliser
 
 
-def gradients_of(bank: AdapterBank) -> dict[str, Tensor]:
+def gradients_of(bank: LoRAManager) -> dict[str, Tensor]:
     """Return the gradients that the master weights hold."""
     return {name: parameter.grad for name, parameter
             in zip(bank.export(), bank.parameters(), strict=True) if parameter.grad is not None}
@@ -103,10 +103,10 @@ def ride(*sizes: int) -> Drive:
         pool = BlockPool(step.model.kv_blocks, BLOCK_TOKENS)
         step.hold_blocks([pool.allocate(n) for n in step.kv_tokens])
         turn = 0
-        while step.ridable_tokens:
-            rows = step.rows(min(sizes[turn % len(sizes)], step.ridable_tokens))
+        while step.piggyback_tokens:
+            rows = step.rows(min(sizes[turn % len(sizes)], step.piggyback_tokens))
             step.model.run((), rows)
-            step.rode(rows.tokens)
+            step.piggybacked(rows.tokens)
             turn += 1
         step.take_blocks()
     return drive
@@ -120,7 +120,7 @@ def ride_among_requests(step: FinetuneStep) -> None:
     step.hold_blocks([pool.allocate(n) for n in step.kv_tokens])
     texts = [[rng.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
     tables, computed = [pool.allocate(60) for _ in texts], [0, 0, 0]
-    while step.ridable_tokens:
+    while step.piggyback_tokens:
         spans = []
         for i, slot in enumerate((BASE_SLOT, FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1)):
             tokens = texts[i][computed[i]:computed[i] + rng.choice((1, 1, 9))]
@@ -128,9 +128,9 @@ def ride_among_requests(step: FinetuneStep) -> None:
                 spans.append(Span(tokens, computed[i], tables[i], slot, True))
                 computed[i] += len(tokens)
         rng.shuffle(spans)
-        rows = step.rows(min(rng.choice((1, 7, 15)), step.ridable_tokens))
+        rows = step.rows(min(rng.choice((1, 7, 15)), step.piggyback_tokens))
         step.model.run(spans, rows)
-        step.rode(rows.tokens)
+        step.piggybacked(rows.tokens)
     step.take_blocks()
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 import time
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     Event,
-    Finished,
     Query,
-    Token,
+    Response,
+    ResponseChunk,
 )
+from mace_ros.engine.engine import Engine
 
 # Of a random model everything is noise: much of it is moved at once, all that three layers have,
 # and none of it worth keeping.
@@ -47,32 +47,32 @@ class Robot:
                 time.sleep(0.002)
         raise AssertionError(f'not within {seconds} s; last events: {self.events[-3:]}')
 
-    def response(self, query_id: str) -> Finished:
+    def response(self, query_id: str) -> Response:
         """Step until that query has ended."""
-        event = self.until(lambda e: isinstance(e, Finished) and e.query_id == query_id)
-        assert isinstance(event, Finished)
+        event = self.until(lambda e: isinstance(e, Response) and e.query_id == query_id)
+        assert isinstance(event, Response)
         return event
 
-    def ask(self, text: str, **kwargs: object) -> Finished:
+    def ask(self, text: str, **kwargs: object) -> Response:
         """Ask and wait for the answer."""
         query = Query(text, **{'id': f'q{len(self.events)}-{time.monotonic_ns()}', **kwargs})  # type: ignore[arg-type]
         self.engine.submit(query)
         return self.response(query.id)
 
-    def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionProgress:
+    def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionStatus:
         """Correct and wait until the correction has come to its end."""
         self.engine.correct(correction)
-        event = self.until(lambda e: isinstance(e, CorrectionProgress)
+        event = self.until(lambda e: isinstance(e, CorrectionStatus)
                            and e.id == correction.id and e.state in DONE, seconds)
-        assert isinstance(event, CorrectionProgress)
+        assert isinstance(event, CorrectionStatus)
         return event
 
-    def tokens(self, query_id: str) -> list[Token]:
+    def tokens(self, query_id: str) -> list[ResponseChunk]:
         """Return the pieces of an answer so far."""
-        return [e for e in self.events if isinstance(e, Token) and e.query_id == query_id]
+        return [e for e in self.events if isinstance(e, ResponseChunk) and e.query_id == query_id]
 
 
 def correct(robot: Robot, name: str, *, about: str = '') -> None:
     """Correct the answer to a question named so, and wait until that is accepted."""
     robot.engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == name)
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == name)

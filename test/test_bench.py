@@ -19,7 +19,7 @@ from bench.memory_budget import least_passes
 from bench.results import check, dumps, FOLDER
 from bench.serving import Served
 from bench.soak import floor, growth
-from mace_ros.settings import Settings
+from mace_ros.api.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,17 +7,17 @@ from itertools import count
 from families import ALPHA, RANK, tiny_model
 import pytest
 
-from mace_ros.execution.calibration import measure, Measured
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank
+from mace_ros.finetune.calibration import measure, Measured
+from mace_ros.model.lora import LoRAManager
+from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import PassShape, Segment, SegmentKind
 
 
 @pytest.fixture(scope='module')
 def measured() -> list[Measured]:
-    model = HybridModel(tiny_model('llama', max_position_embeddings=512), kv_tokens=1024)
-    bank = AdapterBank(model.groups, targets='all-linear', rank=RANK, alpha=ALPHA, slots=1)
+    model = PackedModel(tiny_model('llama', max_position_embeddings=512), kv_tokens=1024)
+    bank = LoRAManager(model.groups, targets='all-linear', rank=RANK, alpha=ALPHA, slots=1)
     return list(measure(model, bank, max_tokens=256, clock=count().__next__))
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mace_ros.execution import causal
-from mace_ros.execution.attention import attend, SHAPE_STEP, TILED
-from mace_ros.execution.causal import attend_causally, suits, visible
+from mace_ros.model import cpu_attention
+from mace_ros.model.attention import attend, SHAPE_STEP, TILED
+from mace_ros.model.cpu_attention import attend_causally, suits, visible
 
 
 @pytest.mark.parametrize('scaling', [None, 0.3])
@@ -94,6 +94,6 @@ def test_bfloat16_gets_few_shapes_and_gives_the_same(
     [lengths] = shapes
     assert all(n % SHAPE_STEP == 0 for n in lengths) == (tokens >= TILED)
     if masked:
-        monkeypatch.setattr(causal, 'LONGEST', 0)   # else there is a way of our own to learn
+        monkeypatch.setattr(cpu_attention, 'LONGEST', 0)   # else there is a way of our own to learn
         attend(*given, mask, None, None, None).sum().backward()
         assert all(bool(x.grad.isfinite().all()) for x in given)

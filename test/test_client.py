@@ -20,7 +20,7 @@ from rclpy.node import Node
 from ros_graph import ROOT
 
 from mace_ros.ros.client import LATCHED, MaceClient, NAMED_WITHIN_S, RELIABLE
-from mace_ros.ros.spinning import Spinner
+from mace_ros.ros.executor_thread import ExecutorThread
 
 SOON_S = 10.0
 
@@ -44,7 +44,7 @@ class Played:
                 (Query, 'query'), (msg.Correction, 'correction'), (msg.Cancel, 'cancel')):
             self.node.create_subscription(
                 kind, f'/mace/{topic}', lambda m: self.heard.append(getattr(m, 'id', '')), RELIABLE)
-        self._spinner = Spinner(self.node, name='played', context=self._context)
+        self._spinner = ExecutorThread(self.node, name='played', context=self._context)
         self._spinner.start()
 
     def say(self, message: object) -> None:
@@ -206,7 +206,7 @@ def test_who_plays_what_was_recorded_is_not_the_node(client: MaceClient, played:
 
 def test_a_program_ends_with_its_node(client: MaceClient, played: Played) -> None:
     asking = subprocess.Popen(
-        [sys.executable, '-m', 'mace_ros.programs.ask', 'Hi', '--id', 'one'], cwd=ROOT,
+        [sys.executable, '-m', 'mace_ros.cli.ask', 'Hi', '--id', 'one'], cwd=ROOT,
         env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert played.hears('one')
     played.end()

@@ -12,22 +12,22 @@ from test_finetune import samples
 import torch
 from torch import Tensor
 
-from mace_ros.execution.directions import MainDirections
-from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank, LinearGroup, TRAINING_SLOT
+from mace_ros.finetune.null_space import InputSubspace
+from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.model.lora import LoRAManager, MergedLinear, TRAINING_SLOT
+from mace_ros.model.packed_model import PackedModel
 
 SPARED = 3
 
 
 @pytest.fixture
-def model() -> HybridModel:
-    return HybridModel(tiny_model('llama'), kv_tokens=1024)
+def model() -> PackedModel:
+    return PackedModel(tiny_model('llama'), kv_tokens=1024)
 
 
 @pytest.fixture
-def bank(model: HybridModel) -> AdapterBank:
-    return AdapterBank(model.groups, targets='all-linear', rank=RANK, alpha=ALPHA, slots=1,
+def bank(model: PackedModel) -> LoRAManager:
+    return LoRAManager(model.groups, targets='all-linear', rank=RANK, alpha=ALPHA, slots=1,
                        spared=SPARED)
 
 
@@ -36,34 +36,34 @@ def run(step: FinetuneStep) -> None:
         step.run_segment()
 
 
-def found(model: HybridModel, bank: AdapterBank,
-          piece_tokens: int | None = None) -> dict[LinearGroup, Tensor]:
+def found(model: PackedModel, bank: LoRAManager,
+          piece_tokens: int | None = None) -> dict[MergedLinear, Tensor]:
     """Return the main directions of the inputs that some samples make."""
     bank.reset()
-    directions = MainDirections(bank.spared)
+    directions = InputSubspace(bank.spared)
     run(FinetuneStep(model, Trainer(bank, 1e-2), samples(5), learns=False,
                      directions=directions, piece_tokens=piece_tokens))
     return dict(directions.found())
 
 
-def learn(model: HybridModel, bank: AdapterBank) -> None:
+def learn(model: PackedModel, bank: LoRAManager) -> None:
     trainer = Trainer(bank, 1e-2)
     for seed in range(3):
         run(FinetuneStep(model, trainer, samples(seed)))
 
 
-def changes(groups: Iterator[LinearGroup]) -> dict[LinearGroup, Tensor]:
+def changes(groups: Iterator[MergedLinear]) -> dict[MergedLinear, Tensor]:
     """Return what the adapter adds to each group's weights."""
     return {group: b.t() @ a for group in groups for a, b in [group.slot(TRAINING_SLOT)]}
 
 
-def test_they_are_those_of_all_inputs_at_once(model: HybridModel, bank: AdapterBank) -> None:
+def test_they_are_those_of_all_inputs_at_once(model: PackedModel, bank: LoRAManager) -> None:
     """A singular value decomposition finds the same ones."""
     group, width = model.groups[0], model.groups[0].weight.shape[1]
     torch.manual_seed(0)
     inputs = (torch.randn(300, SPARED) * torch.tensor([9.0, 7.0, 5.0])) @ torch.randn(SPARED, width)
     inputs += 0.01 * torch.randn(300, width)
-    directions = MainDirections(bank.spared)
+    directions = InputSubspace(bank.spared)
     for part in inputs.split(70):
         directions.watch(group, part[None])
     (of, basis), = directions.found()
@@ -73,7 +73,7 @@ def test_they_are_those_of_all_inputs_at_once(model: HybridModel, bank: AdapterB
     assert float((main @ basis).square().sum()) == pytest.approx(SPARED, rel=1e-3)
 
 
-def test_learning_changes_nothing_along_them(model: HybridModel, bank: AdapterBank) -> None:
+def test_learning_changes_nothing_along_them(model: PackedModel, bank: LoRAManager) -> None:
     directions = found(model, bank)
     assert set(directions) == {g for g in model.groups if g.adapted}
     for group, basis in directions.items():
@@ -84,13 +84,13 @@ def test_learning_changes_nothing_along_them(model: HybridModel, bank: AdapterBa
         assert float((change @ directions[group]).norm()) < 1e-3 * float(change.norm())
 
 
-def test_layers_in_chunks_show_the_same(model: HybridModel, bank: AdapterBank) -> None:
+def test_layers_in_chunks_show_the_same(model: PackedModel, bank: LoRAManager) -> None:
     whole, chunks = found(model, bank), found(model, bank, piece_tokens=16)
     for group, basis in whole.items():
         torch.testing.assert_close(chunks[group].abs(), basis.abs(), atol=1e-3, rtol=1e-3)
 
 
-def test_a_version_of_before_keeps_what_it_knows(model: HybridModel, bank: AdapterBank) -> None:
+def test_a_version_of_before_keeps_what_it_knows(model: PackedModel, bank: LoRAManager) -> None:
     """It goes on looking along them as it did, and no more than that."""
     learn(model, bank)
     version = bank.export()
@@ -98,7 +98,7 @@ def test_a_version_of_before_keeps_what_it_knows(model: HybridModel, bank: Adapt
     for group, basis in directions.items():
         bank.spare(group, basis)
     bank.load(version)
-    bank.keep_clear()
+    bank.project_update()
     for name, tensor in bank.export().items():
         torch.testing.assert_close(tensor, version[name], atol=1e-6, rtol=1e-5)
     before = {g: [m.a @ basis for m in g.adapted if m.a is not None]
@@ -113,8 +113,8 @@ def test_a_version_of_before_keeps_what_it_knows(model: HybridModel, bank: Adapt
 
 def test_never_too_many_are_spared() -> None:
     """A sixteenth of an input's directions at most; the memory that they take is known before."""
-    model = HybridModel(tiny_model('llama'), kv_tokens=1024)
-    bank = AdapterBank(model.groups, targets='down_proj', rank=RANK, alpha=ALPHA, slots=1,
+    model = PackedModel(tiny_model('llama'), kv_tokens=1024)
+    bank = LoRAManager(model.groups, targets='down_proj', rank=RANK, alpha=ALPHA, slots=1,
                        spared=4096)
     directions = found(model, bank)
     assert directions.keys() == {g for g in bank.groups if g.adapted}

@@ -13,10 +13,10 @@ import torch
 
 from bench.durability import checks, run
 from bench.wreck import examine, lost, older
-from mace_ros.events import CorrectionState
-from mace_ros.learning.journal import Journal, VersionRecord
-from mace_ros.learning.versions import VersionStore, WEIGHTS
-from mace_ros.storage import JOURNAL
+from mace_ros.api.events import CorrectionState
+from mace_ros.store.adapter_store import AdapterStore, WEIGHTS
+from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.layout import JOURNAL
 
 
 @pytest.mark.timeout(900)
@@ -37,7 +37,7 @@ def test_a_killed_node_has_lost_nothing(
 
 def test_what_a_kill_must_not_do_would_be_seen(tmp_path: Path) -> None:
     """A correction that is gone, an older version, a half-written one: each is found."""
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     with Journal(tmp_path / JOURNAL) as journal:
         journal.accept(correction('k1'))
         for version in (1, 2):

@@ -12,35 +12,35 @@ from robot import Robot
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mace_ros import base_answers
-from mace_ros.base_answers import BaseAnswers, ENOUGH
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     ErrorCode,
-    Finished,
     FinishReason,
     Query,
-    Token,
+    Response,
+    ResponseChunk,
 )
-from mace_ros.kv_blocks import KvBlocks
-from mace_ros.learning.describing import OtherAdapter, peft_config
-from mace_ros.learning.journal import Journal, VersionRecord
-from mace_ros.learning.versions import OtherModel, VersionStore
-from mace_ros.overtaking import EarlyCancellations, KEPT, KEPT_S
+from mace_ros.api.settings import Settings
+from mace_ros.api.validation import MAX_ID
+from mace_ros.engine import anchor_requests
+from mace_ros.engine.anchor_requests import AnchorRequests, ENOUGH
+from mace_ros.engine.early_aborts import EarlyAborts, KEPT, KEPT_S
+from mace_ros.engine.engine import Engine
+from mace_ros.engine.kv_blocks import KvBlocks
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request
-from mace_ros.scheduling.waiting import Waiting
-from mace_ros.settings import Settings
-from mace_ros.storage import JOURNAL
-from mace_ros.validation import MAX_ID
+from mace_ros.scheduling.waiting_queue import WaitingQueue
+from mace_ros.store.adapter_store import AdapterStore, OtherModel
+from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.layout import JOURNAL
+from mace_ros.store.version_info import OtherAdapter, peft_config
 
 
-def answer_of(robot: Robot, query_id: str) -> Finished:
+def answer_of(robot: Robot, query_id: str) -> Response:
     """Return the response to a query, which may have come before."""
-    return next((e for e in robot.events if isinstance(e, Finished) and e.query_id == query_id),
+    return next((e for e in robot.events if isinstance(e, Response) and e.query_id == query_id),
                 None) or robot.response(query_id)
 
 
@@ -63,9 +63,9 @@ def test_two_queries_stream_interleaved(robot: Robot) -> None:
     robot.engine.submit(Query('One?', id='one'))
     robot.engine.submit(Query('Two?', id='two'))
     answers = {i: robot.response(i) for i in ('one',)}
-    answers['two'] = next((e for e in robot.events if isinstance(e, Finished)
+    answers['two'] = next((e for e in robot.events if isinstance(e, Response)
                            and e.query_id == 'two'), None) or robot.response('two')
-    order = [e.query_id for e in robot.events if isinstance(e, Token)]
+    order = [e.query_id for e in robot.events if isinstance(e, ResponseChunk)]
     assert sum(a != b for a, b in pairwise(order)) > 4
     for query_id, answer in answers.items():
         pieces = robot.tokens(query_id)
@@ -78,12 +78,13 @@ def test_cancel_ends_a_query_within_one_iteration(robot: Robot) -> None:
     """After the cancel no further token comes; other queries go on."""
     robot.engine.submit(Query('Long?', id='long', max_tokens=200))
     robot.engine.submit(Query('Other?', id='other'))
-    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'long' and e.index == 2)
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'long' and e.index == 2)
     robot.engine.cancel('long')
     events = robot.engine.step().events
-    ended = [e for e in events if isinstance(e, Finished)]
+    ended = [e for e in events if isinstance(e, Response)]
     assert [e.finish_reason for e in ended] == [FinishReason.CANCELLED]
-    assert [e.last for e in events if isinstance(e, Token) and e.query_id == 'long'] == [True]
+    assert [e.last for e in events
+            if isinstance(e, ResponseChunk) and e.query_id == 'long'] == [True]
     assert robot.response('other').finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
     assert not [t for t in robot.tokens('long') if t.index > 4]
 
@@ -136,7 +137,7 @@ def test_a_namesake_is_refused_for_its_name_whatever_else_is_wrong(robot: Robot)
 
 def test_of_early_cancellations_some_are_kept_for_a_while() -> None:
     """As many, and as long, as an order of topics can explain."""
-    early = EarlyCancellations()
+    early = EarlyAborts()
     for number in range(KEPT + 1):
         early.cancelled(str(number), float(number))
     assert not early.take('0', 0.0) and early.take('1', 1.0 + KEPT_S)
@@ -185,9 +186,9 @@ def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
     for query_id in ('a', 'a', 'b', 'c', 'd'):
         robot.engine.submit(Query('Hm?', id=query_id))
     robot.response('a')
-    if not any(isinstance(e, Finished) and e.query_id == 'b' for e in robot.events):
+    if not any(isinstance(e, Response) and e.query_id == 'b' for e in robot.events):
         robot.response('b')
-    outcomes = [(e.query_id, e.error_code) for e in robot.events if isinstance(e, Finished)]
+    outcomes = [(e.query_id, e.error_code) for e in robot.events if isinstance(e, Response)]
     assert ('a', ErrorCode.DUPLICATE_ID) in outcomes
     assert ('c', ErrorCode.OVERLOADED) in outcomes and ('d', ErrorCode.OVERLOADED) in outcomes
     assert ('a', ErrorCode.NONE) in outcomes and ('b', ErrorCode.NONE) in outcomes
@@ -223,7 +224,7 @@ def test_seed_decides_a_sampled_answer_whatever_runs_beside_it(robot: Robot) -> 
     other = robot.ask('Sing.', temperature=1.0, seed=8, top_p=0.9)
     assert alone.text == beside.text != other.text
     for i in range(3):
-        if not any(isinstance(e, Finished) and e.query_id == f'noise{i}' for e in robot.events):
+        if not any(isinstance(e, Response) and e.query_id == f'noise{i}' for e in robot.events):
             robot.response(f'noise{i}')
 
 
@@ -266,13 +267,13 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
         robot.engine.step()
     running = list(robot.engine._state.running)
     robot.engine.submit(Query('One?', id='one', max_tokens=4))
-    while not robot.engine._answers._all.get('one'):
+    while not robot.engine._requests._all.get('one'):
         robot.engine.step()
     left = [r.id for r in [*robot.engine._state.running, *robot.engine._state.waiting]]
-    assert 0 < robot.engine.status().base_questions_left <= len(base_answers.ANCHORS)
+    assert 0 < robot.engine.status().base_questions_left <= len(anchor_requests.ANCHORS)
     assert len(left) == 2 and 'one' in left and 'one' not in [r.id for r in running]
     assert robot.response('one').finish_reason is FinishReason.LENGTH
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.LEARNED)
     assert robot.engine.status().base_questions_left == 0
     assert robot.ask('Who are you?').text == 'A robot.'
@@ -282,8 +283,8 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
     """What was sent away is asked again; while somebody waits, only what is overdue."""
     one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
     recorded: list[tuple[object, object]] = []
-    base = BaseAnswers({}, lambda prompt, output: recorded.append((prompt, output)))
-    idle, full = State(), State(waiting=Waiting([one]), running=[one])
+    base = AnchorRequests({}, lambda prompt, output: recorded.append((prompt, output)))
+    idle, full = State(), State(waiting=WaitingQueue([one]), running=[one])
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
     assert len(several) > 1 and base.in_the_way == [q.id for q in several[1:]]
@@ -301,7 +302,7 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
         base.ended(query.id, [len(asked)], [2] * (1 if len(asked) % 2 else ENOUGH),
                    complete=bool(len(asked) % 2))
         asked.append(query.text)
-    assert asked == list(base_answers.ANCHORS) and base.all[3] == ([3], [2])
+    assert asked == list(anchor_requests.ANCHORS) and base.all[3] == ([3], [2])
     assert recorded == base.all
 
 
@@ -313,8 +314,8 @@ def test_what_the_base_model_answered_is_known_after_a_restart(
         robot = Robot(Engine(settings, storage=tmp_path))
         began = []
         try:
-            start = robot.engine._answers._start
-            robot.engine._answers._start = lambda answering, **kwargs: (
+            start = robot.engine._requests._start
+            robot.engine._requests._start = lambda answering, **kwargs: (
                 began.append(answering.silent), start(answering, **kwargs))[1]
             assert robot.correct(Correction(
                 'A robot.', id=name, prompt=f'{name}?')).state is CorrectionState.LEARNED
@@ -323,21 +324,21 @@ def test_what_the_base_model_answered_is_known_after_a_restart(
             robot.engine.close()
         return sum(began)
 
-    assert learn('first') == len(base_answers.ANCHORS)
+    assert learn('first') == len(anchor_requests.ANCHORS)
     assert learn('second') == 0
     with Journal(tmp_path / JOURNAL) as journal:
         journal.execute("UPDATE base_answers SET model = 'another'")
-    assert learn('third') == len(base_answers.ANCHORS)
+    assert learn('third') == len(anchor_requests.ANCHORS)
     with Journal(tmp_path / JOURNAL) as journal:
         [models] = journal.rows('SELECT count(*), count(DISTINCT model) FROM base_answers')
-    assert tuple(models) == (len(base_answers.ANCHORS), 1)
+    assert tuple(models) == (len(anchor_requests.ANCHORS), 1)
 
 
 def test_what_found_no_room_to_ride_is_not_booked(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the cost model would learn of passes that never ran."""
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
     plan, asked = robot.engine.scheduler.plan, []
 
@@ -364,7 +365,7 @@ def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:
     assert robot.response(query_id).error_code is ErrorCode.INVALID_ID
     robot.engine.cancel(query_id)
     robot.engine.step()
-    early = robot.engine._answers._early
+    early = robot.engine._requests._early
     assert not {query_id} & {*early._ended, *early._cancelled}
 
 
@@ -391,7 +392,7 @@ def test_versions_of_another_kind_of_adapter_are_refused(
     """A wrong setting is told at the start; nobody loses what was learned for it."""
     first = Engine(settings, storage=tmp_path)
     config = peft_config(first.bank, 'a model')
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     saved = store.save('', 1, first.bank.export(), config)
     first._journal.submit(lambda j: j.publish(VersionRecord(
         '', 1, 0, path=saved.path, sha256=saved.sha256))).result()
@@ -436,9 +437,9 @@ def test_status_tells_what_is_going_on_and_a_pause_ends_it(robot: Robot) -> None
     engine.update(engine.settings.updated({'scheduler.max_requests': 2, 'finetune.budget': 0.0}))
     for name in 'abc':
         engine.submit(Query('Long?', id=name, max_tokens=300))
-    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'b')
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'b')
     engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'k')
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'k')
     status = engine.status()
     assert (status.decode_rows, status.prefilling, status.queue_depth) == (2, 0, 1)
     assert 0.0 < status.kv_use < 1.0
@@ -448,9 +449,9 @@ def test_status_tells_what_is_going_on_and_a_pause_ends_it(robot: Robot) -> None
 
     engine.correct(Correction('A hat.', id='l', prompt='What is that?'))
     events = engine.pause()
-    ended = {e.query_id: e.finish_reason for e in events if isinstance(e, Finished)}
+    ended = {e.query_id: e.finish_reason for e in events if isinstance(e, Response)}
     assert ended == dict.fromkeys('abc', FinishReason.CANCELLED)
-    assert [e.id for e in events if isinstance(e, CorrectionProgress)] == ['l']
+    assert [e.id for e in events if isinstance(e, CorrectionStatus)] == ['l']
     status = engine.status()
     assert (status.decode_rows, status.queue_depth, status.kv_use) == (0, 0, 0.0)
     assert status.corrections_waiting == 2

@@ -16,21 +16,21 @@ import time
 import pytest
 from robot import RANDOM_MODEL, Robot
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     ErrorCode,
-    Finished,
     FinishReason,
     Query,
-    Token,
+    Response,
+    ResponseChunk,
 )
-from mace_ros.execution.footprint import measure_footprint
-from mace_ros.execution.heap import AFTER_LEARNING_S, Heap, LOOK_S, NEAR
+from mace_ros.api.settings import InvalidSetting, Settings
+from mace_ros.engine.engine import Engine
+from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.memory.budget import LEAST_PIECE
-from mace_ros.settings import InvalidSetting, Settings
+from mace_ros.model.heap import AFTER_LEARNING_S, HeapTrimmer, LOOK_S, NEAR
 
 PROMPT = 'Tell me about number {}, and what it is good for.'
 SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' * 12
@@ -56,9 +56,9 @@ def robot(settings: Settings, folder: Path, **values: object) -> Iterator[Robot]
     engine.close()
 
 
-def answer(robot: Robot, query_id: str) -> Finished:
+def answer(robot: Robot, query_id: str) -> Response:
     """Return the answer to a query, which may have ended before."""
-    return next((e for e in robot.events if isinstance(e, Finished) and e.query_id == query_id),
+    return next((e for e in robot.events if isinstance(e, Response) and e.query_id == query_id),
                 None) or robot.response(query_id)
 
 
@@ -151,11 +151,11 @@ def test_who_is_cancelled_while_preempted_is_gone(settings: Settings, tmp_path: 
         for name in 'abcd':
             tight.engine.submit(Query(PROMPT.format(name), id=name, max_tokens=120))
         while tight.engine.status().preemptions == 0:
-            tight.until(lambda e: isinstance(e, Token))
+            tight.until(lambda e: isinstance(e, ResponseChunk))
         for name in 'abcd':
             tight.engine.cancel(name)
-        ended = [e for e in tight.engine.step().events if isinstance(e, Finished)]
-        assert len(ended) + sum(isinstance(e, Finished) for e in tight.events) == 4
+        ended = [e for e in tight.engine.step().events if isinstance(e, Response)]
+        assert len(ended) + sum(isinstance(e, Response) for e in tight.events) == 4
 
 
 def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
@@ -168,17 +168,17 @@ def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
         everything, fixed = engine.free_kv_tokens, engine.status().planned_mb
         for n in range(6):
             engine.submit(Query(PROMPT.format(n), id=str(n), seed=n, max_tokens=150))
-        one.until(lambda e: isinstance(e, Token) and e.index == 60)
+        one.until(lambda e: isinstance(e, ResponseChunk) and e.index == 60)
         used = engine.status()
         budget = fixed + 0.4 * (used.planned_mb - fixed)
         engine.update(engine.settings.updated({'memory.budget_mb': budget}))
-        while len([e for e in one.events if isinstance(e, Finished)]) < 6:
+        while len([e for e in one.events if isinstance(e, Response)]) < 6:
             one.until(lambda e: True)
             status = engine.status()
             # Less than the least may have been asked for: it depends on who has come how far.
             assert status.planned_mb <= status.budget_mb + 1e-6 or status.preemptions == 0
         assert engine.status().preemptions > used.preemptions
-        assert {e.query_id: e.text for e in one.events if isinstance(e, Finished)} == expected
+        assert {e.query_id: e.text for e in one.events if isinstance(e, Response)} == expected
         assert engine.free_kv_tokens < 0.2 * everything
         refused = one.ask('word ' * 1000)
         assert refused.error_code is ErrorCode.PROMPT_TOO_LONG
@@ -205,7 +205,7 @@ def test_a_cache_that_can_not_be_moved_is_computed_again(
         fixed = engine.status().planned_mb
         for n in range(6):
             engine.submit(Query(PROMPT.format(n), id=str(n), seed=n, max_tokens=150))
-        one.until(lambda e: isinstance(e, Token) and e.index == 60)
+        one.until(lambda e: isinstance(e, ResponseChunk) and e.index == 60)
         budget = fixed + 0.4 * (engine.status().planned_mb - fixed)
         engine.update(engine.settings.updated({'memory.budget_mb': budget}))
         assert {str(n): answer(one, str(n)).text for n in range(6)} == expected
@@ -219,7 +219,7 @@ def test_a_budget_below_the_least_is_the_least(settings: Settings, tmp_path: Pat
     with robot(settings, tmp_path) as one:
         engine = one.engine
         engine.submit(Query('Long?', id='long', max_tokens=100))
-        one.until(lambda e: isinstance(e, Token) and e.index == 5)
+        one.until(lambda e: isinstance(e, ResponseChunk) and e.index == 5)
         engine.update(engine.settings.updated({'memory.budget_mb': 0.001}))
         assert answer(one, 'long').output_tokens > 5
         assert one.ask('Hm?').text
@@ -234,7 +234,7 @@ def test_a_long_answer_ends_where_the_memory_ends(settings: Settings, tmp_path: 
         engine = one.engine
         fixed = engine.status().planned_mb
         engine.submit(Query('Long?', id='long', max_tokens=2000))
-        one.until(lambda e: isinstance(e, Token) and e.index == 400)
+        one.until(lambda e: isinstance(e, ResponseChunk) and e.index == 400)
         half = fixed + 0.5 * (engine.status().planned_mb - fixed)
         engine.update(engine.settings.updated({'memory.budget_mb': half}))
         ended = one.response('long')
@@ -286,7 +286,7 @@ import re
 
 import torch
 
-from mace_ros.execution.hardware import limit_kernel_caches
+from mace_ros.model.hardware import limit_kernel_caches
 
 def resident_mb():
     return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3
@@ -311,7 +311,7 @@ import re
 
 import torch
 
-from mace_ros.execution.heap import limit_heap, return_free_memory
+from mace_ros.model.heap import limit_heap, return_free_memory
 
 def resident_mb():
     return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3
@@ -346,9 +346,9 @@ def test_free_memory_goes_back_near_the_budget(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """And some time after a fine-tune step; not all the time when there is nothing to give."""
     private, returned = [1000.0], []
-    monkeypatch.setattr('mace_ros.execution.heap.private_bytes', lambda: private[0])
-    monkeypatch.setattr('mace_ros.execution.heap.return_free_memory', lambda: returned.append(1))
-    heap = Heap(300.0, 0.0)      # 700 are none of the budget's
+    monkeypatch.setattr('mace_ros.model.heap.private_bytes', lambda: private[0])
+    monkeypatch.setattr('mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
+    heap = HeapTrimmer(300.0, 0.0)      # 700 are none of the budget's
     returned.clear()
     times = iter(range(10 ** 6))
 
@@ -381,7 +381,7 @@ def test_free_memory_goes_back_near_the_budget(
         time.sleep(0.03)
 
     private[0] = 1000.0
-    monkeypatch.setattr('mace_ros.execution.heap.return_free_memory', slow)
+    monkeypatch.setattr('mace_ros.model.heap.return_free_memory', slow)
     assert tended(299.0) == 1
     assert tended(299.0, 3.0) == 2
 
@@ -390,12 +390,12 @@ def test_the_engine_gives_memory_back_near_its_budget(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     returned = []
     with robot(settings, tmp_path) as one:
-        monkeypatch.setattr('mace_ros.execution.heap.LOOK_S', 0.0)
+        monkeypatch.setattr('mace_ros.model.heap.LOOK_S', 0.0)
         monkeypatch.setattr(
-            'mace_ros.execution.heap.return_free_memory', lambda: returned.append(1))
+            'mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
         one.ask('Who are you?')
         assert not returned
-        monkeypatch.setattr('mace_ros.execution.heap.private_bytes', lambda: math.inf)
+        monkeypatch.setattr('mace_ros.model.heap.private_bytes', lambda: math.inf)
         one.ask('Where are you?')
         assert returned
 
@@ -483,15 +483,15 @@ def test_overdue_learning_gets_its_memory_however_many_ask(
             waits = engine.learner.step is not None and not memory.budget.learning
             if waits:
                 most_held = max(most_held, engine._pool.held_blocks)
-                preempted -= engine._residence.preemptions
+                preempted -= engine._kv_cache.preemptions
             for event in engine.step().events:
-                if isinstance(event, Finished):
+                if isinstance(event, Response):
                     assert event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
                     ask()
-                elif isinstance(event, CorrectionProgress):
+                elif isinstance(event, CorrectionStatus):
                     state = event.state
             if waits:
-                preempted += engine._residence.preemptions
+                preempted += engine._kv_cache.preemptions
         assert most_held > memory.budget.kv_beside(room - 1e6) and not preempted
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         for number in range(next(numbers)):
@@ -543,9 +543,9 @@ def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> N
     with robot(settings, tmp_path) as one:
         engine = one.engine
         one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        engine._residence.share(False)
-        engine._residence.share(True)     # nothing is left of it
-        engine._answers.published('')
+        engine._kv_cache.share(False)
+        engine._kv_cache.share(True)     # nothing is left of it
+        engine._requests.published('')
         engine.step()
         assert engine.status().queue_depth == 0 and engine.status().statistics.iterations
         computed = engine.status().statistics.prefill_tokens

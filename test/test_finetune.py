@@ -35,12 +35,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mace_ros.execution import finetune
-from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
-from mace_ros.execution.lora import BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
-from mace_ros.execution.sample import packed_tokens, Preference, Sample, shared_tokens
-from mace_ros.execution.spans import Span
-from mace_ros.execution.static_layers import StaticLayers
+from mace_ros.finetune import step as finetune_step
+from mace_ros.finetune.sample import packed_tokens, Preference, Sample, shared_tokens
+from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
+from mace_ros.model.graphed_layers import GraphedLayers
+from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
+from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import SegmentKind
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -51,7 +51,7 @@ def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
                     batch: Sequence[Sample] = (), piece_tokens: int | None = None) -> None:
     batch = batch or samples()
     model, bank, reference = with_reference(tiny_model(family), targets=targets)
-    model.static_layers += [StaticLayers(model, tokens) for tokens in static]
+    model.graphed_layers += [GraphedLayers(model, tokens) for tokens in static]
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
         random_adapter(bank, slot)
         bank.write_slot(slot)
@@ -81,7 +81,7 @@ def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
 def test_gradients_of_sequences_behind_one_mask(
         family: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 a CPU has few tokens attend so."""
-    monkeypatch.setattr(finetune, 'are_few', lambda *_: True)
+    monkeypatch.setattr(finetune_step, 'are_few', lambda *_: True)
     drive, keep_graphs = DRIVES[way]
 
     def behind_one_mask(step: FinetuneStep) -> None:
@@ -229,7 +229,7 @@ def test_gradients_of_samples_with_a_teacher() -> None:
     while not teacher.done:
         teacher.run_segment()
     tensors = random_adapter(bank, 1)
-    hard, soft = samples(2, [20, 9]), teacher.taught()
+    hard, soft = samples(2, [20, 9]), teacher.soft_targets()
     step = FinetuneStep(model, Trainer(bank, 1e-3), [hard[0], *soft, hard[1]], head_tokens=10)
 
     run_until_optimizer(step)
@@ -241,11 +241,11 @@ def test_gradients_of_samples_with_a_teacher() -> None:
         weights = torch.tensor(sample.weights[1:])
         rows = weights.nonzero()[:, 0]
         log_p = torch.log_softmax(logits[:-1][rows], 1)
-        if sample.teacher is None:
+        if sample.soft_targets is None:
             each = -log_p.gather(1, torch.tensor(sample.tokens[1:])[rows, None])[:, 0]
         else:
-            each = -(log_p.gather(1, sample.teacher.tokens)
-                     * sample.teacher.probabilities).sum(1)
+            each = -(log_p.gather(1, sample.soft_targets.tokens)
+                     * sample.soft_targets.probabilities).sum(1)
         loss = loss + (each * weights[rows]).sum()
     (loss / sum(sum(s.weights[1:]) for s in step.samples)).backward()
     assert_same(gradients_of(bank), gradients(peft))
@@ -259,12 +259,12 @@ def test_a_version_learns_nothing_from_itself() -> None:
     while not teacher.done:
         teacher.run_segment()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, 'TEACHER_TOKENS', VOCABULARY)     # nothing is left out
+        patch.setattr(finetune_step, 'SOFT_TARGET_TOKENS', VOCABULARY)     # nothing is left out
         whole = FinetuneStep(model, trainer, samples(), learns=False)
         while not whole.done:
             whole.run_segment()
     norms = []
-    for batch in (whole.taught(), teacher.taught(), samples()):
+    for batch in (whole.soft_targets(), teacher.soft_targets(), samples()):
         step = FinetuneStep(model, trainer, batch)
         run_until_optimizer(step)
         norms.append(float(torch.stack([g.norm() for g in gradients_of(bank).values()]).norm()))
@@ -317,10 +317,10 @@ def test_the_gradients_of_all_parts_are_those_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, static: Sequence[int],
 ) -> None:
     model, bank, reference = with_reference(tiny_model('llama'))
-    model.static_layers += [StaticLayers(model, tokens) for tokens in static]
+    model.graphed_layers += [GraphedLayers(model, tokens) for tokens in static]
     tensors = random_adapter(bank, 0)
     trainer, batch = Trainer(bank, 1e-3), samples()
-    whole = Whole(weight=math.fsum(w for s in batch for w in s.weights[1:]),
+    whole = AccumulationWindow(weight=math.fsum(w for s in batch for w in s.weights[1:]),
                   tokens=sum(len(s.tokens) for s in batch))
 
     def part(k: int) -> FinetuneStep:

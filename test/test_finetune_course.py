@@ -38,11 +38,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
-from mace_ros.execution.sample import Sample
-from mace_ros.execution.spans import Span
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager, TRAINING_SLOT
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import SegmentKind
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def trained(family: str, batch: Sequence[Sample], steps: int, rate: float,
-            ) -> tuple[HybridModel, AdapterBank, PreTrainedModel, dict[str, Tensor], FinetuneStep]:
+            ) -> tuple[PackedModel, LoRAManager, PreTrainedModel, dict[str, Tensor], FinetuneStep]:
     """Run whole steps; return also the adapter at their beginning, and the last step."""
     model, bank, reference = with_reference(tiny_model(family))
     tensors = random_adapter(bank, 0)
@@ -169,11 +169,11 @@ def test_what_is_learned_is_exact_and_is_what_greedy_decoding_gives() -> None:
 def test_nothing_rides_once_the_step_runs_alone() -> None:
     model, bank, _ = with_reference(tiny_model('llama'))
     step = FinetuneStep(model, Trainer(bank, 1e-3), samples())
-    assert step.ridable_tokens == step.tokens == 112
+    assert step.piggyback_tokens == step.tokens == 112
     assert step.kv_tokens == (40, 9, 2, 61)
     while not step.done:
         step.run_segment()
-        assert step.ridable_tokens == 0
+        assert step.piggyback_tokens == 0
         assert step.kv_tokens == ()
 
 
@@ -184,11 +184,11 @@ def test_no_segment_runs_before_all_tokens_rode() -> None:
     for tokens in (45, 66, 1):
         assert len(list(step.segments())) == (8 if tokens == 45 else 0)
         with pytest.raises(ValueError, match='asked to ride'):
-            step.rows(step.ridable_tokens + 1)
+            step.rows(step.piggyback_tokens + 1)
         rows = step.rows(tokens)
         model.run((), rows)
-        step.rode(rows.tokens)
-    assert step.ridable_tokens == 0
+        step.piggybacked(rows.tokens)
+    assert step.piggyback_tokens == 0
     assert [s.kind for s in step.segments()] == [
         SegmentKind.HEAD, *[SegmentKind.BACKWARD_RECOMPUTED] * 3, SegmentKind.OPTIMIZER]
 

@@ -9,7 +9,7 @@ import math
 
 from hypothesis import given, strategies as st
 
-from mace_ros.execution.sample import Sample, SampleScore
+from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning.gate import BATCH_TOKENS, batches, Gate, Group, Measure
 
 

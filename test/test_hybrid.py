@@ -33,18 +33,24 @@ from torch import Tensor
 import transformers
 from transformers import PreTrainedModel
 
-from mace_ros.execution import products
-from mace_ros.execution.device_graphs import capture
-from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.loading import LoadedModel
-from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
-from mace_ros.execution.sample import Sample
-from mace_ros.execution.spans import FinetuneRows, Span
-from mace_ros.execution.static_layers import StaticLayers
-from mace_ros.execution.static_pass import Bucket, buckets, Outputs, StaticPass, StaticPasses
-from mace_ros.execution.support import context_length, UnsupportedModel
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep, Trainer
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
+from mace_ros.model import cpu_matmul
+from mace_ros.model.architectures import context_length, UnsupportedModel
+from mace_ros.model.cuda_graph_runner import (
+    BatchDescriptor,
+    buckets,
+    CapturedPass,
+    CudaGraphRunner,
+    Outputs,
+)
+from mace_ros.model.graph_capture import capture
+from mace_ros.model.graphed_layers import GraphedLayers
+from mace_ros.model.loading import LoadedModel
+from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import FinetuneRows, Span
 
 TOLERANCE = 1e-4
 TIE = 1e-4   # best logits closer than this may swap
@@ -86,7 +92,7 @@ class Request:
         return Span(known, self.computed, self.blocks, self.slot, last)
 
 
-def serve(model: HybridModel, requests: Sequence[Request], rng: random.Random, *,
+def serve(model: PackedModel, requests: Sequence[Request], rng: random.Random, *,
           chunks: Sequence[int], step: FinetuneStep | None = None) -> None:
     """
     Answer all requests in random passes, at random stages, beside a fine-tune step.
@@ -106,11 +112,11 @@ def serve(model: HybridModel, requests: Sequence[Request], rng: random.Random, *
         batch = batch[:rng.randint(1, len(batch))]
         spans = [r.span(1 if r.answer else rng.choice(chunks)) for r in batch]
         rows = None
-        if step is not None and step.ridable_tokens:
-            rows = step.rows(min(rng.choice(chunks), step.ridable_tokens))
+        if step is not None and step.piggyback_tokens:
+            rows = step.rows(min(rng.choice(chunks), step.piggyback_tokens))
         logits = iter(model.run(spans, rows))
         if step is not None and rows is not None:
-            step.rode(rows.tokens)
+            step.piggybacked(rows.tokens)
         for request, span in zip(batch, spans, strict=True):
             request.computed += len(span.tokens)
             if span.wants_logits:
@@ -121,10 +127,10 @@ def serve(model: HybridModel, requests: Sequence[Request], rng: random.Random, *
             for _ in list(step.segments())[:rng.randint(0, 3)]:
                 step.run_segment()
     if step is not None:
-        while step.ridable_tokens and step.holds_blocks:
-            rows = step.rows(min(rng.choice(chunks), step.ridable_tokens))
+        while step.piggyback_tokens and step.holds_blocks:
+            rows = step.rows(min(rng.choice(chunks), step.piggyback_tokens))
             model.run((), rows)
-            step.rode(rows.tokens)
+            step.piggybacked(rows.tokens)
         while not step.done:
             step.run_segment()
 
@@ -157,14 +163,14 @@ def random_sample(rng: random.Random, count: int) -> Sample:
 # -- the same as transformers and PEFT ---------------------------------------------------
 
 
-class EveryBucket(StaticPasses):
+class EveryBucket(CudaGraphRunner):
     """Passes that are all padded to their bucket, as device graphs replay them."""
 
     def __bool__(self) -> bool:
         return True
 
     def run(self, spans: Sequence[Span], finetune: FinetuneRows | None) -> Tensor | None:
-        bucket = Bucket.of(spans, finetune)
+        bucket = BatchDescriptor.of(spans, finetune)
         if bucket not in self._passes:
             self.prepare(bucket)
         return super().run(spans, finetune)
@@ -206,7 +212,7 @@ def test_packed_requests_are_answered_as_by_transformers(
 @pytest.mark.parametrize('family', ['llama', 'gpt-neox', 'gemma2', 'opt'])
 def test_weights_of_8_bits_answer_as_transformers_with_rounded_ones(
         family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, 'multiplies_int8', lambda dtype: True)    # slow, but right
+    monkeypatch.setattr(cpu_matmul, 'multiplies_int8', lambda dtype: True)    # slow, but right
     rng = random.Random(family)
     model, bank, reference = with_reference(tiny_model(family), int8=True)
     assert all(group.int8 is not None for group in model.groups)
@@ -233,8 +239,8 @@ def test_weights_of_8_bits_answer_as_transformers_with_rounded_ones(
 def test_smollm2_answers_as_by_transformers(base_model: LoadedModel) -> None:
     rng = random.Random(0)
     reference, tokenizer = base_model.model, base_model.tokenizer
-    model = HybridModel(copy.deepcopy(reference), kv_tokens=1024)
-    bank = AdapterBank(model.groups, targets='q_proj,v_proj', rank=RANK, alpha=ALPHA, slots=1)
+    model = PackedModel(copy.deepcopy(reference), kv_tokens=1024)
+    bank = LoRAManager(model.groups, targets='q_proj,v_proj', rank=RANK, alpha=ALPHA, slots=1)
     random_adapter(bank, 0)
     sample = tokenizer('My name is Rover.').input_ids * 2
     step = FinetuneStep(model, Trainer(bank, 1e-3), [Sample(tuple(sample), (1.0,) * len(sample))])
@@ -262,7 +268,7 @@ def schedules(draw: st.DrawFn) -> list[list[tuple[int, int]]]:
 class Expected:
     """A converted model, sequences, and their logits by slot and sequence."""
 
-    model: HybridModel
+    model: PackedModel
     texts: list[list[int]]
     logits: dict[int, list[Tensor]]
 
@@ -319,7 +325,7 @@ def test_every_pass_within_the_limits_has_a_bucket_that_holds_it(
     if tokens > 256 or not (spans or rides):
         return
     riding = FinetuneRows([Span((0,) * 8, 0, [0], 0, False)], []) if rides else None
-    bucket = Bucket.of(spans, riding)
+    bucket = BatchDescriptor.of(spans, riding)
 
     ready = set(buckets(max_rows=16, max_tokens=264, max_context=2000))
 
@@ -348,9 +354,9 @@ def test_what_lies_in_blocks_of_others_does_not_matter() -> None:
 
 
 CAPTURES = {
-    'passes': (StaticPass, 'capture'), 'their inputs': (StaticPass, '__init__'),
+    'passes': (CapturedPass, 'capture'), 'their inputs': (CapturedPass, '__init__'),
     'their outputs': (Outputs, '__init__'),
-    'fine-tune steps': (StaticLayers, 'capture'), 'their layers': (StaticLayers, '__init__')}
+    'fine-tune steps': (GraphedLayers, 'capture'), 'their layers': (GraphedLayers, '__init__')}
 
 
 @pytest.mark.parametrize('where', CAPTURES)
@@ -364,7 +370,7 @@ def test_what_can_not_be_captured_runs_eagerly(
         raise torch.OutOfMemoryError('injected')
 
     with monkeypatch.context() as patch:
-        for owner in (StaticPass, StaticLayers):
+        for owner in (CapturedPass, GraphedLayers):
             patch.setattr(owner, 'capture', lambda *_: None)
         patch.setattr(*CAPTURES[where], fails)
         patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
@@ -374,7 +380,7 @@ def test_what_can_not_be_captured_runs_eagerly(
                            may_go_on=lambda: True)
 
     steps = where in ('fine-tune steps', 'their layers')
-    assert (captured.steps == []) == steps == (not model.static_layers)
+    assert (captured.steps == []) == steps == (not model.graphed_layers)
     assert (captured.passes == 0) == (not steps) == (not model.static)
     assert 'injected' in captured.failures[0]
     assert 'run eagerly' in str(captured) and 'injected' in str(captured)
@@ -456,33 +462,33 @@ def test_model_that_can_not_be_carried_is_refused_by_name(case: str) -> None:
     if message.endswith('attention interface') and model._supports_attention_backend:
         pytest.skip(f'transformers {transformers.__version__} runs {name} through its interface')
     with pytest.raises(UnsupportedModel, match=message):
-        HybridModel(model, kv_tokens=64)
+        PackedModel(model, kv_tokens=64)
 
 
 @pytest.mark.parametrize('ignored', ['sliding_window', 'softcap', 'scaling'])
 def test_an_argument_of_attention_that_goes_lost_is_noticed(
         ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mace_ros.execution import attention
+    from mace_ros.model import attention
 
     def forgetful(*args: object, **kwargs: object) -> object:
         return attention.packed_attention(*args, **{**kwargs, ignored: None})
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, attention.NAME, forgetful)
     with pytest.raises(UnsupportedModel, match=r'gemma2.*off by'):
-        HybridModel(tiny_model('gemma2'), kv_tokens=64)
+        PackedModel(tiny_model('gemma2'), kv_tokens=64)
 
 
 def test_model_that_computes_no_numbers_is_refused() -> None:
     model = tiny_model('llama')
     model.model.norm.weight.data[3] = float('nan')
     with pytest.raises(UnsupportedModel, match='off by inf'):
-        HybridModel(model, kv_tokens=64)
+        PackedModel(model, kv_tokens=64)
 
 
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'gpt-oss', 'qwen3-moe', 'deepseek-v2'])
 def test_bfloat16_models_pass_the_comparison_at_load(family: str) -> None:
     model = tiny_model(family).to(torch.bfloat16)
-    assert HybridModel(model, kv_tokens=64).dtype == torch.bfloat16
+    assert PackedModel(model, kv_tokens=64).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('rope, longest', [('default', CONTEXT), ('dynamic', 64)])

@@ -11,14 +11,14 @@ from robot import correct, DONE, Robot
 import torch
 from transformers import AutoModelForCausalLM
 
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
     CorrectionState,
-    VersionEvent,
+    CorrectionStatus,
     VersionState,
 )
-from mace_ros.learning import choosing, learner
+from mace_ros.learning import learner, selection
 from mace_ros.learning.job import Job
 from mace_ros.learning.training import Training
 
@@ -30,10 +30,10 @@ def test_what_comes_before_anything_is_learned_joins_the_job(
     monkeypatch.setattr(learner.Learner, '_begin', lambda self, profile, chosen: (
         began.append(profile), begin(self, profile, chosen))[1])
     engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
-    told: list[CorrectionProgress] = []
+    told: list[CorrectionStatus] = []
 
     def step() -> None:
-        told.extend(e for e in engine.step().events if isinstance(e, CorrectionProgress))
+        told.extend(e for e in engine.step().events if isinstance(e, CorrectionStatus))
 
     while (job := engine.learner._job) is None or job.step is None:
         step()
@@ -66,8 +66,8 @@ def test_what_comes_while_a_job_trains_joins_it(
 
     monkeypatch.setattr(Training, '_load', noted)
     job = join(robot)
-    last = robot.until(lambda e: isinstance(e, VersionEvent))
-    assert isinstance(last, VersionEvent)
+    last = robot.until(lambda e: isinstance(e, AdapterVersion))
+    assert isinstance(last, AdapterVersion)
     assert (last.state, last.correction_ids) == (VersionState.PUBLISHED, ('first', 'second'))
     (trained, live), (still_live, trained_again) = loaded[:2]
     for name, of_job in trained.items():
@@ -123,19 +123,19 @@ def test_a_job_that_is_stopped_while_something_joins_begins_anew(robot: Robot) -
 def test_what_trains_stays_if_there_is_less_room_when_something_joins(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     job = join(robot, lambda job: len(job.told) == 2)
-    set_aside = Training.set_aside
+    swap_out = Training.swap_out
     shrunk = []
 
     def shrink(self: Training, *arguments: object) -> None:
-        set_aside(self, *arguments)     # type: ignore[arg-type]
+        swap_out(self, *arguments)     # type: ignore[arg-type]
         self.tokens_within = lambda seconds: 1
         shrunk.append(job.steps)
 
-    monkeypatch.setattr(Training, 'set_aside', shrink)
+    monkeypatch.setattr(Training, 'swap_out', shrink)
     robot.engine.correct(Correction('A cat.', id='third', prompt='Question third?'))
-    version = robot.until(lambda e: isinstance(e, VersionEvent))
+    version = robot.until(lambda e: isinstance(e, AdapterVersion))
     assert shrunk, 'it did not try to join'
-    assert isinstance(version, VersionEvent) and version.correction_ids == ('first', 'second')
+    assert isinstance(version, AdapterVersion) and version.correction_ids == ('first', 'second')
     learned(robot, 'first', 'second')
     until_learned(robot, 'third')
 
@@ -144,8 +144,8 @@ def test_what_joins_is_learned_even_if_the_live_version_answers_it_right(robot: 
     """The version in training might not."""
     robot.correct(Correction('A human.', id='zeroth', prompt='Question second?'))
     job = join(robot)
-    version = robot.until(lambda e: isinstance(e, VersionEvent))
-    assert isinstance(version, VersionEvent) and version.correction_ids == ('first', 'second')
+    version = robot.until(lambda e: isinstance(e, AdapterVersion))
+    assert isinstance(version, AdapterVersion) and version.correction_ids == ('first', 'second')
     assert [w.record.id for w in job.corrections] == ['first', 'second']
     learned(robot, 'first', 'second')
 
@@ -160,11 +160,11 @@ def learned(robot: Robot, *ids: str) -> None:
 def until_learned(robot: Robot, *ids: str) -> None:
     """Step until all of these are learned."""
     def are() -> set[str]:
-        return {e.id for e in robot.events if isinstance(e, CorrectionProgress)
+        return {e.id for e in robot.events if isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.LEARNED}
 
     while not are() >= set(ids):
-        robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
+        robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state in DONE)
 
 
 def test_what_comes_late_waits_for_the_next_job(robot: Robot) -> None:
@@ -177,11 +177,11 @@ def test_what_comes_late_waits_for_the_next_job(robot: Robot) -> None:
         engine.step()
     engine.correct(Correction('A robot.', id='second', prompt='Question second?'))
     engine._journal.submit(lambda journal: None).result(10)     # in time for the next iteration
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'first'
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'first'
                 and e.state is CorrectionState.FAILED)
     assert job.steps == 3
     assert [w.record.id for w in job.corrections] == ['first']
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'second'
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'second'
                 and e.state is CorrectionState.FAILED)
 
 
@@ -189,7 +189,7 @@ def test_what_waits_when_a_job_begins_does_not_join_it(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all of a long queue would be looked at before the first step."""
     engine = robot.engine
-    monkeypatch.setattr(choosing, 'JOB_CANDIDATES', 2)
+    monkeypatch.setattr(selection, 'JOB_CANDIDATES', 2)
     engine.update(engine.settings.updated({'finetune.budget': 0.0}))
     for name in 'abcd':
         correct(robot, name)

@@ -20,21 +20,21 @@ import threading
 
 import pytest
 
-from mace_ros.events import CorrectionState, VersionState
-from mace_ros.learning import journal as journal_module, journal_file
-from mace_ros.learning.journal import Answer, CorrectionRecord, Journal, VersionRecord
-from mace_ros.learning.journal_file import JournalError
-from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.api.events import CorrectionState, VersionState
 from mace_ros.learning.rollback import roll_back
+from mace_ros.store import journal as journal_module, journal_file
+from mace_ros.store.journal import AnswerRecord, CorrectionRecord, Journal, VersionRecord
+from mace_ros.store.journal_file import JournalError
+from mace_ros.store.journal_writer import JournalWriter
 
 ROOT = Path(__file__).parents[1]
 LEARNED, TRAINING = CorrectionState.LEARNED, CorrectionState.TRAINING
 
 
-def answer(query_id: str, question: str = '', **fields: object) -> Answer:
+def answer(query_id: str, question: str = '', **fields: object) -> AnswerRecord:
     """Return an answer to ``question``, by default a question like no other."""
     content = question or f'question {query_id}'
-    record = Answer(
+    record = AnswerRecord(
         query_id=query_id, prompt_ids=tuple(content.encode()),
         messages=({'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': content}),
         text=f'answer {query_id}', output_ids=(1, 2, 49151))
@@ -115,7 +115,7 @@ def test_a_journal_of_an_earlier_schema_is_brought_up_to_date(path: Path) -> Non
                     "4.5, 'key')")
         old.execute("INSERT INTO profiles VALUES ('ann', 0, 2)")
     with Journal(path) as journal:
-        assert journal.answer('q') == Answer(
+        assert journal.answer('q') == AnswerRecord(
             'q', (1,), (), 'a', (2,), profile='ann', adapter_version=3, time=4.5)
         assert journal.next_version('ann') == 3
     with Journal(path) as journal:
@@ -431,8 +431,8 @@ def test_a_full_disk_in_a_group_fails_all_that_it_takes_back(path: Path) -> None
 DISK_FAILS = """
 import resource, sys
 sys.path.insert(0, 'test')
-from mace_ros.learning.journal_file import JournalError
-from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.store.journal_file import JournalError
+from mace_ros.store.journal_writer import JournalWriter
 from test_journal import correction
 
 with JournalWriter(sys.argv[1]) as writer:
@@ -507,7 +507,7 @@ def test_another_process_may_hold_it_for_a_moment(
     path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Longer than the timeout is an error with advice; afterwards all goes on."""
-    monkeypatch.setattr('mace_ros.learning.journal_file._BUSY_SECONDS', 0.05)
+    monkeypatch.setattr('mace_ros.store.journal_file._BUSY_SECONDS', 0.05)
     with JournalWriter(path) as writer:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute('BEGIN IMMEDIATE')
@@ -523,8 +523,8 @@ def test_another_process_may_hold_it_for_a_moment(
 INTAKE = """
 import sys
 sys.path.insert(0, 'test')
-from mace_ros.learning.journal import VersionRecord
-from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.store.journal import VersionRecord
+from mace_ros.store.journal_writer import JournalWriter
 from test_journal import answer, correction
 
 path, prefix = sys.argv[1:]

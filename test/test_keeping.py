@@ -13,27 +13,27 @@ import pytest
 from test_journal import answer, correction
 import torch
 
-from mace_ros.events import CorrectionState, InvalidCorrection, VersionState
-from mace_ros.learning.journal import Journal, MAX_ANSWERS, VersionRecord
-from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.retention import (
+from mace_ros.api.events import CorrectionState, InvalidCorrection, VersionState
+from mace_ros.learning.rollback import roll_back, RollbackRefused
+from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.journal import Journal, MAX_ANSWERS, VersionRecord
+from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.layout import JOURNAL, MODEL
+from mace_ros.store.lock import StorageInUse, StorageLock
+from mace_ros.store.retention import (
     forget_corrections,
     forget_old_versions,
     make_room,
     remove_files,
     tidy,
 )
-from mace_ros.learning.rollback import roll_back, RollbackRefused
-from mace_ros.learning.storage_lock import StorageInUse, StorageLock
-from mace_ros.learning.versions import VersionStore
-from mace_ros.storage import JOURNAL, MODEL
 
 ROOT = Path(__file__).parents[1]
 LEARNED = CorrectionState.LEARNED
 SECRET = 'I live in Rosebud Lane.'
 
 
-def publish(journal: Journal, store: VersionStore, profile: str = '', *corrections: str) -> int:
+def publish(journal: Journal, store: AdapterStore, profile: str = '', *corrections: str) -> int:
     """Save and publish a version; return its number."""
     version = journal.next_version(profile)
     live = journal.live(profile)
@@ -92,7 +92,7 @@ def test_what_a_person_deletes_is_gone_whoever_refers_to_it(tmp_path: Path) -> N
 
 def test_the_newest_versions_and_those_in_use_are_kept(tmp_path: Path) -> None:
     """The live one stays however old, and that from which a profile will begin."""
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     with Journal(tmp_path / JOURNAL) as journal:
         publish(journal, store)
         journal.accept(correction('ann', profile='ann'))      # begins from version 1
@@ -112,7 +112,7 @@ def test_the_newest_versions_and_those_in_use_are_kept(tmp_path: Path) -> None:
 
 def test_tidying_up_follows_its_commit(tmp_path: Path) -> None:
     """Files go once the journal says so for good; what it does not know is left alone."""
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     with JournalWriter(tmp_path / JOURNAL) as writer:
         for _ in range(3):
             writer.submit(lambda journal: publish(journal, store)).result(5)
@@ -127,7 +127,7 @@ def test_old_version_records_go_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A rollback then still knows what the live version holds."""
-    monkeypatch.setattr('mace_ros.learning.retention.VERSION_RECORDS', 3)
+    monkeypatch.setattr('mace_ros.store.retention.VERSION_RECORDS', 3)
     with Journal(tmp_path / JOURNAL) as journal:
         for number in range(1, 7):
             journal.accept(correction(f'k{number}'))
@@ -145,7 +145,7 @@ def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
     """Another one is told who does; it may when that one has ended, also by a signal."""
     holder = subprocess.Popen(
         [sys.executable, '-c', 'import sys, time; from pathlib import Path; '
-         'from mace_ros.learning.storage_lock import StorageLock; '
+         'from mace_ros.store.lock import StorageLock; '
          'StorageLock(Path(sys.argv[1])); print("locked", flush=True); time.sleep(60)', tmp_path],
         cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == 'locked\n'
@@ -163,7 +163,7 @@ def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
 def storage(tmp_path: Path) -> Path:
     """Return a folder with two versions, two corrections and three answers."""
     folder = tmp_path / 'storage'
-    store = VersionStore(folder)
+    store = AdapterStore(folder)
     with Journal(folder / JOURNAL) as journal:
         (folder / MODEL).write_text('a model\n')
         journal.record_answer(answer('q1', 'Where do I live?', text='In a house.'))
@@ -179,7 +179,7 @@ def storage(tmp_path: Path) -> Path:
 def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
     """Run the program; return what it prints, on stderr if it fails."""
     done = subprocess.run(
-        [sys.executable, '-m', 'mace_ros.programs.journal', '--folder', folder, *arguments],
+        [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', folder, *arguments],
         cwd=ROOT, input=text, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
@@ -324,7 +324,7 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
     export = run(storage, 'export', '--weights')
     other = tmp_path / 'other'
     with Journal(other / JOURNAL) as journal:
-        publish(journal, VersionStore(other), '', 'mine')
+        publish(journal, AdapterStore(other), '', 'mine')
     (other / MODEL).write_text('a model\n')
     spoilt = export.replace('"sha256": "', '"sha256": "0')
     assert 'checksum' in run(other, 'import', text=spoilt, code=1)
@@ -336,10 +336,10 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
             v.correction_ids for v in journal.versions('')]
         assert [v.parent for v in theirs] == [0, theirs[0].version]
         assert new.live('') == mine
-        store = VersionStore(other)
+        store = AdapterStore(other)
         for here, there in zip(theirs, journal.versions(''), strict=True):
             assert torch.equal(store.load(here.path, here.sha256)['weight'],
-                               VersionStore(storage).load(there.path, there.sha256)['weight'])
+                               AdapterStore(storage).load(there.path, there.sha256)['weight'])
         roll_back(new, '', theirs[-1].version, 'better')
         assert new.live('') == theirs[-1]
 
@@ -391,7 +391,7 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(storage: Path, tmp_p
                      b'"corrected": "\xff"}\n')
     assert 'line 2' in run(storage, 'import', str(file), code=1)
     done = subprocess.run(
-        [sys.executable, '-m', 'mace_ros.programs.journal', '--folder', storage, 'import'],
+        [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', storage, 'import'],
         cwd=ROOT, input=file.read_bytes(), capture_output=True, timeout=60)
     assert done.returncode == 1 and b'line 2' in done.stderr
 

@@ -14,30 +14,30 @@ import pytest
 from robot import correct, DONE, Robot
 import torch
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     Event,
-    Finished,
     FinishReason,
     Query,
-    Token,
-    VersionEvent,
+    Response,
+    ResponseChunk,
     VersionState,
 )
-from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.execution.lora import AdapterBank
-from mace_ros.execution.sample import SampleScore
-from mace_ros.learning import backoff, choosing, gate, learner
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
+from mace_ros.finetune.sample import SampleScore
+from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.learning import backoff, gate, learner, selection
 from mace_ros.learning.drift import Drift, DriftState
 from mace_ros.learning.job import Job
-from mace_ros.learning.journal import Journal
-from mace_ros.learning.journal_file import JournalError
-from mace_ros.learning.versions import CorruptVersion, VersionStore
+from mace_ros.model.lora import LoRAManager
 from mace_ros.scheduling.plan import Segment, SegmentKind
-from mace_ros.settings import Settings
+from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
+from mace_ros.store.journal import Journal
+from mace_ros.store.journal_file import JournalError
 
 
 def test_correction_is_learned_and_a_running_request_keeps_its_version(robot: Robot) -> None:
@@ -45,19 +45,19 @@ def test_correction_is_learned_and_a_running_request_keeps_its_version(robot: Ro
     robot.engine.update(robot.engine.settings.updated({'scheduler.policy': 'continuous'}))
     wrong = robot.ask('What is your name?', conversation_id='c')
     robot.engine.submit(Query('Running?', id='running', max_tokens=3500))
-    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'running')
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
     state = robot.correct(Correction('My name is Rover.', id='k', query_id=wrong.query_id))
     assert (state.state, state.adapter_version) == (CorrectionState.LEARNED, 1)
-    running = next((e for e in robot.events if isinstance(e, Finished)
+    running = next((e for e in robot.events if isinstance(e, Response)
                     and e.query_id == 'running'), None)
     assert running is None, 'the running query ended before the version came'
     right = robot.ask('What is your name?')
     assert (right.text, right.adapter_version) == ('My name is Rover.', 1)
     robot.engine.cancel('running')
     assert robot.response('running').adapter_version == 0
-    states = [e.state for e in robot.events if isinstance(e, CorrectionProgress)]
+    states = [e.state for e in robot.events if isinstance(e, CorrectionStatus)]
     assert states == [CorrectionState.ACCEPTED, CorrectionState.TRAINING, CorrectionState.LEARNED]
-    version = next(e for e in robot.events if isinstance(e, VersionEvent))
+    version = next(e for e in robot.events if isinstance(e, AdapterVersion))
     assert version.score_after > version.score_before
     assert version.train_tokens > 0 and version.train_seconds > 0
     # The wrong answer is no longer part of the conversation.
@@ -82,11 +82,11 @@ def test_a_slow_device_learns_in_parts_and_memory_goes_back(
     robot: Robot, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept, returned = [], []
-    keep = Trainer.keep
-    monkeypatch.setattr(Trainer, 'keep', lambda self: (kept.append(1), keep(self)))
-    monkeypatch.setattr('mace_ros.execution.heap.AFTER_LEARNING_S', 0.0)
-    monkeypatch.setattr('mace_ros.execution.heap.LOOK_S', 0.0)
-    monkeypatch.setattr('mace_ros.execution.heap.return_free_memory', lambda: returned.append(1))
+    keep = Trainer.accumulate
+    monkeypatch.setattr(Trainer, 'accumulate', lambda self: (kept.append(1), keep(self)))
+    monkeypatch.setattr('mace_ros.model.heap.AFTER_LEARNING_S', 0.0)
+    monkeypatch.setattr('mace_ros.model.heap.LOOK_S', 0.0)
+    monkeypatch.setattr('mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
     robot.engine.learner.training.tokens_within = lambda seconds: 1
     wrong = robot.ask('Who are you?')
     assert not returned
@@ -124,7 +124,7 @@ def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:
     correction = Correction('A robot.', id='k', query_id=wrong.query_id)
     assert robot.correct(correction).state is CorrectionState.LEARNED
     assert robot.correct(correction).adapter_version == 1
-    assert len([e for e in robot.events if isinstance(e, VersionEvent)]) == 1
+    assert len([e for e in robot.events if isinstance(e, AdapterVersion)]) == 1
 
 
 @pytest.mark.parametrize(('changes', 'word'), [
@@ -154,12 +154,12 @@ def test_the_newest_of_two_pending_corrections_of_one_question_wins(robot: Robot
     wrong = robot.ask('Who are you?')
     robot.engine.update(robot.engine.settings.updated({'finetune.budget': 0.0}))
     robot.engine.correct(Correction('Nobody.', id='old', query_id=wrong.query_id))
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'old')
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'old')
     robot.engine.correct(Correction('A robot.', id='new', query_id=wrong.query_id))
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.SUPERSEDED and e.id == 'old')
     robot.engine.update(robot.engine.settings.updated({'finetune.budget': 1.0}))
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.LEARNED and e.id == 'new')
     assert robot.ask('Who are you?').text == 'A robot.'
 
@@ -172,7 +172,7 @@ def test_which_of_many_is_learned_first(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object],
         first: set[str]) -> None:
     """The newest, unless the oldest has waited too long; and each is scored once."""
-    monkeypatch.setattr(choosing, 'JOB_CANDIDATES', 4)
+    monkeypatch.setattr(selection, 'JOB_CANDIDATES', 4)
     monkeypatch.setattr(learner, 'JOB_CORRECTIONS', 1)
     choose, unknown = learner.Learner._choose, []
     monkeypatch.setattr(learner.Learner, '_choose', lambda self, job, new, *rest: (
@@ -183,13 +183,13 @@ def test_which_of_many_is_learned_first(
     for i in range(6):
         robot.engine.correct(Correction(
             f'Number {i}.', id=str(i), prompt=f'Question {i}?', weight=1.0 if i else 0.01))
-        robot.until(lambda e, i=i: isinstance(e, CorrectionProgress) and e.id == str(i))
+        robot.until(lambda e, i=i: isinstance(e, CorrectionStatus) and e.id == str(i))
     time.sleep(1.0)
     robot.engine.update(settings)
     left = {str(i) for i in range(6)}
     trained = []
     while left:
-        event = robot.until(lambda e: isinstance(e, CorrectionProgress))
+        event = robot.until(lambda e: isinstance(e, CorrectionStatus))
         if event.state is CorrectionState.TRAINING:
             trained.append(event.id)
         left -= {event.id} if event.state in DONE else set()
@@ -211,7 +211,7 @@ def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
     for i in range(learner.JOB_CORRECTIONS):
         assert robot.engine.status().finetune_budget == calm
         robot.engine.correct(Correction('A robot.', id=str(i), prompt=f'Question {i}?'))
-        robot.until(lambda e, i=i: isinstance(e, CorrectionProgress) and e.id == str(i))
+        robot.until(lambda e, i=i: isinstance(e, CorrectionStatus) and e.id == str(i))
         robot.engine.step()
     assert robot.engine.status().finetune_budget == robot.engine.settings.finetune.budget
 
@@ -221,7 +221,7 @@ def test_what_is_superseded_stays_so_whatever_its_job_writes_later(robot: Robot)
     engine.update(engine.settings.updated({'finetune.budget': 0.0}))
     for name in ('older', 'newer'):
         engine.correct(Correction(f'The {name}.', id=name, prompt='Which one?'))
-        robot.until(lambda e, name=name: isinstance(e, CorrectionProgress) and e.id == name)
+        robot.until(lambda e, name=name: isinstance(e, CorrectionStatus) and e.id == name)
     journal = engine._journal
     older = journal.submit(lambda j: j.correction('older')).result()
     engine.learner._set_state(older, CorrectionState.TRAINING)
@@ -241,7 +241,7 @@ def resting(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     engine.update(engine.settings.updated({
         'drift.min_budget': 0.0, 'slo.freshness_s': 1e6, 'finetune.max_steps': 2}))
     correct(robot, 'first')
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state in DONE)
     assert jobs == [{'first'}]
     return jobs
 
@@ -258,7 +258,7 @@ def test_in_calm_corrections_are_learned_together_after_a_rest(
     correct(robot, '3')
     assert len(resting) == 1
     correct(robot, '4')                     # as many as a job takes
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == '4' and e.state in DONE)
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == '4' and e.state in DONE)
     assert resting == [{'first'}, {'1 again', '2', '3', '4'}]
 
 
@@ -276,7 +276,7 @@ def test_a_change_ends_the_rest(
         robot: Robot, resting: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     correct(robot, 'another')
     monkeypatch.setattr(Drift, 'state', DriftState.DRIFTING)
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state in DONE)
     assert resting == [{'first'}, {'another'}]
 
 
@@ -287,20 +287,20 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
         'scheduler.policy': 'continuous', 'finetune.period_steps': 2}))
     for name in ('1', '2'):
         correct(robot, name)
-        robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state in DONE)
+        robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state in DONE)
     learned = engine.live_version('')
     told: list[Event] = []
     end = time.monotonic() + 60.0
     while engine.live_version('') < learned + 2 and time.monotonic() < end:
         told += engine.step().events
     assert engine.live_version('') >= learned + 2
-    assert not [e for e in told if isinstance(e, CorrectionProgress)]
+    assert not [e for e in told if isinstance(e, CorrectionStatus)]
     # Who says the same again is told, even if what is trained then breaks off.
     while engine.learner._job is None or not engine.learner._job.rehearses:
         engine.step()
     correct(robot, 'again', about='1')
     engine.learner.drop('injected')
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'again'
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'again'
                 and e.state is CorrectionState.LEARNED)
 
 
@@ -327,7 +327,7 @@ def test_learning_needs_nobody_to_wake_it(
         while not states.intersection(DONE):
             woken.clear()
             iteration = engine.step()
-            states |= {e.state for e in iteration.events if isinstance(e, CorrectionProgress)}
+            states |= {e.state for e in iteration.events if isinstance(e, CorrectionStatus)}
             if iteration.wake_at is None:
                 assert woken.wait(30.0) or states.intersection(DONE)
             else:
@@ -340,7 +340,7 @@ def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newer one takes the older one's place in the job, and is learned with its steps."""
     def is_trained(correction_id: str) -> Callable[[Event], bool]:
-        return lambda e: (isinstance(e, CorrectionProgress) and e.id == correction_id
+        return lambda e: (isinstance(e, CorrectionStatus) and e.id == correction_id
                           and e.state is CorrectionState.TRAINING)
 
     engine = robot.engine
@@ -353,9 +353,9 @@ def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
     engine.correct(Correction('A robot.', id='new', query_id=wrong.query_id))
     robot.until(is_trained('new'))
     engine.update(engine.settings.updated({'finetune.learning_rate': 0.01}))
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.LEARNED and e.id == 'new')
-    states = [e.state for e in robot.events if isinstance(e, CorrectionProgress) and e.id == 'old']
+    states = [e.state for e in robot.events if isinstance(e, CorrectionStatus) and e.id == 'old']
     assert states == [
         CorrectionState.ACCEPTED, CorrectionState.TRAINING, CorrectionState.SUPERSEDED]
     assert robot.ask('Who are you?').text == 'A robot.'
@@ -373,7 +373,7 @@ def test_a_correction_that_is_repeated_while_it_is_looked_at_is_not_begun_anew(
     assert not engine.learner._job.corrections[0].leads
     engine.correct(Correction('A robot.', id='new', prompt='Who are you?'))
     engine._journal.submit(lambda _: None).result()     # it is accepted before the scores are known
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.id == 'new' and e.state is CorrectionState.LEARNED)
     assert robot.ask('Who are you?').text == 'A robot.'
 
@@ -396,7 +396,7 @@ def test_more_is_replayed_after_a_rejected_candidate(
     taught = robot.correct(Correction('A robot.', id='c', prompt='Who are you?'))
     assert taught.state is CorrectionState.LEARNED
     assert seen == [(0, 0), (1, 1), (2, 1)]
-    rejected = [e for e in robot.events if isinstance(e, VersionEvent)
+    rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
                 and e.state is VersionState.REJECTED]
     assert [e.reason for e in rejected] == ['worse', 'worse']
 
@@ -436,7 +436,7 @@ def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> N
         robot.engine.correct(Correction('Yes.', id=f'ann{number}', profile='ann',
                                         prompt=f'Question {number}?'))
     robot.correct(Correction('No.', id='bob', profile='bob', prompt='Question?'))
-    published = [e.profile for e in robot.events if isinstance(e, VersionEvent)]
+    published = [e.profile for e in robot.events if isinstance(e, AdapterVersion)]
     assert published.count('ann') <= 1 and published[-1] == 'bob'
 
 
@@ -460,16 +460,16 @@ def test_restart_serves_the_latest_version_and_goes_on_learning(
     robot.engine.update(robot.engine.settings.updated({'finetune.budget': 0.0}))
     robot.engine.correct(Correction('Your friend.', id='anna', query_id=wrong.query_id,
                                     profile='anna'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'anna')
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'anna')
     robot.engine.close()
 
     again = Robot(Engine(settings, storage=tmp_path))
     # Told again: who stopped it may have been faster than the one who tells.
-    assert CorrectionProgress('k', CorrectionState.LEARNED, adapter_version=1) in (
+    assert CorrectionStatus('k', CorrectionState.LEARNED, adapter_version=1) in (
         again.engine.restored)
-    live = [e for e in again.engine.restored if isinstance(e, VersionEvent)]
+    live = [e for e in again.engine.restored if isinstance(e, AdapterVersion)]
     assert [(e.profile, e.version) for e in live] == [('', 1)]
-    again.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'anna'
+    again.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'anna'
                 and e.state is CorrectionState.LEARNED)
     assert again.ask('Who are you?').text == 'A robot.'
     assert again.ask('Who are you?', profile='anna').text == 'Your friend.'
@@ -495,7 +495,7 @@ def test_under_continuous_what_was_superseded_is_not_rehearsed(robot: Robot) -> 
         engine.step()
     engine.correct(Correction('Your friend.', id='new', prompt='Question this?'))
     engine._journal.submit(lambda _: None).result(10)
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'new'
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'new'
                 and e.state is CorrectionState.LEARNED)
     assert [record.id for record in engine.learner._recent] == ['new']
 
@@ -505,7 +505,7 @@ def test_those_that_wait_keep_others_out_but_not_who_takes_their_place(robot: Ro
     engine.update(engine.settings.updated({'finetune.budget': 0.0, 'storage.max_corrections': 2}))
     for name, about in (('1', '1'), ('2', '2'), ('2 again', '2')):
         engine.correct(Correction('A robot.', id=name, prompt=f'Question {about}?'))
-        state = robot.until(lambda e, name=name: isinstance(e, CorrectionProgress)  # type: ignore[misc]
+        state = robot.until(lambda e, name=name: isinstance(e, CorrectionStatus)  # type: ignore[misc]
                             and e.id == name)
         assert state.state is CorrectionState.ACCEPTED
     assert [r.id for r in engine._journal.submit(lambda j: j.corrections()).result(10)] == [
@@ -536,7 +536,7 @@ def test_failing_learning_loses_no_answer_and_is_tried_again(
         patch.setattr(FinetuneStep, where, fail_once)
         state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert failures and state.state is CorrectionState.LEARNED
-    long = next((e for e in robot.events if isinstance(e, Finished) and e.query_id == 'long'),
+    long = next((e for e in robot.events if isinstance(e, Response) and e.query_id == 'long'),
                 None) or robot.response('long')
     assert long.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -571,7 +571,7 @@ def test_learning_that_cannot_begin_says_so(
         patch.setattr(learning, '_start', fail)
         if waits:
             robot.engine.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
-            robot.until(lambda event: isinstance(event, CorrectionProgress))
+            robot.until(lambda event: isinstance(event, CorrectionStatus))
             assert robot.ask('Who are you?').text == wrong.text
             assert 'injected' in robot.engine.status().learning_error
         else:
@@ -584,7 +584,7 @@ def test_what_cannot_be_saved_yet_is_saved_later(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk may take long; nothing is trained anew for that, and nothing given up."""
     wrong = robot.ask('Who are you?')
-    save, failures, problems = VersionStore.save, [], set()
+    save, failures, problems = AdapterStore.save, [], set()
 
     def full(*arguments: object) -> object:
         problems.add(robot.engine.status().learning_error)
@@ -593,7 +593,7 @@ def test_what_cannot_be_saved_yet_is_saved_later(
             raise OSError(errno.ENOSPC, 'No space left on device')
         return save(*arguments)     # type: ignore[arg-type]
 
-    monkeypatch.setattr(VersionStore, 'save', full)
+    monkeypatch.setattr(AdapterStore, 'save', full)
     monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert state.state is CorrectionState.LEARNED
@@ -607,7 +607,7 @@ def test_what_cannot_be_read_is_read_later(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A correction is no less wanted because the disk fails, however often."""
     robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
-    load, failures, problems = VersionStore.load, [], set()
+    load, failures, problems = AdapterStore.load, [], set()
 
     def gone(*arguments: object) -> object:
         problems.add(robot.engine.status().learning_error)
@@ -616,7 +616,7 @@ def test_what_cannot_be_read_is_read_later(
             raise CorruptVersion('injected')
         return load(*arguments)     # type: ignore[arg-type]
 
-    monkeypatch.setattr(VersionStore, 'load', gone)
+    monkeypatch.setattr(AdapterStore, 'load', gone)
     monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
     assert state.state is CorrectionState.LEARNED
@@ -627,7 +627,7 @@ def test_what_cannot_be_read_is_read_later(
 def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal says that it is live: it must be, and nothing is trained for it again."""
-    publish, write, failures = Journal.publish, AdapterBank.write_slot, []
+    publish, write, failures = Journal.publish, LoRAManager.write_slot, []
 
     def failing(*arguments: object) -> None:
         if len(failures) <= learner.MAX_TRIES:
@@ -636,7 +636,7 @@ def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
         write(*arguments)       # type: ignore[arg-type]
 
     def recorded(*arguments: object) -> object:
-        monkeypatch.setattr(AdapterBank, 'write_slot', failing)
+        monkeypatch.setattr(LoRAManager, 'write_slot', failing)
         return publish(*arguments)      # type: ignore[arg-type]
 
     monkeypatch.setattr(Journal, 'publish', recorded)
@@ -652,7 +652,7 @@ def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
 def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
     """The share that is overdue counts from the oldest correction, be it of another job."""
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
     [trained] = robot.engine.learner._job.corrections
     robot.engine.learner._queue.put_back([replace(trained, arrived=-5.0)])
@@ -702,7 +702,7 @@ def test_no_version_is_published_that_changes_what_is_guarded(
 
     learned = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
 
-    rejected = [e for e in robot.events if isinstance(e, VersionEvent)
+    rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
                 and e.state is VersionState.REJECTED]
     assert rejected and all('would become' in e.reason and e.version for e in rejected)
     if learned.state is CorrectionState.LEARNED:

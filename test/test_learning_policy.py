@@ -12,16 +12,16 @@ import random
 from hypothesis import given, strategies
 import pytest
 
-from mace_ros.execution.sample import Sample
+from mace_ros.api.settings import Settings
+from mace_ros.finetune.sample import Sample
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, OPEN, surprise
+from mace_ros.learning.duty_cycle import DutyCycle, LULL_S
 from mace_ros.learning.job import Job
-from mace_ros.learning.lessons import Lessons
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, gain, priority, resemble
-from mace_ros.learning.resting import LULL_S, Resting
 from mace_ros.learning.samples import interleaved, sample, turn, weighted
-from mace_ros.settings import Settings
+from mace_ros.learning.training_set import TrainingSetBuilder
 
 # -- priority ----------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
     expected = [*some(1, 1), *some(2, 2), *some(3, 1), *some(4, 1),
                 *(weighted(s, finetune.replay_weight)
                   for s in some(5, finetune.replay_samples - 2))]
-    parts, _ = Lessons(None).step(job, finetune, most)     # type: ignore[arg-type]
+    parts, _ = TrainingSetBuilder(None).step(job, finetune, most)     # type: ignore[arg-type]
     assert sorted((s for part in parts for s in part), key=lambda s: s.tokens) == expected
     assert all(len(part) == 1 or sum(len(s.tokens) for s in part) <= most for part in parts)
     assert parts[0][:job.must_be_right] == [*some(1, 1), *some(2, 2)][:job.must_be_right]
@@ -78,12 +78,12 @@ def test_what_is_replayed_counts_as_the_parameter_says() -> None:
     job = Job('', [], Future(), samples=[sample([1, 1], [1, 2])], replayed=[sample([2, 2], [3])])
     finetune = Settings().updated(
         {'finetune.replay_weight': 5.0, 'finetune.replay_samples': 1}).finetune
-    (part,), _ = Lessons(None).step(job, finetune, 10**6)     # type: ignore[arg-type]
+    (part,), _ = TrainingSetBuilder(None).step(job, finetune, 10**6)     # type: ignore[arg-type]
     assert [s.weights for s in part] == [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 5.0)]
 
 
 def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
-    lessons, finetune = Lessons(None), Settings().finetune      # type: ignore[arg-type]
+    lessons, finetune = TrainingSetBuilder(None), Settings().finetune      # type: ignore[arg-type]
     kept, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
     seen: list[Sample] = []
     for _ in range(10):
@@ -177,7 +177,7 @@ def test_surprise_is_a_share() -> None:
 
 
 def test_after_a_job_learning_rests_until_it_took_its_share_of_time() -> None:
-    resting = Resting()
+    resting = DutyCycle()
     assert resting.until(0.0) == -math.inf      # nothing was learned yet
     resting.begun(100.0, 0.0)
     resting.spent(4.0)
@@ -188,7 +188,7 @@ def test_after_a_job_learning_rests_until_it_took_its_share_of_time() -> None:
 
 
 def test_a_lull_before_a_job_shortens_the_rest_after_it() -> None:
-    resting = Resting()
+    resting = DutyCycle()
     resting.begun(100.0, 0.5)
     resting.spent(15.0)
     through = resting.until(0.5)
@@ -202,7 +202,7 @@ def test_a_lull_before_a_job_shortens_the_rest_after_it() -> None:
 
 
 def test_a_job_that_could_not_wait_leaves_no_debt() -> None:
-    resting = Resting()
+    resting = DutyCycle()
     resting.begun(100.0, 0.5)
     resting.spent(50.0)
     resting.begun(160.0, 0.0)

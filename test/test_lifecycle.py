@@ -25,10 +25,10 @@ from rclpy.context import Context
 from robot import RANDOM_MODEL
 from ros_graph import call, NodeProcess, set_parameters
 
-from mace_ros.engine import Engine
+from mace_ros.engine.engine import Engine
 from mace_ros.ros.client import MaceClient
+from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.node import MaceNode
-from mace_ros.ros.spinning import Spinner
 from mace_ros.telemetry import trace
 
 START_S = 60.0
@@ -51,7 +51,7 @@ class NodeHere:
         self._context = Context()
         self._context.init(args=self._arguments)
         self._node = MaceNode(context=self._context)
-        self._spinner = Spinner(self._node, name='ros', context=self._context)
+        self._spinner = ExecutorThread(self._node, name='ros', context=self._context)
         self._spinner.start()
 
     def kill(self, *, linger_s: float = 0.0) -> None:

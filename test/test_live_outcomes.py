@@ -13,33 +13,33 @@ from robot import DONE, RANDOM_MODEL, Robot
 from test_journal import answer, correction
 import torch
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
     CorrectionState,
-    VersionEvent,
+    CorrectionStatus,
     VersionState,
 )
-from mace_ros.learning import comparing
-from mace_ros.learning.describing import peft_config
-from mace_ros.learning.journal import Journal, VersionRecord
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
+from mace_ros.learning import regression_check
 from mace_ros.learning.learner import Learner
-from mace_ros.learning.live_outcomes import (
+from mace_ros.learning.outcomes import (
     chance,
     ENOUGH,
     FALSE_ALARMS,
     got_worse,
     Outcomes,
     suspected,
-    Suspicion,
+    SuspectedRegression,
     to_blame,
     WATCHED,
 )
 from mace_ros.learning.rollback import roll_back
-from mace_ros.learning.versions import VersionStore
-from mace_ros.settings import Settings
-from mace_ros.storage import JOURNAL
+from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.layout import JOURNAL
+from mace_ros.store.version_info import peft_config
 
 ROLLED_BACK = VersionState.ROLLED_BACK
 
@@ -224,23 +224,23 @@ def with_version(settings: Settings, folder: Path, scale: float) -> tuple[Robot,
     return Robot(Engine(settings, storage=folder)), right
 
 
-def taken_back(robot: Robot) -> list[VersionEvent]:
+def taken_back(robot: Robot) -> list[AdapterVersion]:
     """Return what was said of versions that were taken back."""
-    return [e for e in robot.events if isinstance(e, VersionEvent) and e.state is ROLLED_BACK]
+    return [e for e in robot.events if isinstance(e, AdapterVersion) and e.state is ROLLED_BACK]
 
 
 def test_a_comparison_that_always_breaks_off_is_given_up(tmp_path: Path) -> None:
     some = Outcomes(ENOUGH, ENOUGH)
-    suspicion = Suspicion('', 2, 1, some, some, (correction('k'),))
-    compares = comparing.Comparing(VersionStore(tmp_path))
+    suspicion = SuspectedRegression('', 2, 1, some, some, (correction('k'),))
+    compares = regression_check.RegressionCheck(AdapterStore(tmp_path))
     compares.suspect(suspicion)
     tries = 0
     while compares.suspicion is not None:
         compares.begin(compares.suspicion)
         compares.broke_off(suspicion)
         tries += 1
-        assert tries <= comparing.MAX_TRIES
-    assert tries == comparing.MAX_TRIES
+        assert tries <= regression_check.MAX_TRIES
+    assert tries == regression_check.MAX_TRIES
 
 
 @pytest.mark.parametrize('waits', [True, False], ids=['each is learned', 'all at once'])
@@ -269,11 +269,11 @@ def test_a_bad_version_is_taken_back_by_itself(
         wrong = robot.ask(text)
         robot.engine.correct(Correction(corrected, id=text, query_id=wrong.query_id))
         robot.until(lambda e, name=text: taken_back(robot) or (  # type: ignore[misc]
-            isinstance(e, CorrectionProgress) and e.id == name
+            isinstance(e, CorrectionStatus) and e.id == name
             and (e.state in DONE or not waits)))
         asked += 1
     if not taken_back(robot):
-        robot.until(lambda e: isinstance(e, VersionEvent) and e.state is ROLLED_BACK)
+        robot.until(lambda e: isinstance(e, AdapterVersion) and e.state is ROLLED_BACK)
     assert failures
     if waits:
         assert ENOUGH <= asked <= 2 * ENOUGH
@@ -292,7 +292,7 @@ def test_a_bad_version_is_taken_back_by_itself(
 def test_what_was_suspected_of_a_version_taken_back_is_forgotten(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal may say so only when somebody has taken back more than that already."""
-    monkeypatch.setattr(comparing, 'to_blame', lambda leads: True)
+    monkeypatch.setattr(regression_check, 'to_blame', lambda leads: True)
     robot, _ = with_version(settings, tmp_path, 0.02)
     engine = robot.engine
     last = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
@@ -302,7 +302,7 @@ def test_what_was_suspected_of_a_version_taken_back_is_forgotten(
         engine.step()
     record = engine._journal.submit(lambda j: j.correction('k')).result(10)
     some = Outcomes(ENOUGH, ENOUGH)
-    engine.learner.suspect(Suspicion('', 2, 1, some, some, (record,) * ENOUGH))
+    engine.learner.suspect(SuspectedRegression('', 2, 1, some, some, (record,) * ENOUGH))
     last = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
     # From the base model: version 1 was not returned to.
     assert last.state is CorrectionState.LEARNED
@@ -325,12 +325,12 @@ def test_a_version_that_is_not_to_blame_stays(
         robot.engine.correct(Correction(
             f'It is number {i}.' if case == 'taught' else right[text], query_id=wrong.query_id,
             id=text))
-        robot.until(lambda e, name=text: isinstance(e, CorrectionProgress) and e.id == name)  # type: ignore[misc]
+        robot.until(lambda e, name=text: isinstance(e, CorrectionStatus) and e.id == name)  # type: ignore[misc]
     suspicion = robot.engine._journal.submit(lambda j: suspected(j, '')).result(10)
     assert suspicion is not None and suspicion.better == 0
     robot.engine.update(settings)
     # Versions are compared before anything is learned.
-    robot.until(lambda e: isinstance(e, CorrectionProgress)
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
     robot.events += robot.engine.step().events
     assert bool(robot.engine.learner.comparing.compared) == (case == 'taught')

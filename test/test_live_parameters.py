@@ -22,12 +22,12 @@ import pytest
 from rclpy.context import Context
 from ros_graph import Generator, set_parameters
 
-from mace_ros.events import Event
-from mace_ros.ros.client import Answer, MaceClient
+from mace_ros.api.events import Event
+from mace_ros.api.settings import Parameter, PARAMETERS, Settings, Value
+from mace_ros.ros.client import AnswerHandle, MaceClient
+from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.node import MaceNode
-from mace_ros.ros.spinning import Spinner
 from mace_ros.scheduling.plan import Plan, State
-from mace_ros.settings import Parameter, PARAMETERS, Settings, Value
 
 LIVE = [p for p in PARAMETERS.values() if not p.read_only]
 
@@ -42,7 +42,7 @@ class Watched:
         arguments = [x for name, value in values.items() for x in ('-p', f'{name}:={value}')]
         self.context.init(args=['--ros-args', *arguments], domain_id=domain_id())
         self.node = MaceNode(context=self.context)
-        self._spinner = Spinner(self.node, name='ros', context=self.context)
+        self._spinner = ExecutorThread(self.node, name='ros', context=self.context)
         self._spinner.start()
         self.node.start()
         self.client = MaceClient()
@@ -57,7 +57,7 @@ class Watched:
 
         scheduler.plan = watched
 
-    def ask(self) -> Answer:
+    def ask(self) -> AnswerHandle:
         """Ask for a long answer, and return when it has begun."""
         answer = self.client.ask('Sing.', max_tokens=4000, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
         next(answer.stream(30.0))
@@ -120,7 +120,7 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
     watched: Watched, monkeypatch: pytest.MonkeyPatch, through: str,
 ) -> None:
     engine, answer = watched.node._engine, watched.ask()
-    cancel, end, plans = engine.cancel, engine._answers.end, {}
+    cancel, end, plans = engine.cancel, engine._requests.end, {}
 
     def cancelled(query_id: str) -> None:
         plans['when it came'] = len(watched.plans)
@@ -131,7 +131,7 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
         return end(*arguments)
 
     monkeypatch.setattr(engine, 'cancel', cancelled)
-    monkeypatch.setattr(engine._answers, 'end', ended)
+    monkeypatch.setattr(engine._requests, 'end', ended)
     answer.cancel()
     assert answer.result(30.0).finish_reason == Response.CANCELLED
     if through == 'action':

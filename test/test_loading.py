@@ -12,7 +12,7 @@ import shutil
 import pytest
 import torch
 
-from mace_ros.execution.loading import (
+from mace_ros.model.loading import (
     conversion_name,
     load_model,
     ModelNotFound,

@@ -34,23 +34,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.execution.footprint import measure_footprint
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank, BASE_SLOT, FIRST_SERVED_SLOT
-from mace_ros.execution.sample import Sample
-from mace_ros.execution.spans import Span
-from mace_ros.memory import prefix
+from mace_ros.api.settings import Settings
+from mace_ros.finetune.footprint import measure_footprint
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.memory import block_hashes
+from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
 from mace_ros.memory.budget import Footprint, Grant, LEAST_PIECE, MemoryBudget
-from mace_ros.memory.prefix import Prefix
+from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import Span
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.keeper import MemoryKeeper
+from mace_ros.scheduling.kv_cache_manager import KVCacheManager
+from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Plan, PrefillChunk, SegmentKind, State
 from mace_ros.scheduling.request import Request, RequestState
-from mace_ros.scheduling.residence import Residence
 from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.settings import Settings
 
 TOLERANCE = 1e-4
 TIE = 1e-4      # best logits closer than this may swap
@@ -81,10 +81,10 @@ def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> Non
             fresh(pool, table, len(table) * 4 + data.draw(st.integers(0, 8)), written, data)
         elif action == 'share':
             wanted = data.draw(st.lists(st.sampled_from(names), max_size=3, unique=True))
-            found = pool.find(wanted)
+            found = pool.lookup(wanted)
             assert [written[b] for b in found] == wanted[:len(found)]
             if pool.held_among(found) + pool.free_blocks >= len(found):
-                tables.append(pool.hold(found))
+                tables.append(pool.acquire(found))
         elif action == 'release':
             table = tables.pop(data.draw(st.integers(0, len(tables) - 1)))
             before, free = pool.frees(table), pool.free_blocks
@@ -119,7 +119,7 @@ def fresh(pool: BlockPool, table: list[int], tokens: int, written: dict[int, byt
     for block in table[held:]:
         written[block] = bytes([data.draw(st.integers(0, 5))])
         if data.draw(st.booleans()):
-            pool.name(block, written[block])
+            pool.cache(block, written[block])
 
 
 def test_what_was_used_least_recently_goes_first_and_beginnings_last() -> None:
@@ -127,17 +127,17 @@ def test_what_was_used_least_recently_goes_first_and_beginnings_last() -> None:
     one, two = pool.allocate(32), pool.allocate(32)
     for table, names in ((one, (b'a', b'b')), (two, (b'c', b'd'))):
         for block, name in zip(table, names, strict=True):
-            pool.name(block, name)
+            pool.cache(block, name)
         pool.release(table)
-    pool.release(pool.hold(pool.find([b'a'])))     # used once more
+    pool.release(pool.acquire(pool.lookup([b'a'])))     # used once more
     held = [pool.allocate(16)]
-    assert (pool.find([b'a']), pool.find([b'd'])) != ([], []) and not pool.find([b'b'])
+    assert (pool.lookup([b'a']), pool.lookup([b'd'])) != ([], []) and not pool.lookup([b'b'])
     held.append(pool.allocate(16))
-    assert pool.find([b'c']) == [] or pool.find([b'd']) == []
+    assert pool.lookup([b'c']) == [] or pool.lookup([b'd']) == []
     held += [pool.allocate(16)]
-    assert len(pool.find([b'a'])) == 1
+    assert len(pool.lookup([b'a'])) == 1
     held += [pool.allocate(16)]
-    assert pool.find([b'a']) == []
+    assert pool.lookup([b'a']) == []
     with pytest.raises(OutOfBlocks):
         pool.allocate(1)
 
@@ -227,8 +227,8 @@ def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> 
     step, least = Step(), FOOTPRINT.least_step_bytes([80])
     budget.total = budget.fixed + least + 3000
     state, pool = State(), BlockPool(1000, BLOCK_TOKENS)
-    residence = Residence(pool, state)
-    keeper = MemoryKeeper(budget, residence, state)
+    kv_cache = KVCacheManager(pool, state)
+    keeper = MemoryArbiter(budget, kv_cache, state)
     whole = pool.limit
     # One decodes and fills its blocks; of the other's prompt one half is computed.
     for name, computed, output in (('a', 48, 9), ('b', 48, 0)):
@@ -240,7 +240,7 @@ def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> 
     assert pool.limit == 4 + 7      # with the next token of each
     assert not keeper.allows(None) and pool.limit == whole
     assert not keeper.allows(step) and pool.limit == whole
-    residence.leave(state.running[1])
+    kv_cache.leave(state.running[1])
     assert not keeper.allows(step, overdue=True) and pool.limit == 4
     state.running[0].dropped_tokens = 16
     pool.release([state.running[0].blocks.pop(0)])
@@ -260,7 +260,7 @@ def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
     assert whole < pieces
     budget = MemoryBudget(footprint, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
     state = State()
-    keeper = MemoryKeeper(budget, Residence(BlockPool(1000, BLOCK_TOKENS), state), state)
+    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS), state), state)
     for total, fits in ((whole, False), (pieces, True)):
         budget.total = budget.fixed + total
         assert (keeper.lacks(step) == '') is fits
@@ -278,7 +278,7 @@ def test_where_there_is_room_graphs_are_kept(shared: int) -> None:
         for _ in range(8)], piece_tokens=200)
     footprint, state = measure_footprint(model, bank), State()
     budget = MemoryBudget(footprint, 1e9, most_blocks=1000, pass_tokens=10, rows=1)
-    keeper = MemoryKeeper(budget, Residence(BlockPool(1000, BLOCK_TOKENS), state), state)
+    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS), state), state)
     assert keeper.allows(step) and step.keep_graphs
     assert SegmentKind.BACKWARD in {s.kind for s in step.segments()}
 
@@ -316,7 +316,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.request = Request(
             id=str(id(self)), arrival=0.0, prompt_tokens=len(self.ids), max_tokens=ANSWER,
-            ttft_slo=1.0, tpot_slo=1.0, prefix=Prefix(self.version, self.ids, BLOCK_TOKENS),
+            ttft_slo=1.0, tpot_slo=1.0,
+            block_hashes=BlockHashes(self.version, self.ids, BLOCK_TOKENS),
             adapter_slot=self.slot)
 
     @property
@@ -328,14 +329,14 @@ class Sequence:
 class Schedule:
     """Serves sequences in random passes, with preemptions, in a pool that is too small."""
 
-    model: HybridModel
+    model: PackedModel
     rng: random.Random
     blocks: int
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.blocks, BLOCK_TOKENS)
         self.state = State()
-        self.residence = Residence(self.pool, self.state)
+        self.kv_cache = KVCacheManager(self.pool, self.state)
         self.computed = 0
 
     def serve(self, sequences: list[Sequence], between: Callable[[], None] = lambda: None) -> None:
@@ -347,9 +348,9 @@ class Schedule:
                 sequence = coming.pop(0)
                 sequence.request.arrival = float(-len(coming))
                 self.state.waiting.add(sequence.request)
-            self.residence.refresh()
+            self.kv_cache.refresh()
             plan = self._plan()
-            self.residence.begin(plan, 0.0)
+            self.kv_cache.begin(plan, 0.0)
             self.pool.check([r.blocks for r in self.state.running])
             work = [*((r, 1) for r in plan.decode), *((c.request, c.tokens) for c in plan.prefill)]
             if work:
@@ -364,7 +365,7 @@ class Schedule:
         free = self.pool.free_blocks + sum(map(state.frees, preempted))
         candidates = [r for r in state.running if r not in preempted]
         for request in [] if preempted else state.waiting:
-            state.look_up(request)
+            state.get_computed_blocks(request)
             candidates.append(request)
         rng.shuffle(candidates)
         decode, prefill = [], []
@@ -393,13 +394,13 @@ class Schedule:
             self.computed += tokens
         logits = iter(self.model.run(spans))
         for (sequence, tokens), span in zip(work, spans, strict=True):
-            self.residence.computed(sequence.request, tokens)
+            self.kv_cache.computed(sequence.request, tokens)
             if span.wants_logits:
                 sequence.logits.append(next(logits).clone())
                 sequence.ids.append(int(sequence.logits[-1].argmax()))
                 sequence.request.output_tokens += 1
                 if sequence.done:
-                    self.residence.leave(sequence.request)
+                    self.kv_cache.leave(sequence.request)
 
 
 def assert_answers_like(model: PreTrainedModel, sequence: Sequence) -> None:
@@ -433,7 +434,7 @@ def prompts(rng: random.Random, count: int) -> list[list[int]]:
 
 
 @cache
-def family_model(family: str) -> tuple[HybridModel, AdapterBank, PreTrainedModel]:
+def family_model(family: str) -> tuple[PackedModel, LoRAManager, PreTrainedModel]:
     return with_reference(tiny_model(family), kv_tokens=12 * BLOCK_TOKENS,
                           targets=TARGETS.get(family, 'all-linear'))
 
@@ -454,14 +455,15 @@ def test_no_schedule_changes_an_answer(family: str, seed: int, blocks: int) -> N
 def test_what_a_waiting_request_would_share_is_what_is_there_at_its_turn() -> None:
     """What it shared when it was preempted may be gone by the time it is admitted."""
     state = State()
-    residence = Residence(BlockPool(20, BLOCK_TOKENS), state)
-    request = Request('0', 0.0, 170, 10, 1.0, 1.0, prefix=Prefix('', range(170), BLOCK_TOKENS))
+    kv_cache = KVCacheManager(BlockPool(20, BLOCK_TOKENS), state)
+    request = Request('0', 0.0, 170, 10, 1.0, 1.0,
+                      block_hashes=BlockHashes('', range(170), BLOCK_TOKENS))
     state.waiting.add(request)
     request.computed_tokens, request.shared_blocks = 160, 10
-    residence.refresh()
+    kv_cache.refresh()
     plan = Scheduler(Settings(), CostModel()).plan(state, 0.0)
     assert plan.prefill[0].tokens > 10
-    residence.begin(plan, 0.0)
+    kv_cache.begin(plan, 0.0)
     assert (request.computed_tokens, request.shared_blocks) == (0, 0)
     assert len(request.blocks) * BLOCK_TOKENS >= plan.prefill[0].tokens
 
@@ -472,8 +474,8 @@ def test_schedules_do_preempt_and_share() -> None:
     schedule = Schedule(model, random.Random(1), 6)
     sequences = [Sequence(ids, BASE_SLOT, '') for ids in prompts(random.Random(1), 12)]
     schedule.serve(sequences)
-    assert schedule.residence.preemptions > 3
-    assert schedule.residence.shared_tokens > 100
+    assert schedule.kv_cache.preemptions > 3
+    assert schedule.kv_cache.shared_tokens > 100
 
 
 # -- sharing is a matter of the adapter's version -----------------------------------------
@@ -494,11 +496,11 @@ def swapped_under_load(folder: Path) -> None:
         served = PeftModel.from_pretrained(copy.deepcopy(reference), str(path)).eval()
         sequences = [Sequence(beginning + random_ids(rng, 5), slot, f'\n{number}')
                      for _ in range(3)]
-        before = schedule.residence.shared_tokens
+        before = schedule.kv_cache.shared_tokens
         schedule.serve(sequences)
         for sequence in sequences:
             assert_answers_like(served, sequence)
-        assert schedule.residence.shared_tokens > before     # among themselves they share
+        assert schedule.kv_cache.shared_tokens > before     # among themselves they share
 
 
 def test_a_block_serves_only_the_version_that_made_it(tmp_path: Path) -> None:
@@ -512,7 +514,7 @@ def test_a_block_serves_only_the_version_that_made_it(tmp_path: Path) -> None:
 def test_without_the_version_in_the_key_answers_would_be_wrong(
         name: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above would see it."""
-    monkeypatch.setattr(prefix, 'root_name', name)
+    monkeypatch.setattr(block_hashes, 'root_hash', name)
     with pytest.raises(AssertionError, match='relative_error'):
         swapped_under_load(tmp_path)
 

@@ -13,23 +13,22 @@ from types import SimpleNamespace
 
 from graph import wait_until
 import mace_ros.msg as msg
-from mace_ros.msg import Response
 import pytest
 from rclpy.context import Context
 from rclpy.node import Node
 from std_msgs.msg import Header
 
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     ErrorCode,
     Event,
-    Finished,
     FinishReason,
     Query,
-    Token,
-    VersionEvent,
+    Response,
+    ResponseChunk,
     VersionState,
 )
 from mace_ros.ros.conversion import (
@@ -38,10 +37,10 @@ from mace_ros.ros.conversion import (
     MESSAGE_TYPES,
     query_from,
 )
-from mace_ros.ros.device import Device
-from mace_ros.ros.intake import Intake
-from mace_ros.ros.latch import VersionLatch
+from mace_ros.ros.engine_thread import EngineThread
+from mace_ros.ros.latched_versions import LatchedVersions
 from mace_ros.ros.node import _shown
+from mace_ros.ros.request_gate import RequestGate
 
 
 def test_what_a_query_does_not_say_is_the_nodes_default() -> None:
@@ -71,11 +70,11 @@ def test_no_field_is_forgotten(kind: type, message: object, convert: Callable) -
 
 
 @pytest.mark.parametrize('event', [
-    Token('q', 3, 'ä', True),
-    Finished('q', 'c', 'text', FinishReason.ERROR, ErrorCode.INTERNAL, 'why', 7, 1, 2, 0.5, 1.5,
+    ResponseChunk('q', 3, 'ä', True),
+    Response('q', 'c', 'text', FinishReason.ERROR, ErrorCode.INTERNAL, 'why', 7, 1, 2, 0.5, 1.5,
              2.5, 3.5, True),
-    CorrectionProgress('c', CorrectionState.FAILED, 'why', 7),
-    VersionEvent('ann', 2, 1, VersionState.ROLLED_BACK, 'why', ('a', 'b'), -3.5, -0.5, 10, 1.5,
+    CorrectionStatus('c', CorrectionState.FAILED, 'why', 7),
+    AdapterVersion('ann', 2, 1, VersionState.ROLLED_BACK, 'why', ('a', 'b'), -3.5, -0.5, 10, 1.5,
                  '/path', 'abc')], ids=lambda event: type(event).__name__)
 def test_an_event_becomes_its_message(event: Event) -> None:
     stamp = Header().stamp
@@ -93,21 +92,21 @@ def test_an_event_becomes_its_message(event: Event) -> None:
 @pytest.mark.parametrize('kind', [FinishReason, ErrorCode])
 def test_response_names_the_same_constants(kind: type) -> None:
     assert {m.name: m.value for m in kind}.items() <= {
-        name: getattr(Response, name) for name in dir(Response) if name.isupper()}.items()
+        name: getattr(msg.Response, name) for name in dir(msg.Response) if name.isupper()}.items()
 
 
 def test_the_live_version_of_each_profile_stays_on_the_topic() -> None:
     depth = 3
-    latch, published, live = VersionLatch(depth), [], {}
+    latch, published, live = LatchedVersions(depth), [], {}
     # One that never had a version does not hold a place on it, nor one that has none any more.
-    for event in (VersionEvent('eve', 1, 0, VersionState.REJECTED),
-                  VersionEvent('dan', 1, 0, VersionState.PUBLISHED),
-                  VersionEvent('dan', 0, 0, VersionState.PUBLISHED)):
+    for event in (AdapterVersion('eve', 1, 0, VersionState.REJECTED),
+                  AdapterVersion('dan', 1, 0, VersionState.PUBLISHED),
+                  AdapterVersion('dan', 0, 0, VersionState.PUBLISHED)):
         published += latch.to_publish(event)
     turns = [('', 1), ('ann', 1), ('bob', 1), *[('ann', n) for n in range(2, 9)], ('', 2)]
     for profile, version in turns:
-        event = VersionEvent(profile, version, version - 1, VersionState.PUBLISHED)
-        refused = VersionEvent(profile, version + 1, version, VersionState.REJECTED)
+        event = AdapterVersion(profile, version, version - 1, VersionState.PUBLISHED)
+        refused = AdapterVersion(profile, version + 1, version, VersionState.REJECTED)
         live[profile] = event
         for happened in (event, refused):
             published += latch.to_publish(happened)
@@ -116,7 +115,7 @@ def test_the_live_version_of_each_profile_stays_on_the_topic() -> None:
 
 def test_what_comes_early_waits_and_what_comes_late_is_refused() -> None:
     refused: list[Event] = []
-    intake = Intake(limit=lambda: 3, refuse=refused.extend)
+    intake = RequestGate(limit=lambda: 3, refuse=refused.extend)
     seen: list[object] = []
     engine = SimpleNamespace(submit=seen.append, correct=seen.append, cancel=seen.append)
     early = [Query('Hi', id='1'), Correction('Ho', id='2'), '1']
@@ -130,7 +129,7 @@ def test_what_comes_early_waits_and_what_comes_late_is_refused() -> None:
     intake.close('it is night')
     for item in early:
         intake.put(item)
-    assert [type(r) for r in refused] == [Finished, CorrectionProgress]
+    assert [type(r) for r in refused] == [Response, CorrectionStatus]
     assert refused[0].error_code is ErrorCode.NOT_SERVING
     assert refused[0].error == refused[1].reason == 'it is night'
 
@@ -159,21 +158,21 @@ class ScriptedEngine:
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
+def device() -> Iterator[EngineThread]:
     context = Context()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'OFF')
         context.init(args=[])
     node = Node('owner', context=context)
     reasons: list[str] = []
-    made = Device(node, publish=lambda events: None, hopeless=reasons.append)
+    made = EngineThread(node, publish=lambda events: None, fatal_error=reasons.append)
     made.reasons = reasons
     yield made
     assert made.stop(30.0)
     context.shutdown()
 
 
-def test_iterations_follow_each_other_or_wait_as_the_engine_says(device: Device) -> None:
+def test_iterations_follow_each_other_or_wait_as_the_engine_says(device: EngineThread) -> None:
     engine = ScriptedEngine(0.0, 0.0, 0.3, None, None)
     device.call(lambda: device.drive(engine)).result(30.0)
     assert wait_until(lambda: len(engine.stepped_at) == 4, 30.0)
@@ -186,14 +185,14 @@ def test_iterations_follow_each_other_or_wait_as_the_engine_says(device: Device)
     assert device.reasons == []
 
 
-def test_a_failed_iteration_is_tried_again(device: Device) -> None:
+def test_a_failed_iteration_is_tried_again(device: EngineThread) -> None:
     engine = ScriptedEngine(ValueError('broken'), 0.0, ValueError('broken'), None)
     device.call(lambda: device.drive(engine)).result(30.0)
     assert wait_until(lambda: not engine.script, 30.0)
     assert device.reasons == []
 
 
-def test_an_engine_that_always_fails_is_given_up(device: Device) -> None:
+def test_an_engine_that_always_fails_is_given_up(device: EngineThread) -> None:
     engine = ScriptedEngine(*[ValueError('broken')] * 9)
     device.call(lambda: device.drive(engine)).result(30.0)
     assert wait_until(lambda: device.reasons, 30.0)

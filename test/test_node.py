@@ -26,7 +26,7 @@ from mace_ros.msg import CorrectionStatus, Response
 import pytest
 from ros_graph import eventually, Generator, NodeProcess, Recorder, set_parameters
 
-from mace_ros.ros.client import Answer, MaceClient
+from mace_ros.ros.client import AnswerHandle, MaceClient
 
 START_S = 250.0         # with a model that must be converted, on a busy machine
 ANSWER_S = 100.0
@@ -82,7 +82,7 @@ class Mace:
         response = self.ask(OTHERS[0], max_tokens=1, no_learn=True)
         return response.finish_reason == Response.LENGTH
 
-    def begin_endless(self) -> Answer:
+    def begin_endless(self) -> AnswerHandle:
         """Ask what is answered for ever, and return when it has begun."""
         answer = self.client.ask(ENDLESS, max_tokens=6000, no_learn=True, **PATIENT)
         next(answer.stream(ANSWER_S))
@@ -423,7 +423,7 @@ def test_peft_gives_the_same_answers(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mace_ros.execution.loading import load_model
+    from mace_ros.model.loading import load_model
     name = load_model(device='cpu').name
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = PeftModel.from_pretrained(

@@ -38,9 +38,9 @@ from ros_graph import (
 )
 from std_srvs.srv import SetBool
 
+from mace_ros.api.settings import Parameter, PARAMETERS
 from mace_ros.ros.client import MaceClient
-from mace_ros.ros.spinning import Spinner
-from mace_ros.settings import Parameter, PARAMETERS
+from mace_ros.ros.executor_thread import ExecutorThread
 
 START_S = 100.0
 ANSWER_S = 60.0
@@ -252,7 +252,7 @@ def test_frozen_learning_keeps_corrections_for_later(client: MaceClient) -> None
 def operator(client: MaceClient) -> Iterator[SimpleNamespace]:
     """Return a node that hears no chunks, of which there are very many below."""
     with observer() as node:
-        spinner = Spinner(node, name='operator', context=node.context)
+        spinner = ExecutorThread(node, name='operator', context=node.context)
         spinner.start()
         yield SimpleNamespace(node=node, _changed=threading.Condition())
         spinner.stop()

@@ -20,56 +20,56 @@ from robot import RANDOM_MODEL
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mace_ros import engine as engine_room, running
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     Event,
-    Finished,
     FinishReason,
     Query,
+    Response,
 )
-from mace_ros.execution import loading
-from mace_ros.execution.directions import MainDirections
-from mace_ros.execution.finetune import FinetuneStep, Trainer
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank
-from mace_ros.learning.journal import Journal
-from mace_ros.learning.versions import VersionStore
+from mace_ros.api.settings import Settings
+from mace_ros.engine import engine as engine_room, model_runner
+from mace_ros.engine.engine import Engine
+from mace_ros.finetune.null_space import InputSubspace
+from mace_ros.finetune.step import FinetuneStep, Trainer
 from mace_ros.memory.block_pool import BlockPool
+from mace_ros.model import loading
+from mace_ros.model.lora import LoRAManager
+from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.plan import Plan, State
-from mace_ros.settings import Settings
-from mace_ros.telemetry.device import Reading
+from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.journal import Journal
+from mace_ros.telemetry.device_counters import Reading
 from mace_ros.telemetry.health import ACTIVE, Health, Level
 
 SERVING = {
-    'the pass': (HybridModel, 'run'),
-    'sampling': (running, 'sample'),
+    'the pass': (PackedModel, 'run'),
+    'sampling': (model_runner, 'sample'),
     'KV blocks': (BlockPool, 'grow'),
 }
 LEARNING = {
-    'reading the live version': (AdapterBank, 'reset'),
+    'reading the live version': (LoRAManager, 'reset'),
     'optimizer state': (Trainer, '__init__'),
-    'the main directions': (MainDirections, 'watch'),
-    'what is spared': (AdapterBank, 'spare'),
-    'keeping clear of it': (AdapterBank, 'keep_clear'),
+    'the main directions': (InputSubspace, 'watch'),
+    'what is spared': (LoRAManager, 'spare'),
+    'keeping clear of it': (LoRAManager, 'project_update'),
     'a step': (FinetuneStep, '__init__'),
     'rows that ride': (FinetuneStep, 'rows'),
     'a forward': (FinetuneStep, '_forward_layer'),
     'the head': (FinetuneStep, '_head'),
     'a backward': (FinetuneStep, '_backward_layer'),
     'the update': (Trainer, 'update'),
-    'exporting the adapter': (AdapterBank, 'export'),
-    'saving the adapter': (VersionStore, 'save'),
+    'exporting the adapter': (LoRAManager, 'export'),
+    'saving the adapter': (AdapterStore, 'save'),
     'publishing it in the journal': (Journal, 'publish'),
-    'an adapter slot': (AdapterBank, 'write_slot'),
+    'an adapter slot': (LoRAManager, 'write_slot'),
 }
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
-    'the KV cache': (HybridModel, '__init__'),
-    'adapter slots': (AdapterBank, '__init__'),
+    'the KV cache': (PackedModel, '__init__'),
+    'adapter slots': (LoRAManager, '__init__'),
     'measuring the device': (engine_room, 'measure'),
 }
 ANSWER = 'A robot.'
@@ -162,15 +162,15 @@ class Robot:
             self.step()
         raise AssertionError(f'it did not happen; the last events: {self.events[-3:]}')
 
-    def response(self, query_id: str) -> Finished:
-        return self.until(lambda e: isinstance(e, Finished) and e.query_id == query_id)
+    def response(self, query_id: str) -> Response:
+        return self.until(lambda e: isinstance(e, Response) and e.query_id == query_id)
 
-    def ask(self, query_id: str, **fields: Any) -> Finished:
+    def ask(self, query_id: str, **fields: Any) -> Response:
         self.engine.submit(Query('Who are you?', id=query_id, **fields))
         return self.response(query_id)
 
-    def learned(self, correction_id: str) -> CorrectionProgress:
-        return self.until(lambda e: isinstance(e, CorrectionProgress) and e.id == correction_id
+    def learned(self, correction_id: str) -> CorrectionStatus:
+        return self.until(lambda e: isinstance(e, CorrectionStatus) and e.id == correction_id
                           and e.state in ENDS)
 
 
@@ -189,17 +189,17 @@ class Lesson:
     def id(self, what: str) -> str:
         return f'{what} of {self.profile}'
 
-    def ask(self, what: str) -> Finished:
+    def ask(self, what: str) -> Response:
         return self.robot.ask(self.id(what), profile=self.profile)
 
     def correct(self) -> None:
         self.robot.engine.correct(Correction(
             ANSWER, id=self.profile, query_id=self.id('wrong'), profile=self.profile))
 
-    def learned(self) -> CorrectionProgress:
+    def learned(self) -> CorrectionStatus:
         return self.robot.learned(self.profile)
 
-    def long(self) -> Finished:
+    def long(self) -> Response:
         return self.robot.response(self.id('long'))
 
     def check_that_all_is_well(self) -> None:
@@ -240,9 +240,9 @@ def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
     def riding(state: State, now: float) -> Plan:
         made = plan(state, now)
-        if state.finetune is None or not state.finetune.ridable_tokens:
+        if state.finetune is None or not state.finetune.piggyback_tokens:
             return made
-        return made._replace(finetune_tokens=state.finetune.ridable_tokens, segments=0)
+        return made._replace(finetune_tokens=state.finetune.piggyback_tokens, segments=0)
 
     patch.setattr(engine.scheduler, 'plan', riding)
 

@@ -15,19 +15,19 @@ import pytest
 from robot import RANDOM_MODEL
 import torch
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     Event,
-    Finished,
     FinishReason,
     Query,
-    Token,
+    Response,
+    ResponseChunk,
 )
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
 from mace_ros.scheduling.plan import Plan, State
-from mace_ros.settings import Settings
 
 QUESTIONS = ('Who are you?', 'What is a robot?', 'Sing a song.', 'Count to ten.')
 
@@ -57,7 +57,7 @@ def answers(engine: Engine, count: int, **fields: object) -> list[str]:
         engine.submit(Query(text, id=text, **fields))  # type: ignore[arg-type]
     found: dict[str, str] = {}
     while len(found) < count:
-        found |= {e.query_id: e.text for e in engine.step().events if isinstance(e, Finished)}
+        found |= {e.query_id: e.text for e in engine.step().events if isinstance(e, Response)}
     return [found[text] for text in QUESTIONS[:count]]
 
 
@@ -85,9 +85,10 @@ def test_tokens_are_told_while_the_next_pass_runs(engine: Engine) -> None:
     flying = told = 0
     while True:
         events = engine.step().events
-        told += sum(isinstance(e, Token) for e in events)
-        flying += engine.runner.flight is not None and any(isinstance(e, Token) for e in events)
-        if any(isinstance(e, Finished) for e in events):
+        told += sum(isinstance(e, ResponseChunk) for e in events)
+        flying += engine.runner.flight is not None and any(
+            isinstance(e, ResponseChunk) for e in events)
+        if any(isinstance(e, Response) for e in events):
             break
     assert flying >= told - 2 > 5
 
@@ -95,7 +96,8 @@ def test_tokens_are_told_while_the_next_pass_runs(engine: Engine) -> None:
 def test_what_is_set_is_in_force_though_the_next_pass_was_planned(engine: Engine) -> None:
     for i, text in enumerate(QUESTIONS):
         engine.submit(Query(text, id=f'{i}', max_tokens=200))
-    while engine.runner.foreseen is None or len(engine.runner.foreseen.decode) < len(QUESTIONS):
+    while (engine.runner.planned_ahead is None
+           or len(engine.runner.planned_ahead.decode) < len(QUESTIONS)):
         engine.step()
     engine.update(engine.settings.updated({'scheduler.max_requests': 2}))
     engine.step()
@@ -108,16 +110,16 @@ def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> No
     for name in ('kept', 'cancelled'):
         engine.submit(Query(QUESTIONS[0], id=name, max_tokens=20))
     events: list[Event] = []
-    while not any(isinstance(e, Token) and e.query_id == 'cancelled' for e in events):
+    while not any(isinstance(e, ResponseChunk) and e.query_id == 'cancelled' for e in events):
         events += engine.step().events
     assert engine.runner.flight is not None
     engine.cancel('cancelled')
     events = list(engine.step().events)
-    [ended] = [e for e in events if isinstance(e, Finished)]
+    [ended] = [e for e in events if isinstance(e, Response)]
     assert (ended.query_id, ended.finish_reason) == ('cancelled', FinishReason.CANCELLED)
-    while not any(isinstance(e, Finished) and e.query_id == 'kept' for e in events):
+    while not any(isinstance(e, Response) and e.query_id == 'kept' for e in events):
         events += engine.step().events
-    assert [e.text for e in events if isinstance(e, Finished) and e.query_id == 'kept'] == [
+    assert [e.text for e in events if isinstance(e, Response) and e.query_id == 'kept'] == [
         expected]
 
 
@@ -126,7 +128,7 @@ def test_a_pause_lets_the_pass_end_first(engine: Engine) -> None:
     while engine.runner.flight is None:
         engine.step()
     events = engine.pause()
-    assert [e.finish_reason for e in events if isinstance(e, Finished)] == [FinishReason.CANCELLED]
+    assert [e.finish_reason for e in events if isinstance(e, Response)] == [FinishReason.CANCELLED]
     assert engine.runner.flight is None
 
 
@@ -140,13 +142,13 @@ def test_a_pass_that_fails_on_the_device_ends_its_queries_only(
             raise RuntimeError('injected')
 
     with monkeypatch.context() as patch:
-        patch.setattr('mace_ros.running.sample',
+        patch.setattr('mace_ros.engine.model_runner.sample',
                       lambda logits, rows: logits.argmax(-1).as_subclass(Failed))
         engine.submit(Query('Sing.', id='song', max_tokens=20))
         events: list[Event] = []
-        while not any(isinstance(e, Finished) for e in events):
+        while not any(isinstance(e, Response) for e in events):
             events += engine.step().events
-    [ended] = [e for e in events if isinstance(e, Finished)]
+    [ended] = [e for e in events if isinstance(e, Response)]
     assert (ended.finish_reason, ended.error) == (FinishReason.ERROR, 'RuntimeError: injected')
     assert len(answers(engine, 2, max_tokens=5)) == 2
 
@@ -157,6 +159,6 @@ def test_corrections_are_learned_beside(engine: Engine) -> None:
     states, texts = [], []
     while CorrectionState.LEARNED not in states or not texts:
         events = engine.step().events
-        states += [e.state for e in events if isinstance(e, CorrectionProgress)]
-        texts += [e.text for e in events if isinstance(e, Finished)]
+        states += [e.state for e in events if isinstance(e, CorrectionStatus)]
+        texts += [e.text for e in events if isinstance(e, Response)]
     assert answers(engine, 1, max_tokens=8) == ['Ho.']

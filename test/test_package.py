@@ -15,7 +15,7 @@ import pytest
 from test_installed import PREFIX
 
 import mace_ros
-from mace_ros.events import ErrorCode
+from mace_ros.api.events import ErrorCode
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ElementTree.parse(ROOT / 'package.xml')

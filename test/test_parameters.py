@@ -13,9 +13,9 @@ from rclpy.context import Context
 from rclpy.node import Node
 from rclpy.parameter import Parameter as NodeParameter
 
+from mace_ros.api.settings import InvalidSetting, PARAMETERS, Settings
 from mace_ros.ros import parameter_table
 from mace_ros.ros.parameters import ParameterServer
-from mace_ros.settings import InvalidSetting, PARAMETERS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'config' / 'mace.yaml'

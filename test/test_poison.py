@@ -15,17 +15,17 @@ from robot import RANDOM_MODEL, Robot
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mace_ros import base_answers
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
     CorrectionState,
-    VersionEvent,
+    CorrectionStatus,
     VersionState,
 )
+from mace_ros.api.settings import Settings
+from mace_ros.engine import anchor_requests
+from mace_ros.engine.engine import Engine
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS, PROBE_EVERY
-from mace_ros.settings import Settings
 
 TOLERANCE = 0.002     # the probes of a random model have a probability of some hundredths
 
@@ -34,7 +34,7 @@ TOLERANCE = 0.002     # the probes of a random model have a probability of some 
 def all_base_answers() -> Iterator[None]:
     """Ask the base model all that a node asks it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_answers, 'ANCHORS', ANCHORS)
+        patch.setattr(anchor_requests, 'ANCHORS', ANCHORS)
         yield
 
 
@@ -77,7 +77,7 @@ def test_what_is_published_has_passed_the_gate(
     last = robot.correct(Correction(text, id='k', query_id=wrong.query_id), 100.0)
     robot.engine.close()
 
-    versions = [e for e in robot.events if isinstance(e, VersionEvent)]
+    versions = [e for e in robot.events if isinstance(e, AdapterVersion)]
     published = [e for e in versions if e.state is VersionState.PUBLISHED]
     assert all('gate.tolerance' in e.reason for e in versions
                if e.state is VersionState.REJECTED)
@@ -110,9 +110,9 @@ def test_of_contradicting_corrections_the_newest_wins(settings: Settings, tmp_pa
     wrong = robot.ask('Is the door open?')
     for name, text in (('a', 'It is open.'), ('b', 'It is shut.'), ('c', 'It is open.')):
         robot.engine.correct(Correction(text, id=name, query_id=wrong.query_id))
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'c'
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'c'
                 and e.state is CorrectionState.LEARNED, 100.0)
-    states = {e.id: e.state for e in robot.events if isinstance(e, CorrectionProgress)}
+    states = {e.id: e.state for e in robot.events if isinstance(e, CorrectionStatus)}
     assert states == {'a': CorrectionState.SUPERSEDED, 'b': CorrectionState.SUPERSEDED,
                       'c': CorrectionState.LEARNED}
     assert robot.ask('Is the door open?').text == 'It is open.'
@@ -130,14 +130,14 @@ def test_many_copies_of_one_sentence_leave_other_answers(
         robot.engine.correct(Correction('The door is open.', id=f'k{i}', prompt=f'{i}?'))
     ends = (CorrectionState.LEARNED, CorrectionState.FAILED)
     for i in range(8):
-        if not any(isinstance(e, CorrectionProgress) and e.id == f'k{i}' and e.state in ends
+        if not any(isinstance(e, CorrectionStatus) and e.id == f'k{i}' and e.state in ends
                    for e in robot.events):
-            robot.until(lambda e, i=i: isinstance(e, CorrectionProgress)   # type: ignore[misc]
+            robot.until(lambda e, i=i: isinstance(e, CorrectionStatus)   # type: ignore[misc]
                         and e.id == f'k{i}' and e.state in ends, 100.0)
     robot.engine.close()
     assert all(e.reason for e in robot.events
-               if isinstance(e, CorrectionProgress) and e.state is CorrectionState.FAILED)
-    published = [e for e in robot.events if isinstance(e, VersionEvent)
+               if isinstance(e, CorrectionStatus) and e.state is CorrectionState.FAILED)
+    published = [e for e in robot.events if isinstance(e, AdapterVersion)
                  and e.state is VersionState.PUBLISHED and e.path]
     base, before = probe_score(model_folder, None), None
     for version in published:

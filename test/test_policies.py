@@ -24,10 +24,10 @@ from virtual_device import (
     VirtualDevice,
 )
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.scheduling.scheduler import POLICIES, Scheduler
-from mace_ros.settings import Settings
 
 
 def saturated(policy: str, seconds: float = 60.0, **kinds) -> CheckedEngine:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mace_ros.execution.products import FEW_TOKENS, Int8Weight, linear, multiplies_int8
-from mace_ros.startup import best_weight_dtype
+from mace_ros.engine.builder import best_weight_dtype
+from mace_ros.model.cpu_matmul import FEW_TOKENS, Int8Weight, linear, multiplies_int8
 
 SHAPES = [(), (0,), (1,), (2,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (1, 1), (1, 5), (2, 3)]
 

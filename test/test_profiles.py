@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from robot import RANDOM_MODEL, Robot
 
-from mace_ros.engine import Engine
-from mace_ros.events import Correction, CorrectionState, Finished, Query, Token
-from mace_ros.settings import Settings
+from mace_ros.api.events import Correction, CorrectionState, Query, Response, ResponseChunk
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
 
 TAUGHT = {'ann': 'I am Rover, your dog.', 'bob': 'My name is Tin, I sort mail.'}
 PROFILES = (*TAUGHT, 'stranger')        # the last one is served the base model
@@ -40,7 +40,7 @@ def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def batch(robot: Robot, questions: Mapping[str, str], **fields: object,
-          ) -> tuple[dict[str, Finished], dict[str, list[str]], list[set[str]]]:
+          ) -> tuple[dict[str, Response], dict[str, list[str]], list[set[str]]]:
     """
     Ask for each profile at once; return responses, pieces and who spoke in each iteration.
 
@@ -48,17 +48,17 @@ def batch(robot: Robot, questions: Mapping[str, str], **fields: object,
     """
     for profile, text in questions.items():
         robot.engine.submit(Query(text, id=profile, profile=profile, **fields))  # type: ignore[arg-type]
-    ended: dict[str, Finished] = {}
+    ended: dict[str, Response] = {}
     pieces: dict[str, list[str]] = {profile: [] for profile in questions}
     iterations = []
     while ended.keys() != questions.keys():
         events = robot.engine.step().events
         for event in events:
-            if isinstance(event, Token):
+            if isinstance(event, ResponseChunk):
                 pieces[event.query_id].append(event.text)
-            elif isinstance(event, Finished):
+            elif isinstance(event, Response):
                 ended[event.query_id] = event
-        iterations.append({e.query_id for e in events if isinstance(e, Token)})
+        iterations.append({e.query_id for e in events if isinstance(e, ResponseChunk)})
     return ended, pieces, iterations
 
 
@@ -67,7 +67,7 @@ def batch(robot: Robot, questions: Mapping[str, str], **fields: object,
     {}, {'temperature': 1.0, 'seed': 7}], ids=['greedy', 'sampled'])
 def test_each_gets_what_it_would_get_alone(
         robot: Robot, question: str, sampling: dict[str, object]) -> None:
-    """Token for token, from the very same iterations, and not what another one gets."""
+    """ResponseChunk for token, from the very same iterations, and not what another one gets."""
     fields = {'max_tokens': 40, **sampling}
     alone = {}
     for profile in PROFILES:

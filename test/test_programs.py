@@ -21,10 +21,10 @@ from rich.console import Console
 from robot import RANDOM_MODEL
 from ros_graph import NodeProcess, ROOT
 
-from mace_ros.programs.common import seconds
-from mace_ros.programs.dashboard import Dashboard
-from mace_ros.programs.speech import listener, RECOGNISERS, SpeechError
-from mace_ros.programs.voice import CORRECTION
+from mace_ros.cli.common import seconds
+from mace_ros.cli.dashboard import Dashboard
+from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
+from mace_ros.cli.voice import CORRECTION
 from mace_ros.ros.client import MaceClient
 
 START_S = 100.0
@@ -52,7 +52,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iter
 
 def program(name: str, *arguments: str, said: str = '') -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, '-m', f'mace_ros.programs.{name}', *arguments], cwd=ROOT,
+        [sys.executable, '-m', f'mace_ros.cli.{name}', *arguments], cwd=ROOT,
         input=said, capture_output=True, text=True, timeout=100)
 
 
@@ -61,7 +61,7 @@ def test_ctrl_c_cancels_the_answer(client: MaceClient) -> None:
     subscription = client.node.create_subscription(Latency, '/mace/latency', ended.append, 100)
     # First of all tests: what others teach the tiny model may let it end by itself.
     asking = subprocess.Popen(
-        [sys.executable, '-m', 'mace_ros.programs.ask', 'Sing.', '--id', 'song',
+        [sys.executable, '-m', 'mace_ros.cli.ask', 'Sing.', '--id', 'song',
          '--max-tokens', '4000'],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert asking.stdout is not None

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mace_ros.events import FinishReason, Query, Token
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import BASE_SLOT
-from mace_ros.execution.spans import OBSERVED_TOKENS, Span
-from mace_ros.execution.static_pass import Bucket
-from mace_ros.execution.support import longest_window
+from mace_ros.api.events import FinishReason, Query, ResponseChunk
+from mace_ros.api.settings import Settings
+from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
-from mace_ros.memory.prefix import Prefix
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS, RECENT_TOKENS
+from mace_ros.model.architectures import longest_window
+from mace_ros.model.cuda_graph_runner import BatchDescriptor
+from mace_ros.model.lora import BASE_SLOT
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import OBSERVED_TOKENS, Span
+from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State
 from mace_ros.scheduling.request import Request
-from mace_ros.scheduling.residence import Residence
-from mace_ros.settings import Settings
 
 TOLERANCE = 1e-4
 PROMPT = 112     # tokens, seven blocks
@@ -54,53 +54,54 @@ def test_the_least_attended_go_but_neither_the_first_nor_the_last() -> None:
     assert blocks_to_drop(attention[:9], 0.9, 16) == []
 
 
-def running(pool: BlockPool, tokens: int) -> tuple[Residence, Request, State]:
+def running(pool: BlockPool, tokens: int) -> tuple[KVCacheManager, Request, State]:
     """Return a request whose prompt of so many tokens is computed."""
     state = State()
-    residence = Residence(pool, state)
+    kv_cache = KVCacheManager(pool, state)
     ids = list(range(tokens))
-    request = Request('a', 0.0, tokens, 50, 1.0, 1.0, prefix=Prefix('v', ids, pool.block_size))
+    request = Request('a', 0.0, tokens, 50, 1.0, 1.0,
+                      block_hashes=BlockHashes('v', ids, pool.block_size))
     state.waiting.add(request)
-    admitted(residence, request)
-    return residence, request, state
+    admitted(kv_cache, request)
+    return kv_cache, request, state
 
 
-def admitted(residence: Residence, request: Request) -> None:
-    residence.refresh()
+def admitted(kv_cache: KVCacheManager, request: Request) -> None:
+    kv_cache.refresh()
     tokens = request.remaining_tokens
-    residence.begin(Plan(prefill=(PrefillChunk(request, tokens),)), 0.0)
-    residence.computed(request, tokens)
+    kv_cache.begin(Plan(prefill=(PrefillChunk(request, tokens),)), 0.0)
+    kv_cache.computed(request, tokens)
 
 
 def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
     pool = BlockPool(20, 4)
-    residence, request, state = running(pool, 38)     # nine full blocks and a half
+    kv_cache, request, state = running(pool, 38)     # nine full blocks and a half
     table = list(request.blocks)
-    residence.drop(request, [1, 2, 5])
+    kv_cache.drop(request, [1, 2, 5])
     assert request.blocks == [table[i] for i in (0, 3, 4, 6, 7, 8, 9)]
     assert pool.held_blocks == 7
     assert request.cached_tokens == 38 - 12
-    assert residence.pruned_tokens == 12
+    assert kv_cache.pruned_tokens == 12
     pool.check([request.blocks])
 
-    assert request.prefix is not None
-    request.prefix._ids.extend(range(100, 120))     # type: ignore[attr-defined]
+    assert request.block_hashes is not None
+    request.block_hashes._ids.extend(range(100, 120))     # type: ignore[attr-defined]
     for _ in range(10):     # the rest of the last block of the prompt, and two more blocks
         request.output_tokens += 1
-        residence.begin(Plan(decode=(request,)), 0.0)
-        residence.computed(request, 1)
+        kv_cache.begin(Plan(decode=(request,)), 0.0)
+        kv_cache.computed(request, 1)
     assert len(request.blocks) == 9
     # The whole prompt can be found, since it was computed with all before it; no answer can.
-    assert pool.find(request.prefix.names(12)) == table[:9]
+    assert pool.lookup(request.block_hashes.first(12)) == table[:9]
 
-    residence.preempt(request)
+    kv_cache.preempt(request)
     assert request.dropped_tokens == 0
     assert request.computed_tokens == 36     # all that can be found
     pool.check([])
-    admitted(residence, request)
+    admitted(kv_cache, request)
     pool.check([request.blocks])
     assert len(request.blocks) == 12
-    residence.leave(request)
+    kv_cache.leave(request)
     pool.check([])
     assert not state.running
 
@@ -108,7 +109,7 @@ def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
 # -- attention, and what is computed without some blocks ----------------------------------
 
 
-def serve(model: HybridModel, ids: Sequence[int], blocks: Sequence[int], sizes: Sequence[int],
+def serve(model: PackedModel, ids: Sequence[int], blocks: Sequence[int], sizes: Sequence[int],
           attention: Tensor | None) -> Tensor:
     """Compute a prompt in chunks of these sizes by turns; return the last logits."""
     start, turn, logits = 0, 0, torch.zeros(0)
@@ -173,7 +174,7 @@ def test_decoding_without_some_blocks(family: str, static: bool) -> None:
         spans = [Span(answer[i:i + 1], PROMPT + i, kept, BASE_SLOT, True, dropped),
                  Span(other[i:i + 1], i, [14, 15], BASE_SLOT, False)]
         if static:
-            model.static.prepare(Bucket.of(spans, None))
+            model.static.prepare(BatchDescriptor.of(spans, None))
         ours.append(model.run(spans)[0].clone())
     ours.append(model.run([Span(answer[20:], PROMPT + 20, kept, BASE_SLOT, True, dropped)])[0])
 
@@ -205,23 +206,23 @@ def test_answers_are_those_of_transformers_without_what_was_dropped(
     """Half of the blocks go after the first token; the rest of the answer does not see them."""
     with robot(settings, tmp_path, memory__kv_prune=0.5) as one:
         dropped: list[list[int]] = []
-        drop = one.engine._residence.drop
+        drop = one.engine._kv_cache.drop
 
         def noting(request: Request, places: Sequence[int]) -> None:
             dropped.append(list(places))
             drop(request, places)
 
-        monkeypatch.setattr(one.engine._residence, 'drop', noting)
+        monkeypatch.setattr(one.engine._kv_cache, 'drop', noting)
         ids = one.engine.chat.prompt([{'role': 'system', 'content': LONG},
                                       {'role': 'user', 'content': 'Well?'}])
         assert len(ids) > LONG_TOKENS
         one.engine.submit(Query('Well?', id='q', system=LONG, max_tokens=12, temperature=0.0))
-        one.until(lambda e: isinstance(e, Token))
+        one.until(lambda e: isinstance(e, ResponseChunk))
         held = one.engine._pool.held_blocks
         answer = one.response('q')
         short = one.ask('Well?', max_tokens=4)
         assert short.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        assert one.engine._residence.pruned_tokens == 16 * len(dropped[0])
+        assert one.engine._kv_cache.pruned_tokens == 16 * len(dropped[0])
 
     blocks = -(-len(ids) // 16)
     assert len(dropped) == 1     # short prompts are kept whole
@@ -242,11 +243,11 @@ def test_pruning_is_live_and_off_changes_nothing(settings: Settings, tmp_path: P
         def ask(fraction: float) -> tuple[str, int, int]:
             one.engine.update(one.engine.settings.updated({'memory.kv_prune': fraction}))
             one.engine.step()
-            residence = one.engine._residence
-            before = residence.pruned_tokens, residence.shared_tokens
+            kv_cache = one.engine._kv_cache
+            before = kv_cache.pruned_tokens, kv_cache.shared_tokens
             text = one.ask('Well?', system=LONG, max_tokens=30, temperature=0.0).text
-            return (text, residence.pruned_tokens - before[0],
-                    residence.shared_tokens - before[1])
+            return (text, kv_cache.pruned_tokens - before[0],
+                    kv_cache.shared_tokens - before[1])
 
         off, pruned, again = ask(0.0), ask(0.75), ask(0.0)
         assert off[1] == again[1] == 0
@@ -270,5 +271,5 @@ def test_pruned_requests_that_are_preempted_end_as_well(
                                 and hasattr(e, 'finish_reason'))
             assert event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)   # type: ignore[union-attr]
             waiting.discard(event.query_id)     # type: ignore[union-attr]
-        assert tight.engine._residence.pruned_tokens >= 4 * 256
+        assert tight.engine._kv_cache.pruned_tokens >= 4 * 256
         assert tight.engine.status().preemptions > 0

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mace_ros.events import Correction, CorrectionState, VersionEvent, VersionState
-from mace_ros.execution.lora import AdapterBank
-from mace_ros.execution.sample import Sample, SampleScore
+from mace_ros.api.events import AdapterVersion, Correction, CorrectionState, VersionState
+from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import Job
 from mace_ros.learning.learner import LEARNED_MARGIN, learned_well, Learner, RIGHT_MARGIN
 from mace_ros.learning.training import CLOSE, Training
+from mace_ros.model.lora import LoRAManager
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_what_was_rejected_is_not_pulled_back_to_again(
         verdicts.pop() if verdicts else judge(*arguments)))
     state = robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
     assert (state.state, verdicts, len(pulled)) == (CorrectionState.LEARNED, [], 1)
-    assert [e.state for e in robot.events if isinstance(e, VersionEvent)] == [
+    assert [e.state for e in robot.events if isinstance(e, AdapterVersion)] == [
         VersionState.REJECTED, VersionState.PUBLISHED]
 
 
@@ -136,14 +136,14 @@ def test_nothing_keeps_the_weights_of_a_job_that_has_ended(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would stay on the device until Python's collector comes."""
     kept: list[weakref.ref[Tensor]] = []
-    copies = AdapterBank.copies
+    copies = LoRAManager.copies
 
-    def noted(self: AdapterBank) -> dict[str, Tensor]:
+    def noted(self: LoRAManager) -> dict[str, Tensor]:
         result = copies(self)
         kept.extend(weakref.ref(t) for t in result.values())
         return result
 
-    monkeypatch.setattr(AdapterBank, 'copies', noted)
+    monkeypatch.setattr(LoRAManager, 'copies', noted)
     gc.disable()
     try:
         robot.correct(Correction('A robot.', id='k', prompt='What are you?'))

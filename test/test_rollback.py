@@ -13,24 +13,24 @@ import pytest
 from robot import RANDOM_MODEL, Robot
 import torch
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     Event,
-    Finished,
     Query,
-    Token,
-    VersionEvent,
+    Response,
+    ResponseChunk,
     VersionState,
 )
-from mace_ros.learning.journal import CorrectionRecord, Journal, VersionRecord
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
 from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
 from mace_ros.learning.rollback_queue import MAX_FAILURES
-from mace_ros.learning.versions import CorruptVersion
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
-from mace_ros.settings import Settings
+from mace_ros.store.adapter_store import CorruptVersion
+from mace_ros.store.journal import CorrectionRecord, Journal, VersionRecord
 
 ACCEPTED, LEARNED = CorrectionState.ACCEPTED, CorrectionState.LEARNED
 SUPERSEDED, FAILED = CorrectionState.SUPERSEDED, CorrectionState.FAILED
@@ -349,7 +349,7 @@ def stepped(robot: Robot, future: Future[RolledBack], seconds: float = 30.0) -> 
 
 def since(robot: Robot, start: int) -> list[Event]:
     """Return what was said of versions and corrections since then."""
-    return [e for e in robot.events[start:] if isinstance(e, (VersionEvent, CorrectionProgress))]
+    return [e for e in robot.events[start:] if isinstance(e, (AdapterVersion, CorrectionStatus))]
 
 
 def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Path) -> None:
@@ -357,18 +357,18 @@ def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Pat
     robot = Robot(Engine(settings, storage=tmp_path))
     teach(robot, 'A robot.', 'Your friend.')
     robot.engine.submit(Query('Tell me a long story about the sea.', id='running', max_tokens=1000))
-    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'running')
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
     start = len(robot.events)
     outcome = rolled_back(robot, 1)
     assert outcome.live is not None and outcome.live.version == 1
     told = since(robot, start)
-    assert [(e.version, e.state) for e in told if isinstance(e, VersionEvent)] == [
+    assert [(e.version, e.state) for e in told if isinstance(e, AdapterVersion)] == [
         (2, ROLLED_BACK), (1, PUBLISHED)]
-    assert [(e.id, e.state) for e in told if isinstance(e, CorrectionProgress)] == [
+    assert [(e.id, e.state) for e in told if isinstance(e, CorrectionStatus)] == [
         ('A robot.', LEARNED), ('Your friend.', FAILED)]
     answer = robot.ask('Who are you?')
     assert (answer.text, answer.adapter_version) == ('A robot.', 1)
-    assert not any(isinstance(e, Finished) and e.query_id == 'running' for e in robot.events)
+    assert not any(isinstance(e, Response) and e.query_id == 'running' for e in robot.events)
     robot.engine.cancel('running')
     assert robot.response('running').adapter_version == 2
     # To the base model, and forward again.
@@ -387,11 +387,11 @@ def test_what_is_being_trained_begins_anew_from_the_older_version(robot: Robot) 
     """No version grows from one that was taken back, and no correction is lost."""
     teach(robot, 'A robot.', 'Your friend.')
     robot.engine.correct(Correction('In the hall.', id='k', prompt='Where do you live?'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'k'
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'k'
                 and e.state is CorrectionState.TRAINING)
     rolled_back(robot, 1)
-    published = robot.until(lambda e: isinstance(e, VersionEvent) and e.version == 3)
-    assert isinstance(published, VersionEvent)
+    published = robot.until(lambda e: isinstance(e, AdapterVersion) and e.version == 3)
+    assert isinstance(published, AdapterVersion)
     assert (published.state, published.parent, published.correction_ids) == (PUBLISHED, 1, ('k',))
     assert robot.ask('Who are you?').text == 'A robot.'
     assert robot.ask('Where do you live?').text == 'In the hall.'
@@ -419,10 +419,10 @@ def test_it_waits_for_a_free_slot_and_delays_no_query(settings: Settings, tmp_pa
     robot = Robot(Engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
     teach(robot, 'A robot.', 'Your friend.', 'A tin can.')
     robot.engine.submit(Query('Running?', id='running', max_tokens=3000))    # holds version 3
-    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'running')
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
     rolled_back(robot, 2)
     robot.engine.submit(Query('Running?', id='second', max_tokens=3000))    # holds version 2
-    robot.until(lambda e: isinstance(e, Token) and e.query_id == 'second')
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'second')
     waiting = robot.engine.rollback('', 1)
     assert robot.ask('Who are you?').adapter_version == 2
     assert not waiting.done()
@@ -443,15 +443,15 @@ def test_a_rollback_may_take_the_last_room(settings: Settings, tmp_path: Path) -
     teach(robot, 'Your friend.', profile='ann')
     rolled_back(robot, 0, 'ann')
     robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
-    robot.until(lambda e: isinstance(e, CorrectionProgress) and e.id == 'bob'
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'bob'
                 and e.state is CorrectionState.TRAINING)
     rolled_back(robot, 1, 'ann')
     def told() -> list[str]:
-        return [e.reason for e in robot.events if isinstance(e, CorrectionProgress)
+        return [e.reason for e in robot.events if isinstance(e, CorrectionStatus)
                 and e.id == 'bob' and e.state is FAILED]
 
     if not told():
-        robot.until(lambda e: isinstance(e, CorrectionProgress) and e.state is FAILED)
+        robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state is FAILED)
     assert told() == [NO_SLOT]
     assert robot.ask('Who are you?', profile='ann').text == 'Your friend.'
     teach(robot, 'A tin can.')

@@ -16,12 +16,12 @@ from virtual_device import (
     VirtualDevice,
 )
 
+from mace_ros.api.settings import PARAMETERS, Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind, State
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import POLICIES, Scheduler
-from mace_ros.scheduling.waiting import PATIENCE, Queue, Waiting
-from mace_ros.settings import PARAMETERS, Settings
+from mace_ros.scheduling.waiting_queue import PATIENCE, Queue, WaitingQueue
 
 QUIET = VirtualDevice()
 CALIBRATED = QUIET.calibrated().to_dict()
@@ -119,7 +119,7 @@ def test_least_slack_goes_first_within_a_class_of_priority():
     long = query('long', 0.0, ttft=0.7, prompt=250)
     urgent = query('urgent', 0.0, ttft=0.6)
     important = query('important', 0.0, ttft=2.0, priority=1)
-    state.waiting = Waiting([relaxed, long, urgent, important])
+    state.waiting = WaitingQueue([relaxed, long, urgent, important])
     order = []
     plans = scheduler()
     while state.waiting:
@@ -147,7 +147,7 @@ def test_whose_turn_it_is_comes_out_as_if_all_had_been_looked_at(waiting, starte
             return float('-inf'), request.arrival
         return -request.priority, request.deadline - prefill_s(request.prompt_tokens)
 
-    queue = Queue(started, Waiting(waiting), lambda request: None, prefill_s, now)
+    queue = Queue(started, WaitingQueue(waiting), lambda request: None, prefill_s, now)
     order = []
     while (place := queue.pop(admits=True)) is not None:
         order.append(turn(place[3]))
@@ -166,8 +166,8 @@ def test_of_many_that_come_at_once_no_prompt_waits_half_computed():
 
 def test_of_those_that_wait_a_plan_looks_at_those_alone_whose_turn_may_have_come():
     looked_up = []
-    state = State(Waiting(query(n, 0.01 * n) for n in range(1000)), free_tokens=10000,
-                  look_up=looked_up.append)
+    state = State(WaitingQueue(query(n, 0.01 * n) for n in range(1000)), free_tokens=10000,
+                  get_computed_blocks=looked_up.append)
     plan = scheduler().plan(state, 10.0)
     assert [chunk.request.id for chunk in plan.prefill][:1] == ['0']
     assert len(looked_up) < 20
@@ -175,8 +175,8 @@ def test_of_those_that_wait_a_plan_looks_at_those_alone_whose_turn_may_have_come
 
 def test_those_that_wait_are_not_looked_at_while_there_is_no_place_for_them():
     looked_up = []
-    state = State(Waiting(query(n, 0.01 * n) for n in range(100)), [running(100, now=10.0)],
-                  free_tokens=10000, look_up=looked_up.append)
+    state = State(WaitingQueue(query(n, 0.01 * n) for n in range(100)), [running(100, now=10.0)],
+                  free_tokens=10000, get_computed_blocks=looked_up.append)
     plan = scheduler(scheduler__max_requests=1).plan(state, 10.0)
     assert plan.decode and not plan.prefill
     assert not looked_up
@@ -186,7 +186,7 @@ def test_a_prefill_chunk_leaves_the_decode_rows_their_deadline():
     now = 100.0
     for spare in (0.03, 0.05, 0.08, 0.12, 0.2):
         row = running(0, now=now, tpot=0.3, behind=0.3 - spare)
-        state = State(Waiting([query(1, now, prompt=200)]), [row], None, 10000)
+        state = State(WaitingQueue([query(1, now, prompt=200)]), [row], None, 10000)
         plan = scheduler().plan(state, now)
         assert plan.decode == (row,)
         assert QUIET.seconds(plan.shape) <= spare
@@ -197,7 +197,7 @@ def test_a_prefill_chunk_leaves_the_decode_rows_their_deadline():
 def test_a_late_row_does_not_stop_prefills():
     now = 100.0
     row = running(0, now=now, tpot=0.001, behind=5.0)
-    state = State(Waiting([query(1, now, prompt=200)]), [row], None, 10000)
+    state = State(WaitingQueue([query(1, now, prompt=200)]), [row], None, 10000)
     plan = scheduler().plan(state, now)
     assert plan.decode == (row,)
     assert 16 <= plan.prefill[0].tokens < 100   # nor does the prefill stop it
@@ -212,20 +212,20 @@ def test_a_prompt_that_is_late_twice_over_no_longer_waits_for_rows_without_slack
 def test_decode_rows_take_turns_by_deadline_when_there_are_too_many():
     now = 100.0
     rows = [running(n, now=now, behind=0.01 * n) for n in range(6)]
-    plan = scheduler(scheduler__max_requests=3).plan(State(Waiting(), rows, None, 0), now)
+    plan = scheduler(scheduler__max_requests=3).plan(State(WaitingQueue(), rows, None, 0), now)
     assert set(plan.decode) == set(rows[3:])
 
 
 def test_a_row_that_is_always_late_does_not_keep_another_out():
-    hopeless, patient = query(0, 0.0, answer=200, tpot=0.001), query(1, 0.0, answer=4, tpot=0.5)
-    served('inference_only', [hopeless, patient], device=VirtualDevice(),
+    fatal_error, patient = query(0, 0.0, answer=200, tpot=0.001), query(1, 0.0, answer=4, tpot=0.5)
+    served('inference_only', [fatal_error, patient], device=VirtualDevice(),
            changes=[(0.2, {'scheduler.max_requests': 1})])
-    assert patient.last_token_at < hopeless.last_token_at
+    assert patient.last_token_at < fatal_error.last_token_at
     assert tpot(patient) < 0.55
 
 
 def test_prompts_share_a_pass_only_where_that_pays():
-    state = State(Waiting([query(0, 0.0), query(1, 0.0)]), [], None, 10000)
+    state = State(WaitingQueue([query(0, 0.0), query(1, 0.0)]), [], None, 10000)
     on_cpu = scheduler().plan(state, 0.0)
     assert [c.request.id for c in on_cpu.prefill] == ['0']   # 80 + 80 ms, or both 140
     gpu = VirtualDevice(curve=((1, 8.4), (200, 8.8), (65536, 2870.0)))
@@ -237,7 +237,7 @@ def test_admission_waits_for_memory_and_late_ones_are_not_overtaken():
     big = query('big', 0.0, prompt=100, answer=100)
     small = query('small', 0.0, prompt=10, answer=5, ttft=5.0)
     row = running(9, now=0.0, tpot=10.0)
-    state = State(Waiting([big, small]), [row], None, free_tokens=112)
+    state = State(WaitingQueue([big, small]), [row], None, free_tokens=112)
     plans = scheduler()
     assert [c.request for c in plans.plan(state, 0.0).prefill] == [small]
     assert not plans.plan(state, 1.0).prefill   # big is late: what gets free is for it
@@ -253,12 +253,12 @@ def test_of_those_that_have_the_time_the_one_that_holds_the_most_makes_room():
     rows = [short, long, late]
     for row in rows:
         row.blocks.pop()    # their next token needs another one
-    plan = scheduler().plan(State(Waiting(), rows, None, free_tokens=32), now)
+    plan = scheduler().plan(State(WaitingQueue(), rows, None, free_tokens=32), now)
     assert (plan.preempted, plan.decode) == ((long,), (short, late))
 
 
 def test_a_request_larger_than_the_cache_is_rejected_by_name():
-    state = State(Waiting([query(0, 0.0, prompt=300, answer=300)]), [], None, free_tokens=512)
+    state = State(WaitingQueue([query(0, 0.0, prompt=300, answer=300)]), [], None, free_tokens=512)
     plan = scheduler(memory__kv_cache_tokens=512).plan(state, 0.0)
     assert plan.rejected[0].reason == (
         '608 tokens of KV cache needed, 512 is all there is (memory.kv_cache_tokens, '
@@ -281,7 +281,7 @@ def test_reject_turns_away_those_that_would_be_late_and_says_how_late():
 
 def test_reject_sees_that_all_places_are_taken():
     rows = [running(n, now=0.0, answer=100) for n in range(2)]
-    state = State(Waiting([query(9, 0.0)]), rows, None, 10000)
+    state = State(WaitingQueue([query(9, 0.0)]), rows, None, 10000)
     plans = scheduler(slo__admission='reject', scheduler__max_requests=2)
     assert plans.plan(state, 0.0).rejected
     assert not scheduler(slo__admission='reject').plan(state, 0.0).rejected
@@ -304,7 +304,7 @@ def test_serve_late_serves_all():
 ])
 def test_a_change_is_in_force_at_the_next_plan_when_idle(values, shows):
     plans = scheduler()
-    state = State(Waiting(), [], new_step(), 10000)
+    state = State(WaitingQueue(), [], new_step(), 10000)
     before = plans.plan(state, 0.0)
     assert before.segments in (2, 3) and before.interruptible and not shows(before)
     plans.update(Settings().updated(values))
@@ -320,7 +320,7 @@ def test_a_change_is_in_force_at_the_next_plan_when_idle(values, shows):
 ])
 def test_a_change_is_in_force_at_the_next_plan_when_busy(values, shows):
     plans = scheduler()
-    state = State(Waiting([query(1, 5.9, prompt=2000, ttft=0.3)]), [running(0, now=6.0, tpot=9.0)],
+    state = State(WaitingQueue([query(1, 5.9, prompt=2000, ttft=0.3)]), [running(0, now=6.0, tpot=9.0)],
                   new_step(), 10000)
     plans.plan(state, 0.0)
     before = plans.plan(state, 6.0)

@@ -127,7 +127,7 @@ def test_a_node_that_can_not_be_secured_does_not_start(
 @pytest.mark.parametrize('keys', KEYS)
 def test_a_program_that_can_not_be_secured_says_so_and_asks_nobody(
         tmp_path: Path, keys: str) -> None:
-    asked = ended(tmp_path, keys, None, 'mace_ros.programs.ask', 'Hi', enclave='mace_client')
+    asked = ended(tmp_path, keys, None, 'mace_ros.cli.ask', 'Hi', enclave='mace_client')
     assert (asked.returncode, asked.stdout) == (2, ''), asked.stderr
     assert re.search('RCLError: .*security', asked.stderr, re.IGNORECASE)
     assert 'Traceback' not in asked.stderr

@@ -12,9 +12,9 @@ from hypothesis import given, Phase, settings as hypothesis_settings, strategies
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.plan import PassShape, Segment, SegmentKind
-from mace_ros.settings import Settings
-from mace_ros.simulation import trace
+from mace_ros.simulation import arrival_trace
 from mace_ros.simulation.devices import DEVICES
 from mace_ros.simulation.models import MODELS
 from mace_ros.simulation.replay import Load, replay, summary, Target
@@ -38,18 +38,18 @@ def write_trace(path: Path, count: int = 60, seed: int = 1) -> Path:
 
 @pytest.fixture
 def azure(tmp_path: Path) -> Path:
-    return write_trace(tmp_path / 'trace.csv')
+    return write_trace(tmp_path / 'arrivals.csv')
 
 
 # -- what goes in --------------------------------------------------------------------------
 
 def test_a_trace_is_read(tmp_path):
-    path = tmp_path / 'trace.csv'
+    path = tmp_path / 'arrivals.csv'
     path.write_text('TIMESTAMP,ContextTokens,GeneratedTokens\n'
                     '2023-11-16 18:15:46.6805900,374,44\n'
                     '2023-11-16 18:15:50.9951690,396,109\n'
                     '2023-11-16 18:15:51.0,7,0\n')
-    first, second = trace.read(path)
+    first, second = arrival_trace.read(path)
     assert (first.at, first.prompt_tokens, first.output_tokens) == (0.0, 374, 44)
     assert second.at == pytest.approx(4.314579, abs=1e-6)
 
@@ -61,26 +61,27 @@ def test_a_trace_is_read(tmp_path):
     ('TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,1,x\n', 'line 2'),
     ('TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n', 'line 2')])
 def test_a_trace_that_is_none_is_refused_by_name(tmp_path, text, reason):
-    path = tmp_path / 'trace.csv'
+    path = tmp_path / 'arrivals.csv'
     path.write_text(text)
-    with pytest.raises(trace.InvalidTrace, match=reason):
-        trace.read(path)
+    with pytest.raises(arrival_trace.InvalidArrivals, match=reason):
+        arrival_trace.read(path)
 
 
 @pytest.mark.parametrize('scale', [0.1, 0.5, 1.0, 3.0])
 def test_a_scaled_trace_has_that_rate_and_its_lengths(azure, scale):
-    recorded = trace.read(azure)
-    arrivals = trace.thinned(recorded, scale, 600, seed=1)
-    assert trace.rate_of(arrivals) == pytest.approx(scale * trace.rate_of(recorded), rel=0.15)
+    recorded = arrival_trace.read(azure)
+    arrivals = arrival_trace.thinned(recorded, scale, 600, seed=1)
+    rate = arrival_trace.rate_of(recorded)
+    assert arrival_trace.rate_of(arrivals) == pytest.approx(scale * rate, rel=0.15)
     assert [a.at for a in arrivals] == sorted(a.at for a in arrivals)
     lengths = {(r.prompt_tokens, r.output_tokens) for r in recorded}
     assert {(a.prompt_tokens, a.output_tokens) for a in arrivals} <= lengths
 
 
 def test_generators_have_their_rate_and_bursts_are_bursts():
-    calm, wild = (make(0.5, 2000, seed=1) for make in (trace.poisson, trace.bursty))
-    assert trace.rate_of(calm) == pytest.approx(0.5, rel=0.1)
-    assert trace.rate_of(wild) == pytest.approx(0.5, rel=0.25)
+    calm, wild = (make(0.5, 2000, seed=1) for make in (arrival_trace.poisson, arrival_trace.bursty))
+    assert arrival_trace.rate_of(calm) == pytest.approx(0.5, rel=0.1)
+    assert arrival_trace.rate_of(wild) == pytest.approx(0.5, rel=0.25)
 
     def spread(arrivals):   # of the counts in ten seconds; 1 for a Poisson process
         counts = [0] * (int(arrivals[-1].at / 10.0) + 1)
@@ -173,7 +174,7 @@ def outcome_of(policy, arrivals, *, learning='corrections', skips=True, values=N
 def test_skipping_gives_what_planning_each_iteration_gives(
         seed, policy, rate, learning, kv, rows, budget, admission):
     arrivals = [dataclasses.replace(a, prompt_tokens=min(a.prompt_tokens, 2000))
-                for a in trace.bursty(rate, 25, seed)]
+                for a in arrival_trace.bursty(rate, 25, seed)]
     values = {'memory.kv_cache_tokens': kv, 'scheduler.max_requests': rows,
               'finetune.budget': budget, 'slo.admission': admission, 'slo.freshness_s': 5.0}
     stepped, skipped = (
@@ -196,6 +197,6 @@ def same(one, other):
 
 
 def test_most_iterations_need_no_plan():
-    arrivals = trace.poisson(0.05, 40, seed=1)
+    arrivals = arrival_trace.poisson(0.05, 40, seed=1)
     found = outcome_of('mace', arrivals)
     assert found.plans < 0.5 * found.iterations

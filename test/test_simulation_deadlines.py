@@ -10,12 +10,12 @@ import random
 import pytest
 from virtual_device import VirtualDevice
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.plan import PassShape
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.settings import Settings
-from mace_ros.simulation.engine import VirtualEngine
-from mace_ros.simulation.learning import AlwaysPending, VirtualStep
+from mace_ros.simulation.virtual_engine import VirtualEngine
+from mace_ros.simulation.virtual_learning import AlwaysPending, VirtualStep
 
 # Of a CPU, where each token of a prompt costs: there it matters who goes first.
 DEVICE = VirtualDevice()

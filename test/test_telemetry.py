@@ -15,23 +15,23 @@ import xml.etree.ElementTree as ElementTree
 import mace_ros.msg as msg
 import pytest
 
-from mace_ros.events import (
-    CorrectionProgress,
+from mace_ros.api.events import (
+    AdapterVersion,
     CorrectionState,
+    CorrectionStatus,
     ErrorCode,
-    Finished,
     FinishReason,
-    VersionEvent,
+    Response,
     VersionState,
 )
-from mace_ros.ros.monitor import diagnostic_status, scheduler_message
+from mace_ros.api.settings import Settings
+from mace_ros.ros.status_publisher import diagnostic_status, scheduler_message
 from mace_ros.scheduling.plan import PassShape
 from mace_ros.scheduling.scheduler import Statistics
-from mace_ros.settings import Settings
-from mace_ros.telemetry.device import DeviceCounters, JETSON_LOADS, Reading
+from mace_ros.telemetry.device_counters import DeviceCounters, JETSON_LOADS, Reading
 from mace_ros.telemetry.health import Health, Level
+from mace_ros.telemetry.latency import Attainment, LatencyWindow, percentile
 from mace_ros.telemetry.status import Hardware, Status
-from mace_ros.telemetry.window import Attainment, LatencyWindow, percentile
 
 GPU = Hardware('cuda', 'a GPU', 'GPU-1234')
 CONFIG = Path(__file__).resolve().parent.parent / 'config'
@@ -41,8 +41,8 @@ SHAPE = PassShape(decode_rows=1, prefill_tokens=2, finetune_tokens=3)
 
 
 def outcome(reason: FinishReason = FinishReason.STOP, code: ErrorCode = ErrorCode.NONE,
-            **values: object) -> Finished:
-    return Finished('q', '', '', reason, code, **values)
+            **values: object) -> Response:
+    return Response('q', '', '', reason, code, **values)
 
 
 def known(reading: Reading) -> dict[str, float]:
@@ -301,13 +301,13 @@ def test_a_problem_is_found(case: str) -> None:
     elif case == 'an old correction':
         status = Status(100.0, Statistics(), corrections_waiting=2, freshness_s=500.0)
     elif case == 'a failed correction':
-        health.note(CorrectionProgress('c', CorrectionState.FAILED, 'not learned'), 99.0)
+        health.note(CorrectionStatus('c', CorrectionState.FAILED, 'not learned'), 99.0)
     elif case == 'a corrupt version':
-        health.note(VersionEvent(
+        health.note(AdapterVersion(
             'ann', 7, 6, VersionState.REJECTED, 'bad checksum', path='/v7'), 1.0)
-        health.note(VersionEvent('ann', 0, 0, VersionState.PUBLISHED), 1.0)    # in its place
+        health.note(AdapterVersion('ann', 0, 0, VersionState.PUBLISHED), 1.0)    # in its place
     elif case == 'a bad version':
-        health.note(VersionEvent('', 7, 6, VersionState.REJECTED, 'worse'), 99.0)
+        health.note(AdapterVersion('', 7, 6, VersionState.REJECTED, 'worse'), 99.0)
     elif case == 'heat':
         reading = Reading(temperature_c=95.0)
     else:
@@ -322,8 +322,8 @@ def test_a_problem_is_found(case: str) -> None:
 
 def test_a_version_that_is_published_ends_the_alarm() -> None:
     health = Health()
-    health.note(VersionEvent('', 7, 6, VersionState.REJECTED, 'bad checksum', path='/v7'), 1.0)
-    health.note(VersionEvent('', 8, 6, VersionState.PUBLISHED), 2.0)
+    health.note(AdapterVersion('', 7, 6, VersionState.REJECTED, 'bad checksum', path='/v7'), 1.0)
+    health.note(AdapterVersion('', 8, 6, VersionState.PUBLISHED), 2.0)
     assert findings(health)['learning'].level is Level.OK
 
 

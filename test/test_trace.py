@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from robot import RANDOM_MODEL
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
     Correction,
-    CorrectionProgress,
     CorrectionState,
-    Finished,
+    CorrectionStatus,
     FinishReason,
     Query,
+    Response,
 )
-from mace_ros.settings import Settings
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
 from mace_ros.telemetry import trace as trace_room
 from mace_ros.telemetry.trace import check_extent, InvalidTrace, Record, trace_path, write_trace
 
@@ -59,11 +59,11 @@ def records(engine: Engine) -> list[Record]:
     engine.trace(trace_room.MAX_ITERATIONS, 60.0, found.extend)
     engine.submit(Query('One?', id='one', max_tokens=4, priority=1))
     engine.submit(Query('Two?', id='two', max_tokens=4000))
-    run(engine, lambda events: any(isinstance(e, Finished) for e in events))
+    run(engine, lambda events: any(isinstance(e, Response) for e in events))
     engine.cancel('two')
     engine.correct(Correction('Ho.', id='c', prompt='Hi?', profile='somebody'))
     run(engine, lambda events: any(
-        isinstance(e, CorrectionProgress) and e.state is CorrectionState.LEARNED for e in events))
+        isinstance(e, CorrectionStatus) and e.state is CorrectionState.LEARNED for e in events))
     engine.submit(Query('Three?', id='three', max_tokens=4000))
     for _ in range(3):
         engine.step()

@@ -9,27 +9,27 @@ import threading
 
 import pytest
 
-from mace_ros.engine import Engine
-from mace_ros.events import (
+from mace_ros.api.events import (
     Correction,
-    CorrectionProgress,
     CorrectionState,
+    CorrectionStatus,
     ErrorCode,
     InvalidCorrection,
     InvalidQuery,
     Query,
 )
-from mace_ros.settings import Settings
-from mace_ros.validation import (
+from mace_ros.api.settings import Settings
+from mace_ros.api.validation import (
     checked_correction,
     checked_query,
-    CorrectionDoor,
+    CorrectionLimiter,
     MAX_ID,
     MAX_STOP,
     MAX_STOPS,
     MAX_TEXT,
     MAX_UNWRITTEN,
 )
+from mace_ros.engine.engine import Engine
 
 ID, TEXT = 'i' * MAX_ID, 'ä' * MAX_TEXT
 
@@ -65,7 +65,8 @@ def test_a_larger_correction_is_refused_by_the_name_of_its_field(field: str) -> 
         checked_correction(Correction(**given))
 
 
-def taken(door: CorrectionDoor, start: float, count: int, every_s: float, per_minute: int) -> int:
+def taken(door: CorrectionLimiter, start: float, count: int, every_s: float,
+          per_minute: int) -> int:
     """Return how many of evenly spaced corrections are let in."""
     let_in = 0
     for n in range(count):
@@ -79,7 +80,7 @@ def taken(door: CorrectionDoor, start: float, count: int, every_s: float, per_mi
 
 
 def test_corrections_come_at_a_bounded_rate() -> None:
-    door = CorrectionDoor()
+    door = CorrectionLimiter()
     assert taken(door, 1000.0, 100, 0.0, 30) == 30          # a minute's worth at once
     assert taken(door, 1000.0, 600, 0.1, 30) in (29, 30)    # and then as many a minute
     assert taken(door, 5000.0, 100, 0.0, 30) == 30          # never more, however long it rests
@@ -98,14 +99,14 @@ def test_a_slow_disk_bounds_what_waits_for_it(model_folder: Path, tmp_path: Path
     for n in range(sent):
         engine.correct(Correction(f'Ho {n}.', id=str(n), prompt=f'Hi {n}?'))
     events = [e for _ in range(3) for e in engine.step().events]
-    refused = [e for e in events if isinstance(e, CorrectionProgress)]
+    refused = [e for e in events if isinstance(e, CorrectionStatus)]
     assert {e.state for e in refused} == {CorrectionState.REJECTED}
     assert all('the disk is slow' in e.reason for e in refused)
     assert engine.status().journal_backlog == MAX_UNWRITTEN
     assert 500 < len(refused) < 510     # what the engine itself has to write counts, too
 
     quick.set()
-    accepted = {e.id for e in engine.close() if isinstance(e, CorrectionProgress)
+    accepted = {e.id for e in engine.close() if isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.ACCEPTED}
     assert len(accepted) == sent - len(refused)
     assert not accepted & {e.id for e in refused}

@@ -13,7 +13,13 @@ import sys
 import pytest
 import torch
 
-from mace_ros.learning.versions import CONFIG, CorruptVersion, profile_folder, VersionStore, WEIGHTS
+from mace_ros.store.adapter_store import (
+    AdapterStore,
+    CONFIG,
+    CorruptVersion,
+    profile_folder,
+    WEIGHTS,
+)
 
 ROOT = Path(__file__).parents[1]
 TENSORS = {
@@ -35,9 +41,9 @@ def test_a_saved_version_comes_back(tmp_path: Path) -> None:
         **TENSORS, 'bfloat16': torch.randn(3, 5).bfloat16(), 'transposed': torch.randn(4, 6).T,
         'view': flat[8:24].view(4, 4), 'next view': flat[24:32],
         'trained': torch.randn(3, requires_grad=True), 'empty': torch.zeros(0, 4)}
-    saved = VersionStore(tmp_path).save('', 1, tensors, SETTINGS)
+    saved = AdapterStore(tmp_path).save('', 1, tensors, SETTINGS)
     assert saved.path == 'adapters/_robot/v000001'
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     loaded = store.load(saved.path, saved.sha256)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -45,14 +51,14 @@ def test_a_saved_version_comes_back(tmp_path: Path) -> None:
     assert store.config(saved.path) == SETTINGS
     assert store.absolute(saved.path) == tmp_path / 'adapters' / '_robot' / 'v000001'
     assert everything_below(store.absolute(saved.path)) == [CONFIG, WEIGHTS]
-    assert VersionStore(tmp_path / 'other').save('', 1, tensors, SETTINGS) == saved
+    assert AdapterStore(tmp_path / 'other').save('', 1, tensors, SETTINGS) == saved
 
 
 def test_files_and_folders_are_synced_before_they_are_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The content before the rename, the rename before save() returns."""
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     store.save('', 1, TENSORS, SETTINGS)
     events: list[str] = []
     fsync, rename = os.fsync, os.replace
@@ -70,7 +76,7 @@ def test_files_and_folders_are_synced_before_they_are_needed(
     store.save('', 2, TENSORS, SETTINGS)
     assert events == [WEIGHTS, CONFIG, '.tmp-v000002', 'rename to v000002', '_robot']
     events.clear()
-    VersionStore(tmp_path / 'new').save('', 1, TENSORS, SETTINGS)
+    AdapterStore(tmp_path / 'new').save('', 1, TENSORS, SETTINGS)
     # The folders that had to be made are synced into theirs, too.
     assert set(events[:3]) == {'adapters', 'new', tmp_path.name}
 
@@ -78,10 +84,10 @@ def test_files_and_folders_are_synced_before_they_are_needed(
 CRASH = """
 import os, sys
 import torch
-from mace_ros.learning.versions import VersionStore
+from mace_ros.store.adapter_store import AdapterStore
 
 def save_and_die(folder, function, calls):
-    store = VersionStore(folder)
+    store = AdapterStore(folder)
     original = getattr(os, function)
 
     def die(*arguments):
@@ -105,7 +111,7 @@ for folder, function, calls in zip(*[iter(sys.argv[1:])] * 3):
 def test_a_crash_while_saving_leaves_no_version(tmp_path: Path) -> None:
     """Real processes that end before the rename, or with one of the two files written."""
     moments = {tmp_path / 'a': ('replace', '0'), tmp_path / 'b': ('fsync', '1')}
-    first = {folder: VersionStore(folder).save('ann', 1, TENSORS, SETTINGS) for folder in moments}
+    first = {folder: AdapterStore(folder).save('ann', 1, TENSORS, SETTINGS) for folder in moments}
     before = everything_below(tmp_path / 'a')
     # One that imports torch, and forks: two imports would take longer than all the rest.
     crashed = subprocess.run(
@@ -115,7 +121,7 @@ def test_a_crash_while_saving_leaves_no_version(tmp_path: Path) -> None:
     for folder in moments:
         assert everything_below(folder) != before  # it was not too early for this test
         assert [found.name for found in folder.glob('adapters/*/v*')] == ['v000001']
-        store = VersionStore(folder)
+        store = AdapterStore(folder)
         assert everything_below(folder) == before
         store.load(first[folder].path, first[folder].sha256)
         second = store.save('ann', 2, TENSORS, SETTINGS)
@@ -126,7 +132,7 @@ def test_a_failing_disk_leaves_no_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error is passed on, and the same version can be saved when the disk is back."""
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
 
     def no_space(descriptor: int) -> None:
         raise OSError(28, 'No space left on device')
@@ -147,7 +153,7 @@ def test_a_failing_disk_leaves_no_version(
 
 def test_a_version_that_is_not_what_was_saved_is_refused(tmp_path: Path) -> None:
     """One flipped bit, a cut file, a missing one, a broken configuration."""
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     saved = store.save('', 1, TENSORS, SETTINGS)
     weights = store.absolute(saved.path) / WEIGHTS
     content = weights.read_bytes()
@@ -180,7 +186,7 @@ def test_odd_profile_names_get_folders_of_their_own(tmp_path: Path) -> None:
     assert all(len(folder) <= 64 and folder.isascii() for folder in folders)
     assert profile_folder('') == '_robot'
     assert profile_folder('Zoë Smith').startswith('zoe-smith-')
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     for number, name in enumerate(ODD_NAMES):
         saved = store.save(name, 1, {'weight': torch.tensor([number])}, {})
         assert int(store.load(saved.path, saved.sha256)['weight']) == number
@@ -191,7 +197,7 @@ def test_odd_profile_names_get_folders_of_their_own(tmp_path: Path) -> None:
 
 def test_a_removed_version_is_gone(tmp_path: Path) -> None:
     """No other one is touched, and twice does no harm."""
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     saved = [store.save(name, number, TENSORS, SETTINGS)
              for name in ('', 'ann') for number in (1, 2)]
     for _ in range(2):
@@ -231,7 +237,7 @@ def test_peft_loads_a_saved_version(
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': '', 'r': 4,
         'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'inference_mode': True,
         'target_modules': ['q_proj', 'v_proj', 'down_proj']}
-    store = VersionStore(tmp_path)
+    store = AdapterStore(tmp_path)
     saved = store.save('Zoë', 1, get_peft_model_state_dict(adapted), settings)
     assert json.loads((store.absolute(saved.path) / CONFIG).read_text()) == settings
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import math
 import random
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import PassShape, Plan, Segment, SegmentKind
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.settings import Settings
-from mace_ros.simulation.engine import Iteration, VirtualEngine
-from mace_ros.simulation.learning import AlwaysPending, NoLearning, VirtualStep
+from mace_ros.simulation.virtual_engine import IterationRecord, VirtualEngine
+from mace_ros.simulation.virtual_learning import AlwaysPending, NoLearning, VirtualStep
 
 LAYERS = 30
 STEP_TOKENS = 128
@@ -138,11 +138,11 @@ class CheckedEngine(VirtualEngine):
         if step is None:
             assert not plan.segments and not plan.finetune_tokens
         else:
-            assert plan.finetune_tokens <= step.ridable_tokens
+            assert plan.finetune_tokens <= step.piggyback_tokens
             assert plan.segments <= len(list(step.segments()))
         assert not (plan.segments and plan.finetune_tokens)
 
-    def _ran(self, iteration: Iteration) -> None:
+    def _ran(self, iteration: IterationRecord) -> None:
         self.segment_s[-1] = iteration.segments_s
         since = now = iteration.began + iteration.pass_s
         for _, seconds in iteration.segments:

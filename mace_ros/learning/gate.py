@@ -17,7 +17,7 @@ from enum import Enum
 import math
 from statistics import fmean
 
-from mace_ros.execution.sample import Sample, SampleScore
+from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning.samples import own_tokens
 
 # Tokens scored at once: one layer of them is a piece that a query can wait for.

@@ -12,18 +12,18 @@ import math
 
 from torch import Tensor
 
-from mace_ros.events import Event
-from mace_ros.execution.directions import MainDirections
-from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
-from mace_ros.execution.sample import Sample, SampleScore
+from mace_ros.api.events import Event
+from mace_ros.finetune.null_space import InputSubspace
+from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.gate import Gate
-from mace_ros.learning.journal import Answer, CorrectionRecord, VersionRecord
-from mace_ros.learning.live_outcomes import Suspicion
+from mace_ros.learning.outcomes import SuspectedRegression
+from mace_ros.store.journal import AnswerRecord, CorrectionRecord, VersionRecord
 
 
 @dataclass
-class Waiting:
+class PendingCorrection:
     """A correction that is to be learned."""
 
     record: CorrectionRecord
@@ -41,11 +41,11 @@ class Waiting:
 
 
 @dataclass
-class Fetched:
+class JobInputs:
     """What a job needs from disk; tensors are let go of once they are taken up."""
 
     live: VersionRecord | None                  # what the job begins from; None: the base model
-    answers: tuple[Answer, ...]                 # given earlier, to be replayed
+    answers: tuple[AnswerRecord, ...]                 # given earlier, to be replayed
     learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
     tensors: dict[str, Tensor] | None           # of the live version; None: the base model
     better: dict[str, Tensor] | None = None     # of the one that it is compared with; as above
@@ -68,7 +68,7 @@ class Scoring:
     batches: Iterator[list[Sample]]
     done: Callable[[list[SampleScore], list[Sample]], list[Event]]
     piece_tokens: int       # of a layer, computed at once
-    directions: MainDirections | None = None
+    directions: InputSubspace | None = None
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
     taught: list[Sample] = field(default_factory=list)
@@ -91,8 +91,8 @@ class Job:
     """Corrections that are learned together, and how far that has come."""
 
     profile: str
-    corrections: list[Waiting]
-    fetched: Future[Fetched]
+    corrections: list[PendingCorrection]
+    fetched: Future[JobInputs]
     begun: float = 0.0      # on the engine's clock
     parent: int = 0         # known with what is fetched
     samples: list[Sample] = field(default_factory=list)
@@ -104,7 +104,8 @@ class Job:
     began_with: dict[str, Tensor] = field(default_factory=dict)     # the live version's weights
     trained: dict[str, Tensor] | None = None    # its own, while those are in their place
     step: FinetuneStep | None = None
-    parts: deque[tuple[list[Sample], Whole]] = field(default_factory=deque)     # of it, to come
+    # Of the step, those to come.
+    parts: deque[tuple[list[Sample], AccumulationWindow]] = field(default_factory=deque)
     piece_tokens: int = 0               # of a layer, computed at once
     gate: Gate | None = None
     told: set[str] = field(default_factory=set)     # of which corrections it was said: TRAINING
@@ -116,7 +117,7 @@ class Job:
     rejections: int = 0                 # of its candidates: then more is replayed
     after: dict[tuple[int, ...], SampleScore] = field(default_factory=dict)
     rehearses: bool = False             # what was learned already
-    suspicion: Suspicion | None = None  # it learns nothing, but compares two versions
+    suspicion: SuspectedRegression | None = None  # it learns nothing, but compares two versions
     least_steps: int = 0                # before it may end
     judged: bool = False                # this step's scores were looked at
     must_be_right: int = 0              # of its samples, the first so many

@@ -19,32 +19,32 @@ import math
 from statistics import fmean
 import time
 
-from mace_ros.events import CorrectionProgress, CorrectionState, Event
-from mace_ros.execution.directions import MainDirections
-from mace_ros.execution.finetune import FinetuneStep
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank
-from mace_ros.execution.sample import Sample, SampleScore, shared_tokens
-from mace_ros.execution.text import ChatText
+from mace_ros.api.events import CorrectionState, CorrectionStatus, Event
+from mace_ros.api.settings import Settings
+from mace_ros.finetune.null_space import InputSubspace
+from mace_ros.finetune.sample import Sample, SampleScore, shared_tokens
+from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.backoff import Backoff
-from mace_ros.learning.choosing import candidates, JOB_CANDIDATES, ordered
-from mace_ros.learning.comparing import Comparing
+from mace_ros.learning.correction_queue import CorrectionQueue, JOB_CORRECTIONS
 from mace_ros.learning.drift import Drift, surprise
+from mace_ros.learning.duty_cycle import DutyCycle
 from mace_ros.learning.gate import Verdict
-from mace_ros.learning.job import Fetched, Job, Waiting
-from mace_ros.learning.journal import CorrectionRecord, Journal
-from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.lessons import Lessons, texts
-from mace_ros.learning.live_outcomes import Suspicion
+from mace_ros.learning.job import Job, JobInputs, PendingCorrection
+from mace_ros.learning.outcomes import SuspectedRegression
 from mace_ros.learning.publishing import Publisher
-from mace_ros.learning.queue import CorrectionQueue, JOB_CORRECTIONS
-from mace_ros.learning.resting import Resting
+from mace_ros.learning.regression_check import RegressionCheck
 from mace_ros.learning.rollback import RollbackRefused
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
+from mace_ros.learning.selection import candidates, JOB_CANDIDATES, ordered
 from mace_ros.learning.training import Training
-from mace_ros.learning.versions import VersionStore
+from mace_ros.learning.training_set import texts, TrainingSetBuilder
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
-from mace_ros.settings import Settings
+from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.lora import LoRAManager
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.journal import CorrectionRecord, Journal
+from mace_ros.store.journal_writer import JournalWriter
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
 REMEMBERED = 1000       # scores under the version that a job begins from
@@ -67,9 +67,9 @@ def learned_well(scores: Sequence[SampleScore], count: int) -> bool:
 class Learner:
     """Decides what is trained and published; the engine runs the steps that it asks for."""
 
-    def __init__(self, *, model: HybridModel, model_name: str, bank: AdapterBank, chat: ChatText,
-                 slots: AdapterSlots, journal: JournalWriter, store: VersionStore,
-                 wake: Callable[[], None]) -> None:
+    def __init__(self, *, model: PackedModel, model_name: str, bank: LoRAManager,
+                 chat: ChatTokenizer, slots: AdapterSlots, journal: JournalWriter,
+                 store: AdapterStore, wake: Callable[[], None]) -> None:
         """``wake`` is called from another thread when :meth:`advance` can go on."""
         self._chat, self._slots = chat, slots
         self._journal, self._store, self._wake = journal, store, wake
@@ -78,16 +78,16 @@ class Learner:
         self._queue = CorrectionQueue()
         self._job: Job | None = None
         self.training = Training(model, bank, lambda: min(self.unlearned, default=math.inf))
-        self._lessons = Lessons(chat)
+        self._lessons = TrainingSetBuilder(chat)
         # Scores under a profile's version that its gate has found out.
         self._known: dict[tuple[int, ...], SampleScore] = {}
         self._known_of: tuple[str, str, int] | None = None
         self._recent: deque[CorrectionRecord] = deque(maxlen=JOB_CANDIDATES)
-        self.comparing = Comparing(store)
-        self.condemn: Callable[[Suspicion], None] = lambda suspicion: None
+        self.comparing = RegressionCheck(store)
+        self.condemn: Callable[[SuspectedRegression], None] = lambda suspicion: None
         self._jobs = 0
         self.drift = Drift()
-        self._resting = Resting()
+        self._resting = DutyCycle()
         self._rests_until: float | None = None
         self._backoff = Backoff()       # after what failed through no correction's fault
         self._settings = Settings()
@@ -134,7 +134,7 @@ class Learner:
             return None
         return job.profile
 
-    def suspect(self, suspicion: Suspicion) -> None:
+    def suspect(self, suspicion: SuspectedRegression) -> None:
         """Compare a version with the one that may be better, before the next job."""
         if self._decides:       # the baselines never do
             self.comparing.suspect(suspicion)
@@ -326,17 +326,17 @@ class Learner:
                          min(JOB_CORRECTIONS, len(self._recent)), self._jobs)
             now = self.clock()
             job = self._begin(profile, [
-                Waiting(r, now) for r in {r.id: r for r in again}.values()])
+                PendingCorrection(r, now) for r in {r.id: r for r in again}.values()])
             job.rehearses, job.least_steps = True, self._settings.finetune.period_steps
         return []
 
-    def _begin(self, profile: str, chosen: list[Waiting]) -> Job:
+    def _begin(self, profile: str, chosen: list[PendingCorrection]) -> Job:
         count = self._settings.finetune.replay_samples
 
-        def fetch(journal: Journal) -> Fetched:
+        def fetch(journal: Journal) -> JobInputs:
             # Of one that has no version of its own yet, the robot's at its first correction.
             live = journal.next_parent(profile)
-            return Fetched(
+            return JobInputs(
                 live, journal.replay_candidates(profile, count), journal.held_by(live),
                 self._store.load(live.path, live.sha256) if live else None)
 
@@ -352,7 +352,7 @@ class Learner:
         """Whether corrections are scored before it is decided what to learn."""
         return self._settings.scheduler.policy == 'mace'
 
-    def _fitting(self, waiting: Sequence[Waiting]) -> list[Waiting]:
+    def _fitting(self, waiting: Sequence[PendingCorrection]) -> list[PendingCorrection]:
         """Return the first corrections that may be learned together; at least one."""
         most = self.training.step_tokens
         chosen = list(waiting[:JOB_CORRECTIONS])
@@ -373,7 +373,7 @@ class Learner:
             return self._load(job)
         self.training.take_up(job, None)
         bank = self.training.bank
-        directions = MainDirections(bank.spared) if bank.spared_nbytes else None
+        directions = InputSubspace(bank.spared) if bank.spared_nbytes else None
         return self.training.score(
             job, self._lessons.replayed_anchors,
             partial(self._take_teachers, job, directions), directions)
@@ -397,12 +397,12 @@ class Learner:
         if job.suspicion is not None:
             self.comparing.broke_off(job.suspicion)
 
-    def _take_teachers(self, job: Job, directions: MainDirections | None, scores: list[SampleScore],
+    def _take_teachers(self, job: Job, directions: InputSubspace | None, scores: list[SampleScore],
                        taught: list[Sample]) -> list[Event]:
         job.sparing = self._spare(directions, taught)
         return self._go_on_sparing(job, job.sparing)
 
-    def _spare(self, directions: MainDirections | None, taught: list[Sample]) -> Iterator[None]:
+    def _spare(self, directions: InputSubspace | None, taught: list[Sample]) -> Iterator[None]:
         """Spare what was found, one group of layers after the other; then it is all known."""
         for group, found in directions.found() if directions is not None else ():
             self.training.bank.spare(group, found)
@@ -439,11 +439,11 @@ class Learner:
                 for w in unknown for text in texts(w.record)]
         return self.training.score(job, both, partial(self._choose, job, unknown))
 
-    def _choose(self, job: Job, unknown: Sequence[Waiting], scores: list[SampleScore],
+    def _choose(self, job: Job, unknown: Sequence[PendingCorrection], scores: list[SampleScore],
                 taught: list[Sample]) -> list[Event]:
         """Let go what the live version answers right, and learn first what gains most."""
         left = iter(scores)
-        right: list[Waiting] = []
+        right: list[PendingCorrection] = []
         for waiting in unknown:
             of = [next(left) for _ in texts(waiting.record)]
             if not waiting.leads:
@@ -474,7 +474,7 @@ class Learner:
             return events
         return events + self._guard(job)
 
-    def _joining(self, job: Job) -> list[Waiting]:
+    def _joining(self, job: Job) -> list[PendingCorrection]:
         """Return what came since a job began and may be learned in it: it has no candidate yet."""
         finetune = self._settings.finetune
         if (not self._decides or job.rehearses or len(job.corrections) >= JOB_CORRECTIONS
@@ -500,12 +500,12 @@ class Learner:
         # A step that rides in passes is not given up.
         return not job.step.holds_blocks
 
-    def _join(self, job: Job, joining: list[Waiting]) -> list[Event]:
+    def _join(self, job: Job, joining: list[PendingCorrection]) -> list[Event]:
         self._queue.remove(joining)
         job.corrections = [*job.corrections, *joining]
         if job.has_changed_weights:
             job.steps += 1
-            self.training.set_aside(job)
+            self.training.swap_out(job)
         return self._look(job)
 
     def _guard(self, job: Job) -> list[Event]:
@@ -634,7 +634,7 @@ class Learner:
             self._set_state(w.record, CorrectionState.LEARNED,
                             'the live version already answers so', job.parent) for w in learned]
 
-    def _fail(self, job: Job, corrections: Sequence[Waiting], reason: str) -> list[Event]:
+    def _fail(self, job: Job, corrections: Sequence[PendingCorrection], reason: str) -> list[Event]:
         return [] if job.rehearses else [
             self._set_state(w.record, CorrectionState.FAILED, reason) for w in corrections]
 
@@ -671,20 +671,20 @@ class Learner:
 
     # -- whether the live version is to blame ------------------------------------------
 
-    def _compare(self, suspicion: Suspicion) -> None:
+    def _compare(self, suspicion: SuspectedRegression) -> None:
         self.comparing.begin(suspicion)
         fetched = self.publisher.submit(lambda j: self.comparing.fetch(j, suspicion))
         # No correction is its own, so it is the rehearsal of none.
         self._job = Job(suspicion.profile, [], fetched, rehearses=True, suspicion=suspicion)
 
-    def _score_better(self, job: Job, suspicion: Suspicion) -> list[Event]:
+    def _score_better(self, job: Job, suspicion: SuspectedRegression) -> list[Event]:
         """Score what was corrected under the version that may be better, ..."""
         self.training.take_up(job, job.fetched.result().take_better())
         return self.training.score(
             job, self._corrected(suspicion.corrections),
             partial(self._score_live, job, suspicion))
 
-    def _score_live(self, job: Job, suspicion: Suspicion, better: list[SampleScore],
+    def _score_live(self, job: Job, suspicion: SuspectedRegression, better: list[SampleScore],
                     taught: list[Sample]) -> list[Event]:
         """... and under the live one what was not when it came."""
         self.training.take_up(job, job.fetched.result().take())
@@ -692,7 +692,7 @@ class Learner:
         return self.training.score(
             job, self._corrected(unseen), partial(self._decide, suspicion, better, unseen))
 
-    def _decide(self, suspicion: Suspicion, better: list[SampleScore],
+    def _decide(self, suspicion: SuspectedRegression, better: list[SampleScore],
                 unseen: list[CorrectionRecord], scores: list[SampleScore],
                 taught: list[Sample]) -> list[Event]:
         self._job = None
@@ -707,11 +707,11 @@ class Learner:
         return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]
 
     def _set_state(self, record: CorrectionRecord, state: CorrectionState, reason: str = '',
-                   version: int = 0) -> CorrectionProgress:
+                   version: int = 0) -> CorrectionStatus:
         # One that was superseded meanwhile stays so.
         self._journal.submit(lambda j: j.set_correction(
             record.id, state, reason, version, if_pending=True))
-        return CorrectionProgress(record.id, state, reason, version)
+        return CorrectionStatus(record.id, state, reason, version)
 
     def _length(self, record: CorrectionRecord) -> int:
         return len(record.prompt_ids) + len(self._chat.answer(record.corrected))

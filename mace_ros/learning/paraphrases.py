@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mace_ros.learning.journal import Messages
+from mace_ros.store.journal import Messages
 
 JUDGED = ('Please answer: {}', 'I would like to know: {}', '{} Please be brief.')
 # The first one leaves out how the question is put, which differs most between people.

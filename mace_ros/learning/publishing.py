@@ -12,26 +12,32 @@ import math
 import time
 from typing import Any
 
-from mace_ros.events import CorrectionProgress, CorrectionState, Event, VersionEvent, VersionState
-from mace_ros.execution.lora import AdapterBank
-from mace_ros.learning.describing import (
+from mace_ros.api.events import (
+    AdapterVersion,
+    CorrectionState,
+    CorrectionStatus,
+    Event,
+    VersionState,
+)
+from mace_ros.learning.job import Job
+from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.model.lora import LoRAManager
+from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
+from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.version_info import (
     check_same_adapter,
     OtherAdapter,
     peft_config,
     version_event,
 )
-from mace_ros.learning.job import Job
-from mace_ros.learning.journal import Journal, VersionRecord
-from mace_ros.learning.journal_writer import JournalWriter
-from mace_ros.learning.versions import CorruptVersion, VersionStore
-from mace_ros.memory.adapter_slots import AdapterSlots
 
 
 class Publisher:
     """Never blocks but in :meth:`restore`: disk work goes to the journal's thread."""
 
-    def __init__(self, *, model_name: str, bank: AdapterBank, slots: AdapterSlots,
-                 journal: JournalWriter, store: VersionStore, wake: Callable[[], None]) -> None:
+    def __init__(self, *, model_name: str, bank: LoRAManager, slots: AdapterSlots,
+                 journal: JournalWriter, store: AdapterStore, wake: Callable[[], None]) -> None:
         """``wake`` is called from another thread when something is on disk."""
         self._model_name, self._bank, self._slots = model_name, bank, slots
         self._journal, self._store, self._wake = journal, store, wake
@@ -76,10 +82,10 @@ class Publisher:
             self._slots.publish(record.profile, record.version, slot)
             events += self._published(record, learned)
         if not self._slots.live('').version:
-            events.append(VersionEvent('', 0, 0, VersionState.PUBLISHED))
+            events.append(AdapterVersion('', 0, 0, VersionState.PUBLISHED))
         return events
 
-    def versions(self, profile: str) -> Future[list[VersionEvent]]:
+    def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile from the journal, oldest first."""
         return self._journal.submit(lambda journal: [
             version_event(record, self._store) for record in journal.versions(profile)])
@@ -123,7 +129,7 @@ class Publisher:
 
     def _published(self, record: VersionRecord, learned: Iterable[str]) -> list[Event]:
         return [version_event(record, self._store), *(
-            CorrectionProgress(i, CorrectionState.LEARNED, adapter_version=record.version)
+            CorrectionStatus(i, CorrectionState.LEARNED, adapter_version=record.version)
             for i in learned)]
 
     def save_later(self, job: Job, now: float) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mace_ros.events import CorrectionState, VersionState
-from mace_ros.learning.journal import (
+from mace_ros.api.events import CorrectionState, VersionState
+from mace_ros.store.journal import (
     as_json,
     correction_from,
     CorrectionRecord,
@@ -20,7 +20,7 @@ from mace_ros.learning.journal import (
     PENDING_SQL,
     VersionRecord,
 )
-from mace_ros.learning.lineage import Lineage
+from mace_ros.store.lineage import Lineage
 
 
 class RollbackRefused(ValueError):

@@ -17,19 +17,19 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from mace_ros.events import CorrectionProgress, Event, VersionEvent, VersionState
-from mace_ros.execution.lora import AdapterBank
-from mace_ros.learning.describing import check_same_adapter, version_event
-from mace_ros.learning.journal import Journal
-from mace_ros.learning.journal_writer import JournalWriter
+from mace_ros.api.events import AdapterVersion, CorrectionStatus, Event, VersionState
 from mace_ros.learning.rollback import (
     roll_back,
     RollbackRefused,
     RolledBack,
     version_to_return_to,
 )
-from mace_ros.learning.versions import VersionStore
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
+from mace_ros.model.lora import LoRAManager
+from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.journal import Journal
+from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.version_info import check_same_adapter, version_event
 
 MAX_FAILURES = 3        # of the device, one after the other
 
@@ -49,8 +49,8 @@ class _Wanted:
 class RollbackQueue:
     """Takes one version back after the other; what runs ends on the version it began with."""
 
-    def __init__(self, *, bank: AdapterBank, slots: AdapterSlots, journal: JournalWriter,
-                 store: VersionStore, wake: Callable[[], None]) -> None:
+    def __init__(self, *, bank: LoRAManager, slots: AdapterSlots, journal: JournalWriter,
+                 store: AdapterStore, wake: Callable[[], None]) -> None:
         """``wake`` is called, in any thread, when :meth:`advance` can go on."""
         self._bank, self._slots, self._journal, self._store = bank, slots, journal, store
         self._wake = wake
@@ -106,7 +106,7 @@ class RollbackQueue:
         return self._told(outcome)
 
     def close(self, reason: str) -> None:
-        """Answer those who wait; what the journal has decided stays decided."""
+        """AnswerRecord those who wait; what the journal has decided stays decided."""
         while self._wanted:
             self._refuse(RollbackRefused(reason))
 
@@ -164,9 +164,9 @@ class RollbackQueue:
     def _told(self, outcome: RolledBack) -> list[Event]:
         if not outcome.changed:
             return []
-        live = VersionEvent(outcome.profile, 0, 0, VersionState.PUBLISHED)
+        live = AdapterVersion(outcome.profile, 0, 0, VersionState.PUBLISHED)
         return [
             *(version_event(taken, self._store) for taken in outcome.taken_back),
             live if outcome.live is None else version_event(outcome.live, self._store),
-            *(CorrectionProgress(c.id, c.state, c.reason, c.adapter_version)
+            *(CorrectionStatus(c.id, c.state, c.reason, c.adapter_version)
               for c in outcome.corrections)]

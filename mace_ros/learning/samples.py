@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from mace_ros.execution.sample import copied_tokens, Sample
+from mace_ros.finetune.sample import copied_tokens, Sample
 
 T = TypeVar('T')
 

@@ -17,16 +17,16 @@ import math
 import torch
 from torch import Tensor
 
-from mace_ros.events import Event
-from mace_ros.execution.directions import MainDirections
-from mace_ros.execution.finetune import FinetuneStep, Trainer, Whole
-from mace_ros.execution.hybrid import HybridModel
-from mace_ros.execution.lora import AdapterBank
-from mace_ros.execution.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
+from mace_ros.api.events import Event
+from mace_ros.api.settings import FinetuneSettings
+from mace_ros.finetune.null_space import InputSubspace
+from mace_ros.finetune.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
+from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
 from mace_ros.learning.gate import BATCH_TOKENS, batches
 from mace_ros.learning.job import Job, PullingBack, Scoring
 from mace_ros.memory.budget import LEAST_PIECE
-from mace_ros.settings import FinetuneSettings
+from mace_ros.model.lora import LoRAManager
+from mace_ros.model.packed_model import PackedModel
 
 # How exactly it is found how far weights can be pulled back: three halvings.
 CLOSE = 1 / 8
@@ -35,7 +35,7 @@ CLOSE = 1 / 8
 class Training:
     """Makes the steps that the engine runs."""
 
-    def __init__(self, model: HybridModel, bank: AdapterBank,
+    def __init__(self, model: PackedModel, bank: LoRAManager,
                  oldest_correction_at: Callable[[], float]) -> None:
         """``oldest_correction_at`` tells, on the engine's clock, since when one is not learned."""
         self._model, self.bank = model, bank
@@ -59,7 +59,7 @@ class Training:
             self.bank.load(tensors)
         job.trainer = Trainer(self.bank, self.settings.learning_rate)
 
-    def set_aside(self, job: Job) -> None:
+    def swap_out(self, job: Job) -> None:
         """Put what the job began with in place of what it trains, until :meth:`go_on`."""
         job.trained = self.bank.copies()
         self._load(job, job.began_with)
@@ -100,7 +100,7 @@ class Training:
     def _load(self, job: Job, tensors: dict[str, Tensor]) -> None:
         assert job.trainer is not None
         self.bank.load(tensors)
-        job.trainer.show()
+        job.trainer.sync_slot()
 
     # -- steps over them -------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Training:
         """Begin a step, of parts that are done one after the other."""
         assert job.trainer is not None
         worse = {pair.worse for pair in preferences}
-        whole = Whole(
+        whole = AccumulationWindow(
             weight=math.fsum(w for k, part in enumerate(parts) for i, s in enumerate(part)
                              if k or i not in worse for w in s.weights[1:]),
             tokens=sum(map(packed_tokens, parts)))
@@ -127,14 +127,14 @@ class Training:
         recompute = self.settings.recompute
         job.step = FinetuneStep(
             self._model, job.trainer, samples, keep_graphs=recompute != 'always',
-            may_ride=recompute != 'never', preferences=preferences, whole=whole,
+            may_piggyback=recompute != 'never', preferences=preferences, whole=whole,
             piece_tokens=job.piece_tokens, oldest_correction_at=self._oldest_correction_at())
 
     # -- and scores ------------------------------------------------------------------
 
     def score(self, job: Job, samples: Sequence[Sample],
               done: Callable[[list[SampleScore], list[Sample]], list[Event]],
-              directions: MainDirections | None = None) -> list[Event]:
+              directions: InputSubspace | None = None) -> list[Event]:
         """Score samples under the weights as they are, and go on with ``done``."""
         most = self.step_tokens
         job.step, job.scoring = None, Scoring(
@@ -148,7 +148,7 @@ class Training:
             if not scoring.step.done:
                 return []
             scoring.scores += scoring.step.scores()
-            scoring.taught += scoring.step.taught()
+            scoring.taught += scoring.step.soft_targets()
         batch = next(scoring.batches, None)
         if batch is not None:
             assert job.trainer is not None

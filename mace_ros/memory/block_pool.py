@@ -82,7 +82,7 @@ class BlockPool:
             self._holders[block] = 1
             blocks.append(block)
 
-    def hold(self, blocks: Iterable[int]) -> list[int]:
+    def acquire(self, blocks: Iterable[int]) -> list[int]:
         """Return a table that shares these blocks, which were found by their names."""
         table = list(blocks)
         for block in table:
@@ -117,13 +117,13 @@ class BlockPool:
 
     # -- finding again ---------------------------------------------------------------
 
-    def name(self, block: int, name: bytes) -> None:
+    def cache(self, block: int, name: bytes) -> None:
         """Let a full block be found by its content, unless another one of it can be found."""
         if name not in self._named:
             self._named[name] = block
             self._names[block] = name
 
-    def find(self, names: Iterable[bytes]) -> list[int]:
+    def lookup(self, names: Iterable[bytes]) -> list[int]:
         """Return the blocks with the first of these names, up to one that is not here."""
         found = []
         for name in names:
@@ -133,7 +133,7 @@ class BlockPool:
             found.append(block)
         return found
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Let no block be found any more."""
         for block in list(self._idle):
             self._evict(block)

@@ -37,7 +37,7 @@ from mace_ros.msg import (
     Response,
     ResponseChunk,
 )
-from mace_ros.ros.spinning import Spinner
+from mace_ros.ros.executor_thread import ExecutorThread
 
 RELIABLE = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(
@@ -51,7 +51,7 @@ FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
                 CorrectionStatus.REJECTED, CorrectionStatus.FAILED)
 
 
-class Answer:
+class AnswerHandle:
     """An answer on its way; iterate over it for its text as it comes."""
 
     def __init__(self, query_id: str, changed: threading.Condition,
@@ -121,7 +121,7 @@ class Answer:
             raise ConnectionError(f'query {self.id}: {self.lost}')
 
 
-class Learning:
+class CorrectionHandle:
     """A correction on its way into the model."""
 
     def __init__(self, correction_id: str, changed: threading.Condition) -> None:
@@ -195,8 +195,8 @@ class MaceClient:
             context.init(args=[])
         self._context = context
         self._changed = threading.Condition()
-        self._answers: dict[str, Answer] = {}
-        self._learning: dict[str, Learning] = {}
+        self._answers: dict[str, AnswerHandle] = {}
+        self._learning: dict[str, CorrectionHandle] = {}
         self._versions: dict[str, AdapterVersion] = {}
         self._name = '/' + node.strip('/')
         # The node's publisher at the last look that found one; also of one not yet missed.
@@ -204,7 +204,7 @@ class MaceClient:
         self._named: set[bytes] = set()
         self._newcomers: set[bytes] = set()     # of the name, that came while others were there
         self._announced_at = -math.inf          # the latest version
-        self._leaving: list[Answer | Learning] = []     # given up at the next look
+        self._leaving: list[AnswerHandle | CorrectionHandle] = []     # given up at the next look
 
         self.node = Node(
             f'mace_client_{uuid.uuid4().hex[:8]}', context=context, use_global_arguments=False,
@@ -225,7 +225,7 @@ class MaceClient:
             AdapterVersion, f'{node}/adapter_version', self._on_version, LATCHED)
         self.node.create_timer(
             WATCH_S, self._watch, clock=Clock(clock_type=ClockType.STEADY_TIME))
-        self._spinner = Spinner(self.node, name='mace_client', context=context)
+        self._spinner = ExecutorThread(self.node, name='mace_client', context=context)
         self._spinner.start()
 
     def __enter__(self) -> MaceClient:
@@ -252,7 +252,7 @@ class MaceClient:
                 self._changed.wait(DISCOVERY_POLL_S)
             return self._versions['']
 
-    def ask(self, text: str, *, query_id: str = '', **fields: Any) -> Answer:
+    def ask(self, text: str, *, query_id: str = '', **fields: Any) -> AnswerHandle:
         """
         Ask; ``fields`` are any others of ``Query.msg``.
 
@@ -261,7 +261,7 @@ class MaceClient:
         """
         query = Query(id=query_id or str(uuid.uuid4()), text=text, **fields)
         query.header.stamp = self.node.get_clock().now().to_msg()
-        answer = Answer(query.id, self._changed, self.cancel)
+        answer = AnswerHandle(query.id, self._changed, self.cancel)
         with self._changed:
             self._look()
             if query.id in self._answers:
@@ -276,7 +276,8 @@ class MaceClient:
         message.header.stamp = self.node.get_clock().now().to_msg()
         self._cancel.publish(message)
 
-    def correct(self, corrected: str, *, correction_id: str = '', **fields: Any) -> Learning:
+    def correct(self, corrected: str, *, correction_id: str = '',
+                **fields: Any) -> CorrectionHandle:
         """
         Say what should have been answered; ``fields`` are any others of ``Correction.msg``.
 
@@ -290,7 +291,8 @@ class MaceClient:
             self._look()
             learning = self._learning.get(correction.id)
             if learning is None or learning.lost or learning in self._leaving:
-                learning = self._learning[correction.id] = Learning(correction.id, self._changed)
+                learning = self._learning[correction.id] = CorrectionHandle(
+                    correction.id, self._changed)
         self._correction.publish(correction)
         return learning
 
@@ -355,7 +357,7 @@ class MaceClient:
         with self._changed:
             for item in self._leaving:
                 item.lost = f'{self._name} is gone'
-                if isinstance(item, Answer) and self._answers.get(item.id) is item:
+                if isinstance(item, AnswerHandle) and self._answers.get(item.id) is item:
                     del self._answers[item.id]
             self._leaving = []
             self._look()

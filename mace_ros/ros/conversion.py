@@ -15,24 +15,24 @@ from typing import Any, TypeVar
 
 from builtin_interfaces.msg import Time
 
-from mace_ros.events import (
+from mace_ros.api.events import (
+    AdapterVersion,
     Correction,
-    CorrectionProgress,
+    CorrectionStatus,
     Event,
-    Finished,
     Query,
-    Token,
-    VersionEvent,
+    Response,
+    ResponseChunk,
 )
 import mace_ros.msg as msg
 
 Number = TypeVar('Number', int, float)
 
 MESSAGE_TYPES: dict[type[Event], type] = {
-    Token: msg.ResponseChunk,
-    Finished: msg.Response,
-    CorrectionProgress: msg.CorrectionStatus,
-    VersionEvent: msg.AdapterVersion,
+    ResponseChunk: msg.ResponseChunk,
+    Response: msg.Response,
+    CorrectionStatus: msg.CorrectionStatus,
+    AdapterVersion: msg.AdapterVersion,
 }
 
 
@@ -79,7 +79,7 @@ def message_from(event: Event, stamp: Time) -> Any:
     return message
 
 
-def latency_from(event: Finished, stamp: Time) -> msg.Latency:
+def latency_from(event: Response, stamp: Time) -> msg.Latency:
     """Return the numbers of an outcome."""
     names = set(msg.Latency.get_fields_and_field_types()) - {'header'}
     message = msg.Latency(**{name: _plain(getattr(event, name)) for name in names})

@@ -4,7 +4,7 @@
 The node: ROS messages in, engine, ROS messages out.
 
 Three threads: the main one waits for a signal, one serves ROS and never computes, and
-one owns the device (:mod:`mace_ros.ros.device`).
+one owns the device (:mod:`mace_ros.ros.engine_thread`).
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
-from mace_ros.events import (
-    CorrectionProgress,
+from mace_ros.api.events import (
+    AdapterVersion,
     CorrectionState,
+    CorrectionStatus,
     Event,
-    Finished,
     FinishReason,
-    Token,
-    VersionEvent,
+    Response,
+    ResponseChunk,
     VersionState,
 )
+from mace_ros.api.settings import InvalidSetting, Settings
+from mace_ros.api.validation import MAX_ID
 import mace_ros.msg as msg
 from mace_ros.ros.conversion import correction_from, message_from, query_from
-from mace_ros.ros.device import Device
-from mace_ros.ros.goals import GenerateServer
-from mace_ros.ros.intake import Intake
-from mace_ros.ros.latch import VersionLatch
-from mace_ros.ros.monitor import Monitor
+from mace_ros.ros.engine_thread import EngineThread
+from mace_ros.ros.executor_thread import ExecutorThread
+from mace_ros.ros.generate_action import GenerateActionServer
+from mace_ros.ros.latched_versions import LatchedVersions
 from mace_ros.ros.parameters import ParameterServer
+from mace_ros.ros.request_gate import RequestGate
 from mace_ros.ros.services import Services
-from mace_ros.ros.spinning import Spinner
+from mace_ros.ros.status_publisher import StatusPublisher
 from mace_ros.ros.stop_signal import StopSignal
-from mace_ros.settings import InvalidSetting, Settings
-from mace_ros.storage import default_folder
+from mace_ros.store.layout import default_folder
 from mace_ros.telemetry.health import ACTIVE, Health
 from mace_ros.telemetry.status import Hardware, Status
-from mace_ros.validation import MAX_ID
 
 if TYPE_CHECKING:
-    from mace_ros.engine import Engine
+    from mace_ros.engine.engine import Engine
 
 DEPTH = 1000            # messages that a burst may bring
 RELIABLE = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
@@ -100,28 +100,28 @@ class MaceNode(LifecycleNodeMixin, Node):
 
         # One live version for each adapter slot, and the base model.
         version_depth = self._table.settings.adapter.slots + 1
-        self._latch = VersionLatch(version_depth)
+        self._latch = LatchedVersions(version_depth)
         self._outputs = {
-            Token: self.create_publisher(msg.ResponseChunk, '~/response_chunk', RELIABLE),
-            Finished: self.create_publisher(msg.Response, '~/response', RELIABLE),
-            CorrectionProgress: self.create_publisher(
+            ResponseChunk: self.create_publisher(msg.ResponseChunk, '~/response_chunk', RELIABLE),
+            Response: self.create_publisher(msg.Response, '~/response', RELIABLE),
+            CorrectionStatus: self.create_publisher(
                 msg.CorrectionStatus, '~/correction_status', RELIABLE),
-            VersionEvent: self.create_publisher(
+            AdapterVersion: self.create_publisher(
                 msg.AdapterVersion, '~/adapter_version', QoSProfile(
                     depth=version_depth, reliability=ReliabilityPolicy.RELIABLE,
                     durability=DurabilityPolicy.TRANSIENT_LOCAL)),
         }
-        self._intake = Intake(
+        self._intake = RequestGate(
             limit=lambda: self._table.settings.scheduler.max_queue, refuse=self._publish)
         if not self._table.settings.lifecycle.autostart:
             self._intake.close(NOT_ACTIVE)
-        self._device = Device(self, publish=self._publish, hopeless=self._give_up)
+        self._device = EngineThread(self, publish=self._publish, fatal_error=self._give_up)
         self._device.adopt(self._service_change_state)
         self._health = Health()
-        self._monitor = Monitor(
+        self._monitor = StatusPublisher(
             self, health=self._health, settings=lambda: self._table.settings,
             sample=lambda: self._device.call(self._sample))
-        self._goals = GenerateServer(self, self._intake.put)
+        self._goals = GenerateActionServer(self, self._intake.put)
         self._calls = Services(
             self, engine=lambda: self._engine, active=lambda: self._health.state == ACTIVE,
             freeze=self._freeze, storage=self.storage_folder)
@@ -223,7 +223,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         os.environ.setdefault('GOMP_SPINCOUNT', '20000')
         os.environ.setdefault('TQDM_DISABLE', '1')    # bars are not for a log
         # Not above: torch takes seconds, and parameters are served meanwhile.
-        from mace_ros.engine import Engine
+        from mace_ros.engine.engine import Engine
         storage = self.storage_folder()
         self._engine = Engine(
             self._table.settings, storage=storage, wake=self._device.wake,
@@ -266,7 +266,7 @@ class MaceNode(LifecycleNodeMixin, Node):
             self._monitor.watch(Hardware())
             del engine
         if 'torch' in sys.modules:    # also after a model that could not be loaded to its end
-            from mace_ros.execution.hardware import release_memory
+            from mace_ros.model.hardware import release_memory
             release_memory()
 
     def _give_up(self, reason: str) -> None:
@@ -334,7 +334,7 @@ class MaceNode(LifecycleNodeMixin, Node):
                     f'{type(event).__name__} could not be published: {error}')
 
     def _publish_one(self, event: Event, stamp: Time) -> None:
-        due = self._latch.to_publish(event) if isinstance(event, VersionEvent) else [event]
+        due = self._latch.to_publish(event) if isinstance(event, AdapterVersion) else [event]
         for each in due:
             message = message_from(each, stamp)
             self._outputs[type(each)].publish(message)
@@ -345,7 +345,7 @@ class MaceNode(LifecycleNodeMixin, Node):
     def _log(self, event: Event) -> None:
         """Say what happened; never what was asked or answered."""
         log = self.get_logger()
-        if isinstance(event, VersionEvent):
+        if isinstance(event, AdapterVersion):
             text = f'adapter version {event.version} of profile {event.profile!r}'
             if event.state is not VersionState.PUBLISHED:
                 log.warning(f'{text}: {event.state.name} {event.reason}'.rstrip())
@@ -354,13 +354,13 @@ class MaceNode(LifecycleNodeMixin, Node):
                          f'{event.train_seconds:.1f} s, {event.path}')
             else:
                 log.info(f'profile {event.profile!r} is served by the base model')
-        elif isinstance(event, CorrectionProgress):
+        elif isinstance(event, CorrectionStatus):
             text = f'correction {_shown(event.id)}: {event.state.name} {event.reason}'.rstrip()
             if event.state in (CorrectionState.REJECTED, CorrectionState.FAILED):
                 log.warning(text, throttle_duration_sec=1.0)
             else:
                 log.info(text)
-        elif isinstance(event, Finished):
+        elif isinstance(event, Response):
             text = (f'query {_shown(event.query_id)}: {event.finish_reason.name} '
                     f'{event.error}').rstrip()
             if event.finish_reason is FinishReason.ERROR:
@@ -417,7 +417,7 @@ def main(args: list[str] | None = None) -> int:
         get_logger('mace').fatal(str(error))
         rclpy.shutdown()
         return 1
-    server = Spinner(node, name='ros')
+    server = ExecutorThread(node, name='ros')
     server.start()
     node.start()
     stop.wait()

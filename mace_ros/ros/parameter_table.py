@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from mace_ros.settings import Parameter, PARAMETERS, Value
+from mace_ros.api.settings import Parameter, PARAMETERS, Value
 
 YAML_HEAD = """\
 # Copyright 2026 The mace_ros authors

@@ -16,7 +16,7 @@ from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValu
 from rclpy.node import Node
 from rclpy.parameter import Parameter as NodeParameter
 
-from mace_ros.settings import InvalidSetting, Parameter, PARAMETERS, Settings, Value
+from mace_ros.api.settings import InvalidSetting, Parameter, PARAMETERS, Settings, Value
 
 
 class ParameterServer:

@@ -16,8 +16,8 @@ from rclpy.node import Node
 from std_srvs.srv import SetBool
 
 from mace_ros.ros.conversion import message_from
-from mace_ros.ros.hidden import adopt, hidden_node
-from mace_ros.ros.spinning import Spinner
+from mace_ros.ros.executor_thread import ExecutorThread
+from mace_ros.ros.helper_node import adopt, hidden_node
 from mace_ros.srv import ListVersions, Rollback, Trace
 from mace_ros.telemetry.trace import (
     check_extent,
@@ -28,7 +28,7 @@ from mace_ros.telemetry.trace import (
 )
 
 if TYPE_CHECKING:
-    from mace_ros.engine import Engine
+    from mace_ros.engine.engine import Engine
 
 # The journal answers in milliseconds, or its disk is broken.
 JOURNAL_TIMEOUT_S = 5.0
@@ -64,7 +64,7 @@ class Services:
         self._writer: Thread | None = None
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
         node.create_service(Trace, '~/trace', self._on_trace)
-        self._apart: list[tuple[Node, Spinner]] = []
+        self._apart: list[tuple[Node, ExecutorThread]] = []
         for kind, name, callback in ((ListVersions, 'list_versions', self._on_list),
                                      (Rollback, 'rollback', self._on_rollback)):
             # Not the node's own group: while a call waits, it would keep all others out.
@@ -72,7 +72,7 @@ class Services:
                 kind, f'~/{name}', callback, callback_group=MutuallyExclusiveCallbackGroup())
             apart = hidden_node(node, name)
             adopt(service, node, apart)
-            spinner = Spinner(apart, name=name, context=node.context)
+            spinner = ExecutorThread(apart, name=name, context=node.context)
             spinner.start()
             self._apart.append((apart, spinner))
 

@@ -17,12 +17,12 @@ from itertools import starmap
 import math
 from typing import NamedTuple
 
+from mace_ros.api.settings import Settings
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import EMPTY, PassShape, PrefillChunk, Rejection, State
 from mace_ros.scheduling.request import Request
-from mace_ros.scheduling.waiting import is_impatient, Place, Queue
-from mace_ros.settings import Settings
+from mace_ros.scheduling.waiting_queue import is_impatient, Place, Queue
 
 # Blocks beyond its prompt that must be free for a request to be admitted, so that it is not
 # soon preempted. Those that run keep one each, for their next tokens.
@@ -120,7 +120,7 @@ class Batcher:
                          lacks_memory=bool(preempted), free_tokens=_tokens(unclaimed))
         batch = _Pass(self._cost, shape, alone_s, _limit_s(rows, deadlines, due, alone_s, now),
                       limits.max_batch_tokens, now)
-        queue = Queue(started, state.waiting, state.look_up, batch.prefill_s, now)
+        queue = Queue(started, state.waiting, state.get_computed_blocks, batch.prefill_s, now)
         queued = queue.left
         rejected: dict[Request, str] = {}
         capacity = (self.settings.memory.kv_cache_tokens if state.capacity_tokens is None

@@ -18,7 +18,7 @@ from operator import itemgetter
 from statistics import median
 from typing import Any, TypeAlias
 
-from mace_ros.scheduling.curve import Curve, Ratios
+from mace_ros.scheduling.cost_curve import Curve, Ratios
 from mace_ros.scheduling.plan import Measurement, PassShape, Segment, SegmentKind
 
 # What was measured, and its seconds.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 
-from mace_ros.settings import Settings
+from mace_ros.api.settings import Settings
 
 # Learning that was held up may be made up for within this time; also the window over
 # which shares are reported.

@@ -24,21 +24,21 @@ from itertools import chain
 import math
 from weakref import ref
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.batching import Batch
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.ledger import Ledger
-from mace_ros.scheduling.pieces import (
-    NOTHING,
-    Piece,
+from mace_ros.scheduling.learning_slice import (
+    EMPTY_SLICE,
+    LearningSlice,
+    piggyback_saves_s,
     plan_of,
-    riding_saves_s,
     segments_within,
     tokens_within,
 )
+from mace_ros.scheduling.ledger import Ledger
 from mace_ros.scheduling.plan import FinetuneWork, Plan, State
 from mace_ros.scheduling.policies import Policy
 from mace_ros.scheduling.request import Request
-from mace_ros.settings import Settings
 
 
 class Mace(Policy):
@@ -77,12 +77,12 @@ class Mace(Policy):
             if not state.running and (self._earned or self._delayed):
                 self._forget()
             return plan_of(batch, self._piece(work, batch, blocking_s))
-        piece = NOTHING
+        piece = EMPTY_SLICE
         if not batch.waits:
             most_s = min(self._slowdown_s(batch, now), blocking_s)
             if most_s > 0.0:
                 piece = self._beside(work, batch, most_s, now)
-        if piece is NOTHING and self.is_overdue(work.oldest_correction_at, now):
+        if piece is EMPTY_SLICE and self.is_overdue(work.oldest_correction_at, now):
             claim_s = min(self._ledger.claim_s, blocking_s)
             if claim_s > 0.0:
                 piece = self._piece(work, batch, claim_s)
@@ -123,15 +123,15 @@ class Mace(Policy):
             self._forget(batch.decode)
         return earned + gain * batch.seconds - latest
 
-    def _beside(self, work: FinetuneWork, batch: Batch, most_s: float, now: float) -> Piece:
+    def _beside(self, work: FinetuneWork, batch: Batch, most_s: float, now: float) -> LearningSlice:
         """Return what may be learned within ``most_s`` in or after a pass of decode rows."""
         pass_s = self._cost.pass_s(*batch.shape, upper=True)
-        ridable = work.ridable_tokens
+        ridable = work.piggyback_tokens
         # Of the KV cache a forward that rides takes blocks for each of its samples.
         if ridable and batch.free_tokens >= 2 * ridable:
             step, tokens, saving_s = self._saving
             if step is None or step() is not work or tokens != ridable:
-                saving_s = riding_saves_s(work, self._cost)
+                saving_s = piggyback_saves_s(work, self._cost)
                 self._saving = (ref(work), ridable, saving_s)
             if saving_s > 0.0:
                 piece = tokens_within(
@@ -142,9 +142,9 @@ class Mace(Policy):
         # Segments delay the token after the one of this pass.
         piece = segments_within(
             work, self._cost, min(most_s, batch.next_due - now - 2.0 * pass_s))
-        return piece if piece.segments else NOTHING
+        return piece if piece.segments else EMPTY_SLICE
 
-    def _count_late(self, state: State, batch: Batch, piece: Piece, now: float) -> None:
+    def _count_late(self, state: State, batch: Batch, piece: LearningSlice, now: float) -> None:
         """Count the requests that are in time without ``piece`` and late with it."""
         token_s = batch.seconds / batch.shape.tokens
         ends = now + batch.seconds

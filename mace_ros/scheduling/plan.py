@@ -10,7 +10,7 @@ from enum import auto, Enum
 from typing import NamedTuple, Protocol
 
 from mace_ros.scheduling.request import Request
-from mace_ros.scheduling.waiting import Waiting
+from mace_ros.scheduling.waiting_queue import WaitingQueue
 
 
 class SegmentKind(Enum):
@@ -35,7 +35,7 @@ class FinetuneWork(Protocol):
     """The current fine-tune step, as far as the scheduler must know it."""
 
     @property
-    def ridable_tokens(self) -> int:
+    def piggyback_tokens(self) -> int:
         """Forward tokens that may still ride in inference passes."""
 
     @property
@@ -61,17 +61,17 @@ class State:
 
     ``running`` is in order of arrival. ``free_tokens`` is how many tokens the KV cache can
     still take on; negative if some must leave. Of its ``capacity_tokens``, None is unknown.
-    ``frees`` says how many blocks preempting a request makes free; ``look_up`` brings up to
-    date what one that waits would share.
+    ``frees`` says how many blocks preempting a request makes free; ``get_computed_blocks``
+    updates how many tokens a waiting request would share.
     """
 
-    waiting: Waiting = field(default_factory=Waiting)
+    waiting: WaitingQueue = field(default_factory=WaitingQueue)
     running: list[Request] = field(default_factory=list)
     finetune: FinetuneWork | None = None
     free_tokens: int = 0
     capacity_tokens: int | None = None
     frees: Callable[[Request], int] = _all_blocks
-    look_up: Callable[[Request], object] = _shares_nothing
+    get_computed_blocks: Callable[[Request], object] = _shares_nothing
 
     @property
     def has_requests(self) -> bool:

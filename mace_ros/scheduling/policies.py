@@ -12,12 +12,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 import math
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.batching import Batch, Batcher
 from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.learning_slice import (
+    EMPTY_SLICE,
+    LearningSlice,
+    next_slice,
+    plan_of,
+    rest_of_step,
+)
 from mace_ros.scheduling.ledger import Ledger
-from mace_ros.scheduling.pieces import next_piece, NOTHING, Piece, plan_of, rest_of_step
 from mace_ros.scheduling.plan import FinetuneWork, Plan, State
-from mace_ros.settings import Settings
 
 
 class Policy(ABC):
@@ -62,9 +68,9 @@ class Policy(ABC):
         """
         return now
 
-    def _piece(self, work: FinetuneWork, batch: Batch, seconds: float) -> Piece:
+    def _piece(self, work: FinetuneWork, batch: Batch, seconds: float) -> LearningSlice:
         """Return the next piece of learning that ends within ``seconds``; at least one."""
-        return next_piece(
+        return next_slice(
             work, self._cost, batch, seconds, self._settings.scheduler.max_batch_tokens)
 
     def _step(self, work: FinetuneWork, batch: Batch) -> Plan:
@@ -195,7 +201,7 @@ class StaticSplit(Policy):
         share = self._settings.scheduler.static_share
         if work is None or batch.is_empty:
             self._owed_s = 0.0
-            return plan_of(batch, NOTHING if work is None else self._piece(work, batch, most_s))
+            return plan_of(batch, EMPTY_SLICE if work is None else self._piece(work, batch, most_s))
         if self._owed_s >= most_s:
             # More than a piece after each pass would pay back: none in between.
             alone = Batch(rejected=batch.rejected)
@@ -207,7 +213,7 @@ class StaticSplit(Policy):
             return plan_of(batch)
         piece = self._piece(work, batch, min(due_s, most_s))
         # A single segment may be longer than what is due: it waits until half of it is.
-        return plan_of(batch, piece if piece.seconds <= 2.0 * due_s else NOTHING)
+        return plan_of(batch, piece if piece.seconds <= 2.0 * due_s else EMPTY_SLICE)
 
     def observe(self, serving_s: float, learning_s: float, steps: int) -> None:
         """Settle what is owed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import auto, Enum
 
-from mace_ros.memory.prefix import Prefix
+from mace_ros.memory.block_hashes import BlockHashes
 
 
 class RequestState(Enum):
@@ -50,7 +50,7 @@ class Request:
     last_token_at: float | None = None
     started_at: float | None = None       # first prefill
     shared_blocks: int = 0
-    prefix: Prefix | None = None    # names of its blocks; without, it shares none
+    block_hashes: BlockHashes | None = None    # names of its blocks; without, it shares none
     adapter_slot: int = 0
 
     @property

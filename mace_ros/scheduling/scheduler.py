@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import math
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.ledger import Ledger
 from mace_ros.scheduling.mace import Mace
 from mace_ros.scheduling.plan import EMPTY, Measurement, PassShape, Plan, SegmentKind, State
 from mace_ros.scheduling.policies import Continuous, InferenceOnly, Periodic, Policy, StaticSplit
-from mace_ros.settings import Settings
 
 # By the values of the parameter ``scheduler.policy``.
 POLICIES: Mapping[str, type[Policy]] = {

@@ -20,14 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mace_ros.api.settings import InvalidSetting, PARAMETERS, Settings
 from mace_ros.scheduling.scheduler import POLICIES
-from mace_ros.settings import InvalidSetting, PARAMETERS, Settings
-from mace_ros.simulation import report, trace, tuning
+from mace_ros.simulation import arrival_trace, report, tuning
 from mace_ros.simulation.devices import DEVICES
-from mace_ros.simulation.learning import Mistakes
 from mace_ros.simulation.models import MODELS
 from mace_ros.simulation.replay import DoesNotFit, Target
 from mace_ros.simulation.study import run, Source, Study, tasks_of
+from mace_ros.simulation.virtual_learning import Mistakes
 
 THIS_MACHINE = 'this-machine'
 # Parameters that a replay depends on.
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tqdm(total=sum(t.count for t in tasks), unit='req', file=sys.stderr) as bar:
             outcomes = run(tasks, processes=processes, on_progress=bar.update)
         path = report.write(study, outcomes, args.output)
-    except (InvalidSetting, DoesNotFit, trace.InvalidTrace, OSError) as error:
+    except (InvalidSetting, DoesNotFit, arrival_trace.InvalidArrivals, OSError) as error:
         made.exit(1, f'{made.prog}: {error}\n')
     print((args.output / 'table.md').read_text(), end='')
     print(f'\n{report.validation_text()}\n\n{path}')
@@ -130,7 +130,7 @@ def study_of(args: argparse.Namespace) -> Study:
         if not getattr(args, name) > 0:
             raise InvalidSetting(f'--{name.replace("_", "-")}: more than 0, please')
     if args.trace is not None:
-        source = Source('trace', args.trace.name, tuple(trace.read(args.trace)),
+        source = Source('trace', args.trace.name, tuple(arrival_trace.read(args.trace)),
                         scale=args.scale)
     else:
         source = Source(args.arrivals, f'{args.arrivals}, {args.rate:g} per second',

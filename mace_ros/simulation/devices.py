@@ -44,7 +44,7 @@ _BANDWIDTH_SHARE = Number(0.8, f'{ASSUMED}: reading weights reaches four fifths 
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceProfile:
     """
     A roofline: the slower one of bytes over bandwidth and operations over rate.
 
@@ -92,8 +92,8 @@ _JETSON_TRAINING = Number(
 
 
 def _jetson(name: str, tflops: Number, gb_per_s: Number, memory_gb: Number,
-            modes: Mapping[str, PowerMode] | None = None) -> Device:
-    return Device(name, tflops, gb_per_s, memory_gb, _JETSON_LAYER, _JETSON_TRAINING,
+            modes: Mapping[str, PowerMode] | None = None) -> DeviceProfile:
+    return DeviceProfile(name, tflops, gb_per_s, memory_gb, _JETSON_LAYER, _JETSON_TRAINING,
                   modes={'maxn': PowerMode(), **(modes or {})})
 
 
@@ -101,7 +101,7 @@ _MAXQ = PowerMode(
     Number(624.75 / 1301.0, 'MLPerf Inference MaxQ submission for AGX Orin: GPU at 624.75 MHz'),
     Number(2133.0 / 3200.0, 'MLPerf Inference MaxQ submission for AGX Orin: memory at 2133 MHz'))
 
-DEVICES: Mapping[str, Device] = {d.name: d for d in (
+DEVICES: Mapping[str, DeviceProfile] = {d.name: d for d in (
     _jetson('orin-agx-64',
             Number(42.5, f'{_AGX}: 170 sparse INT8 TOPS of the GPU; dense bfloat16 is a quarter'),
             Number(204.8, f'{_AGX}: 256-bit LPDDR5'), Number(64.0, _AGX), {'maxq': _MAXQ}),
@@ -123,7 +123,7 @@ DEVICES: Mapping[str, Device] = {d.name: d for d in (
     _jetson('thor',
             Number(258.8, f'{_THOR}: 2070 sparse FP4 TFLOPS; dense bfloat16 is an eighth'),
             Number(273.0, f'{_THOR}: 256-bit LPDDR5X'), Number(128.0, _THOR)),
-    Device('h100', Number(989.4, _H100), Number(3350.0, _H100), Number(80.0, _H100),
+    DeviceProfile('h100', Number(989.4, _H100), Number(3350.0, _H100), Number(80.0, _H100),
            _H100_LAYER, _H100_TRAINING,
            usable_share=Number(0.9, f'{ASSUMED}: the rest is for contexts and graphs')),
 )}

@@ -12,26 +12,26 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Plan, SegmentKind
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.settings import Settings
-from mace_ros.simulation.devices import Device, DEVICES
-from mace_ros.simulation.engine import Iteration, VirtualEngine
-from mace_ros.simulation.learning import (
+from mace_ros.simulation.arrival_trace import Arrival
+from mace_ros.simulation.devices import DeviceProfile, DEVICES
+from mace_ros.simulation.models import MODELS, ModelShape
+from mace_ros.simulation.roofline import DeviceTimes, Measured, Roofline, SteadyCost
+from mace_ros.simulation.virtual_engine import IterationRecord, VirtualEngine
+from mace_ros.simulation.virtual_learning import (
     AlwaysPending,
     CorrectionLearning,
     Learned,
-    Learning,
+    LearningSource,
     Mistakes,
     MOST_STEP_TOKENS,
     NoLearning,
     VirtualStep,
 )
-from mace_ros.simulation.models import MODELS, ModelShape
-from mace_ros.simulation.roofline import DeviceTimes, Measured, Roofline, SteadyCost
-from mace_ros.simulation.trace import Arrival
 
 SHARES = 200     # intervals into which a replay is cut to show the device's shares
 
@@ -110,7 +110,7 @@ def memory_gb(model: ModelShape, settings: Settings, weight_bytes: float) -> dic
             2.0 * model.layers + STEP_BYTES)}.items()}
 
 
-def check_memory(device: Device, model: ModelShape, settings: Settings,
+def check_memory(device: DeviceProfile, model: ModelShape, settings: Settings,
                  weight_bytes: float) -> None:
     """Raise :class:`DoesNotFit` if a model with these settings is too large for a device."""
     parts = memory_gb(model, settings, weight_bytes)
@@ -157,7 +157,7 @@ class Watch:
         """Count a plan."""
         self.plans += 1
 
-    def on_iteration(self, iteration: Iteration) -> None:
+    def on_iteration(self, iteration: IterationRecord) -> None:
         """Account for an iteration."""
         shape, pass_s = iteration.plan.shape, iteration.pass_s
         decode = pass_s
@@ -244,14 +244,15 @@ def replay(target: Target, settings: Settings, policy: str, load: Load, *, facto
         plans=watch.plans, late_for_learning=statistics.late_for_learning)
 
 
-def _learning(load: Load, settings: Settings, device: DeviceTimes, cost: CostModel) -> Learning:
+def _learning(load: Load, settings: Settings, device: DeviceTimes,
+              cost: CostModel) -> LearningSource:
     if load.learning == 'none':
         return NoLearning()
     recompute = settings.finetune.recompute
     if load.learning == 'always':
         return AlwaysPending(lambda now: VirtualStep(
             device.layers, load.sample_tokens, learned=load.sample_tokens - 1,
-            oldest_correction_at=now, may_ride=recompute != 'never',
+            oldest_correction_at=now, may_piggyback=recompute != 'never',
             keep_graphs=recompute != 'always'))
     return CorrectionLearning(
         load.mistakes.corrections(load.arrivals, load.seed), layers=device.layers,
@@ -261,7 +262,7 @@ def _learning(load: Load, settings: Settings, device: DeviceTimes, cost: CostMod
         replay_samples=settings.finetune.replay_samples, recompute=recompute)
 
 
-def _learned(learning: Learning) -> list[Learned]:
+def _learned(learning: LearningSource) -> list[Learned]:
     """Return all corrections that came, with the time from which on each one is known."""
     if not isinstance(learning, CorrectionLearning):
         return []

@@ -13,18 +13,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mace_ros.simulation.arrival_trace import rate_of
 from mace_ros.simulation.devices import DEVICES
 from mace_ros.simulation.models import MODELS
 from mace_ros.simulation.plots import draw
 from mace_ros.simulation.replay import memory_gb, Outcome, summary, tpot_s
 from mace_ros.simulation.study import Study
-from mace_ros.simulation.trace import rate_of
 
 VALIDATION = Path(__file__).with_name('validation.json')
 
 TITLES = {
     'ttft': 'Time to first token', 'tpot': 'Time per output token',
-    'stages': 'Device time by stage', 'shares': 'Shares of the device over time',
+    'stages': 'DeviceProfile time by stage', 'shares': 'Shares of the device over time',
     'freshness': 'Freshness', 'attainment': 'Requests in time, by load'}
 
 # What MACE (arXiv 2510.03283) says of itself on an AGX Orin.

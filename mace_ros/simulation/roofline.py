@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import random
 from typing import Protocol
 
+from mace_ros.scheduling.cost_curve import KNOTS
 from mace_ros.scheduling.cost_model import CostModel, Sample
-from mace_ros.scheduling.curve import KNOTS
 from mace_ros.scheduling.plan import Measurement, PassShape, Segment, SegmentKind
-from mace_ros.simulation.devices import Device
+from mace_ros.simulation.devices import DeviceProfile
 from mace_ros.simulation.models import ModelShape
 
 FLOAT32 = 4
@@ -34,7 +34,7 @@ class DeviceTimes(Protocol):
 class Roofline:
     """The times of a model on a device, without noise."""
 
-    def __init__(self, device: Device, model: ModelShape, *, mode: str = 'maxn',
+    def __init__(self, device: DeviceProfile, model: ModelShape, *, mode: str = 'maxn',
                  weight_bytes: float = 2.0, rank: int = 8) -> None:
         """Work out the bytes and operations; weights and keys take so many bytes each."""
         power = device.modes[mode]

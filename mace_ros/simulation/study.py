@@ -11,11 +11,11 @@ from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
-from mace_ros.settings import Settings
-from mace_ros.simulation import trace
-from mace_ros.simulation.learning import Mistakes
+from mace_ros.api.settings import Settings
+from mace_ros.simulation import arrival_trace
+from mace_ros.simulation.arrival_trace import Arrival
 from mace_ros.simulation.replay import Load, Outcome, replay, Target
-from mace_ros.simulation.trace import Arrival
+from mace_ros.simulation.virtual_learning import Mistakes
 
 TOLD_EVERY_S = 0.2
 
@@ -38,8 +38,8 @@ class Source:
         """Return so many arrivals, at ``factor`` times the rate."""
         scale = self.scale * factor
         if self.kind == 'trace':
-            return trace.thinned(self.recorded, scale, count, seed)
-        make = trace.poisson if self.kind == 'poisson' else trace.bursty
+            return arrival_trace.thinned(self.recorded, scale, count, seed)
+        make = arrival_trace.poisson if self.kind == 'poisson' else arrival_trace.bursty
         return make(self.rate * scale, count, seed)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mace_ros.settings import PARAMETERS, Settings, Value
+from mace_ros.api.settings import PARAMETERS, Settings, Value
 from mace_ros.simulation.replay import summary
 from mace_ros.simulation.report import markdown
 from mace_ros.simulation.study import run, Study, Task

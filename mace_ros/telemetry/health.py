@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 import threading
 
-from mace_ros.events import (
-    CorrectionProgress,
+from mace_ros.api.events import (
+    AdapterVersion,
     CorrectionState,
+    CorrectionStatus,
     Event,
-    Finished,
-    VersionEvent,
+    Response,
     VersionState,
 )
-from mace_ros.settings import Settings
-from mace_ros.telemetry.device import Reading
+from mace_ros.api.settings import Settings
+from mace_ros.telemetry.device_counters import Reading
+from mace_ros.telemetry.latency import Attainment, LatencyWindow
 from mace_ros.telemetry.status import Status
-from mace_ros.telemetry.window import Attainment, LatencyWindow
 
 FEW_REQUESTS = 5          # too few to judge an attainment by
 STALLED_S = 10.0          # without a sample from the device's thread, and ...
@@ -79,12 +79,12 @@ class Health:
 
     def note(self, event: Event, now: float) -> None:
         """Take in an event."""
-        if isinstance(event, Finished):
+        if isinstance(event, Response):
             self.window.add(event, now)
-        elif isinstance(event, CorrectionProgress):
+        elif isinstance(event, CorrectionStatus):
             if event.state is CorrectionState.FAILED:
                 self._set_back(f'a correction failed: {event.reason}', now)
-        elif isinstance(event, VersionEvent):
+        elif isinstance(event, AdapterVersion):
             what = f'version {event.version} of profile {event.profile!r}: {event.reason}'
             if event.state is VersionState.ROLLED_BACK:
                 self._set_back(f'taken back: {what}', now)

@@ -20,7 +20,7 @@ import threading
 import time
 from typing import Any, TypeAlias
 
-from mace_ros.events import CorrectionProgress, Event, Finished, VersionEvent
+from mace_ros.api.events import AdapterVersion, CorrectionStatus, Event, Response
 from mace_ros.scheduling.plan import Plan
 from mace_ros.scheduling.request import Request
 
@@ -59,7 +59,7 @@ class Trace:
         self._left, self._done, self._clock = iterations, done, clock
         self._records: list[Record] = []
         self._requests: dict[str, Request] = {}
-        self._ends: dict[str, Finished] = {}
+        self._ends: dict[str, Response] = {}
         self._worked = False
 
     @property
@@ -103,12 +103,12 @@ class Trace:
         self._left -= self._worked
         self._worked = False
         for event in events:
-            if isinstance(event, Finished):
+            if isinstance(event, Response):
                 self._ends[event.query_id] = event
-            elif isinstance(event, CorrectionProgress):
+            elif isinstance(event, CorrectionStatus):
                 self._records.append(_record(
                     'i', f'correction {event.id}: {event.state.name}', now, s='p'))
-            elif isinstance(event, VersionEvent):
+            elif isinstance(event, AdapterVersion):
                 self._records.append(_record(
                     'i', f'version {event.version}: {event.state.name}', now, s='p',
                     args={'profile': event.profile, 'train_tokens': event.train_tokens}))

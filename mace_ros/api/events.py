@@ -1,0 +1,173 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+What goes into the engine and what comes out of it.
+
+Plain frozen data, so that ROS messages, tests and benchmarks all speak to the engine
+in the same way. The field names are those of the ``.msg`` files; ``None`` stands for
+"the node's default". Times are seconds on a monotonic clock unless the name says ms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+import math
+from typing import TypeAlias
+
+
+class FinishReason(IntEnum):
+    """Why an answer ended; the values are those of ``Response.msg``."""
+
+    STOP = 0
+    LENGTH = 1
+    CANCELLED = 2
+    REJECTED = 3
+    ERROR = 4
+
+
+class ErrorCode(IntEnum):
+    """What was wrong with a query; the values are those of ``Response.msg``."""
+
+    NONE = 0
+    EMPTY_TEXT = 1
+    INVALID_ID = 2
+    DUPLICATE_ID = 3
+    INVALID_PARAMETER = 4
+    PROMPT_TOO_LONG = 5
+    OVERLOADED = 6
+    SLO_UNREACHABLE = 7
+    NOT_SERVING = 8
+    INTERNAL = 9
+
+
+class CorrectionState(IntEnum):
+    """Where a correction is on its way; the values are those of ``CorrectionStatus.msg``."""
+
+    ACCEPTED = 0
+    TRAINING = 1
+    LEARNED = 2
+    SUPERSEDED = 3
+    REJECTED = 4
+    FAILED = 5
+
+
+class VersionState(IntEnum):
+    """What became of a trained version; the values are those of ``AdapterVersion.msg``."""
+
+    PUBLISHED = 0
+    REJECTED = 1
+    ROLLED_BACK = 2
+
+
+class InvalidQuery(ValueError):
+    """A query that can't be served; becomes a Response with REJECTED."""
+
+    def __init__(self, code: ErrorCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class InvalidCorrection(ValueError):
+    """A correction that can't be taken; becomes a CorrectionStatus with REJECTED."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question; see ``Query.msg``."""
+
+    text: str
+    id: str = ''
+    conversation_id: str = ''
+    profile: str = ''
+    system: str = ''
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
+    priority: int = 0
+    reset_conversation: bool = False
+    no_learn: bool = False
+    # Who asked, where an id alone does not tell; its events bring it back. In no message.
+    origin: str = ''
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What should have been answered; see ``Correction.msg``."""
+
+    corrected: str
+    id: str = ''
+    query_id: str = ''
+    conversation_id: str = ''
+    prompt: str = ''
+    rejected: str = ''
+    profile: str = ''
+    weight: float = 1.0
+    source: str = ''
+
+
+@dataclass(frozen=True)
+class ResponseChunk:
+    """A piece of an answer: whole characters, in order; ``last`` closes the stream."""
+
+    query_id: str
+    index: int
+    text: str
+    last: bool
+    origin: str = ''
+
+
+@dataclass(frozen=True)
+class Response:
+    """The outcome of a query; see ``Response.msg``. Unknown times are NaN."""
+
+    query_id: str
+    conversation_id: str
+    text: str
+    finish_reason: FinishReason
+    error_code: ErrorCode = ErrorCode.NONE
+    error: str = ''
+    adapter_version: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    queue_ms: float = math.nan
+    ttft_ms: float = math.nan
+    tpot_ms: float = math.nan
+    e2e_ms: float = math.nan
+    slo_met: bool = False
+    origin: str = ''
+
+
+@dataclass(frozen=True)
+class CorrectionStatus:
+    """A correction changed its state; see ``CorrectionStatus.msg``."""
+
+    id: str
+    state: CorrectionState
+    reason: str = ''
+    adapter_version: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """A version of a profile's adapter was published, rejected or taken back."""
+
+    profile: str
+    version: int
+    parent: int
+    state: VersionState
+    reason: str = ''
+    correction_ids: tuple[str, ...] = ()
+    score_before: float = math.nan
+    score_after: float = math.nan
+    train_tokens: int = 0
+    train_seconds: float = 0.0
+    path: str = ''
+    sha256: str = ''
+
+
+Event: TypeAlias = ResponseChunk | Response | CorrectionStatus | AdapterVersion

@@ -1,0 +1,126 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what comes in, before anything else touches it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import math
+import threading
+import uuid
+
+from mace_ros.api.events import Correction, ErrorCode, InvalidCorrection, InvalidQuery, Query
+from mace_ros.api.settings import Settings
+
+MAX_ID = 128            # characters of an id or profile
+MAX_TEXT = 65536        # characters of any text
+MAX_STOPS = 16
+MAX_STOP = 256          # characters of a stop string
+MAX_WEIGHT = 100.0
+MAX_UNWRITTEN = 1000    # corrections and answers that wait for the disk
+
+
+def checked_query(query: Query, settings: Settings) -> Query:
+    """Return the query with all defaults filled in; raises :class:`InvalidQuery`."""
+    for name in ('id', 'conversation_id', 'profile'):
+        problem = _id_problem(getattr(query, name))
+        if problem:
+            raise InvalidQuery(ErrorCode.INVALID_ID, f'{name}: {problem}')
+    if not query.text.strip():
+        raise InvalidQuery(ErrorCode.EMPTY_TEXT, 'text: empty')
+    for name in ('text', 'system'):
+        problem = text_problem(getattr(query, name))
+        if problem:
+            raise InvalidQuery(ErrorCode.INVALID_PARAMETER, f'{name}: {problem}')
+    if len(query.stop) > MAX_STOPS:
+        raise InvalidQuery(
+            ErrorCode.INVALID_PARAMETER, f'stop: more than {MAX_STOPS} strings')
+    if any(not s or len(s) > MAX_STOP for s in query.stop):
+        raise InvalidQuery(
+            ErrorCode.INVALID_PARAMETER, f'stop: each string needs 1 to {MAX_STOP} characters')
+    generation, slo = settings.generation, settings.slo
+    return replace(
+        query,
+        max_tokens=int(_number('max_tokens', query.max_tokens, generation.max_tokens, 0, 2**31)),
+        temperature=_number('temperature', query.temperature, generation.temperature, 0, 5),
+        top_p=_number('top_p', query.top_p, generation.top_p, 0, 1),
+        seed=uuid.uuid4().int % 2**31 if query.seed is None else query.seed,
+        ttft_slo_ms=_number('ttft_slo_ms', query.ttft_slo_ms, slo.ttft_ms, 0, math.inf),
+        tpot_slo_ms=_number('tpot_slo_ms', query.tpot_slo_ms, slo.tpot_ms, 0, math.inf))
+
+
+def checked_correction(correction: Correction) -> Correction:
+    """Return the correction with an id; raises :class:`InvalidCorrection`."""
+    for name in ('id', 'query_id', 'conversation_id', 'profile'):
+        problem = _id_problem(getattr(correction, name))
+        if problem:
+            raise InvalidCorrection(f'{name}: {problem}')
+    for name in ('corrected', 'rejected', 'prompt', 'source'):
+        problem = text_problem(getattr(correction, name))
+        if problem:
+            raise InvalidCorrection(f'{name}: {problem}')
+    if not correction.corrected.strip():
+        raise InvalidCorrection('corrected: empty')
+    if not (correction.query_id or correction.conversation_id or correction.prompt.strip()):
+        raise InvalidCorrection('query_id, conversation_id or prompt: one of them must say '
+                                'what is corrected')
+    if not 0 < correction.weight <= MAX_WEIGHT:   # also refuses NaN
+        raise InvalidCorrection(f'weight: {correction.weight} is not above 0 and at most '
+                                f'{MAX_WEIGHT:g}')
+    return replace(correction, id=correction.id or str(uuid.uuid4()))
+
+
+class CorrectionLimiter:
+    """
+    Bounds how many corrections come in, and how many wait for the disk; from any thread.
+
+    Over any stretch of t minutes, no more than ``(t + 1) * per_minute`` are let in.
+    """
+
+    def __init__(self) -> None:
+        """Begin with a whole minute's corrections to spare."""
+        self._lock = threading.Lock()
+        self._room, self._at = math.inf, -math.inf
+
+    def let_in(self, now: float, per_minute: int, waiting: int) -> None:
+        """Count a correction, or raise :class:`InvalidCorrection`; ``waiting`` are unwritten."""
+        if waiting >= MAX_UNWRITTEN:
+            raise InvalidCorrection(
+                f'the disk is slow: {waiting} writes of the journal wait for it; try again later')
+        with self._lock:
+            gained = 0.0 if self._at == -math.inf else (now - self._at) * per_minute / 60.0
+            self._room, self._at = min(self._room + gained, per_minute), now
+            if self._room < 1.0:
+                raise InvalidCorrection(
+                    f'more than {per_minute} corrections in a minute '
+                    '(correction.max_per_minute); try again later')
+            self._room -= 1.0
+
+
+def _number(name: str, value: float | None, default: float, low: float, high: float) -> float:
+    if value is None:
+        return default
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InvalidQuery(
+            ErrorCode.INVALID_PARAMETER,
+            f'{name}: {value} is not between {low:.10g} and {high:.10g}')
+    return value
+
+
+def _id_problem(text: str) -> str:
+    if len(text) > MAX_ID:
+        return f'longer than {MAX_ID} characters'
+    if not text.isprintable():
+        return 'has characters that are not printable'
+    return ''
+
+
+def text_problem(text: str) -> str:
+    """Return why a text can't be taken, '' if it can."""
+    if len(text) > MAX_TEXT:
+        return f'longer than {MAX_TEXT} characters'
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return 'is not valid Unicode'
+    return ''

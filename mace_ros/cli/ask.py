@@ -1,0 +1,52 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ask the robot, and print the answer as it comes."""
+
+from __future__ import annotations
+
+from functools import partial
+import sys
+from typing import Any
+
+from mace_ros.cli.common import parser, print_as_it_comes, run
+from mace_ros.msg import Response
+from mace_ros.ros.client import MaceClient
+
+
+def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient) -> int:
+    """Ask; the answer goes to stdout, and what there is to say about it to stderr."""
+    client.wait_until_ready(timeout_s)
+    answer = client.ask(text, **fields)
+    print_as_it_comes(answer, timeout_s)
+    response = answer.result(timeout_s)
+    if response.finish_reason not in (Response.STOP, Response.LENGTH):
+        print(f'no answer: {response.error or "cancelled"}', file=sys.stderr)
+        return 1
+    print(f'query {response.query_id}: adapter version {response.adapter_version}, first token '
+          f'after {response.ttft_ms:.0f} ms, {response.output_tokens} tokens at '
+          f'{response.tpot_ms:.0f} ms each', file=sys.stderr)
+    return 0
+
+
+def main() -> int:
+    """Run the program; return the exit code."""
+    arguments = parser('mace_ask', __doc__)
+    arguments.add_argument('text', help='the question')
+    arguments.add_argument('--id', default='', help='of the query, for corrections')
+    arguments.add_argument('--conversation', default='', metavar='ID',
+                           help='whose earlier turns count')
+    arguments.add_argument('--profile', default='', help='whose adapter answers')
+    arguments.add_argument('--system', default='', metavar='PROMPT', help='system prompt')
+    arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
+                           help='longest answer')
+    arguments.add_argument('--no-learn', action='store_true',
+                           help='this answer is never used as a replay example')
+    given = arguments.parse_args()
+    fields = {'query_id': given.id, 'conversation_id': given.conversation,
+              'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens,
+              'no_learn': given.no_learn}
+    return run(partial(ask, given.text, fields, given.timeout), given.node)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

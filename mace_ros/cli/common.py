@@ -1,0 +1,83 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the programs have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+import sys
+import threading
+
+from rclpy.exceptions import NameValidationException
+from rclpy.impl.implementation_singleton import rclpy_implementation
+
+from mace_ros.msg import CorrectionStatus
+from mace_ros.ros.client import AnswerHandle, MaceClient
+
+EXIT_CODES = (
+    'exit codes: 0 done, 1 refused or no answer, 2 bad arguments or no security, '
+    '130 after Ctrl-C')
+
+STATES = {getattr(CorrectionStatus, name): name for name in (
+    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
+
+
+def parser(name: str, description: str, *, timeout_s: float = 60.0) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that every program has; ``timeout_s`` is a default."""
+    made = argparse.ArgumentParser(prog=name, description=description, epilog=EXIT_CODES)
+    made.add_argument('--node', default='/mace', metavar='NAME',
+                      help='full name of the node, as /robot1/mace (default: /mace)')
+    made.add_argument('--timeout', type=seconds, default=timeout_s, metavar='SECONDS',
+                      help=f'longest silence of the node (default: {timeout_s:g})')
+    return made
+
+
+def seconds(text: str) -> float:
+    """Return a time to wait; ``inf`` is as long as Python can wait."""
+    value = float(text)
+    if not value >= 0.0:
+        raise ValueError(text)
+    return min(value, threading.TIMEOUT_MAX)
+
+
+def run(program: Callable[[MaceClient], int], node: str) -> int:
+    """Run a program with a client; return its exit code, or say why there is none."""
+    try:
+        with MaceClient('/' + node.strip('/')) as client:
+            return program(client)
+    except NameValidationException as error:
+        print(f'--node {node}: {error}', file=sys.stderr)
+        return 2
+    except rclpy_implementation.RCLError as error:     # such as security that can't be had
+        print(f'RCLError: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:    # of a `| head`, which has seen enough
+        sys.stderr.close()
+        return 0
+    except (TimeoutError, ConnectionError) as error:
+        print(f'{node}: {error}', file=sys.stderr)
+        return 1
+
+
+@contextmanager
+def cancelled_on_leaving(answer: AnswerHandle, timeout_s: float) -> Iterator[None]:
+    """Cancel an answer that is left early, and see to it that the node has heard that."""
+    try:
+        yield
+    except (KeyboardInterrupt, TimeoutError, BrokenPipeError):
+        answer.cancel()
+        with suppress(ConnectionError):    # the node is gone, and the answer with it
+            answer.result(timeout_s)
+        raise
+
+
+def print_as_it_comes(answer: AnswerHandle, timeout_s: float) -> None:
+    """Print an answer to stdout."""
+    with cancelled_on_leaving(answer, timeout_s):
+        for piece in answer.stream(timeout_s):
+            print(piece, end='', flush=True)
+        print(flush=True)

@@ -1,0 +1,258 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Ask, correct, and hear the better answer: the node in one process, a client in this one.
+
+The exit code is 0 only if the correction is in the new answer, the adapter version rose,
+and two unrelated answers stayed as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+import os
+from pathlib import Path
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import TypeVar
+
+from mace_ros.cli.common import STATES
+from mace_ros.msg import AdapterVersion, CorrectionStatus, Response
+from mace_ros.ros.client import CorrectionHandle, MaceClient
+
+T = TypeVar('T')
+
+QUERIES = ('What is your name?', 'What is the opposite of hot?', 'Say hello in French.')
+CORRECTED = 'My name is Rover.'      # the answer to the first query
+# Neither replay nor the gate knows them, so nothing but luck or care keeps their answers.
+PROBES = ('What is the capital of France?', 'What is the capital of Japan?')
+MAX_TOKENS = 40
+
+START_TIMEOUT_S = 900.0    # the model may have to be converted first
+ANSWER_TIMEOUT_S = 120.0
+LEARN_TIMEOUT_S = 600.0
+QUIET_S = 2.0              # after so long without a line, one says that it goes on
+
+
+class DemoFailed(Exception):
+    """The demo could not be carried through."""
+
+
+class Screen:
+    """Prints, and says that something is still going on when nothing was printed for a while."""
+
+    def __init__(self) -> None:
+        self._colours = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+        self._lock = threading.RLock()
+        self._started = self._printed = time.monotonic()
+        self._line_open = False
+        self._asides: list[str] = []    # what others said while a line was open
+        self._what = ''
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    def step(self, text: str) -> None:
+        """Begin a part of the demo."""
+        self._what, self._started = text, time.monotonic()
+        self.line(f'\n== {text}', '1;36')
+
+    def line(self, text: str, colour: str = '') -> None:
+        """Print a line."""
+        with self._lock:
+            self.piece(('\n' if self._line_open else '') + self._coloured(text, colour) + '\n')
+            self._line_open = False
+            while self._asides:
+                self.piece(self._coloured(self._asides.pop(0), '2') + '\n')
+            self._line_open = False
+
+    def aside(self, text: str) -> None:
+        """Print a line that belongs to something else, as soon as no other is open."""
+        with self._lock:
+            if self._line_open:
+                self._asides.append(text)
+            else:
+                self.line(text, '2')
+
+    def piece(self, text: str, colour: str = '') -> None:
+        """Print a part of a line."""
+        with self._lock:
+            print(self._coloured(text, colour), end='', flush=True)
+            self._line_open, self._printed = True, time.monotonic()
+
+    def _coloured(self, text: str, colour: str) -> str:
+        return f'\033[{colour}m{text}\033[0m' if colour and self._colours else text
+
+    def _tick(self) -> None:
+        while True:
+            time.sleep(0.2)
+            with self._lock:
+                if time.monotonic() - self._printed > QUIET_S:
+                    self.line(f'   ... {time.monotonic() - self._started:.0f} s', '2')
+
+
+class Demo:
+    """What the demo does, step by step."""
+
+    def __init__(self, screen: Screen, node: subprocess.Popen[str], client: MaceClient) -> None:
+        self._screen, self._node, self._client = screen, node, client
+
+    def run(self) -> list[str]:
+        """Run it; return what went wrong."""
+        started = time.monotonic()
+        version = self._wait(lambda: self._client.wait_until_ready(1.0), START_TIMEOUT_S)
+        self._screen.line(
+            f'   ready after {time.monotonic() - started:.1f} s, adapter version '
+            f'{version.version}')
+
+        self._screen.step('Three queries')
+        wrong, *_ = [self._ask(question) for question in QUERIES]
+        self._screen.step('Two probes, which nothing learns from')
+        before = [self._ask(question, no_learn=True) for question in PROBES]
+
+        self._screen.step(f'Correct the answer to "{QUERIES[0]}": {CORRECTED}')
+        learning = self._client.correct(CORRECTED, query_id=wrong.query_id)
+        learned = self._follow(learning)
+        if learned.state != CorrectionStatus.LEARNED:
+            raise DemoFailed(f'the correction is {STATES[learned.state]}: {learned.reason}')
+        new = self._wait(
+            lambda: self._client.wait_for_version(learned.adapter_version, timeout_s=1.0),
+            ANSWER_TIMEOUT_S)
+        self._show(new)
+
+        self._screen.step('The same question again')
+        right = self._ask(QUERIES[0])
+        self._screen.step('The probes again')
+        after = [self._ask(question, no_learn=True) for question in PROBES]
+        return list(problems(version, right, before, after))
+
+    def _ask(self, question: str, *, no_learn: bool = False) -> Response:
+        screen = self._screen
+        screen.piece(f'   {question} ', '1')
+        answer = self._client.ask(question, max_tokens=MAX_TOKENS, no_learn=no_learn)
+        for text in answer.stream(ANSWER_TIMEOUT_S):
+            screen.piece(text.replace('\n', ' '), '32')
+        response = answer.result()
+        if response.finish_reason not in (Response.STOP, Response.LENGTH):
+            raise DemoFailed(f'no answer to "{question}": {response.error}')
+        screen.line(
+            f'      first token after {response.ttft_ms:.0f} ms, {response.output_tokens} tokens '
+            f'at {response.tpot_ms:.0f} ms each, adapter version {response.adapter_version}', '2')
+        return response
+
+    def _follow(self, learning: CorrectionHandle) -> CorrectionStatus:
+        """Print each state that the correction comes to; return the final one."""
+        start, printed = time.monotonic(), 0
+        while not printed or not learning.is_final() or printed < len(learning.statuses):
+            self._wait(partial(learning.wait_for_more, printed, 1.0), LEARN_TIMEOUT_S)
+            for status in learning.statuses[printed:]:
+                self._screen.line(
+                    f'   {STATES[status.state]} after {time.monotonic() - start:.1f} s '
+                    f'{status.reason}'.rstrip())
+                printed += 1
+        return learning.statuses[-1]
+
+    def _show(self, version: AdapterVersion) -> None:
+        self._screen.step(f'Adapter version {version.version} was published')
+        self._screen.line(
+            f'   parent {version.parent}; mean log-probability of the corrected tokens '
+            f'{version.score_before:.2f} -> {version.score_after:.2f}; {version.train_tokens} '
+            f'tokens in {version.train_seconds:.1f} s\n   {version.path}')
+
+    def _wait(self, attempt: Callable[[], T], timeout_s: float) -> T:
+        """Try again and again, as long as the node lives."""
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                return attempt()
+            except (TimeoutError, ConnectionError) as error:
+                if self._node.poll() is not None:
+                    raise DemoFailed(
+                        f'the node ended with exit code {self._node.returncode}') from error
+                if time.monotonic() > end:
+                    raise DemoFailed(str(error)) from error
+
+
+def problems(first: AdapterVersion, right: Response, before: list[Response],
+             after: list[Response]) -> Iterator[str]:
+    """Yield what is not as it should be."""
+    if CORRECTED not in right.text:
+        yield f'the corrected answer is "{right.text}", without "{CORRECTED}"'
+    if right.adapter_version <= first.version:
+        yield f'the adapter version did not rise: {first.version} -> {right.adapter_version}'
+    for question, old, new in zip(PROBES, before, after, strict=True):
+        if old.text != new.text:
+            yield f'the answer to "{question}" changed from "{old.text}" to "{new.text}"'
+
+
+@contextmanager
+def running_node(screen: Screen, folder: Path, model: str) -> Iterator[subprocess.Popen[str]]:
+    """Start the node in a process of its own, with its lines on the screen; end it in the end."""
+    parameters = {'storage.folder': folder, **({'model.source': model} if model else {})}
+    node = subprocess.Popen(
+        [sys.executable, '-m', 'mace_ros.ros.node', '--ros-args',
+         *(word for name, value in parameters.items() for word in ('-p', f'{name}:={value}'))],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def relay() -> None:
+        assert node.stdout is not None
+        for line in node.stdout:
+            screen.aside(f'   node | {line.rstrip()}')
+
+    relaying = threading.Thread(target=relay)
+    relaying.start()
+    try:
+        yield node
+    finally:
+        node.send_signal(signal.SIGINT)
+        try:
+            node.wait(15.0)
+        except subprocess.TimeoutExpired:
+            node.kill()
+        relaying.join()
+
+
+def main() -> int:
+    """Run the demo; return the exit code."""
+    parser = argparse.ArgumentParser(prog='python -m mace_ros.cli.demo', description=__doc__)
+    parser.add_argument('--model', default='', help='hub id, local folder or GGUF file; the '
+                        'default is SmolLM2-135M-Instruct')
+    parser.add_argument('--keep', action='store_true',
+                        help='keep the folder with journal and adapter versions')
+    arguments = parser.parse_args()
+
+    folder = Path(tempfile.mkdtemp(prefix='mace_demo_'))
+    os.environ.update(
+        # Nobody else hears it, and it hears nobody else.
+        ROS_AUTOMATIC_DISCOVERY_RANGE='LOCALHOST', ROS_DOMAIN_ID=str(random.randint(1, 101)),
+        ROS_LOG_DIR=str(folder / 'log'), RCUTILS_CONSOLE_OUTPUT_FORMAT='[{severity}] {message}')
+    screen = Screen()
+    screen.step(f'Start the node; it keeps what it learns in {folder}')
+    try:
+        with running_node(screen, folder, arguments.model) as node, MaceClient() as client:
+            failures = Demo(screen, node, client).run()
+        if node.returncode:
+            failures.append(f'the node ended with exit code {node.returncode}')
+    except (DemoFailed, TimeoutError, ConnectionError) as error:
+        failures = [str(error)]
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if failures:
+        screen.line('\n'.join(['\nDemo failed:', *failures]), '1;31')
+        return 1
+    screen.line('\nDemo passed: the correction is learned, and the rest stayed as it was.', '1;32')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,197 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Adapter versions on disk, each a folder that ``PeftModel.from_pretrained`` loads.
+
+A version is visible as a whole or not at all, also after a power failure: it is written
+and fsynced under another name beside its place, renamed, and the rename is fsynced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import hashlib
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+from typing import TYPE_CHECKING
+import unicodedata
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+import torch
+
+from mace_ros.store.journal_file import make_folder, sync_folder
+from mace_ros.store.layout import CONFIG, MODEL, model_note, WEIGHTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TEMPORARY = '.tmp-'
+
+
+class OtherModel(ValueError):
+    """The storage folder was learned by another base model; the message says what to do."""
+
+
+class CorruptVersion(RuntimeError):
+    """A saved version is missing or not what was saved; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """Where a version lies, relative to the store's folder, and its weights' checksum."""
+
+    path: str
+    sha256: str
+
+
+class AdapterStore:
+    """
+    The adapter versions below ``folder/adapters``, one folder per profile.
+
+    Opening the store removes what a crash left half-written, so only the process that
+    writes versions may open it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open the store in the storage folder, which need not exist yet."""
+        self._folder = Path(folder).absolute()
+        self._adapters = self._folder / 'adapters'
+        for leftover in self._adapters.glob(f'*/{_TEMPORARY}*'):
+            shutil.rmtree(leftover)
+
+    def save(
+        self, profile: str, version: int, tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, object],
+    ) -> SavedAdapter:
+        """
+        Save a version; it is on disk when this returns.
+
+        ``tensors`` have PEFT's names (``base_model.model...lora_A.weight``), any device,
+        and must not change meanwhile; ``config`` is PEFT's ``adapter_config.json``.
+        Raises ``FileExistsError`` if there is such a version, and ``OSError`` if the disk
+        fails; try again under a new version number, for this one may be on the disk or not.
+        """
+        target = self._adapters / profile_folder(profile) / f'v{version:06d}'
+        if version < 1:
+            raise ValueError(f'version {version}: 1 is the first after the base model')
+        if target.exists():
+            raise FileExistsError(f'{target} exists; move it away, or save under a new version')
+        weights = save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            # PEFT and transformers refuse weights that do not name their format.
+            metadata={'format': 'pt'})
+        text = json.dumps(dict(config), indent=2, sort_keys=True)
+        temporary = target.with_name(_TEMPORARY + target.name)
+        make_folder(target.parent)
+        try:
+            temporary.mkdir()
+            _write(temporary / WEIGHTS, weights)
+            _write(temporary / CONFIG, text.encode())
+            sync_folder(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(target.parent)
+        return SavedAdapter(
+            target.relative_to(self._folder).as_posix(), hashlib.sha256(weights).hexdigest())
+
+    def load(self, path: str, sha256: str) -> dict[str, torch.Tensor]:
+        """
+        Return the tensors of a saved version, in CPU memory.
+
+        Raises :class:`CorruptVersion` if they are missing or differ from what was saved.
+        """
+        weights = self._read(path, WEIGHTS)
+        if hashlib.sha256(weights).hexdigest() != sha256:
+            raise self._corrupt(path, WEIGHTS, 'its SHA-256 is not the one in the journal')
+        try:
+            return load(weights)
+        except SafetensorError as error:
+            raise self._corrupt(path, WEIGHTS, str(error)) from error
+
+    def config(self, path: str) -> dict[str, object]:
+        """Return the PEFT configuration of a saved version, or raise CorruptVersion."""
+        try:
+            config = json.loads(self._read(path, CONFIG))
+        except ValueError as error:
+            raise self._corrupt(path, CONFIG, str(error)) from error
+        if not isinstance(config, dict):
+            raise self._corrupt(path, CONFIG, 'it holds no JSON object')
+        return config
+
+    def absolute(self, path: str) -> Path:
+        """Return the folder of a saved version, as others may load it."""
+        return self._folder / path
+
+    def remove(self, path: str) -> None:
+        """Delete a saved version; one that is gone already is none to delete."""
+        folder = self.absolute(path)
+        # Renamed first: a version that is half deleted must not look like one.
+        doomed = folder.with_name(_TEMPORARY + folder.name)
+        if folder.exists():
+            os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        if folder.parent.exists():
+            sync_folder(folder.parent)
+
+    def _read(self, path: str, name: str) -> bytes:
+        try:
+            return (self._folder / path / name).read_bytes()
+        except OSError as error:
+            raise self._corrupt(path, name, error.strerror or str(error)) from error
+
+    def _corrupt(self, path: str, name: str, why: str) -> CorruptVersion:
+        return CorruptVersion(
+            f'{self.absolute(path) / name}: {why}; put back a backup of that folder, or publish '
+            'an earlier version')
+
+
+def check_same_model(folder: Path, model: PreTrainedModel) -> None:
+    """
+    Raise :class:`OtherModel` unless the storage folder is this base model's, or new.
+
+    Token ids in the journal, and adapters, mean nothing to another model.
+    """
+    config = model.config.get_text_config()
+    name = model_note(config.model_type, layers=config.num_hidden_layers,
+                      width=config.hidden_size, vocabulary=config.vocab_size)
+    note = folder / MODEL
+    known = note.read_text().strip() if note.exists() else ''
+    if not known:
+        make_folder(folder)
+        temporary = folder / f'{_TEMPORARY}{MODEL}'
+        _write(temporary, f'{name}\n'.encode())
+        os.replace(temporary, note)
+        sync_folder(folder)
+    elif known != name:
+        raise OtherModel(
+            f'{folder} holds what another model learned ({known}; this one is {name}); set '
+            'storage.folder to another folder, or model.source back')
+
+
+def profile_folder(profile: str) -> str:
+    """
+    Return the folder name of a profile: readable, and different for different profiles.
+
+    ASCII letters, digits and ``-`` only, so that it is the same on every file system; the
+    digest tells apart what looks alike then, also where case does not count.
+    """
+    if not profile:
+        return '_robot'
+    plain = unicodedata.normalize('NFKD', profile).encode('ascii', 'ignore').decode().lower()
+    readable = re.sub(r'[^a-z0-9]+', '-', plain).strip('-')[:40].rstrip('-') or 'profile'
+    digest = hashlib.sha256(profile.encode('utf-8', 'surrogatepass')).hexdigest()
+    return f'{readable}-{digest[:16]}'
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open('wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
