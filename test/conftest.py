@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 import signal
 
-from graph import use_another_domain
 import pytest
-from robot import RANDOM_MODEL, Robot
+from support.graph import use_another_domain
+from support.robot import RANDOM_MODEL, Robot
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 

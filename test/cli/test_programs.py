@@ -1,0 +1,226 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a person types: ask, correct, monitor and voice, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import io
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import threading
+import wave
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from mace_ros.msg import Latency, Response, Scheduler
+import pytest
+from rich.console import Console
+from support.graph import ENVIRONMENT
+from support.robot import RANDOM_MODEL
+from support.ros_graph import NodeProcess, ROOT
+
+from mace_ros.cli.common import seconds
+from mace_ros.cli.dashboard import Dashboard
+from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
+from mace_ros.cli.voice import CORRECTION
+from mace_ros.ros.client import MaceClient
+
+START_S = 100.0
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope='module')
+def client(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[MaceClient]:
+    """Return a client of a node whose tiny model learns anything in a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        node = NodeProcess(tmp_path_factory.mktemp('typed'), **{
+            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
+            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
+        node.start()
+        try:
+            with MaceClient() as made:
+                made.wait_until_ready(START_S)
+                yield made
+        finally:
+            node.kill()
+
+
+def program(name: str, *arguments: str, said: str = '') -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, '-m', f'mace_ros.cli.{name}', *arguments], cwd=ROOT,
+        input=said, capture_output=True, text=True, timeout=100)
+
+
+def test_ctrl_c_cancels_the_answer(client: MaceClient) -> None:
+    ended: list[Latency] = []
+    subscription = client.node.create_subscription(Latency, '/mace/latency', ended.append, 100)
+    # First of all tests: what others teach the tiny model may let it end by itself.
+    asking = subprocess.Popen(
+        [sys.executable, '-m', 'mace_ros.cli.ask', 'Sing.', '--id', 'song',
+         '--max-tokens', '4000'],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asking.stdout is not None
+    assert asking.stdout.read(1)      # it has begun
+    asking.send_signal(signal.SIGINT)
+    _, errors = asking.communicate(timeout=60)
+
+    assert (asking.returncode, errors) == (130, b'')
+    # The program ends when it has heard that the node has.
+    assert program('ask', 'Hi', '--id', 'after', '--max-tokens', '1').returncode == 0
+    client.node.destroy_subscription(subscription)
+    reasons = {message.query_id: message.finish_reason for message in ended}
+    assert reasons['song'] == Response.CANCELLED
+
+
+def test_ask_correct_and_ask_again(client: MaceClient) -> None:
+    asked = program('ask', 'What is your colour?', '--id', 'colour', '--max-tokens', '3',
+                    '--no-learn')
+    assert asked.returncode == 0, asked.stderr
+    assert 'query colour: adapter version' in asked.stderr
+
+    corrected = program('correct', 'Orange.', '--id', 'colour')
+    assert corrected.returncode == 0, corrected.stderr
+    assert corrected.stdout.split()[:3] == ['ACCEPTED', 'TRAINING', 'LEARNED'], corrected
+    version = int(corrected.stdout.split()[-1])
+    assert client.wait_for_version(version, timeout_s=10.0).version == version
+
+    again = program('ask', 'What is your colour?', '--max-tokens', '8', '--node', 'mace')
+    assert again.stdout == 'Orange.\n'
+
+
+def test_a_correction_need_not_be_waited_for(client: MaceClient) -> None:
+    about = ('--prompt', 'Left or right?', '--no-wait')
+    corrected = program('correct', 'Left.', *about, '--weight', '2', '--source', 'a driver')
+    equal = program('correct', 'Left.', *about, '--rejected', 'Left.')
+    heavy = program('correct', 'Left.', *about, '--weight', '1e40')
+
+    assert (corrected.returncode, corrected.stdout) == (0, 'ACCEPTED\n')
+    assert (equal.returncode, 'equal to the rejected' in equal.stdout) == (1, True)
+    assert (heavy.returncode, "invalid weight value: '1e40'" in heavy.stderr) == (2, True)
+
+
+def test_what_is_refused_has_a_reason_and_exit_code_1(client: MaceClient) -> None:
+    asked = program('ask', '')
+    assert (asked.returncode, asked.stdout.strip()) == (1, '')
+    assert 'text: empty' in asked.stderr
+
+    corrected = program('correct', 'Yes.', '--id', 'never asked')
+    assert corrected.returncode == 1
+    assert corrected.stdout.startswith('REJECTED query_id: no answer to')
+
+
+@pytest.mark.parametrize(('node', 'code', 'message'), [
+    ('/nobody', 1, '/nobody: the node is not ready after 1.0 s'), ('/a b', 2, 'a b')])
+def test_a_wrong_node_is_named(client: MaceClient, node: str, code: int, message: str) -> None:
+    asked = program('ask', 'Hi', '--node', node, '--timeout', '1')
+
+    assert (asked.returncode, asked.stdout) == (code, '')
+    assert message in asked.stderr
+    assert 'Traceback' not in asked.stderr
+
+
+@pytest.mark.parametrize(('text', 'waits'), [('2.5', 2.5), ('inf', threading.TIMEOUT_MAX)])
+def test_a_timeout_is_what_python_can_wait(text: str, waits: float) -> None:
+    assert seconds(text) == waits
+
+
+@pytest.mark.parametrize('text', ['nan', '-1', 'soon'])
+def test_a_timeout_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        seconds(text)
+
+
+def test_monitor_prints_lines_where_there_is_no_terminal(client: MaceClient) -> None:
+    watched = program('monitor', '--count', '2')
+    heading, *lines = watched.stdout.splitlines()
+
+    assert watched.returncode == 0, watched.stderr
+    assert [len(line.split()) for line in lines] == [len(heading.split())] * 2
+    assert lines[-1].split()[-1] == str(client.version().version)
+
+
+def test_voice_answers_and_learns_while_it_talks(client: MaceClient) -> None:
+    talked = program('voice', '--conversation', '', '--max-tokens', '6',
+                     said='Who are you?\nNo, Rover.\nAnd where?\n')
+    answers = talked.stdout.splitlines()
+    assert talked.returncode == 0, talked.stderr
+    assert '["Rover." is ACCEPTED]' in talked.stderr
+    assert '["Rover." is LEARNED' in talked.stderr.splitlines()[-1]
+    assert len(answers) >= 2
+
+    assert program('voice', '--conversation', '', said='Who are you?\n').stdout == 'Rover.\n'
+
+
+def test_voice_says_which_recognisers_there_are(client: MaceClient, tmp_path: Path) -> None:
+    heard = program('voice', '--wav', str(tmp_path / 'nothing.wav'))
+
+    assert heard.returncode == 1
+    assert 'pip install' in heard.stderr or 'nothing.wav' in heard.stderr
+    assert 'Traceback' not in heard.stderr
+
+
+@pytest.mark.parametrize(('said', 'right'), [
+    ('No, my name is Rover.', 'my name is Rover.'), ('no: 42', '42'),
+    ('no the answer is paris', 'paris'), ('No one knows.', None), ('Nothing', None), ('No,', None)])
+def test_no_followed_by_the_right_answer_is_a_correction(said: str, right: str | None) -> None:
+    found = CORRECTION.fullmatch(said)
+
+    assert (found and found['right']) == right
+
+
+def test_without_a_recogniser_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ('faster_whisper', 'pocketsphinx'):
+        monkeypatch.setitem(sys.modules, module, None)
+
+    for name in ('auto', *RECOGNISERS):
+        with pytest.raises(SpeechError, match='pip install faster-whisper'):
+            listener(name)
+
+
+def test_pocketsphinx_takes_16_bits_mono_alone(tmp_path: Path) -> None:
+    pytest.importorskip('pocketsphinx')
+    listen = listener('pocketsphinx')
+    for channels, file in ((1, tmp_path / 'mono.wav'), (2, tmp_path / 'stereo.wav')):
+        with wave.open(str(file), 'wb') as sound:
+            sound.setparams((channels, 2, 16000, 0, 'NONE', ''))
+            sound.writeframes(bytes(16000 * channels))
+
+    assert isinstance(listen(tmp_path / 'mono.wav'), str)
+    with pytest.raises(SpeechError, match='not 16 bits mono'):
+        listen(tmp_path / 'stereo.wav')
+    with pytest.raises(SpeechError, match='RIFF'):
+        listen(Path(__file__))
+
+
+def test_the_page_shows_what_was_heard_of_its_node_alone() -> None:
+    now = 0.0
+    page = Dashboard('/robot1/mace', clock=lambda: now)
+    assert 'waiting for it' in shown(page)
+    page.hear(Scheduler(live_version=7, serving_share=0.25, learning_share=0.5, busy_share=0.75,
+                        slo_attainment=float('nan'), corrections_waiting=2, freshness_s=9.0,
+                        drift=Scheduler.DRIFT_DRIFTING, drift_level=0.375, finetune_budget=0.625))
+    page.hear(Latency(query_id='q1', finish_reason=Response.CANCELLED, ttft_ms=123.0))
+    page.hear(DiagnosticArray(status=[
+        DiagnosticStatus(level=DiagnosticStatus.WARN, name='robot1/mace: device', message='hot'),
+        DiagnosticStatus(level=DiagnosticStatus.OK, name='robot2/mace: device', message='cool')]))
+
+    text = shown(page)
+    for part in ('adapter version 7', '25%', '50%', 'WARN', 'hot', 'q1', 'CANCELLED', '123',
+                 '2 corrections wait', 'drifts', '38%', '62%'):
+        assert part in text
+    assert 'cool' not in text
+    assert 'nothing is heard' not in text
+    now = 60.0
+    assert 'nothing is heard of it' in shown(page)
+
+
+def shown(page: Dashboard) -> str:
+    """Return the page as text."""
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(page.page())
+    return console.export_text()

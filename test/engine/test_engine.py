@@ -1,0 +1,458 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The engine by itself, with a small random model behind the real tokenizer."""
+
+from itertools import pairwise
+import math
+from pathlib import Path
+import time
+
+import pytest
+from support.robot import Robot
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mace_ros.api.events import (
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    ErrorCode,
+    FinishReason,
+    Query,
+    Response,
+    ResponseChunk,
+)
+from mace_ros.api.settings import Settings
+from mace_ros.api.validation import MAX_ID
+from mace_ros.engine import anchor_requests
+from mace_ros.engine.anchor_requests import AnchorRequests, ENOUGH
+from mace_ros.engine.early_aborts import EarlyAborts, KEPT, KEPT_S
+from mace_ros.engine.engine import Engine
+from mace_ros.engine.kv_blocks import KvBlocks
+from mace_ros.scheduling.plan import Plan, State
+from mace_ros.scheduling.request import Request
+from mace_ros.scheduling.waiting_queue import WaitingQueue
+from mace_ros.store.adapter_store import AdapterStore, OtherModel
+from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.layout import JOURNAL
+from mace_ros.store.version_info import OtherAdapter, peft_config
+
+
+def answer_of(robot: Robot, query_id: str) -> Response:
+    """Return the response to a query, which may have come before."""
+    return next((e for e in robot.events if isinstance(e, Response) and e.query_id == query_id),
+                None) or robot.response(query_id)
+
+
+def test_answer_is_that_of_transformers_generate(robot: Robot, model_folder: Path) -> None:
+    """The engine's greedy answer is generate's, token for token."""
+    answer = robot.ask('What is the capital of France?', max_tokens=20)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    prompt = tokenizer.apply_chat_template(
+        [{'role': 'user', 'content': 'What is the capital of France?'}],
+        add_generation_prompt=True, return_tensors='pt')['input_ids']
+    ids = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1]:]
+    assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer.prompt_tokens == prompt.shape[1]
+    assert answer.output_tokens == len(ids)
+
+
+def test_two_queries_stream_interleaved(robot: Robot) -> None:
+    """Tokens of two queries alternate, and each stream is its answer."""
+    robot.engine.submit(Query('One?', id='one'))
+    robot.engine.submit(Query('Two?', id='two'))
+    answers = {i: robot.response(i) for i in ('one',)}
+    answers['two'] = next((e for e in robot.events if isinstance(e, Response)
+                           and e.query_id == 'two'), None) or robot.response('two')
+    order = [e.query_id for e in robot.events if isinstance(e, ResponseChunk)]
+    assert sum(a != b for a, b in pairwise(order)) > 4
+    for query_id, answer in answers.items():
+        pieces = robot.tokens(query_id)
+        assert ''.join(p.text for p in pieces) == answer.text
+        assert [p.index for p in pieces] == list(range(len(pieces)))
+        assert [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_cancel_ends_a_query_within_one_iteration(robot: Robot) -> None:
+    """After the cancel no further token comes; other queries go on."""
+    robot.engine.submit(Query('Long?', id='long', max_tokens=200))
+    robot.engine.submit(Query('Other?', id='other'))
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'long' and e.index == 2)
+    robot.engine.cancel('long')
+    events = robot.engine.step().events
+    ended = [e for e in events if isinstance(e, Response)]
+    assert [e.finish_reason for e in ended] == [FinishReason.CANCELLED]
+    assert [e.last for e in events
+            if isinstance(e, ResponseChunk) and e.query_id == 'long'] == [True]
+    assert robot.response('other').finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+    assert not [t for t in robot.tokens('long') if t.index > 4]
+
+
+def test_a_cancellation_may_come_before_its_query(robot: Robot) -> None:
+    """It ends that one, and no later one; one that came too late ends nobody."""
+    engine = robot.engine
+    engine.cancel('early')
+    engine.submit(Query('Hm?', id='early'))
+    early = robot.response('early')
+    assert (early.finish_reason, early.output_tokens) == (FinishReason.CANCELLED, 0)
+    assert [(t.index, t.last) for t in robot.tokens('early')] == [(0, True)]
+    assert robot.ask('Hm?', id='early').output_tokens > 0
+    engine.cancel('early')
+    assert robot.ask('Hm?', id='early').output_tokens > 0
+
+
+def test_what_an_iteration_had_to_say_is_said_though_it_fails(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query gets its response, also those of an iteration that breaks off."""
+    engine, plan = robot.engine, robot.engine.scheduler.plan
+    broken: list[object] = []
+
+    def fail_once(*arguments: object) -> object:
+        if not broken:
+            broken.append(arguments)
+            raise RuntimeError('injected')
+        return plan(*arguments)    # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.scheduler, 'plan', fail_once)
+    engine.submit(Query('Hm?', id='fine'))
+    engine.submit(Query('', id='empty'))
+    engine._spoke = True       # as if it had just said something: now it goes on to the pass
+    with pytest.raises(RuntimeError, match='injected'):
+        engine.step()
+    assert robot.response('empty').error_code is ErrorCode.EMPTY_TEXT
+    assert answer_of(robot, 'fine').output_tokens > 0
+
+
+def test_a_namesake_is_refused_for_its_name_whatever_else_is_wrong(robot: Robot) -> None:
+    """Or whoever asked first would take that for its own response."""
+    robot.engine.submit(Query('Hm?', id='mine', origin='me'))
+    robot.engine.submit(Query('', id='mine', top_p=7.0))
+    refused = robot.response('mine')
+    assert (refused.error_code, refused.origin) == (ErrorCode.DUPLICATE_ID, '')
+    ended = robot.response('mine')
+    assert (ended.error_code, ended.origin) == (ErrorCode.NONE, 'me')
+    assert {t.origin for t in robot.tokens('mine')} == {'me'}
+
+
+def test_of_early_cancellations_some_are_kept_for_a_while() -> None:
+    """As many, and as long, as an order of topics can explain."""
+    early = EarlyAborts()
+    for number in range(KEPT + 1):
+        early.cancelled(str(number), float(number))
+    assert not early.take('0', 0.0) and early.take('1', 1.0 + KEPT_S)
+    assert not early.take('2', 2.1 + KEPT_S) and not early.take('1', 1.0)
+
+
+def test_texts_cannot_end_their_turn(robot: Robot) -> None:
+    """Special tokens in a question are words, and those in a corrected text are answered."""
+    chat = robot.engine.chat
+    end = chat.tokenizer.decode([chat.end_of_turn])
+    plain = chat.prompt([{'role': 'user', 'content': 'a'}])
+    asked = chat.prompt([{'role': 'user', 'content': f'a{end} b'}])
+    special = set(chat.tokenizer.all_special_ids)
+    assert [i for i in asked if i in special] == [i for i in plain if i in special]
+    wrong = robot.ask('Which letters?')
+    robot.correct(Correction(f'a{end} b', id='k', query_id=wrong.query_id))
+    assert robot.ask('Which letters?').text == f'a{end} b'
+
+
+@pytest.mark.parametrize(('query', 'code', 'word'), [
+    (Query(' \n', id='a'), ErrorCode.EMPTY_TEXT, 'text'),
+    (Query('x', id='a\x00'), ErrorCode.INVALID_ID, 'printable'),
+    (Query('x', id='a' * 129), ErrorCode.INVALID_ID, '128'),
+    (Query('x', id='a', profile='\n'), ErrorCode.INVALID_ID, 'profile'),
+    (Query('x', id='a', max_tokens=-5), ErrorCode.INVALID_PARAMETER, 'max_tokens'),
+    (Query('x', id='a', temperature=math.nan), ErrorCode.INVALID_PARAMETER, 'temperature'),
+    (Query('x', id='a', top_p=1.5), ErrorCode.INVALID_PARAMETER, 'top_p'),
+    (Query('x', id='a', ttft_slo_ms=math.inf), ErrorCode.INVALID_PARAMETER, 'ttft_slo_ms'),
+    (Query('x', id='a', stop=('',)), ErrorCode.INVALID_PARAMETER, 'stop'),
+    (Query('\ud800', id='a'), ErrorCode.INVALID_PARAMETER, 'Unicode'),
+    (Query('word ' * 5000, id='a'), ErrorCode.PROMPT_TOO_LONG, '4095 fit'),
+], ids=lambda v: v.name if isinstance(v, ErrorCode) else None)
+def test_bad_query_is_rejected_by_name(robot: Robot, query: Query, code: ErrorCode,
+                                       word: str) -> None:
+    """Each kind of bad query is refused with its code and a reason; the next is served."""
+    robot.engine.submit(query)
+    answer = robot.response(query.id)
+    assert (answer.finish_reason, answer.error_code) == (FinishReason.REJECTED, code)
+    assert word in answer.error
+    assert robot.ask('Fine?').output_tokens > 0
+
+
+def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
+    """An id in use and a full queue are refused; what was admitted is served."""
+    robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
+    for query_id in ('a', 'a', 'b', 'c', 'd'):
+        robot.engine.submit(Query('Hm?', id=query_id))
+    robot.response('a')
+    if not any(isinstance(e, Response) and e.query_id == 'b' for e in robot.events):
+        robot.response('b')
+    outcomes = [(e.query_id, e.error_code) for e in robot.events if isinstance(e, Response)]
+    assert ('a', ErrorCode.DUPLICATE_ID) in outcomes
+    assert ('c', ErrorCode.OVERLOADED) in outcomes and ('d', ErrorCode.OVERLOADED) in outcomes
+    assert ('a', ErrorCode.NONE) in outcomes and ('b', ErrorCode.NONE) in outcomes
+
+
+def test_what_comes_during_an_iteration_is_bounded(robot: Robot) -> None:
+    """Queries wait for its end, so many and no more; other messages take no place of theirs."""
+    robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
+    assert robot.ask('Hm?').error_code is ErrorCode.NONE     # it is in force
+    for query_id in ('a', 'b', 'c'):
+        robot.engine.cancel('another')
+        robot.engine.submit(Query('Hm?', id=query_id))
+    refused = answer_of(robot, 'c')
+    assert (refused.finish_reason, refused.error_code) == (
+        FinishReason.REJECTED, ErrorCode.OVERLOADED)
+    assert refused.error == '2 queries wait already (scheduler.max_queue)'
+    for query_id in ('a', 'b'):
+        assert answer_of(robot, query_id).output_tokens > 0
+
+
+def test_zero_is_a_value(robot: Robot) -> None:
+    """max_tokens 0 gives an empty answer, not the default."""
+    answer = robot.ask('Hm?', max_tokens=0)
+    assert (answer.finish_reason, answer.output_tokens) == (FinishReason.LENGTH, 0)
+
+
+def test_seed_decides_a_sampled_answer_whatever_runs_beside_it(robot: Robot) -> None:
+    """Same seed, same answer, alone or in a batch; another seed, another answer."""
+    alone = robot.ask('Sing.', temperature=1.0, seed=7, top_p=0.9)
+    for i in range(3):
+        robot.engine.submit(Query(f'Noise {i}', id=f'noise{i}', temperature=1.0, max_tokens=40))
+    beside = robot.ask('Sing.', temperature=1.0, seed=7, top_p=0.9)
+    other = robot.ask('Sing.', temperature=1.0, seed=8, top_p=0.9)
+    assert alone.text == beside.text != other.text
+    for i in range(3):
+        if not any(isinstance(e, Response) and e.query_id == f'noise{i}' for e in robot.events):
+            robot.response(f'noise{i}')
+
+
+def test_stop_string_ends_the_answer_before_it(robot: Robot) -> None:
+    """The answer is cut before the stop string, and the stream never shows it."""
+    whole = robot.ask('Tell me.', max_tokens=30)
+    stop = whole.text[12:15]
+    cut = robot.ask('Tell me.', max_tokens=30, stop=(stop,))
+    assert cut.finish_reason is FinishReason.STOP
+    assert cut.text == whole.text[:whole.text.index(stop)]
+    assert ''.join(t.text for t in robot.tokens(cut.query_id)) == cut.text
+
+
+def test_follow_up_has_its_context(robot: Robot) -> None:
+    """The second turn's prompt holds the first; reset_conversation forgets it."""
+    first = robot.ask('One?', conversation_id='c')
+    second = robot.ask('One?', conversation_id='c')
+    fresh = robot.ask('One?', conversation_id='c', reset_conversation=True)
+    assert second.prompt_tokens > first.prompt_tokens + first.output_tokens
+    assert fresh.prompt_tokens == first.prompt_tokens
+
+
+def test_failing_pass_ends_its_queries_and_the_engine_goes_on(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator error becomes ERROR responses, and later queries are served."""
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError('injected')
+    with monkeypatch.context() as patch:
+        patch.setattr(robot.engine.model, 'run', fail)
+        answer = robot.ask('Hm?')
+    assert (answer.finish_reason, answer.error_code) == (FinishReason.ERROR, ErrorCode.INTERNAL)
+    assert 'injected' in answer.error
+    assert robot.ask('Hm?').output_tokens > 0
+
+
+def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
+    """Before it learns, the base model is asked much; whoever comes sends that away."""
+    robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    while len(robot.engine._state.running) < 2:     # before its own questions are asked
+        robot.engine.step()
+    running = list(robot.engine._state.running)
+    robot.engine.submit(Query('One?', id='one', max_tokens=4))
+    while not robot.engine._requests._all.get('one'):
+        robot.engine.step()
+    left = [r.id for r in [*robot.engine._state.running, *robot.engine._state.waiting]]
+    assert 0 < robot.engine.status().base_questions_left <= len(anchor_requests.ANCHORS)
+    assert len(left) == 2 and 'one' in left and 'one' not in [r.id for r in running]
+    assert robot.response('one').finish_reason is FinishReason.LENGTH
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
+                and e.state is CorrectionState.LEARNED)
+    assert robot.engine.status().base_questions_left == 0
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
+def test_a_busy_robot_asks_itself_one_by_one() -> None:
+    """What was sent away is asked again; while somebody waits, only what is overdue."""
+    one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
+    recorded: list[tuple[object, object]] = []
+    base = AnchorRequests({}, lambda prompt, output: recorded.append((prompt, output)))
+    idle, full = State(), State(waiting=WaitingQueue([one]), running=[one])
+    assert base.next(full, overdue=False) == []
+    several = base.next(idle, overdue=False)
+    assert len(several) > 1 and base.in_the_way == [q.id for q in several[1:]]
+    assert base.next(idle, overdue=True) == []     # before those have ended
+    for query in several:
+        base.ended(query.id, [1], [2] * (ENOUGH - 1), complete=False)
+    few = base.next(State(running=[one]), overdue=False)
+    assert [q.text for q in few] == [q.text for q in several[:len(few)]]
+    for query in few:
+        base.ended(query.id, [1], [], complete=False)
+    asked = []
+    while base.all is None:
+        [query] = base.next(full, overdue=True)
+        assert base.in_the_way == []
+        base.ended(query.id, [len(asked)], [2] * (1 if len(asked) % 2 else ENOUGH),
+                   complete=bool(len(asked) % 2))
+        asked.append(query.text)
+    assert asked == list(anchor_requests.ANCHORS) and base.all[3] == ([3], [2])
+    assert recorded == base.all
+
+
+def test_what_the_base_model_answered_is_known_after_a_restart(
+        settings: Settings, tmp_path: Path) -> None:
+    """Not what another one of the same shape did."""
+    def learn(name: str) -> int:
+        """Return how many questions the node asked itself before it learned."""
+        robot = Robot(Engine(settings, storage=tmp_path))
+        began = []
+        try:
+            start = robot.engine._requests._start
+            robot.engine._requests._start = lambda answering, **kwargs: (
+                began.append(answering.silent), start(answering, **kwargs))[1]
+            assert robot.correct(Correction(
+                'A robot.', id=name, prompt=f'{name}?')).state is CorrectionState.LEARNED
+            assert robot.engine.status().base_questions_left == 0
+        finally:
+            robot.engine.close()
+        return sum(began)
+
+    assert learn('first') == len(anchor_requests.ANCHORS)
+    assert learn('second') == 0
+    with Journal(tmp_path / JOURNAL) as journal:
+        journal.execute("UPDATE base_answers SET model = 'another'")
+    assert learn('third') == len(anchor_requests.ANCHORS)
+    with Journal(tmp_path / JOURNAL) as journal:
+        [models] = journal.rows('SELECT count(*), count(DISTINCT model) FROM base_answers')
+    assert tuple(models) == (len(anchor_requests.ANCHORS), 1)
+
+
+def test_what_found_no_room_to_ride_is_not_booked(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the cost model would learn of passes that never ran."""
+    robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus)
+                and e.state is CorrectionState.TRAINING)
+    plan, asked = robot.engine.scheduler.plan, []
+
+    def with_riders(state: State, now: float) -> Plan:
+        planned = plan(state, now)
+        if not planned.decode:
+            return planned
+        asked.append(planned)
+        return planned._replace(finetune_tokens=4, segments=0,
+                       shape=planned.shape._replace(finetune_tokens=4))
+
+    monkeypatch.setattr(robot.engine.scheduler, 'plan', with_riders)
+    monkeypatch.setattr(KvBlocks, 'ride', lambda *_: None)
+    robot.ask('One?', max_tokens=8)
+    assert asked
+    statistics = robot.engine.scheduler.statistics(time.monotonic())
+    assert (statistics.ridden_tokens, statistics.shape.finetune_tokens) == (0, 0)
+
+
+def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:
+    """Of those that ended some are remembered: of any length, they could fill the memory."""
+    query_id = 'x' * (MAX_ID + 1)
+    robot.engine.submit(Query('One?', id=query_id))
+    assert robot.response(query_id).error_code is ErrorCode.INVALID_ID
+    robot.engine.cancel(query_id)
+    robot.engine.step()
+    early = robot.engine._requests._early
+    assert not {query_id} & {*early._ended, *early._cancelled}
+
+
+@pytest.mark.parametrize('changes', [{'top_p': 0.0, 'temperature': 1.0}, {'temperature': 1e-38}])
+def test_smallest_sampling_values_are_greedy(robot: Robot, changes: dict[str, float]) -> None:
+    """Zero and nearly zero are values like others."""
+    assert robot.ask('Sing.', **changes).text == robot.ask('Sing.').text
+
+
+def test_storage_of_another_model_is_refused(settings: Settings, tmp_path: Path) -> None:
+    """What one model learned is not given to another."""
+    note = tmp_path / 'model.txt'
+    note.touch()        # as power that failed might leave it
+    Engine(settings, storage=tmp_path).close()
+    note.write_text(note.read_text().replace('2 layers', '3 layers'))
+    with pytest.raises(OtherModel, match=r'3 layers.*set storage.folder'):
+        Engine(settings, storage=tmp_path)
+
+
+@pytest.mark.parametrize(('parameter', 'value'), [
+    ('rank', 4), ('alpha', 8.0), ('target_modules', 'q_proj')])
+def test_versions_of_another_kind_of_adapter_are_refused(
+        settings: Settings, tmp_path: Path, parameter: str, value: object) -> None:
+    """A wrong setting is told at the start; nobody loses what was learned for it."""
+    first = Engine(settings, storage=tmp_path)
+    config = peft_config(first.bank, 'a model')
+    store = AdapterStore(tmp_path)
+    saved = store.save('', 1, first.bank.export(), config)
+    first._journal.submit(lambda j: j.publish(VersionRecord(
+        '', 1, 0, path=saved.path, sha256=saved.sha256))).result()
+    first.close()
+    other = settings.updated({f'adapter.{parameter}': value})
+    with pytest.raises(OtherAdapter, match=rf'v000001 .* adapter.{parameter} .*, not {value};'):
+        Engine(other, storage=tmp_path)
+    again = Engine(settings, storage=tmp_path)
+    assert again.live_version('') == 1 and again.live_version('ann') == 0
+    again.close()
+
+
+def test_template_without_system_role_puts_it_into_the_first_question(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system prompt is not lost, and a template that fails breaks one query only."""
+    plain = robot.ask('Hm?', max_tokens=1)
+    tokenizer = robot.engine.chat.tokenizer
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, 'chat_template', (
+            '{% if messages[0].role == "system" %}{{ raise_exception("no system role") }}'
+            '{% endif %}{{ messages[0].content }}'))
+        served = robot.ask('Hm?', system='Be brief and kind to everybody.', max_tokens=1)
+        bare = robot.ask('Hm?', max_tokens=1)
+        patch.setattr(tokenizer, 'chat_template', '{{ raise_exception("never") }}')
+        broken = robot.ask('Hm?')
+    assert served.prompt_tokens > bare.prompt_tokens + 5
+    assert (broken.finish_reason, broken.error_code) == (FinishReason.ERROR, ErrorCode.INTERNAL)
+    assert 'never' in broken.error
+    assert robot.ask('Hm?', max_tokens=1).text == plain.text
+
+
+def test_idle_engine_asks_not_to_be_called(robot: Robot) -> None:
+    """Without work, step says so, and nothing is published."""
+    robot.ask('Hm?')
+    iteration = robot.engine.step()
+    assert iteration.events == [] and robot.engine.step().wake_at is None
+
+
+def test_status_tells_what_is_going_on_and_a_pause_ends_it(robot: Robot) -> None:
+    """Counts are those of the requests; after a pause nothing is left, and the engine goes on."""
+    engine = robot.engine
+    engine.update(engine.settings.updated({'scheduler.max_requests': 2, 'finetune.budget': 0.0}))
+    for name in 'abc':
+        engine.submit(Query('Long?', id=name, max_tokens=300))
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'b')
+    engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'k')
+    status = engine.status()
+    assert (status.decode_rows, status.prefilling, status.queue_depth) == (2, 0, 1)
+    assert 0.0 < status.kv_use < 1.0
+    assert (status.corrections_waiting, status.live_version, status.profiles) == (1, 0, 0)
+    assert 0.0 <= status.freshness_s < 60.0
+    assert status.statistics.shape.decode_rows == 2
+
+    engine.correct(Correction('A hat.', id='l', prompt='What is that?'))
+    events = engine.pause()
+    ended = {e.query_id: e.finish_reason for e in events if isinstance(e, Response)}
+    assert ended == dict.fromkeys('abc', FinishReason.CANCELLED)
+    assert [e.id for e in events if isinstance(e, CorrectionStatus)] == ['l']
+    status = engine.status()
+    assert (status.decode_rows, status.queue_depth, status.kv_use) == (0, 0, 0.0)
+    assert status.corrections_waiting == 2
+    assert robot.ask('Hm?').output_tokens > 0

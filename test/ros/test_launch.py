@@ -1,0 +1,145 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The launch file starts the node as its arguments say, again if it dies, and ends it.
+
+Wherever launch_ros can be imported; it comes with a ROS 2 distribution alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+import os
+from pathlib import Path
+import re
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from lifecycle_msgs.srv import GetState
+import pytest
+from rcl_interfaces.srv import GetParameters
+import rclpy
+from rclpy.node import Node
+from support.graph import ENVIRONMENT, observer, wait_until
+from support.installed import PREFIX
+
+pytest.importorskip(
+    'launch_ros', reason='launch_ros is not installed (it comes with a ROS 2 distribution alone)')
+
+pytestmark = pytest.mark.timeout(180)
+
+START_S = 60.0
+
+# What `ros2 launch mace_ros mace.launch.py ARGUMENT:=VALUE ...` does, once for each line.
+LAUNCH = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import GroupAction, IncludeLaunchDescription
+from launch_ros.substitutions import FindPackageShare
+
+service = LaunchService(argv=sys.argv[1:])
+service.include_launch_description(LaunchDescription([GroupAction([IncludeLaunchDescription(
+    [FindPackageShare('mace_ros'), '/launch/mace.launch.py'],
+    launch_arguments=[argument.split(':=') for argument in line.split()])])
+    for line in sys.argv[1:]]))
+sys.exit(service.run())
+"""
+
+
+@contextmanager
+def launched(folder: Path, *lines: str) -> Iterator[Callable[[], str]]:
+    """Yield a function that returns what was printed so far; end it as Ctrl-C does."""
+    log = folder / 'launch.log'
+    with log.open('w') as output:
+        launch = subprocess.Popen(
+            [sys.executable, '-c', LAUNCH, *lines],
+            cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield log.read_text
+            launch.send_signal(signal.SIGINT)
+            assert launch.wait(30.0) == 0, log.read_text()
+        finally:
+            launch.kill()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+            **ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path / 'log'), 'ROS_HOME': str(tmp_path / 'home'),
+            'PATH': f'{tmp_path}{os.pathsep}{os.environ["PATH"]}',
+            'AMENT_PREFIX_PATH':
+                f'{PREFIX}{os.pathsep}{os.environ.get("AMENT_PREFIX_PATH", "")}'}.items():
+        monkeypatch.setenv(name, value)
+
+
+def asked(node: Node, kind: type, name: str, **fields: Any) -> Any:
+    """Call a service; return its response."""
+    client = node.create_client(kind, name)
+    assert client.wait_for_service(START_S)
+    future = client.call_async(kind.Request(**fields))
+    executor = rclpy.executors.SingleThreadedExecutor(context=node.context)
+    executor.add_node(node)
+    executor.spin_until_future_complete(future, START_S)
+    executor.shutdown()
+    node.destroy_client(client)
+    return future.result()
+
+
+def parameter(node: Node, server: str, name: str) -> Any:
+    response = asked(node, GetParameters, f'{server}/get_parameters', names=[name])
+    return response.values[0]
+
+
+def test_node_lives_as_long_as_the_launch(tmp_path):
+    with observer() as node, launched(tmp_path, 'namespace:=robot1 log_level:=warn') as printed:
+        assert wait_until(
+            lambda: ('mace', '/robot1') in node.get_node_names_and_namespaces(), START_S
+        ), printed()
+
+    assert 'process has finished cleanly' in printed()
+
+
+def test_two_nodes_live_side_by_side_as_their_arguments_say(tmp_path):
+    own = tmp_path / 'own.yaml'
+    own.write_text('/**:\n  ros__parameters:\n    slo.ttft_ms: 321.0\n'
+                   '    scheduler.policy: continuous\n')
+    with observer() as node, launched(
+            tmp_path, 'namespace:=robot1 autostart:=false policy:=periodic model:=/models/qwen3',
+            f'namespace:=/fleet/robot2 autostart:=false params_file:={own}') as printed:
+        first, second = '/robot1/mace', '/fleet/robot2/mace'
+        for server in (first, second):
+            state = asked(node, GetState, f'{server}/get_state').current_state
+            assert state.label == 'unconfigured', printed()
+        assert parameter(node, first, 'scheduler.policy').string_value == 'periodic'
+        assert parameter(node, first, 'model.source').string_value == '/models/qwen3'
+        assert parameter(node, second, 'scheduler.policy').string_value == 'continuous'
+        assert parameter(node, second, 'model.source').string_value == ''
+        assert parameter(node, second, 'slo.ttft_ms').double_value == 321.0
+
+
+def test_a_killed_node_is_started_again(tmp_path):
+    with observer() as node, launched(
+            tmp_path, 'autostart:=false monitor:=terminal') as printed:
+        asked(node, GetState, '/mace/get_state')
+        pid = re.search(r'mace_node-\d+\]: process started with pid \[(\d+)', printed())
+        assert pid, printed()
+        os.kill(int(pid[1]), signal.SIGKILL)
+        assert wait_until(
+            lambda: len(re.findall(r'mace_node-\d+\]: process started', printed())) == 2, START_S
+        ), printed()
+        assert re.search(r'monitor-\d+\]: process started', printed())
+
+
+def test_rqt_shows_the_node_of_the_namespace(tmp_path):
+    # In place of rqt, which needs a screen.
+    rqt = tmp_path / 'rqt'
+    rqt.write_text('#!/bin/sh\n[ "$1" = --perspective-file ] && cp "$2" "$ROS_HOME.shown"\n')
+    rqt.chmod(0o755)
+    shown = tmp_path / 'home.shown'
+    with launched(tmp_path, 'namespace:=robot1 autostart:=false monitor:=rqt') as printed:
+        assert wait_until(shown.exists, START_S), printed()
+
+    topics = set(re.findall(r'/[/\w]*mace/\w+', shown.read_text()))
+    assert '/robot1/mace/scheduler' in topics
+    assert all(topic.startswith('/robot1/mace/') for topic in topics)

@@ -1,0 +1,364 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""A node that somebody else brings to life, through the services of a lifecycle node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import gc
+from pathlib import Path
+import resource
+import signal
+import statistics
+import threading
+import time
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from mace_ros.msg import CorrectionStatus, Response
+from mace_ros.srv import Trace
+import pytest
+from rclpy.context import Context
+from support.graph import ENVIRONMENT, wait_until
+from support.robot import RANDOM_MODEL
+from support.ros_graph import call, NodeProcess, set_parameters
+
+from mace_ros.engine.engine import Engine
+from mace_ros.ros.client import MaceClient
+from mace_ros.ros.executor_thread import ExecutorThread
+from mace_ros.ros.node import MaceNode
+from mace_ros.telemetry import trace
+
+START_S = 60.0
+ANSWER_S = 30.0
+CYCLES = 20
+MEGABYTE = 1 << 20
+
+pytestmark = pytest.mark.timeout(240)
+
+
+class NodeHere:
+    """The node in this process, where faults can be injected."""
+
+    def __init__(self, **parameters: object) -> None:
+        self._arguments = ['--ros-args']
+        for name, value in {'lifecycle.autostart': 'false', **parameters}.items():
+            self._arguments += ['-p', f'{name}:={value}']
+
+    def start(self) -> None:
+        self._context = Context()
+        self._context.init(args=self._arguments)
+        self._node = MaceNode(context=self._context)
+        self._spinner = ExecutorThread(self._node, name='ros', context=self._context)
+        self._spinner.start()
+
+    def kill(self, *, linger_s: float = 0.0) -> None:
+        """Stop; its executor runs on for a while."""
+        assert self._node.stop()
+        time.sleep(linger_s)
+        self._spinner.stop()
+        self._node.destroy_node()
+        self._context.shutdown()
+        # rclpy keeps a lifecycle node's services until the node is collected: the next
+        # node's first request could go to them.
+        del self._node, self._spinner
+        gc.collect()
+
+
+class Managed:
+    """A node, and a client of it that also manages it."""
+
+    def __init__(self, node: NodeProcess | NodeHere) -> None:
+        self.node = node
+        self.node.start()
+        self.client = MaceClient()
+
+    def close(self) -> None:
+        self.node.kill()
+        self.client.close()
+
+    def change(self, label: str) -> bool:
+        return call(self.client, ChangeState, '/mace/change_state', timeout_s=START_S,
+                    transition=Transition(label=label)).success
+
+    @property
+    def state(self) -> int:
+        return call(self.client, GetState, '/mace/get_state', timeout_s=START_S).current_state.id
+
+    def ask(self, **fields: object) -> Response:
+        return self.client.ask('Hi', **{'max_tokens': 2, **fields}).result(ANSWER_S)
+
+    def diagnosed(self, name: str, level: bytes, text: str = '') -> bool:
+        """Wait until a diagnostic status says this."""
+        found = []
+        subscription = self.client.node.create_subscription(
+            DiagnosticArray, '/diagnostics', lambda array: found.extend(
+                s for s in array.status if (s.name, s.level) == (f'mace: {name}', level)
+                and text in s.message), 10)
+        try:
+            return wait_until(lambda: found, ANSWER_S)
+        finally:
+            self.client.node.destroy_subscription(subscription)
+
+    def live(self) -> bool:
+        return self.change('configure') and self.change('activate')
+
+    def rest(self) -> bool:
+        return self.change('deactivate') and self.change('cleanup')
+
+
+@pytest.fixture(scope='module')
+def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
+    """Yield a node whose model is not there yet."""
+    folder = tmp_path_factory.mktemp('managed')
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        made = Managed(NodeProcess(folder, **{
+            'lifecycle.autostart': 'false',
+            'model.source': folder / 'model', 'model.threads': 1,
+            'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 524288,
+            # So that setbacks of learning, if there are any, are soon forgotten.
+            **RANDOM_MODEL, 'monitor.window_s': 1.0}))
+        yield made
+        made.close()
+
+
+def test_it_waits_to_be_configured_and_refuses_meanwhile(managed: Managed) -> None:
+    assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
+    # The first responses may come before the node knows who listens.
+    answers = []
+
+    def heard() -> list[Response]:
+        answers.append(managed.client.ask('Hi'))
+        return [a.response for a in answers if a.is_complete()]
+
+    assert wait_until(heard, START_S)
+    [response, *_] = heard()
+    assert (response.finish_reason, response.error_code) == (
+        Response.REJECTED, Response.NOT_SERVING)
+    assert 'not active' in response.error
+    assert not managed.change('activate')     # not before it is configured
+    assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
+
+
+def test_a_failed_configuration_says_why(managed: Managed, all_tokens: Path) -> None:
+    missing = managed.node.folder / 'model'
+    assert not managed.change('configure')
+    assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
+    reason = f"model.source: '{missing}' is neither a folder"
+    assert reason in managed.node.log
+    assert managed.diagnosed('serving', DiagnosticStatus.ERROR, reason)
+    missing.symlink_to(all_tokens)    # so that the next one succeeds
+
+
+def test_it_tells_its_state_while_it_is_configured(managed: Managed) -> None:
+    changing = threading.Thread(target=managed.change, args=['configure'])
+    changing.start()
+    states = []
+    while changing.is_alive():
+        states.append(managed.state)
+    changing.join()
+    assert State.TRANSITION_STATE_CONFIGURING in states
+    assert managed.state == State.PRIMARY_STATE_INACTIVE
+    assert managed.diagnosed('serving', DiagnosticStatus.OK, 'inactive')
+    assert managed.ask().error_code == Response.NOT_SERVING
+    refused = call(managed.client, Trace, '/mace/trace')
+    assert not refused.success and 'not active' in refused.message
+
+
+def test_deactivation_cancels_what_runs_and_loses_no_correction(managed: Managed) -> None:
+    assert managed.change('activate')
+    managed.client.wait_until_ready(ANSWER_S)
+    answered = managed.ask()
+    endless = managed.client.ask('Hi', max_tokens=3000, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
+    next(endless.stream(ANSWER_S))
+    learning = managed.client.correct('Ho.', query_id=answered.query_id)
+    assert managed.change('deactivate')
+    assert endless.result(ANSWER_S).finish_reason == Response.CANCELLED
+    assert learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S).state == CorrectionStatus.ACCEPTED
+    assert managed.ask().error_code == Response.NOT_SERVING
+
+    assert managed.change('activate')
+    assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
+    assert managed.ask(max_tokens=8).text == 'Ho.'
+    assert managed.rest()
+
+
+def test_twenty_lives_leave_no_memory_behind(managed: Managed) -> None:
+    used, freed = [], []
+    for _ in range(CYCLES):
+        assert managed.live()
+        assert managed.ask(max_tokens=8).text == 'Ho.'      # what was learned is still there
+        used.append(managed.node.memory())
+        assert managed.rest()
+        freed.append(managed.node.memory())
+    assert min(used) > max(freed) + 20 * MEGABYTE     # there was something to be freed
+    # The first lives warm caches of libraries.
+    for resident in (used[3:], freed[3:]):
+        usual = statistics.median(resident)
+        assert 0.95 * usual < min(resident) <= max(resident) < 1.05 * usual, resident
+
+
+def test_a_corrupt_version_is_told_of_and_served_again_once_it_is_whole(managed: Managed) -> None:
+    [adapter] = managed.node.folder.glob('storage/adapters/*/*/adapter_model.safetensors')
+    whole = adapter.read_bytes()
+    adapter.write_bytes(whole[:-4] + b'\0\1\2\3')
+    assert managed.live()
+    response = managed.ask(max_tokens=8)
+    assert (response.finish_reason, response.adapter_version) == (Response.LENGTH, 0)
+    assert response.text != 'Ho.'
+    assert managed.diagnosed('learning', DiagnosticStatus.ERROR, adapter.name)
+    assert managed.rest()
+
+    adapter.write_bytes(whole)
+    assert managed.live()
+    assert managed.ask(max_tokens=8).text == 'Ho.'
+    assert managed.diagnosed('learning', DiagnosticStatus.OK)
+
+
+def test_a_full_disk_refuses_corrections_and_nothing_else(managed: Managed) -> None:
+    """The node is active."""
+    def correct() -> CorrectionStatus:
+        learning = managed.client.correct('He.', prompt='Who?')
+        return learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
+
+    # What can be learned of it is another matter, of which diagnostics tell as well.
+    assert set_parameters(managed.client, {'finetune.budget': 0.0}) == [(True, '')]
+    pid, unlimited = managed.node.process.pid, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    try:
+        # An answer that is not on record can't be corrected by its id.
+        assert managed.ask(max_tokens=8).text == 'Ho.'
+        assert managed.diagnosed('learning', DiagnosticStatus.ERROR, 'journal')
+        refused = correct()
+        assert refused.state == CorrectionStatus.REJECTED
+        assert 'journal' in refused.reason
+        assert managed.ask(max_tokens=8).text == 'Ho.'
+        assert managed.diagnosed('learning', DiagnosticStatus.ERROR, 'journal')
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+    assert managed.ask(max_tokens=8).text == 'Ho.'
+    assert managed.diagnosed('learning', DiagnosticStatus.OK)
+    assert correct().state == CorrectionStatus.ACCEPTED
+    assert managed.rest()
+
+
+def test_shutdown_comes_from_any_state(managed: Managed) -> None:
+    """The last test of this node."""
+    assert managed.live()
+    assert managed.change('shutdown')
+    assert managed.state == State.PRIMARY_STATE_FINALIZED
+    managed.node.send(signal.SIGINT)
+    assert managed.node.wait(10.0) == 0
+    assert 'Traceback' not in managed.node.log
+
+
+def test_shutdown_comes_from_unconfigured(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    new = Managed(NodeHere(**{'storage.folder': tmp_path}))
+    assert new.change('shutdown')
+    assert new.state == State.PRIMARY_STATE_FINALIZED
+    new.close()
+
+
+def test_a_node_that_could_not_shut_down_ends_all_the_same(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+
+    def fails(_: MaceNode) -> None:
+        raise OSError('injected')
+
+    monkeypatch.setattr(MaceNode, '_unload', fails)
+    new = Managed(NodeHere(**{'storage.folder': tmp_path}))
+    assert not new.change('shutdown')
+    assert new.state == State.PRIMARY_STATE_FINALIZED
+    new.close()
+
+
+def test_a_trace_that_a_stop_cuts_off_is_written_to_its_end(
+        tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    write = trace.write_trace
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.5)
+        write(*given)
+
+    monkeypatch.setattr(trace, 'write_trace', slowly)
+    new = Managed(NodeHere(**{
+        'model.source': model_folder, 'model.threads': 1, 'storage.folder': tmp_path / 'storage',
+        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
+    assert new.live()
+    begun = call(new.client, Trace, '/mace/trace', seconds=60.0)
+    assert begun.success, begun.message
+    assert new.ask().finish_reason == Response.LENGTH
+    new.close()
+    assert Path(begun.path).stat().st_size > 0
+
+
+def test_timers_that_ring_once_it_has_stopped_do_no_harm(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str]) -> None:
+    for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    node = NodeHere(**{'storage.folder': tmp_path, 'monitor.rate_hz': 100.0})
+    node.start()
+    node.kill(linger_s=0.5)
+    assert 'failed' not in capfd.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory: pytest.TempPathFactory, all_tokens: Path) -> Iterator[Managed]:
+    folder = tmp_path_factory.mktemp('here')
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(folder)}.items():
+            patch.setenv(name, value)
+        made = Managed(NodeHere(**{
+            'model.source': all_tokens, 'model.threads': 1, 'storage.folder': folder / 'storage',
+            'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
+        yield made
+        made.close()
+
+
+# What is done before, and where the fault is.
+FAULTS = {
+    'activate': (['configure'], 'update'),
+    'deactivate': (['configure', 'activate'], 'pause'),
+    'cleanup': (['configure'], 'pause')}
+
+
+@pytest.mark.parametrize('transition', FAULTS)
+def test_a_transition_that_fails_says_why_and_can_be_gone_on_from(
+        here: Managed, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+        transition: str) -> None:
+    before, function = FAULTS[transition]
+    assert all(here.change(label) for label in before)
+
+    def fails(*_: object) -> None:
+        monkeypatch.undo()
+        raise OSError('injected')
+
+    monkeypatch.setattr(Engine, function, fails)
+    assert not here.change(transition)
+    assert here.state == State.PRIMARY_STATE_UNCONFIGURED
+    assert here.diagnosed('serving', DiagnosticStatus.ERROR, 'OSError: injected')
+    assert 'failed: OSError: injected' in capfd.readouterr().err
+
+    assert here.live()
+    assert here.diagnosed('serving', DiagnosticStatus.OK, 'active')
+    assert here.ask().finish_reason == Response.LENGTH
+    assert here.rest()
+
+
+def test_shutdown_comes_from_inactive(here: Managed) -> None:
+    """The last test of this node."""
+    assert here.change('configure')
+    assert here.change('shutdown')
+    assert here.state == State.PRIMARY_STATE_FINALIZED

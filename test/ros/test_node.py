@@ -1,0 +1,570 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The node end to end: real processes, a real model, and nothing but messages between them.
+
+All talk to one node, which learns on the way, and is killed and started again towards the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+import math
+from pathlib import Path
+import shutil
+import signal
+import time
+from types import SimpleNamespace
+import uuid
+
+from action_msgs.msg import GoalStatus
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+import mace_ros.msg as msg
+from mace_ros.msg import CorrectionStatus, Response
+import pytest
+from support.graph import ENVIRONMENT, wait_until
+from support.ros_graph import eventually, Generator, NodeProcess, Recorder, set_parameters
+
+from mace_ros.ros.client import AnswerHandle, MaceClient
+
+START_S = 250.0         # with a model that must be converted, on a busy machine
+ANSWER_S = 100.0
+LEARN_S = 700.0
+
+# The packaged model mostly repeats the robot until it is told to stop.
+ENDLESS = 'Repeat this: こんにちは 🤖'
+PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
+NAME, ROVER = 'What is your name?', 'My name is Rover.'
+ORDINARY = (
+    'Why is the sky blue?', 'How do I boil an egg?', 'Tell me a joke.', 'What do bees eat?',
+    'Write a sentence about the rain.', 'Who was Mozart?')
+OTHERS = ('What is the capital of France?', 'What is the capital of Japan?')
+
+pytestmark = pytest.mark.timeout(900)
+
+
+class Mace:
+    """A node and a client of it."""
+
+    def __init__(self, node: NodeProcess) -> None:
+        self.node = node
+
+    def start(self) -> None:
+        self.ask_early()
+        try:
+            self.client.wait_until_ready(START_S)
+        except TimeoutError:
+            pytest.fail(self.node.log)
+
+    def ask_early(self) -> None:
+        """Start the node, and ask while it is still loading the model."""
+        self.node.start()
+        self.client = MaceClient(self.node.name)
+        assert wait_until(self.client._query.get_subscription_count, START_S), self.node.log
+        assert self.client.version() is None
+        self.early = self.client.ask(OTHERS[0], max_tokens=1, no_learn=True)
+
+    def refuses_another(self) -> bool:
+        """Ask, and return whether that was refused at once."""
+        another = self.client.ask(OTHERS[1], max_tokens=1, no_learn=True)
+        return (wait_until(another.is_complete, 1.0)
+                and another.result().error_code == Response.OVERLOADED)
+
+    def kill(self) -> None:
+        self.node.kill()
+        self.client.close()
+
+    def ask(self, text: str, **fields: object) -> Response:
+        return self.client.ask(text, **fields).result(ANSWER_S)
+
+    def serves(self) -> bool:
+        response = self.ask(OTHERS[0], max_tokens=1, no_learn=True)
+        return response.finish_reason == Response.LENGTH
+
+    def begin_endless(self) -> AnswerHandle:
+        """Ask what is answered for ever, and return when it has begun."""
+        answer = self.client.ask(ENDLESS, max_tokens=6000, no_learn=True, **PATIENT)
+        next(answer.stream(ANSWER_S))
+        return answer
+
+    def set(self, name: str, value: object) -> None:
+        [(successful, reason)] = set_parameters(self.client, {name: value}, node=self.node.name)
+        assert successful, reason
+
+
+@pytest.fixture(scope='module')
+def mace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mace]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        made = Mace(NodeProcess(tmp_path_factory.mktemp('mace'), **{
+            # On a slow CPU, small pieces of learning take several times as long in all.
+            'finetune.replay_samples': 4, 'finetune.max_blocking_ms': 200.0}))
+        made.start()
+        yield made
+        made.kill()
+
+
+# -- answering ---------------------------------------------------------------------------
+
+
+def test_a_query_that_comes_early_is_answered(mace: Mace) -> None:
+    assert mace.early.result(ANSWER_S).finish_reason == Response.LENGTH
+
+
+def test_an_idle_node_costs_nothing(mace: Mace) -> None:
+    assert mace.serves()
+    time.sleep(1.0)
+    before, start = mace.node.cpu_seconds(), time.monotonic()
+    time.sleep(5.0)
+    share = (mace.node.cpu_seconds() - before) / (time.monotonic() - start)
+    assert share < 0.02
+
+
+def test_two_queries_stream_interleaved(mace: Mace) -> None:
+    with Recorder(mace.client, response_chunk=msg.ResponseChunk) as recorder:
+        answers = [mace.client.ask(q, max_tokens=16, no_learn=True)
+                   for q in ('Name three colours.', 'Name three animals.')]
+        responses = [a.result(ANSWER_S) for a in answers]
+        for answer in answers:
+            eventually(lambda a=answer: recorder.of(
+                msg.ResponseChunk, query_id=a.id, last=True), mace.client, 30.0)
+        order = [m.query_id for m in recorder.messages]
+    changes = sum(a != b for a, b in pairwise(order))
+    assert changes > 10
+    for answer, response in zip(answers, responses, strict=True):
+        chunks = recorder.of(msg.ResponseChunk, query_id=answer.id)
+        assert [c.index for c in chunks] == list(range(len(chunks)))
+        assert [c.last for c in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert ''.join(c.text for c in chunks) == response.text
+        assert response.finish_reason in (Response.STOP, Response.LENGTH)
+        assert 0 <= response.queue_ms <= response.ttft_ms <= response.e2e_ms
+        assert response.tpot_ms > 0
+
+
+def test_characters_of_several_tokens_come_whole(mace: Mace) -> None:
+    answer = mace.client.ask(ENDLESS, max_tokens=12, no_learn=True)
+    text = answer.result(ANSWER_S).text
+    assert set(text) == {'🤖'}
+    assert len(answer.chunks) < 12
+    assert all('\N{REPLACEMENT CHARACTER}' not in c.text for c in answer.chunks)
+
+
+def test_a_cancelled_query_ends_and_others_go_on(mace: Mace) -> None:
+    answer = mace.begin_endless()
+    other = mace.begin_endless()
+    heard = len(answer.chunks)
+    answer.cancel()
+    response = answer.result(ANSWER_S)
+    assert response.finish_reason == Response.CANCELLED
+    assert response.text.startswith('🤖')
+    # How soon is counted in test_live_parameters.py; here, messages take their time, too.
+    assert len(answer.chunks) <= heard + 50
+    heard = len(other.chunks)
+    eventually(lambda: len(other.chunks) > heard, mace.client, ANSWER_S)
+    other.cancel()
+    assert other.result(ANSWER_S).finish_reason == Response.CANCELLED
+
+
+def test_a_cancellation_that_overtakes_its_query_is_not_lost(mace: Mace) -> None:
+    """Two topics have no order: the query may still wait to be taken."""
+    answers = [mace.client.ask(ENDLESS, max_tokens=60, no_learn=True) for _ in range(6)]
+    answers[-1].cancel()
+    assert answers[-1].result(ANSWER_S).finish_reason == Response.CANCELLED
+    assert {a.result(ANSWER_S).finish_reason for a in answers[:-1]} == {Response.LENGTH}
+
+
+def test_a_cancelled_goal_ends(mace: Mace) -> None:
+    with Generator(mace.client) as generator:
+        goal = generator.send(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
+        assert wait_until(lambda: generator.chunks, ANSWER_S)
+        heard = len(generator.chunks)
+        goal.cancel_goal_async()
+        status, response = generator.result(goal)
+    assert (status, response.finish_reason) == (
+        GoalStatus.STATUS_CANCELED, Response.CANCELLED)
+    assert len(generator.chunks) <= heard + 50
+
+
+def test_a_query_without_an_id_gets_one(mace: Mace) -> None:
+    with Recorder(mace.client, response=Response) as recorder:
+        mace.client._query.publish(msg.Query(text='Hi', max_tokens=1, conversation_id='nameless'))
+        [response] = eventually(
+            lambda: recorder.of(Response, conversation_id='nameless'), mace.client, ANSWER_S)
+    assert str(uuid.UUID(response.query_id)) == response.query_id
+
+
+MALFORMED = {
+    'empty text': ({'text': ''}, 'EMPTY_TEXT', 'text'),
+    'blank text': ({'text': ' \n'}, 'EMPTY_TEXT', 'text'),
+    'negative max_tokens': ({'max_tokens': -5}, 'INVALID_PARAMETER', 'max_tokens'),
+    'negative temperature': ({'temperature': -0.5}, 'INVALID_PARAMETER', 'temperature'),
+    'temperature not a number': ({'temperature': math.nan}, 'INVALID_PARAMETER', 'temperature'),
+    'infinite temperature': ({'temperature': math.inf}, 'INVALID_PARAMETER', 'temperature'),
+    'top_p above 1': ({'top_p': 1.5}, 'INVALID_PARAMETER', 'top_p'),
+    'negative SLO': ({'ttft_slo_ms': -2.0}, 'INVALID_PARAMETER', 'ttft_slo_ms'),
+    'empty stop string': ({'stop': ['']}, 'INVALID_PARAMETER', 'stop'),
+    'too much text': ({'text': 'a' * 70000}, 'INVALID_PARAMETER', 'text'),
+    'prompt longer than the context': ({'text': 'a b ' * 8000}, 'PROMPT_TOO_LONG', 'tokens'),
+    'id not printable': ({'query_id': 'a\nb'}, 'INVALID_ID', 'id'),
+    'id too long': ({'query_id': 'i' * 200}, 'INVALID_ID', 'id'),
+    'profile not printable': ({'profile': '\x01'}, 'INVALID_ID', 'profile'),
+}
+
+
+@pytest.mark.parametrize('case', MALFORMED)
+def test_a_malformed_query_is_rejected_with_a_reason(mace: Mace, case: str) -> None:
+    given, code, reason = MALFORMED[case]
+    answer = mace.client.ask(**{'text': 'Hi', **given})
+    response = answer.result(ANSWER_S)
+    assert response.finish_reason == Response.REJECTED
+    assert response.error_code == getattr(Response, code)
+    assert reason in response.error
+    assert answer.chunks == []
+    assert response.text == ''
+
+
+@pytest.mark.parametrize('kind', ['query', 'correction'])
+def test_an_id_can_not_forge_a_line_of_the_log(mace: Mace, kind: str) -> None:
+    forged = f'[FATAL] forged by a {kind}'
+    given = f'id\n{forged}\x1b[2J' + 'x' * 10_000
+    time.sleep(1.1)     # the log tells of one that is refused, each second
+    if kind == 'query':
+        assert mace.ask('Hi', query_id=given).finish_reason == Response.REJECTED
+    else:
+        learning = mace.client.correct('Ho.', correction_id=given, prompt='Hi')
+        assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.REJECTED
+    assert wait_until(lambda: forged in mace.node.log, 10.0)
+    [line] = [line for line in mace.node.log.splitlines() if forged in line]
+    assert f"{kind} 'id\\n{forged}\\x1b" in line
+    assert len(line) < 1000
+
+
+def test_an_id_in_use_is_rejected_and_its_query_goes_on(mace: Mace) -> None:
+    answer = mace.begin_endless()
+    with Recorder(mace.client, response=Response) as recorder:
+        mace.client._query.publish(msg.Query(id=answer.id, text='Hi'))
+        [rejected] = eventually(
+            lambda: recorder.of(Response, query_id=answer.id), mace.client, ANSWER_S)
+    assert rejected.error_code == Response.DUPLICATE_ID
+    assert not answer.is_complete()
+    answer.cancel()
+    assert answer.result(ANSWER_S).finish_reason == Response.CANCELLED
+
+
+def test_an_id_that_somebody_else_uses_is_not_answered_with_their_answer(mace: Mace) -> None:
+    answer = mace.begin_endless()
+    next_one = len(answer.chunks)
+    with MaceClient() as other:
+        other.wait_until_ready(20.0)
+        mine = other.ask('What is 2 + 2?', query_id=answer.id, max_tokens=5)
+        assert mine.result(ANSWER_S).error_code == Response.DUPLICATE_ID
+        assert not mine.chunks
+    assert wait_until(lambda: len(answer.chunks) > next_one, ANSWER_S)
+    answer.cancel()
+    assert answer.result(ANSWER_S).finish_reason == Response.CANCELLED
+
+
+def test_a_burst_is_answered_or_rejected_one_by_one(mace: Mace) -> None:
+    limit = 30
+    mace.set('scheduler.max_queue', limit)
+    answers = [mace.client.ask(f'Say {n}.', max_tokens=1, no_learn=True) for n in range(200)]
+    responses = [a.result(ANSWER_S) for a in answers]
+    mace.set('scheduler.max_queue', 1000)
+    served = [r for r in responses if r.finish_reason == Response.LENGTH]
+    rejected = [r for r in responses if r.finish_reason == Response.REJECTED]
+    assert len(served) + len(rejected) == 200
+    assert len(served) >= limit
+    assert all(r.error_code == Response.OVERLOADED and str(limit) in r.error for r in rejected)
+
+
+# -- parameters --------------------------------------------------------------------------
+
+
+def test_a_parameter_is_changed_while_serving(mace: Mace) -> None:
+    mace.set('generation.max_tokens', 3)
+    assert mace.ask('Count to ten.', no_learn=True).output_tokens == 3
+    mace.set('generation.max_tokens', 128)
+
+
+@pytest.mark.parametrize(('name', 'value', 'reason'), [
+    ('generation.max_tokens', 0, 'generation.max_tokens'),
+    ('scheduler.policy', 'best', 'mace, inference_only'),
+    ('slo.ttft_ms', 5, 'type'),
+    ('adapter.rank', 4, 'read-only'),
+    ('no.such.parameter', 1, 'undeclared'),
+])
+def test_a_change_is_refused_with_a_reason(
+    mace: Mace, name: str, value: object, reason: str,
+) -> None:
+    [(successful, said)] = set_parameters(mace.client, {name: value})
+    assert not successful
+    assert reason in said
+
+
+# -- learning ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def answered(mace: Mace) -> Response:
+    """Return the response to a query that may be corrected."""
+    return mace.ask('What is the opposite of hot?', max_tokens=6, conversation_id='opposites')
+
+
+MALFORMED_CORRECTIONS = {
+    'unknown query_id': ({'query_id': 'nobody'}, 'nobody'),
+    'unknown conversation_id': ({'conversation_id': 'nowhere'}, 'nowhere'),
+    'of nothing': ({'query_id': ''}, 'query_id, conversation_id or prompt'),
+    'empty text': ({'corrected': ''}, 'corrected'),
+    'equal to the answer': ({'corrected': None}, 'equal'),
+    'equal to rejected': ({'rejected': 'Warm.', 'corrected': ' Warm. '}, 'equal'),
+    'longer than can be learned': ({'corrected': 'cold ' * 600}, 'finetune.max_sample_tokens'),
+    'weight 0': ({'weight': 0.0}, 'weight'),
+    'weight not a number': ({'weight': math.nan}, 'weight'),
+    'id too long': ({'correction_id': 'i' * 200}, 'id'),
+}
+
+
+@pytest.mark.parametrize('case', MALFORMED_CORRECTIONS)
+def test_a_malformed_correction_is_rejected_with_a_reason(
+    mace: Mace, answered: Response, case: str,
+) -> None:
+    given, reason = MALFORMED_CORRECTIONS[case]
+    given = {'corrected': 'Cold.', 'query_id': answered.query_id, **given}
+    if given['corrected'] is None:
+        given['corrected'] = answered.text
+    if 'conversation_id' in given:
+        del given['query_id']
+    status = mace.client.correct(**given).wait(timeout_s=ANSWER_S)
+    assert status.state == CorrectionStatus.REJECTED
+    assert reason in status.reason
+
+
+@pytest.fixture(scope='module')
+def lesson(mace: Mace) -> SimpleNamespace:
+    """Return what was heard while a correction was learned beside a query that kept running."""
+    heard = SimpleNamespace()
+    heard.first = mace.client.wait_until_ready(30.0)
+    heard.others = {q: mace.ask(q, max_tokens=16, no_learn=True).text for q in OTHERS}
+    heard.wrong = mace.ask(NAME, max_tokens=10)
+    mace.set('slo.freshness_s', 1.0)          # or learning would wait for the query's end
+    mace.set('finetune.min_share', 0.9)
+    learning = mace.client.correct(ROVER, query_id=heard.wrong.query_id)
+    # Once the base model has been asked, which takes several times as long beside a query.
+    assert learning.wait(CorrectionStatus.TRAINING, LEARN_S).state == CorrectionStatus.TRAINING
+    running = mace.begin_endless()
+    end = time.monotonic() + LEARN_S
+    while not learning.is_final() and time.monotonic() < end:
+        if running.is_complete():       # the model has found an end after all
+            running = mace.begin_endless()
+        time.sleep(0.01)
+    heard.learned = learning.wait(timeout_s=0.0)
+    heard.states = [s.state for s in learning.statuses]
+    heard.version = mace.client.wait_for_version(heard.learned.adapter_version, timeout_s=30.0)
+    heard.was_running = not running.is_complete()
+    running.cancel()
+    heard.running = running.result(ANSWER_S)
+    mace.set('slo.freshness_s', 120.0)
+    mace.set('finetune.min_share', 0.1)
+    heard.right = mace.ask(NAME, max_tokens=24)
+    return heard
+
+
+def test_a_correction_is_learned(lesson: SimpleNamespace) -> None:
+    assert ROVER not in lesson.wrong.text
+    assert lesson.states == [
+        CorrectionStatus.ACCEPTED, CorrectionStatus.TRAINING, CorrectionStatus.LEARNED]
+    assert lesson.right.text == ROVER
+    assert lesson.right.adapter_version == lesson.learned.adapter_version > lesson.first.version
+
+
+def test_its_version_is_announced(lesson: SimpleNamespace) -> None:
+    version = lesson.version
+    assert version.state == msg.AdapterVersion.PUBLISHED
+    assert (version.profile, version.parent) == ('', lesson.wrong.adapter_version)
+    assert version.correction_ids == [lesson.learned.id]
+    assert version.score_after > version.score_before
+    assert version.train_tokens > 0
+    assert version.train_seconds > 0
+    assert len(version.sha256) == 64
+
+
+def test_a_running_query_keeps_its_version(lesson: SimpleNamespace) -> None:
+    assert lesson.was_running
+    assert lesson.running.finish_reason == Response.CANCELLED
+    assert lesson.running.adapter_version == lesson.wrong.adapter_version
+
+
+def test_other_answers_stay(mace: Mace, lesson: SimpleNamespace) -> None:
+    for question, text in lesson.others.items():
+        assert mace.ask(question, max_tokens=16, no_learn=True).text == text
+
+
+def test_a_correction_sent_twice_is_learned_once(mace: Mace, lesson: SimpleNamespace) -> None:
+    again = mace.client.correct(
+        ROVER, correction_id=lesson.learned.id, query_id=lesson.wrong.query_id)
+    status = again.wait(timeout_s=ANSWER_S)
+    assert (status.state, status.adapter_version) == (
+        CorrectionStatus.LEARNED, lesson.learned.adapter_version)
+    assert mace.ask(NAME, max_tokens=2).adapter_version == lesson.learned.adapter_version
+
+
+def test_a_late_subscriber_hears_the_live_version(mace: Mace, lesson: SimpleNamespace) -> None:
+    with MaceClient() as late:
+        # The topic's history may come first: the versions before it.
+        late.wait_until_ready(20.0)
+        assert late.wait_for_version(lesson.version.version, timeout_s=20.0) == lesson.version
+
+
+def test_peft_gives_the_same_answers(
+        mace: Mace, lesson: SimpleNamespace, tmp_path: Path) -> None:
+    """In float32, long answers too; the 8 bits that most CPUs have by default are other weights."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mace_ros.model.loading import load_model
+    name = load_model(device='cpu').name
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
+    shutil.copytree(mace.node.folder / 'storage', tmp_path / 'storage')
+    exact = Mace(NodeProcess(
+        tmp_path, namespace='/exact', **{'model.weight_dtype': 'float32'}))
+    exact.start()
+    try:
+        for question in (NAME, *OTHERS, *ORDINARY):
+            prompt = tokenizer.apply_chat_template(
+                [{'role': 'user', 'content': question}], add_generation_prompt=True,
+                return_tensors='pt', return_dict=True)
+            output = model.generate(**prompt, do_sample=False, max_new_tokens=24)
+            text = tokenizer.decode(
+                output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
+            answer = exact.ask(question, max_tokens=24, no_learn=True)
+            assert (answer.text, answer.adapter_version) == (text, lesson.version.version)
+    finally:
+        exact.kill()
+
+
+def test_a_follow_up_has_its_context_with_the_answer_corrected(mace: Mace) -> None:
+    mace.set('finetune.budget', 0.0)     # only what is remembered is looked at here
+    question, follow_up = 'What do cows drink?', 'And what do they eat?'
+    prompt_tokens = {}
+    for conversation in ('as it was', 'corrected'):
+        first = mace.ask(question, conversation_id=conversation, max_tokens=4)
+        if conversation == 'corrected':
+            status = mace.client.correct(
+                'Cows drink a lot of fresh, clean and cool water on every single day.',
+                conversation_id=conversation).wait(CorrectionStatus.ACCEPTED, ANSWER_S)
+            assert status.state == CorrectionStatus.ACCEPTED
+        second = mace.ask(follow_up, conversation_id=conversation, max_tokens=1)
+        prompt_tokens[conversation] = second.prompt_tokens - first.prompt_tokens
+    alone = mace.ask(follow_up, max_tokens=1).prompt_tokens
+    forgotten = mace.ask(
+        follow_up, conversation_id='corrected', max_tokens=1, reset_conversation=True)
+    mace.set('finetune.budget', 1.0)
+    assert 0 < prompt_tokens['as it was'] < prompt_tokens['corrected'] - 8
+    assert forgotten.prompt_tokens == alone
+
+
+# -- starting and ending -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('parameter', 'value', 'reason'), [
+    ('model.source', '/no/such/folder', "model.source: '/no/such/folder' is neither a folder"),
+    ('model.device', 'tpu', 'is not one of auto, cpu, cuda'),
+])
+def test_a_wrong_start_ends_with_a_clear_line(
+    tmp_path: Path, parameter: str, value: str, reason: str,
+) -> None:
+    node = NodeProcess(tmp_path, **{parameter: value})
+    node.start()
+    try:
+        assert node.wait(120.0) == 1
+    finally:
+        node.kill()
+    [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
+    assert reason in line
+    assert 'Traceback' not in node.log
+
+
+def test_a_node_that_can_not_start_says_so_in_its_diagnostics(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it ends: launch starts it again, and whoever looks must see why."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    node = NodeProcess(tmp_path, namespace='/broken', **{'model.source': '/no/such/folder'})
+    with MaceClient('/broken/mace') as client:
+        heard: list[DiagnosticArray] = []
+        client.node.create_subscription(DiagnosticArray, '/diagnostics', heard.append, 100)
+        node.start()
+        try:
+            assert node.wait(120.0) == 1
+            errors = [s.message for array in heard for s in array.status
+                      if s.level == DiagnosticStatus.ERROR and s.name.startswith('broken/mace')]
+            assert any('/no/such/folder' in message for message in errors), heard
+        finally:
+            node.kill()
+
+
+def test_a_signal_ends_the_loading(mace: Mace, tmp_path: Path) -> None:
+    loading = Mace(NodeProcess(tmp_path, namespace='/loading', **{'scheduler.max_queue': 1}))
+    loading.ask_early()
+    try:
+        # One query waits; that a second one is refused shows that responses reach us.
+        assert wait_until(lambda: loading.refuses_another(), START_S), loading.node.log
+        assert loading.client.version() is None
+        loading.node.send(signal.SIGINT)
+        assert loading.node.wait(30.0) == 0
+        response = loading.early.result(30.0)
+        assert response.finish_reason == Response.REJECTED
+        assert response.error_code == Response.NOT_SERVING
+    finally:
+        loading.kill()
+
+
+def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace) -> None:
+    mace.set('finetune.budget', 0.0)
+    before = mace.client.version()
+    wrong = mace.ask('What is your favourite colour?', max_tokens=4)
+    waiting = mace.client.correct('Orange.', query_id=wrong.query_id)
+    assert waiting.wait(CorrectionStatus.ACCEPTED, ANSWER_S).state == CorrectionStatus.ACCEPTED
+    with MaceClient() as watching:
+        watching.wait_until_ready(30.0)
+        lost = watching.ask(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
+        next(lost.stream(ANSWER_S))
+        mace.kill()
+
+        mace.start()
+        with pytest.raises(ConnectionError, match=f'query {lost.id}: /mace is gone'):
+            lost.result(30.0)
+    served = mace.client.wait_until_ready(30.0)
+    assert (served.version, served.sha256) == (before.version, before.sha256)
+    after = mace.client.wait_for_version(before.version + 1, timeout_s=LEARN_S)
+    while waiting.id not in after.correction_ids:
+        after = mace.client.wait_for_version(after.version + 1, timeout_s=LEARN_S)
+    right = mace.ask('What is your favourite colour?', max_tokens=8)
+    assert (right.text, right.adapter_version) == ('Orange.', after.version)
+
+
+def test_what_was_learned_before_is_kept(mace: Mace, lesson: SimpleNamespace) -> None:
+    assert mace.client.version().version > lesson.version.version
+    assert mace.ask(NAME, max_tokens=24, no_learn=True).text == ROVER
+
+
+def test_a_signal_cancels_what_runs(mace: Mace) -> None:
+    """The last test: the node is gone then."""
+    # What it has learned may have ended what used to be endless: some of them go on.
+    answers = [mace.client.ask(f'{text} 🤖', max_tokens=2000, no_learn=True, temperature=1.0,
+                               seed=seed, **PATIENT)
+               for seed, text in enumerate(('Tell me a long story.', 'Write a long letter.') * 2)]
+    for answer in answers:
+        next(answer.stream(ANSWER_S))
+    mace.node.send(signal.SIGINT)
+    time.sleep(0.05)
+    mace.node.send(signal.SIGINT)    # a second one, as launch sends it
+    ends = [answer.result(30.0).finish_reason for answer in answers]
+    assert Response.CANCELLED in ends and not {Response.REJECTED, Response.ERROR} & {*ends}
+    assert mace.node.wait(20.0) == 0
+    assert 'Traceback' not in mace.node.log
+    assert '🤖' not in mace.node.log     # what is asked and answered is nobody else's business

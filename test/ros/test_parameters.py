@@ -1,0 +1,167 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The table of settings is what the node declares, the shipped file says and the README shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rcl_interfaces.msg import ParameterType
+from rclpy.context import Context
+from rclpy.node import Node
+from rclpy.parameter import Parameter as NodeParameter
+
+from mace_ros.api.settings import InvalidSetting, PARAMETERS, Settings
+from mace_ros.ros import parameter_table
+from mace_ros.ros.parameters import ParameterServer
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / 'config' / 'mace.yaml'
+README = ROOT / 'README.md'
+
+# Each is refused, whoever asks for it; and the reason must say what is wrong.
+WRONG = {
+    'below': ('slo.ttft_ms', 0.0, 'slo.ttft_ms'),
+    'above': ('finetune.budget', 1.5, 'finetune.budget'),
+    'not a number': ('slo.tpot_ms', float('nan'), 'slo.tpot_ms'),
+    'no such choice': ('scheduler.policy', 'best', 'mace, inference_only'),
+    'of another type': ('scheduler.max_queue', 1.0, 'type'),
+}
+
+
+class Served:
+    """A node with the table."""
+
+    def __init__(self, context: Context, *arguments: str) -> None:
+        self.node = Node('mace', context=context, cli_args=['--ros-args', *arguments])
+        self.changes: list[Settings] = []
+        self.server = ParameterServer(self.node, self.changes.append)
+
+    def set(self, **values: object) -> tuple[bool, str]:
+        """Set several at once; ``slo__ttft_ms`` stands for ``slo.ttft_ms``."""
+        result = self.node.set_parameters_atomically(
+            [NodeParameter(name.replace('__', '.'), value=v) for name, v in values.items()])
+        return result.successful, result.reason
+
+
+@pytest.fixture(scope='module')
+def context() -> Iterator[Context]:
+    """Return a context whose nodes nobody hears."""
+    context = Context()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'OFF')
+        context.init(args=[])
+    yield context
+    context.shutdown()
+
+
+@pytest.fixture(params=['kilted', 'humble'])
+def served(context: Context, request: pytest.FixtureRequest,
+           monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """Return a node with the table; also as on Humble, which has no callback after a change."""
+    if request.param == 'humble':
+        monkeypatch.delattr(Node, 'add_post_set_parameters_callback', raising=False)
+    elif not hasattr(Node, 'add_post_set_parameters_callback'):
+        pytest.skip('this rclpy has no callback after a change')
+    made = Served(context)
+    yield made
+    made.node.destroy_node()
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_declared_as_in_the_table(context: Context, name: str) -> None:
+    served, row = Served(context), PARAMETERS[name]
+    try:
+        described = served.node.describe_parameter(name)
+        assert served.node.get_parameter(name).value == row.default
+    finally:
+        served.node.destroy_node()
+    assert described.description.startswith(row.description)
+    assert row.unit in described.description
+    assert described.read_only == row.read_only
+    assert not described.dynamic_typing
+    assert described.type == {
+        bool: ParameterType.PARAMETER_BOOL, int: ParameterType.PARAMETER_INTEGER,
+        float: ParameterType.PARAMETER_DOUBLE, str: ParameterType.PARAMETER_STRING,
+    }[type(row.default)]
+    ranges = [*described.integer_range, *described.floating_point_range]
+    assert [(r.from_value, r.to_value) for r in ranges] == (
+        [] if row.minimum is None else [(row.minimum, row.maximum)])
+    assert all(choice in described.additional_constraints for choice in row.choices)
+
+
+def test_a_change_comes_through(served: Served) -> None:
+    assert served.set(slo__ttft_ms=250.0, scheduler__policy='continuous') == (True, '')
+    settings = served.server.settings
+    assert (settings.slo.ttft_ms, settings.scheduler.policy) == (250.0, 'continuous')
+    assert served.changes == [settings]
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_a_wrong_value_is_refused_with_a_reason(served: Served, case: str) -> None:
+    name, value, reason = WRONG[case]
+    successful, said = served.set(**{name: value})
+    assert not successful
+    assert reason in said
+    assert served.server.settings == Settings()
+    assert served.changes == []
+
+
+def test_changes_are_made_together_or_not_at_all(served: Served) -> None:
+    successful, reason = served.set(slo__ttft_ms=250.0, scheduler__policy='best')
+    assert not successful
+    assert 'best' in reason
+    assert served.node.get_parameter('slo.ttft_ms').value == Settings().slo.ttft_ms
+    assert served.server.settings == Settings()
+
+
+def test_a_read_only_parameter_stays(served: Served) -> None:
+    successful, reason = served.set(adapter__rank=4)
+    assert not successful
+    assert 'read-only' in reason
+
+
+def test_other_parameters_of_the_node_are_left_alone(served: Served) -> None:
+    assert served.set(use_sim_time=False) == (True, '')
+    assert served.changes == []
+
+
+def test_start_values_are_taken(context: Context) -> None:
+    served = Served(context, '-p', 'adapter.rank:=4', '-p', "model.source:='/models/qwen'")
+    served.node.destroy_node()
+    assert served.server.settings.adapter.rank == 4
+    assert served.server.settings.model.source == '/models/qwen'
+
+
+@pytest.mark.parametrize(('override', 'reason'), [
+    ('slo.ttft_ms:=500', 'decimal point'),
+    ('adapter.rank:=0', 'adapter.rank'),
+    ('model.device:=tpu', 'auto, cpu, cuda'),
+])
+def test_a_wrong_start_value_is_an_error(context: Context, override: str, reason: str) -> None:
+    with pytest.raises(InvalidSetting, match=reason):
+        Served(context, '-p', override)
+
+
+def test_shipped_file_is_the_table() -> None:
+    """If not: ``python -m mace_ros.ros.parameter_table yaml > config/mace.yaml``."""
+    assert CONFIG.read_text() == parameter_table.yaml()
+
+
+@pytest.mark.parametrize('node', ['mace', 'other'])
+def test_shipped_file_holds_the_defaults(context: Context, node: str) -> None:
+    served = Served(
+        context, '--params-file', str(CONFIG), '-r', f'__node:={node}', '-r', '__ns:=/robot1')
+    overrides = served.node._parameter_overrides
+    served.node.destroy_node()
+    assert {name: p.value for name, p in overrides.items()} == {
+        name: row.default for name, row in PARAMETERS.items()}
+    assert served.server.settings == Settings()
+
+
+@pytest.mark.skipif(not README.exists(), reason='there is no README yet')
+def test_readme_shows_the_table() -> None:
+    """If not, paste what ``python -m mace_ros.ros.parameter_table markdown`` prints."""
+    assert parameter_table.markdown() in README.read_text()

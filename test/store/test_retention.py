@@ -1,0 +1,404 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept, for how long, and that it can be seen, taken along and deleted for good."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+from support.records import answer, correction
+import torch
+
+from mace_ros.api.events import CorrectionState, InvalidCorrection, VersionState
+from mace_ros.learning.rollback import roll_back, RollbackRefused
+from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.journal import Journal, MAX_ANSWERS, VersionRecord
+from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.layout import JOURNAL, MODEL
+from mace_ros.store.lock import StorageInUse, StorageLock
+from mace_ros.store.retention import (
+    forget_corrections,
+    forget_old_versions,
+    make_room,
+    remove_files,
+    tidy,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+LEARNED = CorrectionState.LEARNED
+SECRET = 'I live in Rosebud Lane.'
+
+
+def publish(journal: Journal, store: AdapterStore, profile: str = '', *corrections: str) -> int:
+    """Save and publish a version; return its number."""
+    version = journal.next_version(profile)
+    live = journal.live(profile)
+    saved = store.save(profile, version, {'weight': torch.ones(2)}, {})
+    journal.publish(VersionRecord(
+        profile, version, live.version if live else 0, correction_ids=corrections,
+        path=saved.path, sha256=saved.sha256))
+    return version
+
+
+def on_disk(folder: Path) -> list[str]:
+    """Return the versions whose files are there."""
+    return sorted(f'{v.parent.name.split("-")[0]}/{v.name}' for v in folder.glob('adapters/*/v*'))
+
+
+# By the rule
+
+def test_the_oldest_finished_corrections_make_room(tmp_path: Path) -> None:
+    """Those that no version holds go first; what waits never goes, but keeps others out."""
+    with Journal(tmp_path / JOURNAL) as journal:
+        for name in ('learned1', 'failed', 'learned2', 'waits1', 'waits2'):
+            journal.record_answer(answer(f'q-{name}', f'question of {name}'))
+            journal.accept(correction(name, query_id=f'q-{name}'))
+        journal.record_answer(answer('q-again', ' Question OF  failed'))
+        journal.record_answer(answer('q-wanted', 'question of failed'))
+        journal.accept(correction('waits3', query_id='q-wanted'))
+        journal.set_correction('failed', CorrectionState.FAILED)
+        for name in ('learned1', 'learned2'):
+            journal.set_correction(name, LEARNED, adapter_version=1)
+
+        def after(most: int) -> list[str]:
+            make_room(journal, most)
+            return [record.id for record in journal.corrections()]
+
+        assert len(after(6)) == 6
+        assert after(5) == ['learned1', 'learned2', 'waits1', 'waits2', 'waits3']
+        # Without it, the wrong answers would be there to be replayed.
+        assert journal.answer('q-failed') is None and journal.answer('q-again') is None
+        assert after(4) == ['learned2', 'waits1', 'waits2', 'waits3']
+        assert after(3) == ['waits1', 'waits2', 'waits3']
+        with pytest.raises(InvalidCorrection, match=r'2 corrections wait.*max_corrections'):
+            make_room(journal, 2)
+        assert [record.id for record in journal.pending()] == ['waits1', 'waits2', 'waits3']
+        assert journal.answer('q-waits1') is not None and journal.answer('q-wanted') is not None
+
+
+def test_what_a_person_deletes_is_gone_whoever_refers_to_it(tmp_path: Path) -> None:
+    with Journal(tmp_path / JOURNAL) as journal:
+        for query, name in (('q1', 'deleted'), ('q2', 'waits')):
+            journal.record_answer(answer(query, 'the question'))
+            journal.accept(correction(name, 'the question', query_id=query))
+        assert forget_corrections(journal, ['deleted']) == 1
+        assert not journal.answers()
+        assert [record.id for record in journal.pending()] == ['waits']
+
+
+def test_the_newest_versions_and_those_in_use_are_kept(tmp_path: Path) -> None:
+    """The live one stays however old, and that from which a profile will begin."""
+    store = AdapterStore(tmp_path)
+    with Journal(tmp_path / JOURNAL) as journal:
+        publish(journal, store)
+        journal.accept(correction('ann', profile='ann'))      # begins from version 1
+        for _ in range(5):
+            publish(journal, store)
+        publish(journal, store, 'bob')
+        roll_back(journal, '', 3, '')
+        forget_old_versions(journal, 2)
+        remove_files(journal, store)
+        assert on_disk(tmp_path) == [
+            '_robot/v000001', '_robot/v000003', '_robot/v000006', 'bob/v000001']
+        assert len(journal.versions('')) == 6
+        with pytest.raises(RollbackRefused, match=r'version 5 .*storage\.max_versions'):
+            roll_back(journal, '', 5, '')
+        roll_back(journal, '', 6, '')
+
+
+def test_tidying_up_follows_its_commit(tmp_path: Path) -> None:
+    """Files go once the journal says so for good; what it does not know is left alone."""
+    store = AdapterStore(tmp_path)
+    with JournalWriter(tmp_path / JOURNAL) as writer:
+        for _ in range(3):
+            writer.submit(lambda journal: publish(journal, store)).result(5)
+        store.save('', 99, {'weight': torch.ones(2)}, {})     # as of a journal that was lost
+        tidy(writer, store, 1)
+        writer.submit(lambda journal: None).result(5)
+        writer.submit(lambda journal: None).result(5)
+    assert on_disk(tmp_path) == ['_robot/v000003', '_robot/v000099']
+
+
+def test_old_version_records_go_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rollback then still knows what the live version holds."""
+    monkeypatch.setattr('mace_ros.store.retention.VERSION_RECORDS', 3)
+    with Journal(tmp_path / JOURNAL) as journal:
+        for number in range(1, 7):
+            journal.accept(correction(f'k{number}'))
+            journal.publish(VersionRecord('', number, number - 1, correction_ids=(f'k{number}',),
+                                          sha256='ab' if number > 4 else ''))
+        forget_old_versions(journal, 9)
+        assert [v.version for v in journal.versions('')] == [4, 5, 6]
+        outcome = roll_back(journal, '', 5, '')
+        assert [c.id for c in outcome.corrections] == ['k6']
+        roll_back(journal, '', 0, '')
+        assert not journal.learned('')
+
+
+def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
+    """Another one is told who does; it may when that one has ended, also by a signal."""
+    holder = subprocess.Popen(
+        [sys.executable, '-c', 'import sys, time; from pathlib import Path; '
+         'from mace_ros.store.lock import StorageLock; '
+         'StorageLock(Path(sys.argv[1])); print("locked", flush=True); time.sleep(60)', tmp_path],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == 'locked\n'
+    with pytest.raises(StorageInUse, match=f'process {holder.pid}'):
+        StorageLock(tmp_path, wait_s=0.1)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    StorageLock(tmp_path, wait_s=5.0).release()
+
+
+# By hand
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """Return a folder with two versions, two corrections and three answers."""
+    folder = tmp_path / 'storage'
+    store = AdapterStore(folder)
+    with Journal(folder / JOURNAL) as journal:
+        (folder / MODEL).write_text('a model\n')
+        journal.record_answer(answer('q1', 'Where do I live?', text='In a house.'))
+        journal.record_answer(answer('q2', 'What is 1 + 1?', text='2'))
+        journal.record_answer(answer('q3', 'Where do  I LIVE?', text='In a flat.', profile='ann'))
+        journal.accept(correction('k1', 'Where do I live?', query_id='q1', corrected=SECRET))
+        publish(journal, store, '', 'k1')
+        journal.accept(correction('k2', 'Who am I?', corrected='Ann.', profile='ann'))
+        publish(journal, store)
+    return folder
+
+
+def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
+    """Run the program; return what it prints, on stderr if it fails."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', folder, *arguments],
+        cwd=ROOT, input=text, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def test_what_is_kept_can_be_listed(storage: Path) -> None:
+    """A line for each, oldest first, of all profiles or of one."""
+    assert run(storage, 'list', 'corrections') == (
+        f'k1\tLEARNED\t\tWhere do I live?\t{SECRET}\tversion 1\t\n'
+        'k2\tACCEPTED\tann\tWho am I?\tAnn.\t\t\n')
+    assert run(storage, 'list', 'corrections', '--profile', 'ann').startswith('k2')
+    assert [line.split('\t')[0] for line in run(storage, 'list', 'answers').splitlines()] == [
+        'q1', 'q2', 'q3']
+    assert run(storage, 'list', 'versions') == (
+        '1\tPUBLISHED\t\tparent 0\t1 corrections\ton disk\t\n'
+        '2\tPUBLISHED\t\tparent 1\t0 corrections\tlive\t\n')
+
+
+def test_a_wrong_command_says_what_is_wrong(storage: Path) -> None:
+    """2 for a command that there is not, 1 for one that can't be done."""
+    assert 'invalid choice' in run(storage, 'burn', code=2)
+    assert 'no storage folder' in run(storage / 'nowhere', 'list', 'answers', code=1)
+    assert not (storage / 'nowhere').exists()
+    assert 'not on record' in run(storage, 'delete', 'corrections', 'k1', 'unknown', code=1)
+    assert 'no version 7' in run(storage, 'delete', 'versions', '7', code=1)
+    assert '~/rollback' in run(storage, 'delete', 'versions', '1', '2', code=1)
+    assert len(run(storage, 'list', 'corrections').splitlines()) == 2
+    assert on_disk(storage) == ['_robot/v000001', '_robot/v000002']
+
+
+def test_the_folder_may_be_named_after_the_command(storage: Path, tmp_path: Path) -> None:
+    """The later one counts, as with any option that is given twice."""
+    nowhere = tmp_path / 'nowhere'
+    assert run(nowhere, 'list', 'answers', '--folder', str(storage)).startswith('q1')
+    assert 'nowhere' in run(storage, 'export', '--folder', str(nowhere), code=1)
+
+
+def test_what_is_deleted_is_gone_from_the_disk(storage: Path) -> None:
+    """No file has a byte of it left, nor of the answers to its question."""
+    def found(text: str) -> list[str]:
+        return [path.name for path in storage.rglob('*')
+                if path.is_file() and text.encode() in path.read_bytes()]
+
+    assert found(SECRET) and found('In a house.')
+    assert run(storage, 'delete', 'corrections', 'k1') == '1 corrections deleted\n'
+    assert not found(SECRET) and not found('In a house.')
+    assert found('In a flat.')      # said to another person
+    run(storage, 'delete', 'answers', 'q3')
+    assert not found('In a flat.')
+    with Journal(storage / JOURNAL) as journal:
+        assert [a.query_id for a in journal.answers()] == ['q2']
+        assert [c.id for c in journal.corrections()] == ['k2']
+
+
+def test_a_version_is_deleted_but_not_forgotten(storage: Path) -> None:
+    """Its files go; the record says that there was one. That of a profile's start is kept."""
+    assert 'begins from it' in run(storage, 'delete', 'versions', '1', code=1)
+    run(storage, 'delete', 'corrections', 'k2')
+    with Journal(storage / JOURNAL) as journal:
+        journal.execute("DELETE FROM profiles WHERE profile = 'ann'")
+    run(storage, 'delete', 'versions', '1')
+    assert on_disk(storage) == ['_robot/v000002']
+    assert 'no files' in run(storage, 'list', 'versions').splitlines()[0]
+
+
+def test_a_running_node_is_not_disturbed(storage: Path) -> None:
+    """Looking is allowed; whatever changes the folder is refused by name of the process."""
+    with JournalWriter(storage / JOURNAL) as writer:
+        assert len(run(storage, 'list', 'corrections').splitlines()) == 2
+        lines = run(storage, 'export')
+        for arguments in (['delete', 'corrections', 'k1'], ['import']):
+            assert 'is used by process' in run(storage, *arguments, code=1, text=lines)
+        assert writer.submit(lambda journal: journal.correction('k1')).result(5) is not None
+
+
+def test_an_export_can_be_taken_in_elsewhere(storage: Path, tmp_path: Path) -> None:
+    """All comes over, to be learned there; a second time nothing is new."""
+    file = tmp_path / 'export.jsonl'
+    run(storage, 'export', str(file))
+    kinds = [json.loads(line)['kind'] for line in file.read_text().splitlines()]
+    assert kinds == ['model', *['answer'] * 3, *['correction'] * 2, *['version'] * 2]
+    assert run(storage, 'export', '--only', 'correction', '--profile', 'ann').count('\n') == 2
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL) as journal:
+        journal.accept(correction('mine', 'Who am I?', profile='ann'))
+    (other / MODEL).write_text('a model\n')
+    assert run(other, 'import', str(file)) == (
+        '2 corrections, 3 answers and 0 versions taken in, 0 known already\n')
+    assert run(other, 'import', text=file.read_text()) == (
+        '0 corrections, 0 answers and 0 versions taken in, 5 known already\n')
+    with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
+        assert new.answers() == journal.answers()
+        assert [c.id for c in new.pending()] == ['k1', 'k2']
+        # It contradicts what was there, and is no older.
+        mine, theirs = new.correction('mine'), new.correction('k1')
+        assert mine is not None and mine.state is CorrectionState.SUPERSEDED
+        assert theirs is not None and theirs.corrected == SECRET
+        assert not new.versions()
+
+
+def test_an_import_does_not_contradict_what_was_said_later(
+        storage: Path, tmp_path: Path) -> None:
+    """Whoever takes in an old export keeps what this robot was told since."""
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL) as journal:
+        journal.accept(correction('mine', 'Where do I live?', received=1.0))
+    (other / MODEL).write_text('a model\n')
+    run(other, 'import', text=run(storage, 'export', '--only', 'correction'))
+    with Journal(other / JOURNAL) as journal:
+        assert [c.id for c in journal.pending()] == ['mine', 'k2']
+        old = journal.correction('k1')
+        assert old is not None
+        assert (old.state, old.reason) == (CorrectionState.SUPERSEDED, 'by correction mine')
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(storage: Path) -> None:
+    """It would break every job that replays it."""
+    model = 'llama, 2 layers of 8, vocabulary of 100'
+    (storage / MODEL).write_text(f'{model}\n')
+    first = json.dumps({'kind': 'model', 'model': model}) + '\n'
+    line = ('{"kind": "answer", "query_id": "q9", "prompt_ids": [99], "messages": [], '
+            '"text": "b", "output_ids": [TOKEN]}')
+    said = run(storage, 'import', text=first + line.replace('TOKEN', '100'), code=1)
+    assert 'line 2: output_ids: token ids are whole numbers below 100' in said
+    run(storage, 'import', text=first + line.replace('TOKEN', '99'))
+
+
+def test_an_import_makes_no_answer_forgotten(storage: Path, tmp_path: Path) -> None:
+    """How many are kept is the node's parameter, of which the program knows nothing."""
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL, max_answers=10**6) as journal, journal.transaction():
+        for i in range(MAX_ANSWERS + 1):
+            journal.record_answer(answer(f'old{i}', 'Who am I?'))
+    (other / MODEL).write_text('a model\n')
+    run(other, 'import', text=run(storage, 'export'))
+    with Journal(other / JOURNAL) as journal:
+        assert journal.answer('old0') is not None and journal.answer('q3') is not None
+
+
+def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path: Path) -> None:
+    """Under new numbers, to be made live by a rollback; a second time nothing is new."""
+    export = run(storage, 'export', '--weights')
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL) as journal:
+        publish(journal, AdapterStore(other), '', 'mine')
+    (other / MODEL).write_text('a model\n')
+    spoilt = export.replace('"sha256": "', '"sha256": "0')
+    assert 'checksum' in run(other, 'import', text=spoilt, code=1)
+    assert '2 versions taken in, 0 known' in run(other, 'import', text=export)
+    assert '0 versions taken in, 7 known' in run(other, 'import', text=export)
+    with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
+        mine, *theirs = new.versions('')
+        assert [v.correction_ids for v in theirs] == [
+            v.correction_ids for v in journal.versions('')]
+        assert [v.parent for v in theirs] == [0, theirs[0].version]
+        assert new.live('') == mine
+        store = AdapterStore(other)
+        for here, there in zip(theirs, journal.versions(''), strict=True):
+            assert torch.equal(store.load(here.path, here.sha256)['weight'],
+                               AdapterStore(storage).load(there.path, there.sha256)['weight'])
+        roll_back(new, '', theirs[-1].version, 'better')
+        assert new.live('') == theirs[-1]
+
+
+@pytest.mark.parametrize(('line', 'why'), [
+    ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "!"}', 'base64'),
+    ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "aaaa"}',
+     'checksum'),
+    ('no JSON', 'Expecting value'), ('[]', 'nothing that was exported'),
+    ('{"kind": "secret"}', 'secret'),
+    ('{"kind": "correction", "id": "a"}', 'prompt_ids, messages, corrected missing'),
+    ('{"kind": "answer", "query_id": "q", "prompt_ids": [], "messages": [], "text": "b", '
+     '"output_ids": [], "profile": "' + 129 * 'x' + '"}', 'profile: longer'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [], "corrected": ""}',
+     'empty'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": ["x"], "messages": [], "corrected": "b"}',
+     'whole numbers'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [], "messages": [], "corrected": "b", '
+     '"weight": NaN}', 'weight'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "user", '
+     '"content": "\\ud800"}], "corrected": "b"}', 'messages'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "tool", '
+     '"content": "c"}], "corrected": "b"}', 'role'),
+    ('{"kind": "answer", "query_id": 7, "prompt_ids": [], "messages": [], "text": "b", '
+     '"output_ids": []}', 'query_id'),
+    ('{"kind": "correction", "id": "a", "prompt_ids": [], "messages": [], "corrected": "b", '
+     '"received": 1' + 400 * '0' + '}', 'OverflowError'),
+    (100_000 * '[', 'RecursionError'),
+    ('{"kind": "model", "model": "a second one"}', 'base model'),
+    ('{"kind": "model", "model": "another"}', 'another')])
+def test_an_import_is_all_or_nothing(storage: Path, line: str, why: str) -> None:
+    """A bad line is named, and none before it is kept."""
+    first = '{"kind": "model", "model": "a model"}\n'
+    good = ('{"kind": "correction", "id": "new", "prompt_ids": [1], "messages": [], '
+            '"corrected": "b"}\n')
+    lines = line if why == 'another' else first + good + line
+    said = run(storage, 'import', text=lines, code=1)
+    assert ('line 1' if why == 'another' else 'line 3') in said
+    if why != 'another':
+        assert why in said
+    with Journal(storage / JOURNAL) as journal:
+        assert journal.correction('new') is None
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_line(storage: Path, tmp_path: Path) -> None:
+    file = tmp_path / 'lines.jsonl'
+    file.write_bytes(b'{"kind": "model", "model": "a model"}\n'
+                     b'{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [], '
+                     b'"corrected": "\xff"}\n')
+    assert 'line 2' in run(storage, 'import', str(file), code=1)
+    done = subprocess.run(
+        [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', storage, 'import'],
+        cwd=ROOT, input=file.read_bytes(), capture_output=True, timeout=60)
+    assert done.returncode == 1 and b'line 2' in done.stderr
+
+
+def test_a_version_that_was_rejected_has_no_files_to_delete(storage: Path) -> None:
+    """It is not on disk."""
+    with Journal(storage / JOURNAL) as journal:
+        journal.record_version(VersionRecord(
+            '', journal.next_version(''), 2, VersionState.REJECTED, 'worse'))
+    assert 'on disk' in run(storage, 'delete', 'versions', '3', code=1)

@@ -1,0 +1,28 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Answers and corrections as the journal keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mace_ros.store.journal import AnswerRecord, CorrectionRecord
+
+
+def answer(query_id: str, question: str = '', **fields: object) -> AnswerRecord:
+    """Return an answer to ``question``, by default a question like no other."""
+    content = question or f'question {query_id}'
+    record = AnswerRecord(
+        query_id=query_id, prompt_ids=tuple(content.encode()),
+        messages=({'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': content}),
+        text=f'answer {query_id}', output_ids=(1, 2, 49151))
+    return replace(record, **fields)  # type: ignore[arg-type]
+
+
+def correction(name: str, question: str = '', **fields: object) -> CorrectionRecord:
+    """Return a correction of ``question``, by default a question like no other."""
+    content = question or f'question of {name}'
+    record = CorrectionRecord(
+        id=name, prompt_ids=tuple(content.encode()),
+        messages=({'role': 'user', 'content': content},), rejected='wrong', corrected='right')
+    return replace(record, **fields)  # type: ignore[arg-type]

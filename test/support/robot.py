@@ -1,0 +1,96 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that is stepped by hand, and keeps what it says."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+import time
+
+from mace_ros.api.events import (
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    Event,
+    Query,
+    Response,
+    ResponseChunk,
+)
+from mace_ros.api.settings import Settings
+from mace_ros.engine.engine import Engine
+
+# Of a random model everything is noise: much of it is moved at once, all that three layers have,
+# and none of it worth keeping.
+RANDOM_MODEL = {
+    'adapter.target_modules': 'all-linear', 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
+    'finetune.replay_weight': 1.0}
+
+# A system prompt of several KV blocks.
+SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' * 12
+
+DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
+        CorrectionState.SUPERSEDED)
+
+
+@dataclass
+class Robot:
+    """Steps an engine and keeps what it says."""
+
+    engine: Engine
+    events: list[Event] = field(default_factory=list)
+
+    def until(self, condition: Callable[[Event], bool], seconds: float = 60.0) -> Event:
+        """Step until an event fulfils the condition."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            iteration = self.engine.step()
+            self.events += iteration.events
+            for event in iteration.events:
+                if condition(event):
+                    return event
+            if iteration.wake_at is None:
+                time.sleep(0.002)
+        raise AssertionError(f'not within {seconds} s; last events: {self.events[-3:]}')
+
+    def response(self, query_id: str) -> Response:
+        """Step until that query has ended."""
+        event = self.until(lambda e: isinstance(e, Response) and e.query_id == query_id)
+        assert isinstance(event, Response)
+        return event
+
+    def ask(self, text: str, **kwargs: object) -> Response:
+        """Ask and wait for the answer."""
+        query = Query(text, **{'id': f'q{len(self.events)}-{time.monotonic_ns()}', **kwargs})  # type: ignore[arg-type]
+        self.engine.submit(query)
+        return self.response(query.id)
+
+    def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionStatus:
+        """Correct and wait until the correction has come to its end."""
+        self.engine.correct(correction)
+        event = self.until(lambda e: isinstance(e, CorrectionStatus)
+                           and e.id == correction.id and e.state in DONE, seconds)
+        assert isinstance(event, CorrectionStatus)
+        return event
+
+    def tokens(self, query_id: str) -> list[ResponseChunk]:
+        """Return the pieces of an answer so far."""
+        return [e for e in self.events if isinstance(e, ResponseChunk) and e.query_id == query_id]
+
+
+def correct(robot: Robot, name: str, *, about: str = '') -> None:
+    """Correct the answer to a question named so, and wait until that is accepted."""
+    robot.engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == name)
+
+
+@contextmanager
+def robot_with(settings: Settings, folder: Path, **values: object) -> Iterator[Robot]:
+    """Return an engine with other settings; afterwards every KV block must be free."""
+    engine = Engine(settings.updated({
+        name.replace('__', '.'): value for name, value in values.items()}), storage=folder)
+    everything = engine.free_kv_tokens
+    yield Robot(engine)
+    engine.step()     # checks all blocks when it has become idle
+    assert engine.free_kv_tokens == everything
+    engine.close()

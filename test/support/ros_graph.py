@@ -1,0 +1,195 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The node in a process of its own, and what tests need to talk to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from mace_ros.action import Generate
+from mace_ros.msg import AdapterVersion, Query, Response, ResponseChunk
+from rcl_interfaces.srv import SetParameters
+from rclpy.action import ActionClient
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile
+from support.graph import ENVIRONMENT, wait_until
+
+from mace_ros.ros.client import LATCHED, MaceClient
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWER_S = 100.0
+DISCOVERY_S = 30.0
+SECONDS_PER_TICK = 1 / os.sysconf('SC_CLK_TCK')
+
+
+class NodeProcess:
+    """``mace_node`` in a process that can be started again on the same storage."""
+
+    def __init__(self, folder: Path, *, namespace: str = '', log_level: str = 'info',
+                 **parameters: object) -> None:
+        self.folder = folder
+        self.name = f'{namespace}/mace'
+        logger = f'{namespace}/mace'.strip('/').replace('/', '.')
+        self._arguments = ['--log-level', f'{logger}:={log_level}']
+        if namespace:
+            self._arguments += ['-r', f'__ns:={namespace}']
+        for name, value in {'storage.folder': folder / 'storage', **parameters}.items():
+            self._arguments += ['-p', f'{name}:={value}']
+        self._log = folder / 'node.log'
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        environment = {
+            **os.environ, **ENVIRONMENT, 'HF_HUB_OFFLINE': '1',
+            'ROS_LOG_DIR': str(self.folder / 'log')}
+        with self._log.open('a') as log:
+            self.process = subprocess.Popen(
+                [sys.executable, '-m', 'mace_ros.ros.node', '--ros-args', *self._arguments],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+    @property
+    def log(self) -> str:
+        """All that it has printed."""
+        return self._log.read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Return the exit code."""
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def memory(self) -> int:
+        """Return its resident bytes."""
+        pages = Path(f'/proc/{self.process.pid}/statm').read_text().split()[1]
+        return int(pages) * os.sysconf('SC_PAGE_SIZE')
+
+    def cpu_seconds(self) -> float:
+        """Time that all its threads have computed."""
+        fields = Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()
+        return (int(fields[11]) + int(fields[12])) * SECONDS_PER_TICK
+
+
+def wait_until_known(client: MaceClient) -> None:
+    """
+    Return once the active node knows the subscriptions that the client's node has made.
+
+    What a node publishes before it has matched a subscription is not for that one, and a
+    subscription can't tell whether it was matched. But the middleware announces them in
+    order: with the latched version of a last one, the node knows those before it as well.
+    """
+    heard: list[AdapterVersion] = []
+    last = client.node.create_subscription(
+        AdapterVersion, '/mace/adapter_version', heard.append, LATCHED)
+    try:
+        assert wait_until(lambda: heard, DISCOVERY_S)
+    finally:
+        client.node.destroy_subscription(last)
+
+
+class Recorder:
+    """Keeps all messages of some topics, in the order in which they came."""
+
+    def __init__(self, client: MaceClient, **topics: type) -> None:
+        self.messages: list[Any] = []
+        self._node, self._changed = client.node, client._changed
+        self._subscriptions = [
+            self._node.create_subscription(kind, f'/mace/{name}', self._keep, 1000)
+            for name, kind in topics.items()]
+        wait_until_known(client)
+
+    def _keep(self, message: Any) -> None:
+        with self._changed:
+            self.messages.append(message)
+            self._changed.notify_all()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+
+    def of(self, kind: type, **fields: object) -> list[Any]:
+        """Return the messages of a type with these values."""
+        return [m for m in list(self.messages) if isinstance(m, kind)
+                and all(getattr(m, name) == value for name, value in fields.items())]
+
+
+def call(client: MaceClient, kind: type, name: str, /, *, timeout_s: float = DISCOVERY_S,
+         **fields: object) -> Any:
+    """Call a service with a request of these fields; return its response."""
+    service = client.node.create_client(kind, name)
+    try:
+        assert service.wait_for_service(timeout_s), name
+        return resolved(service.call_async(kind.Request(**fields)), timeout_s)
+    finally:
+        client.node.destroy_client(service)
+
+
+def set_parameters(client: MaceClient, values: dict[str, object], *,
+                   node: str = '/mace') -> list[tuple[bool, str]]:
+    """Set parameters through the node's service; return (successful, reason) of each."""
+    response = call(client, SetParameters, f'{node}/set_parameters', parameters=[
+        Parameter(name, value=value).to_parameter_msg() for name, value in values.items()])
+    return [(r.successful, r.reason) for r in response.results]
+
+
+def resolved(future: Any, timeout_s: float) -> Any:
+    """Wait for a future of rclpy."""
+    done: Future[Any] = Future()
+    future.add_done_callback(lambda f: done.set_result(f.result()))
+    return done.result(timeout_s)
+
+
+class Generator:
+    """A client of the action."""
+
+    def __init__(self, client: MaceClient) -> None:
+        self._client = ActionClient(
+            client.node, Generate, '/mace/generate',
+            feedback_sub_qos_profile=QoSProfile(depth=1000))
+        assert self._client.wait_for_server(DISCOVERY_S)
+        wait_until_known(client)
+        self.chunks: list[ResponseChunk] = []
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.destroy()
+
+    def send(self, text: str, **fields: object) -> Any:
+        """Return the goal's handle."""
+        return resolved(self._client.send_goal_async(
+            Generate.Goal(query=Query(text=text, **fields)),
+            feedback_callback=lambda m: self.chunks.append(m.feedback.chunk)), ANSWER_S)
+
+    def result(self, goal: Any) -> tuple[int, Response]:
+        """
+        Return the goal's status and the response.
+
+        rclpy hands on no feedback after that: wait for the last chunk before.
+        """
+        reply = resolved(goal.get_result_async(), ANSWER_S)
+        return reply.status, reply.result.response
+
+
+def eventually(happened: Callable[[], Any], client: MaceClient, timeout_s: float) -> Any:
+    """Wait for something that messages to the client bring about; return it."""
+    with client._changed:
+        found = client._changed.wait_for(happened, timeout_s)
+    assert found, f'it did not happen within {timeout_s} s'
+    return found
