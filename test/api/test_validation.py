@@ -29,7 +29,7 @@ from mace_ros.api.validation import (
     MAX_TEXT,
     MAX_UNWRITTEN,
 )
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 
 ID, TEXT = 'i' * MAX_ID, 'ä' * MAX_TEXT
 
@@ -90,11 +90,11 @@ def test_corrections_come_at_a_bounded_rate() -> None:
 
 def test_a_slow_disk_bounds_what_waits_for_it(model_folder: Path, tmp_path: Path) -> None:
     """What is refused is told so; what was let in is on disk once the disk is quick again."""
-    engine = Engine(Settings().updated({
+    engine = build_engine(Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'finetune.budget': 0.0, 'correction.max_per_minute': 1000000}), storage=tmp_path)
     quick = threading.Event()
-    engine._journal.submit(lambda _: quick.wait(60.0))
+    engine.parts.journal.submit(lambda _: quick.wait(60.0))
     sent = MAX_UNWRITTEN + 500
     for n in range(sent):
         engine.correct(Correction(f'Ho {n}.', id=str(n), prompt=f'Hi {n}?'))

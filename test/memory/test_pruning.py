@@ -206,23 +206,23 @@ def test_answers_are_those_of_transformers_without_what_was_dropped(
     """Half of the blocks go after the first token; the rest of the answer does not see them."""
     with robot_with(settings, tmp_path, memory__kv_prune=0.5) as one:
         dropped: list[list[int]] = []
-        drop = one.engine._kv_cache.drop
+        drop = one.engine.parts.kv_cache.drop
 
         def noting(request: Request, places: Sequence[int]) -> None:
             dropped.append(list(places))
             drop(request, places)
 
-        monkeypatch.setattr(one.engine._kv_cache, 'drop', noting)
+        monkeypatch.setattr(one.engine.parts.kv_cache, 'drop', noting)
         ids = one.engine.chat.prompt([{'role': 'system', 'content': LONG},
                                       {'role': 'user', 'content': 'Well?'}])
         assert len(ids) > LONG_TOKENS
         one.engine.submit(Query('Well?', id='q', system=LONG, max_tokens=12, temperature=0.0))
         one.until(lambda e: isinstance(e, ResponseChunk))
-        held = one.engine._pool.held_blocks
+        held = one.engine.parts.pool.held_blocks
         answer = one.response('q')
         short = one.ask('Well?', max_tokens=4)
         assert short.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        assert one.engine._kv_cache.pruned_tokens == 16 * len(dropped[0])
+        assert one.engine.parts.kv_cache.pruned_tokens == 16 * len(dropped[0])
 
     blocks = -(-len(ids) // 16)
     assert len(dropped) == 1     # short prompts are kept whole
@@ -243,7 +243,7 @@ def test_pruning_is_live_and_off_changes_nothing(settings: Settings, tmp_path: P
         def ask(fraction: float) -> tuple[str, int, int]:
             one.engine.update(one.engine.settings.updated({'memory.kv_prune': fraction}))
             one.engine.step()
-            kv_cache = one.engine._kv_cache
+            kv_cache = one.engine.parts.kv_cache
             before = kv_cache.pruned_tokens, kv_cache.shared_tokens
             text = one.ask('Well?', system=LONG, max_tokens=30, temperature=0.0).text
             return (text, kv_cache.pruned_tokens - before[0],
@@ -271,5 +271,5 @@ def test_pruned_requests_that_are_preempted_end_as_well(
                                 and hasattr(e, 'finish_reason'))
             assert event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)   # type: ignore[union-attr]
             waiting.discard(event.query_id)     # type: ignore[union-attr]
-        assert tight.engine._kv_cache.pruned_tokens >= 4 * 256
+        assert tight.engine.parts.kv_cache.pruned_tokens >= 4 * 256
         assert tight.engine.status().preemptions > 0
