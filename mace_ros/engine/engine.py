@@ -50,10 +50,10 @@ from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.engine.model_runner import ModelRunner, PassResult
 from mace_ros.engine.parts import budget_bytes, Parts
 from mace_ros.engine.request_manager import queue_full, RequestManager
+from mace_ros.engine.snapshot import take_status
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import accept, Accepted
 from mace_ros.learning.rollback import RolledBack
-from mace_ros.memory.budget import MB
 from mace_ros.model.heap import HeapTrimmer
 from mace_ros.scheduling.plan import Plan
 from mace_ros.scheduling.scheduler import Scheduler
@@ -470,26 +470,8 @@ class Engine:
 
     def status(self) -> Status:
         """Return a snapshot between two iterations."""
-        now, state, pool = self._clock(), self._state, self.parts.pool
-        decode_rows = sum(r.is_decoding for r in state.running)
-        learning, limit = self.learner.status(), max(pool.limit, 1)
-        return Status(
-            now=now, statistics=self.scheduler.statistics(now),
-            queue_depth=self.requests.queue_depth, prefilling=len(state.running) - decode_rows,
-            decode_rows=decode_rows, budget_mb=self._memory.budget.total / MB,
-            planned_mb=self._memory.budget.planned(pool.held_blocks + pool.cached_blocks) / MB,
-            kv_use=pool.held_blocks / limit, kv_cached=pool.cached_blocks / limit,
-            shared_tokens=self.parts.kv_cache.shared_tokens,
-            preemptions=self.parts.kv_cache.preemptions,
-            corrections_waiting=learning.waiting,
-            freshness_s=now - learning.oldest_at if learning.waiting else 0.0,
-            live_version=self.live_version(''), profiles=self.parts.slots.profiles,
-            journal_error=self._recorder.journal_error, drift_state=learning.drift_state,
-            drift_level=learning.drift_level, finetune_budget=learning.budget,
-            journal_backlog=self._journal.backlog, unrecorded=self._recorder.unrecorded,
-            learning_error=learning.trouble,
-            base_questions_left=(
-                self._background.anchors_remaining if self.learner.wants_anchors else 0))
+        return take_status(self.parts, self.scheduler, self.requests, self._recorder,
+                           self._background, self.learner, self._clock())
 
     def pause(self) -> list[Event]:
         """Cancel all requests, and take in what the journal has written; step() may follow."""
