@@ -12,6 +12,7 @@ from mace_ros.api.events import Query
 from mace_ros.engine.active_request import BACKGROUND_PRIORITY, BACKGROUND_SLO_S
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.scheduling.plan import State
+from mace_ros.store.journal_writer import JournalWriter
 
 IDLE_BATCH = 8     # questions at once while no user request is active ...
 BUSY_BATCH = 4     # ... and beside user requests, each of which they slow down a little
@@ -89,3 +90,15 @@ class AnchorRequests:
         if self.remaining:
             return None
         return [self._answers[i] for i in range(len(ANCHORS))]
+
+
+def recorded_anchors(journal: JournalWriter, model: str) -> AnchorRequests:
+    """
+    Return the anchors with the answers that the journal holds for a base model. Blocks.
+
+    ``model`` is the digest of its weights; new answers are recorded under it.
+    """
+    return AnchorRequests(
+        journal.submit(lambda j: j.base_answers(model)).result(),
+        record=lambda prompt, output: journal.submit(
+            lambda j: j.record_base_answer(model, prompt, output)))

@@ -31,7 +31,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_correction, CorrectionLimiter, MAX_ID
-from mace_ros.engine.anchor_requests import AnchorRequests
+from mace_ros.engine.anchor_requests import recorded_anchors
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
 from mace_ros.engine.inbox import (
@@ -95,7 +95,7 @@ class Engine:
         self._recorder = AnswerRecorder(journal=parts.journal, inbox=self._inbox)
         self._background = BackgroundRequests(
             chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache, slots=parts.slots,
-            anchors=_anchor_requests(parts), clock=clock)
+            anchors=recorded_anchors(parts.journal, parts.weights_digest), clock=clock)
         self.requests = RequestManager(
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
             slots=parts.slots, recorder=self._recorder, background=self._background,
@@ -495,15 +495,6 @@ class Engine:
             self._journal.close()
             gc.unfreeze()
         return [*events, *self._receive()]    # what the journal has written meanwhile
-
-
-def _anchor_requests(parts: Parts) -> AnchorRequests:
-    """Return the anchors with the answers that earlier starts have recorded."""
-    journal, digest = parts.journal, parts.weights_digest
-    return AnchorRequests(
-        journal.submit(lambda j: j.base_answers(digest)).result(),
-        record=lambda prompt, output: journal.submit(
-            lambda j: j.record_base_answer(digest, prompt, output)))
 
 
 def _rejected(correction: Correction, error: BaseException) -> CorrectionStatus:
