@@ -36,13 +36,10 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.api.validation import (
-    checked_correction,
-    CorrectionLimiter,
-    MAX_ID,
-)
+from mace_ros.api.validation import checked_correction, MAX_ID
 from mace_ros.engine.anchor_requests import AnchorRequests
 from mace_ros.engine.builder import budget_bytes, check_budget, load
+from mace_ros.engine.correction_limiter import CorrectionLimiter
 from mace_ros.engine.kv_blocks import KvBlocks
 from mace_ros.engine.model_runner import ModelRunner
 from mace_ros.engine.request_manager import RequestManager
@@ -64,7 +61,7 @@ from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
-from mace_ros.scheduling.plan import SegmentKind, State
+from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.store.adapter_store import AdapterStore, check_same_model
 from mace_ros.store.journal import Journal
@@ -128,10 +125,9 @@ class Engine:
             # One more than may be live, for the version that is about to be.
             alpha=adapter.alpha, slots=adapter.slots + 1,
             spared=settings.finetune.spared_directions)
-        self._state = State()
         self._pool = BlockPool(self.model.kv_blocks, BLOCK_TOKENS)
-        self._kv_cache = KVCacheManager(
-            self._pool, self._state, sharing=settings.memory.prefix_sharing)
+        self._kv_cache = KVCacheManager(self._pool, sharing=settings.memory.prefix_sharing)
+        self._state = self._kv_cache.state
         self._free_at_start = free
         self._memory = MemoryArbiter(
             MemoryBudget(
@@ -139,7 +135,7 @@ class Engine:
                 most_blocks=self.model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
                 rows=settings.scheduler.max_requests,
                 # Device graphs hold the addresses of a cache that is there from the start.
-                resident=self.model.device.type == 'cuda'), self._kv_cache, self._state)
+                resident=self.model.device.type == 'cuda'), self._kv_cache)
         check_budget(self._memory.budget)
         self._blocks = KvBlocks(self.model, self._pool, self._kv_cache)
         self._blocks.prune_share = settings.memory.kv_prune
@@ -216,7 +212,7 @@ class Engine:
     @property
     def _longest(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return min(self.model.context_length, self._memory.longest)
+        return min(self.model.context_length, self._memory.max_request_tokens)
 
     @property
     def free_kv_tokens(self) -> int:
@@ -245,7 +241,7 @@ class Engine:
         arrived = self._clock()
         try:
             checked = checked_correction(correction)
-            self._door.let_in(
+            self._door.admit(
                 arrived, self._settings.correction.max_per_minute, self._journal.backlog)
         except InvalidCorrection as error:
             refused = CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))
@@ -265,11 +261,11 @@ class Engine:
             self._settings = self._requests.settings = settings
             self.runner.planned_ahead = None     # under those that were in force
             self.scheduler.update(settings)
-            self._kv_cache.share(settings.memory.prefix_sharing)
+            self._kv_cache.set_sharing(settings.memory.prefix_sharing)
             self._blocks.prune_share = settings.memory.kv_prune
             limits = settings.scheduler
             self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
-            self._memory.change(budget_bytes(settings, self._free_at_start))
+            self._memory.resize(budget_bytes(settings, self._free_at_start))
             return self._requests.fit()
         self._enqueue(apply)
 
@@ -377,7 +373,6 @@ class Engine:
                 min(self.learner.unlearned, default=math.inf), self._clock()))
         events += self._take_step()
         events += self._move_blocks()
-        self._kv_cache.refresh()
         now = self._clock()
         with phase_of(self.runner.trace, 'plan'):
             plan = self.runner.take_planned_ahead() or self.scheduler.plan(self._state, now)
@@ -386,7 +381,7 @@ class Engine:
                 self._requests[rejection.request.id], FinishReason.REJECTED,
                 ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
                 rejection.reason)
-        if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
+        if self._memory.reclaim(plan.lacks_memory, overdue=self._is_overdue(now)):
             return now     # and plan again, with more memory
         self._check_when_idle()
         self._heap.tend(now, self._memory.budget.total, idle=(
@@ -524,14 +519,14 @@ class Engine:
         """Let the scheduler see the learner's step if there is memory for it."""
         step = self.learner.step
         try:
-            allowed = self._memory.allows(step, overdue=self._is_overdue(self._clock()))
+            allowed = self._memory.grant(step, overdue=self._is_overdue(self._clock()))
             self._state.finetune = step if allowed else None
         except Exception as error:    # the step could not be laid out in smaller pieces
             self._state.finetune = None
             return self.runner.learning_broke(error)
         if step is None or self._state.finetune is not None:
             return []
-        lack = self._memory.lacks(step)
+        lack = self._memory.shortage(step)
         return self.learner.drop(lack) if lack else []    # with fewer corrections it may fit
 
     def _move_blocks(self) -> list[Event]:

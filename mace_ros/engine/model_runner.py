@@ -91,7 +91,7 @@ class ModelRunner:
         pass_s = 0.0
         started = self._clock()
         try:
-            self._kv_cache.begin(plan, started)
+            self._kv_cache.allocate(plan, started)
             flight = self._launch(plan, events) if plan.has_pass else None
             if flight is not None:
                 plan = flight.plan      # less what did not ride
@@ -207,7 +207,7 @@ class ModelRunner:
             tokens = flight.drawn.tolist()
         with phase_of(self.trace, 'commit'):
             for request, computed in flight.work:
-                self._kv_cache.computed(request, computed)
+                self._kv_cache.commit(request, computed)
                 if not request.remaining_tokens:
                     self._blocks.prune(self._requests[request.id])
             return self._requests.commit(flight.sampled, tokens)

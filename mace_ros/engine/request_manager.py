@@ -201,7 +201,7 @@ class RequestManager:
             return
         if not self.settings.memory.prefix_sharing:
             self._warming.stop()
-        piece = self._warming.next(lambda profile, ids: self._kv_cache.known(BlockHashes(
+        piece = self._warming.next(lambda profile, ids: self._kv_cache.cached_tokens(BlockHashes(
             self._slots.live(profile).identity, ids, BLOCK_TOKENS), len(ids)))
         if piece is not None:
             self._reading = reading(piece.ids, piece.profile, self._clock(), self._chat)
@@ -234,7 +234,7 @@ class RequestManager:
             request = answering.request
             room = longest - request.prompt_tokens
             begun = request.state is RequestState.RUNNING or request.output_tokens
-            if request.most_tokens <= longest or not begun or (
+            if request.max_total_tokens <= longest or not begun or (
                     room < 1 and not request.output_tokens):
                 continue    # it is rejected by name
             request.max_tokens = max(room, request.output_tokens)
@@ -254,7 +254,7 @@ class RequestManager:
         query, request = answering.query, answering.request
         del self._all[query.id]
         self._early.ended(query.id)
-        self._kv_cache.leave(request)
+        self._kv_cache.free(request)
         assert answering.version is not None
         self._slots.unpin(answering.version)
         if answering is self._reading:

@@ -528,8 +528,8 @@ def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> N
     with robot_with(settings, tmp_path) as one:
         engine = one.engine
         one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        engine._kv_cache.share(False)
-        engine._kv_cache.share(True)     # nothing is left of it
+        engine._kv_cache.set_sharing(False)
+        engine._kv_cache.set_sharing(True)     # nothing is left of it
         engine._requests.published('')
         engine.step()
         assert engine.status().queue_depth == 0 and engine.status().statistics.iterations

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost model on devices whose true times are known."""
 
-from collections.abc import Iterator
-import json
 import random
 
 import pytest
@@ -11,36 +9,15 @@ from support.virtual_device import (
     CPU_PASS,
     GPU_PASS,
     HEAD_TOKENS,
+    observe,
     quantile,
+    shapes,
     STEP_TOKENS,
     VirtualDevice,
 )
 
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, SegmentKind
-
-
-def shapes(count: int, seed: int) -> Iterator[PassShape]:
-    """Yield passes as serving makes them: runs of decode steps, a prefill now and then."""
-    draw = random.Random(seed)
-    made = 0
-    while made < count:
-        rows = draw.choice([1, 1, 2, 3, 5, 8, 16])
-        context = sum(draw.randint(20, 1500) for _ in range(rows))
-        prefill = draw.choice([0, 0, 16, 50, 64, 100, 200])
-        before = draw.choice([0, 0, 500])
-        finetune = draw.choice([0, 0, 0, 24, 100]) if prefill < 100 else 0
-        for step in range(1 if prefill else 8):
-            yield PassShape(rows, context + step * rows, prefill,
-                            prefill * before + prefill * (prefill + 1) // 2, finetune)
-            made += 1
-
-
-def observe(cost: CostModel, what: PassShape | Segment, seconds: float) -> None:
-    if isinstance(what, Segment):
-        cost.observe(Measurement(Plan(segments=1), segments=((what, seconds),)))
-    else:
-        cost.observe(Measurement(Plan(shape=what), seconds))
+from mace_ros.scheduling.plan import PassShape, Segment, SegmentKind
 
 
 @pytest.mark.parametrize('curve', [CPU_PASS, GPU_PASS])
@@ -174,19 +151,3 @@ def test_nothing_takes_no_time_and_the_unknown_takes_some():
     assert cost.pass_s() == 0.0
     assert cost.pass_s(1, 10) > 0.0
     assert all(cost.segment_s(kind, 10) > 0.0 for kind in SegmentKind)
-
-
-def test_survives_json_and_goes_on_learning_alike():
-    device = VirtualDevice(noise=0.1, seed=16)
-    cost = device.calibrated()
-    for shape in shapes(100, seed=17):
-        observe(cost, shape, device.run(shape))
-    other = CostModel.from_dict(json.loads(json.dumps(cost.to_dict())))
-    for shape in shapes(50, seed=18):
-        seconds = device.run(shape)
-        assert other.pass_s(*shape, upper=True) == cost.pass_s(*shape, upper=True)
-        observe(cost, shape, seconds)
-        observe(other, shape, seconds)
-    assert other.relative_errors() == cost.relative_errors()
-    assert (other.segment_s(SegmentKind.HEAD, 20, upper=True)
-            == cost.segment_s(SegmentKind.HEAD, 20, upper=True))

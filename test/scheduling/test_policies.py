@@ -183,7 +183,7 @@ def test_mace_keeps_the_slo_whatever_slowdown_is_allowed(curve, objective, recom
     assert all(r.slo_met for r in requests)
     # And uses what it leaves.
     assert quantile([tpot(r) for r in requests], 0.5) >= 0.75 * objective
-    assert bool(engine.scheduler.statistics(engine.now).ridden_tokens) == recompute
+    assert bool(engine.scheduler.statistics(engine.now).piggybacked_tokens) == recompute
 
 
 def test_mace_does_not_learn_beside_answers_that_are_late_anyway():
@@ -197,14 +197,14 @@ def test_tokens_ride_where_that_saves_device_time_and_only_there():
     busy = [query(n, 0.0, answer=300) for n in range(4)]
     values = {'scheduler.max_slowdown': 1.5}
 
-    def ridden(device, recompute):
+    def piggybacked(device, recompute):
         engine = served('mace', [query(r.id, 0.0, answer=300) for r in busy], device=device,
                         values=values, recompute=recompute)
-        return engine.scheduler.statistics(engine.now).ridden_tokens
+        return engine.scheduler.statistics(engine.now).piggybacked_tokens
 
     # On a large GPU the weights are read anyway; but a forward that rides loses its graphs.
-    assert ridden(VirtualDevice(curve=GPU_PASS), recompute=True) > 10 * STEP_TOKENS
-    assert ridden(VirtualDevice(), recompute=False) == 0
+    assert piggybacked(VirtualDevice(curve=GPU_PASS), recompute=True) > 10 * STEP_TOKENS
+    assert piggybacked(VirtualDevice(), recompute=False) == 0
 
 
 def test_whether_riding_pays_is_asked_again_for_each_step():
@@ -212,10 +212,10 @@ def test_whether_riding_pays_is_asked_again_for_each_step():
     settings = Settings().updated({'scheduler.max_slowdown': 1.5})
     engine = CheckedEngine(Scheduler(settings, device.calibrated()), device, settings)
     engine.run([query(0, 0.0, answer=100)])
-    assert engine.scheduler.statistics(engine.now).ridden_tokens == 0
+    assert engine.scheduler.statistics(engine.now).piggybacked_tokens == 0
     engine.recompute = True   # of later steps
     engine.run([query(1, engine.now, answer=300)])
-    assert engine.scheduler.statistics(engine.now).ridden_tokens > STEP_TOKENS
+    assert engine.scheduler.statistics(engine.now).piggybacked_tokens > STEP_TOKENS
 
 
 def test_the_scheduler_holds_no_step():
@@ -224,7 +224,7 @@ def test_the_scheduler_holds_no_step():
     scheduler = Scheduler(settings, device.calibrated())
     engine = CheckedEngine(scheduler, device, settings, recompute=True)
     engine.run([query(0, 0.0, answer=300)])
-    assert scheduler.statistics(engine.now).ridden_tokens > STEP_TOKENS
+    assert scheduler.statistics(engine.now).piggybacked_tokens > STEP_TOKENS
     steps = [ref(step) for step in engine.steps]
     del engine
     gc.collect()
@@ -257,8 +257,9 @@ def test_a_forward_that_began_to_ride_goes_on_when_idle():
     queries = [query(n, 1.0 * n, answer=20 + n) for n in range(10)]
     engine = served('mace', queries, device=device, recompute=True,
                     values={'scheduler.max_slowdown': 1.2})
-    ridden = [step for step in engine.steps if step.ridden]
-    assert ridden and all(step.ridden == STEP_TOKENS for step in ridden[:-1])
+    piggybacked = [step for step in engine.steps if step.piggybacked_so_far]
+    assert piggybacked and all(
+        step.piggybacked_so_far == STEP_TOKENS for step in piggybacked[:-1])
     alone = [plan for _, plan in engine.plans if plan.finetune_tokens and not plan.decode]
     assert alone and all(plan.predicted_s <= 0.051 for plan in alone)
 

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every policy shares: serving, admission, budgets, live settings, accounts."""
 
+from copy import deepcopy
+
 from hypothesis import given, HealthCheck, settings as hypothesis_settings, strategies as st
 import pytest
 from support.virtual_device import (
     CheckedEngine,
+    FixedCache,
     new_step,
     poisson,
     query,
@@ -17,19 +20,19 @@ from support.virtual_device import (
 )
 
 from mace_ros.api.settings import PARAMETERS, Settings
-from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind, State
+from mace_ros.scheduling.prefill_queue import PrefillQueue
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import POLICIES, Scheduler
-from mace_ros.scheduling.waiting_queue import PATIENCE, Queue, WaitingQueue
+from mace_ros.scheduling.waiting_queue import PATIENCE, WaitingQueue
 
 QUIET = VirtualDevice()
-CALIBRATED = QUIET.calibrated().to_dict()
+CALIBRATED = QUIET.calibrated()
 
 
 def scheduler(**values) -> Scheduler:
     names = {name.replace('__', '.'): value for name, value in values.items()}
-    return Scheduler(Settings().updated(names), CostModel.from_dict(CALIBRATED))
+    return Scheduler(Settings().updated(names), deepcopy(CALIBRATED))
 
 
 def running(number: int, *, now: float, output: int = 5, prompt: int = 64, tpot: float = 0.1,
@@ -88,8 +91,8 @@ def test_nobody_starves_and_every_plan_is_sound(
         whole = [s.kind for s in new_step(recompute=recompute).left]
         ran = [SegmentKind.BACKWARD if s.kind is SegmentKind.BACKWARD_RECOMPUTED and not recompute
                else s.kind for s in step.done]
-        if step.ridden:
-            assert not ran or step.ridden == STEP_TOKENS
+        if step.piggybacked_so_far:
+            assert not ran or step.piggybacked_so_far == STEP_TOKENS
             whole = [kind for kind in whole if kind is not SegmentKind.FORWARD]
         assert ran == whole[:len(ran)]
 
@@ -114,7 +117,7 @@ def test_a_flood_of_higher_priority_does_not_shut_out_the_rest():
 # -- what a pass holds ---------------------------------------------------------------
 
 def test_least_slack_goes_first_within_a_class_of_priority():
-    state = State(free_tokens=10000)
+    state = State(FixedCache(10000))
     relaxed = query('relaxed', 0.0, ttft=2.0)
     long = query('long', 0.0, ttft=0.7, prompt=250)
     urgent = query('urgent', 0.0, ttft=0.6)
@@ -147,12 +150,12 @@ def test_whose_turn_it_is_comes_out_as_if_all_had_been_looked_at(waiting, starte
             return float('-inf'), request.arrival
         return -request.priority, request.deadline - prefill_s(request.prompt_tokens)
 
-    queue = Queue(started, WaitingQueue(waiting), lambda request: None, prefill_s, now)
+    queue = PrefillQueue(started, WaitingQueue(waiting), FixedCache(), prefill_s, now)
     order = []
-    while (place := queue.pop(admits=True)) is not None:
-        order.append(turn(place[3]))
+    while (candidate := queue.pop(admit=True)) is not None:
+        order.append(turn(candidate[3]))
     assert order == sorted(map(turn, started + waiting))
-    assert queue.left == 0
+    assert queue.remaining == 0
 
 
 def test_of_many_that_come_at_once_no_prompt_waits_half_computed():
@@ -165,28 +168,27 @@ def test_of_many_that_come_at_once_no_prompt_waits_half_computed():
 
 
 def test_of_those_that_wait_a_plan_looks_at_those_alone_whose_turn_may_have_come():
-    looked_up = []
-    state = State(WaitingQueue(query(n, 0.01 * n) for n in range(1000)), free_tokens=10000,
-                  get_computed_blocks=looked_up.append)
+    cache = FixedCache(10000)
+    state = State(cache, WaitingQueue(query(n, 0.01 * n) for n in range(1000)))
     plan = scheduler().plan(state, 10.0)
     assert [chunk.request.id for chunk in plan.prefill][:1] == ['0']
-    assert len(looked_up) < 20
+    assert len(cache.looked_up) < 20
 
 
 def test_those_that_wait_are_not_looked_at_while_there_is_no_place_for_them():
-    looked_up = []
-    state = State(WaitingQueue(query(n, 0.01 * n) for n in range(100)), [running(100, now=10.0)],
-                  free_tokens=10000, get_computed_blocks=looked_up.append)
+    cache = FixedCache(10000)
+    state = State(cache, WaitingQueue(query(n, 0.01 * n) for n in range(100)),
+                  [running(100, now=10.0)])
     plan = scheduler(scheduler__max_requests=1).plan(state, 10.0)
     assert plan.decode and not plan.prefill
-    assert not looked_up
+    assert not cache.looked_up
 
 
 def test_a_prefill_chunk_leaves_the_decode_rows_their_deadline():
     now = 100.0
     for spare in (0.03, 0.05, 0.08, 0.12, 0.2):
         row = running(0, now=now, tpot=0.3, behind=0.3 - spare)
-        state = State(WaitingQueue([query(1, now, prompt=200)]), [row], None, 10000)
+        state = State(FixedCache(10000), WaitingQueue([query(1, now, prompt=200)]), [row])
         plan = scheduler().plan(state, now)
         assert plan.decode == (row,)
         assert QUIET.seconds(plan.shape) <= spare
@@ -197,7 +199,7 @@ def test_a_prefill_chunk_leaves_the_decode_rows_their_deadline():
 def test_a_late_row_does_not_stop_prefills():
     now = 100.0
     row = running(0, now=now, tpot=0.001, behind=5.0)
-    state = State(WaitingQueue([query(1, now, prompt=200)]), [row], None, 10000)
+    state = State(FixedCache(10000), WaitingQueue([query(1, now, prompt=200)]), [row])
     plan = scheduler().plan(state, now)
     assert plan.decode == (row,)
     assert 16 <= plan.prefill[0].tokens < 100   # nor does the prefill stop it
@@ -212,7 +214,7 @@ def test_a_prompt_that_is_late_twice_over_no_longer_waits_for_rows_without_slack
 def test_decode_rows_take_turns_by_deadline_when_there_are_too_many():
     now = 100.0
     rows = [running(n, now=now, behind=0.01 * n) for n in range(6)]
-    plan = scheduler(scheduler__max_requests=3).plan(State(WaitingQueue(), rows, None, 0), now)
+    plan = scheduler(scheduler__max_requests=3).plan(State(FixedCache(0), running=rows), now)
     assert set(plan.decode) == set(rows[3:])
 
 
@@ -225,7 +227,7 @@ def test_a_row_that_is_always_late_does_not_keep_another_out():
 
 
 def test_prompts_share_a_pass_only_where_that_pays():
-    state = State(WaitingQueue([query(0, 0.0), query(1, 0.0)]), [], None, 10000)
+    state = State(FixedCache(10000), WaitingQueue([query(0, 0.0), query(1, 0.0)]))
     on_cpu = scheduler().plan(state, 0.0)
     assert [c.request.id for c in on_cpu.prefill] == ['0']   # 80 + 80 ms, or both 140
     gpu = VirtualDevice(curve=((1, 8.4), (200, 8.8), (65536, 2870.0)))
@@ -237,11 +239,12 @@ def test_admission_waits_for_memory_and_late_ones_are_not_overtaken():
     big = query('big', 0.0, prompt=100, answer=100)
     small = query('small', 0.0, prompt=10, answer=5, ttft=5.0)
     row = running(9, now=0.0, tpot=10.0)
-    state = State(WaitingQueue([big, small]), [row], None, free_tokens=112)
+    cache = FixedCache(112)
+    state = State(cache, WaitingQueue([big, small]), [row])
     plans = scheduler()
     assert [c.request for c in plans.plan(state, 0.0).prefill] == [small]
     assert not plans.plan(state, 1.0).prefill   # big is late: what gets free is for it
-    state.free_tokens = 200
+    cache.free_tokens = 200
     assert plans.plan(state, 1.0).prefill[0].request is big
 
 
@@ -253,13 +256,13 @@ def test_of_those_that_have_the_time_the_one_that_holds_the_most_makes_room():
     rows = [short, long, late]
     for row in rows:
         row.blocks.pop()    # their next token needs another one
-    plan = scheduler().plan(State(WaitingQueue(), rows, None, free_tokens=32), now)
+    plan = scheduler().plan(State(FixedCache(32), running=rows), now)
     assert (plan.preempted, plan.decode) == ((long,), (short, late))
 
 
 def test_a_request_larger_than_the_cache_is_rejected_by_name():
-    state = State(WaitingQueue([query(0, 0.0, prompt=300, answer=300)]), [], None, free_tokens=512)
-    plan = scheduler(memory__kv_cache_tokens=512).plan(state, 0.0)
+    state = State(FixedCache(512, 512), WaitingQueue([query(0, 0.0, prompt=300, answer=300)]))
+    plan = scheduler().plan(state, 0.0)
     assert plan.rejected[0].reason == (
         '608 tokens of KV cache needed, 512 is all there is (memory.kv_cache_tokens, '
         'memory.budget_mb)')
@@ -281,7 +284,7 @@ def test_reject_turns_away_those_that_would_be_late_and_says_how_late():
 
 def test_reject_sees_that_all_places_are_taken():
     rows = [running(n, now=0.0, answer=100) for n in range(2)]
-    state = State(WaitingQueue([query(9, 0.0)]), rows, None, 10000)
+    state = State(FixedCache(10000), WaitingQueue([query(9, 0.0)]), rows)
     plans = scheduler(slo__admission='reject', scheduler__max_requests=2)
     assert plans.plan(state, 0.0).rejected
     assert not scheduler(slo__admission='reject').plan(state, 0.0).rejected
@@ -304,7 +307,7 @@ def test_serve_late_serves_all():
 ])
 def test_a_change_is_in_force_at_the_next_plan_when_idle(values, shows):
     plans = scheduler()
-    state = State(WaitingQueue(), [], new_step(), 10000)
+    state = State(FixedCache(10000), finetune=new_step())
     before = plans.plan(state, 0.0)
     assert before.segments in (2, 3) and before.interruptible and not shows(before)
     plans.update(Settings().updated(values))
@@ -320,8 +323,8 @@ def test_a_change_is_in_force_at_the_next_plan_when_idle(values, shows):
 ])
 def test_a_change_is_in_force_at_the_next_plan_when_busy(values, shows):
     plans = scheduler()
-    state = State(WaitingQueue([query(1, 5.9, prompt=2000, ttft=0.3)]),
-                  [running(0, now=6.0, tpot=9.0)], new_step(), 10000)
+    state = State(FixedCache(10000), WaitingQueue([query(1, 5.9, prompt=2000, ttft=0.3)]),
+                  [running(0, now=6.0, tpot=9.0)], new_step())
     plans.plan(state, 0.0)
     before = plans.plan(state, 6.0)
     assert before.shape.tokens == 256 and not shows(before)
@@ -369,6 +372,6 @@ def test_a_pass_with_riders_is_split_between_serving_and_learning():
                            recompute=True)
     engine.run([query(0, 0.0, answer=200)])
     accounts = engine.scheduler.statistics(engine.now)
-    assert accounts.ridden_tokens > STEP_TOKENS
+    assert accounts.piggybacked_tokens > STEP_TOKENS
     alone = served('inference_only', [query(0, 0.0, answer=200)], device=device)
     assert accounts.serving_s == pytest.approx(alone.now, rel=0.05)

@@ -333,7 +333,7 @@ def test_a_version_that_is_published_ends_the_alarm() -> None:
 def test_rates_are_since_the_message_before() -> None:
     before = Status(10.0, Statistics(decode_tokens=100, prefill_tokens=50))
     after = Status(12.0, Statistics(
-        decode_tokens=160, prefill_tokens=50, ridden_tokens=10, finetune_tokens=30,
+        decode_tokens=160, prefill_tokens=50, piggybacked_tokens=10, finetune_tokens=30,
         serving_share=0.5, learning_share=0.25, measured_s=0.016), freshness_s=3.0)
     message = scheduler_message(after, before, Attainment())
     assert (message.decode_rate, message.prefill_rate, message.finetune_rate) == (30.0, 0.0, 20.0)
@@ -346,7 +346,7 @@ def test_no_number_is_left_out() -> None:
     status = Status(12.0, Statistics(
         serving_share=0.5, learning_share=0.25, iterations=3, finetune_steps=4, rejected=5,
         late_for_learning=6, predicted_s=1.0, measured_s=2.0, decode_tokens=1, prefill_tokens=1,
-        ridden_tokens=1, shape=SHAPE), queue_depth=1, prefilling=2, decode_rows=3, kv_use=0.5,
+        piggybacked_tokens=1, shape=SHAPE), queue_depth=1, prefilling=2, decode_rows=3, kv_use=0.5,
         corrections_waiting=4, freshness_s=5.0, live_version=6, profiles=7,
         kv_cached=0.1, shared_tokens=8, preemptions=9, drift_state=1,
         budget_mb=100.0, planned_mb=90.0)
