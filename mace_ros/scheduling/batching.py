@@ -59,18 +59,16 @@ class Batch(NamedTuple):
         return not (self.decode or self.prefill)
 
 
-class _Running(NamedTuple):
-    """The running requests of a pass: decode rows with their deadlines, and unfinished prompts."""
+class _DecodeRows(NamedTuple):
+    """The decode rows of a pass, and their deadlines in the same order."""
 
     rows: list[Request]
     deadlines: list[float]
-    context: int              # of all rows
-    due: float
-    next_due: float
+    due: float                # the first deadline
+    next_due: float           # the first deadline of the tokens after those
     crowded: bool             # there are more rows than a pass may have
-    missing_blocks: int       # that the rows need for this pass
-    prefilling: list[Request]
-    reserved_blocks: int      # for the rest of the prompts that prefill
+    shape: PassShape
+    seconds: float            # of a pass of these rows alone
 
 
 class Batcher:
@@ -87,30 +85,20 @@ class Batcher:
 
     def batch(self, state: State, now: float) -> Batch:
         """Return the pass to run at ``now``; empty if no request can proceed."""
-        preempted = self._preemptions(state, now)
+        free = state.cache.free_tokens // BLOCK_TOKENS
         running = state.running
+        if not (running or state.waiting):
+            return Batch(free_tokens=_tokens(free))
+        preempted: tuple[Request, ...] = ()
+        if free < len(running):     # not enough for a block each
+            preempted = self._preemptions(state, free, now)
         if preempted:
             running = [r for r in running if r not in preempted]
-        found = self._decode_rows(running)
-        shape = PassShape(len(found.rows), found.context)
-        alone_s = self._cost.pass_s(*shape)
-        free = state.cache.free_tokens // BLOCK_TOKENS - found.missing_blocks
-        if preempted:
             free += sum([state.cache.blocks_freed_by(r) for r in preempted])
-        if found.prefilling or state.waiting:
-            return self._with_prefills(state, now, found, shape, alone_s, free, preempted)
-        return Batch(
-            decode=tuple(found.rows), shape=shape, seconds=alone_s, due=found.due,
-            next_due=found.next_due, has_waiting=found.crowded or bool(preempted),
-            preempted=preempted, lacks_memory=bool(preempted),
-            free_tokens=_tokens(free - len(found.rows)))
-
-    def _decode_rows(self, running: list[Request]) -> _Running:
-        """Split the running requests into decode rows, within the limits, and prefilling ones."""
         rows: list[Request] = []
         deadlines: list[float] = []
         prefilling: list[Request] = []
-        context = missing = reserved = 0
+        context = missing = unfinished = 0
         due = next_due = math.inf
         for request in running:
             # Request.is_decoding and .deadline, and _needs_block(), inlined: there may be many.
@@ -118,7 +106,7 @@ class Batcher:
             known = request.prompt_tokens + output
             if not output or known - request.computed_tokens != 1:
                 prefilling.append(request)
-                reserved += max(known // BLOCK_TOKENS + 1 - len(request.blocks), 0)
+                unfinished += max(known // BLOCK_TOKENS + 1 - len(request.blocks), 0)
                 continue
             rows.append(request)
             attended = known - request.dropped_tokens     # including the newest token
@@ -141,23 +129,31 @@ class Batcher:
             deadlines = [row.deadline for row in rows]
             context = sum([row.cached_tokens + 1 for row in rows])
             missing = sum([_needs_block(row) for row in rows])
-        return _Running(rows, deadlines, context, due, next_due, crowded, missing, prefilling,
-                        reserved)
+        shape = PassShape(len(rows), context)
+        seconds = self._cost.pass_s(*shape)
+        free -= missing
+        # Reserved: a block for each row's next tokens, and the rest of the unfinished prompts.
+        unclaimed = free - len(rows) - unfinished
+        if prefilling or state.waiting:
+            decode = _DecodeRows(rows, deadlines, due, next_due, crowded, shape, seconds)
+            return self._with_prefills(
+                decode, prefilling, state, free, unclaimed, preempted, now)
+        return Batch(
+            decode=tuple(rows), shape=shape, seconds=seconds, due=due, next_due=next_due,
+            has_waiting=crowded or bool(preempted), preempted=preempted,
+            lacks_memory=bool(preempted), free_tokens=_tokens(unclaimed))
 
-    def _with_prefills(self, state: State, now: float, found: _Running, shape: PassShape,
-                       alone_s: float, free: int, preempted: tuple[Request, ...]) -> Batch:
+    def _with_prefills(self, decode: _DecodeRows, prefilling: list[Request], state: State,
+                       free: int, unclaimed: int, preempted: tuple[Request, ...],
+                       now: float) -> Batch:
         """
-        Fill the pass with prefill chunks, admitting waiting requests.
+        Fill the pass with prefill chunks of the running requests and of newly admitted ones.
 
-        The decode rows alone take ``alone_s``; ``free`` blocks are left beside them.
+        The decode rows leave ``free`` blocks, of which ``unclaimed`` are not reserved.
         """
         limits = self._settings.scheduler
-        rows, prefilling = found.rows, found.prefilling
-        # Reserved: a block for each row's next tokens, and the rest of the unfinished prompts.
-        unclaimed = free - len(rows) - found.reserved_blocks
         builder = PassBuilder(
-            self._cost, shape, alone_s,
-            _limit_s(rows, found.deadlines, found.due, alone_s, now),
+            self._cost, decode.shape, decode.seconds, _limit_s(decode, now),
             limits.max_batch_tokens, now)
         queue = PrefillQueue(prefilling, state.waiting, state.cache, builder.prefill_s, now)
         queued = queue.remaining
@@ -201,21 +197,18 @@ class Batcher:
         rejections = too_large
         if rejected:
             rejections = [*starmap(Rejection, rejected.items()), *too_large]
-        if not (rows or builder.chunks or preempted) and prefilling and lacks_memory:
+        if not (decode.rows or builder.chunks or preempted) and prefilling and lacks_memory:
             # Unfinished prompts hold all the memory: one of them must let the others proceed.
             preempted = (max(prefilling, key=lambda r: self._rank(r, now)),)
         return Batch(
-            decode=tuple(rows), prefill=tuple(builder.chunks), rejected=tuple(rejections),
+            decode=tuple(decode.rows), prefill=tuple(builder.chunks), rejected=tuple(rejections),
             preempted=preempted, lacks_memory=lacks_memory,
-            shape=builder.shape, seconds=builder.seconds, due=found.due, next_due=found.next_due,
-            has_waiting=found.crowded or bool(preempted) or queued > len(rejections),
+            shape=builder.shape, seconds=builder.seconds, due=decode.due, next_due=decode.next_due,
+            has_waiting=decode.crowded or bool(preempted) or queued > len(rejections),
             free_tokens=_tokens(unclaimed))
 
-    def _preemptions(self, state: State, now: float) -> tuple[Request, ...]:
+    def _preemptions(self, state: State, free: int, now: float) -> tuple[Request, ...]:
         """Return the requests to preempt so that the next tokens of the others fit."""
-        free = state.cache.free_tokens // BLOCK_TOKENS
-        if free >= len(state.running):
-            return ()     # enough for a block each
         preempted: list[Request] = []
         staying = sorted(state.running, key=lambda r: self._rank(r, now))
         needed = sum([r.is_decoding and _needs_block(r) for r in staying])
@@ -312,19 +305,19 @@ def _turn(row: Request) -> float:
     return max(row.deadline, row.last_token_at or row.arrival)
 
 
-def _limit_s(rows: list[Request], deadlines: list[float], due: float, alone_s: float,
-             now: float) -> float:
+def _limit_s(decode: _DecodeRows, now: float) -> float:
     """
-    Return how many seconds a pass may take by the deadlines of its rows; the first is ``due``.
+    Return how many seconds a pass may take by the deadlines of its decode rows.
 
-    The rows alone take ``alone_s``. A row that will be late in any case asks for its time per
-    output token; if the device is too slow for that, it shares the device evenly with prefills.
+    A row that will be late in any case asks for its time per output token; if the device is too
+    slow for that, it shares the device evenly with prefills.
     """
-    if due - now >= alone_s:
-        return due - now
+    alone_s = decode.seconds
+    if decode.due - now >= alone_s:
+        return decode.due - now
     ends = now + alone_s
     limit = math.inf
-    for row, deadline in zip(rows, deadlines, strict=True):
+    for row, deadline in zip(decode.rows, decode.deadlines, strict=True):
         if deadline >= ends:
             slack = deadline - now
         else:
