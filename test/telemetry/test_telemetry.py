@@ -80,7 +80,7 @@ def test_only_what_the_node_is_to_blame_for_counts() -> None:
     window.add(outcome(error, ErrorCode.INTERNAL, error='broken'), 0.0)
     attainment = window.attainment(1.0, 60.0)
     assert (attainment.requests, attainment.slo_attainment) == (2, 0.0)
-    assert (attainment.turned_away, attainment.errors, attainment.error) == (1, 1, 'broken')
+    assert (attainment.rejected, attainment.errors, attainment.error) == (1, 1, 'broken')
 
 
 @pytest.mark.parametrize(('values', 'expected'), [
@@ -255,16 +255,16 @@ def test_slos_that_are_missed_are_a_warning() -> None:
 
 PROBLEMS = {
     'a fault': ('serving', Level.ERROR, 'no such model'),
-    'a broken answer': ('serving', Level.ERROR, '1 answers broke off: out of memory'),
-    'an overload': ('serving', Level.WARN, '1 queries were turned away'),
-    'a silent device': ('serving', Level.ERROR, 'an iteration takes 40 s already'),
+    'a broken answer': ('serving', Level.ERROR, '1 queries failed: out of memory'),
+    'an overload': ('serving', Level.WARN, '1 queries were rejected'),
+    'a silent device': ('serving', Level.ERROR, 'the current iteration has taken 40 s'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
-    'learning that broke off': ('learning', Level.ERROR, 'tried again: OutOfMemoryError'),
+    'learning that broke off': ('learning', Level.ERROR, 'will be retried: OutOfMemoryError'),
     'a slow disk': ('learning', Level.WARN, '400 writes of the journal wait'),
-    'a disk that was too slow': ('learning', Level.WARN, '3 answers are not on record'),
+    'a disk that was too slow': ('learning', Level.WARN, '3 answers were not recorded'),
     'an old correction': ('learning', Level.WARN, '2 corrections wait, the oldest for 500 s'),
     'a failed correction': ('learning', Level.WARN, 'a correction failed: not learned'),
-    'a bad version': ('learning', Level.WARN, "not good enough to serve: version 7 of profile ''"),
+    'a bad version': ('learning', Level.WARN, "rejected by the gate: version 7 of profile ''"),
     'a corrupt version': ('learning', Level.ERROR, "version 7 of profile 'ann': bad checksum"),
     'little memory': ('device', Level.WARN, '95% of its memory'),
     'no memory': ('device', Level.ERROR, '99% of its memory'),
