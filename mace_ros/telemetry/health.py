@@ -150,7 +150,8 @@ class Health:
             if status.journal_error:
                 found.add(Level.ERROR, status.journal_error)
             if status.learning_error:
-                found.add(Level.ERROR, f'learning failed and will be retried: {status.learning_error}')
+                found.add(Level.ERROR, 'learning failed and will be retried: '
+                          f'{status.learning_error}')
             if status.base_questions_left and not self.frozen:
                 found.ok_message = (
                     f'{status.base_questions_left} questions left for the base model, whose '
