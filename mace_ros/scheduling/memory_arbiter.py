@@ -64,6 +64,11 @@ class MemoryArbiter:
         self._limit_kv_cache()
 
     @property
+    def granted(self) -> StepMemory | None:
+        """The step that has memory to run."""
+        return self._granted
+
+    @property
     def max_request_tokens(self) -> int:
         """Tokens that a request can use when it is alone in the cache."""
         return self._kv_cache.capacity_tokens

@@ -431,11 +431,11 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
             {'memory.budget_mb': engine.status().planned_mb + room}))
         engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
         # Of so small a model a step may have ended with the iteration that began it.
-        while (step := engine._memory._granted) is None or step.done:
+        while (step := engine._memory.granted) is None or step.done:
             one.events += engine.step().events
-        assert engine._memory._give_up()
+        assert engine._memory.reclaim(lacks_memory=True)
         one.events += engine.step().events
-        assert engine._memory._granted is not None
+        assert engine._memory.granted is not None
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         engine.step()
 
@@ -490,15 +490,15 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
         wrong = one.ask('Who are you?')
-        allows, failures = engine._memory.allows, iter([MemoryError('none left')])
+        grant, failures = engine._memory.grant, iter([MemoryError('none left')])
 
         def failing(step: object, **values: bool) -> bool:
             error = None if step is None else next(failures, None)
             if error is not None:
                 raise error
-            return allows(step, **values)     # type: ignore[arg-type]
+            return grant(step, **values)     # type: ignore[arg-type]
 
-        monkeypatch.setattr(engine._memory, 'allows', failing)
+        monkeypatch.setattr(engine._memory, 'grant', failing)
         learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
         assert learned.state is CorrectionState.LEARNED
         assert next(failures, None) is None
