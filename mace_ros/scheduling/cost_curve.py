@@ -68,7 +68,7 @@ class Curve:
     SKIPPED = 3           # of four measurements of a sure size that are as expected
 
     def __init__(self, contexts: int = 0, state: FilterState | None = None) -> None:
-        """Start from ``state``, or without measurements, each of which has ``contexts`` contexts."""
+        """Start from ``state``, or without measurements, each with ``contexts`` contexts."""
         self.state = state if state is not None else FilterState.empty(contexts)
         self.coefficients: list[float] = []
         self._levels: list[float] = []
