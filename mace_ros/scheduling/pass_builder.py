@@ -9,7 +9,7 @@ from mace_ros.scheduling.plan import PassShape, PrefillChunk
 from mace_ros.scheduling.request import Request
 
 # Minimum prefill chunk in tokens, unless less of the prompt is left.
-MIN_CHUNK_TOKENS = 16
+MIN_PREFILL_CHUNK = 16
 
 
 class PassBuilder:
@@ -56,7 +56,7 @@ class PassBuilder:
         shape = self._shape_with(request, tokens)
         seconds = self._cost.pass_s(*shape)
         if self._cost.upper_s(seconds) > self._limit_s:    # seldom: most chunks fit whole
-            minimum = min(MIN_CHUNK_TOKENS, limit)
+            minimum = min(MIN_PREFILL_CHUNK, limit)
             tokens = self._max_tokens_within(self._limit_s, request, limit)
             if tokens < minimum:
                 self.is_full = True
