@@ -83,7 +83,7 @@ class BackgroundRequests:
             return None
         if not sharing:
             self._prefixes.stop()
-        chunk = self._prefixes.next(lambda profile, ids: self._kv_cache.known(BlockHashes(
+        chunk = self._prefixes.next(lambda profile, ids: self._kv_cache.cached_tokens(BlockHashes(
             self._slots.live(profile).identity, ids, BLOCK_TOKENS), len(ids)))
         if chunk is not None:
             self._warmup = build_warmup(chunk.ids, chunk.profile, self._clock(), self._chat)

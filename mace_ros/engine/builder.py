@@ -50,7 +50,7 @@ from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
-from mace_ros.scheduling.plan import SegmentKind, State
+from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.store.adapter_store import AdapterStore, check_same_model
 from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.layout import JOURNAL
@@ -98,18 +98,19 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     lora = LoRAManager(
         model.groups, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
         slots=slots, spared=settings.finetune.spared_directions)
-    state, pool = State(), BlockPool(model.kv_blocks, BLOCK_TOKENS)
-    kv_cache = KVCacheManager(pool, state, sharing=settings.memory.prefix_sharing)
-    memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache, state)
+    pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
+    kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
+    memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
     check_same_model(folder, loaded.model)
-    _capture_graphs(settings, model, min(model.context_length, memory.longest), progress, clock)
+    longest = min(model.context_length, memory.max_request_tokens)
+    _capture_graphs(settings, model, longest, progress, clock)
     cost = _calibrate(settings, model, lora, progress, clock)
     return Parts(
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
         chat=ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id),
         hardware=device.hardware, free_bytes=device.free_bytes, lora=lora,
         slots=AdapterSlots(base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=slots),
-        state=state, pool=pool, kv_cache=kv_cache, memory=memory,
+        state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,
         paged=PagedKVCache(model, pool, kv_cache, settings.memory.kv_prune), cost=cost,
         journal=journal, store=AdapterStore(folder))
 
@@ -193,7 +194,7 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
 
 
 def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, free_bytes: float,
-                   kv_cache: KVCacheManager, state: State) -> MemoryArbiter:
+                   kv_cache: KVCacheManager) -> MemoryArbiter:
     """Raise :class:`InvalidSetting` if the budget has no room for a single short answer."""
     budget = MemoryBudget(
         measure_footprint(model, lora), budget_bytes(settings, free_bytes),
@@ -201,7 +202,7 @@ def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, fr
         rows=settings.scheduler.max_requests,
         # Device graphs hold the addresses of a cache that exists from the start.
         resident=model.device.type == 'cuda')
-    memory = MemoryArbiter(budget, kv_cache, state)
+    memory = MemoryArbiter(budget, kv_cache)
     if budget.total < budget.least:
         raise InvalidSetting(
             f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '

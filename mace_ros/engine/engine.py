@@ -30,10 +30,11 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.api.validation import checked_correction, CorrectionLimiter, MAX_ID
+from mace_ros.api.validation import checked_correction, MAX_ID
 from mace_ros.engine.anchor_requests import recorded_anchors
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
+from mace_ros.engine.correction_limiter import CorrectionLimiter
 from mace_ros.engine.inbox import (
     AbortQuery,
     AnswerWritten,
@@ -152,7 +153,7 @@ class Engine:
         arrived, settings = self._clock(), self._settings
         try:
             checked = checked_correction(correction)
-            self._limiter.let_in(
+            self._limiter.admit(
                 arrived, settings.correction.max_per_minute, self._journal.backlog)
         except InvalidCorrection as error:
             self._inbox.put(Publish(_rejected(correction, error)))
@@ -235,7 +236,7 @@ class Engine:
             events += self._prepare()
             plan = self._plan()
             events += self.requests.reject(plan.rejected)
-            if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue()):
+            if self._memory.reclaim(plan.lacks_memory, overdue=self._is_overdue()):
                 return Iteration(events, self._clock())     # plan again, with more memory
             self._tend_memory(plan)
             if not plan.is_empty:
@@ -319,11 +320,11 @@ class Engine:
         self.runner.drop_planned_ahead()
         self.scheduler.update(settings)
         self.learner.update(settings)
-        self.parts.kv_cache.share(settings.memory.prefix_sharing)
+        self.parts.kv_cache.set_sharing(settings.memory.prefix_sharing)
         self.parts.paged.update(settings.memory.kv_prune)
         limits = settings.scheduler
         self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
-        self._memory.change(budget_bytes(settings, self.parts.free_bytes))
+        self._memory.resize(budget_bytes(settings, self.parts.free_bytes))
         return self.requests.update(settings)
 
     # -- learn -----------------------------------------------------------------------
@@ -388,12 +389,12 @@ class Engine:
         """Let the scheduler plan the learner's step if there is memory for it."""
         step = self._step
         try:
-            allowed = self._memory.allows(step, overdue=self._is_overdue())
+            allowed = self._memory.grant(step, overdue=self._is_overdue())
         except Exception as error:    # the step could not be laid out in smaller pieces
             self._state.finetune = None
             return self._fail_learning(error)
         self._state.finetune = step if allowed else None
-        lack = self._memory.lacks(step) if step is not None and not allowed else ''
+        lack = self._memory.shortage(step) if step is not None and not allowed else ''
         if not lack:
             return []
         events = self.learner.fail(lack)    # with fewer corrections it may fit
@@ -401,7 +402,6 @@ class Engine:
         return events
 
     def _plan(self) -> Plan:
-        self.parts.kv_cache.refresh()
         with self._observers.timed('plan'):
             plan = self.runner.take_planned_ahead() or self.scheduler.plan(
                 self._state, self._clock())

@@ -105,7 +105,7 @@ class ModelRunner:
         """Run the pass of a plan; return None if the device is left running it."""
         started = self._clock()
         try:
-            self._kv_cache.begin(plan, started)
+            self._kv_cache.allocate(plan, started)
             batch = self._launch(plan, step) if plan.has_pass else None
             if batch is None:
                 self._unfinished = plan, step, 0.0
@@ -195,7 +195,7 @@ class ModelRunner:
         with self._observers.timed('wait'):
             tokens: list[int] = batch.tokens.tolist()
         for request, computed in batch.computed:
-            self._kv_cache.computed(request, computed)
+            self._kv_cache.commit(request, computed)
             if not request.remaining_tokens:
                 self._paged.prune(self._requests[request.id])
         return tokens

@@ -93,13 +93,13 @@ class PagedKVCache:
         moved = pool.moves()
         if moved:
             # The tables first: they must be right whatever happens to the content.
-            self._kv_cache.move(moved)
+            self._kv_cache.renumber(moved)
             for table in step.blocks if step is not None else ():
                 table[:] = [moved.get(b, b) for b in table]
             try:
                 self._model.move_blocks(moved)
             except BaseException:
-                self._kv_cache.start_over()
+                self._kv_cache.reset()
                 raise
         if pool.limit < self._backed and pool.free_blocks >= 0:
             self._model.drop_blocks(pool.limit)

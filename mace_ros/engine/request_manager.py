@@ -71,7 +71,7 @@ class RequestManager:
     @property
     def max_length(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return min(self._context_length, self._memory.longest)
+        return min(self._context_length, self._memory.max_request_tokens)
 
     @property
     def queue_depth(self) -> int:
@@ -166,7 +166,7 @@ class RequestManager:
             request = active.request
             room = max_length - request.prompt_tokens
             begun = request.state is RequestState.RUNNING or request.output_tokens
-            if request.most_tokens <= max_length or not begun or (
+            if request.max_total_tokens <= max_length or not begun or (
                     room < 1 and not request.output_tokens):
                 continue    # it fits, or the scheduler will reject it
             request.max_tokens = max(room, request.output_tokens)
@@ -209,7 +209,7 @@ class RequestManager:
         query = active.query
         del self._active[query.id]
         self._early_aborts.ended(query.id)
-        self._kv_cache.leave(active.request)
+        self._kv_cache.free(active.request)
         assert active.version is not None
         self._slots.unpin(active.version)
         complete = reason in COMPLETE

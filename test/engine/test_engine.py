@@ -9,6 +9,7 @@ import time
 
 import pytest
 from support.robot import Robot
+from support.virtual_device import FixedCache
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -284,14 +285,15 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
     one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
     recorded: list[tuple[object, object]] = []
     base = AnchorRequests({}, lambda prompt, output: recorded.append((prompt, output)))
-    idle, full = State(), State(waiting=WaitingQueue([one]), running=[one])
+    cache = FixedCache()
+    idle, full = State(cache), State(cache, WaitingQueue([one]), [one])
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
     assert len(several) > 1 and base.abortable == [q.id for q in several[1:]]
     assert base.next(idle, overdue=True) == []     # before those have ended
     for query in several:
         base.ended(query.id, [1], [2] * (MIN_TOKENS - 1), complete=False)
-    few = base.next(State(running=[one]), overdue=False)
+    few = base.next(State(cache, running=[one]), overdue=False)
     assert [q.text for q in few] == [q.text for q in several[:len(few)]]
     for query in few:
         base.ended(query.id, [1], [], complete=False)
@@ -355,7 +357,7 @@ def test_what_found_no_room_to_ride_is_not_booked(
     robot.ask('One?', max_tokens=8)
     assert asked
     statistics = robot.engine.scheduler.statistics(time.monotonic())
-    assert (statistics.ridden_tokens, statistics.shape.finetune_tokens) == (0, 0)
+    assert (statistics.piggybacked_tokens, statistics.shape.finetune_tokens) == (0, 0)
 
 
 def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:

@@ -431,11 +431,11 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
             {'memory.budget_mb': engine.status().planned_mb + room}))
         engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
         # Of so small a model a step may have ended with the iteration that began it.
-        while (step := engine.parts.memory._granted) is None or step.done:
+        while (step := engine.parts.memory.granted) is None or step.done:
             one.events += engine.step().events
-        assert engine.parts.memory._give_up()
+        assert engine.parts.memory.reclaim(lacks_memory=True)
         one.events += engine.step().events
-        assert engine.parts.memory._granted is not None
+        assert engine.parts.memory.granted is not None
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         engine.step()
 
@@ -490,15 +490,15 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
         wrong = one.ask('Who are you?')
-        allows, failures = engine.parts.memory.allows, iter([MemoryError('none left')])
+        grant, failures = engine.parts.memory.grant, iter([MemoryError('none left')])
 
         def failing(step: object, **values: bool) -> bool:
             error = None if step is None else next(failures, None)
             if error is not None:
                 raise error
-            return allows(step, **values)     # type: ignore[arg-type]
+            return grant(step, **values)     # type: ignore[arg-type]
 
-        monkeypatch.setattr(engine.parts.memory, 'allows', failing)
+        monkeypatch.setattr(engine.parts.memory, 'grant', failing)
         learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
         assert learned.state is CorrectionState.LEARNED
         assert next(failures, None) is None
@@ -528,8 +528,8 @@ def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> N
     with robot_with(settings, tmp_path) as one:
         engine = one.engine
         one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        engine.parts.kv_cache.share(False)
-        engine.parts.kv_cache.share(True)     # nothing is left of it
+        engine.parts.kv_cache.set_sharing(False)
+        engine.parts.kv_cache.set_sharing(True)     # nothing is left of it
         engine._background.published('')
         engine.step()
         assert engine.status().queue_depth == 0 and engine.status().statistics.iterations

@@ -56,8 +56,8 @@ def test_the_least_attended_go_but_neither_the_first_nor_the_last() -> None:
 
 def running(pool: BlockPool, tokens: int) -> tuple[KVCacheManager, Request, State]:
     """Return a request whose prompt of so many tokens is computed."""
-    state = State()
-    kv_cache = KVCacheManager(pool, state)
+    kv_cache = KVCacheManager(pool)
+    state = kv_cache.state
     ids = list(range(tokens))
     request = Request('a', 0.0, tokens, 50, 1.0, 1.0,
                       block_hashes=BlockHashes('v', ids, pool.block_size))
@@ -67,10 +67,9 @@ def running(pool: BlockPool, tokens: int) -> tuple[KVCacheManager, Request, Stat
 
 
 def admitted(kv_cache: KVCacheManager, request: Request) -> None:
-    kv_cache.refresh()
     tokens = request.remaining_tokens
-    kv_cache.begin(Plan(prefill=(PrefillChunk(request, tokens),)), 0.0)
-    kv_cache.computed(request, tokens)
+    kv_cache.allocate(Plan(prefill=(PrefillChunk(request, tokens),)), 0.0)
+    kv_cache.commit(request, tokens)
 
 
 def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
@@ -88,8 +87,8 @@ def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
     request.block_hashes._ids.extend(range(100, 120))     # type: ignore[attr-defined]
     for _ in range(10):     # the rest of the last block of the prompt, and two more blocks
         request.output_tokens += 1
-        kv_cache.begin(Plan(decode=(request,)), 0.0)
-        kv_cache.computed(request, 1)
+        kv_cache.allocate(Plan(decode=(request,)), 0.0)
+        kv_cache.commit(request, 1)
     assert len(request.blocks) == 9
     # The whole prompt can be found, since it was computed with all before it; no answer can.
     assert pool.lookup(request.block_hashes.first(12)) == table[:9]
@@ -101,7 +100,7 @@ def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
     admitted(kv_cache, request)
     pool.check([request.blocks])
     assert len(request.blocks) == 12
-    kv_cache.leave(request)
+    kv_cache.free(request)
     pool.check([])
     assert not state.running
 
