@@ -50,7 +50,7 @@ from mace_ros.finetune.calibration import measure
 from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.learning.acceptance import accept, Accepted
 from mace_ros.learning.learner import Learner
-from mace_ros.learning.outcomes import suspected, SuspectedRegression
+from mace_ros.learning.outcomes import suspected_regression, SuspectedRegression
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.memory.adapter_slots import AdapterSlots
@@ -488,7 +488,7 @@ class Engine:
         """See whether answers got worse with a version, now that one more was corrected."""
         def look(journal: Journal) -> SuspectedRegression | None:
             answer = journal.answer(query_id)
-            return None if answer is None else suspected(journal, answer.lineage)
+            return None if answer is None else suspected_regression(journal, answer.lineage)
 
         def looked(done: Future[SuspectedRegression | None]) -> list[Event]:
             suspicion = None if done.exception() is not None else done.result()

@@ -25,15 +25,15 @@ from mace_ros.engine.engine import Engine
 from mace_ros.learning import regression_check
 from mace_ros.learning.learner import Learner
 from mace_ros.learning.outcomes import (
-    chance,
-    ENOUGH,
-    FALSE_ALARMS,
+    FALSE_ALARM_PROBABILITY,
     got_worse,
+    MAX_ANSWERS,
+    MIN_ANSWERS,
+    older_is_better,
     Outcomes,
-    suspected,
+    p_value,
+    suspected_regression,
     SuspectedRegression,
-    to_blame,
-    WATCHED,
 )
 from mace_ros.learning.rollback import roll_back
 from mace_ros.store.adapter_store import AdapterStore
@@ -51,7 +51,7 @@ def alarm(chance_of: random.Random, before: float, since: float, *, answers: int
     """Return after how many answers an alarm comes, of two versions corrected so often."""
     known = Outcomes(answers, sum(chance_of.random() < before for _ in range(answers)))
     corrected = 0
-    for n in range(1, WATCHED + 1):
+    for n in range(1, MAX_ANSWERS + 1):
         corrected += chance_of.random() < since
         if got_worse(Outcomes(n, corrected), known):
             return n
@@ -60,16 +60,16 @@ def alarm(chance_of: random.Random, before: float, since: float, *, answers: int
 
 def test_chance_is_that_of_fisher() -> None:
     """As by hand: of 5 balls that are drawn of 10, all of the 5 white ones."""
-    assert chance(Outcomes(5, 5), Outcomes(5, 0)) == pytest.approx(1 / 252)
-    assert chance(Outcomes(9, 7), Outcomes(20, 1)) == pytest.approx(729 / 4292145)
-    assert chance(Outcomes(9, 0), Outcomes(20, 1)) == 1.0
+    assert p_value(Outcomes(5, 5), Outcomes(5, 0)) == pytest.approx(1 / 252)
+    assert p_value(Outcomes(9, 7), Outcomes(20, 1)) == pytest.approx(729 / 4292145)
+    assert p_value(Outcomes(9, 0), Outcomes(20, 1)) == 1.0
 
 
 @pytest.mark.parametrize('rate', [0.02, 0.2, 0.5, 0.8, 0.98])
 def test_a_steady_rate_is_no_alarm_however_high(rate: float) -> None:
     """Not more than is promised, in 300 versions that are looked at after each answer."""
     alarms = [alarm(random.Random(f'{rate} {i}'), rate, rate) for i in range(300)]
-    assert sum(a is not None for a in alarms) <= FALSE_ALARMS * len(alarms)
+    assert sum(a is not None for a in alarms) <= FALSE_ALARM_PROBABILITY * len(alarms)
 
 
 @pytest.mark.parametrize(('before', 'since', 'within'), [
@@ -82,15 +82,15 @@ def test_a_broken_version_is_found_soon(before: float, since: float, within: int
 
 def test_without_a_record_nobody_is_to_blame() -> None:
     """Few answers, of either side, say nothing."""
-    assert not got_worse(Outcomes(ENOUGH - 1, ENOUGH - 1), Outcomes(90, 0))
-    assert not got_worse(Outcomes(90, 90), Outcomes(ENOUGH - 1, 0))
+    assert not got_worse(Outcomes(MIN_ANSWERS - 1, MIN_ANSWERS - 1), Outcomes(90, 0))
+    assert not got_worse(Outcomes(90, 90), Outcomes(MIN_ANSWERS - 1, 0))
 
 
 def test_the_older_version_must_have_done_better() -> None:
     """A little better is not, nor is one that is better as often as not."""
-    assert to_blame([2.0] * ENOUGH) and to_blame([2.0] * 9 + [-1.0, -1.0])
-    assert not to_blame([0.05] * 30) and not to_blame([2.0, -2.0] * 10)
-    assert not to_blame([2.0] * (ENOUGH - 1))
+    assert older_is_better([2.0] * MIN_ANSWERS) and older_is_better([2.0] * 9 + [-1.0, -1.0])
+    assert not older_is_better([0.05] * 30) and not older_is_better([2.0, -2.0] * 10)
+    assert not older_is_better([2.0] * (MIN_ANSWERS - 1))
 
 
 # In the journal
@@ -128,20 +128,20 @@ def test_the_version_that_brought_it_is_found(journal: Journal) -> None:
     serve(journal, 0, 10)
     publish(journal, 1)
     serve(journal, 1, 20, 1)
-    assert suspected(journal, '') is None
+    assert suspected_regression(journal, '') is None
     for version in (2, 3, 4):
         publish(journal, version)
         serve(journal, version, 3, 2)
-    found = suspected(journal, '')
+    found = suspected_regression(journal, '')
     assert found is not None
     assert (found.version, found.better) == (4, 1)
     assert found.reason == 'answers got worse: 6 of 8 corrected, 1 of 30 before'
     assert len(found.corrections) == 6
     roll_back(journal, '', 1, found.reason)
-    assert suspected(journal, '') is None
+    assert suspected_regression(journal, '') is None
     publish(journal, 5)
     serve(journal, 5, 4, 4)
-    assert suspected(journal, '') is None
+    assert suspected_regression(journal, '') is None
 
 
 def test_one_question_is_one_thing_wrong(journal: Journal) -> None:
@@ -149,7 +149,7 @@ def test_one_question_is_one_thing_wrong(journal: Journal) -> None:
     serve(journal, 0, 30)
     publish(journal, 1)
     serve(journal, 1, 20, 20, question='Again?')
-    assert suspected(journal, '') is None
+    assert suspected_regression(journal, '') is None
 
 
 def test_an_id_that_is_used_again_is_of_another_answer(journal: Journal) -> None:
@@ -157,19 +157,19 @@ def test_an_id_that_is_used_again_is_of_another_answer(journal: Journal) -> None
     serve(journal, 0, 10)
     publish(journal, 1)
     serve(journal, 1, 20, 20)
-    assert suspected(journal, '') is not None
+    assert suspected_regression(journal, '') is not None
     for again in journal.answers()[10:]:
         journal.record_answer(again)
-    assert suspected(journal, '') is None
+    assert suspected_regression(journal, '') is None
 
 
 def test_a_version_that_has_served_long_is_left_alone(journal: Journal) -> None:
     """What gets worse then is not its doing."""
     serve(journal, 0, 30)
     publish(journal, 1)
-    serve(journal, 1, WATCHED)
+    serve(journal, 1, MAX_ANSWERS)
     serve(journal, 1, 40, 40)
-    assert suspected(journal, '') is None
+    assert suspected_regression(journal, '') is None
 
 
 def test_a_persons_first_version_is_compared_with_the_robots(journal: Journal) -> None:
@@ -179,11 +179,11 @@ def test_a_persons_first_version_is_compared_with_the_robots(journal: Journal) -
     serve(journal, 1, 20, 0, profile='ann', lineage='')
     publish(journal, 1, 'ann')
     serve(journal, 1, 8, 8, profile='ann')
-    found = suspected(journal, 'ann')
+    found = suspected_regression(journal, 'ann')
     assert found is not None
     assert (found.profile, found.version, found.better) == ('ann', 1, 0)
     assert str(found.before) == '0 of 20'
-    assert suspected(journal, '') is None
+    assert suspected_regression(journal, '') is None
 
 
 # In the engine
@@ -230,7 +230,7 @@ def taken_back(robot: Robot) -> list[AdapterVersion]:
 
 
 def test_a_comparison_that_always_breaks_off_is_given_up(tmp_path: Path) -> None:
-    some = Outcomes(ENOUGH, ENOUGH)
+    some = Outcomes(MIN_ANSWERS, MIN_ANSWERS)
     suspicion = SuspectedRegression('', 2, 1, some, some, (correction('k'),))
     compares = regression_check.RegressionCheck(AdapterStore(tmp_path))
     compares.suspect(suspicion)
@@ -276,7 +276,7 @@ def test_a_bad_version_is_taken_back_by_itself(
         robot.until(lambda e: isinstance(e, AdapterVersion) and e.state is ROLLED_BACK)
     assert failures
     if waits:
-        assert ENOUGH <= asked <= 2 * ENOUGH
+        assert MIN_ANSWERS <= asked <= 2 * MIN_ANSWERS
     # The one that brought it is the last of those that are taken back.
     last = taken_back(robot)[-1]
     assert last.version == 1
@@ -292,7 +292,7 @@ def test_a_bad_version_is_taken_back_by_itself(
 def test_what_was_suspected_of_a_version_taken_back_is_forgotten(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal may say so only when somebody has taken back more than that already."""
-    monkeypatch.setattr(regression_check, 'to_blame', lambda leads: True)
+    monkeypatch.setattr(regression_check, 'older_is_better', lambda leads: True)
     robot, _ = with_version(settings, tmp_path, 0.02)
     engine = robot.engine
     last = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
@@ -301,8 +301,8 @@ def test_what_was_suspected_of_a_version_taken_back_is_forgotten(
     while not rolled_back.done():
         engine.step()
     record = engine._journal.submit(lambda j: j.correction('k')).result(10)
-    some = Outcomes(ENOUGH, ENOUGH)
-    engine.learner.suspect(SuspectedRegression('', 2, 1, some, some, (record,) * ENOUGH))
+    some = Outcomes(MIN_ANSWERS, MIN_ANSWERS)
+    engine.learner.suspect(SuspectedRegression('', 2, 1, some, some, (record,) * MIN_ANSWERS))
     last = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
     # From the base model: version 1 was not returned to.
     assert last.state is CorrectionState.LEARNED
@@ -326,7 +326,7 @@ def test_a_version_that_is_not_to_blame_stays(
             f'It is number {i}.' if case == 'taught' else right[text], query_id=wrong.query_id,
             id=text))
         robot.until(lambda e, name=text: isinstance(e, CorrectionStatus) and e.id == name)  # type: ignore[misc]
-    suspicion = robot.engine._journal.submit(lambda j: suspected(j, '')).result(10)
+    suspicion = robot.engine._journal.submit(lambda j: suspected_regression(j, '')).result(10)
     assert suspicion is not None and suspicion.better == 0
     robot.engine.update(settings)
     # Versions are compared before anything is learned.
