@@ -229,11 +229,11 @@ class GateSettings:
 
     tolerance: float = _parameter(
         0.1, 'Largest decrease of a guarded score in a new version: the share of earlier '
-        'corrections that are right, and the mean token probability of replayed answers', minimum=0.0,
-        maximum=1.0)
+        'corrections that are right, and the mean token probability of replayed answers',
+        minimum=0.0, maximum=1.0)
     auto_rollback: bool = _parameter(
         True, 'Roll a published version back automatically if its answers are corrected more '
-        'often than earlier ones, and the version before it scores better on these corrections')
+        'often than earlier ones, and the version before it scores better on them')
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ class DriftSettings:
 
     min_budget: float = _parameter(
         0.2, 'Share of device time for learning without drift and surprising corrections; it '
-        'rises with surprise up to finetune.budget, and is kept by pauses between jobs', minimum=0.0,
-        maximum=1.0)
+        'rises with surprise up to finetune.budget, and is kept by pauses between jobs',
+        minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)
