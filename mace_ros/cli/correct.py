@@ -58,7 +58,8 @@ def main() -> int:
     arguments.add_argument('--weight', type=weight, default=1.0,
                            help=f'importance, above 0 and up to {MAX_WEIGHT:g} (default: 1)')
     arguments.add_argument('--source', default='mace_correct', help='origin of the correction')
-    arguments.add_argument('--no-wait', action='store_true', help='return once the correction is on disk')
+    arguments.add_argument('--no-wait', action='store_true',
+                           help='return once the correction is on disk')
     given = arguments.parse_args()
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'prompt': given.prompt, 'profile': given.profile, 'rejected': given.rejected,

@@ -248,7 +248,7 @@ def main() -> int:
     if failures:
         screen.line('\n'.join(['\nDemo failed:', *failures]), '1;31')
         return 1
-    screen.line('\nDemo passed: the correction is learned, and other answers are unchanged.', '1;32')
+    screen.line('\nDemo passed: the correction is learned; other answers are unchanged.', '1;32')
     return 0
 
 

@@ -107,9 +107,9 @@ def format_record(record: AnswerRecord | CorrectionRecord | VersionRecord,
 def list_records(given: argparse.Namespace) -> None:
     """Print one line for each record."""
     with opened(given.folder) as journal, journal.snapshot():
-        lives = journal.lives()
+        live = journal.live_versions()
         for record in getattr(journal, given.what)(given.profile):
-            print(format_record(record, record in lives))
+            print(format_record(record, record in live))
 
 
 def export_records(given: argparse.Namespace) -> None:

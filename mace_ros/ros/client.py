@@ -242,7 +242,7 @@ class MaceClient:
         """Give up the handles of a node that had gone at the last poll, then poll again."""
         with self._changed:
             for handle in self._leaving:
-                handle.lost = f'{self._name} is gone'
+                handle.lost = f'{self._name} has disappeared'
                 if isinstance(handle, AnswerHandle) and self._answers.get(handle.id) is handle:
                     del self._answers[handle.id]
             self._leaving = []

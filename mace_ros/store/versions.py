@@ -106,9 +106,9 @@ class VersionTable(JournalFile):
 
     def live(self, profile: str) -> VersionRecord | None:
         """Return the live version of a profile, None if it has none."""
-        return next((record for record in self.lives() if record.profile == profile), None)
+        return next((record for record in self.live_versions() if record.profile == profile), None)
 
-    def lives(self) -> tuple[VersionRecord, ...]:
+    def live_versions(self) -> tuple[VersionRecord, ...]:
         """Return the live version of each profile that has one."""
         return tuple(map(_version, self.rows(
             'SELECT versions.* FROM versions JOIN profiles USING (profile) '
@@ -140,7 +140,7 @@ class VersionTable(JournalFile):
 
     def versions_in_use(self) -> set[tuple[str, int]]:
         """Return (profile, version) of all live versions and of those a lineage starts from."""
-        live = {(record.profile, record.version) for record in self.lives()}
+        live = {(record.profile, record.version) for record in self.live_versions()}
         return live | {('', row['fork']) for row in self.rows(
             'SELECT fork FROM profiles WHERE live_version = 0 AND fork > 0')}
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What comes in is bounded: its size, its rate, and what waits for a slow disk."""
+"""Input is bounded in size, in rate, and in the backlog of a slow disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mace_ros.engine.engine import Engine
 ID, TEXT = 'i' * MAX_ID, 'ä' * MAX_TEXT
 
 
-def test_the_largest_query_and_correction_are_taken() -> None:
+def test_the_largest_query_and_correction_are_accepted() -> None:
     checked_query(Query(TEXT, id=ID, conversation_id=ID, profile=ID, system=TEXT,
                         stop=('s' * MAX_STOP,) * MAX_STOPS), Settings())
     checked_correction(Correction(TEXT, id=ID, query_id=ID, conversation_id=ID, prompt=TEXT,
@@ -49,7 +49,7 @@ def test_the_largest_query_and_correction_are_taken() -> None:
     ('profile', f'{ID}x', ErrorCode.INVALID_ID),
     ('stop', ('s' * MAX_STOP + 'x',), ErrorCode.INVALID_PARAMETER),
     ('stop', ('s',) * (MAX_STOPS + 1), ErrorCode.INVALID_PARAMETER)])
-def test_a_larger_query_is_refused_by_the_name_of_its_field(
+def test_a_larger_query_is_refused_naming_the_field(
     field: str, value: object, code: ErrorCode,
 ) -> None:
     with pytest.raises(InvalidQuery, match=f'^{field}: ') as refused:
@@ -59,7 +59,7 @@ def test_a_larger_query_is_refused_by_the_name_of_its_field(
 
 @pytest.mark.parametrize('field', [
     'corrected', 'prompt', 'rejected', 'source', 'id', 'query_id', 'conversation_id', 'profile'])
-def test_a_larger_correction_is_refused_by_the_name_of_its_field(field: str) -> None:
+def test_a_larger_correction_is_refused_naming_the_field(field: str) -> None:
     given = {'corrected': 'Ho.', 'prompt': 'Hi?', field: f'{TEXT}x'}
     with pytest.raises(InvalidCorrection, match=f'^{field}: '):
         checked_correction(Correction(**given))
@@ -88,13 +88,13 @@ def test_corrections_come_at_a_bounded_rate() -> None:
     assert taken(door, 9000.0, 10, 0.0, 5) == 5             # another limit is in force at once
 
 
-def test_a_slow_disk_bounds_what_waits_for_it(model_folder: Path, tmp_path: Path) -> None:
-    """What is refused is told so; what was let in is on disk once the disk is quick again."""
+def test_a_slow_disk_bounds_the_backlog(model_folder: Path, tmp_path: Path) -> None:
+    """Surplus corrections are refused; all others are on disk once the disk is fast again."""
     engine = Engine(Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'finetune.budget': 0.0, 'correction.max_per_minute': 1000000}), storage=tmp_path)
-    quick = threading.Event()
-    engine._journal.submit(lambda _: quick.wait(60.0))
+    fast = threading.Event()
+    engine._journal.submit(lambda _: fast.wait(60.0))
     sent = MAX_UNWRITTEN + 500
     for n in range(sent):
         engine.correct(Correction(f'Ho {n}.', id=str(n), prompt=f'Hi {n}?'))
@@ -103,9 +103,9 @@ def test_a_slow_disk_bounds_what_waits_for_it(model_folder: Path, tmp_path: Path
     assert {e.state for e in refused} == {CorrectionState.REJECTED}
     assert all('the disk is slow' in e.reason for e in refused)
     assert engine.status().journal_backlog == MAX_UNWRITTEN
-    assert 500 < len(refused) < 510     # what the engine itself has to write counts, too
+    assert 500 < len(refused) < 510     # the engine's own writes count, too
 
-    quick.set()
+    fast.set()
     accepted = {e.id for e in engine.close() if isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.ACCEPTED}
     assert len(accepted) == sent - len(refused)

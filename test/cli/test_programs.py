@@ -116,7 +116,8 @@ def test_rejections_have_a_reason_and_exit_code_1(client: MaceClient) -> None:
 
 @pytest.mark.parametrize(('node', 'code', 'message'), [
     ('/unknown', 1, '/unknown: the node is not ready after 1.0 s'), ('/a b', 2, 'a b')])
-def test_an_unreachable_or_invalid_node_is_named(client: MaceClient, node: str, code: int, message: str) -> None:
+def test_an_unreachable_or_invalid_node_is_named(
+        client: MaceClient, node: str, code: int, message: str) -> None:
     asked = program('ask', 'Hi', '--node', node, '--timeout', '1')
 
     assert (asked.returncode, asked.stdout) == (code, '')
@@ -173,7 +174,8 @@ def test_no_followed_by_the_right_answer_is_a_correction(said: str, right: str |
     assert (found and found['right']) == right
 
 
-def test_a_missing_recogniser_is_reported_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_recogniser_is_reported_with_how_to_install_it(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ('faster_whisper', 'pocketsphinx'):
         monkeypatch.setitem(sys.modules, module, None)
 
@@ -201,9 +203,10 @@ def test_the_page_shows_its_own_node_only() -> None:
     now = 0.0
     page = Dashboard('/robot1/mace', clock=lambda: now)
     assert 'waiting for the node' in shown(page)
-    page.on_message(Scheduler(live_version=7, serving_share=0.25, learning_share=0.5, busy_share=0.75,
-                        slo_attainment=float('nan'), corrections_waiting=2, freshness_s=9.0,
-                        drift=Scheduler.DRIFT_DRIFTING, drift_level=0.375, finetune_budget=0.625))
+    page.on_message(Scheduler(
+        live_version=7, serving_share=0.25, learning_share=0.5, busy_share=0.75,
+        slo_attainment=float('nan'), corrections_waiting=2, freshness_s=9.0,
+        drift=Scheduler.DRIFT_DRIFTING, drift_level=0.375, finetune_budget=0.625))
     page.on_message(Latency(query_id='q1', finish_reason=Response.CANCELLED, ttft_ms=123.0))
     page.on_message(DiagnosticArray(status=[
         DiagnosticStatus(level=DiagnosticStatus.WARN, name='robot1/mace: device', message='hot'),

@@ -93,7 +93,7 @@ def test_handles_raise_when_the_node_goes(client: MaceClient, node: ScriptedNode
     node.publish(Response(query_id='three', text='Last words.'))
     node.end()
 
-    with pytest.raises(ConnectionError, match='query one: /mace is gone'):
+    with pytest.raises(ConnectionError, match='query one: /mace has disappeared'):
         next(stream)
     with pytest.raises(ConnectionError, match='query two'):
         unbegun.result()
@@ -215,7 +215,7 @@ def test_a_program_ends_when_its_node_goes(client: MaceClient, node: ScriptedNod
     assert node.receives('one')
     node.end()
     _, errors = asking.communicate(timeout=SOON_S)
-    assert (asking.returncode, errors) == (1, '/mace: query one: /mace is gone\n')
+    assert (asking.returncode, errors) == (1, '/mace: query one: /mace has disappeared\n')
 
 
 def test_a_client_has_no_services(client: MaceClient) -> None:

@@ -544,7 +544,7 @@ def test_a_killed_node_resumes_after_a_restart(mace: Mace, lesson: SimpleNamespa
         mace.kill()
 
         mace.start()
-        with pytest.raises(ConnectionError, match=f'query {lost.id}: /mace is gone'):
+        with pytest.raises(ConnectionError, match=f'query {lost.id}: /mace has disappeared'):
             lost.result(30.0)
     served = mace.client.wait_until_ready(30.0)
     assert (served.version, served.sha256) == (before.version, before.sha256)

@@ -82,7 +82,7 @@ def test_all_records_survive_a_restart(path: Path) -> None:
         live = journal.live('Zoë')
         assert live is not None and math.isnan(live.score_after)
         assert replace(live, score_after=0.0) == replace(version, score_after=0.0)
-        assert journal.lives() == (live,)
+        assert journal.live_versions() == (live,)
         assert journal.live('') is None
         assert journal.answer('q2') is None and journal.correction('k2') is None
 
