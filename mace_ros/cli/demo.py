@@ -55,7 +55,7 @@ class Screen:
         self._lock = threading.RLock()
         self._started = self._printed = time.monotonic()
         self._line_open = False
-        self._asides: list[str] = []    # lines of the node while a line was open
+        self._node_lines: list[str] = []    # printed once the open line is complete
         threading.Thread(target=self._tick, daemon=True).start()
 
     def step(self, text: str) -> None:
@@ -68,15 +68,15 @@ class Screen:
         with self._lock:
             self.piece(('\n' if self._line_open else '') + self._coloured(text, colour) + '\n')
             self._line_open = False
-            while self._asides:
-                self.piece(self._coloured(self._asides.pop(0), '2') + '\n')
+            while self._node_lines:
+                self.piece(self._coloured(self._node_lines.pop(0), '2') + '\n')
             self._line_open = False
 
-    def aside(self, text: str) -> None:
+    def node_line(self, text: str) -> None:
         """Print a line of the node, once no other line is open."""
         with self._lock:
             if self._line_open:
-                self._asides.append(text)
+                self._node_lines.append(text)
             else:
                 self.line(text, '2')
 
@@ -202,7 +202,7 @@ def running_node(screen: Screen, folder: Path, model: str) -> Iterator[subproces
     def relay() -> None:
         assert node.stdout is not None
         for line in node.stdout:
-            screen.aside(f'   node | {line.rstrip()}')
+            screen.node_line(f'   node | {line.rstrip()}')
 
     relaying = threading.Thread(target=relay)
     relaying.start()

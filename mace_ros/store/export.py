@@ -168,48 +168,59 @@ def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = rang
                if field.default is MISSING and field.name not in values]
     if missing:
         raise ValueError(f'{", ".join(missing)} missing')
-    for name, value in values.items():
+    for name in values:
         if name not in expected:
             raise ValueError(f'{name} is not a field of {kind.__name__}')
-        if name in ('prompt_ids', 'output_ids'):
-            if not all(type(i) is int and i in token_ids for i in value):
-                raise ValueError(f'{name}: token ids are whole numbers below {token_ids.stop}')
-            values[name] = tuple(value)
-        elif name == 'messages':
-            if not all(m['role'] in ROLES and isinstance(m['content'], str) for m in value):
-                raise ValueError(
-                    f'messages: each needs a content, and as role {" or ".join(ROLES)}')
-            if problem := next(filter(None, (text_problem(m['content']) for m in value)), ''):
-                raise ValueError(f'messages: {problem}')
-            values[name] = tuple(value)
-        elif name == 'correction_ids':
-            if not all(isinstance(i, str) and not text_problem(i) for i in value):
-                raise ValueError(f'{name}: ids are text')
-            values[name] = tuple(value)
-        elif name == 'state':
-            values[name] = (VersionState if kind is VersionRecord else CorrectionState)[value]
-        elif value is None and expected[name].type == 'float':
-            values[name] = math.nan
-        elif expected[name].type in ('int', 'float'):
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f'{name}: a number expected, not {value!r}')
-        elif type(value).__name__ != expected[name].type:
-            raise ValueError(f'{name}: {expected[name].type} expected, not {value!r}')
-        elif isinstance(value, str) and (problem := text_problem(value)):
-            raise ValueError(f'{name}: {problem}')
-    record = kind(**values)
-    if isinstance(record, CorrectionRecord):
-        # The same checks as for a correction that is sent to the node.
-        checked_correction(Correction(
-            record.corrected, id=record.id, prompt='.', profile=record.profile,
-            weight=record.weight, rejected=record.rejected, source=record.source))
-    elif isinstance(record, AnswerRecord):
-        checked_correction(Correction(
-            '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,
-            profile=record.profile, rejected=record.text))
-    else:
-        checked_correction(Correction('.', prompt='.', profile=record.profile))
+    states = VersionState if kind is VersionRecord else CorrectionState
+    record = kind(**{
+        name: states[value] if name == 'state'
+        else _field(name, str(expected[name].type), value, token_ids)
+        for name, value in values.items()})
+    _check(record)
     return record
+
+
+def _field(name: str, type_name: str, value: Any, token_ids: range) -> Any:
+    """Return the value of a field in its type; raise ValueError."""
+    if name in ('prompt_ids', 'output_ids'):
+        if not all(type(i) is int and i in token_ids for i in value):
+            raise ValueError(f'{name}: token ids are whole numbers below {token_ids.stop}')
+        return tuple(value)
+    if name == 'messages':
+        if not all(m['role'] in ROLES and isinstance(m['content'], str) for m in value):
+            raise ValueError(f'messages: each needs a content, and as role {" or ".join(ROLES)}')
+        if problem := next(filter(None, (text_problem(m['content']) for m in value)), ''):
+            raise ValueError(f'messages: {problem}')
+        return tuple(value)
+    if name == 'correction_ids':
+        if not all(isinstance(i, str) and not text_problem(i) for i in value):
+            raise ValueError(f'{name}: ids are text')
+        return tuple(value)
+    if value is None and type_name == 'float':
+        return math.nan
+    if type_name in ('int', 'float'):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f'{name}: a number expected, not {value!r}')
+    elif type(value).__name__ != type_name:
+        raise ValueError(f'{name}: {type_name} expected, not {value!r}')
+    elif isinstance(value, str) and (problem := text_problem(value)):
+        raise ValueError(f'{name}: {problem}')
+    return value
+
+
+def _check(record: AnswerRecord | CorrectionRecord | VersionRecord) -> None:
+    """Apply the checks of a correction that is sent to the node; raise InvalidCorrection."""
+    if isinstance(record, CorrectionRecord):
+        correction = Correction(
+            record.corrected, id=record.id, prompt='.', profile=record.profile,
+            weight=record.weight, rejected=record.rejected, source=record.source)
+    elif isinstance(record, AnswerRecord):
+        correction = Correction(
+            '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,
+            profile=record.profile, rejected=record.text)
+    else:
+        correction = Correction('.', prompt='.', profile=record.profile)
+    checked_correction(correction)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
