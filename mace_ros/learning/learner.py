@@ -32,7 +32,7 @@ from mace_ros.learning.drift import Drift, surprise
 from mace_ros.learning.duty_cycle import DutyCycle
 from mace_ros.learning.gate import Verdict
 from mace_ros.learning.job import Job, JobInputs, PendingCorrection
-from mace_ros.learning.outcomes import suspected, SuspectedRegression
+from mace_ros.learning.outcomes import suspected_regression, SuspectedRegression
 from mace_ros.learning.publishing import Publisher
 from mace_ros.learning.regression_check import RegressionCheck
 from mace_ros.learning.rollback import RollbackRefused
@@ -147,7 +147,7 @@ class Learner:
         if record.query_id and self._settings.gate.auto_rollback:
             def look(journal):
                 answer = journal.answer(record.query_id)
-                return None if answer is None else suspected(journal, answer.lineage)
+                return None if answer is None else suspected_regression(journal, answer.lineage)
             with suppress(JournalError):
                 self._looks.append(self.publisher.submit(look))
         return [CorrectionStatus(record.id, CorrectionState.ACCEPTED), *(

@@ -26,7 +26,7 @@ from mace_ros.api.validation import (
 ID, TEXT = 'i' * MAX_ID, 'ä' * MAX_TEXT
 
 
-def test_the_largest_query_and_correction_are_taken() -> None:
+def test_the_largest_query_and_correction_are_accepted() -> None:
     checked_query(Query(TEXT, id=ID, conversation_id=ID, profile=ID, system=TEXT,
                         stop=('s' * MAX_STOP,) * MAX_STOPS), Settings())
     checked_correction(Correction(TEXT, id=ID, query_id=ID, conversation_id=ID, prompt=TEXT,
@@ -41,7 +41,7 @@ def test_the_largest_query_and_correction_are_taken() -> None:
     ('profile', f'{ID}x', ErrorCode.INVALID_ID),
     ('stop', ('s' * MAX_STOP + 'x',), ErrorCode.INVALID_PARAMETER),
     ('stop', ('s',) * (MAX_STOPS + 1), ErrorCode.INVALID_PARAMETER)])
-def test_a_larger_query_is_refused_by_the_name_of_its_field(
+def test_a_larger_query_is_refused_naming_the_field(
     field: str, value: object, code: ErrorCode,
 ) -> None:
     with pytest.raises(InvalidQuery, match=f'^{field}: ') as refused:
@@ -51,7 +51,7 @@ def test_a_larger_query_is_refused_by_the_name_of_its_field(
 
 @pytest.mark.parametrize('field', [
     'corrected', 'prompt', 'rejected', 'source', 'id', 'query_id', 'conversation_id', 'profile'])
-def test_a_larger_correction_is_refused_by_the_name_of_its_field(field: str) -> None:
+def test_a_larger_correction_is_refused_naming_the_field(field: str) -> None:
     given = {'corrected': 'Ho.', 'prompt': 'Hi?', field: f'{TEXT}x'}
     with pytest.raises(InvalidCorrection, match=f'^{field}: '):
         checked_correction(Correction(**given))

@@ -12,7 +12,6 @@ from peft import PeftModel, set_peft_model_state_dict
 import pytest
 from safetensors.torch import load_file
 from support.robot import Robot
-from support.virtual_device import FixedCache
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
