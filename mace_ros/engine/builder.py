@@ -16,6 +16,7 @@ from mace_ros.model.hardware import free_memory, hardware, limit_kernel_caches
 from mace_ros.model.heap import limit_heap
 from mace_ros.model.loading import best_device, best_dtype, load_model, LoadedModel, Progress
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.packing import pack
 from mace_ros.telemetry.device_counters import DeviceCounters
 from mace_ros.telemetry.status import Hardware
 
@@ -30,10 +31,10 @@ def budget_bytes(settings: Settings, free: float) -> float:
 
 def check_budget(budget: MemoryBudget) -> None:
     """Raise :class:`InvalidSetting` if there is no room for a single short answer."""
-    if budget.total < budget.least:
+    if budget.total < budget.minimum:
         raise InvalidSetting(
             f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-            f'{budget.least / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
+            f'{budget.minimum / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
             'scheduler.max_batch_tokens, or memory.headroom_mb if it is 0')
 
 
@@ -68,7 +69,7 @@ def load(settings: Settings, progress: Progress,
     kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
     if dtype == 'int8':
         progress('rounding its linear layers to 8 bits')
-    hybrid = PackedModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens,
+    hybrid = pack(loaded.model, kv_tokens=settings.memory.kv_cache_tokens,
                          kv_bytes=kv_bytes, int8=dtype == 'int8')
     if device == 'cpu':     # less what the 8 bits took
         free = free_memory(hybrid.device, DeviceCounters(kind).read().memory_free_mb)

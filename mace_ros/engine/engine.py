@@ -60,7 +60,8 @@ from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.heap import HeapTrimmer
 from mace_ros.model.loading import Progress, reporting, weights_digest
-from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
@@ -124,10 +125,10 @@ class Engine:
         self.chat = ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
         adapter = settings.adapter
         self.bank = LoRAManager(
-            self.model.groups, targets=adapter.target_modules, rank=adapter.rank,
+            self.model.linears, targets=adapter.target_modules, rank=adapter.rank,
             # One more than may be live, for the version that is about to be.
             alpha=adapter.alpha, slots=adapter.slots + 1,
-            spared=settings.finetune.spared_directions)
+            protected_directions=settings.finetune.spared_directions)
         self._state = State()
         self._pool = BlockPool(self.model.kv_blocks, BLOCK_TOKENS)
         self._kv_cache = KVCacheManager(
@@ -136,7 +137,7 @@ class Engine:
         self._memory = MemoryArbiter(
             MemoryBudget(
                 measure_footprint(self.model, self.bank), budget_bytes(settings, free),
-                most_blocks=self.model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
+                max_blocks=self.model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
                 rows=settings.scheduler.max_requests,
                 # Device graphs hold the addresses of a cache that is there from the start.
                 resident=self.model.device.type == 'cuda'), self._kv_cache, self._state)
@@ -159,7 +160,7 @@ class Engine:
                     self.model, max_rows=settings.scheduler.max_requests,
                     max_tokens=settings.scheduler.max_batch_tokens, max_context=self._longest,
                     steps=settings.finetune.recompute != 'always',
-                    may_go_on=lambda: clock() < end)
+                    may_continue=lambda: clock() < end)
             progress(str(captured))
         cost = CostModel()
         with reporting(progress, 'measuring the device'):
@@ -389,7 +390,7 @@ class Engine:
         if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
             return now     # and plan again, with more memory
         self._check_when_idle()
-        self._heap.tend(now, self._memory.budget.total, idle=(
+        self._heap.trim(now, self._memory.budget.total, idle=(
             plan.is_empty and not self._state.has_requests and not self.learner.busy))
         if not plan.is_empty:
             if self.runner.trace is not None:

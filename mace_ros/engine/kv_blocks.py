@@ -11,7 +11,7 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
 from mace_ros.model.packed_model import PackedModel
-from mace_ros.model.spans import FinetuneRows, OBSERVED_TOKENS
+from mace_ros.model.spans import OBSERVATION_TOKENS, PiggybackSpans
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 
 
@@ -28,7 +28,7 @@ class KvBlocks:
         """Return where to note attention if it is to be noted in the next ``tokens`` tokens."""
         request, known = answering.request, answering.request.known_tokens
         if (not self.prune_share or known < LONG_TOKENS or request.is_decoding
-                or request.computed_tokens + tokens <= known - OBSERVED_TOKENS):
+                or request.computed_tokens + tokens <= known - OBSERVATION_TOKENS):
             return None
         noted = answering.attention
         if noted is None or len(noted) != known:
@@ -45,7 +45,7 @@ class KvBlocks:
             [float(x.sum()) for x in noted.cpu().split(BLOCK_TOKENS)],
             self.prune_share, BLOCK_TOKENS, window=window))
 
-    def ride(self, step: FinetuneStep, tokens: int) -> FinetuneRows | None:
+    def ride(self, step: FinetuneStep, tokens: int) -> PiggybackSpans | None:
         """Return the next fine-tune rows; None if there is no room for their keys and values."""
         tokens = min(tokens, step.piggyback_tokens)
         if tokens == 0:
@@ -60,7 +60,7 @@ class KvBlocks:
                     self._pool.release(blocks)
                 return None
             step.hold_blocks(held)
-        return step.rows(tokens)
+        return step.piggyback_spans(tokens)
 
     def release(self, step: FinetuneStep) -> None:
         """Take the blocks of a step that does not ride any more."""
@@ -75,7 +75,7 @@ class KvBlocks:
         computed anew, and the error goes on.
         """
         pool = self._pool
-        moved = pool.moves()
+        moved = pool.compact()
         if moved:
             # The tables first: they must be right, whatever becomes of the content.
             self._kv_cache.move(moved)

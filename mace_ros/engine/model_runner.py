@@ -160,7 +160,7 @@ class ModelRunner:
             segments.append((segment, spent))
             self._learner.ran(segment.tokens * (segment.kind is SegmentKind.OPTIMIZER), spent)
             if step.done:
-                self._heap.left_gaps(started)
+                self._heap.step_ended(started)
             if segment.kind is SegmentKind.HEAD and self._learner.wants_to_judge:
                 break      # it may have seen enough
 

@@ -29,14 +29,14 @@ class StepMemory(Protocol):
         """Whether its layers' graphs are kept for the backward."""
 
     @property
-    def piece_tokens(self) -> int:
+    def chunk_tokens(self) -> int:
         """Tokens of a layer that are computed at once."""
 
     @property
     def blocks(self) -> Sequence[list[int]]:
         """KV blocks that it holds for riding."""
 
-    def save_memory(self, piece_tokens: int) -> None:
+    def save_memory(self, chunk_tokens: int) -> None:
         """Keep no graphs, and compute so many tokens at once; only before it begins."""
 
     def restart(self) -> bool:
@@ -78,7 +78,7 @@ class MemoryArbiter:
 
         With less than the least, nothing could be served: that much is taken in any case.
         """
-        self.budget.total = max(total, self.budget.least)
+        self.budget.total = max(total, self.budget.minimum)
         self._limit()
         if self.budget.planned(self._kv_cache.pool.held_blocks) > self.budget.total:
             self._give_up()
@@ -96,23 +96,23 @@ class MemoryArbiter:
                 overdue or not (self._yielded and self._state.has_requests)):
             grant = self.budget.grant(
                 step.lengths, held_blocks=self._claimed_blocks, keep_graphs=step.keep_graphs,
-                learns=step.learns, piece_tokens=step.piece_tokens, urgent=overdue)
+                learns=step.learns, chunk_tokens=step.chunk_tokens, urgent=overdue)
             if grant is not None:
                 if not grant.keep_graphs and (
-                        step.keep_graphs or grant.piece_tokens < step.piece_tokens):
-                    step.save_memory(grant.piece_tokens)
+                        step.keep_graphs or grant.chunk_tokens < step.chunk_tokens):
+                    step.save_memory(grant.chunk_tokens)
                 self._granted, self.budget.learning = step, grant.bytes
             elif overdue:
-                reserved = self.budget.footprint.least_step_bytes(
-                    step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
+                reserved = self.budget.footprint.min_step_bytes(
+                    step.lengths, learns=step.learns, chunk_tokens=step.chunk_tokens)
         self._limit(reserved)
         return self._granted is not None
 
     def lacks(self, step: StepMemory) -> str:
         """Return why a step can't begin even when nobody asks anything; empty if it can."""
         budget = self.budget
-        needed = budget.fixed + budget.footprint.least_step_bytes(
-            step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
+        needed = budget.fixed + budget.footprint.min_step_bytes(
+            step.lengths, learns=step.learns, chunk_tokens=step.chunk_tokens)
         if step is self._granted or needed <= budget.total:
             return ''
         return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '

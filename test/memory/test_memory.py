@@ -37,12 +37,14 @@ from transformers import PreTrainedModel
 from mace_ros.api.settings import Settings
 from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.finetune.sample import Sample
-from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory import block_hashes
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
-from mace_ros.memory.budget import Footprint, Grant, LEAST_PIECE, MemoryBudget
-from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.memory.budget import Footprint, Grant, MemoryBudget, MIN_CHUNK_TOKENS
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import Span
 from mace_ros.scheduling.cost_model import CostModel
@@ -92,7 +94,7 @@ def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> Non
             assert table == [] and pool.free_blocks == free + before
         else:
             pool.shrink(data.draw(st.integers(1, 10)))
-        moved = pool.moves()
+        moved = pool.compact()
         content = {new: written[old] for old, new in moved.items()}
         written |= content
         for table in tables:
@@ -159,7 +161,7 @@ FOOTPRINT = Footprint(kv_block=900, adapters=5000, layers=9, hidden_token=10, lo
 
 
 def test_answers_come_first_then_a_step_then_what_may_be_of_use() -> None:
-    budget = MemoryBudget(FOOTPRINT, 60_000, most_blocks=1000, pass_tokens=10, rows=1)
+    budget = MemoryBudget(FOOTPRINT, 60_000, max_blocks=1000, pass_tokens=10, rows=1)
     free = 60_000 - budget.fixed
     assert budget.kv_capacity == budget.kv_limit == free // 1000
     graphs, again = (FOOTPRINT.step_bytes([10, 10], keep_graphs=k) for k in (True, False))
@@ -171,32 +173,32 @@ def test_answers_come_first_then_a_step_then_what_may_be_of_use() -> None:
     budget.learning = again
     assert budget.kv_limit == held[1] < budget.kv_capacity
     most = budget.step_tokens(10**6, held_blocks=held[1])
-    assert FOOTPRINT.most_step_bytes(most) <= free - held[1] * 1000
+    assert FOOTPRINT.max_step_bytes(most) <= free - held[1] * 1000
     assert FOOTPRINT.step_bytes([most + 1], keep_graphs=False) > free - held[1] * 1000
     budget.total = 1000.0
     assert budget.kv_capacity == 0 and budget.step_tokens(100, held_blocks=0) == 0
 
 
 def test_a_step_that_would_never_fit_whole_gets_smaller_pieces() -> None:
-    whole, pieces = (FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=n)
+    whole, pieces = (FOOTPRINT.step_bytes([80], keep_graphs=False, chunk_tokens=n)
                      for n in (None, 20))
-    budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
+    budget = MemoryBudget(FOOTPRINT, 0.0, max_blocks=1000, pass_tokens=10, rows=1)
     budget.total = budget.fixed + pieces + 1000
 
-    def granted(blocks: int, piece_tokens: int | None = None, *,
+    def granted(blocks: int, chunk_tokens: int | None = None, *,
                 urgent: bool = False) -> Grant | None:
         return budget.grant([80], held_blocks=blocks, keep_graphs=True,
-                            piece_tokens=piece_tokens, urgent=urgent)
+                            chunk_tokens=chunk_tokens, urgent=urgent)
 
     assert granted(0) == granted(1) == granted(0, 40) == Grant(pieces, False, 20)
     assert granted(2) is None       # until the answers have gone
     assert granted(0, 17) == Grant(
-        FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=17), False, 17)
+        FOOTPRINT.step_bytes([80], keep_graphs=False, chunk_tokens=17), False, 17)
     budget.total = budget.fixed + whole
     assert granted(0) == Grant(whole, False, 80)
     assert granted(1) is None       # it is not divided for a moment's sake ...
     assert granted(1, urgent=True) == Grant(
-        FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=40), False, 40)
+        FOOTPRINT.step_bytes([80], keep_graphs=False, chunk_tokens=40), False, 40)
     assert granted(10**6, urgent=True) is None
     budget.total = budget.fixed
     assert granted(0) is None
@@ -209,11 +211,11 @@ class Step:
     lengths: tuple[int, ...] = (80,)
     learns: bool = True
     keep_graphs: bool = False
-    piece_tokens: int = 80
+    chunk_tokens: int = 80
     blocks: tuple[list[int], ...] = ()
 
-    def save_memory(self, piece_tokens: int) -> None:
-        self.piece_tokens = piece_tokens
+    def save_memory(self, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
 
     def restart(self) -> bool:
         return True
@@ -223,8 +225,8 @@ class Step:
 
 
 def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> None:
-    budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
-    step, least = Step(), FOOTPRINT.least_step_bytes([80])
+    budget = MemoryBudget(FOOTPRINT, 0.0, max_blocks=1000, pass_tokens=10, rows=1)
+    step, least = Step(), FOOTPRINT.min_step_bytes([80])
     budget.total = budget.fixed + least + 3000
     state, pool = State(), BlockPool(1000, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, state)
@@ -245,7 +247,7 @@ def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> 
     state.running[0].dropped_tokens = 16
     pool.release([state.running[0].blocks.pop(0)])
     assert keeper.allows(step, overdue=True) and pool.limit == 3
-    assert step.piece_tokens == LEAST_PIECE
+    assert step.chunk_tokens == MIN_CHUNK_TOKENS
     # It keeps that, unless it is in the way and has become less urgent.
     assert not keeper.planned(True, overdue=True) and keeper.allows(step)
     assert keeper.planned(True) and not keeper.allows(step) and pool.limit == whole
@@ -254,11 +256,11 @@ def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> 
 def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
     """Pieces are bounded by time, too: a step that would fit whole must not wait for ever."""
     footprint = replace(FOOTPRINT, kv_block=9000)
-    step = Step(lengths=(20,), piece_tokens=LEAST_PIECE)
-    whole, pieces = (footprint.step_bytes([20], keep_graphs=False, piece_tokens=n)
-                     for n in (None, LEAST_PIECE))
+    step = Step(lengths=(20,), chunk_tokens=MIN_CHUNK_TOKENS)
+    whole, pieces = (footprint.step_bytes([20], keep_graphs=False, chunk_tokens=n)
+                     for n in (None, MIN_CHUNK_TOKENS))
     assert whole < pieces
-    budget = MemoryBudget(footprint, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
+    budget = MemoryBudget(footprint, 0.0, max_blocks=1000, pass_tokens=10, rows=1)
     state = State()
     keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS), state), state)
     for total, fits in ((whole, False), (pieces, True)):
@@ -270,14 +272,14 @@ def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
 @pytest.mark.parametrize('shared', [0, 24])
 def test_where_there_is_room_graphs_are_kept(shared: int) -> None:
     """Also if the samples begin alike, of which a copy for each takes memory."""
-    model, bank, _ = with_reference(tiny_model('llama'))
+    model, lora, _ = with_reference(tiny_model('llama'))
     rng = random.Random(0)
     begin = tuple(random_ids(rng, shared))
-    step = FinetuneStep(model, Trainer(bank, 1e-3), [
+    step = FinetuneStep(model, Trainer(lora, 1e-3), [
         Sample((*begin, *random_ids(rng, 10)), (0.0,) * (shared + 5) + (1.0,) * 5)
-        for _ in range(8)], piece_tokens=200)
-    footprint, state = measure_footprint(model, bank), State()
-    budget = MemoryBudget(footprint, 1e9, most_blocks=1000, pass_tokens=10, rows=1)
+        for _ in range(8)], chunk_tokens=200)
+    footprint, state = measure_footprint(model, lora), State()
+    budget = MemoryBudget(footprint, 1e9, max_blocks=1000, pass_tokens=10, rows=1)
     keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS), state), state)
     assert keeper.allows(step) and step.keep_graphs
     assert SegmentKind.BACKWARD in {s.kind for s in step.segments()}
@@ -291,7 +293,7 @@ def test_no_way_to_cut_a_step_takes_more_than_was_planned(
     footprint = replace(FOOTPRINT, packed=packed, graphs=tuple(
         (8 * 2 ** i, size) for i, size in enumerate(sorted(sizes))))
     assert (footprint.step_bytes(lengths, keep_graphs=False)
-            <= footprint.most_step_bytes(sum(lengths)) * (1 + 1e-9))
+            <= footprint.max_step_bytes(sum(lengths)) * (1 + 1e-9))
 
 
 def test_graphs_of_lengths_that_were_not_counted_are_linear_between_and_quadratic_beyond() -> None:
@@ -483,7 +485,7 @@ def test_schedules_do_preempt_and_share() -> None:
 
 def swapped_under_load(folder: Path) -> None:
     """Publish version after version into one slot while requests run; raises if one is wrong."""
-    model, bank, reference = with_reference(
+    model, lora, reference = with_reference(
         random_model('Llama'), kv_tokens=20 * BLOCK_TOKENS, slots=2)
     rng = random.Random(0)
     schedule = Schedule(model, rng, 20)
@@ -491,8 +493,8 @@ def swapped_under_load(folder: Path) -> None:
     for number in range(1, 4):
         # Two slots: the version before this one is still used, that before it no longer.
         slot = FIRST_SERVED_SLOT + number % 2
-        path = publish(folder / str(number), bank, random_adapter(bank, number))
-        bank.write_slot(slot)
+        path = publish(folder / str(number), lora, random_adapter(lora, number))
+        lora.write_slot(slot)
         served = PeftModel.from_pretrained(copy.deepcopy(reference), str(path)).eval()
         sequences = [Sequence(beginning + random_ids(rng, 5), slot, f'\n{number}')
                      for _ in range(3)]
@@ -554,7 +556,7 @@ class Peak(TorchDispatchMode):
 
 
 def test_counting_is_exact_and_leaves_nothing_behind() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
+    model, lora, _ = with_reference(tiny_model('llama'))
 
     def graphs() -> int:
         gc.collect()
@@ -562,7 +564,7 @@ def test_counting_is_exact_and_leaves_nothing_behind() -> None:
                    for o in gc.get_objects())
 
     before = graphs()
-    counts = [measure_footprint(model, bank).graphs for _ in range(3)]
+    counts = [measure_footprint(model, lora).graphs for _ in range(3)]
     assert graphs() == before
     assert counts[1:] == counts[:-1]
     # What a layer keeps of longer sequences grows with them: all of it was seen.
@@ -571,25 +573,25 @@ def test_counting_is_exact_and_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize('shared', [0, 24, 80])
-@pytest.mark.parametrize(('keep_graphs', 'piece_tokens'), [(True, None), (False, None), (True, 60)])
+@pytest.mark.parametrize(('keep_graphs', 'chunk_tokens'), [(True, None), (False, None), (True, 60)])
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'qwen3-moe'])
 def test_a_step_takes_the_memory_that_was_predicted(
-        family: str, keep_graphs: bool, piece_tokens: int | None, shared: int) -> None:
-    model, bank, _ = with_reference(tiny_model(family))
-    footprint = measure_footprint(model, bank)
+        family: str, keep_graphs: bool, chunk_tokens: int | None, shared: int) -> None:
+    model, lora, _ = with_reference(tiny_model(family))
+    footprint = measure_footprint(model, lora)
     rng = random.Random(0)
     begin = tuple(random_ids(rng, shared))
     # Of what begins alike there are many short ones, as of corrections.
     lengths = (30, 20, 25, 12, 18, 30, 40, 22, 35, 15, 9, 28, 17) if shared else (150, 120, 90)
     samples = [Sample((*begin, *random_ids(rng, n)),
                       (0.0,) * (shared + n // 2) + (1.0,) * (n - n // 2)) for n in lengths]
-    trainer = Trainer(bank, 1e-3)
+    trainer = Trainer(lora, 1e-3)
     with Peak() as peak:
         step = FinetuneStep(
-            model, trainer, samples, keep_graphs=keep_graphs, piece_tokens=piece_tokens)
+            model, trainer, samples, keep_graphs=keep_graphs, chunk_tokens=chunk_tokens)
         while not step.done:
             step.run_segment()
     predicted = footprint.step_bytes(
-        step.lengths, keep_graphs=keep_graphs, piece_tokens=piece_tokens)
-    gradients = sum(p.nbytes for p in bank.parameters())     # those are the adapters'
+        step.lengths, keep_graphs=keep_graphs, chunk_tokens=chunk_tokens)
+    gradients = sum(p.nbytes for p in lora.parameters())     # those are the adapters'
     assert 0.4 * predicted <= peak.most - gradients <= predicted

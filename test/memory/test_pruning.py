@@ -21,10 +21,10 @@ from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS, RECENT_TOKENS
 from mace_ros.model.architectures import longest_window
-from mace_ros.model.cuda_graph_runner import BatchDescriptor
-from mace_ros.model.lora import BASE_SLOT
+from mace_ros.model.batch_descriptor import BatchDescriptor
+from mace_ros.model.lora_mapping import BASE_SLOT
 from mace_ros.model.packed_model import PackedModel
-from mace_ros.model.spans import OBSERVED_TOKENS, Span
+from mace_ros.model.spans import OBSERVATION_TOKENS, Span
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.plan import Plan, PrefillChunk, State
 from mace_ros.scheduling.request import Request
@@ -132,7 +132,7 @@ def test_noted_attention_is_that_of_transformers(family: str, sizes: Sequence[in
     with torch.no_grad():
         output = reference(input_ids=torch.tensor([ids]), output_attentions=True)
     kinds = getattr(reference.config, 'layer_types', None) or ['full_attention'] * 3
-    expected = sum(a[0, :, -OBSERVED_TOKENS:].sum(1).mean(0) for a, kind in zip(
+    expected = sum(a[0, :, -OBSERVATION_TOKENS:].sum(1).mean(0) for a, kind in zip(
         output.attentions, kinds, strict=True) if kind == 'full_attention')
     assert relative_error(noted, expected) < TOLERANCE     # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ def test_decoding_without_some_blocks(family: str, static: bool) -> None:
         spans = [Span(answer[i:i + 1], PROMPT + i, kept, BASE_SLOT, True, dropped),
                  Span(other[i:i + 1], i, [14, 15], BASE_SLOT, False)]
         if static:
-            model.static.prepare(BatchDescriptor.of(spans, None))
+            model.graphs.prepare(BatchDescriptor.of(spans, None))
         ours.append(model.run(spans)[0].clone())
     ours.append(model.run([Span(answer[20:], PROMPT + 20, kept, BASE_SLOT, True, dropped)])[0])
 
