@@ -185,7 +185,7 @@ def test_segments_wait_until_all_tokens_have_piggybacked() -> None:
     step.hold_blocks([[0, 1, 2], [3], [4], [5, 6, 7, 8]])
     for tokens in (45, 66, 1):
         assert len(list(step.segments())) == (8 if tokens == 45 else 0)
-        with pytest.raises(ValueError, match='asked to piggyback'):
+        with pytest.raises(ValueError, match='requested to piggyback'):
             step.piggyback_spans(step.piggyback_tokens + 1)
         spans = step.piggyback_spans(tokens)
         model.run((), spans)

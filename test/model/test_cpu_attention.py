@@ -82,7 +82,8 @@ def test_bfloat16_shapes_are_padded_without_changing_the_result(
     shapes = []
     original = F.scaled_dot_product_attention
 
-    def recording(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: object) -> torch.Tensor:
+    def recording(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                  **others: object) -> torch.Tensor:
         shapes.append((q.shape[2], k.shape[2]))
         return original(q, k, v, **others)      # type: ignore[arg-type]
 

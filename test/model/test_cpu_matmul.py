@@ -27,7 +27,8 @@ def test_linear_gives_the_result_of_pytorch(
 
 @pytest.mark.parametrize('inputs', [16, 24, 40, 48, 80, 100])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_an_int8_weight_is_rounded_in_place_and_multiplied_exactly(dtype: torch.dtype, inputs: int) -> None:
+def test_an_int8_weight_is_rounded_in_place_and_multiplied_exactly(
+        dtype: torch.dtype, inputs: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(33, inputs, dtype=dtype)
     weight[5] = 0

@@ -208,7 +208,7 @@ def test_packed_requests_get_the_logits_of_transformers_and_peft(
 @pytest.mark.parametrize('family', ['llama', 'gpt-neox', 'gemma2', 'opt'])
 def test_int8_weights_give_the_logits_of_transformers_with_rounded_weights(
         family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_matmul, 'multiplies_int8', lambda dtype: True)    # slow in fp32, but correct
+    monkeypatch.setattr(cpu_matmul, 'multiplies_int8', lambda dtype: True)    # slow in fp32
     rng = random.Random(family)
     model, lora, reference = with_reference(tiny_model(family), int8=True)
     assert all(layer.int8 is not None for layer in model.linears)
@@ -235,7 +235,7 @@ def test_int8_weights_give_the_logits_of_transformers_with_rounded_weights(
 def test_smollm2_gets_the_logits_of_transformers(base_model: LoadedModel) -> None:
     rng = random.Random(0)
     reference, tokenizer = base_model.model, base_model.tokenizer
-    model = PackedModel(copy.deepcopy(reference), kv_tokens=1024)
+    model = pack(copy.deepcopy(reference), kv_tokens=1024)
     lora = LoRAManager(model.linears, targets='q_proj,v_proj', rank=RANK, alpha=ALPHA, slots=1)
     random_adapter(lora, 0)
     sample = tokenizer('My name is Rover.').input_ids * 2
@@ -442,7 +442,7 @@ REJECTED = {
     'gemma4, layers share keys': (
         'Gemma4Text', {'num_kv_shared_layers': 1, 'hidden_size_per_layer_input': 8,
                        'vocab_size_per_layer_input': VOCABULARY, 'global_head_dim': 16,
-                       'layer_types': ['full_attention'] * 3}, 'gemma4_text.*hand each other'),
+                       'layer_types': ['full_attention'] * 3}, 'gemma4_text.*pass each other'),
     'bert, looks ahead': ('Bert', {}, 'bert.*off by'),
 }
 
