@@ -173,14 +173,14 @@ def perplexity(engine: Any) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from mace_ros.model.attention import whole_sequences
-    from mace_ros.model.lora import BASE_SLOT
+    from mace_ros.model.lora_mapping import BASE_SLOT
 
     model, total, count = engine.model, 0.0, 0
     for messages in conversations():
         ids = model.tensor(engine.chat.tokenizer.apply_chat_template(messages, return_dict=False))
         places = torch.arange(len(ids), device=ids.device)
         with torch.no_grad():
-            logits = model.forward_row(
+            logits = model.forward_packed(
                 whole_sequences((len(ids),), ids.device), ids, places, BASE_SLOT, places, ())
         total += float(F.cross_entropy(logits[:-1], ids[1:], reduction='sum'))
         count += len(ids) - 1

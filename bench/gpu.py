@@ -104,11 +104,13 @@ def measure_passes(shape: str, args: argparse.Namespace, samples: dict[str, Any]
     import torch
 
     from mace_ros.finetune.sample import Sample
-    from mace_ros.finetune.step import FinetuneStep, Trainer
+    from mace_ros.finetune.step import FinetuneStep
+    from mace_ros.finetune.trainer import Trainer
     from mace_ros.memory.block_pool import BLOCK_TOKENS
     from mace_ros.model.graph_capture import capture
-    from mace_ros.model.lora import FIRST_SERVED_SLOT, LoRAManager
-    from mace_ros.model.packed_model import PackedModel
+    from mace_ros.model.lora_manager import LoRAManager
+    from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
+    from mace_ros.model.packing import pack
     from mace_ros.model.spans import Span
 
     theirs = hf_generate(random_model(shape, args.device))
@@ -116,13 +118,13 @@ def measure_passes(shape: str, args: argparse.Namespace, samples: dict[str, Any]
     weights = sum(p.nbytes for p in base.parameters())
     if not base.config.tie_word_embeddings:    # of the embedding a token reads one row
         weights -= base.get_input_embeddings().weight.nbytes
-    ours = PackedModel(base, kv_tokens=4096)
-    bank = LoRAManager(ours.groups, targets='all-linear', rank=RANK, alpha=16.0, slots=2)
+    ours = pack(base, kv_tokens=4096)
+    bank = LoRAManager(ours.linears, targets='all-linear', rank=RANK, alpha=16.0, slots=2)
     bank.write_slot(FIRST_SERVED_SLOT)
     if args.device == 'cuda':
         end = time.monotonic() + 120.0
         captured = capture(ours, max_rows=4, max_tokens=256, max_context=1024,
-                           may_go_on=lambda: time.monotonic() < end)
+                           may_continue=lambda: time.monotonic() < end)
         notes.append(f'{shape}: {captured}')
         print(notes[-1], flush=True)
     trainer = Trainer(bank, 1e-9)
@@ -131,7 +133,7 @@ def measure_passes(shape: str, args: argparse.Namespace, samples: dict[str, Any]
     span = Span((7,), CONTEXT, blocks, FIRST_SERVED_SLOT, True)
     step = FinetuneStep(ours, trainer, [sample])
     step.hold_blocks([list(range(64, 64 + STEP_TOKENS // BLOCK_TOKENS))])
-    rows = step.rows(STEP_TOKENS)
+    rows = step.piggyback_spans(STEP_TOKENS)
     words = torch.zeros(weights // 4, dtype=torch.float32, device=args.device)
     seconds: dict[str, Callable[[], float]] = {
         'floor': timed(ours, lambda: words.sum()),

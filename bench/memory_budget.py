@@ -78,7 +78,7 @@ class BudgetedRobot(Robot):
         self._learned = False
         self._lengths: dict[str, int] = {}      # tokens of each answer
         engine = self.engine
-        cache = engine.model.attention.cache
+        cache = engine.model.kv_cache
         assert cache is not None
         cache.drop_from(0)     # calibration has left something
         settle()

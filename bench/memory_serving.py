@@ -18,7 +18,7 @@ from mace_ros.api.events import FinishReason, Query, Response
 from mace_ros.api.settings import Settings
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.memory.pruning import blocks_to_drop
-from mace_ros.model.lora import BASE_SLOT
+from mace_ros.model.lora_mapping import BASE_SLOT
 from mace_ros.model.spans import Span
 
 Say = Callable[[str], None]
@@ -166,7 +166,7 @@ def pruning(folder: Path, *, fraction: float, more: Sequence[float], contexts: i
                       temperature=0.0),
                 lambda seen=held: seen.append(engine._pool.held_blocks))  # type: ignore[misc]
             ids = encode(found.text, add_special_tokens=False)['input_ids']
-            cache = engine.model.attention.cache
+            cache = engine.model.kv_cache
             assert cache is not None
             block_mb = cache.nbytes / cache.keys[0].shape[0] * BLOCK_TOKENS / 1e6
             answers.append({

@@ -22,10 +22,11 @@ from bench.load import prose
 from bench.peers.loading import load
 from bench.peers.worker import Worker
 from mace_ros.finetune.sample import Sample
-from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.model.loading import best_dtype, load_model
-from mace_ros.model.lora import LoRAManager
-from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.packing import pack
 from mace_ros.scheduling.plan import SegmentKind
 
 WARM_UP_TOKENS = 8
@@ -108,9 +109,9 @@ class OurStep(TrainingStep):
         """Load; ``recompute`` is a value of ``finetune.recompute``, ``dtype`` of the weights."""
         super().__init__(threads)
         model = load_model('', device='cpu', dtype='auto' if dtype == 'int8' else dtype).model
-        self._model = PackedModel(model, kv_tokens=256, int8=dtype == 'int8')
+        self._model = pack(model, kv_tokens=256, int8=dtype == 'int8')
         self._bank = LoRAManager(
-            self._model.groups, targets='all-linear', rank=RANK, alpha=ALPHA, slots=1)
+            self._model.linears, targets='all-linear', rank=RANK, alpha=ALPHA, slots=1)
         self._bank.load(load_file(f'{adapter}/adapter_model.safetensors'))
         self._trainer = Trainer(self._bank, LEARNING_RATE)
         self._keep_graphs = recompute != 'always'

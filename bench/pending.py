@@ -18,7 +18,8 @@ from mace_ros.api.events import Event
 from mace_ros.api.settings import Settings
 from mace_ros.engine.engine import Engine
 from mace_ros.finetune.sample import Sample
-from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.scheduling.plan import Segment
 
 Spent = Callable[[float, float], None]

@@ -100,8 +100,8 @@ class MeasuredEngine(Engine):
         self._pass = (0.0, 0.0)
         self._sampled: list[Any] = []
         after(self.model, 'run', self._ran_pass)
-        after(self.model, 'forward_row', self._worked)
-        after(self.model.skeleton, 'call_layers', self._worked)     # where a step begins
+        after(self.model, 'forward_packed', self._worked)
+        after(self.model.shell, 'call_layers', self._worked)     # where a step begins
         after(self.scheduler, 'plan', self._planned)
         before(self.scheduler, 'observe', self._observing)
         before(self._requests, 'commit', self._committing)

@@ -86,7 +86,8 @@ class Robot:
     def perplexity(self, *, live: bool) -> float:
         """Return that of bench/chat.txt, under the live adapter or the base model."""
         from mace_ros.finetune.sample import Sample
-        from mace_ros.finetune.step import FinetuneStep, Trainer
+        from mace_ros.finetune.step import FinetuneStep
+        from mace_ros.finetune.trainer import Trainer
 
         engine = self.engine
         if not live:

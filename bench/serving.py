@@ -34,7 +34,7 @@ class Block:
 
 def precision_of(engine: Any) -> str:
     """Return how an engine holds its weights: a value of ``model.weight_dtype``."""
-    if engine.model.groups[0].int8 is not None:
+    if engine.model.linears[0].int8 is not None:
         return 'int8'
     return str(engine.model.dtype).removeprefix('torch.')
 

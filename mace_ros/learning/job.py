@@ -15,7 +15,8 @@ from torch import Tensor
 from mace_ros.api.events import Event
 from mace_ros.finetune.null_space import InputSubspace
 from mace_ros.finetune.sample import Sample, SampleScore
-from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import AccumulationWindow, Trainer
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.gate import Gate
 from mace_ros.learning.outcomes import SuspectedRegression
@@ -67,7 +68,7 @@ class Scoring:
 
     batches: Iterator[list[Sample]]
     done: Callable[[list[SampleScore], list[Sample]], list[Event]]
-    piece_tokens: int       # of a layer, computed at once
+    chunk_tokens: int       # of a layer, computed at once
     directions: InputSubspace | None = None
     step: FinetuneStep | None = None
     scores: list[SampleScore] = field(default_factory=list)
@@ -106,7 +107,7 @@ class Job:
     step: FinetuneStep | None = None
     # Of the step, those to come.
     parts: deque[tuple[list[Sample], AccumulationWindow]] = field(default_factory=deque)
-    piece_tokens: int = 0               # of a layer, computed at once
+    chunk_tokens: int = 0               # of a layer, computed at once
     gate: Gate | None = None
     told: set[str] = field(default_factory=set)     # of which corrections it was said: TRAINING
     scoring: Scoring | None = None

@@ -43,7 +43,7 @@ from mace_ros.learning.training import Training
 from mace_ros.learning.training_set import texts, TrainingSetBuilder
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.store.adapter_store import AdapterStore
@@ -466,7 +466,7 @@ class Learner:
             return self._load(job)
         self.training.take_up(job, None)
         bank = self.training.bank
-        directions = InputSubspace(bank.spared) if bank.spared_nbytes else None
+        directions = InputSubspace(bank.direction_count) if bank.null_space_nbytes else None
         return self.training.score(
             job, self._lessons.replayed_anchors,
             partial(self._take_teachers, job, directions), directions)
@@ -497,8 +497,8 @@ class Learner:
 
     def _spare(self, directions: InputSubspace | None, taught: list[Sample]) -> Iterator[None]:
         """Spare what was found, one group of layers after the other; then it is all known."""
-        for group, found in directions.found() if directions is not None else ():
-            self.training.bank.spare(group, found)
+        for group, found in directions.bases() if directions is not None else ():
+            self.training.bank.protect(group, found)
             yield
         self._lessons.teachers = taught
 

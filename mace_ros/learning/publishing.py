@@ -21,7 +21,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.learning.job import Job
 from mace_ros.memory.adapter_slots import AdapterSlots
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal, VersionRecord
 from mace_ros.store.journal_writer import JournalWriter

@@ -25,7 +25,7 @@ from mace_ros.learning.rollback import (
     RolledBack,
 )
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.journal_writer import JournalWriter
@@ -122,7 +122,7 @@ class RollbackQueue:
             if record is not None:
                 tensors = self._store.load(record.path, record.sha256)
                 check_same_adapter(record, self._store, self._bank)
-                self._bank.checked(tensors)
+                self._bank._checked(tensors)
             return roll_back(journal, profile, version, wanted.reason), tensors
 
         try:
@@ -142,7 +142,7 @@ class RollbackQueue:
             return True
         assert tensors is not None
         # A request that began with it may still hold it.
-        slot = self._slots.held(profile, live.version)
+        slot = self._slots.slot_of(profile, live.version)
         if slot is None:
             slot = self._slots.reserve()
             if slot is None:

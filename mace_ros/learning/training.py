@@ -21,11 +21,12 @@ from mace_ros.api.events import Event
 from mace_ros.api.settings import FinetuneSettings
 from mace_ros.finetune.null_space import InputSubspace
 from mace_ros.finetune.sample import packed_tokens, Preference, Sample, SampleScore, shared_tokens
-from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import AccumulationWindow, Trainer
 from mace_ros.learning.gate import BATCH_TOKENS, batches
 from mace_ros.learning.job import Job, PullingBack, Scoring
-from mace_ros.memory.budget import LEAST_PIECE
-from mace_ros.model.lora import LoRAManager
+from mace_ros.memory.budget import MIN_CHUNK_TOKENS
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 
 # How exactly it is found how far weights can be pulled back: three halvings.
@@ -113,7 +114,7 @@ class Training:
             weight=math.fsum(w for k, part in enumerate(parts) for i, s in enumerate(part)
                              if k or i not in worse for w in s.weights[1:]),
             tokens=sum(map(packed_tokens, parts)))
-        job.judged, job.piece_tokens = False, max(self.step_tokens, LEAST_PIECE)
+        job.judged, job.chunk_tokens = False, max(self.step_tokens, MIN_CHUNK_TOKENS)
         job.trainer.set_learning_rate(self.settings.learning_rate)
         job.parts = deque(
             (part, replace(whole, begins=k == 0, ends=k == len(parts) - 1))
@@ -127,8 +128,8 @@ class Training:
         recompute = self.settings.recompute
         job.step = FinetuneStep(
             self._model, job.trainer, samples, keep_graphs=recompute != 'always',
-            may_piggyback=recompute != 'never', preferences=preferences, whole=whole,
-            piece_tokens=job.piece_tokens, oldest_correction_at=self._oldest_correction_at())
+            may_piggyback=recompute != 'never', preferences=preferences, window=whole,
+            chunk_tokens=job.chunk_tokens, oldest_correction_at=self._oldest_correction_at())
 
     # -- and scores ------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Training:
         most = self.step_tokens
         job.step, job.scoring = None, Scoring(
             batches(samples, min(most, BATCH_TOKENS), shared=shared_tokens(samples)), done,
-            max(most, LEAST_PIECE), directions)
+            max(most, MIN_CHUNK_TOKENS), directions)
         return self.go_on_scoring(job, job.scoring)
 
     def go_on_scoring(self, job: Job, scoring: Scoring) -> list[Event]:
@@ -153,8 +154,8 @@ class Training:
         if batch is not None:
             assert job.trainer is not None
             scoring.step = FinetuneStep(
-                self._model, job.trainer, batch, learns=False, piece_tokens=scoring.piece_tokens,
-                directions=scoring.directions, oldest_correction_at=self._oldest_correction_at())
+                self._model, job.trainer, batch, learns=False, chunk_tokens=scoring.chunk_tokens,
+                observer=scoring.directions, oldest_correction_at=self._oldest_correction_at())
             return []
         job.scoring = None
         return scoring.done(scoring.scores, scoring.taught)

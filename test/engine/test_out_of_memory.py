@@ -34,10 +34,11 @@ from mace_ros.engine import builder, model_runner
 from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
 from mace_ros.finetune.null_space import InputSubspace
-from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.model import loading
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.store.adapter_store import AdapterStore
@@ -53,8 +54,8 @@ SERVING = {
 LEARNING = {
     'reading the live version': (LoRAManager, 'reset'),
     'optimizer state': (Trainer, '__init__'),
-    'the main directions': (InputSubspace, 'watch'),
-    'what is spared': (LoRAManager, 'spare'),
+    'the main directions': (InputSubspace, 'observe'),
+    'what is spared': (LoRAManager, 'protect'),
     'keeping clear of it': (LoRAManager, 'project_update'),
     'a step': (FinetuneStep, '__init__'),
     'rows that ride': (FinetuneStep, 'rows'),

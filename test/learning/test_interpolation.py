@@ -22,7 +22,7 @@ from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import Job
 from mace_ros.learning.learner import LEARNED_MARGIN, learned_well, Learner, RIGHT_MARGIN
 from mace_ros.learning.training import CLOSE, Training
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 
 
 @pytest.fixture

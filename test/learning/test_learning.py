@@ -29,11 +29,12 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.finetune.sample import SampleScore
-from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.learning import backoff, gate, learner, selection
 from mace_ros.learning.drift import Drift, DriftState
 from mace_ros.learning.job import Job
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
@@ -85,7 +86,7 @@ def test_a_slow_device_learns_in_parts_and_memory_goes_back(
     keep = Trainer.accumulate
     monkeypatch.setattr(Trainer, 'accumulate', lambda self: (kept.append(1), keep(self)))
     monkeypatch.setattr('mace_ros.model.heap.AFTER_LEARNING_S', 0.0)
-    monkeypatch.setattr('mace_ros.model.heap.LOOK_S', 0.0)
+    monkeypatch.setattr('mace_ros.model.heap.CHECK_S', 0.0)
     monkeypatch.setattr('mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
     robot.engine.learner.training.tokens_within = lambda seconds: 1
     wrong = robot.ask('Who are you?')

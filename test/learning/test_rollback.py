@@ -292,10 +292,10 @@ def test_a_version_that_a_request_holds_is_not_loaded_again() -> None:
     assert slots.pin('') == first
     slots.publish('', 2, slots.reserve() or 0)
     assert slots.free == 1
-    held = slots.held('', 1)
+    held = slots.slot_of('', 1)
     assert held == first.slot
     assert slots.publish('', 1, held) == first
-    assert slots.free == 2 and slots.held('', 2) is None
+    assert slots.free == 2 and slots.slot_of('', 2) is None
     slots.unpin(first)
     assert slots.free == 2 and slots.live('') == first
     slots.withdraw('')
