@@ -1,32 +1,33 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the samples of bench.colocation say: checks, other numbers and the table."""
+"""Checks, numbers and the table of the colocation benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import math
 from statistics import median
 from typing import Any
 
-from bench.results import Check, check, paired, percentile, Ratio, Reported, Table
+from bench.common.results import Check, check, paired, percentile, Ratio, Reported, Table
 
 Samples = Mapping[str, Any]
 
 SPLIT = 'hf_peft_split'
 
-# Names of the systems, and what they are.
+# The systems and their descriptions.
 SYSTEMS = {
-    'mace': 'ours: learning in what no answer needs',
-    'inference_only': 'ours, never learning',
-    'continuous': 'ours, undivided steps alternate with inference, half of the time each',
-    'periodic': 'ours, retraining of 8 steps every 20 s, the world stopped',
-    'static_split': 'ours, half of the time for learning',
-    SPLIT: 'HF generate and PEFT training, a process and half of the threads each',
+    'mace': 'mace_ros, learning in the time that serving does not need',
+    'inference_only': 'mace_ros without learning',
+    'continuous': 'mace_ros, undivided steps alternate with inference, half of the time each',
+    'periodic': 'mace_ros, retraining of 8 steps every 20 s while serving stops',
+    'static_split': 'mace_ros, half of the time for learning',
+    SPLIT: 'HF generate and PEFT training, each in a process with half of the threads',
     'hf_generate': 'HF generate alone',
-    'hf_continuous_batching': 'the continuous batching of transformers alone',
+    'hf_continuous_batching': 'continuous batching of transformers alone',
     'llama_cpp': 'llama.cpp alone',
 }
+OURS = ('mace', 'inference_only', 'continuous', 'periodic', 'static_split')
 
 
 def checks(samples: Samples) -> list[Check]:
@@ -37,7 +38,7 @@ def checks(samples: Samples) -> list[Check]:
         return check(f'{what}, {above} / {below}', found.median, target, found.spread)
 
     waits = [r['wait_ms'] for r in samples['waits'] if r['system'] == 'mace']
-    plans = crowded_plans(samples)
+    plans = saturated_plans(samples)
     errors = prediction_errors(samples)
     busy_alone = _shares(samples, 'inference_only')
     busy = _shares(samples, 'mace')
@@ -60,10 +61,11 @@ def checks(samples: Samples) -> list[Check]:
         check('plan() with 64 requests in flight, p99 us', percentile(plans, 99), '<= 200',
               f'{len(plans)} plans, median {percentile(plans, 50):.3g} us'),
         check('scheduler and executor / iteration time, mace', overhead(samples), '<= 0.02',
-              f'{len(iterations(samples))} iterations: all but the model, segments and sampling'),
+              f'{len(iterations(samples))} iterations: all but passes, segments and sampling'),
         check('cost model, median relative error', percentile(errors, 50), '<= 0.1',
-              f'{len(errors)} iterations of mace, each predicted before it was learned from'),
-        check('cost model, p95 relative error', percentile(errors, 95), '<= 0.3', 'of the same'),
+              f'{len(errors)} iterations of mace, predicted before the cost model saw them'),
+        check('cost model, p95 relative error', percentile(errors, 95), '<= 0.3',
+              'same iterations'),
         check('busy share of inference_only', busy_alone.median, '0.3 to 0.5', busy_alone.spread),
         check('requests per system, ours', float(_fewest_requests(samples)), '>= 60'),
         check('interleaved blocks', float(len(_blocks(samples, 'mace'))), '>= 5'),
@@ -71,13 +73,13 @@ def checks(samples: Samples) -> list[Check]:
 
 
 def reported(samples: Samples) -> list[Reported]:
-    """Return the numbers that explain the others."""
+    """Return numbers without a target that explain the checks."""
     rows = [
-        Reported('arrivals per second', samples['rate'], '', 'the same for all'),
+        Reported('arrivals per second', samples['rate'], '', 'the same for all systems'),
         Reported('undivided fine-tune steps, tokens/s', _median(undivided(samples, 'engine')), '',
-                 'steps of the engine, forward alone, layer graphs kept, nothing in between'),
+                 'steps of the engine, forward alone, layer graphs kept, uninterrupted'),
         Reported('undivided steps of PEFT, tokens/s', _median(undivided(samples, 'peft')), '',
-                 'all threads, nothing beside it')]
+                 'all threads, nothing else runs')]
     of_peft = of_idle_time(samples, 'peft')
     rows.append(Reported(
         'fine-tune tokens/s of mace / what the idle time could yield with steps of PEFT',
@@ -95,19 +97,19 @@ def reported(samples: Samples) -> list[Reported]:
 
 
 def table(samples: Samples) -> Table:
-    """Return a row for each system."""
+    """Return the table with a row for each system."""
     rows = []
     for system in SYSTEMS:
-        answers = [r for r in samples['requests'] if r['system'] == system]
-        if not answers:
+        requests = [r for r in samples['requests'] if r['system'] == system]
+        if not requests:
             continue
         blocks = _blocks(samples, system)
         wall = sum(b['wall_s'] for b in blocks)
         rows.append([
-            system, len(blocks), len(answers),
-            *(percentile([r[c] for r in answers], p) for c in ('ttft_ms', 'tpot_ms')
+            system, len(blocks), len(requests),
+            *(percentile([r[c] for r in requests], p) for c in ('ttft_ms', 'tpot_ms')
               for p in (50, 95)),
-            100.0 * sum(r['slo_met'] for r in answers) / len(answers),
+            100.0 * sum(r['slo_met'] for r in requests) / len(requests),
             100.0 * sum(b['busy_s'] for b in blocks) / wall,
             sum(b['finetune_tokens'] for b in blocks) / wall])
     names = '; '.join(f'{n}: {SYSTEMS[n]}' for n in [row[0] for row in rows])
@@ -118,18 +120,18 @@ def table(samples: Samples) -> Table:
         rows, f'Percentiles over all requests. {names}.')
 
 
-# -- the numbers behind ------------------------------------------------------------------
+# -- the numbers behind the checks -------------------------------------------------------
 
 
 def latency_ratio(samples: Samples, above: str, below: str, column: str,
                   percent: float) -> Ratio:
-    """Return, per block, the ratio of a percentile of two systems' requests."""
+    """Return the ratio of a latency percentile of two systems, per block."""
     def each(system: str) -> dict[int, float]:
-        answers: dict[int, list[float]] = {}
+        latencies: dict[int, list[float]] = {}
         for row in samples['requests']:
             if row['system'] == system:
-                answers.setdefault(row['block'], []).append(row[column])
-        return {block: percentile(values, percent) for block, values in answers.items()}
+                latencies.setdefault(row['block'], []).append(row[column])
+        return {block: percentile(values, percent) for block, values in latencies.items()}
     return paired(each(above), each(below))
 
 
@@ -139,20 +141,20 @@ def finetune_rates(samples: Samples, system: str) -> dict[int, float]:
 
 
 def undivided(samples: Samples, whose: str) -> dict[int, float]:
-    """Return the tokens per second of undivided steps, measured beside each block."""
-    spent: dict[int, list[float]] = {}
+    """Return the tokens per second of undivided steps, measured before each block."""
+    seconds: dict[int, list[float]] = {}
     for row in samples['undivided']:
         if row['whose'] == whose:
-            spent.setdefault(row['block'], []).append(row['seconds'] / row['tokens'])
-    return {block: 1.0 / median(each) for block, each in spent.items()}
+            seconds.setdefault(row['block'], []).append(row['seconds'] / row['tokens'])
+    return {block: 1.0 / median(each) for block, each in seconds.items()}
 
 
 def of_idle_time(samples: Samples, whose: str) -> Ratio:
     """
-    Return the fine-tune rate of mace over what the idle time could yield, per block.
+    Return the fine-tune rate of mace over the rate that the idle time allows, per block.
 
-    That is the share of the time in which ``inference_only`` left the device idle, times
-    the rate of undivided steps that have the device for themselves.
+    The latter is the share of time that ``inference_only`` leaves the device idle, times the
+    rate of undivided steps that run alone on the device.
     """
     rates = undivided(samples, whose)
     possible = {b['block']: (1.0 - b['busy_s'] / b['wall_s']) * rates[b['block']]
@@ -161,25 +163,25 @@ def of_idle_time(samples: Samples, whose: str) -> Ratio:
 
 
 def iterations(samples: Samples) -> list[dict[str, float]]:
-    """Return the iterations of mace, by names of columns."""
+    """Return the iterations of mace as mappings of column names to values."""
     return [dict(zip(part['columns'], row, strict=True)) for part in samples['iterations']
             for row in part['rows']]
 
 
 def overhead(samples: Samples) -> float | None:
-    """Return the share of iteration time that is neither model nor segments nor sampling."""
+    """Return the share of iteration time outside of passes, segments and sampling."""
     rows = iterations(samples)
     wall = sum(r['wall_ms'] for r in rows)
     return 1.0 - sum(r['work_ms'] for r in rows) / wall if wall else None
 
 
 def prediction_errors(samples: Samples) -> list[float]:
-    """Return |predicted - measured| / measured of each iteration."""
+    """Return the relative error of the predicted time of each iteration."""
     return [_error(row) for row in iterations(samples)]
 
 
-def crowded_plans(samples: Samples) -> list[float]:
-    """Return the microseconds of the plans with 64 requests in flight."""
+def saturated_plans(samples: Samples) -> list[float]:
+    """Return the microseconds of ``plan()`` with at least 64 requests in flight."""
     return [time for part in samples['crowd'] for time, count in (
         (row[part['columns'].index('plan_us')], row[part['columns'].index('in_flight')])
         for row in part['rows']) if count >= 64]
@@ -198,9 +200,8 @@ def _shares(samples: Samples, system: str) -> Ratio:
 
 
 def _fewest_requests(samples: Samples) -> int:
-    """Return how many requests that of our systems answered that answered the fewest."""
-    systems: Sequence[str] = ('mace', 'inference_only', 'continuous', 'periodic', 'static_split')
-    return min(sum(r['system'] == s for r in samples['requests']) for s in systems)
+    """Return the number of requests of the policy of mace_ros that has the fewest."""
+    return min(sum(r['system'] == s for r in samples['requests']) for s in OURS)
 
 
 def _median(values: Mapping[int, float]) -> float | None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a killed node has left in its storage folder."""
+"""The contents of the storage folder of a node that was killed."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Wreck:
+class StorageSnapshot:
     """
-    What lies in the folder.
+    What the folder holds.
 
-    ``live`` has version and checksum of each profile that has versions; ``corrections`` are
-    the ids of all of them but those that are called learned and are not, for the live version
-    does not hold them. A half-written version is told from one that is whole by its name
-    (``leftovers``); ``saved`` are whole, and not on record. ``damaged`` says what of all that
-    has a version's name, or is on record, can't be loaded.
+    ``live`` maps each profile with versions to its live version and checksum. ``versions``
+    are those in the journal. ``corrections`` are the ids of all corrections in the journal
+    except those marked as learned whose learned weights the live version does not descend
+    from. ``leftovers`` are folders of half-written versions, recognised by their names;
+    ``unrecorded`` are folders of complete versions that the journal does not have.
+    ``damaged`` lists recorded or complete versions that do not load, with the reason.
     """
 
     live: Mapping[str, tuple[int, str]]
     versions: Collection[tuple[str, int]]
     corrections: Collection[str]
     leftovers: Collection[str]
-    saved: Collection[str]
+    unrecorded: Collection[str]
     damaged: Collection[str]
 
 
-def examine(folder: Path) -> Wreck:
+def inspect_storage(folder: Path) -> StorageSnapshot:
     """
-    Look at a storage folder that no node uses, and leave it as it is.
+    Inspect a storage folder that no node uses, without changing it.
 
-    To open a journal is to repair it, which is for the node to do: a copy is opened.
+    Opening a journal repairs it, which must be left to the node: a copy is opened.
     """
-    with tempfile.TemporaryDirectory(prefix='mace-wreck-') as name:
+    with tempfile.TemporaryDirectory(prefix='mace-storage-') as name:
         copy = Path(name) / 'storage'
         shutil.copytree(folder, copy)
-        return _examine(copy)
+        return _inspect(copy)
 
 
-def _examine(folder: Path) -> Wreck:
+def _inspect(folder: Path) -> StorageSnapshot:
     from safetensors.torch import load_file
 
     from mace_ros.api.events import CorrectionState
-    from mace_ros.store.adapter_store import AdapterStore, CorruptVersion, WEIGHTS
+    from mace_ros.store.adapter_store import AdapterStore, WEIGHTS
     from mace_ros.store.journal import Journal
     from mace_ros.store.layout import JOURNAL
     from mace_ros.store.lineage import Lineage
@@ -78,27 +79,26 @@ def _examine(folder: Path) -> Wreck:
                 store.load(path, on_record[path])
             else:
                 load_file(folder / path / WEIGHTS)
-        except (CorruptVersion, OSError, ValueError) as error:
+        except Exception as error:      # any way to fail counts, also safetensors' own
             damaged.append(f'{path}: {error}')
-        except Exception as error:      # safetensors has an error of its own
-            damaged.append(f'{path}: {error}')
-    return Wreck(
+    return StorageSnapshot(
         live={r.profile: (r.version, r.sha256) for r in lives},
         versions={(r.profile, r.version) for r in records}, corrections=kept,
-        leftovers=sorted(leftovers), saved=sorted(whole - {r.path for r in records}),
+        leftovers=sorted(leftovers), unrecorded=sorted(whole - {r.path for r in records}),
         damaged=damaged)
 
 
-def lost(wreck: Wreck, acknowledged: Collection[str]) -> list[str]:
-    """Return which acknowledged corrections are gone, or called learned and are not."""
-    return sorted(set(acknowledged) - set(wreck.corrections))
+def lost_corrections(snapshot: StorageSnapshot, acknowledged: Collection[str]) -> list[str]:
+    """Return the acknowledged corrections that are missing or wrongly marked as learned."""
+    return sorted(set(acknowledged) - set(snapshot.corrections))
 
 
-def older(wreck: Wreck, announced: Mapping[str, tuple[int, str]]) -> list[str]:
-    """Say of which profiles something older, or else, is live than was announced last."""
+def outdated_profiles(snapshot: StorageSnapshot,
+                      announced: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Describe profiles whose live version is not the announced one or a newer one."""
     found: list[str] = []
     for profile, (version, sha256) in announced.items():
-        live: tuple[int, Any] = wreck.live.get(profile, (0, ''))
+        live: tuple[int, Any] = snapshot.live.get(profile, (0, ''))
         if live[0] < version or (live[0] == version and live[1] != sha256):
             found.append(f'{profile!r}: version {live[0]} instead of {version}')
     return found

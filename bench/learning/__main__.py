@@ -1,192 +1,105 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""
-What learning a correction does: how soon, how well, and what it does to other answers.
-
-Three parts: ``one`` teaches idle robots one correction after the other, each to a live
-answer, and each robot others; ``forty`` teaches many in a row (bench/forty.py); ``drift``
-plays a trace of questions whose topics shift, under several policies (bench/drift.py).
-Results: bench/results/learning.json.
-"""
+"""Run the benchmark of learning."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 import json
-from pathlib import Path
-import statistics
-import tempfile
-import time
 from typing import Any
 
-from bench import drift, forty
-from bench.report import summary
-from bench.results import Check, check, Recorder, Reported, Result, Table
-from bench.robot import Robot, says, settings_from
+from bench.common.figures import can_draw
+from bench.common.load import LESSONS
+from bench.common.options import Options, settings_from
+from bench.common.results import Result
+from bench.common.running import Run, run_benchmark, Samples
+import bench.learning
+from bench.learning import drift_checks, forty, one
+from bench.learning.drift_systems import SYSTEMS
+from bench.learning.drift_trace import require_corpus
 
-LESSONS = Path(__file__).with_name('lessons.json')
-FACTS = 40
 PARTS = ('one', 'forty', 'drift')
 QUICK_SYSTEMS = ('mace', 'periodic')
+FACTS, QUICK_FACTS = 40, 8
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> Options:
     """Return the options."""
-    result = argparse.ArgumentParser(prog='python -m bench.learning', description=__doc__.strip())
-    add = result.add_argument
-    add('--quick', action='store_true', help='a little of each: says that all runs, not how well')
-    add('--only', nargs='+', choices=PARTS, default=list(PARTS),
-        help='parts to run (default: all); what earlier runs found out about the others is kept')
-    add('--corrections', type=int, help='of each robot of the part one (default: 10; quick: 2)')
-    add('--robots', type=int, help='of the part one, all without a version at first (default: 4; '
-        'quick: 1)')
-    add('--many', type=int, help='corrections of the part forty (default: 40; quick: 3)')
-    add('--questions', type=int, help='of the drift trace (default: 300; quick: 24)')
-    add('--rate', type=float, help='questions a second of it (default: 0.16, which takes 32 '
-        'minutes for each system; quick: 0.8)')
-    add('--seed', default='drift', help='of it: what is asked, when, and what is true')
-    add('--systems', nargs='+', choices=list(drift.SYSTEMS), help='policies that it is played to '
-        '(default: all); with --only drift, what was found out about the others is kept if their '
-        'trace, CPU and --set were the same, or if only one of the two is overloaded')
-    add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='parameters of the node')
-    add('--results', type=Path, metavar='FOLDER', help='where to write the results')
+    result = Options('learning', bench.learning.__doc__, quick='a little of each part')
+    result.parts(PARTS, '--only')
+    result.size('--corrections', 10, 2, 'corrections of each robot in the part one')
+    result.size('--robots', 4, 1, 'robots of the part one, all without a version at first')
+    result.size('--many', 40, 3, 'corrections of the part forty')
+    result.size('--questions', 300, 24, 'questions of the drift trace')
+    result.size('--rate', 0.16, 0.8, 'questions per second of the drift trace; at 0.16 each '
+                'system takes 32 minutes')
+    result.add('--seed', default='drift',
+               help='seed of the drift trace: questions, times and true answers')
+    result.add('--systems', nargs='+', choices=list(SYSTEMS),
+               help='systems that run the drift trace (default: all); with --only drift, the last '
+               'results of the other systems are kept if their trace, CPU and --set are the '
+               'same, or if only one of the two systems is overloaded')
+    result.parameters()
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    args = parser().parse_args(arguments)
-    args.corrections = args.corrections or (2 if args.quick else 10)
-    args.robots = args.robots or (1 if args.quick else 4)
-    args.many = args.many or (3 if args.quick else 40)
-    args.questions = args.questions or (24 if args.quick else 300)
-    args.rate = args.rate or (0.8 if args.quick else 0.16)
-    args.systems = args.systems or list(QUICK_SYSTEMS if args.quick else drift.SYSTEMS)
+    recorded = run_benchmark(
+        options(), arguments, measure=measure, prepare=prepare,
+        evaluate=lambda samples, run: evaluate(samples))
+    if 'drift' in recorded.result.samples and can_draw():
+        drift_checks.draw(recorded.result.samples, recorded.path.with_name('drift.svg'))
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Choose the systems of the drift trace; end the program if the trace cannot be made."""
+    args.systems = args.systems or list(QUICK_SYSTEMS if args.quick else SYSTEMS)
     if 'drift' in args.only:
-        drift.corpus()      # what comes before takes an hour
-    recorder = Recorder(vars(args), quick=args.quick)
-    samples = recorder.earlier('learning', args.results) if set(args.only) != set(PARTS) else {}
+        require_corpus()      # checked first: the other parts take an hour
+
+
+def measure(run: Run) -> Samples:
+    """Run the selected parts; return their samples, with the last ones of the other parts."""
+    # Imported here, so that --help does not load torch.
+    from bench.learning import drift
+
+    args = run.args
+    samples = run.earlier('learning') if set(args.only) != set(PARTS) else {}
     lessons = json.loads(LESSONS.read_text())
     settings = settings_from(args.set)
-    facts = 8 if args.quick else FACTS
-    with tempfile.TemporaryDirectory(prefix='mace-bench-') as storage:
-        if 'one' in args.only:
-            samples |= measure(settings, lessons, Path(storage), robots=args.robots,
+    facts = QUICK_FACTS if args.quick else FACTS
+    if 'one' in args.only:
+        samples |= one.measure(settings, lessons, run.folder, robots=args.robots,
                                count=args.corrections, facts=facts)
-        if 'forty' in args.only:
-            samples |= forty.measure(
-                settings, lessons, Path(storage) / 'forty', count=args.many, facts=facts)
-        for system in args.systems if 'drift' in args.only else ():
-            samples |= drift.measure(
-                settings, Path(storage), samples, system=system, questions=args.questions,
-                rate=args.rate, seed=args.seed, commit=recorder.commit,
-                conditions={'cpu': recorder.cpu, 'set': args.set})
-            # Each takes long: what is known is not to be lost with the next.
-            recorder.write(result_of(samples), args.results)
-    result = result_of(samples)
-    path = recorder.write(result, args.results)
-    if 'drift' in samples:
-        drift.draw(samples, path.with_name('drift.svg'))
-    print(summary(result))
-    print(f'\n{path}')
+    if 'forty' in args.only:
+        samples |= forty.measure(
+            settings, lessons, run.folder / 'forty', count=args.many, facts=facts)
+    for system in args.systems if 'drift' in args.only else ():
+        samples |= drift.measure(
+            settings, run.folder, samples, system=system, questions=args.questions,
+            rate=args.rate, seed=args.seed, commit=run.recorder.commit,
+            conditions={'cpu': run.recorder.cpu, 'set': args.set})
+        # A system takes long: its results are kept even if the next one fails.
+        run.record(evaluate(samples))
+    return samples
 
 
-def result_of(samples: Mapping[str, Any]) -> Result:
-    """Return all that the samples say."""
+def evaluate(samples: Mapping[str, Any]) -> Result:
+    """Return the results of all parts that have samples."""
     result = Result('learning', dict(samples))
     if 'corrections' in samples:
-        result.checks += checks(samples)
-        result.reported += reported(samples)
-        result.tables.append(table(samples))
+        result.checks += one.checks(samples)
+        result.reported += one.reported(samples)
+        result.tables.append(one.table(samples))
     if 'forty' in samples:
         result.checks += forty.checks(samples)
     if 'drift' in samples:
-        result.checks += drift.checks(samples)
-        result.reported += drift.reported(samples)
-        result.tables.append(drift.table(samples))
+        result.checks += drift_checks.checks(samples)
+        result.reported += drift_checks.reported(samples)
+        result.tables.append(drift_checks.table(samples))
     return result
-
-
-def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, *, robots: int, count: int,
-            facts: int) -> dict[str, Any]:
-    """Teach each robot ``count`` others of the lessons; return what was answered when."""
-    taught: list[dict[str, Any]] = []
-    known: list[dict[str, Any]] = []
-    kept: list[dict[str, Any]] = []
-    steps = 0
-    for number in range(robots):
-        robot = Robot(settings, folder / f'one-{number}')
-        known = known or robot.facts(lessons['facts'], facts)
-        rows = [teach(robot, lesson)
-                for lesson in lessons['corrections'][number * count:(number + 1) * count]]
-        steps += robot.engine.scheduler.statistics(time.monotonic()).finetune_steps
-        taught += [{'robot': number, **row, 'in_the_end': robot.ask(row['question']).text}
-                   for row in rows]
-        kept += [{'robot': number, **fact, 'after': robot.ask(fact['question']).text}
-                 for fact in known]
-        robot.engine.close()
-    return {'corrections': taught, 'facts': kept, 'steps': steps}
-
-
-def teach(robot: Robot, lesson: Mapping[str, str]) -> dict[str, Any]:
-    """Correct a live answer; return how long it took, and what is answered then."""
-    before = robot.ask(lesson['question'], no_learn=False)
-    seconds, last = robot.teach(before.query_id, lesson['answer'])
-    after, again = (robot.ask(lesson[x]).text for x in ('question', 'paraphrase'))
-    print(f'{seconds:5.1f} s {last.state.name} {after!r} {again!r}', flush=True)
-    return {**lesson, 'before': before.text, 'seconds': seconds, 'state': last.state.name,
-            'after': after, 'after_paraphrase': again}
-
-
-# -- what the samples say ----------------------------------------------------------------
-
-
-def checks(samples: Mapping[str, Any]) -> list[Check]:
-    """Return the checks."""
-    taught, facts = samples['corrections'], samples['facts']
-    known = len(facts) // len({r['robot'] for r in taught})
-    exact = sum(r['after'].strip() == r['answer'] for r in taught) / len(taught)
-    return [
-        check('one correction, median s until the version that knows it',
-              statistics.median(r['seconds'] for r in taught), '<= 30',
-              f'{len(taught)} corrections, longest {max(r["seconds"] for r in taught):.3g} s'),
-        check('corrected answer given, word for word', exact, '>= 0.9'),
-        said('corrected answer given to a paraphrase', taught, 'after_paraphrase', '>= 0.7',
-             'by its key phrase; never trained on'),
-        said('facts still right after all corrections', facts, 'after', '>= 0.95',
-             f'{known} facts, in no replay and no gate'),
-        check('facts that the base model gets right', float(known), '>= 40')]
-
-
-def said(name: str, rows: Sequence[Mapping[str, Any]], column: str, target: str,
-         note: str) -> Check:
-    """Return a check of how many answers have their key phrase, with a note on each robot."""
-    by_robot: dict[int, list[bool]] = {}
-    for row in rows:
-        by_robot.setdefault(row['robot'], []).append(says(row[column], row['key']))
-    right = [sum(each) for each in by_robot.values()]
-    return check(name, sum(right) / len(rows), target,
-                 f'{note}; {", ".join(map(str, right))} by robot')
-
-
-def reported(samples: Mapping[str, Any]) -> list[Reported]:
-    """Return the numbers that explain the others."""
-    taught, facts = samples['corrections'], samples['facts']
-    return [
-        Reported('corrections still right in the end', sum(
-            says(r['in_the_end'], r['key']) for r in taught) / len(taught)),
-        Reported('fine-tune steps, of all corrections', samples.get('steps')),
-        Reported('facts answered in the same words', sum(
-            f['before'] == f['after'] for f in facts) / len(facts))]
-
-
-def table(samples: Mapping[str, Any]) -> Table:
-    """Return a row for each correction."""
-    return Table('Corrections, one after the other',
-                 ['question', 'before', 's', 'after', 'paraphrase', 'answer then'],
-                 [[r['question'], r['before'], r['seconds'], r['after'], r['paraphrase'],
-                   r['after_paraphrase']] for r in samples['corrections']])
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Many corrections in a row: what is left of the first ones, and of everything else."""
+"""Many corrections in a row: whether the first ones, and everything else, stay right."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import Check, check
-from bench.robot import Robot, says
+from bench.common.results import Check, check
+from bench.common.text import contains_phrase
 
 
 def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, *, count: int,
             facts: int) -> dict[str, Any]:
-    """Teach ``count`` corrections, each to a live answer; return what is right in the end."""
-    robot = Robot(settings, folder)
+    """Teach ``count`` corrections, each to a live answer; return the answers after the last."""
+    from bench.systems.interactive import InteractiveEngine
+
+    robot = InteractiveEngine(settings, folder)
     base = robot.perplexity(live=False)
-    known = robot.facts(lessons['facts'], facts)
+    known = robot.known_facts(lessons['facts'], facts)
     taught = []
     for lesson in lessons['corrections'][:count]:
         wrong = robot.ask(lesson['question'], no_learn=False)
@@ -34,7 +36,7 @@ def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, *, count: i
     for fact in known:
         fact['after'] = robot.ask(fact['question']).text
     perplexity = robot.perplexity(live=True)
-    robot.engine.close()
+    robot.close()
     return {'forty': taught, 'forty_facts': known,
             'perplexity': [{'adapter': 'base', 'value': base},
                            {'adapter': 'live', 'value': perplexity}]}
@@ -50,7 +52,7 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
         check(f'of {len(taught)} corrections in a row, right in the end', exact, '>= 0.85',
               'word for word'),
         check('facts still right after them',
-              sum(says(f['after'], f['key']) for f in facts) / len(facts), '>= 0.9',
+              sum(contains_phrase(f['after'], f['key']) for f in facts) / len(facts), '>= 0.9',
               f'{len(facts)} facts, in no replay and no gate'),
         check('perplexity on chat text after them, over that of the base model', live / base,
               '<= 1.10', f'{base:.3g} before, {live:.3g} after')]

@@ -1,112 +1,105 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""
-Memory: what sharing, one budget, recomputing and pruning save, and what they cost.
-
-Results: bench/results/memory.json.
-"""
+"""Run the benchmark of memory."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-import os
-from pathlib import Path
-import tempfile
 from typing import Any
 
-from bench.memory_checks import checks, reported, tables
-from bench.report import summary
-from bench.results import Recorder, Result
+from bench.common.options import Options
+from bench.common.results import Result
+from bench.common.running import Run, run_benchmark, Samples
+import bench.memory
+from bench.memory.checks import checks, reported, tables
 
-PARTS = ('sharing', 'budget', 'training', 'pruning')
-SYSTEM_TOKENS = 256     # of a system prompt that is shared
-SHARE = 0.25            # of the length that requests may come to, which the budget has room for
+SYSTEM_TOKENS = 256     # length of the shared system prompt
+SHARE = 0.25            # of the longest possible requests, for which the budget has room
 SAMPLE_TOKENS = 512     # of a training step
 CONTEXT_TOKENS = 1500   # of a prompt that is pruned
 PRUNED = 0.5
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> Options:
     """Return the options."""
-    result = argparse.ArgumentParser(prog='python -m bench.memory', description=__doc__.strip())
-    add = result.add_argument
-    add('--quick', action='store_true',
-        help='once and little of each part: says that all runs, not how well')
-    add('--parts', nargs='+', choices=PARTS, default=list(PARTS),
-        help='what to measure (default: all); what earlier runs found out about the others is kept')
-    add('--repeats', type=int, help='of each measurement (default: 3; quick: 1)')
-    add('--threads', type=int, default=0, help='(default: one per core)')
-    add('--results', type=Path, metavar='FOLDER', help='where to write the results')
+    result = Options('memory', bench.memory.__doc__, quick='once, and little of each part')
+    result.parts(tuple(PARTS), '--parts', '--only')
+    result.size('--repeats', 3, 1, 'repeats of each measurement')
+    result.threads()
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    args = parser().parse_args(arguments)
-    args.repeats = args.repeats or (1 if args.quick else 3)
-    args.threads = args.threads or len(os.sched_getaffinity(0))
-    recorder = Recorder(vars(args), quick=args.quick)
-    with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
-        samples = measure(args, Path(folder))
-    if set(args.parts) != set(PARTS):
-        samples = recorder.earlier('memory', args.results) | samples
-    result = Result('memory', samples, checks(samples), reported(samples), tables(samples),
-                    [f'{args.threads} threads.'])
-    path = recorder.write(result, args.results)
-    print(summary(result))
-    print(f'\n{path}')
+    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure the parts that are asked for; return their samples."""
-    parts = {'sharing': _sharing, 'budget': _budget, 'training': _training, 'pruning': _pruning}
-    samples: dict[str, Any] = {}
-    for part in args.parts:
-        say(part)
-        samples[part] = parts[part](args, folder / part)
+def measure(run: Run) -> Samples:
+    """Run the selected parts; return their samples, with the last ones of the other parts."""
+    samples: Samples = {}
+    if set(run.args.parts) != set(PARTS):
+        samples = run.earlier('memory')
+    for part in run.args.parts:
+        run.say(part)
+        samples[part] = PARTS[part](run)
     return samples
 
 
-def say(text: str) -> None:
-    """Tell how far it is."""
-    print(text, flush=True)
+def evaluate(samples: Samples, run: Run) -> Result:
+    """Return the results of the samples."""
+    return Result('memory', samples, checks(samples), reported(samples), tables(samples),
+                  [f'{run.args.threads} threads.'])
 
 
-# What they import they import when they run, so that --help answers at once.
+# -- the parts; their modules are imported late, so that --help does not load torch --------
 
 
-def _sharing(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    from bench.memory_serving import sharing
+def measure_sharing(run: Run) -> list[dict[str, Any]]:
+    """Measure prefix sharing."""
+    from bench.memory.sharing import sharing
 
-    return sharing(folder, repeats=args.repeats, count=1 if args.quick else 3,
+    args = run.args
+    return sharing(run.folder / 'sharing', repeats=args.repeats, count=1 if args.quick else 3,
                    threads=args.threads, system_tokens=SYSTEM_TOKENS,
-                   max_tokens=8 if args.quick else 24, say=say)
+                   max_tokens=8 if args.quick else 24, say=run.say)
 
 
-def _budget(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    from bench.memory_budget import budgets
+def measure_budget(run: Run) -> list[dict[str, Any]]:
+    """Measure a small memory budget."""
+    from bench.memory.budget import budgets
 
-    return budgets(folder, repeats=args.repeats, count=8 if args.quick else 16,
+    args = run.args
+    return budgets(run.folder / 'budget', repeats=args.repeats, count=8 if args.quick else 16,
                    max_tokens=128 if args.quick else 256, share=SHARE, threads=args.threads,
-                   say=say)
+                   say=run.say)
 
 
-def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    from bench.memory_training import compare
+def measure_training(run: Run) -> list[dict[str, Any]]:
+    """Measure the memory of a training step."""
+    from bench.memory.training import compare
 
+    args = run.args
+    folder = run.folder / 'training'
     folder.mkdir()
     return compare(folder, tokens=SAMPLE_TOKENS,
                    precisions=('float32',) if args.quick else ('float32', 'bfloat16', 'int8'),
-                   repeats=1 if args.quick else 2, threads=args.threads, say=say)
+                   repeats=1 if args.quick else 2, threads=args.threads, say=run.say)
 
 
-def _pruning(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    from bench.memory_serving import pruning
+def measure_pruning(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Measure KV pruning."""
+    from bench.memory.pruning import pruning
 
-    return pruning(folder, fraction=PRUNED, more=(0.75,), contexts=1 if args.quick else 8,
-                   tokens=600 if args.quick else CONTEXT_TOKENS, max_tokens=8 if args.quick else 32,
-                   continued=8 if args.quick else 128, threads=args.threads, say=say)
+    args = run.args
+    return pruning(run.folder / 'pruning', fraction=PRUNED, more=(0.75,),
+                   contexts=1 if args.quick else 8,
+                   tokens=600 if args.quick else CONTEXT_TOKENS,
+                   max_tokens=8 if args.quick else 32, continued=8 if args.quick else 128,
+                   threads=args.threads, say=run.say)
+
+
+PARTS = {'sharing': measure_sharing, 'budget': measure_budget, 'training': measure_training,
+         'pruning': measure_pruning}
 
 
 if __name__ == '__main__':

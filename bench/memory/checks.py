@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the samples of ``bench.memory`` say."""
+"""Checks, numbers and tables of the memory benchmark."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import math
 import statistics
 from typing import Any
 
-from bench.results import Check, check, paired, percentile, Ratio, Reported, Table
+from bench.common.results import Check, check, paired, percentile, Ratio, Reported, Table
 
 Rows = Sequence[Mapping[str, Any]]
 
-# The load of questions that others wrote.
+# The load of questions from a public corpus.
 CORPUS = 'chatterbot-corpus'
 
 
@@ -28,7 +28,7 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
 
 
 def reported(samples: Mapping[str, Any]) -> list[Reported]:
-    """Return the numbers that nothing hangs on."""
+    """Return the numbers without a target."""
     return [*_sharing_reported(samples.get('sharing', [])),
             *_budget_reported(samples.get('budget', [])),
             *_training_reported(samples.get('training', [])),
@@ -83,10 +83,10 @@ def _sharing_reported(rows: Rows) -> list[Reported]:
         texts[row['repeat'], row['conversation'], row['turn']].add(row['text'])
     if not texts:
         return []
-    # Of a conversation: after another word, all that follows may be another one.
+    # One different word may change all later responses of a conversation.
     return [Reported('answers that are the same with sharing on and off',
                      statistics.fmean(len(found) == 1 for found in texts.values()),
-                     note='in 8 bits: other products, other rounding')]
+                     note='int8 weights: batches of another size round differently')]
 
 
 def _sharing_table(rows: Rows) -> Table:
@@ -97,21 +97,21 @@ def _sharing_table(rows: Rows) -> Table:
     return Table(
         'Prefix sharing: five turns after one system prompt',
         ['turn', 'tokens computed, off', 'TTFT ms, off', 'tokens computed, on', 'TTFT ms, on'],
-        made, 'Medians over all conversations; of the first one of a repeat, whose system prompt '
-        'nobody has computed yet, too.')
+        made, 'Medians over all conversations, including the first of each repeat, which computes '
+        'the system prompt.')
 
 
 # -- one budget --------------------------------------------------------------------------
 
 
 def _of_loads(rows: Rows) -> dict[str, Rows]:
-    # A run before there were loads has none to tell.
+    # Older results have no loads.
     loads = dict.fromkeys(r['load'] for r in rows if 'load' in r)
     return {load: _where(rows, load=load) for load in loads}
 
 
 def _speed(rows: Rows) -> Ratio:
-    """Return tokens per second within the budget over those with all memory."""
+    """Return tokens per second within the budget over tokens per second with all memory."""
     limited, unlimited = (
         {r['repeat']: r['tokens'] / r['seconds'] for r in _where(rows, limited=x)}
         for x in (True, False))
@@ -125,8 +125,8 @@ def _budget_checks(rows: Rows) -> list[Check]:
         check('tokens/s, budget for 25 % of the worst-case length / all memory',
               of_corpus.median, '>= 0.8', f'all requests answered; {of_corpus.spread}'),
         check('peak memory / budget', peak, '<= 1.03',
-              'the highest of all runs, answers first alone and then beside learning; private '
-              'memory of the process less what the base model takes')]
+              'highest of all runs, serving alone and then beside learning; private memory of '
+              'the process without the base model')]
 
 
 def _budget_reported(rows: Rows) -> list[Reported]:
@@ -142,8 +142,8 @@ def _budget_reported(rows: Rows) -> list[Reported]:
             Reported(f'tokens/s within the budget / all memory, {load}', speed.median,
                      note=speed.spread),
             Reported(f'the most that the budget allows of it, {load}', best.median,
-                     note='every block in use in every pass, nothing computed twice, as fast as '
-                     f'the passes with all memory; {best.spread}')]
+                     note='all blocks in use in every pass, nothing computed twice, passes as fast '
+                     f'as with all memory; {best.spread}')]
     limited = _where(rows, limited=True)
     if limited:
         result.append(Reported('corrections learned within the budget, of one each',
@@ -165,13 +165,13 @@ def _budget_table(rows: Rows) -> Table:
         ['questions', 'budget', 'MB', 'tokens/s', 'peak MB, alone', 'peak MB, learning',
          'preemptions', 'learned'],
         [of(load, limited) for load in _of_loads(rows) for limited in (False, True)],
-        'Medians. Tokens per second of the answers alone.')
+        'Medians. Tokens per second while nothing is learned.')
 
 
 # -- a training step ---------------------------------------------------------------------
 
 
-OURS, AUTO, PEFT = 'mace_ros, always', 'mace_ros, auto', 'peft'
+ALWAYS, AUTO, PEFT = 'mace_ros, always', 'mace_ros, auto', 'peft'
 
 
 def _added(rows: Rows, system: str, precision: str) -> float | None:
@@ -185,7 +185,7 @@ def _precisions(rows: Rows) -> Iterable[str]:
 def _training_checks(rows: Rows) -> list[Check]:
     found = []
     for precision in _precisions(rows) or ('float32',):
-        ours, theirs = (_added(rows, s, precision) for s in (OURS, PEFT))
+        ours, theirs = (_added(rows, s, precision) for s in (ALWAYS, PEFT))
         found.append(check(
             f'memory that a training step adds, recompute always {precision} / PEFT '
             f'{_peer(precision)}', _ratio(ours, theirs), '<= 0.25',
@@ -211,8 +211,8 @@ def _training_table(rows: Rows) -> Table:
         [[system, _peer(precision) if system == PEFT else precision,
           *(_median(_where(rows, system=system, precision=precision), c)
             for c in ('added_mb', 'seconds'))] for system, precision in names],
-        'Medians. Peak of resident memory in a fresh process, less what was resident before; '
-        "gradients and the optimizer's state included on both sides.")
+        'Medians. Peak of resident memory in a new process minus resident memory before the '
+        'step; gradients and optimizer state included for both systems.')
 
 
 def _peer(precision: str) -> str:
@@ -227,7 +227,7 @@ def _per_context(rows: Rows, column: str, pruned: bool) -> dict[int, float]:
 
 
 def _both(rows: Rows) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Return the answers of each context without and with pruning."""
+    """Return the answer without pruning and the one with pruning of each context."""
     found: defaultdict[int, dict[bool, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         found[row['context']][bool(row['pruned'])] = row
@@ -235,7 +235,7 @@ def _both(rows: Rows) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
 
 
 def _perplexity_ratio(rows: Rows, pruned: float) -> float | None:
-    """Return by which factor pruning raises the perplexity of what follows."""
+    """Return the factor by which pruning raises the perplexity of the following tokens."""
     above, below = ([r['loss'] for r in _where(rows, pruned=p)] for p in (pruned, 0.0))
     if not above:
         return None
@@ -290,4 +290,4 @@ def _pruning_table(samples: Mapping[str, Rows]) -> Table:
     return Table('KV pruning of long prompts',
                  ['memory.kv_prune', 'TTFT ms', 'ms per token', 'KV MB', 'facts given',
                   'perplexity of what follows'], rows,
-                 'Medians. At three quarters nothing is asked, and only the perplexity told.')
+                 'Medians. At three quarters only the perplexity is measured.')

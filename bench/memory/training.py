@@ -1,14 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What one training step adds to the memory of a process: ours, and PEFT's plain one."""
+"""The memory that one training step adds to a process: mace_ros and plain PEFT."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import ctypes
-import gc
 from pathlib import Path
-import re
 import time
 from typing import Any
 
@@ -18,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.load import prose
-from bench.peers.loading import load
-from bench.peers.worker import Worker
+from bench.common.load import prose
+from bench.memory.resident import resident_mb, settle
+from bench.systems.peers.loading import load
+from bench.systems.peers.worker import Worker
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep, Trainer
 from mace_ros.model.loading import best_dtype, load_model
@@ -33,46 +31,31 @@ LEARNING_RATE = 1e-3
 RANK, ALPHA = 8, 16.0
 
 
-def resident_mb(column: str = 'VmRSS') -> float:
-    """Return what the kernel says of this process's memory; ``VmHWM`` is its peak."""
-    found = re.search(rf'{column}:\s+(\d+) kB', Path('/proc/self/status').read_text())
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
-
-
-def settle() -> float:
-    """Give back what is free, forget the peak, and return what is resident."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')
-    return resident_mb()
-
-
 class TrainingStep:
     """
-    A step over one sample, in a process of its own that measures it once.
+    A step over one sample, measured once in its own process.
 
-    It begins with nothing but weights: gradients and the optimizer's state are made in the
-    step, and count. A few tokens are computed before, so that threads and kernels are there.
+    Before the step the process holds only weights: gradients and optimizer state are created
+    in the step and count. A warm-up over a few tokens creates threads and kernels.
     """
 
     def __init__(self, threads: int) -> None:
-        """Compute with so many threads."""
+        """Set the number of compute threads."""
         torch.set_num_threads(threads)
-        self._warmed_up = False
+        self._measured = False
 
     def measure(self, ids: Sequence[int]) -> dict[str, float]:
         """
-        Take one step; return its seconds and the memory that it added at its peak.
+        Run one step; return its seconds and the memory that it added at its peak.
 
-        Raises ``RuntimeError`` if the process has measured before: what it has freed might
-        not count again.
+        Raises ``RuntimeError`` if the process has measured before: memory that the first
+        step freed would not count again.
         """
-        if self._warmed_up:
-            raise RuntimeError('each measurement needs a process of its own')
-        self._warmed_up = True
+        if self._measured:
+            raise RuntimeError('each measurement needs its own process')
+        self._measured = True
         self._backward(ids[:WARM_UP_TOKENS])
-        self._forget()
+        self._clear()
         before, began = settle(), time.monotonic()
         self._backward(ids)
         self._update()
@@ -85,34 +68,34 @@ class TrainingStep:
         save_file(self._gradients(), file)
 
     def _backward(self, ids: Sequence[int]) -> None:
-        """Compute the gradients of a loss on all tokens but the first."""
+        """Compute the gradients of the loss on all tokens but the first."""
         raise NotImplementedError
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Return them under PEFT's names."""
+        """Return the gradients under PEFT's names."""
         raise NotImplementedError
 
     def _update(self) -> None:
-        """Let the optimizer apply them, and forget them."""
+        """Apply the gradients with the optimizer, and free them."""
         raise NotImplementedError
 
-    def _forget(self) -> None:
-        """Forget them."""
+    def _clear(self) -> None:
+        """Free the gradients."""
         raise NotImplementedError
 
 
-class OurStep(TrainingStep):
-    """The suspendable step of mace_ros, its forward alone."""
+class MaceStep(TrainingStep):
+    """The suspendable step of mace_ros; its forward runs alone."""
 
     def __init__(self, adapter: str, dtype: str, recompute: str, threads: int) -> None:
-        """Load; ``recompute`` is a value of ``finetune.recompute``, ``dtype`` of the weights."""
+        """Load; ``recompute`` is a value of ``finetune.recompute``, ``dtype`` a weight dtype."""
         super().__init__(threads)
         model = load_model('', device='cpu', dtype='auto' if dtype == 'int8' else dtype).model
         self._model = PackedModel(model, kv_tokens=256, int8=dtype == 'int8')
-        self._bank = LoRAManager(
+        self._lora = LoRAManager(
             self._model.groups, targets='all-linear', rank=RANK, alpha=ALPHA, slots=1)
-        self._bank.load(load_file(f'{adapter}/adapter_model.safetensors'))
-        self._trainer = Trainer(self._bank, LEARNING_RATE)
+        self._lora.load(load_file(f'{adapter}/adapter_model.safetensors'))
+        self._trainer = Trainer(self._lora, LEARNING_RATE)
         self._keep_graphs = recompute != 'always'
         self._step: FinetuneStep | None = None
 
@@ -125,20 +108,20 @@ class OurStep(TrainingStep):
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in zip(
-            self._bank.export(), self._bank.parameters(), strict=True) if p.grad is not None}
+            self._lora.export(), self._lora.parameters(), strict=True) if p.grad is not None}
 
     def _update(self) -> None:
         assert self._step is not None
         while not self._step.done:
             self._step.run_segment()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._step = None
         self._trainer.start_backward()
 
 
 class PeftStep(TrainingStep):
-    """The step that PEFT's users write."""
+    """The step of PEFT's documentation."""
 
     def __init__(self, model: str, adapter: str, dtype: str, threads: int) -> None:
         """Load ``model`` with the PEFT ``adapter``."""
@@ -158,14 +141,14 @@ class PeftStep(TrainingStep):
 
     def _update(self) -> None:
         self._optimizer.step()
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
 
 def random_adapter(model: PreTrainedModel, path: Path) -> Path:
-    """Write an adapter to all linear layers in PEFT's format; no part of it is zero."""
+    """Write an adapter for all linear layers in PEFT's format, with nonzero weights."""
     torch.manual_seed(0)
     peft = get_peft_model(model, LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules='all-linear',
@@ -179,20 +162,20 @@ def random_adapter(model: PreTrainedModel, path: Path) -> Path:
 
 
 def gradient_error(ours: Path, theirs: Path) -> float:
-    """Return the largest relative error among the tensors of two files of gradients."""
+    """Return the largest relative error of a tensor between two files of gradients."""
     a, b = load_file(ours), load_file(theirs)
     if a.keys() != b.keys():
-        raise ValueError('gradients of different weights')
+        raise ValueError('the files hold gradients of different weights')
     return max(float((a[n] - b[n]).norm() / b[n].norm()) for n in b)
 
 
 def compare(folder: Path, *, tokens: int, precisions: Sequence[str], repeats: int, threads: int,
             say: Callable[[str], None]) -> list[dict[str, Any]]:
     """
-    Measure a step of each system in turn, in a process for each; return a row for each.
+    Measure steps of all systems, interleaved, each in its own process; return a row for each.
 
-    ``precisions`` are values of ``model.weight_dtype``; PEFT's weights have the type that
-    ours compute in. In float32 the gradients are compared, too. ``folder`` is for files.
+    ``precisions`` are values of ``model.weight_dtype``; PEFT's weights have the dtype in which
+    mace_ros computes. In float32 the gradients are compared as well. Files go to ``folder``.
     """
     loaded = load_model('', device='cpu')
     ids, model = loaded.tokenizer(prose())['input_ids'][:tokens], loaded.name
@@ -206,7 +189,7 @@ def compare(folder: Path, *, tokens: int, precisions: Sequence[str], repeats: in
         systems: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             'peft': (PeftStep, peer)}
         for recompute in ('always', 'auto'):
-            systems[f'mace_ros, {recompute}'] = (OurStep, {**ours, 'recompute': recompute})
+            systems[f'mace_ros, {recompute}'] = (MaceStep, {**ours, 'recompute': recompute})
         for repeat in range(repeats):
             for system, (make, arguments) in systems.items():
                 row = _in_process(make, arguments, 'measure', list(ids))
@@ -224,7 +207,7 @@ def compare(folder: Path, *, tokens: int, precisions: Sequence[str], repeats: in
 
 def _in_process(make: Callable[..., Any], arguments: dict[str, Any], method: str,
                 *values: Any) -> Any:
-    """Call a method of an object that is made in a process of its own."""
+    """Create an object in a new process and call one of its methods."""
     worker = Worker(make, **arguments).ready()
     try:
         return worker.call(method, *values)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter that all compared systems serve: one correction, really learned."""
+"""The adapter that all compared systems serve: one correction that the engine has learned."""
 
 from __future__ import annotations
 
@@ -8,56 +8,54 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import shutil
-import time
 
+from bench.systems.interactive import InteractiveEngine
 from mace_ros.api.events import (
     AdapterVersion,
     Correction,
     CorrectionState,
     CorrectionStatus,
+    Event,
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.engine.engine import Engine
-
-LEARN_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Published:
-    """An adapter version: the storage folder it is live in, and its own folder (PEFT's)."""
+    """A published adapter version: its storage folder and its own folder in PEFT's format."""
 
     storage: Path
     path: Path
 
     def copy(self, storage: Path) -> Path:
-        """Make a storage folder, for one more engine, in which the version is live too."""
+        """Create a storage folder for another engine in which the version is live as well."""
         shutil.copytree(self.storage, storage)
         return storage
 
 
-def publish(settings: Settings, storage: Path, say: Callable[[str], None]) -> Published:
+def publish(settings: Settings, storage: Path, progress: Callable[[str], None]) -> Published:
     """
-    Learn a correction; raises ``RuntimeError`` if that does not come to an end.
+    Learn one correction and return the version that the engine publishes.
 
-    The adapter is the one that the engine publishes, so that what is compared is served
-    with weights that a robot might have, from the same file on both sides.
+    All systems then serve the same file, with weights as on a robot. Raises
+    ``RuntimeError`` if the correction is not learned, and ``TimeoutError``.
     """
-    engine = Engine(settings, storage=storage, progress=say)
+    engine = InteractiveEngine(settings, storage, progress)
     try:
-        engine.correct(Correction(
+        engine.engine.correct(Correction(
             'My name is Rover.', prompt="What is your robot's name?", id='bench'))
-        deadline = time.monotonic() + LEARN_TIMEOUT_S
-        while time.monotonic() < deadline:
-            iteration = engine.step()
-            for event in iteration.events:
-                if isinstance(event, AdapterVersion) and event.state is VersionState.PUBLISHED:
-                    return Published(storage, Path(event.path))
-                if (isinstance(event, CorrectionStatus)
-                        and event.state in (CorrectionState.REJECTED, CorrectionState.FAILED)):
-                    raise RuntimeError(f'the correction was not learned: {event.reason}')
-            if iteration.wake_at is None:
-                time.sleep(0.001)
-        raise RuntimeError(f'the correction was not learned within {LEARN_TIMEOUT_S:g} s')
+        ended = engine.wait_for(_ends)
+        if isinstance(ended, AdapterVersion):
+            return Published(storage, Path(ended.path))
+        raise RuntimeError(f'the correction was not learned: {ended.reason}')
     finally:
         engine.close()
+
+
+def _ends(event: Event) -> bool:
+    """Return whether a version is published, or the correction has failed."""
+    if isinstance(event, AdapterVersion):
+        return event.state is VersionState.PUBLISHED
+    return isinstance(event, CorrectionStatus) and event.state in (
+        CorrectionState.REJECTED, CorrectionState.FAILED)

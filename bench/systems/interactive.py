@@ -1,46 +1,64 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""An engine with somebody who asks, waits for the answer, and corrects it."""
+"""An engine that is asked and corrected one request at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import math
 from pathlib import Path
-import re
 import time
 from typing import Any
 
-from bench.load import conversations
+from bench.common.load import conversations
+from bench.common.text import contains_phrase
+from mace_ros.api.events import (
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    Query,
+    Response,
+)
+from mace_ros.api.settings import Settings
+from mace_ros.engine.builder import build_engine, LearnerPort, make_learner, Parts
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep, Trainer
 
 MAX_TOKENS = 24
-ENDS_AFTER_S = 300.0    # no answer and no correction takes so long
+TIMEOUT_S = 300.0       # of a response, and of a correction
+PERPLEXITY_TOKENS = 512     # of each conversation
+ENDS = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
 
 
-def settings_from(pairs: Sequence[str]) -> Any:
-    """Return the node's settings with ``name=value`` put in."""
-    from mace_ros.api.settings import PARAMETERS, Settings
+class InteractiveEngine:
+    """
+    An engine and a client that waits for each response before it continues.
 
-    values = {}
-    for name, _, value in (each.partition('=') for each in pairs):
-        kind = type(PARAMETERS[name].default)
-        values[name] = value == 'true' if kind is bool else kind(value)
-    return Settings().updated(values)
+    ``parts`` are the objects that the engine was built from.
+    """
 
+    def __init__(self, settings: Settings, storage: Path,
+                 progress: Callable[[str], None] = lambda text: None) -> None:
+        """Load the model and the live adapter versions in ``storage``."""
+        built: list[Parts] = []
 
-class Robot:
-    """An engine, asked and corrected as by somebody who waits for each answer."""
+        def keep_parts(parts: Parts, settings: Settings, wake: Callable[[], None],
+                       clock: Callable[[], float]) -> LearnerPort:
+            built.append(parts)
+            return make_learner(parts, settings, wake, clock)
 
-    def __init__(self, settings: Any, storage: Path) -> None:
-        """Load the model."""
-        from mace_ros.engine.engine import Engine
-
-        self.engine = Engine(settings, storage=storage)
+        self.engine = build_engine(
+            settings, storage=storage, progress=progress, make_learner=keep_parts)
+        self.parts = built[0]
         self._count = 0
 
-    def until(self, happened: Callable[[Any], bool]) -> Any:
-        """Run iterations until an event fulfils the condition; return it."""
-        end = time.monotonic() + ENDS_AFTER_S
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+
+    def wait_for(self, happened: Callable[[Any], bool]) -> Any:
+        """Run iterations until an event satisfies the condition; return the event."""
+        end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
             iteration = self.engine.step()
             for event in iteration.events:
@@ -48,35 +66,34 @@ class Robot:
                     return event
             if iteration.wake_at is None:
                 time.sleep(0.001)
-        raise TimeoutError(f'nothing came within {ENDS_AFTER_S:g} s')
+        raise TimeoutError(f'the expected event did not come within {TIMEOUT_S:g} s')
 
-    def ask(self, text: str, *, no_learn: bool = True) -> Any:
-        """Return the answer, greedily decoded."""
-        from mace_ros.api.events import Query, Response
-
+    def ask(self, text: str, *, no_learn: bool = True) -> Response:
+        """Return the response, decoded greedily."""
         self._count += 1
         name = f'q{self._count}'
         self.engine.submit(Query(
             text, id=name, max_tokens=MAX_TOKENS, temperature=0.0, no_learn=no_learn))
-        return self.until(lambda e: isinstance(e, Response) and e.query_id == name)
+        response: Response = self.wait_for(
+            lambda e: isinstance(e, Response) and e.query_id == name)
+        return response
 
-    def teach(self, query_id: str, answer: str) -> tuple[float, Any]:
-        """Correct an answer; return the seconds that it took, and its last status."""
-        from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus
-
-        ends = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
+    def teach(self, query_id: str, answer: str) -> tuple[float, CorrectionStatus]:
+        """Correct a response; return the seconds until the correction's end, and its status."""
         began = time.monotonic()
-        self.engine.correct(Correction(answer, id=f'c-{query_id}', query_id=query_id))
-        last = self.until(lambda e: isinstance(e, CorrectionStatus)
-                          and e.id == f'c-{query_id}' and e.state in ends)
+        name = f'c-{query_id}'
+        self.engine.correct(Correction(answer, id=name, query_id=query_id))
+        last: CorrectionStatus = self.wait_for(
+            lambda e: isinstance(e, CorrectionStatus) and e.id == name and e.state in ENDS)
         return time.monotonic() - began, last
 
-    def facts(self, candidates: Sequence[tuple[str, str]], count: int) -> list[dict[str, Any]]:
-        """Return ``count`` facts, each a question and a key phrase, that it gets right now."""
+    def known_facts(self, candidates: Sequence[tuple[str, str]],
+                    count: int) -> list[dict[str, Any]]:
+        """Return the first ``count`` facts, of question and key phrase, answered correctly."""
         found: list[dict[str, Any]] = []
         for question, key in candidates:
             answer = self.ask(question).text
-            if says(answer, key):
+            if contains_phrase(answer, key):
                 found.append({'question': question, 'key': key, 'before': answer})
             if len(found) == count:
                 break
@@ -84,18 +101,15 @@ class Robot:
         return found
 
     def perplexity(self, *, live: bool) -> float:
-        """Return that of bench/chat.txt, under the live adapter or the base model."""
-        from mace_ros.finetune.sample import Sample
-        from mace_ros.finetune.step import FinetuneStep, Trainer
-
-        engine = self.engine
+        """Return the perplexity on bench/chat.txt of the live adapter or of the base model."""
+        model, lora = self.engine.model, self.engine.lora
         if not live:
-            engine.bank.reset()     # the live version is trained from anew with the next job
-        trainer = Trainer(engine.bank, 1e-3)
+            lora.reset()     # the next job loads the live version again
+        trainer = Trainer(lora, 1e-3)
         loss = tokens = 0.0
         for messages in conversations():
-            ids = engine.chat.prompt(messages)[:512]
-            step = FinetuneStep(engine.model, trainer, [
+            ids = self.engine.chat.prompt(messages)[:PERPLEXITY_TOKENS]
+            step = FinetuneStep(model, trainer, [
                 Sample(tuple(ids), (0.0,) + (1.0,) * (len(ids) - 1))], learns=False)
             while not step.done:
                 step.run_segment()
@@ -103,8 +117,3 @@ class Robot:
             loss -= score.log_probability * score.tokens
             tokens += score.tokens
         return math.exp(loss / tokens)
-
-
-def says(answer: str, key: str) -> bool:
-    """Return whether an answer has its key phrase, as words: 3600 does not say 60."""
-    return re.search(rf'(?<!\w){re.escape(key)}(?!\w)', answer, re.IGNORECASE) is not None

@@ -1,39 +1,42 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that notes where its time goes; all from outside, nothing in it is changed."""
+"""An observer of the engine that records where its time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 import math
-from pathlib import Path
 import time
-from typing import Any
 
-from bench.load import Answered
-from mace_ros.api.settings import Settings
-from mace_ros.engine import model_runner
-from mace_ros.engine.engine import Engine, Iteration
+from bench.common.load import RequestTimes
+from mace_ros.api.events import Event
+from mace_ros.engine.active_request import ActiveRequest
+from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Measurement, Plan
 
-# Of each iteration, in this order; what JSON keeps of them.
+# The columns of an iteration in the JSON files, in this order.
 COLUMNS = ('wall_ms', 'work_ms', 'plan_us', 'predicted_ms', 'measured_ms', 'in_flight',
            'decode_rows', 'prefill_tokens', 'finetune_tokens', 'segments')
 
+# Phases in which the device works or the engine waits for it; the rest is host overhead.
+WORK_PHASES = frozenset({'pass', 'sample', 'wait'})
+FINETUNE = 'fine-tune '     # the names of fine-tune phases begin with this
+
 
 @dataclass(slots=True)
-class Spent:
+class IterationRecord:
     """
-    What one iteration took, in seconds.
+    Times of one iteration, in seconds, and the sizes of its parts.
 
-    ``work_s`` is the time in the model, in segments and in sampling; ``predicted_s`` and
-    ``measured_s`` are of what it ran: the pass with all that belongs to it, and segments.
+    ``work_s`` is the time in the pass, in sampling and in fine-tune segments, and
+    ``receive_s`` the time that admits requests. ``predicted_s`` and ``measured_s`` are the
+    cost model's prediction and the measurement of pass and segments together.
     """
 
     wall_s: float = 0.0
     work_s: float = 0.0
+    receive_s: float = 0.0
     plan_s: float = 0.0
     predicted_s: float = math.nan
     measured_s: float = 0.0
@@ -51,8 +54,8 @@ class Spent:
 
 
 @dataclass(slots=True)
-class _Stamps:
-    """When the tokens of a request reached whoever called :meth:`Engine.step`."""
+class _TokenTimes:
+    """When the tokens of a request reached the caller of ``Engine.step``."""
 
     arrival: float
     started: float
@@ -62,127 +65,133 @@ class _Stamps:
 
 
 @dataclass
-class Log:
-    """What was noted since :meth:`MeasuredEngine.forget`."""
+class ProbeLog:
+    """What a probe has recorded since :meth:`Probe.clear`."""
 
-    iterations: list[Spent] = field(default_factory=list)
-    # Pieces of fine-tuning: beginning, end, and the share of that time that is theirs.
-    learning: list[tuple[float, float, float]] = field(default_factory=list)
-    stamps: dict[str, _Stamps] = field(default_factory=dict)
+    iterations: list[IterationRecord] = field(default_factory=list)
+    # Intervals of fine-tuning: begin, end, and its share of the device in between.
+    finetuning: list[tuple[float, float, float]] = field(default_factory=list)
+    tokens: dict[str, _TokenTimes] = field(default_factory=dict)
 
     @property
     def busy_s(self) -> float:
-        """Time that the device worked: passes and segments, without planning."""
+        """Seconds in which the device worked: passes and segments, without planning."""
         return sum(i.measured_s for i in self.iterations)
 
-    def answered(self, query_id: str, arrival: float) -> Answered:
+    def request_times(self, query_id: str, arrival: float) -> RequestTimes:
         """Return the times of a query that was due at ``arrival``."""
-        seen = self.stamps[query_id]
-        return Answered(arrival, seen.started, seen.first, seen.last, seen.tokens)
+        seen = self.tokens[query_id]
+        return RequestTimes(arrival, seen.started, seen.first, seen.last, seen.tokens)
 
     def finetune_wait_s(self, query_id: str) -> float:
-        """Return how long a query waited, until its first pass, while fine-tuning ran."""
-        seen = self.stamps[query_id]
+        """Return how long fine-tuning ran between a query's arrival and its first pass."""
+        seen = self.tokens[query_id]
         return sum(share * max(min(end, seen.started) - max(begin, seen.arrival), 0.0)
-                   for begin, end, share in self.learning)
+                   for begin, end, share in self.finetuning)
 
 
-class MeasuredEngine(Engine):
-    """An engine whose iterations and tokens are noted in ``log``."""
+class Probe:
+    """
+    Records iterations and tokens; implements ``mace_ros.telemetry.observer``'s protocol.
 
-    def __init__(self, settings: Settings, *, storage: Path, wake: Callable[[], None],
-                 progress: Callable[[str], None] = lambda text: None) -> None:
-        """Load the model; answers don't end before their longest length."""
-        super().__init__(settings, storage=storage, wake=wake, progress=progress)
-        self.chat.end_tokens = frozenset()
-        self.log = Log()
-        self._now = Spent()
+    An iteration may take several calls of ``Engine.step``: events are returned before the
+    fine-tune segments run. Its record is complete once it was measured. Iterations that ran
+    nothing are not recorded.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Read times from ``clock``, which must be the engine's."""
+        self.log = ProbeLog()
+        self._clock = clock
+        self._current = IterationRecord()
+        self._segments_left = False     # of the plan that was not measured yet
         self._pass = (0.0, 0.0)
-        self._sampled: list[Any] = []
-        after(self.model, 'run', self._ran_pass)
-        after(self.model, 'forward_row', self._worked)
-        after(self.model.skeleton, 'call_layers', self._worked)     # where a step begins
-        after(self.scheduler, 'plan', self._planned)
-        before(self.scheduler, 'observe', self._observing)
-        before(self._requests, 'commit', self._committing)
-        after(model_runner, 'sample', self._worked)
+        self._committed: list[ActiveRequest] = []
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Begin a new log."""
-        self.log = Log()
+        self.log = ProbeLog()
 
-    def step(self) -> Iteration:
-        """Run one iteration, and note it unless it did nothing."""
-        self._sampled = []
-        begun = time.monotonic()
-        iteration = super().step()
-        ended = time.monotonic()
-        # Whoever called hears of a token only now.
-        for answering in self._sampled:
-            stamps = self.log.stamps.get(answering.query.id)
-            if stamps is None:
-                stamps = self.log.stamps[answering.query.id] = _Stamps(
-                    answering.request.arrival, answering.request.started_at, ended)
-            stamps.last = ended
-            stamps.tokens += 1
-        self._now.wall_s += ended - begun
-        if not self.runner.is_suspended:     # else the next call goes on with it
-            if self._now.measured_s:
-                self.log.iterations.append(self._now)
-            self._now = Spent()
-        return iteration
+    def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:
+        """Add a phase to the current iteration."""
+        current, seconds = self._current, ended - began
+        if name == 'iteration':
+            current.wall_s += seconds
+        elif name == 'receive':
+            current.receive_s += seconds
+        elif name == 'plan':
+            current.plan_s = seconds
+        elif name in WORK_PHASES:
+            current.work_s += seconds
+            if name == 'pass':
+                self._pass = began, ended
+        elif name.startswith(FINETUNE):
+            current.work_s += seconds
+            self.log.finetuning.append((began, ended, 1.0))
 
-    def learned(self, began: float, ended: float) -> None:
-        """Note a segment; for the learner that makes the steps."""
-        self._now.work_s += ended - began
-        self.log.learning.append((began, ended, 1.0))
+    def planned(self, plan: Plan, in_flight: int) -> None:
+        """Note the number of requests in flight, and whether segments follow the pass."""
+        self._current.in_flight = in_flight
+        self._segments_left = plan.segments > 0
 
-    def _committing(self, sampled: list[Any], drawn: list[int]) -> None:
-        self._sampled = list(sampled)
+    def committed(self, requests: Sequence[ActiveRequest]) -> None:
+        """Note which requests got a token; the caller receives it when the step returns."""
+        self._committed += requests
 
-    def _worked(self, began: float, ended: float, result: object) -> None:
-        self._now.work_s += ended - began
-
-    def _ran_pass(self, began: float, ended: float, result: object) -> None:
-        self._pass = (began, ended)
-
-    def _planned(self, began: float, ended: float, plan: Plan) -> None:
-        self._now.plan_s, self._now.in_flight = ended - began, len(self._requests)
-
-    def _observing(self, measurement: Measurement, now: float) -> None:
-        """Compare with what would be predicted: nothing of the iteration is known yet."""
-        cost, shape, spent = self.scheduler.cost, measurement.plan.shape, self._now
-        spent.predicted_s = sum(cost.segment_s(s.kind, s.tokens) for s, _ in measurement.segments)
-        spent.measured_s = measurement.pass_s + sum(s for _, s in measurement.segments)
+    def measured(self, measurement: Measurement, cost: CostModel) -> None:
+        """Compare a measurement with the prediction of a cost model that has not seen it."""
+        shape, current = measurement.plan.shape, self._current
+        current.predicted_s = sum(cost.segment_s(s.kind, s.tokens)
+                                  for s, _ in measurement.segments)
+        current.measured_s = measurement.pass_s + sum(s for _, s in measurement.segments)
         if measurement.pass_s:
-            with_s = cost.pass_s(*shape)
-            spent.predicted_s += with_s
+            pass_s = cost.pass_s(*shape)
+            current.predicted_s += pass_s
             if shape.finetune_tokens:
-                share = 1.0 - cost.pass_s(*shape._replace(finetune_tokens=0)) / with_s
-                self.log.learning.append((*self._pass, share))
-        spent.decode_rows, spent.prefill_tokens = shape.decode_rows, shape.prefill_tokens
-        spent.finetune_tokens, spent.segments = shape.finetune_tokens, len(measurement.segments)
+                share = 1.0 - cost.pass_s(*shape._replace(finetune_tokens=0)) / pass_s
+                self.log.finetuning.append((*self._pass, share))
+        current.decode_rows, current.prefill_tokens = shape.decode_rows, shape.prefill_tokens
+        current.finetune_tokens, current.segments = (
+            shape.finetune_tokens, len(measurement.segments))
+        self._segments_left = False
+
+    def finished(self, events: Sequence[Event]) -> None:
+        """Stamp the tokens that the step returns, and end the iteration if it is complete."""
+        now = self._clock()
+        for active in self._committed:
+            times = self.log.tokens.get(active.query.id)
+            if times is None:
+                times = self.log.tokens[active.query.id] = _TokenTimes(
+                    active.request.arrival, active.request.started_at, now)
+            times.last = now
+            times.tokens += 1
+        self._committed = []
+        if self._segments_left:
+            return
+        if self._current.measured_s:
+            self.log.iterations.append(self._current)
+        self._current = IterationRecord()
 
 
-def after(owner: Any, name: str, note: Callable[[float, float, Any], None]) -> None:
-    """Have ``note`` told when each call of a function of ``owner`` began, ended, what it gave."""
-    function = getattr(owner, name)
+class MeasurementLog:
+    """An observer that keeps all measurements, for the calibration of a simulated device."""
 
-    @wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.monotonic()
-        result = function(*args, **kwargs)
-        note(began, time.monotonic(), result)
-        return result
-    setattr(owner, name, timed)
+    def __init__(self) -> None:
+        """Start without measurements."""
+        self.all: list[Measurement] = []
 
+    def measured(self, measurement: Measurement, cost: CostModel) -> None:
+        """Keep a measurement."""
+        self.all.append(measurement)
 
-def before(owner: Any, name: str, note: Callable[..., None]) -> None:
-    """Have ``note`` called with the same arguments before each call."""
-    function = getattr(owner, name)
+    def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:
+        """Ignore a phase."""
 
-    @wraps(function)
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        note(*args, **kwargs)
-        return function(*args, **kwargs)
-    setattr(owner, name, noted)
+    def planned(self, plan: Plan, in_flight: int) -> None:
+        """Ignore a plan."""
+
+    def committed(self, requests: Sequence[ActiveRequest]) -> None:
+        """Ignore tokens."""
+
+    def finished(self, events: Sequence[Event]) -> None:
+        """Ignore the end of a step."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The continuous batching of transformers, with a PEFT adapter attached."""
+"""Continuous batching of transformers, with a PEFT adapter attached."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from bench.load import Answered, Arrival
-from bench.peers.loading import load
+from bench.common.load import Arrival, RequestTimes
+from bench.systems.peers.loading import load
 
 TIMEOUT_S = 600.0
 
 
 class ContinuousBatching:
-    """Its manager, fed with requests as they arrive."""
+    """A server: submits each request to the manager of transformers when it arrives."""
 
     def __init__(self, model: str, adapter: str, dtype: str) -> None:
-        """Load ``model`` with the PEFT ``adapter``, and start the manager's thread."""
-        # Its layers with LoRA; the manager wants the transformers model itself.
+        """Load ``model`` with the PEFT ``adapter`` and start the manager's thread."""
+        # The manager needs the transformers model; its layers have LoRA attached.
         self._model: Any = load(model, adapter, dtype).eval().base_model.model
-        # Sized for this load: left to itself, the cache takes the memory of the machine.
+        # Sized for this load: by default the cache takes all memory of the machine.
         self._manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=16, num_blocks=1024, max_batch_tokens=256, max_requests_per_batch=64))
         self._manager.start()
-        self._asked = 0
+        self._submitted = 0
 
     def threads(self, count: int) -> None:
-        """Compute with so many threads from now on."""
+        """Set the number of compute threads."""
         torch.set_num_threads(count)
 
     def run_block(self, begun: float, arrivals: Sequence[Arrival],
-                  max_tokens: int) -> tuple[list[Answered], float]:
+                  max_tokens: int) -> tuple[list[RequestTimes], float]:
         """
-        Serve ``arrivals``; return what became of them, and the seconds with any in flight.
+        Serve ``arrivals``; return their times and the seconds with a request in flight.
 
-        One thread both feeds and listens: between two arrivals it waits for tokens.
+        One thread submits requests and receives tokens: between arrivals it waits for tokens.
         """
         first: dict[str, float] = {}
         last: dict[str, float] = {}
@@ -55,8 +55,8 @@ class ContinuousBatching:
                 raise TimeoutError(f'{left} requests did not end within {TIMEOUT_S:g} s')
             while waiting and begun + waiting[0].at <= now:
                 arrival = waiting.pop(0)
-                name = f'r{self._asked}'
-                self._asked += 1
+                name = f'r{self._submitted}'
+                self._submitted += 1
                 if len(due) == len(last):
                     busy_since = now
                 due[name] = begun + arrival.at
@@ -72,10 +72,11 @@ class ContinuousBatching:
             first.setdefault(output.request_id, now)
             if output.is_finished():
                 if len(output.generated_tokens) != max_tokens:
-                    raise AssertionError(f'{len(output.generated_tokens)} tokens came')
+                    raise AssertionError(
+                        f'{len(output.generated_tokens)} tokens instead of {max_tokens}')
                 last[output.request_id] = now
                 left -= 1
                 if len(due) == len(last):
                     busy += now - busy_since
-        # When a request was begun isn't told: its queueing is part of its first token.
-        return [Answered(due[n], due[n], first[n], last[n], max_tokens) for n in due], busy
+        # The manager does not report when a request starts: TTFT includes its queueing.
+        return [RequestTimes(due[n], due[n], first[n], last[n], max_tokens) for n in due], busy

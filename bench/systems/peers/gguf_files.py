@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files with the weights that the others compute with, for llama.cpp."""
+"""GGUF files for llama.cpp, with the same weights as the other systems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-# By the names of torch's types. llama.cpp keeps vectors (norms) in fp32 in any case.
+# Names of torch's types. llama.cpp always keeps vectors (norms) in float32.
 TYPES = {
     'float32': gguf.GGMLQuantizationType.F32,
     'float16': gguf.GGMLQuantizationType.F16,
@@ -20,15 +20,15 @@ TYPES = {
 
 
 def convert(source: Path, target: Path, dtype: str) -> Path:
-    """Write the model of a GGUF file in another precision, its tokenizer and all."""
+    """Write the model of a GGUF file, tokenizer included, in another precision."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, _text(reader, 'general.architecture'))
     for field in reader.fields.values():
-        # The header's own numbers and the name of the architecture are there already.
+        # The writer has set the header and the name of the architecture.
         if field.name.startswith('GGUF.') or field.name == 'general.architecture':
             continue
         if field.name == 'general.file_type':
-            continue    # of the quantisation that it had
+            continue    # the source's quantisation
         kind = field.types[0]
         inner = field.types[-1] if kind is gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), kind, inner)
@@ -40,22 +40,23 @@ def convert(source: Path, target: Path, dtype: str) -> Path:
 
 def adapter(source: Path, target: Path, rank: int, alpha: float) -> Path:
     """
-    Write an adapter of that rank for all linear layers of the model in a GGUF file.
+    Write an adapter for all linear layers of the model in a GGUF file.
 
-    Its numbers are random and small: only its cost is compared.
+    Its weights are random and small: only its cost is compared.
     """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, _text(reader, 'general.architecture'))
     writer.add_string('general.type', 'adapter')
     writer.add_string('adapter.type', 'lora')
     writer.add_float32('adapter.lora.alpha', alpha)
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for tensor in reader.tensors:
         if not tensor.name.startswith('blk.') or len(tensor.shape) < 2:
             continue
-        inputs, outputs = (int(n) for n in tensor.shape)    # GGUF names the innermost first
+        # GGUF lists the innermost dimension first.
+        inputs, outputs = (int(n) for n in tensor.shape)
         for part, shape in (('lora_a', (rank, inputs)), ('lora_b', (outputs, rank))):
-            values = dice.normal(0.0, 1e-3, shape).astype(np.float32)
+            values = rng.normal(0.0, 1e-3, shape).astype(np.float32)
             _add(writer, f'{tensor.name}.{part}', values, TYPES['float32'])
     return _write(writer, target)
 

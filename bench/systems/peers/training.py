@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA training as PEFT's users write it: whole steps, one after another."""
+"""LoRA training as in PEFT's documentation: whole steps, one after another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import time
 
 import torch
 
-from bench.peers.loading import load
+from bench.systems.peers.loading import load
 
 
 class PeftTraining:
-    """Trains the adapter on in a process of its own."""
+    """Trains an adapter in its own process, beside a server in another one."""
 
     def __init__(self, model: str, adapter: str, dtype: str, learning_rate: float,
                  samples: Sequence[Sequence[int]], go: Event) -> None:
-        """Load ``model`` with the PEFT ``adapter``; training goes on while ``go`` is set."""
+        """Load ``model`` with the PEFT ``adapter``; :meth:`train` runs while ``go`` is set."""
         self._model = load(model, adapter, dtype, is_trainable=True).train()
         self._optimizer = torch.optim.AdamW(
             [p for p in self._model.parameters() if p.requires_grad], lr=learning_rate,
@@ -29,11 +29,11 @@ class PeftTraining:
         self._go = go
 
     def threads(self, count: int) -> None:
-        """Compute with so many threads from now on."""
+        """Set the number of compute threads."""
         torch.set_num_threads(count)
 
     def step(self) -> float:
-        """Take one step over one sample; return its seconds."""
+        """Run one step over one sample; return its seconds."""
         began = time.monotonic()
         ids = next(self._samples)
         self._model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -42,11 +42,11 @@ class PeftTraining:
         return time.monotonic() - began
 
     def steps(self, count: int) -> list[float]:
-        """Take so many steps; return the seconds of each."""
+        """Run ``count`` steps; return the seconds of each."""
         return [self.step() for _ in range(count)]
 
     def train(self) -> list[tuple[float, float, int]]:
-        """Take steps while ``go`` is set; return when each began and ended, and its tokens."""
+        """Run steps while ``go`` is set; return begin, end and tokens of each step."""
         spent = []
         while self._go.is_set():
             began = time.monotonic()

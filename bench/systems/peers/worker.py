@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""An object that lives in another process, and whose methods can be called from here."""
+"""An object in another process whose methods can be called from this one."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import os
 import traceback
 from typing import Any
 
-# A fresh interpreter: a fork would share thread pools that are already running.
+# A new interpreter: a fork would inherit thread pools that are running.
 CONTEXT = multiprocessing.get_context('spawn')
 
 
 class PeerFailed(RuntimeError):
-    """The other process raised an exception or died; the message says which one."""
+    """The other process raised an exception, which is in the message, or died."""
 
 
 class Worker:
     """
-    Makes an object in a new process and calls its methods there, one at a time.
+    Creates an object in a new process and calls its methods there, one at a time.
 
-    The clock of both processes is the same (``time.monotonic``).
+    Both processes share the clock ``time.monotonic``.
     """
 
     def __init__(self, make: Callable[..., Any], **arguments: Any) -> None:
-        """Begin to make it; :meth:`ready` waits for that."""
+        """Start to create the object by ``make(**arguments)``; :meth:`ready` waits for it."""
         self._connection, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(
             target=_serve, args=(theirs, make, arguments), daemon=True)
@@ -36,16 +36,16 @@ class Worker:
         theirs.close()
 
     def ready(self) -> Worker:
-        """Wait until the object is made; raises :class:`PeerFailed`."""
+        """Wait until the object exists; raises :class:`PeerFailed`."""
         self.result()
         return self
 
     def start(self, method: str, *arguments: Any) -> None:
-        """Begin a call; :meth:`result` waits for it."""
+        """Start a call; :meth:`result` waits for it."""
         self._connection.send((method, arguments))
 
     def result(self) -> Any:
-        """Return what the call that was begun returned; raises :class:`PeerFailed`."""
+        """Return the result of the started call; raises :class:`PeerFailed`."""
         try:
             failed, result = self._connection.recv()
         except EOFError as error:
@@ -55,7 +55,7 @@ class Worker:
         return result
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Return what the method returns."""
+        """Call the method; raises :class:`PeerFailed`."""
         self.start(method, *arguments)
         return self.result()
 
@@ -69,21 +69,21 @@ class Worker:
 
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Be the other process."""
+    """Run the other process: create the object, then serve calls until the pipe closes."""
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    made: list[Any] = []
-    if not _answer(connection, lambda: made.append(make(**arguments))):
+    created: list[Any] = []
+    if not _reply(connection, lambda: created.append(make(**arguments))):
         return
     while True:
         try:
             method, values = connection.recv()
         except EOFError:
             return
-        _answer(connection, partial(getattr(made[0], method), *values))
+        _reply(connection, partial(getattr(created[0], method), *values))
 
 
-def _answer(connection: Connection, call: Callable[[], Any]) -> bool:
-    """Send what ``call`` returns, or how it failed; return whether it did not."""
+def _reply(connection: Connection, call: Callable[[], Any]) -> bool:
+    """Send the result of ``call`` or its exception; return whether it succeeded."""
     try:
         connection.send((False, call()))
         return True
