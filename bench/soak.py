@@ -174,7 +174,7 @@ class Soak:
         The prefix cache grows until the KV cache is full; with 16,384 tokens that takes 700
         short responses and must not count as growth.
         """
-        left = PARAMETERS['memory.kv_cache_tokens'].default
+        left = int(PARAMETERS['memory.kv_cache_tokens'].default)
         while left > 0:
             text = ' '.join(str(self._random.randrange(1000)) for _ in range(FILL_WORDS))
             left -= self._client.ask(text, max_tokens=1).result(RESPONSE_S).prompt_tokens

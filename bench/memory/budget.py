@@ -58,7 +58,7 @@ class BudgetedEngine(InteractiveEngine):
         """Return the budget with room for a share of the longest possible responses."""
         longest = sum(map(len, self._prompts(questions))) + max_tokens * len(questions)
         blocks = math.ceil(longest * share / self.engine.model.block_tokens)
-        return self.parts.memory.budget.planned(blocks) / 1e6
+        return self.engine.parts.memory.budget.planned(blocks) / 1e6
 
     def run(self, questions: Sequence[str], small_mb: float) -> dict[str, float]:
         """
@@ -95,7 +95,7 @@ class BudgetedEngine(InteractiveEngine):
         lengths = [self._lengths[f'alone/{i}'] for i in range(len(questions))]
         contexts = [len(p) + n / 2 for p, n in zip(prompts, lengths, strict=True)]
         context = sum(c * n for c, n in zip(contexts, lengths, strict=True)) / sum(lengths)
-        small = copy(self.parts.memory.budget)
+        small = copy(self.engine.parts.memory.budget)
         small.learning, small.total = 0.0, budget_mb * 1e6
         passes = least_passes(prompts, lengths, small.kv_capacity, engine.model.block_tokens)
 

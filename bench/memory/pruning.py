@@ -74,7 +74,7 @@ def _answer(server: Server, context: int, pruned: float, tokens: int,
     held: list[int] = []
     response = server.answer(
         Query(question, id=f'{context}/{pruned}', system=system, max_tokens=max_tokens,
-              temperature=0.0), lambda: held.append(server.parts.pool.held_blocks))
+              temperature=0.0), lambda: held.append(server.engine.parts.pool.held_blocks))
     cache = server.engine.model.attention.cache
     assert cache is not None
     block_mb = cache.nbytes / cache.keys[0].shape[0] * BLOCK_TOKENS / 1e6
@@ -89,7 +89,7 @@ def _answer(server: Server, context: int, pruned: float, tokens: int,
 def _losses(server: Server, fractions: Sequence[float], contexts: int, tokens: int, continued: int,
             say: Say) -> list[dict[str, Any]]:
     """Return the loss of the tokens after long texts, computed one by one as in decoding."""
-    model, pool = server.engine.model, server.parts.pool
+    model, pool = server.engine.model, server.engine.parts.pool
     chunk = server.engine.settings.scheduler.max_batch_tokens
     rows = []
     for context in range(contexts):

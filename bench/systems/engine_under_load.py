@@ -17,7 +17,9 @@ from bench.systems.pending_learner import PendingLearner
 from bench.systems.probe import COLUMNS, Probe, ProbeLog
 from mace_ros.api.events import Event, FinishReason, Query, Response
 from mace_ros.api.settings import Settings
-from mace_ros.engine.builder import build_engine, LearnerPort, make_learner, Parts
+from mace_ros.engine.builder import build_engine, make_learner
+from mace_ros.engine.learner_port import LearnerPort
+from mace_ros.engine.parts import Parts
 
 POLICIES = ('mace', 'inference_only', 'continuous', 'periodic', 'static_split')
 DEADLINE_S = 600.0      # a block that takes longer has failed

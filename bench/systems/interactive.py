@@ -20,7 +20,7 @@ from mace_ros.api.events import (
     Response,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.engine.builder import build_engine, LearnerPort, make_learner, Parts
+from mace_ros.engine.builder import build_engine
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep, Trainer
 
@@ -31,25 +31,12 @@ ENDS = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTE
 
 
 class InteractiveEngine:
-    """
-    An engine and a client that waits for each response before it continues.
-
-    ``parts`` are the objects that the engine was built from.
-    """
+    """An engine and a client that waits for each response before it continues."""
 
     def __init__(self, settings: Settings, storage: Path,
                  progress: Callable[[str], None] = lambda text: None) -> None:
         """Load the model and the live adapter versions in ``storage``."""
-        built: list[Parts] = []
-
-        def keep_parts(parts: Parts, settings: Settings, wake: Callable[[], None],
-                       clock: Callable[[], float]) -> LearnerPort:
-            built.append(parts)
-            return make_learner(parts, settings, wake, clock)
-
-        self.engine = build_engine(
-            settings, storage=storage, progress=progress, make_learner=keep_parts)
-        self.parts = built[0]
+        self.engine = build_engine(settings, storage=storage, progress=progress)
         self._count = 0
 
     def close(self) -> None:

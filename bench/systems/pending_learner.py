@@ -16,7 +16,8 @@ import math
 
 from mace_ros.api.events import AdapterVersion, Event
 from mace_ros.api.settings import Settings
-from mace_ros.engine.builder import LearnerPort, Parts
+from mace_ros.engine.learner_port import LearnerPort
+from mace_ros.engine.parts import Parts
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep, Trainer
 from mace_ros.learning.acceptance import Accepted
@@ -110,7 +111,7 @@ class PendingLearner:
     def answered(self, query_id: str) -> None:
         """Ignore a response."""
 
-    def give_anchors(self, answers: Sequence[object]) -> None:
+    def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Ignore answers of the base model; they are never requested."""
 
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:

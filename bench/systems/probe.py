@@ -11,9 +11,10 @@ import time
 
 from bench.common.load import RequestTimes
 from mace_ros.api.events import Event
-from mace_ros.engine.active_request import ActiveRequest
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Measurement, Plan
+from mace_ros.scheduling.request import Request
+from mace_ros.telemetry.observer import IterationObserver
 
 # The columns of an iteration in the JSON files, in this order.
 COLUMNS = ('wall_ms', 'work_ms', 'plan_us', 'predicted_ms', 'measured_ms', 'in_flight',
@@ -90,9 +91,9 @@ class ProbeLog:
                    for begin, end, share in self.finetuning)
 
 
-class Probe:
+class Probe(IterationObserver):
     """
-    Records iterations and tokens; implements ``mace_ros.telemetry.observer``'s protocol.
+    Records iterations and tokens.
 
     An iteration may take several calls of ``Engine.step``: events are returned before the
     fine-tune segments run. Its record is complete once it was measured. Iterations that ran
@@ -106,7 +107,7 @@ class Probe:
         self._current = IterationRecord()
         self._segments_left = False     # of the plan that was not measured yet
         self._pass = (0.0, 0.0)
-        self._committed: list[ActiveRequest] = []
+        self._committed: list[Request] = []
 
     def clear(self) -> None:
         """Begin a new log."""
@@ -134,7 +135,7 @@ class Probe:
         self._current.in_flight = in_flight
         self._segments_left = plan.segments > 0
 
-    def committed(self, requests: Sequence[ActiveRequest]) -> None:
+    def committed(self, requests: Sequence[Request]) -> None:
         """Note which requests got a token; the caller receives it when the step returns."""
         self._committed += requests
 
@@ -158,11 +159,12 @@ class Probe:
     def finished(self, events: Sequence[Event]) -> None:
         """Stamp the tokens that the step returns, and end the iteration if it is complete."""
         now = self._clock()
-        for active in self._committed:
-            times = self.log.tokens.get(active.query.id)
+        for request in self._committed:
+            times = self.log.tokens.get(request.id)
             if times is None:
-                times = self.log.tokens[active.query.id] = _TokenTimes(
-                    active.request.arrival, active.request.started_at, now)
+                assert request.started_at is not None
+                times = self.log.tokens[request.id] = _TokenTimes(
+                    request.arrival, request.started_at, now)
             times.last = now
             times.tokens += 1
         self._committed = []
@@ -173,7 +175,7 @@ class Probe:
         self._current = IterationRecord()
 
 
-class MeasurementLog:
+class MeasurementLog(IterationObserver):
     """An observer that keeps all measurements, for the calibration of a simulated device."""
 
     def __init__(self) -> None:
@@ -183,15 +185,3 @@ class MeasurementLog:
     def measured(self, measurement: Measurement, cost: CostModel) -> None:
         """Keep a measurement."""
         self.all.append(measurement)
-
-    def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:
-        """Ignore a phase."""
-
-    def planned(self, plan: Plan, in_flight: int) -> None:
-        """Ignore a plan."""
-
-    def committed(self, requests: Sequence[ActiveRequest]) -> None:
-        """Ignore tokens."""
-
-    def finished(self, events: Sequence[Event]) -> None:
-        """Ignore the end of a step."""
