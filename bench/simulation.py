@@ -10,6 +10,7 @@ arrivals of the others are replayed. Results: bench/results/simulation.json.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 import json
 from pathlib import Path
@@ -164,9 +165,9 @@ class Comparison:
 
     def _calibrate(self) -> None:
         """Fit the cost model to the measurements; keep the relative errors as noise."""
-        from mace_ros.scheduling.cost_model import CostModel
+        from mace_ros.simulation.cost_file import to_dict
 
-        cost = CostModel.from_dict(self._engine.engine.scheduler.cost.to_dict())
+        cost = deepcopy(self._engine.engine.scheduler.cost)
         passes = [(m.plan.shape, m.pass_s) for m in self._measurements.all if m.pass_s > 0.0]
         segments = [each for m in self._measurements.all for each in m.segments]
         for _ in range(3):
@@ -174,7 +175,7 @@ class Comparison:
             for each in segments:
                 cost.calibrate([each])
         self.calibration = {
-            'cost_model': cost.to_dict(),
+            'cost_model': to_dict(cost),
             'pass_ratios': [s / cost.pass_s(*shape) for shape, s in passes],
             'segment_ratios': [s / cost.segment_s(x.kind, x.tokens) for x, s in segments],
             'overhead_s': (sum(self._overheads) - self._receiving_s) / len(self._overheads),

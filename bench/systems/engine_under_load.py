@@ -17,7 +17,7 @@ from bench.systems.pending_learner import PendingLearner
 from bench.systems.probe import COLUMNS, Probe, ProbeLog
 from mace_ros.api.events import Event, FinishReason, Query, Response
 from mace_ros.api.settings import Settings
-from mace_ros.engine.builder import build_engine, make_learner
+from mace_ros.engine.builder import build_engine, default_learner
 from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.engine.parts import Parts
 
@@ -57,7 +57,7 @@ class EngineUnderLoad:
         def make_pending(parts: Parts, settings: Settings, wake: Callable[[], None],
                          clock: Callable[[], float]) -> LearnerPort:
             learners.append(PendingLearner(
-                make_learner(parts, settings, wake, clock), parts, settings, samples, clock))
+                default_learner(parts, settings, wake, clock), parts, settings, samples, clock))
             return learners[0]
 
         self.engine = build_engine(settings, storage=storage, wake=self._wake.set,

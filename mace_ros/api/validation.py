@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 import math
-import threading
 import uuid
 
 from mace_ros.api.events import Correction, ErrorCode, InvalidCorrection, InvalidQuery, Query
@@ -68,33 +67,6 @@ def checked_correction(correction: Correction) -> Correction:
         raise InvalidCorrection(f'weight: {correction.weight} is not above 0 and at most '
                                 f'{MAX_WEIGHT:g}')
     return replace(correction, id=correction.id or str(uuid.uuid4()))
-
-
-class CorrectionLimiter:
-    """
-    Bounds how many corrections come in, and how many wait for the disk; from any thread.
-
-    Over any stretch of t minutes, no more than ``(t + 1) * per_minute`` are let in.
-    """
-
-    def __init__(self) -> None:
-        """Begin with a whole minute's corrections to spare."""
-        self._lock = threading.Lock()
-        self._room, self._at = math.inf, -math.inf
-
-    def let_in(self, now: float, per_minute: int, waiting: int) -> None:
-        """Count a correction, or raise :class:`InvalidCorrection`; ``waiting`` are unwritten."""
-        if waiting >= MAX_UNWRITTEN:
-            raise InvalidCorrection(
-                f'the disk is slow: {waiting} writes of the journal wait for it; try again later')
-        with self._lock:
-            gained = 0.0 if self._at == -math.inf else (now - self._at) * per_minute / 60.0
-            self._room, self._at = min(self._room + gained, per_minute), now
-            if self._room < 1.0:
-                raise InvalidCorrection(
-                    f'more than {per_minute} corrections in a minute '
-                    '(correction.max_per_minute); try again later')
-            self._room -= 1.0
 
 
 def _number(name: str, value: float | None, default: float, low: float, high: float) -> float:

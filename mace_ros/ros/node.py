@@ -223,9 +223,9 @@ class MaceNode(LifecycleNodeMixin, Node):
         os.environ.setdefault('GOMP_SPINCOUNT', '20000')
         os.environ.setdefault('TQDM_DISABLE', '1')    # bars are not for a log
         # Not above: torch takes seconds, and parameters are served meanwhile.
-        from mace_ros.engine.engine import Engine
+        from mace_ros.engine.builder import build_engine
         storage = self.storage_folder()
-        self._engine = Engine(
+        self._engine = build_engine(
             self._table.settings, storage=storage, wake=self._device.wake,
             progress=self._say)
         self._monitor.watch(self._engine.hardware)
@@ -245,8 +245,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._device.drive(engine)
         self.get_logger().info('ready')
         # Before the events of the first iteration, which this thread has yet to run.
-        restored, engine.restored = engine.restored, []
-        self._publish(restored)
+        self._publish(engine.start())
 
     def _rest(self) -> None:
         self._intake.close('the node is stopping' if self._stopping else NOT_ACTIVE)

@@ -125,8 +125,8 @@ def scheduler_message(status: Status, before: Status, attainment: Attainment) ->
         learning_share=now.learning_share,
         decode_rate=rate(now.decode_tokens - then.decode_tokens),
         prefill_rate=rate(now.prefill_tokens - then.prefill_tokens),
-        finetune_rate=rate(now.ridden_tokens + now.finetune_tokens
-                           - then.ridden_tokens - then.finetune_tokens),
+        finetune_rate=rate(now.piggybacked_tokens + now.finetune_tokens
+                           - then.piggybacked_tokens - then.finetune_tokens),
         pass_decode_rows=now.shape.decode_rows, pass_prefill_tokens=now.shape.prefill_tokens,
         pass_finetune_tokens=now.shape.finetune_tokens,
         predicted_ms=now.predicted_s * 1e3, measured_ms=now.measured_s * 1e3,

@@ -21,7 +21,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 from mace_ros.learning import regression_check
 from mace_ros.learning.learner import Learner
 from mace_ros.learning.outcomes import (
@@ -208,20 +208,20 @@ def with_version(settings: Settings, folder: Path, scale: float) -> tuple[Robot,
 
     With a ``scale`` of 0.02 it is another one, but no worse.
     """
-    robot = Robot(Engine(settings, storage=folder))
+    robot = Robot(build_engine(settings, storage=folder))
     right = {text: robot.ask(text).text for text in QUESTIONS}
     generator = torch.Generator().manual_seed(1)
     tensors = {name: torch.randn(t.shape, generator=generator) * scale
-               for name, t in robot.engine.bank.export().items()}
-    config = peft_config(robot.engine.bank, 'tiny')
+               for name, t in robot.engine.lora.export().items()}
+    config = peft_config(robot.engine.lora, 'tiny')
 
     def poison(journal: Journal) -> None:
-        saved = robot.engine._store.save('', journal.next_version(''), tensors, config)
+        saved = robot.engine.parts.store.save('', journal.next_version(''), tensors, config)
         journal.publish(VersionRecord('', 1, 0, path=saved.path, sha256=saved.sha256))
 
-    robot.engine._journal.submit(poison).result(10)
+    robot.engine.parts.journal.submit(poison).result(10)
     robot.engine.close()
-    return Robot(Engine(settings, storage=folder)), right
+    return Robot(build_engine(settings, storage=folder)), right
 
 
 def taken_back(robot: Robot) -> list[AdapterVersion]:
@@ -300,7 +300,7 @@ def test_what_was_suspected_of_a_version_taken_back_is_forgotten(
     rolled_back = engine.rollback('', 0)
     while not rolled_back.done():
         engine.step()
-    record = engine._journal.submit(lambda j: j.correction('k')).result(10)
+    record = engine.parts.journal.submit(lambda j: j.correction('k')).result(10)
     some = Outcomes(ENOUGH, ENOUGH)
     engine.learner.suspect(SuspectedRegression('', 2, 1, some, some, (record,) * ENOUGH))
     last = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
@@ -326,7 +326,7 @@ def test_a_version_that_is_not_to_blame_stays(
             f'It is number {i}.' if case == 'taught' else right[text], query_id=wrong.query_id,
             id=text))
         robot.until(lambda e, name=text: isinstance(e, CorrectionStatus) and e.id == name)  # type: ignore[misc]
-    suspicion = robot.engine._journal.submit(lambda j: suspected(j, '')).result(10)
+    suspicion = robot.engine.parts.journal.submit(lambda j: suspected(j, '')).result(10)
     assert suspicion is not None and suspicion.better == 0
     robot.engine.update(settings)
     # Versions are compared before anything is learned.

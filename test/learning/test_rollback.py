@@ -25,7 +25,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
 from mace_ros.learning.rollback_queue import MAX_FAILURES
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
@@ -354,7 +354,7 @@ def since(robot: Robot, start: int) -> list[Event]:
 
 def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Path) -> None:
     """Who runs ends on the newer one; all of it holds after a restart, too."""
-    robot = Robot(Engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(settings, storage=tmp_path))
     teach(robot, 'A robot.', 'Your friend.')
     robot.engine.submit(Query('Tell me a long story about the sea.', id='running', max_tokens=1000))
     robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
@@ -378,7 +378,7 @@ def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Pat
     assert robot.ask('Who are you?').text == 'Your friend.'
     rolled_back(robot, 1)
     robot.engine.close()
-    again = Robot(Engine(settings, storage=tmp_path))
+    again = Robot(build_engine(settings, storage=tmp_path))
     assert again.ask('Who are you?').text == 'A robot.'
     again.engine.close()
 
@@ -416,7 +416,7 @@ def test_a_version_that_cannot_be_read_changes_nothing(robot: Robot, tmp_path: P
 
 def test_it_waits_for_a_free_slot_and_delays_no_query(settings: Settings, tmp_path: Path) -> None:
     """While requests hold all slots, those that come are served the newer version."""
-    robot = Robot(Engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
+    robot = Robot(build_engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
     teach(robot, 'A robot.', 'Your friend.', 'A tin can.')
     robot.engine.submit(Query('Running?', id='running', max_tokens=3000))    # holds version 3
     robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
@@ -438,7 +438,7 @@ def test_it_waits_for_a_free_slot_and_delays_no_query(settings: Settings, tmp_pa
 
 def test_a_rollback_may_take_the_last_room(settings: Settings, tmp_path: Path) -> None:
     """Of the version that is trained meanwhile, which is told; others learn on."""
-    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
     teach(robot, 'A robot.')
     teach(robot, 'Your friend.', profile='ann')
     rolled_back(robot, 0, 'ann')
@@ -460,7 +460,7 @@ def test_a_rollback_may_take_the_last_room(settings: Settings, tmp_path: Path) -
 
 def test_a_version_on_its_way_to_the_disk_keeps_its_room(
         settings: Settings, tmp_path: Path) -> None:
-    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
     teach(robot, 'A robot.')
     teach(robot, 'Your friend.', profile='ann')
     rolled_back(robot, 0, 'ann')
@@ -480,10 +480,10 @@ def test_a_version_that_never_comes_to_the_disk_keeps_no_room(
     def fails() -> None:
         raise torch.OutOfMemoryError('injected')
 
-    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
     teach(robot, 'A robot.')
     with monkeypatch.context() as patch:
-        patch.setattr(robot.engine.bank, 'export', fails)
+        patch.setattr(robot.engine.lora, 'export', fails)
         last = robot.correct(
             Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
     assert last.state is FAILED and 'injected' in last.reason
@@ -493,7 +493,7 @@ def test_a_version_that_never_comes_to_the_disk_keeps_no_room(
 
 def fail_to_write(robot: Robot, patch: pytest.MonkeyPatch, times: int) -> None:
     """Let the device fail so many times to take an adapter."""
-    write, left = robot.engine.bank.write_slot, [times]
+    write, left = robot.engine.lora.write_slot, [times]
 
     def broken(*arguments: object) -> None:
         left[0] -= 1
@@ -501,14 +501,14 @@ def fail_to_write(robot: Robot, patch: pytest.MonkeyPatch, times: int) -> None:
             raise RuntimeError('injected')
         write(*arguments)  # type: ignore[arg-type]
 
-    patch.setattr(robot.engine.bank, 'write_slot', broken)
+    patch.setattr(robot.engine.lora, 'write_slot', broken)
 
 
 def test_a_slot_that_can_not_be_written_is_tried_again_and_then_told(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device may be short of memory for a moment, or for longer; serving goes on."""
     teach(robot, 'A robot.', 'Your friend.')
-    free = robot.engine._slots.free
+    free = robot.engine.parts.slots.free
     with monkeypatch.context() as patch:
         fail_to_write(robot, patch, MAX_FAILURES - 1)
         assert rolled_back(robot, 1).changed
@@ -526,4 +526,4 @@ def test_a_slot_that_can_not_be_written_is_tried_again_and_then_told(
     # Or when somebody asks again.
     rolled_back(robot, 2)
     assert robot.ask('Who are you?').text == 'Your friend.'
-    assert robot.engine._slots.free == free
+    assert robot.engine.parts.slots.free == free

@@ -120,7 +120,7 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
     watched: Watched, monkeypatch: pytest.MonkeyPatch, through: str,
 ) -> None:
     engine, answer = watched.node._engine, watched.ask()
-    cancel, end, plans = engine.cancel, engine._requests.end, {}
+    cancel, end, plans = engine.cancel, engine.requests.end, {}
 
     def cancelled(query_id: str) -> None:
         plans['when it came'] = len(watched.plans)
@@ -131,7 +131,7 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
         return end(*arguments)
 
     monkeypatch.setattr(engine, 'cancel', cancelled)
-    monkeypatch.setattr(engine._requests, 'end', ended)
+    monkeypatch.setattr(engine.requests, 'end', ended)
     answer.cancel()
     assert answer.result(30.0).finish_reason == Response.CANCELLED
     if through == 'action':
