@@ -13,7 +13,7 @@ from bench.common.running import Run, run_benchmark, Samples
 import bench.durability
 from bench.durability.checks import checks, reported, table
 from bench.durability.kills import AIMS, kill_repeatedly, ROUNDS, tiny_model
-from bench.durability.node_life import SYNC_S
+from bench.durability.node_run import SYNC_S
 from bench.systems.node import isolate
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from bench.durability.node_life import LIFE_S, NodeLife, Promises
+from bench.durability.node_run import NodeRun, Promises, RUN_S
 from bench.durability.storage import (
     inspect_storage,
     lost_corrections,
@@ -65,41 +65,41 @@ def kill_repeatedly(folder: Path, model: str, aims: Sequence[str], seed: int) ->
     snapshot: StorageSnapshot | None = None
     rows: list[dict[str, Any]] = []
     errors: Counter[str] = Counter()
-    ready_s = LIFE_S
-    for number, aim in enumerate([*aims, 'none']):      # the last life only shows the start
-        life = NodeLife(folder, parameters, number, rng, promises)
+    ready_s = RUN_S
+    for number, aim in enumerate([*aims, 'none']):      # the last run only shows the start
+        node = NodeRun(folder, parameters, number, rng, promises)
         try:
             if aim == 'starting':
                 time.sleep(rng.uniform(0.0, ready_s))
             else:
-                ready_s = life.start(snapshot)
-                life.run_until(aim)
+                ready_s = node.start(snapshot)
+                node.run_until(aim)
         except BaseException:
-            print(life.log, file=sys.stderr)
+            print(node.log, file=sys.stderr)
             raise
         finally:
-            life.kill()
+            node.kill()
         if rows:
-            rows[-1]['started_on'] = life.wrong_start
-        errors += life.errors
+            rows[-1]['started_on'] = node.wrong_start
+        errors += node.errors
         if aim == 'none' or not (storage / JOURNAL).exists():
             continue
         snapshot = inspect_storage(storage)
-        rows.append(_row(aim, life, snapshot, promises))
+        rows.append(_row(aim, node, snapshot, promises))
         print(f'{number + 1}: {aim}, in {" and ".join(rows[-1]["phases"])}; '
               f'{rows[-1]["acknowledged"]} acknowledged, live {rows[-1]["live"]}', flush=True)
     return {'kills': rows, 'log': dict(errors)}
 
 
-def _row(aim: str, life: NodeLife, snapshot: StorageSnapshot,
+def _row(aim: str, node: NodeRun, snapshot: StorageSnapshot,
          promises: Promises) -> dict[str, Any]:
     """Return the sample of one kill."""
     return {
-        'aim': aim, 'phases': life.phases(snapshot), 'lived_s': life.lived_s,
+        'aim': aim, 'phases': node.phases(snapshot), 'lived_s': node.lived_s,
         'acknowledged': len(promises.acknowledged),
         'lost': lost_corrections(snapshot, promises.acknowledged),
         'published': len(snapshot.versions),
         'older': outdated_profiles(snapshot, promises.announced),
         'live': {p or 'robot': v for p, (v, _) in snapshot.live.items()},
-        'damaged': list(snapshot.damaged), 'unknown': life.unknown_versions(snapshot),
+        'damaged': list(snapshot.damaged), 'unknown': node.unknown_versions(snapshot),
         'started_on': []}

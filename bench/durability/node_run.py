@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""One life of the node, from start to kill, and a client that keeps it busy."""
+"""One run of the node, from start to kill, and a client that keeps it busy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.durability.storage import StorageSnapshot
 from bench.systems.node import NodeProcess, START_S
 from mace_ros.store.layout import JOURNAL
 
-LIFE_S = 12.0           # life after the start of a node that is killed at random
+RUN_S = 12.0           # longest run after the start, for kills at random times
 WAIT_S = 200.0          # at most, for the phase at which a kill aims, on a slow machine
 # Time for messages on their way, and for Fast DDS (3.2.3) to release the shared memory that the
 # killed process had locked: a client that is closed earlier crashes.
@@ -34,13 +34,13 @@ SETTLED_S = 5.0         # at most, for the announcements of live versions after 
 
 @dataclass
 class Promises:
-    """What the node has told its client in all lives."""
+    """What the node has told its client in all runs."""
 
     acknowledged: set[str] = field(default_factory=set)                         # corrections
     announced: dict[str, tuple[int, str]] = field(default_factory=dict)         # by profile
 
 
-class NodeLife:
+class NodeRun:
     """A node process and its client, from the start to the kill."""
 
     def __init__(self, folder: Path, parameters: dict[str, Any], number: int,
@@ -54,7 +54,7 @@ class NodeLife:
         self._adapters = folder / 'storage' / 'adapters'
         self._client = MaceClient()
         self._announcements: list[Any] = []     # of versions
-        self._statuses: list[Any] = []          # of corrections, also those of earlier lives
+        self._statuses: list[Any] = []          # of corrections, also those of earlier runs
         self._client.node.create_subscription(
             CorrectionStatus, '/mace/correction_status', self._statuses.append, RELIABLE)
         self._client.node.create_subscription(
@@ -154,7 +154,7 @@ class NodeLife:
         from mace_ros.msg import CorrectionStatus
 
         if aim == 'intake':
-            at = time.monotonic() + self._rng.uniform(0.0, LIFE_S / 2)
+            at = time.monotonic() + self._rng.uniform(0.0, RUN_S / 2)
             return (0.0, SYNC_S), lambda: time.monotonic() > at and self._burst()
         if aim == 'training':
             return (0.0, 1.0), lambda: any(
@@ -166,7 +166,7 @@ class NodeLife:
         if aim == 'publishing':     # recorded, not announced
             known = self._recorded_versions()
             return (0.0, 0.0), lambda: self._recorded_versions() > known
-        return (0.0, LIFE_S if aim == 'any' else 0.0), lambda: True
+        return (0.0, RUN_S if aim == 'any' else 0.0), lambda: True
 
     def _ask(self) -> None:
         """Ask; every few questions, correct an earlier answer or a question of its own."""
