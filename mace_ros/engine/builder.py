@@ -83,7 +83,7 @@ def build_engine(settings: Settings, *, storage: Path | None = None,
     journal = JournalWriter(folder / JOURNAL, max_answers=settings.storage.max_answers)
     try:
         parts = load_parts(settings, folder, journal, progress, clock)
-        learner = (make_learner or _make_learner)(parts, settings, wake, clock)
+        learner = (make_learner or default_learner)(parts, settings, wake, clock)
         return Engine(settings, parts, learner, wake=wake, clock=clock)
     except BaseException:
         journal.close()
@@ -139,8 +139,9 @@ MakeLearner: TypeAlias = Callable[
     [Parts, Settings, Callable[[], None], Callable[[], float]], LearnerPort]
 
 
-def _make_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
-                  clock: Callable[[], float]) -> Learner:
+def default_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
+                    clock: Callable[[], float]) -> Learner:
+    """Return the learner that ``build_engine`` uses unless another one is given."""
     return Learner(
         model=parts.model, model_name=parts.model_name, lora=parts.lora, chat=parts.chat,
         slots=parts.slots, journal=parts.journal, store=parts.store,
