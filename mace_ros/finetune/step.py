@@ -164,7 +164,8 @@ class FinetuneStep:
     def piggyback_spans(self, tokens: int) -> PiggybackSpans:
         """Return the next ``tokens`` forward tokens for a hybrid pass."""
         if not 0 < tokens <= self.piggyback_tokens:
-            raise ValueError(f'{tokens} tokens requested to piggyback, {self.piggyback_tokens} left')
+            raise ValueError(
+                f'{tokens} tokens requested to piggyback, {self.piggyback_tokens} left')
         if len(self._hidden) == 1:
             self._hidden += [torch.zeros_like(self._hidden[0]) for _ in self.model.layers]
         first, last = self._piggybacked, self._piggybacked + tokens
