@@ -86,14 +86,14 @@ class LoRAManager:
 
         Raises ``ValueError`` unless names and shapes match exactly.
         """
-        for parameter, tensor in zip(self.parameters(), self._checked(tensors), strict=True):
+        for parameter, tensor in zip(self.parameters(), self.checked(tensors), strict=True):
             parameter.copy_(tensor)
         for layer, (basis, components) in self._protected.items():
             for shard, component in zip(layer.adapted, components, strict=True):
                 assert shard.a is not None
                 torch.mm(shard.a, basis, out=component)
 
-    def _checked(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    def checked(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """
         Return ``tensors`` in the order of the master weights.
 
@@ -133,7 +133,7 @@ class LoRAManager:
         weights: list[Tensor] = [*self.parameters()]
         if tensors is not None:
             weights = [t.to(w.device, w.dtype)
-                       for t, w in zip(self._checked(tensors), weights, strict=True)]
+                       for t, w in zip(self.checked(tensors), weights, strict=True)]
         scaled = torch._foreach_mul(weights[1::2], self.alpha / self.rank)
         by_shard = dict(zip(self._shards, zip(weights[::2], scaled, strict=True), strict=True))
         targets, sources = [], []

@@ -33,6 +33,8 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine import builder, model_runner
 from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
+from mace_ros.finetune import step as step_module
+from mace_ros.finetune.loss import HeadLoss
 from mace_ros.finetune.null_space import InputSubspace
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
@@ -58,10 +60,10 @@ LEARNING = {
     'what is spared': (LoRAManager, 'protect'),
     'keeping clear of it': (LoRAManager, 'project_update'),
     'a step': (FinetuneStep, '__init__'),
-    'rows that ride': (FinetuneStep, 'rows'),
-    'a forward': (FinetuneStep, '_forward_layer'),
-    'the head': (FinetuneStep, '_head'),
-    'a backward': (FinetuneStep, '_backward_layer'),
+    'rows that ride': (FinetuneStep, 'piggyback_spans'),
+    'a forward': (step_module, 'run_layer'),
+    'the head': (HeadLoss, 'run_chunk'),
+    'a backward': (Trainer, 'zero_grad'),
     'the update': (Trainer, 'update'),
     'exporting the adapter': (LoRAManager, 'export'),
     'saving the adapter': (AdapterStore, 'save'),
@@ -70,7 +72,7 @@ LEARNING = {
 }
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
-    'the KV cache': (PackedModel, '__init__'),
+    'the KV cache': (PackedModel, 'allocate_kv_cache'),
     'adapter slots': (LoRAManager, '__init__'),
     'measuring the device': (builder, 'measure'),
 }
