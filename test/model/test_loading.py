@@ -93,10 +93,12 @@ def test_other_weights_are_another_conversion(tmp_path: Path) -> None:
     assert len(names) == 2
 
 
-def test_models_of_the_same_shape_are_told_apart(model_folder: Path) -> None:
-    model = load_model(str(model_folder), device='cpu').model
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_models_of_the_same_shape_are_told_apart(model_folder: Path, dtype: str) -> None:
+    model = load_model(str(model_folder), device='cpu', dtype=dtype).model
     before = weights_digest(model)
-    assert weights_digest(load_model(str(model_folder), device='cpu').model) == before
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(1.001)
+    again = load_model(str(model_folder), device='cpu', dtype=dtype).model
+    assert weights_digest(again) == before
+    with torch.no_grad():   # by more than the spacing of bfloat16, which is at most 1/128
+        model.get_input_embeddings().weight.mul_(1.01)
     assert weights_digest(model) != before
