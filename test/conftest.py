@@ -12,6 +12,7 @@ import signal
 
 import pytest
 from support.graph import use_another_domain
+from support.precision import CAPABILITIES
 from support.robot import RANDOM_MODEL, Robot
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,6 +71,14 @@ def in_haste() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anchor_requests, 'ANCHORS', ANCHORS[::6])
         patch.setattr(engine, 'CALIBRATION_S', 0.5)
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def same_cpu() -> Iterator[None]:
+    """Let the precision that is best for this CPU be the same on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, 'get_capabilities', lambda: CAPABILITIES)
         yield
 
 
