@@ -41,7 +41,7 @@ ORDINARY = (
     'Write a sentence about the rain.', 'Who was Mozart?')
 OTHERS = ('What is the capital of France?', 'What is the capital of Japan?')
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.dtype, pytest.mark.timeout(900)]
 
 
 class Mace:
@@ -419,7 +419,7 @@ def test_a_late_subscriber_hears_the_live_version(mace: Mace, lesson: SimpleName
 
 def test_peft_gives_the_same_answers(
         mace: Mace, lesson: SimpleNamespace, tmp_path: Path) -> None:
-    """In float32, long answers too; the 8 bits that most CPUs have by default are other weights."""
+    """In float32, long answers too: 8 bits are other weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

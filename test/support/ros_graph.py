@@ -20,6 +20,7 @@ from rclpy.action import ActionClient
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 from support.graph import ENVIRONMENT, wait_until
+from support.precision import WEIGHT_DTYPE
 
 from mace_ros.ros.client import LATCHED, MaceClient
 
@@ -40,7 +41,9 @@ class NodeProcess:
         self._arguments = ['--log-level', f'{logger}:={log_level}']
         if namespace:
             self._arguments += ['-r', f'__ns:={namespace}']
-        for name, value in {'storage.folder': folder / 'storage', **parameters}.items():
+        for name, value in {
+                'storage.folder': folder / 'storage', 'model.weight_dtype': WEIGHT_DTYPE,
+                **parameters}.items():
             self._arguments += ['-p', f'{name}:={value}']
         self._log = folder / 'node.log'
         self.process: subprocess.Popen[str] | None = None
