@@ -27,6 +27,15 @@ from mace_ros.model.loading import load_model, LoadedModel
 VOCABULARY = 8192
 
 
+# The files that take longest, in the order in which workers should begin them: one that began
+# last would keep a single worker busy at the end.
+LONGEST = (
+    'ros/test_node.py', 'package/test_colcon.py', 'ros/test_lifecycle.py',
+    'engine/test_engine_memory.py', 'ros/test_interfaces.py', 'learning/test_learning.py',
+    'bench/test_durability.py', 'engine/test_engine.py', 'bench/test_benchmarks.py',
+    'finetune/test_finetune_step.py', 'learning/test_rollback.py', 'cli/test_programs.py')
+
+
 def tiny_model(folder: Path, tokens: int, seed: int) -> None:
     """Save a tiny model of random weights."""
     torch.manual_seed(seed)
@@ -59,6 +68,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if own:
         os.sched_setaffinity(0, own)
         torch.set_num_threads(len(own))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the tests of a file keep their order."""
+    folder = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(folder).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope='session', autouse=True)
