@@ -60,9 +60,10 @@ bench: setup  ## run the benchmarks; BENCH_ARGS goes to them
 	@$(pip) install --quiet 'mace-ros[bench]'
 	@$(RUN) -m bench $(BENCH_ARGS)
 
-lint: setup  ## check style and types
+lint: setup  ## check style, types and structure
 	@$(RUN) -m ruff check
 	@$(RUN) -m mypy
+	@$(RUN) tools/check_structure.py
 
 clean:  ## remove all that the other targets made
 	rm -rf $(VENV) build install log *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

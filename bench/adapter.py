@@ -18,7 +18,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 
 LEARN_TIMEOUT_S = 300.0
 
@@ -43,7 +43,7 @@ def publish(settings: Settings, storage: Path, say: Callable[[str], None]) -> Pu
     The adapter is the one that the engine publishes, so that what is compared is served
     with weights that a robot might have, from the same file on both sides.
     """
-    engine = Engine(settings, storage=storage, progress=say)
+    engine = build_engine(settings, storage=storage, progress=say)
     try:
         engine.correct(Correction(
             'My name is Rover.', prompt="What is your robot's name?", id='bench'))

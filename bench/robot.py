@@ -33,9 +33,9 @@ class Robot:
 
     def __init__(self, settings: Any, storage: Path) -> None:
         """Load the model."""
-        from mace_ros.engine.engine import Engine
+        from mace_ros.engine.builder import build_engine
 
-        self.engine = Engine(settings, storage=storage)
+        self.engine = build_engine(settings, storage=storage)
         self._count = 0
 
     def until(self, happened: Callable[[Any], bool]) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 import json
 from pathlib import Path
@@ -167,9 +168,9 @@ class Run:
 
     def _fit(self) -> None:
         """Fit the machine to what was measured, and keep how far single times are off."""
-        from mace_ros.scheduling.cost_model import CostModel
+        from mace_ros.simulation.cost_file import to_dict
 
-        cost = CostModel.from_dict(self._served.engine.scheduler.cost.to_dict())
+        cost = deepcopy(self._served.engine.scheduler.cost)
         passes = [(m.plan.shape, m.pass_s) for m in self._seen if m.pass_s > 0.0]
         segments = [each for m in self._seen for each in m.segments]
         for _ in range(3):
@@ -177,7 +178,7 @@ class Run:
             for each in segments:
                 cost.calibrate([each])
         self.calibration = {
-            'cost_model': cost.to_dict(),
+            'cost_model': to_dict(cost),
             'pass_ratios': [s / cost.pass_s(*shape) for shape, s in passes],
             'segment_ratios': [s / cost.segment_s(x.kind, x.tokens) for x, s in segments],
             'overhead_s': ((sum(self._overheads) - sum(self._admissions))

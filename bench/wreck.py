@@ -62,7 +62,7 @@ def _examine(folder: Path) -> Wreck:
         row = journal.one('PRAGMA integrity_check')
         if row is None or row[0] != 'ok':
             damaged.append(JOURNAL)
-        records, lives = journal.versions(), journal.lives()
+        records, lives = journal.versions(), journal.live_versions()
         corrections = journal.corrections()
     lines = {live.profile: Lineage([r for r in records if r.profile == live.profile], live.version)
              for live in lives}

@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Start the language model node, and what watches it.
+Start the language model node, and optionally a monitor.
 
     ros2 launch mace_ros mace.launch.py namespace:=robot1 model:=/models/qwen3
 """
@@ -19,40 +19,41 @@ from launch_ros.substitutions import ExecutableInPackage, FindPackageShare
 ARGUMENTS = [
     DeclareLaunchArgument(
         'namespace', default_value='',
-        description='Namespace of the node; its topics are NAMESPACE/mace/...'),
+        description='Namespace of the node, whose topics are then NAMESPACE/mace/...'),
     DeclareLaunchArgument(
         'params_file',
         default_value=PathJoinSubstitution([FindPackageShare('mace_ros'), 'config', 'mace.yaml']),
-        description='Parameters of the node'),
+        description='Parameter file of the node'),
     DeclareLaunchArgument(
         'model', default_value='',
-        description="Base model: a hub id, a local folder or a GGUF file; empty for params_file's"),
+        description='Base model: a hub id, a local folder or a GGUF file; empty for that of '
+                    'params_file'),
     DeclareLaunchArgument(
         'policy', default_value='',
         choices=['', 'mace', 'inference_only', 'continuous', 'periodic', 'static_split'],
-        description="Who shares out the device (scheduler.policy); empty for params_file's"),
+        description='Scheduling policy (scheduler.policy); empty for that of params_file'),
     DeclareLaunchArgument(
         'autostart', default_value='true', choices=['true', 'false'],
-        description='Whether the node configures and activates itself; if not, it waits for a '
-                    'lifecycle manager, or for `ros2 lifecycle set`'),
+        description='Configure and activate the node at the start; otherwise it waits for a '
+                    'lifecycle manager or for `ros2 lifecycle set`'),
     DeclareLaunchArgument(
         'log_level', default_value='info', choices=['debug', 'info', 'warn', 'error', 'fatal'],
-        description='Least severe messages that are logged'),
+        description='Minimum severity of logged messages'),
     DeclareLaunchArgument(
         'respawn', default_value='true', choices=['true', 'false'],
-        description='Whether a node that ended is started again, with what it had learned'),
+        description='Restart the node when it ends; what it has learned is kept'),
     DeclareLaunchArgument(
         'monitor', default_value='none', choices=['none', 'terminal', 'rqt'],
-        description='What watches the node: terminal prints a line of numbers every ten seconds, '
-                    'rqt draws curves and shows the diagnostics'),
+        description='Monitor of the node: terminal prints a line of numbers every ten seconds, '
+                    'rqt plots curves and shows the diagnostics'),
 ]
 
-# Arguments that stand for a parameter of another name.
+# Arguments that set a parameter of another name.
 OVERRIDES = {'model': 'model.source', 'policy': 'scheduler.policy'}
 
 
 def start_node(context: LaunchContext) -> list[Node]:
-    """Return the node; a function, since an empty argument must not override params_file."""
+    """Return the node; evaluated late, since an empty argument must not override params_file."""
     overrides = {'lifecycle.autostart': ParameterValue(
         LaunchConfiguration('autostart'), value_type=bool)}
     for argument, parameter in OVERRIDES.items():
@@ -73,7 +74,7 @@ def start_node(context: LaunchContext) -> list[Node]:
 
 
 def start_monitor(context: LaunchContext) -> list[ExecuteProcess]:
-    """Return the process that the argument monitor asks for."""
+    """Return the process of the argument ``monitor``."""
     monitor = LaunchConfiguration('monitor').perform(context)
     namespace = LaunchConfiguration('namespace').perform(context).strip('/')
     node = f'/{namespace}/mace' if namespace else '/mace'
@@ -89,7 +90,7 @@ def start_monitor(context: LaunchContext) -> list[ExecuteProcess]:
 
 
 def perspective(context: LaunchContext, node: str) -> Path:
-    """Return the file that makes rqt show this node: topics in it are absolute."""
+    """Return the rqt perspective of this node, whose topics are absolute names."""
     shipped = Path(FindPackageShare('mace_ros').perform(context), 'config', 'mace.perspective')
     if node == '/mace':
         return shipped

@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mace_ros.api.settings import Settings
-from mace_ros.engine import anchor_requests, engine
-from mace_ros.engine.engine import Engine
+from mace_ros.engine import anchor_requests, builder
+from mace_ros.engine.builder import build_engine
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.model.loading import load_model, LoadedModel
 
@@ -90,7 +90,7 @@ def in_haste() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anchor_requests, 'ANCHORS', ANCHORS[::6])
-        patch.setattr(engine, 'CALIBRATION_S', 0.5)
+        patch.setattr(builder, 'CALIBRATION_S', 0.5)
         yield
 
 
@@ -156,7 +156,7 @@ def settings(model_folder: Path) -> Settings:
 @pytest.fixture
 def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
     """Return a fresh engine; afterwards nothing may be left in the KV cache."""
-    engine = Engine(settings, storage=tmp_path)
+    engine = build_engine(settings, storage=tmp_path)
     everything = engine.free_kv_tokens
     yield Robot(engine)
     engine.close()

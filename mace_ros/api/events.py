@@ -1,11 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What goes into the engine and what comes out of it.
+Inputs and events of the engine as plain frozen data.
 
-Plain frozen data, so that ROS messages, tests and benchmarks all speak to the engine
-in the same way. The field names are those of the ``.msg`` files; ``None`` stands for
-"the node's default". Times are seconds on a monotonic clock unless the name says ms.
+The node, tests and benchmarks use the engine through these classes. The field names are those of
+the ``.msg`` files; ``None`` stands for the node's default. Names that end in ``_ms`` are
+milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 
 class FinishReason(IntEnum):
-    """Why an answer ended; the values are those of ``Response.msg``."""
+    """Why an answer ended, with the values of ``Response.msg``."""
 
     STOP = 0
     LENGTH = 1
@@ -27,7 +27,7 @@ class FinishReason(IntEnum):
 
 
 class ErrorCode(IntEnum):
-    """What was wrong with a query; the values are those of ``Response.msg``."""
+    """Why a query failed, with the values of ``Response.msg``."""
 
     NONE = 0
     EMPTY_TEXT = 1
@@ -42,7 +42,7 @@ class ErrorCode(IntEnum):
 
 
 class CorrectionState(IntEnum):
-    """Where a correction is on its way; the values are those of ``CorrectionStatus.msg``."""
+    """State of a correction, with the values of ``CorrectionStatus.msg``."""
 
     ACCEPTED = 0
     TRAINING = 1
@@ -53,7 +53,7 @@ class CorrectionState(IntEnum):
 
 
 class VersionState(IntEnum):
-    """What became of a trained version; the values are those of ``AdapterVersion.msg``."""
+    """State of a trained version, with the values of ``AdapterVersion.msg``."""
 
     PUBLISHED = 0
     REJECTED = 1
@@ -61,7 +61,7 @@ class VersionState(IntEnum):
 
 
 class InvalidQuery(ValueError):
-    """A query that can't be served; becomes a Response with REJECTED."""
+    """A query is invalid; it becomes a Response with REJECTED."""
 
     def __init__(self, code: ErrorCode, reason: str) -> None:
         super().__init__(reason)
@@ -69,12 +69,12 @@ class InvalidQuery(ValueError):
 
 
 class InvalidCorrection(ValueError):
-    """A correction that can't be taken; becomes a CorrectionStatus with REJECTED."""
+    """A correction is refused; it becomes a CorrectionStatus with REJECTED."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """A question; see ``Query.msg``."""
+    """A query; see ``Query.msg``."""
 
     text: str
     id: str = ''
@@ -91,13 +91,13 @@ class Query:
     priority: int = 0
     reset_conversation: bool = False
     no_learn: bool = False
-    # Who asked, where an id alone does not tell; its events bring it back. In no message.
+    # Identifies the sender where the id is ambiguous; copied to the events, not in messages.
     origin: str = ''
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What should have been answered; see ``Correction.msg``."""
+    """The right answer to a query; see ``Correction.msg``."""
 
     corrected: str
     id: str = ''
@@ -112,7 +112,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class ResponseChunk:
-    """A piece of an answer: whole characters, in order; ``last`` closes the stream."""
+    """A piece of an answer, of whole characters; ``last`` ends the stream."""
 
     query_id: str
     index: int
@@ -123,7 +123,7 @@ class ResponseChunk:
 
 @dataclass(frozen=True)
 class Response:
-    """The outcome of a query; see ``Response.msg``. Unknown times are NaN."""
+    """The result of a query; see ``Response.msg``. Unknown times are NaN."""
 
     query_id: str
     conversation_id: str
@@ -144,7 +144,7 @@ class Response:
 
 @dataclass(frozen=True)
 class CorrectionStatus:
-    """A correction changed its state; see ``CorrectionStatus.msg``."""
+    """A new state of a correction; see ``CorrectionStatus.msg``."""
 
     id: str
     state: CorrectionState
@@ -154,7 +154,7 @@ class CorrectionStatus:
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """A version of a profile's adapter was published, rejected or taken back."""
+    """A published, rejected or rolled-back version of an adapter; see ``AdapterVersion.msg``."""
 
     profile: str
     version: int

@@ -1,12 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what comes in, before anything else touches it."""
+"""Validation of queries and corrections at the border of the engine."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 import math
-import threading
 import uuid
 
 from mace_ros.api.events import Correction, ErrorCode, InvalidCorrection, InvalidQuery, Query
@@ -21,7 +20,7 @@ MAX_UNWRITTEN = 1000    # corrections and answers that wait for the disk
 
 
 def checked_query(query: Query, settings: Settings) -> Query:
-    """Return the query with all defaults filled in; raises :class:`InvalidQuery`."""
+    """Return the query with all defaults filled in; raise :class:`InvalidQuery`."""
     for name in ('id', 'conversation_id', 'profile'):
         problem = _id_problem(getattr(query, name))
         if problem:
@@ -50,7 +49,7 @@ def checked_query(query: Query, settings: Settings) -> Query:
 
 
 def checked_correction(correction: Correction) -> Correction:
-    """Return the correction with an id; raises :class:`InvalidCorrection`."""
+    """Return the correction with an id; raise :class:`InvalidCorrection`."""
     for name in ('id', 'query_id', 'conversation_id', 'profile'):
         problem = _id_problem(getattr(correction, name))
         if problem:
@@ -62,39 +61,12 @@ def checked_correction(correction: Correction) -> Correction:
     if not correction.corrected.strip():
         raise InvalidCorrection('corrected: empty')
     if not (correction.query_id or correction.conversation_id or correction.prompt.strip()):
-        raise InvalidCorrection('query_id, conversation_id or prompt: one of them must say '
-                                'what is corrected')
+        raise InvalidCorrection(
+            'query_id, conversation_id or prompt: one of them must name what is corrected')
     if not 0 < correction.weight <= MAX_WEIGHT:   # also refuses NaN
         raise InvalidCorrection(f'weight: {correction.weight} is not above 0 and at most '
                                 f'{MAX_WEIGHT:g}')
     return replace(correction, id=correction.id or str(uuid.uuid4()))
-
-
-class CorrectionLimiter:
-    """
-    Bounds how many corrections come in, and how many wait for the disk; from any thread.
-
-    Over any stretch of t minutes, no more than ``(t + 1) * per_minute`` are let in.
-    """
-
-    def __init__(self) -> None:
-        """Begin with a whole minute's corrections to spare."""
-        self._lock = threading.Lock()
-        self._room, self._at = math.inf, -math.inf
-
-    def let_in(self, now: float, per_minute: int, waiting: int) -> None:
-        """Count a correction, or raise :class:`InvalidCorrection`; ``waiting`` are unwritten."""
-        if waiting >= MAX_UNWRITTEN:
-            raise InvalidCorrection(
-                f'the disk is slow: {waiting} writes of the journal wait for it; try again later')
-        with self._lock:
-            gained = 0.0 if self._at == -math.inf else (now - self._at) * per_minute / 60.0
-            self._room, self._at = min(self._room + gained, per_minute), now
-            if self._room < 1.0:
-                raise InvalidCorrection(
-                    f'more than {per_minute} corrections in a minute '
-                    '(correction.max_per_minute); try again later')
-            self._room -= 1.0
 
 
 def _number(name: str, value: float | None, default: float, low: float, high: float) -> float:
@@ -111,12 +83,12 @@ def _id_problem(text: str) -> str:
     if len(text) > MAX_ID:
         return f'longer than {MAX_ID} characters'
     if not text.isprintable():
-        return 'has characters that are not printable'
+        return 'contains characters that are not printable'
     return ''
 
 
 def text_problem(text: str) -> str:
-    """Return why a text can't be taken, '' if it can."""
+    """Return why a text is invalid, '' if it is valid."""
     if len(text) > MAX_TEXT:
         return f'longer than {MAX_TEXT} characters'
     try:

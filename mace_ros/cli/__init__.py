@@ -1,3 +1,3 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a person types: ask, correct, monitor and journal."""
+"""Command-line programs: ask, correct, monitor, voice, journal and the demo."""

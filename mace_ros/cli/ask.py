@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ask the robot, and print the answer as it comes."""
+"""Ask the robot, and print the answer as it arrives."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from functools import partial
 import sys
 from typing import Any
 
-from mace_ros.cli.common import parser, print_as_it_comes, run
+from mace_ros.cli.common import parser, print_stream, run
 from mace_ros.msg import Response
 from mace_ros.ros.client import MaceClient
 
 
 def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient) -> int:
-    """Ask; the answer goes to stdout, and what there is to say about it to stderr."""
+    """Ask; print the answer to stdout, and its numbers or an error to stderr."""
     client.wait_until_ready(timeout_s)
     answer = client.ask(text, **fields)
-    print_as_it_comes(answer, timeout_s)
+    print_stream(answer, timeout_s)
     response = answer.result(timeout_s)
     if response.finish_reason not in (Response.STOP, Response.LENGTH):
         print(f'no answer: {response.error or "cancelled"}', file=sys.stderr)
@@ -32,15 +32,15 @@ def main() -> int:
     """Run the program; return the exit code."""
     arguments = parser('mace_ask', __doc__)
     arguments.add_argument('text', help='the question')
-    arguments.add_argument('--id', default='', help='of the query, for corrections')
+    arguments.add_argument('--id', default='', help='id of the query, for corrections')
     arguments.add_argument('--conversation', default='', metavar='ID',
-                           help='whose earlier turns count')
-    arguments.add_argument('--profile', default='', help='whose adapter answers')
+                           help='conversation whose earlier turns are the context')
+    arguments.add_argument('--profile', default='', help='profile whose adapter answers')
     arguments.add_argument('--system', default='', metavar='PROMPT', help='system prompt')
     arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
-                           help='longest answer')
+                           help='maximum length of the answer')
     arguments.add_argument('--no-learn', action='store_true',
-                           help='this answer is never used as a replay example')
+                           help='never replay this answer in learning')
     given = arguments.parse_args()
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens,

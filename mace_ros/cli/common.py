@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the programs have in common."""
+"""Arguments, exit codes and output shared by the programs."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ STATES = {getattr(CorrectionStatus, name): name for name in (
 
 
 def parser(name: str, description: str, *, timeout_s: float = 60.0) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that every program has; ``timeout_s`` is a default."""
+    """Return a parser with the arguments of every program; ``timeout_s`` is a default."""
     made = argparse.ArgumentParser(prog=name, description=description, epilog=EXIT_CODES)
     made.add_argument('--node', default='/mace', metavar='NAME',
-                      help='full name of the node, as /robot1/mace (default: /mace)')
+                      help='full name of the node, such as /robot1/mace (default: /mace)')
     made.add_argument('--timeout', type=seconds, default=timeout_s, metavar='SECONDS',
-                      help=f'longest silence of the node (default: {timeout_s:g})')
+                      help=f'how long to wait for a message (default: {timeout_s:g})')
     return made
 
 
 def seconds(text: str) -> float:
-    """Return a time to wait; ``inf`` is as long as Python can wait."""
+    """Return a waiting time; ``inf`` becomes the longest time that Python supports."""
     value = float(text)
     if not value >= 0.0:
         raise ValueError(text)
@@ -43,19 +43,19 @@ def seconds(text: str) -> float:
 
 
 def run(program: Callable[[MaceClient], int], node: str) -> int:
-    """Run a program with a client; return its exit code, or say why there is none."""
+    """Run a program with a client; return its exit code, after printing an error if any."""
     try:
         with MaceClient('/' + node.strip('/')) as client:
             return program(client)
     except NameValidationException as error:
         print(f'--node {node}: {error}', file=sys.stderr)
         return 2
-    except rclpy_implementation.RCLError as error:     # such as security that can't be had
+    except rclpy_implementation.RCLError as error:     # such as security that is unavailable
         print(f'RCLError: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:    # of a `| head`, which has seen enough
+    except BrokenPipeError:    # as with `| head`
         sys.stderr.close()
         return 0
     except (TimeoutError, ConnectionError) as error:
@@ -65,19 +65,19 @@ def run(program: Callable[[MaceClient], int], node: str) -> int:
 
 @contextmanager
 def cancelled_on_leaving(answer: AnswerHandle, timeout_s: float) -> Iterator[None]:
-    """Cancel an answer that is left early, and see to it that the node has heard that."""
+    """Cancel an answer that is abandoned, and wait until the node has ended it."""
     try:
         yield
     except (KeyboardInterrupt, TimeoutError, BrokenPipeError):
         answer.cancel()
-        with suppress(ConnectionError):    # the node is gone, and the answer with it
+        with suppress(ConnectionError):    # the node has gone
             answer.result(timeout_s)
         raise
 
 
-def print_as_it_comes(answer: AnswerHandle, timeout_s: float) -> None:
-    """Print an answer to stdout."""
+def print_stream(answer: AnswerHandle, timeout_s: float) -> None:
+    """Print an answer to stdout as it arrives."""
     with cancelled_on_leaving(answer, timeout_s):
-        for piece in answer.stream(timeout_s):
-            print(piece, end='', flush=True)
+        for text in answer.stream(timeout_s):
+            print(text, end='', flush=True)
         print(flush=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Say what the robot should have answered, and wait until it has learned it."""
+"""Send the right answer, and wait until the robot has learned it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mace_ros.ros.client import MaceClient
 
 def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool,
             client: MaceClient) -> int:
-    """Correct, and print each state that the correction comes to."""
+    """Send a correction, and print each of its states."""
     client.wait_until_ready(timeout_s)
-    learning = client.correct(corrected, **fields)
+    handle = client.correct(corrected, **fields)
     try:
-        for status in learning.follow(timeout_s):
+        for status in handle.follow(timeout_s):
             print(f'{STATES[status.state]} {status.reason}'.rstrip(), flush=True)
             if status.state == CorrectionStatus.LEARNED:
                 print(f'adapter version {status.adapter_version}')
@@ -29,14 +29,14 @@ def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool
             if status.state == CorrectionStatus.ACCEPTED and not wait:
                 break
     except (KeyboardInterrupt, TimeoutError):
-        if learning.status is not None:
-            print('what was ACCEPTED is kept, and learned without waiting', file=sys.stderr)
+        if handle.status is not None:
+            print('an ACCEPTED correction is kept, and learned without waiting', file=sys.stderr)
         raise
     return 0
 
 
 def weight(text: str) -> float:
-    """Return how important a correction is."""
+    """Return the weight of a correction."""
     value = float(text)
     if not 0.0 < value <= MAX_WEIGHT:
         raise ValueError(text)
@@ -48,17 +48,18 @@ def main() -> int:
     arguments = parser('mace_correct', __doc__, timeout_s=600.0)
     arguments.add_argument('corrected', help='the right answer')
     which = arguments.add_mutually_exclusive_group(required=True)
-    which.add_argument('--id', default='', help='of the query whose answer was wrong')
+    which.add_argument('--id', default='', help='id of the query whose answer was wrong')
     which.add_argument('--conversation', default='', metavar='ID',
-                       help='whose last answer was wrong')
-    which.add_argument('--prompt', default='', metavar='TEXT', help='the question itself')
-    arguments.add_argument('--profile', default='', help='whose adapter learns')
+                       help='conversation whose last answer was wrong')
+    which.add_argument('--prompt', default='', metavar='TEXT', help='the prompt itself')
+    arguments.add_argument('--profile', default='', help='profile whose adapter learns')
     arguments.add_argument('--rejected', default='', metavar='TEXT',
                            help='the wrong answer (default: the recorded one)')
     arguments.add_argument('--weight', type=weight, default=1.0,
                            help=f'importance, above 0 and up to {MAX_WEIGHT:g} (default: 1)')
-    arguments.add_argument('--source', default='mace_correct', help='who corrects')
-    arguments.add_argument('--no-wait', action='store_true', help='return once it is on disk')
+    arguments.add_argument('--source', default='mace_correct', help='origin of the correction')
+    arguments.add_argument('--no-wait', action='store_true',
+                           help='return once the correction is on disk')
     given = arguments.parse_args()
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'prompt': given.prompt, 'profile': given.profile, 'rejected': given.rejected,

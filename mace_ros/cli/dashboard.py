@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What `mace_monitor` shows of the node's messages: a page, or a line of numbers."""
+"""The page of `mace_monitor`, and its lines of numbers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rich.text import Text
 
 from mace_ros.msg import Latency, Response, Scheduler
 
-STALE_S = 3.0           # of silence, after which the page says so
-ANSWERS = 8             # the latest, on the page
+STALE_S = 3.0           # without messages, after which the page says so
+ANSWERS = 8             # latest answers on the page
 
-# Heading, width, and how the number is shown.
+# Heading, width, and formatter.
 COLUMNS = (
     ('queue', 5, lambda m: f'{m.queue_depth}'),
     ('rows', 4, lambda m: f'{m.decode_rows + m.prefilling}'),
@@ -44,37 +44,37 @@ LEVELS = {DiagnosticStatus.OK: ('OK', 'green'), DiagnosticStatus.WARN: ('WARN', 
           DiagnosticStatus.STALE: ('STALE', 'magenta')}
 
 DRIFTS = {Scheduler.DRIFT_UNKNOWN: 'drift: too few answers yet', Scheduler.DRIFT_CALM: 'calm',
-          Scheduler.DRIFT_DRIFTING: 'what is asked drifts'}
+          Scheduler.DRIFT_DRIFTING: 'queries drift'}
 
 REASONS = {getattr(Response, name): name for name in (
     'STOP', 'LENGTH', 'CANCELLED', 'REJECTED', 'ERROR')}
 
 
 def line(message: Scheduler) -> str:
-    """Return a line of numbers."""
-    return ' '.join(show(message).rjust(width) for _, width, show in COLUMNS)
+    """Return the line of numbers of a message."""
+    return ' '.join(text(message).rjust(width) for _, width, text in COLUMNS)
 
 
 def heading() -> str:
-    """Return the line above."""
+    """Return the heading of the lines."""
     return ' '.join(name.rjust(width) for name, width, _ in COLUMNS)
 
 
 class Dashboard:
-    """The page, made of the latest messages."""
+    """The page, built from the latest messages."""
 
     def __init__(self, node: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """``node`` is the full name of the node; ``clock`` returns seconds."""
+        """``node`` is its full name; ``clock`` returns seconds."""
         self._node, self._clock = node, clock
         self._scheduler: Scheduler | None = None
-        self._heard_at = -math.inf
+        self._received_at = -math.inf
         self._answers: deque[Latency] = deque(maxlen=ANSWERS)
         self._findings: dict[str, DiagnosticStatus] = {}
 
-    def hear(self, message: Any) -> None:
-        """Take in a message."""
+    def on_message(self, message: Any) -> None:
+        """Update the page with a message."""
         if isinstance(message, Scheduler):
-            self._scheduler, self._heard_at = message, self._clock()
+            self._scheduler, self._received_at = message, self._clock()
         elif isinstance(message, Latency):
             self._answers.append(message)
         elif isinstance(message, DiagnosticArray):
@@ -93,10 +93,10 @@ class Dashboard:
 
     def _title(self) -> str:
         if self._scheduler is None:
-            return f'{self._node}: waiting for it'
-        stale = self._clock() - self._heard_at > STALE_S
+            return f'{self._node}: waiting for the node'
+        stale = self._clock() - self._received_at > STALE_S
         return f'{self._node}: adapter version {self._scheduler.live_version}' + (
-            '; nothing is heard of it' if stale else '')
+            '; no messages from the node' if stale else '')
 
     def _health(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -110,13 +110,13 @@ class Dashboard:
         table = Table.grid(padding=(0, 2))
         for name, part, about in (
                 ('serving', now.serving_share,
-                 f'{number(now.decode_rate)} tokens/s written, {number(now.prefill_rate)} read'),
+                 f'{number(now.decode_rate)} tokens/s decode, {number(now.prefill_rate)} prefill'),
                 ('learning', now.learning_share,
                  f'{number(now.finetune_rate)} tokens/s, {now.finetune_steps} steps'),
                 ('idle', idle, f'iteration {number(now.measured_ms)} ms, predicted '
                                f'{number(now.predicted_ms)} ms'),
-                ('KV cache', now.kv_use, f'{now.queue_depth} queries wait, {now.prefilling} are '
-                                         f'read, {now.decode_rows} answered'),
+                ('KV cache', now.kv_use, f'{now.queue_depth} queries wait, {now.prefilling} in '
+                                         f'prefill, {now.decode_rows} in decode'),
                 ('in time', now.slo_attainment,
                  f'of {now.requests} answers; p95 TTFT {number(now.ttft_p95_ms)} ms, TPOT '
                  f'{number(now.tpot_p95_ms)} ms; {now.rejected} rejected')):
@@ -131,10 +131,10 @@ class Dashboard:
             text = (f'{now.corrections_waiting} corrections wait, the oldest for '
                     f'{number(now.freshness_s)} s')
         else:
-            text = 'no correction waits'
+            text = 'no corrections wait'
         return Text(f'{text}; {now.profiles} profiles have versions of their own\n'
                     f'{DRIFTS.get(now.drift, "?")} (mean surprise {share(now.drift_level)}); '
-                    f'learning may take {share(now.finetune_budget)} of the device')
+                    f'learning budget {share(now.finetune_budget)} of device time')
 
     def _latest(self) -> Table:
         table = Table('answer', 'end', 'TTFT ms', 'TPOT ms', 'tokens', 'version', 'in time',
@@ -148,10 +148,10 @@ class Dashboard:
 
 
 def number(value: float) -> str:
-    """Return a number without decimals; unknown is `-`."""
+    """Return a number without decimals, `-` if unknown."""
     return '-' if math.isnan(value) else f'{value:.0f}'
 
 
 def share(value: float) -> str:
-    """Return a share as percents; unknown is `-`."""
+    """Return a share in percent, `-` if unknown."""
     return '-' if math.isnan(value) else f'{value:.0%}'

@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Ask, correct, and hear the better answer: the node in one process, a client in this one.
+Ask, correct, and get the right answer: the node in another process, a client in this one.
 
-The exit code is 0 only if the correction is in the new answer, the adapter version rose,
-and two unrelated answers stayed as they were.
+The exit code is 0 only if the new answer contains the correction, the adapter version has risen,
+and two unrelated answers are unchanged.
 """
 
 from __future__ import annotations
@@ -33,35 +33,34 @@ T = TypeVar('T')
 
 QUERIES = ('What is your name?', 'What is the opposite of hot?', 'Say hello in French.')
 CORRECTED = 'My name is Rover.'      # the answer to the first query
-# Neither replay nor the gate knows them, so nothing but luck or care keeps their answers.
+# Neither replay nor the gate knows these, so they show whether learning forgets.
 PROBES = ('What is the capital of France?', 'What is the capital of Japan?')
 MAX_TOKENS = 40
 
-START_TIMEOUT_S = 900.0    # the model may have to be converted first
+START_TIMEOUT_S = 900.0    # includes the conversion of the model
 ANSWER_TIMEOUT_S = 120.0
 LEARN_TIMEOUT_S = 600.0
-QUIET_S = 2.0              # after so long without a line, one says that it goes on
+QUIET_S = 2.0              # without output, after which the elapsed time is printed
 
 
 class DemoFailed(Exception):
-    """The demo could not be carried through."""
+    """The demo could not be completed."""
 
 
 class Screen:
-    """Prints, and says that something is still going on when nothing was printed for a while."""
+    """Prints the demo, and the elapsed time when nothing else is printed for a while."""
 
     def __init__(self) -> None:
         self._colours = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
         self._lock = threading.RLock()
         self._started = self._printed = time.monotonic()
         self._line_open = False
-        self._asides: list[str] = []    # what others said while a line was open
-        self._what = ''
+        self._node_lines: list[str] = []    # printed once the open line is complete
         threading.Thread(target=self._tick, daemon=True).start()
 
     def step(self, text: str) -> None:
         """Begin a part of the demo."""
-        self._what, self._started = text, time.monotonic()
+        self._started = time.monotonic()
         self.line(f'\n== {text}', '1;36')
 
     def line(self, text: str, colour: str = '') -> None:
@@ -69,15 +68,15 @@ class Screen:
         with self._lock:
             self.piece(('\n' if self._line_open else '') + self._coloured(text, colour) + '\n')
             self._line_open = False
-            while self._asides:
-                self.piece(self._coloured(self._asides.pop(0), '2') + '\n')
+            while self._node_lines:
+                self.piece(self._coloured(self._node_lines.pop(0), '2') + '\n')
             self._line_open = False
 
-    def aside(self, text: str) -> None:
-        """Print a line that belongs to something else, as soon as no other is open."""
+    def node_line(self, text: str) -> None:
+        """Print a line of the node, once no other line is open."""
         with self._lock:
             if self._line_open:
-                self._asides.append(text)
+                self._node_lines.append(text)
             else:
                 self.line(text, '2')
 
@@ -99,13 +98,13 @@ class Screen:
 
 
 class Demo:
-    """What the demo does, step by step."""
+    """The steps of the demo."""
 
     def __init__(self, screen: Screen, node: subprocess.Popen[str], client: MaceClient) -> None:
         self._screen, self._node, self._client = screen, node, client
 
     def run(self) -> list[str]:
-        """Run it; return what went wrong."""
+        """Run the demo; return what went wrong."""
         started = time.monotonic()
         version = self._wait(lambda: self._client.wait_until_ready(1.0), START_TIMEOUT_S)
         self._screen.line(
@@ -114,12 +113,11 @@ class Demo:
 
         self._screen.step('Three queries')
         wrong, *_ = [self._ask(question) for question in QUERIES]
-        self._screen.step('Two probes, which nothing learns from')
+        self._screen.step('Two probes, which are excluded from learning')
         before = [self._ask(question, no_learn=True) for question in PROBES]
 
         self._screen.step(f'Correct the answer to "{QUERIES[0]}": {CORRECTED}')
-        learning = self._client.correct(CORRECTED, query_id=wrong.query_id)
-        learned = self._follow(learning)
+        learned = self._follow(self._client.correct(CORRECTED, query_id=wrong.query_id))
         if learned.state != CorrectionStatus.LEARNED:
             raise DemoFailed(f'the correction is {STATES[learned.state]}: {learned.reason}')
         new = self._wait(
@@ -147,17 +145,17 @@ class Demo:
             f'at {response.tpot_ms:.0f} ms each, adapter version {response.adapter_version}', '2')
         return response
 
-    def _follow(self, learning: CorrectionHandle) -> CorrectionStatus:
-        """Print each state that the correction comes to; return the final one."""
+    def _follow(self, handle: CorrectionHandle) -> CorrectionStatus:
+        """Print each state of the correction; return the final one."""
         start, printed = time.monotonic(), 0
-        while not printed or not learning.is_final() or printed < len(learning.statuses):
-            self._wait(partial(learning.wait_for_more, printed, 1.0), LEARN_TIMEOUT_S)
-            for status in learning.statuses[printed:]:
+        while not printed or not handle.is_final() or printed < len(handle.statuses):
+            self._wait(partial(handle.wait_for_more, printed, 1.0), LEARN_TIMEOUT_S)
+            for status in handle.statuses[printed:]:
                 self._screen.line(
                     f'   {STATES[status.state]} after {time.monotonic() - start:.1f} s '
                     f'{status.reason}'.rstrip())
                 printed += 1
-        return learning.statuses[-1]
+        return handle.statuses[-1]
 
     def _show(self, version: AdapterVersion) -> None:
         self._screen.step(f'Adapter version {version.version} was published')
@@ -167,7 +165,7 @@ class Demo:
             f'tokens in {version.train_seconds:.1f} s\n   {version.path}')
 
     def _wait(self, attempt: Callable[[], T], timeout_s: float) -> T:
-        """Try again and again, as long as the node lives."""
+        """Retry ``attempt`` while the node runs, up to ``timeout_s``."""
         end = time.monotonic() + timeout_s
         while True:
             try:
@@ -182,7 +180,7 @@ class Demo:
 
 def problems(first: AdapterVersion, right: Response, before: list[Response],
              after: list[Response]) -> Iterator[str]:
-    """Yield what is not as it should be."""
+    """Yield the failed conditions of the demo."""
     if CORRECTED not in right.text:
         yield f'the corrected answer is "{right.text}", without "{CORRECTED}"'
     if right.adapter_version <= first.version:
@@ -194,7 +192,7 @@ def problems(first: AdapterVersion, right: Response, before: list[Response],
 
 @contextmanager
 def running_node(screen: Screen, folder: Path, model: str) -> Iterator[subprocess.Popen[str]]:
-    """Start the node in a process of its own, with its lines on the screen; end it in the end."""
+    """Run the node in a process of its own, with its output on the screen."""
     parameters = {'storage.folder': folder, **({'model.source': model} if model else {})}
     node = subprocess.Popen(
         [sys.executable, '-m', 'mace_ros.ros.node', '--ros-args',
@@ -204,7 +202,7 @@ def running_node(screen: Screen, folder: Path, model: str) -> Iterator[subproces
     def relay() -> None:
         assert node.stdout is not None
         for line in node.stdout:
-            screen.aside(f'   node | {line.rstrip()}')
+            screen.node_line(f'   node | {line.rstrip()}')
 
     relaying = threading.Thread(target=relay)
     relaying.start()
@@ -222,19 +220,19 @@ def running_node(screen: Screen, folder: Path, model: str) -> Iterator[subproces
 def main() -> int:
     """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(prog='python -m mace_ros.cli.demo', description=__doc__)
-    parser.add_argument('--model', default='', help='hub id, local folder or GGUF file; the '
-                        'default is SmolLM2-135M-Instruct')
+    parser.add_argument('--model', default='', help='hub id, local folder or GGUF file '
+                        '(default: SmolLM2-135M-Instruct)')
     parser.add_argument('--keep', action='store_true',
                         help='keep the folder with journal and adapter versions')
     arguments = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp(prefix='mace_demo_'))
     os.environ.update(
-        # Nobody else hears it, and it hears nobody else.
+        # Isolated from other nodes.
         ROS_AUTOMATIC_DISCOVERY_RANGE='LOCALHOST', ROS_DOMAIN_ID=str(random.randint(1, 101)),
         ROS_LOG_DIR=str(folder / 'log'), RCUTILS_CONSOLE_OUTPUT_FORMAT='[{severity}] {message}')
     screen = Screen()
-    screen.step(f'Start the node; it keeps what it learns in {folder}')
+    screen.step(f'Start the node; its storage folder is {folder}')
     try:
         with running_node(screen, folder, arguments.model) as node, MaceClient() as client:
             failures = Demo(screen, node, client).run()
@@ -250,7 +248,7 @@ def main() -> int:
     if failures:
         screen.line('\n'.join(['\nDemo failed:', *failures]), '1;31')
         return 1
-    screen.line('\nDemo passed: the correction is learned, and the rest stayed as it was.', '1;32')
+    screen.line('\nDemo passed: the correction is learned; other answers are unchanged.', '1;32')
     return 0
 
 

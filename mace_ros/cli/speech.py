@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""WAV files as text, by whichever speech recogniser is installed; none is needed otherwise."""
+"""Speech recognition of WAV files by an optional package."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import wave
 
 Listen = Callable[[Path], str]
 
-HOW = ('pip install faster-whisper   (better; loads a model from its hub at first)\n'
-       'pip install pocketsphinx     (English; brings its model with it)')
+INSTALL = ('pip install faster-whisper   (better; downloads a model at its first use)\n'
+       'pip install pocketsphinx     (English; includes its model)')
 
 
 class SpeechError(Exception):
-    """What is said can't be understood; the message says what to do."""
+    """Speech can't be recognised; the message says what to do."""
 
 
 def listener(name: str, model: str = '') -> Listen:
     """
-    Return a function from a WAV file to its text, by the recogniser of that name.
+    Return a function that turns a WAV file into text, by the recogniser of that name.
 
-    ``auto`` takes the first that is installed. The function raises `SpeechError`, too.
+    ``auto`` is the first one installed. Both this and the function raise `SpeechError`.
     """
     for each in RECOGNISERS if name == 'auto' else [name]:
         try:
             return RECOGNISERS[each](model)
         except ImportError as error:
             if name != 'auto':
-                raise SpeechError(f'{name} is not installed ({error})\n{HOW}') from error
-    raise SpeechError(f'no speech recogniser is installed; type, or\n{HOW}')
+                raise SpeechError(f'{name} is not installed ({error})\n{INSTALL}') from error
+    raise SpeechError(f'no speech recogniser is installed; type, or\n{INSTALL}')
 
 
 def _faster_whisper(model: str) -> Listen:
@@ -38,7 +38,7 @@ def _faster_whisper(model: str) -> Listen:
     try:
         # On the CPU: the GPU belongs to the language model.
         whisper = WhisperModel(model or 'base', device='cpu', compute_type='int8')
-    except Exception as error:    # of its hub, in many forms
+    except Exception as error:    # network errors of many types
         raise SpeechError(
             f"faster-whisper's model {model or 'base'!r} can't be loaded ({error}); give the "
             'folder of one with --speech-model') from error
@@ -56,13 +56,13 @@ def _faster_whisper(model: str) -> Listen:
 def _pocketsphinx(model: str) -> Listen:
     from pocketsphinx import Decoder
     if model:
-        raise SpeechError('pocketsphinx has its own model; leave --speech-model out')
+        raise SpeechError('pocketsphinx has its own model; omit --speech-model')
 
     def listen(file: Path) -> str:
         try:
             with wave.open(str(file), 'rb') as sound:
                 if (sound.getnchannels(), sound.getsampwidth()) != (1, 2):
-                    raise SpeechError(f'{file}: not 16 bits mono, as pocketsphinx needs it')
+                    raise SpeechError(f'{file}: not 16 bits mono, which pocketsphinx requires')
                 rate, samples = sound.getframerate(), sound.readframes(sound.getnframes())
         except (OSError, EOFError, wave.Error) as error:
             raise SpeechError(f'{file}: {error}') from error
@@ -70,8 +70,8 @@ def _pocketsphinx(model: str) -> Listen:
         decoder.start_utt()
         decoder.process_raw(samples, full_utt=True)
         decoder.end_utt()
-        heard = decoder.hyp()
-        return heard.hypstr if heard is not None else ''
+        hypothesis = decoder.hyp()
+        return hypothesis.hypstr if hypothesis is not None else ''
 
     return listen
 

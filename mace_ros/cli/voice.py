@@ -1,11 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-A voice assistant: say something, hear the answer, and correct it with "no, ...".
+A voice assistant: ask, read the answer, and correct it with "no, ...".
 
-Typed by default, or spoken in WAV files. What it does is what a robot's own assistant would
-do with :class:`MaceClient`: one conversation, answers as they come, corrections that are
-learned while the talk goes on.
+Input is typed, or spoken in WAV files. It uses :class:`MaceClient` as a robot's own assistant
+would: one conversation, streamed answers, and corrections learned during the conversation.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import threading
 from typing import Any
 import uuid
 
-from mace_ros.cli.common import parser, print_as_it_comes, run, STATES
+from mace_ros.cli.common import parser, print_stream, run, STATES
 from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.msg import CorrectionStatus, Response
 from mace_ros.ros.client import CorrectionHandle, MaceClient
 
-# The second form is for recognisers that write no commas.
+# The second form is for recognisers that write no punctuation.
 CORRECTION = re.compile(r'no(?:[,;:!.]\s*|\s+the answer is\s+)(?P<right>\S.*)', re.I | re.S)
-HELP = 'say something; "no, ..." corrects the last answer; Ctrl-D ends'
+HELP = 'ask something; "no, ..." corrects the last answer; Ctrl-D ends'
 
 
 class Assistant:
@@ -34,15 +33,15 @@ class Assistant:
 
     def __init__(self, client: MaceClient, *, profile: str, conversation: str, max_tokens: int,
                  timeout_s: float) -> None:
-        """``conversation`` is its id; empty: what is said is not remembered."""
+        """``conversation`` is its id; if empty, every query stands alone."""
         self._client, self._timeout_s = client, timeout_s
         self._fields: dict[str, Any] = {
             'profile': profile, 'conversation_id': conversation, 'max_tokens': max_tokens}
         self._last: Response | None = None
         self._corrections: list[threading.Thread] = []
 
-    def hear(self, said: str) -> None:
-        """AnswerHandle, or take a correction."""
+    def on_utterance(self, said: str) -> None:
+        """Answer, or correct the last answer."""
         correction = CORRECTION.fullmatch(said)
         if correction and self._last is not None:
             self._correct(correction['right'])
@@ -50,15 +49,15 @@ class Assistant:
             self._answer(said)
 
     def wait(self) -> None:
-        """Wait until each correction is learned, or can't be."""
+        """Wait until each correction has its final state."""
         for thread in self._corrections:
             thread.join()
 
     def _answer(self, said: str) -> None:
         answer = self._client.ask(said, **self._fields)
         try:
-            print_as_it_comes(answer, self._timeout_s)
-        except KeyboardInterrupt:    # ends the answer, and not the talk
+            print_stream(answer, self._timeout_s)
+        except KeyboardInterrupt:    # ends the answer only
             print(flush=True)
         response = answer.result(self._timeout_s)
         if response.finish_reason in (Response.REJECTED, Response.ERROR):
@@ -68,40 +67,40 @@ class Assistant:
 
     def _correct(self, right: str) -> None:
         assert self._last is not None
-        learning = self._client.correct(
+        handle = self._client.correct(
             right, query_id=self._last.query_id, profile=self._fields['profile'],
             source='mace_voice')
-        thread = threading.Thread(target=self._follow, args=(right, learning), daemon=True)
+        thread = threading.Thread(target=self._follow, args=(right, handle), daemon=True)
         thread.start()
         self._corrections.append(thread)
 
-    def _follow(self, right: str, learning: CorrectionHandle) -> None:
-        """Tell what becomes of a correction, while the talk goes on."""
+    def _follow(self, right: str, handle: CorrectionHandle) -> None:
+        """Report the states of a correction, during the conversation."""
         try:
-            for status in learning.follow(self._timeout_s):
+            for status in handle.follow(self._timeout_s):
                 text = f'"{right}" is {STATES[status.state]} {status.reason}'.rstrip()
                 if status.state == CorrectionStatus.LEARNED:
                     text += f' in adapter version {status.adapter_version}'
                 note(text)
         except TimeoutError as error:
-            note(f'"{right}": {error}; it goes on being learned')
+            note(f'"{right}": {error}; learning continues')
         except ConnectionError as error:
             note(f'"{right}": {error}')
 
 
 def note(text: str) -> None:
-    """Say what is not an answer."""
+    """Print a note about the conversation to stderr."""
     print(f'[{text}]', file=sys.stderr, flush=True)
 
 
 def typed() -> Iterator[str]:
-    """Yield what is typed, until Ctrl-D."""
-    asks = sys.stdin.isatty()
-    if asks:
+    """Yield typed lines, until Ctrl-D."""
+    interactive = sys.stdin.isatty()
+    if interactive:
         note(HELP)
     while True:
         try:
-            said = input('> ' if asks else '').strip()
+            said = input('> ' if interactive else '').strip()
         except EOFError:
             return
         if said:
@@ -109,27 +108,27 @@ def typed() -> Iterator[str]:
 
 
 def spoken(files: list[Path], recogniser: str, model: str) -> Iterator[str]:
-    """Yield what is said in each file; raises `SpeechError`."""
+    """Yield the text of each file; raises `SpeechError`."""
     listen = listener(recogniser, model)
     for file in files:
         said = listen(file)
-        note(f'{file.name}: {said or "nothing was understood"}')
+        note(f'{file.name}: {said or "no speech recognised"}')
         if said:
             yield said
 
 
-def talk(said: Iterator[str], assistant: Callable[[MaceClient], Assistant], timeout_s: float,
-         client: MaceClient) -> int:
+def talk(utterances: Iterator[str], make_assistant: Callable[[MaceClient], Assistant],
+         timeout_s: float, client: MaceClient) -> int:
     """Hold the conversation; return the exit code."""
     client.wait_until_ready(timeout_s)
-    heard_by = assistant(client)
+    assistant = make_assistant(client)
     try:
-        for each in said:
-            heard_by.hear(each)
+        for said in utterances:
+            assistant.on_utterance(said)
     except SpeechError as error:
         print(f'mace_voice: {error}', file=sys.stderr)
         return 1
-    heard_by.wait()
+    assistant.wait()
     return 0
 
 
@@ -137,23 +136,24 @@ def main() -> int:
     """Run the program; return the exit code."""
     arguments = parser('mace_voice', 'Talk with the robot: ' + HELP + '.')
     arguments.add_argument('--wav', type=Path, nargs='+', default=[], metavar='FILE',
-                           help='what is said, instead of typing (a correction: "no, ...", or '
+                           help='recorded speech instead of typing (a correction: "no, ..." or '
                                 '"no the answer is ...")')
     arguments.add_argument('--recogniser', choices=('auto', *RECOGNISERS), default='auto',
-                           help='what understands the files (default: the first that is there)')
+                           help='speech recogniser (default: the first one installed)')
     arguments.add_argument('--speech-model', default='', metavar='MODEL',
-                           help="of the recogniser (default: faster-whisper's base)")
+                           help="model of the recogniser (default: faster-whisper's base)")
     arguments.add_argument('--conversation', metavar='ID', default=str(uuid.uuid4()),
-                           help='go on with this one; empty: each question stands alone '
-                                '(default: a new one)')
-    arguments.add_argument('--profile', default='', help='whose adapter answers and learns')
+                           help='conversation to continue; empty: each query stands alone '
+                                '(default: a new conversation)')
+    arguments.add_argument('--profile', default='', help='profile whose adapter answers and learns')
     arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
-                           help='longest answer')
+                           help='maximum length of an answer')
     given = arguments.parse_args()
-    said = spoken(given.wav, given.recogniser, given.speech_model) if given.wav else typed()
-    assistant = partial(Assistant, profile=given.profile, conversation=given.conversation,
-                        max_tokens=given.max_tokens, timeout_s=given.timeout)
-    return run(partial(talk, said, assistant, given.timeout), given.node)
+    utterances = (spoken(given.wav, given.recogniser, given.speech_model) if given.wav
+                  else typed())
+    make_assistant = partial(Assistant, profile=given.profile, conversation=given.conversation,
+                             max_tokens=given.max_tokens, timeout_s=given.timeout)
+    return run(partial(talk, utterances, make_assistant, given.timeout), given.node)
 
 
 if __name__ == '__main__':

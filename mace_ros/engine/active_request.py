@@ -1,11 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""One query while it is being answered."""
+"""One query while it is being answered: its token ids, its text and its adapter version."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import auto, Enum
 from functools import lru_cache
 import math
 
@@ -25,15 +26,27 @@ from mace_ros.model.chat import ChatTokenizer, TextStream
 from mace_ros.model.sampling import Sampling
 from mace_ros.scheduling.request import Request
 
-# Of what the node asks itself: everybody else comes first.
+# Background requests have no deadline and the lowest priority.
 BACKGROUND_SLO_S = 1e9
 BACKGROUND_PRIORITY = -2**31
-READING = '\n'    # an id that no query has: it is not printable
+WARMUP_ID = '\n'    # not printable, so that no query can have this id
+
+
+class RequestKind(Enum):
+    """The origin of a request. Only user requests produce events."""
+
+    USER = auto()
+    ANCHOR = auto()    # a question to the base model, whose answer learning must preserve
+    WARMUP = auto()    # fills the prefix cache of a new adapter version
 
 
 @dataclass(eq=False)
 class ActiveRequest:
-    """A query, its token ids, and the text that has gone out."""
+    """
+    A query between admission and its last event.
+
+    ``request`` is the scheduler's view of it: numbers only.
+    """
 
     query: Query
     messages: tuple[dict[str, str], ...]
@@ -41,47 +54,57 @@ class ActiveRequest:
     request: Request
     sampling: Sampling
     stream: TextStream
+    kind: RequestKind = RequestKind.USER
     version: LiveVersion | None = None    # pinned at admission
     chunks: int = 0
-    silent: bool = False          # asked by the node itself; nobody hears it
-    finish: FinishReason | None = field(default=None)
-    # What each token of the prompt gets of attention, while that is being found out.
+    finish: FinishReason | None = None
+    # While KV pruning observes the prompt: the attention that each of its tokens receives.
     attention: Tensor | None = None
 
     @property
+    def is_silent(self) -> bool:
+        """Whether its events are not published."""
+        return self.kind is not RequestKind.USER
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt."""
+        return self.ids[:self.request.prompt_tokens]
+
+    @property
     def output(self) -> list[int]:
-        """Ids of the answer so far."""
+        """Token ids of the answer so far."""
         return self.ids[self.request.prompt_tokens:]
 
-    def push(self, token: int, now: float, ends: frozenset[int]) -> ResponseChunk | None:
-        """Take the next token; return the piece of text to publish, if there is one."""
+    def append(self, token: int, now: float, end_tokens: frozenset[int]) -> ResponseChunk | None:
+        """Append a sampled token; return the text to publish, if it completes any."""
         request = self.request
         self.ids.append(token)
         request.output_tokens += 1
         if request.first_token_at is None:
             request.first_token_at = now
         request.last_token_at = now
-        piece = self.stream.push(token)
-        if token in ends or self.stream.stopped:
+        text = self.stream.push(token)
+        if token in end_tokens or self.stream.stopped:
             self.finish = FinishReason.STOP
         elif request.output_tokens >= request.max_tokens:
             self.finish = FinishReason.LENGTH
         if self.finish is not None:
-            piece += self.stream.finish()
-        return self._chunk(piece) if piece or self.finish is not None else None
+            text += self.stream.finish()
+        return self._chunk(text) if text or self.finish is not None else None
 
-    def cut(self) -> ResponseChunk:
-        """Return the last piece of an answer that is broken off."""
+    def last_chunk(self) -> ResponseChunk:
+        """Return the chunk that closes the stream of an aborted answer."""
         return self._chunk(self.stream.finish(), last=True)
 
     def _chunk(self, text: str, *, last: bool = False) -> ResponseChunk:
         self.chunks += 1
-        return ResponseChunk(self.query.id, self.chunks - 1, text, last or self.finish is not None,
-                     self.query.origin)
+        return ResponseChunk(self.query.id, self.chunks - 1, text,
+                             last or self.finish is not None, self.query.origin)
 
-    def finished(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
+    def response(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
                  error: str = '') -> Response:
-        """Return the outcome, with its times."""
+        """Return the outcome with its latencies in milliseconds."""
         request = self.request
         tpot = math.nan
         if request.output_tokens > 1:
@@ -99,13 +122,15 @@ class ActiveRequest:
             origin=self.query.origin)
 
 
-def begin(query: Query, arrival: float, conversation: Conversation, chat: ChatTokenizer,
-          default_system: str, longest: int) -> ActiveRequest:
+def build_request(query: Query, arrival: float, conversation: Conversation, chat: ChatTokenizer,
+                  default_system: str, max_length: int,
+                  kind: RequestKind = RequestKind.USER) -> ActiveRequest:
     """
-    Build the prompt of a checked query; raises :class:`InvalidQuery` if it is too long.
+    Build the prompt of a validated query.
 
-    ``longest`` is how many tokens prompt and answer may have together. The oldest turns
-    are left out until the prompt fits; the answer gets what remains.
+    The prompt and the answer have at most ``max_length`` tokens together: the oldest turns
+    of the conversation are dropped until the prompt fits, and the answer gets the rest.
+    Raises :class:`InvalidQuery` if the query alone is too long.
     """
     system = query.system or conversation.system or default_system
     turns = list(conversation.turns)
@@ -116,41 +141,43 @@ def begin(query: Query, arrival: float, conversation: Conversation, chat: ChatTo
                                           {'role': 'assistant', 'content': t.answer})]
             + [{'role': 'user', 'content': query.text}])
         ids = chat.prompt(messages)
-        if len(ids) < longest:
+        if len(ids) < max_length:
             break
         if not turns:
             raise InvalidQuery(
                 ErrorCode.PROMPT_TOO_LONG,
-                f'prompt of {len(ids)} tokens; {max(longest - 1, 0)} fit, and one is for the answer'
-                ' (model, memory.kv_cache_tokens, memory.budget_mb)')
+                f'the prompt has {len(ids)} tokens, and at most {max(max_length - 1, 0)} fit '
+                'beside one token of an answer (model, memory.kv_cache_tokens, memory.budget_mb)')
         turns.pop(0)
     assert query.max_tokens is not None and query.temperature is not None
     assert query.top_p is not None and query.seed is not None
     assert query.ttft_slo_ms is not None and query.tpot_slo_ms is not None
     request = Request(
         id=query.id, arrival=arrival, prompt_tokens=len(ids),
-        max_tokens=min(query.max_tokens, longest - len(ids)),
+        max_tokens=min(query.max_tokens, max_length - len(ids)),
         ttft_slo=_seconds(query.ttft_slo_ms), tpot_slo=_seconds(query.tpot_slo_ms),
         priority=query.priority)
     return ActiveRequest(
         query=query, messages=messages, ids=ids, request=request,
         sampling=Sampling(query.temperature, query.top_p, query.seed),
-        stream=TextStream(chat, query.stop))
+        stream=TextStream(chat, query.stop), kind=kind)
 
 
-def reading(ids: Sequence[int], profile: str, now: float, chat: ChatTokenizer) -> ActiveRequest:
-    """Return what nobody hears and that does no more than bring ``ids`` into the KV cache."""
+def build_warmup(ids: Sequence[int], profile: str, now: float,
+                 chat: ChatTokenizer) -> ActiveRequest:
+    """Build a request that only computes the keys and values of ``ids``."""
     request = Request(
-        id=READING, arrival=now, prompt_tokens=len(ids), max_tokens=1, ttft_slo=BACKGROUND_SLO_S,
-        tpot_slo=BACKGROUND_SLO_S, priority=BACKGROUND_PRIORITY)
+        id=WARMUP_ID, arrival=now, prompt_tokens=len(ids), max_tokens=1,
+        ttft_slo=BACKGROUND_SLO_S, tpot_slo=BACKGROUND_SLO_S, priority=BACKGROUND_PRIORITY)
     return ActiveRequest(
-        query=Query('', id=READING, profile=profile), messages=(), ids=list(ids),
-        request=request, sampling=Sampling(0.0, 1.0, 0), stream=TextStream(chat), silent=True)
+        query=Query('', id=WARMUP_ID, profile=profile), messages=(), ids=list(ids),
+        request=request, sampling=Sampling(0.0, 1.0, 0), stream=TextStream(chat),
+        kind=RequestKind.WARMUP)
 
 
 @lru_cache
 def _seconds(ms: float) -> float:
-    """Return one number for all who have the same objective: every plan reads that of each."""
+    """Return the same float object for equal objectives: each plan reads that of each request."""
     return ms / 1e3
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the base model is asked before anything is learned, so that its answers can be kept."""
+"""Questions to the base model before anything is learned, so that its answers can be kept."""
 
 from __future__ import annotations
 
@@ -12,36 +12,42 @@ from mace_ros.api.events import Query
 from mace_ros.engine.active_request import BACKGROUND_PRIORITY, BACKGROUND_SLO_S
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.scheduling.plan import State
+from mace_ros.store.journal_writer import JournalWriter
 
-AT_ONCE = 8     # questions, while nobody else asks anything ...
-BESIDE = 4      # ... and beside answers, which each of them slows down a little
-ENOUGH = ANCHOR_TOKENS // 3     # tokens of an answer that was broken off
+IDLE_BATCH = 8     # questions at once while no user request is active ...
+BUSY_BATCH = 4     # ... and beside user requests, each of which they slow down a little
+MIN_TOKENS = ANCHOR_TOKENS // 3     # an aborted answer of this length is kept
 
 
 class AnchorRequests:
     """
-    Which of :data:`ANCHORS` are asked, and which are answered.
+    Tracks which of :data:`ANCHORS` are being asked, and their answers.
 
-    No query may wait for them: they are asked while nobody waits, and whoever comes sends all but
-    one away, to be asked again unless enough of the answer was there. If somebody always waits,
-    they are asked one by one once a correction has waited for too long.
+    Queries never wait for anchors: anchors are asked while no query waits, and an arriving
+    query aborts all but one of them. An aborted anchor is asked again unless its answer was
+    long enough. When queries always wait, anchors are asked one by one once a correction is
+    overdue.
     """
 
     def __init__(self, known: Mapping[tuple[int, ...], list[int]],
                  record: Callable[[Sequence[int], Sequence[int]], object]) -> None:
-        """Begin with what is ``known`` by its prompt, of earlier starts; ``record`` the others."""
+        """
+        Begin with the answers of earlier starts.
+
+        ``known`` maps prompt ids to output ids; ``record(prompt, output)`` saves a new answer.
+        """
         self._known, self._record = known, record
-        self._asked: dict[str, int] = {}    # by the ids of the queries
+        self._asked: dict[str, int] = {}    # query id -> index of the anchor
         self._answers: dict[int, tuple[list[int], list[int]]] = {}
 
     def next(self, state: State, *, overdue: bool) -> list[Query]:
-        """Return what to ask now: nothing before all that was asked has ended."""
+        """Return the queries to ask now: none before those asked earlier have ended."""
         if self._asked or (state.waiting and not overdue):
             return []
-        count = 1 if overdue and state.waiting else BESIDE if state.running else AT_ONCE
-        left = [i for i in range(len(ANCHORS)) if i not in self._answers]
+        count = 1 if overdue and state.waiting else BUSY_BATCH if state.running else IDLE_BATCH
+        unanswered = [i for i in range(len(ANCHORS)) if i not in self._answers]
         queries = []
-        for i in left[:count]:
+        for i in unanswered[:count]:
             query = Query(ANCHORS[i], id=str(uuid.uuid4()), max_tokens=ANCHOR_TOKENS,
                           temperature=0.0)
             if not overdue:
@@ -53,12 +59,12 @@ class AnchorRequests:
         return queries
 
     @property
-    def in_the_way(self) -> list[str]:
-        """The ids of those that a query which comes in sends away."""
+    def abortable(self) -> list[str]:
+        """The query ids that an arriving query aborts."""
         return list(self._asked)[1:]
 
-    def knows(self, query_id: str, prompt: list[int]) -> bool:
-        """Return whether this one need not be asked again."""
+    def answer_known(self, query_id: str, prompt: list[int]) -> bool:
+        """Take the answer to a query from an earlier start; return whether there is one."""
         output = self._known.get(tuple(prompt))
         if output is None:
             return False
@@ -67,20 +73,32 @@ class AnchorRequests:
 
     def ended(self, query_id: str, prompt: list[int], output: list[int], *,
               complete: bool) -> None:
-        """Note an answer, or so much of it as there was when its query was sent away."""
+        """Keep an answer, or an aborted one if it is long enough."""
         index = self._asked.pop(query_id)
-        if complete or len(output) >= ENOUGH:
+        if complete or len(output) >= MIN_TOKENS:
             self._answers[index] = (prompt, output)
             self._record(prompt, output)
 
     @property
-    def left(self) -> int:
-        """How many questions are not answered yet."""
+    def remaining(self) -> int:
+        """Number of anchors without an answer."""
         return len(ANCHORS) - len(self._answers)
 
     @property
-    def all(self) -> list[tuple[list[int], list[int]]] | None:
-        """The answers as (prompt, output) ids, in the order of the questions; None until then."""
-        if self.left:
+    def answers(self) -> list[tuple[list[int], list[int]]] | None:
+        """The answers as (prompt ids, output ids) in the order of the anchors; None until all."""
+        if self.remaining:
             return None
         return [self._answers[i] for i in range(len(ANCHORS))]
+
+
+def recorded_anchors(journal: JournalWriter, model: str) -> AnchorRequests:
+    """
+    Return the anchors with the answers that the journal holds for a base model. Blocks.
+
+    ``model`` is the digest of its weights; new answers are recorded under it.
+    """
+    return AnchorRequests(
+        journal.submit(lambda j: j.base_answers(model)).result(),
+        record=lambda prompt, output: journal.submit(
+            lambda j: j.record_base_answer(model, prompt, output)))

@@ -1,61 +1,178 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine begins with: the model on its device, and how much memory there is beside it."""
+"""
+Builds an engine from its settings, in the order in which its parts depend on each other.
+
+First the parts that own the device's memory (:func:`load_parts`), then the objects that use
+them (:func:`build_engine`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
 import math
 import os
+from pathlib import Path
+import time
+from typing import TypeAlias
 
 import torch
 
 from mace_ros.api.settings import InvalidSetting, Settings
+from mace_ros.engine.engine import Engine
+from mace_ros.engine.learner_port import LearnerPort
+from mace_ros.engine.paged_kv_cache import PagedKVCache
+from mace_ros.engine.parts import budget_bytes, Parts
+from mace_ros.finetune.calibration import measure
+from mace_ros.finetune.footprint import measure_footprint
+from mace_ros.learning.learner import Learner
+from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
+from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.cpu_matmul import multiplies_int8
+from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import free_memory, hardware, limit_kernel_caches
 from mace_ros.model.heap import limit_heap
-from mace_ros.model.loading import best_device, best_dtype, load_model, LoadedModel, Progress
+from mace_ros.model.loading import (
+    best_device,
+    best_dtype,
+    load_model,
+    LoadedModel,
+    Progress,
+    reporting,
+    weights_digest,
+)
+from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.kv_cache_manager import KVCacheManager
+from mace_ros.scheduling.memory_arbiter import MemoryArbiter
+from mace_ros.scheduling.plan import SegmentKind
+from mace_ros.store.adapter_store import AdapterStore, check_same_model
+from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.layout import JOURNAL
 from mace_ros.telemetry.device_counters import DeviceCounters
 from mace_ros.telemetry.status import Hardware
 
-CUDA_KV_SHARE = 0.5        # of the budget, at most, for a KV cache that can't shrink
+CUDA_KV_SHARE = 0.5        # largest share of the budget for a KV cache that can't shrink
+CAPTURE_S = 45.0           # longest time for graph capture; the rest runs eagerly
+CALIBRATION_S = 8.0        # longest calibration; the cost model learns the rest while serving
+MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 
 
-def budget_bytes(settings: Settings, free: float) -> float:
-    """Return the budget in force, where ``free`` bytes were free beside the base model."""
-    memory = settings.memory
-    return memory.budget_mb * MB if memory.budget_mb else free - memory.headroom_mb * MB
+def build_engine(settings: Settings, *, storage: Path | None = None,
+                 wake: Callable[[], None] | None = None, progress: Progress | None = None,
+                 clock: Callable[[], float] = time.monotonic,
+                 make_learner: MakeLearner | None = None) -> Engine:
+    """
+    Load the model and the live adapter versions.
+
+    ``storage`` defaults to the setting. ``wake`` is called, on any thread, when the engine has
+    something to do; ``progress`` receives a line for each phase of a long start. Raises
+    ``ModelNotFound``, ``UnsupportedModel``, ``InvalidSetting``, ``JournalError``,
+    ``StorageInUse``, ``OtherModel`` or ``OtherAdapter``.
+    """
+    folder = storage or Path(settings.storage.folder).expanduser()
+    wake, progress = wake or _ignore_wake, progress or _ignore_progress
+    # First, so that a folder in use by another node is found out before the model is loaded.
+    journal = JournalWriter(folder / JOURNAL, max_answers=settings.storage.max_answers)
+    try:
+        parts = load_parts(settings, folder, journal, progress, clock)
+        learner = (make_learner or _make_learner)(parts, settings, wake, clock)
+        return Engine(settings, parts, learner, wake=wake, clock=clock)
+    except BaseException:
+        journal.close()
+        raise
 
 
-def check_budget(budget: MemoryBudget) -> None:
-    """Raise :class:`InvalidSetting` if there is no room for a single short answer."""
-    if budget.total < budget.least:
-        raise InvalidSetting(
-            f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-            f'{budget.least / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
-            'scheduler.max_batch_tokens, or memory.headroom_mb if it is 0')
+def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progress: Progress,
+               clock: Callable[[], float]) -> Parts:
+    """Load the model, divide the memory, and measure the device."""
+    device = _load_model(settings, progress)
+    loaded, model = device.loaded, device.model
+    adapter = settings.adapter
+    slots = adapter.slots + 1    # one more than may be live, for the version to be published
+    lora = LoRAManager(
+        model.groups, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
+        slots=slots, spared=settings.finetune.spared_directions)
+    pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
+    kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
+    memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
+    check_same_model(folder, loaded.model)
+    longest = min(model.context_length, memory.max_request_tokens)
+    _capture_graphs(settings, model, longest, progress, clock)
+    cost = _calibrate(settings, model, lora, progress, clock)
+    return Parts(
+        model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
+        chat=ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id),
+        hardware=device.hardware, free_bytes=device.free_bytes, lora=lora,
+        slots=AdapterSlots(base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=slots),
+        state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,
+        paged=PagedKVCache(model, pool, kv_cache, settings.memory.kv_prune), cost=cost,
+        journal=journal, store=AdapterStore(folder))
+
+
+class StepCost:
+    """The cost of fine-tune steps, from the cost model and the free memory."""
+
+    def __init__(self, cost: CostModel, memory: MemoryArbiter, layers: int) -> None:
+        """``layers`` is the model's number of decoder layers."""
+        self._cost, self._memory, self._layers = cost, memory, layers
+
+    def tokens_within(self, seconds: float) -> int:
+        """Return the tokens of a step whose segments take up to ``seconds`` and which fits now."""
+        return self._memory.step_tokens(self._cost.tokens_within(
+            SegmentKind.BACKWARD_RECOMPUTED, seconds, most=MAX_STEP_TOKENS))
+
+    def step_s(self, tokens: int) -> float:
+        """Return the device seconds of a step over ``tokens`` tokens."""
+        return self._layers * (self._cost.segment_s(SegmentKind.FORWARD, tokens)
+                               + self._cost.segment_s(SegmentKind.BACKWARD, tokens))
+
+
+MakeLearner: TypeAlias = Callable[
+    [Parts, Settings, Callable[[], None], Callable[[], float]], LearnerPort]
+
+
+def _make_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
+                  clock: Callable[[], float]) -> Learner:
+    return Learner(
+        model=parts.model, model_name=parts.model_name, lora=parts.lora, chat=parts.chat,
+        slots=parts.slots, journal=parts.journal, store=parts.store,
+        cost=StepCost(parts.cost, parts.memory, len(parts.model.layers)),
+        settings=settings, wake=wake, clock=clock)
+
+
+# -- the device --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LoadedDevice:
+    """A model on its device; ``free_bytes`` are free beside it."""
+
+    loaded: LoadedModel
+    model: PackedModel
+    hardware: Hardware
+    free_bytes: float
 
 
 def best_weight_dtype(device: str) -> str:
-    """Return what ``auto`` stands for: what answers fastest there."""
+    """Return what ``model.weight_dtype: auto`` stands for: the fastest precision to decode in."""
     dtype = best_dtype(device)
-    fast = device == 'cpu' and multiplies_int8(getattr(torch, dtype))
-    return 'int8' if fast else dtype
+    return 'int8' if device == 'cpu' and multiplies_int8(getattr(torch, dtype)) else dtype
 
 
-def load(settings: Settings, progress: Progress,
-         ) -> tuple[LoadedModel, PackedModel, Hardware, float]:
-    """Return the model, what it runs on, and the bytes that are free beside it."""
+def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
-    dtype = model.weight_dtype
-    if dtype == 'auto':
-        dtype = best_weight_dtype(device)
+    dtype = best_weight_dtype(device) if model.weight_dtype == 'auto' else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
-        raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs alone, not for {device}')
+        raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')
     if device == 'cpu':
-        # Not cpu_count(): who pins the node to some cores leaves the others to the robot.
+        # The affinity instead of cpu_count(): cores that the node is not pinned to stay free.
         torch.set_num_threads(model.threads or len(os.sched_getaffinity(0)))
         limit_kernel_caches()
         limit_heap()
@@ -63,13 +180,64 @@ def load(settings: Settings, progress: Progress,
         model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
         cache=settings.storage.model_cache, progress=progress)
     kind = hardware(loaded.model.device)
-    free = free_memory(loaded.model.device, DeviceCounters(kind).read().memory_free_mb)
-    # Elsewhere it takes memory as it is filled, and gives it back.
+    counters = DeviceCounters(kind)
+    free = free_memory(loaded.model.device, counters.read().memory_free_mb)
+    # On a CPU the KV cache takes memory as it fills, and returns it.
     kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
     if dtype == 'int8':
         progress('rounding its linear layers to 8 bits')
-    hybrid = PackedModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens,
+    packed = PackedModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens,
                          kv_bytes=kv_bytes, int8=dtype == 'int8')
-    if device == 'cpu':     # less what the 8 bits took
-        free = free_memory(hybrid.device, DeviceCounters(kind).read().memory_free_mb)
-    return loaded, hybrid, kind, free
+    if device == 'cpu':     # without the memory of the 8-bit weights
+        free = free_memory(packed.device, counters.read().memory_free_mb)
+    return _LoadedDevice(loaded, packed, kind, free)
+
+
+def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, free_bytes: float,
+                   kv_cache: KVCacheManager) -> MemoryArbiter:
+    """Raise :class:`InvalidSetting` if the budget has no room for a single short answer."""
+    budget = MemoryBudget(
+        measure_footprint(model, lora), budget_bytes(settings, free_bytes),
+        most_blocks=model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
+        rows=settings.scheduler.max_requests,
+        # Device graphs hold the addresses of a cache that exists from the start.
+        resident=model.device.type == 'cuda')
+    memory = MemoryArbiter(budget, kv_cache)
+    if budget.total < budget.least:
+        raise InvalidSetting(
+            f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
+            f'{budget.least / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
+            'scheduler.max_batch_tokens, or memory.headroom_mb if memory.budget_mb is 0')
+    return memory
+
+
+def _capture_graphs(settings: Settings, model: PackedModel, max_context: int,
+                    progress: Progress, clock: Callable[[], float]) -> None:
+    if model.device.type != 'cuda' or not settings.model.device_graphs:
+        return
+    with reporting(progress, 'capturing device graphs'):
+        end = clock() + CAPTURE_S
+        captured = capture(
+            model, max_rows=settings.scheduler.max_requests,
+            max_tokens=settings.scheduler.max_batch_tokens, max_context=max_context,
+            steps=settings.finetune.recompute != 'always', may_go_on=lambda: clock() < end)
+    progress(str(captured))
+
+
+def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager, progress: Progress,
+               clock: Callable[[], float]) -> CostModel:
+    cost = CostModel()
+    with reporting(progress, 'measuring the device'):
+        end = clock() + CALIBRATION_S
+        cost.calibrate(takewhile(lambda _: clock() < end, measure(
+            model, lora, max_tokens=settings.scheduler.max_batch_tokens, clock=clock)))
+    model.drop_blocks(0)       # the contents that the measurement has left
+    return cost
+
+
+def _ignore_wake() -> None:
+    """Wake nothing: the caller steps the engine by itself."""
+
+
+def _ignore_progress(text: str) -> None:
+    """Report nothing."""

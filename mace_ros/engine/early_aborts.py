@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Cancellations that come before their query: topics keep no order among each other."""
+"""Cancellations that arrive before their query: topics are not ordered among each other."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import TypeVar
 
 T = TypeVar('T')
 
-KEPT_S = 10.0     # a query that comes later is another one
+KEPT_S = 10.0     # a query with the same id that arrives later is a new one
 KEPT = 1000       # cancellations, and as many ids of queries that have ended
 
 
 class EarlyAborts:
     """
-    Remembers for a while who was cancelled without being there.
+    Remembers cancellations of unknown queries for a while.
 
-    One that comes too late names a query that has ended; it must not hit another one that
-    uses the id again.
+    A cancellation that arrives after its query has ended is ignored: it must not abort a later
+    query that uses the id again.
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Begin without a cancellation."""
         self._cancelled: OrderedDict[str, float] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     def cancelled(self, query_id: str, now: float) -> None:
-        """Note that somebody was cancelled who is not there."""
+        """Note the cancellation of a query that is not active."""
         if query_id not in self._ended:
             _put(self._cancelled, query_id, now)
 
@@ -36,7 +36,7 @@ class EarlyAborts:
         _put(self._ended, query_id, None)
 
     def take(self, query_id: str, now: float) -> bool:
-        """Whether a query that comes in was cancelled already; asked once."""
+        """Return whether an arriving query was cancelled already, and forget that."""
         at = self._cancelled.pop(query_id, None)
         return at is not None and now - at <= KEPT_S
 

@@ -3,23 +3,17 @@
 """
 The engine: queries and corrections in, events out, one iteration at a time.
 
-It is the only place where plan (scheduling), run (running.py) and commit meet. One
-thread, the one that owns the device, calls :meth:`Engine.step`; any thread may call
-:meth:`Engine.submit`, :meth:`Engine.cancel`, :meth:`Engine.correct` and
-:meth:`Engine.update`, which only enqueue.
+One thread, which owns the device, calls :meth:`Engine.step`. Any thread may call the methods
+that take queries, corrections and settings: they only put a message into the inbox.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import gc
-from itertools import takewhile
-import math
-from pathlib import Path
 import time
 import uuid
 
@@ -36,56 +30,46 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.api.validation import (
-    checked_correction,
-    CorrectionLimiter,
-    MAX_ID,
+from mace_ros.api.validation import checked_correction, MAX_ID
+from mace_ros.engine.anchor_requests import recorded_anchors
+from mace_ros.engine.answer_recorder import AnswerRecorder
+from mace_ros.engine.background_requests import BackgroundRequests
+from mace_ros.engine.correction_limiter import CorrectionLimiter
+from mace_ros.engine.inbox import (
+    AbortQuery,
+    AnswerWritten,
+    BeginTrace,
+    ChangeSettings,
+    CorrectionWritten,
+    Inbox,
+    Message,
+    Publish,
+    RollBack,
+    SubmitQuery,
 )
-from mace_ros.engine.anchor_requests import AnchorRequests
-from mace_ros.engine.builder import budget_bytes, check_budget, load
-from mace_ros.engine.kv_blocks import KvBlocks
-from mace_ros.engine.model_runner import ModelRunner
-from mace_ros.engine.request_manager import RequestManager
-from mace_ros.finetune.calibration import measure
-from mace_ros.finetune.footprint import measure_footprint
+from mace_ros.engine.learner_port import LearnerPort
+from mace_ros.engine.model_runner import ModelRunner, PassResult
+from mace_ros.engine.parts import budget_bytes, Parts
+from mace_ros.engine.request_manager import queue_full, RequestManager
+from mace_ros.engine.snapshot import take_status
+from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import accept, Accepted
-from mace_ros.learning.learner import Learner
-from mace_ros.learning.outcomes import suspected, SuspectedRegression
 from mace_ros.learning.rollback import RolledBack
-from mace_ros.learning.rollback_queue import RollbackQueue
-from mace_ros.memory.adapter_slots import AdapterSlots
-from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
-from mace_ros.memory.budget import MB, MemoryBudget
-from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.graph_capture import capture
 from mace_ros.model.heap import HeapTrimmer
-from mace_ros.model.loading import Progress, reporting, weights_digest
-from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
-from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.kv_cache_manager import KVCacheManager
-from mace_ros.scheduling.memory_arbiter import MemoryArbiter
-from mace_ros.scheduling.plan import SegmentKind, State
+from mace_ros.scheduling.plan import Plan
 from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.store.adapter_store import AdapterStore, check_same_model
-from mace_ros.store.journal import Journal
-from mace_ros.store.journal_file import JournalError
-from mace_ros.store.journal_writer import JournalWriter
-from mace_ros.store.layout import JOURNAL
 from mace_ros.store.retention import tidy
+from mace_ros.telemetry.observer import IterationObserver, Observers
 from mace_ros.telemetry.status import Status
-from mace_ros.telemetry.trace import phase_of, Record, Trace
-
-MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
-CAPTURE_S = 45.0       # at most; what it leaves out runs eagerly
-CALIBRATION_S = 8.0    # at most; what it leaves out is learned while serving
+from mace_ros.telemetry.trace import Record, Trace
 
 
 @dataclass(frozen=True)
 class Iteration:
     """
-    What one call of :meth:`Engine.step` did, and when to call again.
+    The outcome of :meth:`Engine.step`: events to publish, and when to call it again.
 
-    ``wake_at`` is a time on the engine's clock; None waits for the ``wake`` callback.
+    ``wake_at`` is a time on the engine's clock; None waits for the ``wake`` function.
     """
 
     events: list[Event]
@@ -93,118 +77,49 @@ class Iteration:
 
 
 class Engine:
-    """Answers queries and learns corrections on one device."""
+    """
+    Answers queries and learns corrections on one device.
 
-    def __init__(self, settings: Settings, *, storage: Path | None = None,
-                 wake: Callable[[], None] = lambda: None,
-                 progress: Progress = lambda text: None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        """
-        Load the model and the live adapter versions.
+    Attributes, to be read only: ``parts`` (what holds memory or files), ``model``, ``lora``,
+    ``chat``, ``hardware``, ``scheduler``, ``learner``, ``requests`` and ``runner``.
+    """
 
-        ``storage`` defaults to the setting. ``wake`` is called, from any thread, when
-        there is something to do. Raises ``ModelNotFound``, ``UnsupportedModel``,
-        ``InvalidSetting``, ``JournalError``, ``StorageInUse``, ``OtherModel`` or ``OtherAdapter``.
-        """
-        self._settings, self._wake, self._clock = settings, wake, clock
-        folder = storage or Path(settings.storage.folder).expanduser()
-        # First: if another node has the folder, that is known before the model is loaded.
-        self._journal = JournalWriter(
-            folder / JOURNAL, max_answers=settings.storage.max_answers)
-        try:
-            self._set_up(folder, progress)
-        except BaseException:
-            self._journal.close()
-            raise
-
-    def _set_up(self, folder: Path, progress: Progress) -> None:
-        """Load everything; the journal is open."""
-        settings, clock, wake = self._settings, self._clock, self._wake
-        loaded, self.model, self.hardware, free = load(settings, progress)
-        self.chat = ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
-        adapter = settings.adapter
-        self.bank = LoRAManager(
-            self.model.groups, targets=adapter.target_modules, rank=adapter.rank,
-            # One more than may be live, for the version that is about to be.
-            alpha=adapter.alpha, slots=adapter.slots + 1,
-            spared=settings.finetune.spared_directions)
-        self._state = State()
-        self._pool = BlockPool(self.model.kv_blocks, BLOCK_TOKENS)
-        self._kv_cache = KVCacheManager(
-            self._pool, self._state, sharing=settings.memory.prefix_sharing)
-        self._free_at_start = free
-        self._memory = MemoryArbiter(
-            MemoryBudget(
-                measure_footprint(self.model, self.bank), budget_bytes(settings, free),
-                most_blocks=self.model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
-                rows=settings.scheduler.max_requests,
-                # Device graphs hold the addresses of a cache that is there from the start.
-                resident=self.model.device.type == 'cuda'), self._kv_cache, self._state)
-        check_budget(self._memory.budget)
-        self._blocks = KvBlocks(self.model, self._pool, self._kv_cache)
-        self._blocks.prune_share = settings.memory.kv_prune
-        self._slots = AdapterSlots(
-            base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots + 1)
-        check_same_model(folder, loaded.model)
-        self._store = store = AdapterStore(folder)
-        self.learner = Learner(
-            model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
-            slots=self._slots, journal=self._journal, store=store, wake=wake)
-        self._rollbacks = RollbackQueue(
-            bank=self.bank, slots=self._slots, journal=self._journal, store=store, wake=wake)
-        if self.model.device.type == 'cuda' and settings.model.device_graphs:
-            with reporting(progress, 'capturing device graphs'):
-                end = clock() + CAPTURE_S
-                captured = capture(
-                    self.model, max_rows=settings.scheduler.max_requests,
-                    max_tokens=settings.scheduler.max_batch_tokens, max_context=self._longest,
-                    steps=settings.finetune.recompute != 'always',
-                    may_go_on=lambda: clock() < end)
-            progress(str(captured))
-        cost = CostModel()
-        with reporting(progress, 'measuring the device'):
-            end = clock() + CALIBRATION_S
-            cost.calibrate(takewhile(lambda _: clock() < end, measure(
-                self.model, self.bank, max_tokens=settings.scheduler.max_batch_tokens,
-                clock=clock)))
-        self.scheduler = Scheduler(settings, cost)
-        self.learner.training.tokens_within = lambda seconds: self._memory.step_tokens(
-            cost.tokens_within(
-                SegmentKind.BACKWARD_RECOMPUTED, seconds, most=MAX_STEP_TOKENS))
-        layers = len(self.model.layers)
-        self.learner.step_s = lambda tokens: layers * (
-            cost.segment_s(SegmentKind.FORWARD, tokens)
-            + cost.segment_s(SegmentKind.BACKWARD, tokens))
-        self.learner.clock = clock
-        self.learner.condemn = self._condemn
-        self._inbox: deque[Callable[[], list[Event]]] = deque()
-        self._arrived: deque[tuple[Query, float]] = deque()     # those of the inbox
-        self._unsaid: list[Event] = []      # of the iteration that is being run
+    def __init__(self, settings: Settings, parts: Parts, learner: LearnerPort, *,
+                 wake: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """Assemble the parts, and restore what was learned; see :func:`build_engine`."""
+        self._settings, self.parts, self._clock = settings, parts, clock
+        self.model, self.lora, self.chat = parts.model, parts.lora, parts.chat
+        self.hardware, self.learner = parts.hardware, learner
+        self.scheduler = Scheduler(settings, parts.cost)
+        self._state, self._memory, self._journal = parts.state, parts.memory, parts.journal
+        self._inbox, self._observers = Inbox(wake), Observers(clock)
+        self._recorder = AnswerRecorder(journal=parts.journal, inbox=self._inbox)
+        self._background = BackgroundRequests(
+            chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache, slots=parts.slots,
+            anchors=recorded_anchors(parts.journal, parts.weights_digest), clock=clock)
+        self.requests = RequestManager(
+            settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
+            slots=parts.slots, recorder=self._recorder, background=self._background,
+            memory=parts.memory, context_length=parts.model.context_length,
+            answered=learner.answered, clock=clock)
+        self.runner = ModelRunner(
+            model=parts.model, state=parts.state, paged=parts.paged, kv_cache=parts.kv_cache,
+            cost=parts.cost, requests=self.requests, inbox=self._inbox,
+            observers=self._observers, clock=clock)
+        self._limiter = CorrectionLimiter()
+        self._trace: Trace | None = None
+        self._unpublished: list[Event] = []    # of an iteration that raised
+        self._published_first = False          # the last iteration only published events
         self._was_idle = True
-        self._requests = RequestManager(
-            settings, chat=self.chat, state=self._state, kv_cache=self._kv_cache,
-            slots=self._slots, learner=self.learner, journal=self._journal,
-            base=self._base_answers(weights_digest(loaded.model)),
-            longest=lambda: self._longest, later=self._enqueue, clock=clock)
-        self._spoke = False    # the latest iteration only said something
-        self._door = CorrectionLimiter()
-        # All that stays: a full collection need not look at it again and again.
+        self._step: FinetuneStep | None = None
+        # Move long-lived objects out of the garbage collector's sight.
         gc.collect()
         gc.freeze()
-        self.model.drop_blocks(0)       # what measuring has left in them
-        # Of what the budget is for, the adapters are there already; on a GPU in its own memory.
+        # Adapters are part of the budget, and on a CPU of the process's memory.
         self._heap = HeapTrimmer(
-            self.bank.nbytes if self.model.device.type == 'cpu' else 0, clock())
-        self.runner = ModelRunner(
-            model=self.model, state=self._state, pool=self._pool, blocks=self._blocks,
-            kv_cache=self._kv_cache, scheduler=self.scheduler, requests=self._requests,
-            heap=self._heap, learner=lambda: self.learner, is_called=lambda: bool(self._inbox),
-            clock=clock)
-        # What was live before the last stop, and what is still to be learned.
-        self.restored = self.learner.publisher.restore()
-        for record in self._journal.submit(lambda j: j.pending()).result():
-            self.learner.add(record, clock())
-        tidy(self._journal, store, settings.storage.max_versions)
+            parts.lora.nbytes if parts.model.device.type == 'cpu' else 0, clock())
+        self._restored = learner.restore()
+        tidy(parts.journal, parts.store, settings.storage.max_versions)
 
     # -- called from any thread ------------------------------------------------------
 
@@ -214,125 +129,334 @@ class Engine:
         return self._settings
 
     @property
-    def _longest(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
-        return min(self.model.context_length, self._memory.longest)
-
-    @property
     def free_kv_tokens(self) -> int:
-        """Tokens that the KV cache can still take."""
-        return self._pool.free_tokens
+        """Tokens that the KV cache has room for."""
+        return self.parts.pool.free_tokens
 
     def submit(self, query: Query) -> None:
-        """Take a query; exactly one :class:`Response` will follow."""
+        """Take a query; exactly one :class:`Response` follows."""
         arrival, limit = self._clock(), self._settings.scheduler.max_queue
-        if len(self._arrived) >= limit:    # an iteration takes so long, or hangs
-            refused = self._requests.not_begun(
-                replace(query, id=query.id or str(uuid.uuid4())), arrival, FinishReason.REJECTED,
-                ErrorCode.OVERLOADED, f'{limit} queries wait already (scheduler.max_queue)')
-            self._enqueue(lambda: [refused])
-            return
-        self._arrived.append((query, arrival))
-        self._enqueue(lambda: self._requests.admit(*self._arrived.popleft()))
+        if self._inbox.queries < limit:
+            self._inbox.put(SubmitQuery(query, arrival))
+        else:    # an iteration takes long, or hangs
+            self._inbox.put(Publish(self.requests.refuse(
+                replace(query, id=query.id or str(uuid.uuid4())), arrival,
+                FinishReason.REJECTED, ErrorCode.OVERLOADED, queue_full(limit))))
 
     def cancel(self, query_id: str) -> None:
-        """End a query early; one that is not running is left alone."""
-        if len(query_id) <= MAX_ID:     # of no query, else
-            self._enqueue(lambda: self._requests.cancel(query_id))
+        """End a query early; the id of an ended query is ignored."""
+        if len(query_id) <= MAX_ID:     # else no query has this id
+            self._inbox.put(AbortQuery(query_id))
 
     def correct(self, correction: Correction) -> None:
-        """Take a correction; ACCEPTED or REJECTED will follow, after the write to disk."""
-        arrived = self._clock()
+        """Take a correction; ACCEPTED follows once it is on disk, or REJECTED."""
+        arrived, settings = self._clock(), self._settings
         try:
             checked = checked_correction(correction)
-            self._door.let_in(
-                arrived, self._settings.correction.max_per_minute, self._journal.backlog)
+            self._limiter.admit(
+                arrived, settings.correction.max_per_minute, self._journal.backlog)
         except InvalidCorrection as error:
-            refused = CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))
-            self._enqueue(lambda: [refused])
+            self._inbox.put(Publish(_rejected(correction, error)))
             return
-        settings = self._settings
-
-        future = self._journal.submit(lambda journal: accept(
-            checked, journal, chat=self.chat, settings=settings, longest=self._longest,
+        max_length = self.requests.max_length
+        written = self._journal.submit(lambda journal: accept(
+            checked, journal, chat=self.chat, settings=settings, longest=max_length,
             arrived=arrived))
-        future.add_done_callback(
-            lambda done: self._enqueue(lambda: self._accepted(checked, done)))
+        written.add_done_callback(
+            lambda outcome: self._inbox.put(CorrectionWritten(checked, outcome)))
 
     def update(self, settings: Settings) -> None:
-        """Put other settings in force at the next iteration."""
-        def apply() -> list[Event]:
-            self._settings = self._requests.settings = settings
-            self.runner.planned_ahead = None     # under those that were in force
-            self.scheduler.update(settings)
-            self._kv_cache.share(settings.memory.prefix_sharing)
-            self._blocks.prune_share = settings.memory.kv_prune
-            limits = settings.scheduler
-            self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
-            self._memory.change(budget_bytes(settings, self._free_at_start))
-            return self._requests.fit()
-        self._enqueue(apply)
+        """Put other settings into force at the next iteration."""
+        self._inbox.put(ChangeSettings(settings))
 
     def trace(self, iterations: int, seconds: float,
               done: Callable[[list[Record]], None]) -> None:
         """
-        Record what the next iterations do, for so many seconds at most.
+        Record the next ``iterations`` iterations, for ``seconds`` at most.
 
-        ``done`` gets the records, in the device's thread. One trace at a time.
+        ``done`` receives the records on the device's thread. One trace at a time.
         """
-        def begin() -> list[Event]:
-            self.runner.trace = Trace(iterations, self._clock() + seconds, done, self._clock)
-            return []
-        self._enqueue(begin)
-
-    def versions(self, profile: str) -> Future[list[AdapterVersion]]:
-        """Read all versions of a profile, oldest first."""
-        return self.learner.publisher.versions(profile)
+        self._inbox.put(BeginTrace(iterations, seconds, done))
 
     def rollback(self, profile: str, version: int, reason: str = '') -> Future[RolledBack]:
         """
-        Ask for an earlier version of a profile, 0 for the base model (or the robot's).
+        Make an earlier version of a profile live; 0 is the base model (or the robot's version).
 
-        The future ends once the next query is served that version, or with the reason why
-        it is not: ``RollbackRefused``, ``CorruptVersion`` or ``JournalError``.
+        The future ends when the next query is served that version, or with
+        ``RollbackRefused``, ``CorruptVersion`` or ``JournalError``.
         """
         done: Future[RolledBack] = Future()
-
-        def add() -> list[Event]:
-            self._rollbacks.add(profile, version, reason, done)
-            return []
-        self._enqueue(add)
+        self._inbox.put(RollBack(profile, version, reason, done))
         return done
 
-    def live_version(self, profile: str) -> int:
-        """Return the version of its own that serves a profile; 0 if there is none."""
-        live = self._slots.live(profile)
-        return live.version if live.profile == profile else 0
+    def versions(self, profile: str) -> Future[list[AdapterVersion]]:
+        """Read all versions of a profile, oldest first."""
+        return self.learner.versions(profile)
 
-    def _enqueue(self, action: Callable[[], list[Event]]) -> None:
-        self._inbox.append(action)
-        self._wake()
+    def live_version(self, profile: str) -> int:
+        """Return the live version of the profile itself; 0 if it has none."""
+        live = self.parts.slots.live(profile)
+        return live.version if live.profile == profile else 0
 
     # -- called from the device's thread ---------------------------------------------
 
+    def observe(self, observer: IterationObserver) -> None:
+        """Report each iteration to an observer from now on."""
+        self._observers.add(observer)
+
+    def unobserve(self, observer: IterationObserver) -> None:
+        """Report to an observer no longer."""
+        self._observers.remove(observer)
+
+    def start(self) -> list[Event]:
+        """Return the events to publish before the first iteration: the restored versions."""
+        events, self._restored = self._restored, []
+        return events
+
     def step(self) -> Iteration:
-        """
-        Run one iteration: plan, run, commit.
+        """Run one iteration: receive, learn, plan, run, commit."""
+        with self._observers.timed('iteration'):
+            iteration = self._iterate()
+        self._observers.finished(iteration.events)
+        return iteration if self._trace is None else self._end_trace_in_time(
+            self._trace, iteration)
 
-        One that has something to say before its segments returns it first; the next call
-        goes on with them.
-        """
-        with phase_of(self.runner.trace, 'iteration'):
-            wake_at = self._step(self._unsaid)
-        # Not before: of an iteration that fails, what it has to say is said by the next one.
-        events, self._unsaid = self._unsaid, []
-        iteration = Iteration(events, wake_at)
-        trace = self.runner.trace
-        return iteration if trace is None else self._traced(trace, iteration)
+    def _iterate(self) -> Iteration:
+        self.runner.check()
+        with self._events_survive_errors() as events:
+            if self.runner.has_segments:        # the events of their pass are published by now
+                events += self._finish_plan()
+                return Iteration(events, self._clock())
+            events += self._commit(self.runner.collect())
+            events += self._finish_plan()
+            events += self._receive()
+            events += self._learn()
+            if self._must_publish_first(events):
+                return Iteration(events, self._clock())
+            events += self._prepare()
+            plan = self._plan()
+            events += self.requests.reject(plan.rejected)
+            if self._memory.reclaim(plan.lacks_memory, overdue=self._is_overdue()):
+                return Iteration(events, self._clock())     # plan again, with more memory
+            self._tend_memory(plan)
+            if not plan.is_empty:
+                events += self._commit(self.runner.execute(plan, self._step))
+                if not (events and self.runner.has_segments):
+                    events += self._finish_plan()
+            return Iteration(events, self._wake_at(plan, events))
 
-    def _traced(self, trace: Trace, iteration: Iteration) -> Iteration:
-        """Note what an iteration said, and see to it that the trace ends in time."""
-        trace.ended(iteration.events)
+    @contextmanager
+    def _events_survive_errors(self) -> Iterator[list[Event]]:
+        """Keep the events of an iteration that raises for the next one."""
+        events, self._unpublished = self._unpublished, []
+        try:
+            yield events
+        except BaseException:
+            self._unpublished = events
+            raise
+
+    def _must_publish_first(self, events: Sequence[Event]) -> bool:
+        """
+        Return whether to publish events before the pass, which would delay them.
+
+        Never twice in a row: messages must not hold up the pass either. On CUDA the events
+        are published while the device runs a pass.
+        """
+        self._published_first = bool(
+            events and not self._published_first and not self.runner.overlaps)
+        return self._published_first
+
+    def _wake_at(self, plan: Plan, events: Sequence[Event]) -> float | None:
+        if events or not plan.is_empty:
+            return self._clock()
+        times = (plan.wake_at, self.learner.wake_at)
+        return min((t for t in times if t is not None), default=None)
+
+    # -- receive ---------------------------------------------------------------------
+
+    def _receive(self) -> Iterator[Event]:
+        with self._observers.timed('receive'):
+            for message in self._inbox.drain():
+                yield from self._received(message)
+
+    def _received(self, message: Message) -> list[Event]:
+        match message:
+            case SubmitQuery(query, arrival):
+                return self.requests.admit(query, arrival)
+            case AbortQuery(query_id):
+                return self.requests.cancel(query_id)
+            case CorrectionWritten(correction, outcome):
+                return self._correction_written(correction, outcome)
+            case ChangeSettings(settings):
+                return self._change(settings)
+            case RollBack(profile, version, reason, done):
+                self.learner.rollback(profile, version, reason, done)
+            case BeginTrace(iterations, seconds, done):
+                self._trace = Trace(iterations, self._clock() + seconds, done, self._clock)
+                self.observe(self._trace)
+            case AnswerWritten():
+                self._recorder.written(message)
+            case Publish(event):
+                return [event]
+        return []
+
+    def _correction_written(self, correction: Correction,
+                            outcome: Future[Accepted]) -> list[Event]:
+        error = outcome.exception()
+        if not isinstance(error, InvalidCorrection):
+            self._recorder.journal_error = str(error or '')
+        if error is not None:
+            return [_rejected(correction, error)]
+        accepted = outcome.result()
+        if accepted.new:
+            self._recorder.conversations.correct(
+                accepted.record.query_id, accepted.record.corrected)
+        events = self.learner.accepted(accepted)
+        self._follow_step()
+        return events
+
+    def _change(self, settings: Settings) -> list[Event]:
+        self._settings = settings
+        self.runner.drop_planned_ahead()
+        self.scheduler.update(settings)
+        self.learner.update(settings)
+        self.parts.kv_cache.set_sharing(settings.memory.prefix_sharing)
+        self.parts.paged.update(settings.memory.kv_prune)
+        limits = settings.scheduler
+        self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
+        self._memory.resize(budget_bytes(settings, self.parts.free_bytes))
+        return self.requests.update(settings)
+
+    # -- learn -----------------------------------------------------------------------
+
+    def _learn(self) -> list[Event]:
+        with self._observers.timed('learn'):
+            try:
+                events = self.learner.poll()
+            except Exception as error:    # such as an allocation for the next step
+                if not self.learner.busy:
+                    raise                 # no failure of a job, and nothing else would report it
+                events = self._fail_learning(error)
+            self._follow_step()
+        for event in events:
+            if isinstance(event, AdapterVersion) and event.state is VersionState.PUBLISHED:
+                self._background.published(event.profile)
+        if any(isinstance(event, AdapterVersion) for event in events):
+            tidy(self._journal, self.parts.store, self._settings.storage.max_versions)
+        return events
+
+    def _fail_learning(self, error: Exception) -> list[Event]:
+        """Let the learner retry its job; requests are unaffected."""
+        events = self.learner.fail(f'{type(error).__name__}: {error}')
+        self._follow_step()
+        return events
+
+    def _follow_step(self) -> None:
+        """Release the KV blocks of a fine-tune step that the learner has given up."""
+        step = self.learner.step
+        if self._step is not None and self._step is not step:
+            self.parts.paged.release(self._step)
+        self._step = step
+
+    # -- plan ------------------------------------------------------------------------
+
+    def _prepare(self) -> list[Event]:
+        """Start background requests, and give the scheduler what it may plan."""
+        warmup = self._background.next_warmup(sharing=self._settings.memory.prefix_sharing)
+        if warmup is not None:
+            self.requests.start(warmup)
+        if self.learner.wants_anchors:
+            self._ask_anchors()
+        events = self._offer_step()
+        try:
+            self.parts.paged.move(self._step)
+        except Exception as error:    # requests are computed again
+            events += self._fail_learning(error)
+        return events
+
+    def _ask_anchors(self) -> None:
+        """Ask the base model what learning must preserve; give the learner all answers at once."""
+        for active in self._background.next_anchors(
+                self._settings, self.requests.max_length, overdue=self.scheduler.is_overdue(
+                    self.learner.oldest_unlearned_at, self._clock())):
+            self.requests.start(active)
+        answers = self._background.anchor_answers
+        if answers is not None:
+            self.learner.give_anchors(answers)
+            self._inbox.wake()    # poll the learner again
+
+    def _offer_step(self) -> list[Event]:
+        """Let the scheduler plan the learner's step if there is memory for it."""
+        step = self._step
+        try:
+            allowed = self._memory.grant(step, overdue=self._is_overdue())
+        except Exception as error:    # the step could not be laid out in smaller pieces
+            self._state.finetune = None
+            return self._fail_learning(error)
+        self._state.finetune = step if allowed else None
+        lack = self._memory.shortage(step) if step is not None and not allowed else ''
+        if not lack:
+            return []
+        events = self.learner.fail(lack)    # with fewer corrections it may fit
+        self._follow_step()
+        return events
+
+    def _plan(self) -> Plan:
+        with self._observers.timed('plan'):
+            plan = self.runner.take_planned_ahead() or self.scheduler.plan(
+                self._state, self._clock())
+        self._observers.planned(plan, len(self.requests))
+        return plan
+
+    def _is_overdue(self) -> bool:
+        """Return whether the step trains a correction that has waited too long."""
+        return self._step is not None and self.scheduler.is_overdue(
+            self._step.oldest_correction_at, self._clock())
+
+    def _tend_memory(self, plan: Plan) -> None:
+        """When the last request has ended, account for every KV block; trim the heap."""
+        idle = not self._state.has_requests
+        if idle and not self._was_idle:
+            self.parts.pool.check(self._step.blocks if self._step is not None else ())
+        self._was_idle = idle
+        self._heap.tend(self._clock(), self._memory.budget.total, idle=(
+            plan.is_empty and idle and not self.learner.busy))
+
+    # -- commit ----------------------------------------------------------------------
+
+    def _commit(self, result: PassResult | None) -> list[Event]:
+        """Publish the tokens of a pass, or end the requests of one that failed."""
+        if result is None:
+            return []
+        events: list[Event] = []
+        if result.error is not None:
+            plan = result.plan
+            events += self.requests.fail(
+                [r.id for r in (*plan.decode, *(c.request for c in plan.prefill))],
+                f'{type(result.error).__name__}: {result.error}')
+        with self._observers.timed('commit'):
+            events += self.requests.commit(result.sampled, result.tokens)
+        self._observers.committed([active.request for active in result.sampled])
+        if result.learning_error is not None:
+            events += self._fail_learning(result.learning_error)
+        return events
+
+    def _finish_plan(self) -> list[Event]:
+        """Run the segments of a plan whose pass has ended, and account for both."""
+        result = self.runner.run_segments()
+        if result is None:
+            return []
+        measurement, now = result.measurement, self._clock()
+        if measurement.segments and self._step is not None and self._step.done:
+            self._heap.left_gaps(now)
+        self.learner.commit(measurement.segments)
+        self._observers.measured(measurement, self.scheduler.cost)
+        self.scheduler.observe(measurement, now)
+        return [] if result.error is None else self._fail_learning(result.error)
+
+    # -- trace, status, end ----------------------------------------------------------
+
+    def _end_trace_in_time(self, trace: Trace, iteration: Iteration) -> Iteration:
         if trace.complete:
             self._end_trace(trace)
             return iteration
@@ -340,217 +464,38 @@ class Engine:
         return replace(iteration, wake_at=min(wake_at, trace.ends_at))
 
     def _end_trace(self, trace: Trace) -> None:
-        self.runner.trace = None
+        self._trace = None
+        self.unobserve(trace)
         trace.finish(self._state.waiting)
 
-    def _step(self, events: list[Event]) -> float | None:
-        """Run an iteration, and add what it has to say; return when to call again."""
-        if self.runner.fatal_error is not None:
-            raise self.runner.fatal_error
-        if self.runner.is_suspended:
-            self.runner.resume(events)
-            return self._clock()
-        self.runner.collect(events)
-        with phase_of(self.runner.trace, 'take in'):
-            self._take_in(events)
-            events += self._rollbacks.advance(may_begin=self._stop_learning)
-            self.learner.held = self._rollbacks.profile
-            try:
-                events += self.learner.advance(self._settings)
-            except Exception as error:    # such as an allocation for the next step
-                if not self.learner.busy:
-                    raise                 # that is no device's fault, and nothing else would tell
-                events += self.runner.learning_broke(error)
-        for event in events:
-            if isinstance(event, AdapterVersion) and event.state is VersionState.PUBLISHED:
-                self._requests.published(event.profile)
-        if any(isinstance(event, AdapterVersion) for event in events):
-            tidy(self._journal, self._store, self._settings.storage.max_versions)
-        # Before the pass; but messages must not hold it up.
-        if events and not self._spoke and not self.runner.overlaps:
-            self._spoke = True
-            return self._clock()
-        self._spoke = False
-        self._requests.warm_up()
-        if self.learner.wants_anchors:
-            self._requests.ask_base(overdue=self.scheduler.is_overdue(
-                min(self.learner.unlearned, default=math.inf), self._clock()))
-        events += self._take_step()
-        events += self._move_blocks()
-        self._kv_cache.refresh()
-        now = self._clock()
-        with phase_of(self.runner.trace, 'plan'):
-            plan = self.runner.take_planned_ahead() or self.scheduler.plan(self._state, now)
-        for rejection in plan.rejected:
-            events += self._requests.end(
-                self._requests[rejection.request.id], FinishReason.REJECTED,
-                ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
-                rejection.reason)
-        if self._memory.planned(plan.lacks_memory, overdue=self._is_overdue(now)):
-            return now     # and plan again, with more memory
-        self._check_when_idle()
-        self._heap.tend(now, self._memory.budget.total, idle=(
-            plan.is_empty and not self._state.has_requests and not self.learner.busy))
-        if not plan.is_empty:
-            if self.runner.trace is not None:
-                self.runner.trace.planned(plan)
-            self.runner.run(plan, events)
-            return now
-        if events:
-            return now
-        return min((t for t in (plan.wake_at, self.learner.wake_at) if t is not None),
-                   default=None)
-
     def status(self) -> Status:
-        """Return what is going on between two iterations."""
-        now, state = self._clock(), self._state
-        decode_rows = sum(r.is_decoding for r in state.running)
-        unlearned = self.learner.unlearned
-        return Status(
-            now=now, statistics=self.scheduler.statistics(now),
-            queue_depth=self._requests.queue_depth, prefilling=len(state.running) - decode_rows,
-            decode_rows=decode_rows,
-            budget_mb=self._memory.budget.total / MB,
-            planned_mb=self._memory.budget.planned(
-                self._pool.held_blocks + self._pool.cached_blocks) / MB,
-            kv_use=self._pool.held_blocks / max(self._pool.limit, 1),
-            kv_cached=self._pool.cached_blocks / max(self._pool.limit, 1),
-            shared_tokens=self._kv_cache.shared_tokens,
-            preemptions=self._kv_cache.preemptions,
-            corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
-            live_version=self.live_version(''), profiles=self._slots.profiles,
-            journal_error=self._requests.journal_error, drift_state=self.learner.drift.state,
-            drift_level=self.learner.drift.level,
-            finetune_budget=self.learner.budget(self._settings),
-            journal_backlog=self._journal.backlog, unrecorded=self._requests.unrecorded,
-            learning_error=self.learner.trouble,
-            base_questions_left=(
-                self._requests.base_questions_left if self.learner.wants_anchors else 0))
+        """Return a snapshot between two iterations."""
+        return take_status(self.parts, self.scheduler, self.requests, self._recorder,
+                           self._background, self.learner, self._clock())
 
     def pause(self) -> list[Event]:
-        """Cancel what runs, and hear all that the journal has to say; may be gone on from."""
-        # What it was given before is through when this is, or has failed.
+        """Cancel all requests, and take in what the journal has written; step() may follow."""
+        # Everything that was submitted before this has been written, or has failed, after it.
         self._journal.submit(lambda _: None).exception()
-        events, self._unsaid = self._unsaid, []
-        self.runner.collect(events)
-        self._take_in(events)
-        events += self._requests.cancel_all()
-        if self.runner.trace is not None:
-            self.runner.trace.ended(events)
-            self._end_trace(self.runner.trace)
+        with self._events_survive_errors() as events:
+            events += self._commit(self.runner.collect())
+            events += self._receive()
+            events += self.requests.cancel_all()
+        if self._trace is not None:
+            self._observers.finished(events)
+            self._end_trace(self._trace)
         return events
 
     def close(self) -> list[Event]:
-        """Cancel what runs, and wait until the journal is on disk."""
+        """Cancel all requests, and wait until the journal is on disk."""
         try:
             events = self.pause()
-        finally:    # or the folder would stay in use
-            self._rollbacks.close('the node is stopping')
+        finally:    # otherwise the folder would stay locked
+            self.learner.close('the node is stopping')
             self._journal.close()
             gc.unfreeze()
-        # What the journal finished meanwhile has put its last words into the inbox.
-        self._take_in(events)
-        return events
+        return [*events, *self._receive()]    # what the journal has written meanwhile
 
-    def _take_in(self, events: list[Event]) -> None:
-        while self._inbox:
-            events += self._inbox.popleft()()
 
-    # -- intake ----------------------------------------------------------------------
-
-    def _accepted(self, correction: Correction, done: Future[Accepted]) -> list[Event]:
-        """Report what the journal said."""
-        error = done.exception()
-        if not isinstance(error, InvalidCorrection):
-            self._requests.journal_error = str(error or '')
-        if error is not None:
-            return [CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))]
-        accepted = done.result()
-        record = accepted.record
-        if not accepted.new:
-            return [CorrectionStatus(
-                record.id, record.state, record.reason, record.adapter_version)]
-        self._requests.correct(record.query_id, record.corrected)
-        self.learner.drift.corrected(record.query_id)
-        renewed = self.learner.renew(record)
-        if renewed is None:
-            training = self.learner.trains(accepted.superseded)
-            if training is not None:
-                self._stop_learning(training)
-            self.learner.add(record, accepted.arrived)
-        if record.query_id and self._settings.gate.auto_rollback:
-            self._look_back(record.query_id)
-        return [CorrectionStatus(record.id, CorrectionState.ACCEPTED), *(
-            CorrectionStatus(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
-            for i in accepted.superseded), *(renewed or ())]
-
-    def _look_back(self, query_id: str) -> None:
-        """See whether answers got worse with a version, now that one more was corrected."""
-        def look(journal: Journal) -> SuspectedRegression | None:
-            answer = journal.answer(query_id)
-            return None if answer is None else suspected(journal, answer.lineage)
-
-        def looked(done: Future[SuspectedRegression | None]) -> list[Event]:
-            suspicion = None if done.exception() is not None else done.result()
-            if suspicion is not None:
-                self.learner.suspect(suspicion)
-            return []
-
-        with suppress(JournalError):    # it is closed: the next start looks on
-            self._journal.submit(look).add_done_callback(
-                lambda done: self._enqueue(lambda: looked(done)))
-
-    def _condemn(self, suspicion: SuspectedRegression) -> None:
-        self.rollback(suspicion.profile, suspicion.better, suspicion.reason)
-
-    def _base_answers(self, model: str) -> AnchorRequests:
-        journal = self._journal
-        return AnchorRequests(
-            journal.submit(lambda j: j.base_answers(model)).result(),
-            record=lambda prompt, output: journal.submit(
-                lambda j: j.record_base_answer(model, prompt, output)))
-
-    # -- between two passes ----------------------------------------------------------
-
-    def _check_when_idle(self) -> None:
-        """Account for every KV block when the last request has gone."""
-        idle = not self._state.has_requests
-        if idle and not self._was_idle:
-            step = self.learner.step
-            self._pool.check(step.blocks if step is not None else ())
-        self._was_idle = idle
-
-    def _take_step(self) -> list[Event]:
-        """Let the scheduler see the learner's step if there is memory for it."""
-        step = self.learner.step
-        try:
-            allowed = self._memory.allows(step, overdue=self._is_overdue(self._clock()))
-            self._state.finetune = step if allowed else None
-        except Exception as error:    # the step could not be laid out in smaller pieces
-            self._state.finetune = None
-            return self.runner.learning_broke(error)
-        if step is None or self._state.finetune is not None:
-            return []
-        lack = self._memory.lacks(step)
-        return self.learner.drop(lack) if lack else []    # with fewer corrections it may fit
-
-    def _move_blocks(self) -> list[Event]:
-        """Let the KV cache follow its limit; learning may have taken the memory for that."""
-        try:
-            self._blocks.move(self.learner.step)
-        except Exception as error:    # requests are computed again, and go on
-            return self.runner.learning_broke(error)
-        return []
-
-    def _is_overdue(self, now: float) -> bool:
-        """Whether the step is for corrections that have waited for too long."""
-        step = self.learner.step
-        return step is not None and self.scheduler.is_overdue(step.oldest_correction_at, now)
-
-    def _stop_learning(self, profile: str) -> bool:
-        """Let the learner begin anew what it trains into a profile; False while it is saved."""
-        step = self.learner.step
-        stopped = self.learner.stop(profile)
-        if step is not None and self.learner.step is not step:
-            self._blocks.release(step)
-        return stopped
+def _rejected(correction: Correction, error: BaseException) -> CorrectionStatus:
+    return CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))

@@ -1,233 +1,245 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Plans on the device: passes, segments, and what becomes of those that fail."""
+"""Runs plans on the device: one packed pass, then fine-tune segments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mace_ros.api.events import Event
 from mace_ros.engine.active_request import ActiveRequest
-from mace_ros.engine.kv_blocks import KvBlocks
+from mace_ros.engine.inbox import Inbox
+from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.engine.request_manager import RequestManager
-from mace_ros.learning.learner import Learner
-from mace_ros.memory.block_pool import BlockPool
-from mace_ros.model.heap import HeapTrimmer
+from mace_ros.finetune.step import FinetuneStep
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.sampling import sample
-from mace_ros.model.spans import Span
+from mace_ros.model.spans import FinetuneRows, Span
 from mace_ros.model.timing import DeviceTimer
+from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
-from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
+from mace_ros.scheduling.plan import Measurement, Plan, Segment, State
 from mace_ros.scheduling.plan_ahead import plan_ahead, still_valid
 from mace_ros.scheduling.request import Request
-from mace_ros.scheduling.scheduler import Scheduler
-from mace_ros.telemetry.trace import phase_of, Trace
+from mace_ros.telemetry.observer import Observers
 
-MAX_FAILURES = 10      # passes in a row; then the device is taken to be broken
+MAX_FAILURES = 10      # failed passes in a row after which the device counts as broken
 
 
 @dataclass(frozen=True)
 class InFlightBatch:
-    """A pass that the device was given, and may still be running."""
+    """A pass that was launched and may still be running on the device."""
 
     plan: Plan
-    work: list[tuple[Request, int]]     # with the tokens of each that it computes
+    step: FinetuneStep | None
+    computed: list[tuple[Request, int]]     # tokens of each request that the pass computes
     sampled: list[ActiveRequest]
-    drawn: Tensor                       # the next token of each of these
+    tokens: Tensor                          # [len(sampled)], the next token of each
     timer: DeviceTimer
+    learning_error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """
+    Outcome of a pass: one token for each request in ``sampled``.
+
+    After ``error`` the requests of the plan must be ended. After ``learning_error`` the
+    fine-tune step must be given up; the requests are unaffected.
+    """
+
+    plan: Plan
+    sampled: Sequence[ActiveRequest] = ()
+    tokens: Sequence[int] = ()
+    error: Exception | None = None
+    learning_error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """Measured times of a plan, and the error that ended its segments early."""
+
+    measurement: Measurement
+    error: Exception | None = None
 
 
 class ModelRunner:
     """
-    Runs what the scheduler has planned, in the thread that owns the device.
+    Runs one plan at a time, on the thread that owns the device.
 
-    One that has something to say before its segments says it first: :meth:`resume` runs those.
+    A plan runs in two phases, so that the events of its pass need not wait for its segments:
+    :meth:`execute` runs the pass, and :meth:`run_segments` the rest. On CUDA a pass without
+    segments is left running, and :meth:`collect` takes its result in the next iteration.
     """
 
-    def __init__(self, *, model: PackedModel, state: State, pool: BlockPool, blocks: KvBlocks,
-                 kv_cache: KVCacheManager, scheduler: Scheduler, requests: RequestManager,
-                 heap: HeapTrimmer, learner: Callable[[], Learner], is_called: Callable[[], bool],
-                 clock: Callable[[], float]) -> None:
-        """``is_called`` says whether somebody waits who comes before fine-tune segments."""
-        self._model, self._state, self._pool, self._blocks = model, state, pool, blocks
-        self._kv_cache, self._scheduler, self._requests = kv_cache, scheduler, requests
-        self._heap, self._get_learner, self._is_called, self._clock = (
-            heap, learner, is_called, clock)
-        # Whether a device runs a pass while this thread tells what came of the last one.
+    def __init__(self, *, model: PackedModel, state: State, paged: PagedKVCache,
+                 kv_cache: KVCacheManager, cost: CostModel, requests: RequestManager,
+                 inbox: Inbox, observers: Observers, clock: Callable[[], float]) -> None:
+        """Messages in ``inbox`` interrupt segments."""
+        self._model, self._state, self._paged, self._kv_cache = model, state, paged, kv_cache
+        self._cost, self._requests, self._inbox = cost, requests, inbox
+        self._observers, self._clock = observers, clock
         self.overlaps = model.device.type == 'cuda'
-        self.flight: InFlightBatch | None = None
-        self.planned_ahead: Plan | None = None       # what to do after it, if nothing happens
-        # The plan whose segments are still to run, and the seconds of its pass.
-        self._begun: tuple[Plan, float] | None = None
-        self._failures = 0      # passes that failed, one after the other
-        self.fatal_error: Exception | None = None      # the device is broken
-        self.trace: Trace | None = None     # of what is done, if somebody has asked for it
+        self.in_flight: InFlightBatch | None = None
+        self.planned_ahead: Plan | None = None
+        # A plan whose segments have not run yet, its step, and the seconds of its pass.
+        self._unfinished: tuple[Plan, FinetuneStep | None, float] | None = None
+        self._failures = 0      # failed passes in a row
+        self._fatal_error: Exception | None = None
 
     @property
-    def _learner(self) -> Learner:
-        return self._get_learner()
+    def has_segments(self) -> bool:
+        """Whether segments of the plan whose pass has ended are still to run."""
+        return self._unfinished is not None and self._unfinished[0].segments > 0
 
-    @property
-    def is_suspended(self) -> bool:
-        """Whether segments of a plan are still to run."""
-        return self._begun is not None
+    def check(self) -> None:
+        """Raise the last error of a device that has failed :data:`MAX_FAILURES` times in a row."""
+        if self._fatal_error is not None:
+            raise self._fatal_error
 
-    def resume(self, events: list[Event]) -> None:
-        """Run the segments of the plan that is under way."""
-        assert self._begun is not None
-        (plan, pass_s), self._begun = self._begun, None
-        self._finish(plan, pass_s, events)
+    # -- passes ----------------------------------------------------------------------
 
-    def run(self, plan: Plan, events: list[Event]) -> None:
-        """
-        Run the plan; what fails ends those who took part in it, and nobody else.
-
-        Where that overlaps, a pass without segments is left to the device: see :meth:`collect`.
-        """
-        pass_s = 0.0
+    def execute(self, plan: Plan, step: FinetuneStep | None) -> PassResult | None:
+        """Run the pass of a plan; return None if the device is left running it."""
         started = self._clock()
         try:
-            self._kv_cache.begin(plan, started)
-            flight = self._launch(plan, events) if plan.has_pass else None
-            if flight is not None:
-                plan = flight.plan      # less what did not ride
-                if self.overlaps and not plan.segments:
-                    self.flight = flight
-                    self.planned_ahead = plan_ahead(plan, self._state, self._scheduler.cost)
-                    return
-                events += self._take_tokens(flight)
-        except Exception as error:   # allocators, kernels
-            events += self._broken(plan, error)
-            return
-        if plan.has_pass:
-            self._failures = 0
+            self._kv_cache.allocate(plan, started)
+            batch = self._launch(plan, step) if plan.has_pass else None
+            if batch is None:
+                self._unfinished = plan, step, 0.0
+                return PassResult(plan)
+            if self.overlaps and not batch.plan.segments:
+                self.in_flight = batch
+                self.planned_ahead = plan_ahead(batch.plan, self._state, self._cost)
+                return None
+            tokens = self._take_tokens(batch)
             self._model.synchronize()
-            pass_s = self._clock() - started
-        if events and plan.segments:
-            self._suspended = (plan, pass_s)
-        else:
-            self._finish(plan, pass_s, events)
+        except Exception as error:   # of an allocator or a kernel
+            return self._failed(plan, error)
+        return self._ended(batch, tokens, self._clock() - started)
 
-    def collect(self, events: list[Event]) -> None:
-        """Wait for the pass that the device is running, if it is, and take its tokens."""
-        flight, self.flight = self.flight, None
-        if flight is None:
-            return
+    def collect(self) -> PassResult | None:
+        """Wait for the pass in flight and return its result; None if there is no such pass."""
+        batch, self.in_flight = self.in_flight, None
+        if batch is None:
+            return None
         try:
-            events += self._take_tokens(flight)
-            pass_s = flight.timer.seconds()
+            tokens = self._take_tokens(batch)
+            seconds = batch.timer.seconds()
         except Exception as error:
-            events += self._broken(flight.plan, error)
-            return
-        self._failures = 0
-        self._finish(flight.plan, pass_s, events)
+            return self._failed(batch.plan, error)
+        return self._ended(batch, tokens, seconds)
 
     def take_planned_ahead(self) -> Plan | None:
-        """Return what was planned while the last pass ran, if that is still right."""
+        """Return the plan that was made while the last pass ran, if it is still valid."""
         plan, self.planned_ahead = self.planned_ahead, None
-        if plan is None or not still_valid(plan, self._state, self._pool.free_blocks):
+        if plan is None or not still_valid(plan, self._state, self._kv_cache.pool.free_blocks):
             return None
         return plan
 
-    def _finish(self, plan: Plan, pass_s: float, events: list[Event]) -> None:
-        """Run the plan's segments, and let the scheduler know what all of it took."""
-        segments: list[tuple[Segment, float]] = []
-        try:
-            self._run_segments(plan, segments)
-        except Exception as error:
-            events += self.learning_broke(error)
-        self._scheduler.observe(
-            Measurement(plan, pass_s, tuple(segments)), self._clock())
+    def drop_planned_ahead(self) -> None:
+        """Forget the plan that was made under other settings."""
+        self.planned_ahead = None
 
-    def _run_segments(self, plan: Plan, segments: list[tuple[Segment, float]]) -> None:
-        """Run fine-tune segments, and append each one with its time."""
-        step = self._learner.step
-        for _ in range(plan.segments if step is not None else 0):
-            assert step is not None
-            if step.done or (plan.interruptible and self._is_called()):
-                break      # the learner, or a query, comes first
-            started = self._clock()
-            segment = step.run_segment()
-            self._model.synchronize()
-            spent = self._clock() - started
-            if self.trace is not None:
-                self.trace.slice(f'fine-tune {segment.kind.name.lower()}', started,
-                                  started + spent, tokens=segment.tokens)
-            segments.append((segment, spent))
-            self._learner.ran(segment.tokens * (segment.kind is SegmentKind.OPTIMIZER), spent)
-            if step.done:
-                self._heap.left_gaps(started)
-            if segment.kind is SegmentKind.HEAD and self._learner.wants_to_judge:
-                break      # it may have seen enough
-
-    def _launch(self, plan: Plan, events: list[Event]) -> InFlightBatch | None:
-        """Give the hybrid pass to the device; None if nothing is left of it."""
-        spans: list[Span] = []
-        work = [*((r, 1) for r in plan.decode),
-                *((c.request, min(c.tokens, c.request.remaining_tokens)) for c in plan.prefill)]
-        for request, tokens in work:
-            done = request.computed_tokens
-            answering = self._requests[request.id]
-            spans.append(Span(
-                answering.ids[done:done + tokens], done, request.blocks, request.adapter_slot,
-                wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
-                attention=self._blocks.attention(answering, tokens)))
-        step, rows = self._learner.step, None
-        if step is not None:
-            try:
-                rows = self._blocks.ride(step, plan.finetune_tokens)
-            except Exception as error:    # memory that only learning wants: answers go on
-                events += self.learning_broke(error)
+    def _launch(self, plan: Plan, step: FinetuneStep | None) -> InFlightBatch | None:
+        """Launch the packed pass; return None if no token is left to compute."""
+        computed = [*((r, 1) for r in plan.decode),
+                    *((c.request, min(c.tokens, c.request.remaining_tokens))
+                      for c in plan.prefill)]
+        spans = [self._span(request, tokens) for request, tokens in computed]
+        rows, learning_error = self._finetune_rows(step, plan.finetune_tokens)
+        if rows is None and plan.finetune_tokens:
+            plan = plan._replace(
+                finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
+        if learning_error is not None:
+            plan, step = plan._replace(segments=0), None
         if not spans and rows is None:
             return None
-        if plan.finetune_tokens and rows is None:
-            plan = plan._replace(finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
         timer = DeviceTimer(self._model.device, self._clock)
-        with phase_of(self.trace, 'pass', predicted_ms=plan.predicted_s * 1e3,
-                      **plan.shape._asdict()):
+        with self._observers.timed('pass', predicted_ms=plan.predicted_s * 1e3,
+                                   **plan.shape._asdict()):
             logits = self._model.run(spans, rows)
         timer.stop()
         if rows is not None and step is not None:
             step.piggybacked(rows.tokens)
             if step.piggyback_tokens == 0:
-                self._blocks.release(step)
+                self._paged.release(step)
         sampled = [self._requests[request.id] for (request, _), span
-                   in zip(work, spans, strict=True) if span.wants_logits]
-        with phase_of(self.trace, 'sample'):
-            drawn = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
-        return InFlightBatch(plan, work, sampled, drawn, timer)
+                   in zip(computed, spans, strict=True) if span.wants_logits]
+        with self._observers.timed('sample'):
+            tokens = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
+        return InFlightBatch(plan, step, computed, sampled, tokens, timer, learning_error)
 
-    def _take_tokens(self, flight: InFlightBatch) -> list[Event]:
-        """Wait for a pass, and take its tokens."""
-        with phase_of(self.trace, 'wait'):
-            tokens = flight.drawn.tolist()
-        with phase_of(self.trace, 'commit'):
-            for request, computed in flight.work:
-                self._kv_cache.computed(request, computed)
-                if not request.remaining_tokens:
-                    self._blocks.prune(self._requests[request.id])
-            return self._requests.commit(flight.sampled, tokens)
+    def _span(self, request: Request, tokens: int) -> Span:
+        """Return the next ``tokens`` tokens of a request."""
+        first, active = request.computed_tokens, self._requests[request.id]
+        return Span(
+            active.ids[first:first + tokens], first, request.blocks, request.adapter_slot,
+            wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
+            attention=self._paged.attention(active, tokens))
 
-    def _broken(self, plan: Plan, error: Exception) -> list[Event]:
-        """End what took part in an iteration that failed; the rest goes on."""
+    def _finetune_rows(self, step: FinetuneStep | None, tokens: int,
+                       ) -> tuple[FinetuneRows | None, Exception | None]:
+        """Return the fine-tune rows of a pass; an allocation that fails must not fail the pass."""
+        if step is None:
+            return None, None
+        try:
+            return self._paged.piggyback(step, tokens), None
+        except Exception as error:
+            return None, error
+
+    def _take_tokens(self, batch: InFlightBatch) -> list[int]:
+        """Wait for the sampled tokens, and note what the pass has computed."""
+        with self._observers.timed('wait'):
+            tokens: list[int] = batch.tokens.tolist()
+        for request, computed in batch.computed:
+            self._kv_cache.commit(request, computed)
+            if not request.remaining_tokens:
+                self._paged.prune(self._requests[request.id])
+        return tokens
+
+    def _ended(self, batch: InFlightBatch, tokens: list[int], seconds: float) -> PassResult:
+        self._failures = 0
+        self._unfinished = batch.plan, batch.step, seconds
+        return PassResult(batch.plan, batch.sampled, tokens,
+                          learning_error=batch.learning_error)
+
+    def _failed(self, plan: Plan, error: Exception) -> PassResult:
         self._failures += 1
         if self._failures >= MAX_FAILURES:
-            self.fatal_error = error
-        reason = f'{type(error).__name__}: {error}'
-        events: list[Event] = []
-        for request in [*plan.decode, *(c.request for c in plan.prefill)]:
-            events += self._requests.broke_off(request.id, reason)
-        if plan.finetune_tokens:
-            events += self.learning_broke(error)
-        return events
+            self._fatal_error = error
+        return PassResult(plan, error=error,
+                          learning_error=error if plan.finetune_tokens else None)
 
-    def learning_broke(self, error: Exception) -> list[Event]:
-        """Let the learner begin its job anew; what is served is not touched."""
-        step = self._learner.step
-        if step is not None:
-            self._blocks.release(step)
-        return self._learner.drop(f'{type(error).__name__}: {error}')
+    # -- segments --------------------------------------------------------------------
+
+    def run_segments(self) -> SegmentResult | None:
+        """Run the segments of the plan whose pass has ended; return the times of both."""
+        if self._unfinished is None:
+            return None
+        (plan, step, pass_s), self._unfinished = self._unfinished, None
+        timed: list[tuple[Segment, float]] = []
+        error = None
+        try:
+            for _ in range(plan.segments if step is not None else 0):
+                assert step is not None
+                if step.done or (plan.interruptible and self._inbox):
+                    break      # the learner, or a query, comes first
+                scored = step.scored
+                timed.append(self._run_segment(step))
+                if step.scored and not scored:
+                    break      # the learner may decide that these scores are good enough
+        except Exception as failure:
+            error = failure
+        return SegmentResult(Measurement(plan, pass_s, tuple(timed)), error)
+
+    def _run_segment(self, step: FinetuneStep) -> tuple[Segment, float]:
+        started = self._clock()
+        segment = step.run_segment()
+        self._model.synchronize()
+        ended = self._clock()
+        self._observers.phase(
+            f'fine-tune {segment.kind.name.lower()}', started, ended, {'tokens': segment.tokens})
+        return segment, ended - started

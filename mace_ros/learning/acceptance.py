@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A correction on its way into the journal: which answer it corrects, and what it supersedes."""
+"""Acceptance of a correction into the journal: its prompt, and the corrections it supersedes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import time
 from mace_ros.api.events import Correction, InvalidCorrection
 from mace_ros.api.settings import Settings
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.store.journal import AnswerRecord, CorrectionRecord, Journal
-from mace_ros.store.retention import make_room
+from mace_ros.store.journal import Journal
+from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 
 @dataclass(frozen=True)
 class Accepted:
     """
-    A correction that is in the journal; ``new`` is false if its id was known before.
+    A correction that is in the journal; ``new`` is False if its id was on record before.
 
-    ``superseded`` are the ids of the corrections whose place it has taken.
+    ``arrived`` is its arrival in seconds on the engine's clock; ``superseded`` are the ids of
+    the corrections that it replaces.
     """
 
     record: CorrectionRecord
@@ -31,35 +32,25 @@ class Accepted:
 def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, settings: Settings,
            longest: int, arrived: float) -> Accepted:
     """
-    Write a checked correction down, unless its id is known; in the journal's thread.
+    Write a checked correction to the journal unless its id is on record; in its thread.
 
-    ``longest`` is how many tokens a prompt and its answer may have. Raises
+    ``longest`` is the maximum number of tokens of a prompt with its answer. Raises
     :class:`InvalidCorrection`.
     """
     known = journal.correction(correction.id)
     if known is not None:
         return Accepted(known, False, arrived)
-    record = _resolved(correction, journal, chat, settings, longest)
+    record = _with_prompt(correction, journal, chat, settings, longest)
     journal.accept(record)
     superseded = journal.supersede(record)
-    make_room(journal, settings.storage.max_corrections)
+    journal.limit_corrections(settings.storage.max_corrections)
     return Accepted(record, True, arrived, superseded)
 
 
-def _resolved(correction: Correction, journal: Journal, chat: ChatTokenizer, settings: Settings,
-              longest: int) -> CorrectionRecord:
-    """Find the answer that is corrected; raises :class:`InvalidCorrection`."""
-    answer = None
-    if correction.query_id:
-        answer = journal.answer(correction.query_id)
-        if answer is None:
-            raise InvalidCorrection(
-                f'query_id: no answer to {correction.query_id!r} is on record')
-    elif correction.conversation_id:
-        answer = journal.last_answer(correction.conversation_id)
-        if answer is None:
-            raise InvalidCorrection(
-                f'conversation_id: no answer in {correction.conversation_id!r} is on record')
+def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
+                 settings: Settings, longest: int) -> CorrectionRecord:
+    """Return the record, with the prompt that is corrected; raise :class:`InvalidCorrection`."""
+    answer = _corrected_answer(correction, journal)
     if answer is None:
         system = settings.generation.system
         messages = (([{'role': 'system', 'content': system}] if system else [])
@@ -69,15 +60,32 @@ def _resolved(correction: Correction, journal: Journal, chat: ChatTokenizer, set
     if rejected.strip() == correction.corrected.strip():
         raise InvalidCorrection('corrected: equal to the rejected answer')
     longest = min(settings.finetune.max_sample_tokens, longest)
-    tokens, of_rejected = (len(answer.prompt_ids) + len(chat.answer(text))
-                           for text in (correction.corrected, rejected))
+    tokens, rejected_tokens = (len(answer.prompt_ids) + len(chat.answer(text))
+                               for text in (correction.corrected, rejected))
     if tokens > longest:
         raise InvalidCorrection(
             f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
-    if of_rejected > longest:
-        rejected = ''       # to learn what is right it is not needed
+    if rejected_tokens > longest:
+        rejected = ''       # learning works without it
     return CorrectionRecord(
         id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
         corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,
         conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
         weight=correction.weight, source=correction.source, received=time.time())
+
+
+def _corrected_answer(correction: Correction, journal: Journal) -> AnswerRecord | None:
+    """Return the answer that the correction names by an id, None if it gives a prompt."""
+    if correction.query_id:
+        answer = journal.answer(correction.query_id)
+        if answer is None:
+            raise InvalidCorrection(
+                f'query_id: no answer to {correction.query_id!r} is on record')
+        return answer
+    if correction.conversation_id:
+        answer = journal.last_answer(correction.conversation_id)
+        if answer is None:
+            raise InvalidCorrection(
+                f'conversation_id: no answer in {correction.conversation_id!r} is on record')
+        return answer
+    return None

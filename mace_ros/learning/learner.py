@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 import math
 from statistics import fmean
-import time
+from typing import Any
 
 from mace_ros.api.events import CorrectionState, CorrectionStatus, Event
 from mace_ros.api.settings import Settings
@@ -30,10 +32,11 @@ from mace_ros.learning.drift import Drift, surprise
 from mace_ros.learning.duty_cycle import DutyCycle
 from mace_ros.learning.gate import Verdict
 from mace_ros.learning.job import Job, JobInputs, PendingCorrection
-from mace_ros.learning.outcomes import SuspectedRegression
+from mace_ros.learning.outcomes import suspected_regression, SuspectedRegression
 from mace_ros.learning.publishing import Publisher
 from mace_ros.learning.regression_check import RegressionCheck
 from mace_ros.learning.rollback import RollbackRefused
+from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.samples import first_within, interleaved, sample, turn
 from mace_ros.learning.selection import candidates, JOB_CANDIDATES, ordered
 from mace_ros.learning.training import Training
@@ -42,8 +45,10 @@ from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.lora import LoRAManager
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import CorrectionRecord, Journal
+from mace_ros.store.journal_file import JournalError
 from mace_ros.store.journal_writer import JournalWriter
 
 MAX_TRIES = 3           # of a job that the device or the disk fails
@@ -64,13 +69,25 @@ def learned_well(scores: Sequence[SampleScore], count: int) -> bool:
             and all(s.margin >= RIGHT_MARGIN for s in scores[count:]))
 
 
+@dataclass(frozen=True)
+class LearningStatus:
+    waiting: int
+    oldest_at: float
+    drift_state: Any
+    drift_level: float
+    budget: float
+    trouble: str
+
+
 class Learner:
     """Decides what is trained and published; the engine runs the steps that it asks for."""
 
-    def __init__(self, *, model: PackedModel, model_name: str, bank: LoRAManager,
+    def __init__(self, *, model: PackedModel, model_name: str, lora: LoRAManager,
                  chat: ChatTokenizer, slots: AdapterSlots, journal: JournalWriter,
-                 store: AdapterStore, wake: Callable[[], None]) -> None:
+                 store: AdapterStore, cost: Any, settings: Settings,
+                 wake: Callable[[], None], clock: Callable[[], float]) -> None:
         """``wake`` is called from another thread when :meth:`advance` can go on."""
+        bank = lora
         self._chat, self._slots = chat, slots
         self._journal, self._store, self._wake = journal, store, wake
         self.publisher = Publisher(
@@ -90,13 +107,89 @@ class Learner:
         self._resting = DutyCycle()
         self._rests_until: float | None = None
         self._backoff = Backoff()       # after what failed through no correction's fault
-        self._settings = Settings()
-        self.clock: Callable[[], float] = time.monotonic
+        self._settings = settings
+        self.clock: Callable[[], float] = clock
         self.held: str | None = None    # a profile for which nothing may be begun
         self.wants_anchors = False
         self._trouble = ''      # why a job broke off that is tried again
         # Device seconds of a step over so many tokens.
-        self.step_s: Callable[[int], float] = float
+        self.step_s: Callable[[int], float] = cost.step_s
+        self.training.tokens_within = cost.tokens_within
+        self.condemn = self._condemn_shim
+        self.rollbacks = RollbackQueue(
+            bank=bank, slots=slots, journal=journal, store=store, wake=wake)
+        self._looks = []
+
+    # SHIM -----------------------------------------------------------------
+    def restore(self):
+        events = self.publisher.restore()
+        for record in self._journal.submit(lambda j: j.pending()).result():
+            self.add(record, self.clock())
+        return events
+
+    def _condemn_shim(self, s):
+        self.rollbacks.add(s.profile, s.better, s.reason, Future())
+
+    def update(self, settings):
+        self._settings = settings
+
+    def accepted(self, accepted):
+        record = accepted.record
+        if not accepted.new:
+            return [CorrectionStatus(record.id, record.state, record.reason, record.adapter_version)]
+        self.drift.corrected(record.query_id)
+        renewed = self.renew(record)
+        if renewed is None:
+            training = self.trains(accepted.superseded)
+            if training is not None:
+                self.stop(training)
+            self.add(record, accepted.arrived)
+        if record.query_id and self._settings.gate.auto_rollback:
+            def look(journal):
+                answer = journal.answer(record.query_id)
+                return None if answer is None else suspected_regression(journal, answer.lineage)
+            with suppress(JournalError):
+                self._looks.append(self.publisher.submit(look))
+        return [CorrectionStatus(record.id, CorrectionState.ACCEPTED), *(
+            CorrectionStatus(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
+            for i in accepted.superseded), *(renewed or ())]
+
+    def answered(self, query_id):
+        self.drift.answered(query_id)
+
+    def versions(self, profile):
+        return self.publisher.versions(profile)
+
+    def rollback(self, profile, version, reason, done):
+        self.rollbacks.add(profile, version, reason, done)
+
+    def poll(self):
+        for look in [x for x in self._looks if x.done()]:
+            self._looks.remove(look)
+            if look.exception() is None and look.result() is not None:
+                self.suspect(look.result())
+        events = self.rollbacks.advance(may_begin=self.stop)
+        self.held = self.rollbacks.profile
+        return events + self.advance(self._settings)
+
+    def commit(self, segments):
+        for segment, spent in segments:
+            self.ran(segment.tokens * (segment.kind is SegmentKind.OPTIMIZER), spent)
+
+    def fail(self, reason):
+        return self.drop(reason)
+
+    @property
+    def oldest_unlearned_at(self):
+        return min(self.unlearned, default=math.inf)
+
+    def status(self):
+        u = self.unlearned
+        return LearningStatus(len(u), min(u, default=math.inf), self.drift.state, self.drift.level, self.budget(self._settings), self.trouble)
+
+    def close(self, reason):
+        self.rollbacks.close(reason)
+    # SHIM END -------------------------------------------------------------
 
     # -- what comes in ---------------------------------------------------------------
 

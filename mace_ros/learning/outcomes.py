@@ -1,13 +1,14 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether answers got worse with a version, by who was corrected.
+Detection of adapter versions whose answers are corrected more often than before.
 
-An answer that somebody corrected is bad, one that nobody objected to is good. What a version
-and those that grew from it have answered is compared with what those before it have (Fisher's
-exact test). More corrections alone prove nothing, for people may have begun to teach: the
-corrected texts have to be likelier under the older version, too. All of it is read from the
-journal, so that it survives a restart. No torch here.
+An answer that was corrected counts as bad, any other answer as good. Fisher's exact test
+compares the answers of a version and its descendants with those of the versions before it. A
+higher rate of corrections is only a suspicion, since people may have begun to teach something
+new: the regression check then asks whether the older version finds the corrected texts more
+likely (:func:`older_is_better`). Everything is read from the journal, so a restart loses
+nothing. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,33 +17,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-from mace_ros.store.journal import (
-    as_json,
-    correction_from,
-    CorrectionRecord,
-    Journal,
-    VersionRecord,
-)
+from mace_ros.store.journal import Journal
 from mace_ros.store.lineage import Lineage
+from mace_ros.store.records import AnswerOutcome, CorrectionRecord, VersionRecord
 
-# A version that is as good as those before it is suspected once in so many, ever.
-FALSE_ALARMS = 0.01
-# Fewer answers say nothing, neither of it nor of those before it.
-ENOUGH = 5
-# A bad version shows in its first answers; what comes much later is another world.
-WATCHED = 100
-# Versions of a line that may be to blame: a robot that learns fast has many in a minute.
-SUSPECTS = 8
+# Probability that a version which is as good as those before it is ever suspected.
+FALSE_ALARM_PROBABILITY = 0.01
+# Fewer answers, of the version or of those before it, prove nothing.
+MIN_ANSWERS = 5
+# Only a version's first answers count: a later rise of corrections has other causes.
+MAX_ANSWERS = 100
+# Newest versions of a lineage that are examined: a fast learner publishes many in a minute.
+MAX_SUSPECTS = 8
 # The older version must be better by this much (mean log p per token) on a corrected text, ...
-LEAD = 0.1
-# ... on so many of them that chance would do it once in so many.
-DOUBT = 0.05
-COMPARED = 32
+MIN_LEAD = 0.1
+# ... on so many texts that the probability of chance is at most this.
+SIGNIFICANCE = 0.05
+MAX_COMPARED = 32       # corrections
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """How many answers there were, to different questions, and how many of them corrected."""
+    """Number of different questions answered, and how many of them were corrected."""
 
     answers: int
     corrected: int
@@ -54,9 +50,10 @@ class Outcomes:
 @dataclass(frozen=True)
 class SuspectedRegression:
     """
-    That a profile's live version is worse than an earlier one, ``better``; 0 as for a rollback.
+    A live version whose answers are corrected more often than those of an earlier one.
 
-    ``corrections`` are some of those that say so, oldest first.
+    ``better`` is the earlier version, 0 as for a rollback. ``corrections`` are the evidence,
+    oldest first.
     """
 
     profile: str
@@ -68,12 +65,12 @@ class SuspectedRegression:
 
     @property
     def reason(self) -> str:
-        """What is told of a version that is taken back for this."""
+        """The reason of a rollback for this regression."""
         return f'answers got worse: {self.since} corrected, {self.before} before'
 
 
-def chance(since: Outcomes, before: Outcomes) -> float:
-    """Return how probably so many or more are corrected of ``since`` if nothing has changed."""
+def p_value(since: Outcomes, before: Outcomes) -> float:
+    """Return the probability of at least ``since.corrected`` if nothing has changed."""
     n, m = since.answers, before.answers
     bad = since.corrected + before.corrected
     ways = sum(comb(bad, k) * comb(n + m - bad, n - k)
@@ -83,97 +80,80 @@ def chance(since: Outcomes, before: Outcomes) -> float:
 
 def got_worse(since: Outcomes, before: Outcomes) -> bool:
     """
-    Return whether answers got worse; to be asked after each answer.
+    Return whether answers are corrected significantly more often; call it after each answer.
 
-    To ask so often would sooner or later find something. So each time has a share of
-    :data:`FALSE_ALARMS`, and all shares, ``ENOUGH / (n * (n + 1))`` for ``n = ENOUGH ...``,
-    add up to 1.
+    Repeated testing would find something sooner or later. So each test has a share of
+    :data:`FALSE_ALARM_PROBABILITY`, and the shares, ``MIN_ANSWERS / (n * (n + 1))`` for
+    ``n = MIN_ANSWERS ...``, add up to 1.
     """
     n = since.answers
-    if min(n, before.answers) < ENOUGH:
+    if min(n, before.answers) < MIN_ANSWERS:
         return False
-    return chance(since, before) <= FALSE_ALARMS * ENOUGH / (n * (n + 1))
+    return p_value(since, before) <= FALSE_ALARM_PROBABILITY * MIN_ANSWERS / (n * (n + 1))
 
 
-def to_blame(leads: Sequence[float]) -> bool:
+def older_is_better(leads: Sequence[float]) -> bool:
     """
-    Return whether the older version would have done better.
+    Return whether the older version is better by a sign test.
 
-    ``leads`` say of each corrected text by how much its mean log p is higher under the older
-    version than it was under the newer one. Of new things neither knows anything: as often as
-    not one of them is ahead.
+    ``leads`` has one number per corrected text: by how much its mean log p per token under the
+    older version exceeds that under the newer one. Of texts that are new to both versions, each
+    version is ahead on half.
     """
-    count, ahead = len(leads), sum(lead > LEAD for lead in leads)
-    if count < ENOUGH:
+    count, ahead = len(leads), sum(lead > MIN_LEAD for lead in leads)
+    if count < MIN_ANSWERS:
         return False
-    return sum(comb(count, k) for k in range(ahead, count + 1)) / 2**count <= DOUBT
+    return sum(comb(count, k) for k in range(ahead, count + 1)) / 2**count <= SIGNIFICANCE
 
 
-def suspected(journal: Journal, profile: str) -> SuspectedRegression | None:
-    """Return the strongest suspicion against a version in the line of the profile's live one."""
-    rows = _answers(journal, profile)
-    if sum(row.corrected for row in rows) < ENOUGH:
+def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression | None:
+    """Return the most significant regression in the lineage of the profile's live version."""
+    outcomes = journal.answer_outcomes(profile, 3 * MAX_ANSWERS)
+    if sum(outcome.corrected for outcome in outcomes) < MIN_ANSWERS:
         return None
     live = journal.live(profile)
     if live is None:
         return None
     records = journal.versions(profile)
-    line = Lineage(records, live.version)
+    lineage = Lineage(records, live.version)
     found: list[tuple[float, SuspectedRegression]] = []
-    for i, suspect in enumerate(line.versions[:SUSPECTS]):
-        if not _can_serve(records, suspect.parent):
+    for i, suspect in enumerate(lineage.versions[:MAX_SUSPECTS]):
+        if not _has_files(records, suspect.parent):
             continue
-        newer = {record.version for record in line.versions[:i + 1]}
-        own = [row for row in rows if row.lineage == profile and row.version in newer]
-        older = [row for row in rows if row.lineage != profile or (
-            row.version not in newer and (row.version == 0 or line.holds(row.version)))]
-        # Of what came after the last correction nobody knows yet.
+        newer = {record.version for record in lineage.versions[:i + 1]}
+        own = [o for o in outcomes if o.lineage == profile and o.version in newer]
+        older = [o for o in outcomes if o.lineage != profile or (
+            o.version not in newer and (o.version == 0 or lineage.holds(o.version)))]
+        # Answers after the last corrected one may still be corrected: they count neither way.
         while own and not own[-1].corrected:
             own.pop()
-        if len(own) > WATCHED:
+        if len(own) > MAX_ANSWERS:
             continue
-        since, before = _outcomes(own), _outcomes(older[-WATCHED:])
+        since, before = _count_questions(own), _count_questions(older[-MAX_ANSWERS:])
         if got_worse(since, before):
-            found.append((chance(since, before), SuspectedRegression(
-                profile, live.version, suspect.parent, since, before, _corrections(journal, own))))
+            found.append((p_value(since, before), SuspectedRegression(
+                profile, live.version, suspect.parent, since, before,
+                _newest_corrections(journal, own))))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-@dataclass(frozen=True)
-class _Row:
-    query_id: str
-    question: str
-    lineage: str
-    version: int
-    corrected: bool
+def _count_questions(outcomes: Sequence[AnswerOutcome]) -> Outcomes:
+    """Count each question once, however often it was asked and corrected."""
+    corrected: dict[str, bool] = {}
+    for outcome in outcomes:
+        corrected[outcome.question] = (
+            corrected.get(outcome.question, False) or outcome.corrected)
+    return Outcomes(len(corrected), sum(corrected.values()))
 
 
-def _answers(journal: Journal, profile: str) -> list[_Row]:
-    """Return the newest answers in a profile's line, and what the robot's gave it, oldest first."""
-    return [_Row(row['query_id'], row['question'], row['lineage'], row['adapter_version'],
-                 bool(row['corrected'])) for row in reversed(journal.rows(
-                     'SELECT query_id, question, lineage, adapter_version, EXISTS ('
-                     'SELECT 1 FROM corrections AS c WHERE c.query_id = a.query_id) AS corrected '
-                     "FROM answers AS a WHERE no_learn = 0 AND (lineage = ?1 OR (lineage = '' "
-                     'AND profile = ?1)) ORDER BY number DESC LIMIT ?2', profile, 3 * WATCHED))]
+def _newest_corrections(
+        journal: Journal, outcomes: Sequence[AnswerOutcome]) -> tuple[CorrectionRecord, ...]:
+    """Return the newest correction of each corrected question."""
+    questions = {o.query_id: o.question for o in outcomes if o.corrected}
+    newest = {questions[record.query_id]: record
+              for record in journal.corrections_of(questions)}
+    return tuple(newest.values())[-MAX_COMPARED:]
 
 
-def _outcomes(rows: Sequence[_Row]) -> Outcomes:
-    """Count questions: one that is asked and corrected again and again is one thing wrong."""
-    bad: dict[str, bool] = {}
-    for row in rows:
-        bad[row.question] = bad.get(row.question, False) or row.corrected
-    return Outcomes(len(bad), sum(bad.values()))
-
-
-def _corrections(journal: Journal, rows: Sequence[_Row]) -> tuple[CorrectionRecord, ...]:
-    """Return the newest correction of each question that has one."""
-    names = {row.query_id: row.question for row in rows if row.corrected}
-    newest = {names[record.query_id]: record for record in map(correction_from, journal.rows(
-        'SELECT * FROM corrections WHERE query_id IN (SELECT value FROM json_each(?)) '
-        'ORDER BY number', as_json(list(names))))}
-    return tuple(newest.values())[-COMPARED:]
-
-
-def _can_serve(records: Sequence[VersionRecord], version: int) -> bool:
+def _has_files(records: Sequence[VersionRecord], version: int) -> bool:
     return version == 0 or any(r.version == version and r.sha256 for r in records)

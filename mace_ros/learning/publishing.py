@@ -60,7 +60,8 @@ class Publisher:
         events: list[Event] = []
         lives = self._journal.submit(lambda j: [
             (record, [c.id for c in j.learned(record.profile)
-                      if c.adapter_version == record.version]) for record in j.lives()]).result()
+                      if c.adapter_version == record.version])
+            for record in j.live_versions()]).result()
         for record, learned in lives:
             slot = self._slots.reserve() if self._slots.has_room(record.profile) else None
             if slot is None:

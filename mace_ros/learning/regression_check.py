@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from mace_ros.finetune.sample import SampleScore
 from mace_ros.learning.job import JobInputs
-from mace_ros.learning.outcomes import SuspectedRegression, to_blame
-from mace_ros.learning.rollback import RollbackRefused, version_to_return_to
+from mace_ros.learning.outcomes import older_is_better, SuspectedRegression
+from mace_ros.learning.rollback import rollback_target, RollbackRefused
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import CorrectionRecord, Journal
 from mace_ros.store.lineage import Lineage
@@ -76,7 +76,7 @@ class RegressionCheck:
             raise RollbackRefused(f'version {better} is not before the live one')
         # What would be served: of a profile that had no version, the robot's.
         older = (journal.live('') if profile and not better
-                 else version_to_return_to(journal, profile, better))
+                 else rollback_target(journal, profile, better))
         return JobInputs(live, (), (), *(
             self._store.load(r.path, r.sha256) if r else None for r in (live, older)))
 
@@ -92,5 +92,5 @@ class RegressionCheck:
         By the scores of all corrections under that one, and of the unseen under the live one.
         """
         live = self._first_scores | {r.id: s.log_probability for r, s in unseen}
-        return to_blame([s.log_probability - live[r.id]
+        return older_is_better([s.log_probability - live[r.id]
                          for r, s in zip(suspicion.corrections, better, strict=True)])

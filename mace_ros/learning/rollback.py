@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Back to an earlier version: what the journal says afterwards about versions and corrections.
+Rollback in the journal: the live version, and the states of versions and corrections.
 
-Which corrections are LEARNED follows from the version that is live: it holds what its own
-line of parents was taught, and nothing else. So a rollback can be taken back, too.
+Which corrections are LEARNED follows from the live version: it holds those that its lineage
+was trained on. A rollback can therefore be undone by another one.
 """
 
 from __future__ import annotations
@@ -12,29 +12,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mace_ros.api.events import CorrectionState, VersionState
-from mace_ros.store.journal import (
-    as_json,
-    correction_from,
-    CorrectionRecord,
-    Journal,
-    PENDING_SQL,
-    VersionRecord,
-)
+from mace_ros.store.journal import Journal
 from mace_ros.store.lineage import Lineage
+from mace_ros.store.records import CorrectionRecord, VersionRecord
 
 
 class RollbackRefused(ValueError):
-    """There is no way back to that version; the message says why."""
+    """A rollback to that version is impossible; the message says why."""
 
 
 @dataclass(frozen=True)
 class RolledBack:
     """
-    What a rollback has changed.
+    The changes of a rollback.
 
-    ``live`` serves now; None is the base model, or for a profile the robot's version;
-    ``changed`` is False if it did already. ``taken_back`` are the versions that serve no more,
-    newest first, and ``corrections`` those whose state has changed, oldest first.
+    ``live`` is the live version; None is the base model, or for a profile the robot's version.
+    ``changed`` is False if it was live before. ``taken_back`` are the versions that were rolled
+    back, newest first, and ``corrections`` those whose state has changed, oldest first.
     """
 
     profile: str
@@ -44,14 +38,14 @@ class RolledBack:
     corrections: tuple[CorrectionRecord, ...] = ()
 
 
-def version_to_return_to(journal: Journal, profile: str, version: int) -> VersionRecord | None:
-    """Return the record of that version, None for 0; raises :class:`RollbackRefused`."""
+def rollback_target(journal: Journal, profile: str, version: int) -> VersionRecord | None:
+    """Return the record of the version, None for 0; raise :class:`RollbackRefused`."""
     if version == 0:
         return None
-    whose = f'profile {profile!r}' if profile else 'the robot'
+    owner = f'profile {profile!r}' if profile else 'the robot'
     record = next((r for r in journal.versions(profile) if r.version == version), None)
     if record is None:
-        raise RollbackRefused(f'{whose} has no version {version} on record')
+        raise RollbackRefused(f'{owner} has no version {version} on record')
     if record.state is VersionState.REJECTED:
         raise RollbackRefused(f'version {version} never served: {record.reason}')
     if not record.sha256:
@@ -64,13 +58,13 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
     """
     Make an earlier version live again; 0 is the base model, or for a profile the robot's.
 
-    What was learned in the versions taken back is FAILED: to learn it again at once, from
-    the same version, would lead to the same one. What it had superseded is LEARNED again.
-    Whether the version's files can be read is for the caller to see first. Raises
-    :class:`RollbackRefused`, and has changed nothing then.
+    Corrections learned in the versions rolled back become FAILED: learning them again from the
+    same version would lead to the same result. Corrections that those had superseded become
+    LEARNED again. The caller must first check that the version's files can be read. Raises
+    :class:`RollbackRefused`, having changed nothing.
     """
     with journal.transaction():
-        target = version_to_return_to(journal, profile, version)
+        target = rollback_target(journal, profile, version)
         records = journal.versions(profile)
         before = journal.live(profile)
         old = Lineage(records, before.version if before else 0)
@@ -78,49 +72,30 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
         taken_back = tuple(
             replace(record, state=VersionState.ROLLED_BACK, reason=reason)
             for record in old.versions if record.version not in new.numbers)
-        journal.execute(
-            'INSERT INTO profiles (profile, live_version) VALUES (?, ?) '
-            'ON CONFLICT (profile) DO UPDATE SET live_version = excluded.live_version',
-            profile, version)
-        # What it holds of the robot's is what its first version began from.
-        journal.execute(
-            'UPDATE profiles SET fork = coalesce((SELECT fork FROM versions '
-            'WHERE profile = ?1 AND version = ?2), fork) WHERE profile = ?1', profile, version)
-        if not profile:
-            # A person's lineage that has not begun yet must not begin with a bad version.
-            journal.execute(
-                'UPDATE profiles SET fork = ? WHERE live_version = 0 '
-                'AND fork IN (SELECT value FROM json_each(?))',
-                version, as_json([record.version for record in taken_back]))
-        elif version == 0:
-            # It has no version of its own any more: its next one begins where it is now.
-            journal.execute('UPDATE profiles SET fork = NULL WHERE profile = ?', profile)
+        journal.return_to(profile, version, [record.version for record in taken_back])
         for record in taken_back:
-            _set_version(journal, record)
+            journal.set_version_state(profile, record.version, record.state, reason)
         for record in new.versions:
-            if record.state is not VersionState.PUBLISHED:      # taken back by mistake
-                _set_version(journal, replace(record, state=VersionState.PUBLISHED, reason=''))
+            if record.state is not VersionState.PUBLISHED:      # an earlier rollback is undone
+                journal.set_version_state(profile, record.version, VersionState.PUBLISHED)
         live = None if target is None else replace(
             target, state=VersionState.PUBLISHED,
             reason='' if target.state is VersionState.ROLLED_BACK else target.reason)
         return RolledBack(
             profile, live, version != (before.version if before else 0), taken_back,
-            _retell(journal, profile, new, reason))
+            _update_corrections(journal, profile, new, reason))
 
 
-def _retell(journal: Journal, profile: str, live: Lineage,
-            reason: str) -> tuple[CorrectionRecord, ...]:
-    """Bring the states of all corrections in line with what is live; return the changed ones."""
+def _update_corrections(journal: Journal, profile: str, live: Lineage,
+                        reason: str) -> tuple[CorrectionRecord, ...]:
+    """Set the states that follow from the live lineage; return the changed corrections."""
     pending = {record.prompt_ids for record in journal.pending(profile)}
-    records = map(correction_from, journal.rows(
-        'SELECT * FROM corrections WHERE profile = ? AND adapter_version > 0 '
-        f'AND state NOT IN {PENDING_SQL} ORDER BY number DESC', profile))
-    told: set[tuple[int, ...]] = set()      # prompts of which a newer correction is live
+    newer_live: set[tuple[int, ...]] = set()      # prompts of live corrections seen so far
     changed = []
-    for record in records:      # newest first
+    for record in reversed(journal.trained(profile)):      # newest first
         if live.holds(record.adapter_version):
-            newest = record.prompt_ids not in told | pending
-            told.add(record.prompt_ids)
+            newest = record.prompt_ids not in newer_live | pending
+            newer_live.add(record.prompt_ids)
             state = CorrectionState.LEARNED if newest else CorrectionState.SUPERSEDED
             why = '' if newest else record.reason
         elif record.state is CorrectionState.LEARNED:
@@ -133,9 +108,3 @@ def _retell(journal: Journal, profile: str, live: Lineage,
             journal.set_correction(record.id, state, why, record.adapter_version)
             changed.append(replace(record, state=state, reason=why))
     return tuple(reversed(changed))
-
-
-def _set_version(journal: Journal, record: VersionRecord) -> None:
-    journal.execute(
-        'UPDATE versions SET state = ?, reason = ? WHERE profile = ? AND version = ?',
-        int(record.state), record.reason, record.profile, record.version)

@@ -20,9 +20,9 @@ from torch import Tensor
 from mace_ros.api.events import AdapterVersion, CorrectionStatus, Event, VersionState
 from mace_ros.learning.rollback import (
     roll_back,
+    rollback_target,
     RollbackRefused,
     RolledBack,
-    version_to_return_to,
 )
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.lora import LoRAManager
@@ -116,7 +116,7 @@ class RollbackQueue:
             return self._refuse(RollbackRefused(NO_SLOT))
 
         def decide(journal: Journal) -> _Decided:
-            record = version_to_return_to(journal, profile, version)
+            record = rollback_target(journal, profile, version)
             # Read first: a version that can't be read must not become the live one.
             tensors = None
             if record is not None:

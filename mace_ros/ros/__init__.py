@@ -1,3 +1,3 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The node, and what speaks to it: all that knows rclpy, and nothing that knows torch."""
+"""The ROS node and its client. Modules here import rclpy, and do not import torch."""

@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Messages become plain data, and events become messages.
+Conversion of messages to plain data, and of events to messages.
 
-Nothing is checked here: what a message says that can't be is for the engine to refuse,
-with a reason. Only -1, which stands for the node's default, turns into None.
+Nothing is validated here: the engine rejects invalid values with a reason. Only -1, which
+stands for the node's default, becomes None.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ MESSAGE_TYPES: dict[type[Event], type] = {
 
 
 def query_from(message: msg.Query) -> Query:
-    """Return what was asked."""
+    """Return the query of a message."""
     return Query(
         text=message.text,
         id=message.id,
         conversation_id=message.conversation_id,
         profile=message.profile,
         system=message.system,
-        max_tokens=_given(message.max_tokens),
-        temperature=_given(message.temperature),
-        top_p=_given(message.top_p),
-        seed=_given(message.seed),
+        max_tokens=_default_as_none(message.max_tokens),
+        temperature=_default_as_none(message.temperature),
+        top_p=_default_as_none(message.top_p),
+        seed=_default_as_none(message.seed),
         stop=tuple(message.stop),
-        ttft_slo_ms=_given(message.ttft_slo_ms),
-        tpot_slo_ms=_given(message.tpot_slo_ms),
+        ttft_slo_ms=_default_as_none(message.ttft_slo_ms),
+        tpot_slo_ms=_default_as_none(message.tpot_slo_ms),
         priority=message.priority,
         reset_conversation=message.reset_conversation,
         no_learn=message.no_learn)
 
 
 def correction_from(message: msg.Correction) -> Correction:
-    """Return what was corrected."""
+    """Return the correction of a message."""
     return Correction(
         corrected=message.corrected,
         id=message.id,
@@ -71,27 +71,27 @@ def correction_from(message: msg.Correction) -> Correction:
 
 
 def message_from(event: Event, stamp: Time) -> Any:
-    """Return the message that tells of an event; its fields have the event's names."""
+    """Return the message of an event; its fields have the names of the event's."""
     message = MESSAGE_TYPES[type(event)](
-        **{field.name: _plain(getattr(event, field.name)) for field in fields(event)
+        **{field.name: _message_value(getattr(event, field.name)) for field in fields(event)
            if field.name != 'origin'})
     message.header.stamp = stamp
     return message
 
 
 def latency_from(event: Response, stamp: Time) -> msg.Latency:
-    """Return the numbers of an outcome."""
+    """Return the ``Latency`` message of a response."""
     names = set(msg.Latency.get_fields_and_field_types()) - {'header'}
-    message = msg.Latency(**{name: _plain(getattr(event, name)) for name in names})
+    message = msg.Latency(**{name: _message_value(getattr(event, name)) for name in names})
     message.header.stamp = stamp
     return message
 
 
-def _given(value: Number) -> Number | None:
+def _default_as_none(value: Number) -> Number | None:
     return None if value == -1 else value
 
 
-def _plain(value: Any) -> Any:
+def _message_value(value: Any) -> Any:
     if isinstance(value, IntEnum):
         return int(value)
     return list(value) if isinstance(value, tuple) else value

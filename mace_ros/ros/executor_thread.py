@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""An executor in a thread of its own, which no exception and no signal ends."""
+"""An executor in a thread of its own, which neither exceptions nor signals end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class ExecutorThread:
     """
     Runs a node's callbacks in a thread until :meth:`stop`.
 
-    A callback that raises is logged, and the others go on: ``spin()`` would end there.
+    An exception in a callback is logged and the thread continues; rclpy's ``spin()`` would end.
     """
 
     def __init__(self, node: Node, *, name: str, context: Context | None = None) -> None:
-        """``name`` is that of the thread."""
+        """Prepare a thread called ``name``; :meth:`start` starts it."""
         self._node = node
         self._executor = SingleThreadedExecutor(context=context)
         self._executor.add_node(node)
         self._running = True
-        # A daemon: one that hangs in a driver must not keep the process alive.
+        # A daemon: a callback that hangs in a driver must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -36,7 +36,7 @@ class ExecutorThread:
         """Finish the running callback and end the thread; return whether it ended in time."""
         if not self._thread.is_alive():
             return True
-        # As a task, since nothing else makes a waiting executor return without a trace.
+        # A task, since nothing else makes a waiting executor return without side effects.
         self._executor.create_task(self._end)
         self._thread.join(timeout_s)
         if self._thread.is_alive():

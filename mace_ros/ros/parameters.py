@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The table of parameters as parameters of a ROS node."""
+"""The parameter table as parameters of a ROS node."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from mace_ros.api.settings import InvalidSetting, Parameter, PARAMETERS, Setting
 
 class ParameterServer:
     """
-    Declares the table on a node, and keeps :class:`Settings` that are always valid.
+    Declares the parameters on a node, and keeps :class:`Settings` that are always valid.
 
-    A change is taken as a whole or refused as a whole, with the reason.
+    A change of several parameters is applied or rejected as a whole, with the reason.
     """
 
-    def __init__(self, node: Node, changed: Callable[[Settings], None]) -> None:
+    def __init__(self, node: Node, on_change: Callable[[Settings], None]) -> None:
         """
-        Declare all, and take what the command line and parameter files say.
+        Declare all parameters, with the values of the command line and of parameter files.
 
-        ``changed`` gets the new settings after each change. Raises
-        :class:`InvalidSetting` for a start value that is not allowed.
+        ``on_change`` gets the new settings after each change. Raises :class:`InvalidSetting`
+        for an initial value that is not allowed.
         """
-        self._changed = changed
+        self._on_change = on_change
         try:
             node.declare_parameters(
                 '', [(p.name, p.default, descriptor(p)) for p in PARAMETERS.values()])
@@ -41,18 +41,18 @@ class ParameterServer:
             raise InvalidSetting(f'{error} (a float needs its decimal point)') from error
         except InvalidParameterValueException as error:
             raise InvalidSetting(str(error)) from error
-        # Of the node's start values rclpy shows no more in public; other nodes' are not in it.
+        # rclpy has no public access to the overrides of this node.
         unknown = set(getattr(node, '_parameter_overrides', ())) - {
             *PARAMETERS, 'use_sim_time', 'start_type_description_service'}
         for name in sorted(n for n in unknown if not n.startswith('qos_overrides.')):
-            node.get_logger().warning(f'{name}: there is no such parameter')
+            node.get_logger().warning(f'{name}: unknown parameter')
         self._settings = Settings().updated(
             {name: node.get_parameter(name).value for name in PARAMETERS})
-        # Humble can't tell when a change was made. But no other callback could refuse it
-        # after ours, so there it is as good as made when we agree.
-        self._told_later = hasattr(node, 'add_post_set_parameters_callback')
+        # Humble has no callback after a change. There the change counts as made once it is
+        # accepted here, since no other callback can reject it afterwards.
+        self._has_post_set_callback = hasattr(node, 'add_post_set_parameters_callback')
         node.add_on_set_parameters_callback(self._on_set)
-        if self._told_later:
+        if self._has_post_set_callback:
             node.add_post_set_parameters_callback(self._apply)
 
     @property
@@ -62,22 +62,22 @@ class ParameterServer:
 
     def _on_set(self, parameters: list[NodeParameter]) -> SetParametersResult:
         try:
-            self._settings.updated(_ours(parameters))
+            self._settings.updated(_known(parameters))
         except InvalidSetting as error:
             return SetParametersResult(successful=False, reason=str(error))
-        if not self._told_later:
+        if not self._has_post_set_callback:
             self._apply(parameters)
         return SetParametersResult(successful=True)
 
     def _apply(self, parameters: list[NodeParameter]) -> None:
-        values = _ours(parameters)
+        values = _known(parameters)
         if values:
             self._settings = self._settings.updated(values)
-            self._changed(self._settings)
+            self._on_change(self._settings)
 
 
 def descriptor(parameter: Parameter) -> ParameterDescriptor:
-    """Return what ``ros2 param describe`` and rqt_reconfigure show of a parameter."""
+    """Return the descriptor that ``ros2 param describe`` and rqt_reconfigure show."""
     made = ParameterDescriptor(
         name=parameter.name,
         description=parameter.description + (f' [{parameter.unit}]' if parameter.unit else ''),
@@ -95,6 +95,6 @@ def descriptor(parameter: Parameter) -> ParameterDescriptor:
     return made
 
 
-def _ours(parameters: Iterable[NodeParameter]) -> dict[str, Value]:
-    """Leave out those that every node has, such as use_sim_time."""
+def _known(parameters: Iterable[NodeParameter]) -> dict[str, Value]:
+    """Return the values of table parameters, without those of every node (use_sim_time)."""
     return {p.name: p.value for p in parameters if p.name in PARAMETERS}

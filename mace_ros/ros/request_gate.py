@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What comes in while no engine serves: it waits for the first one, or is refused."""
+"""Incoming requests while no engine serves: they wait for the first one, or are refused."""
 
 from __future__ import annotations
 
@@ -20,57 +20,61 @@ from mace_ros.api.events import (
     Query,
     Response,
 )
+from mace_ros.ros.parameters import ParameterServer
 
 if TYPE_CHECKING:
     from mace_ros.engine.engine import Engine
 
 
 class RequestGate:
-    """Hands queries, corrections and cancellations to the engine, in their order."""
+    """Passes queries, corrections and cancellations to the engine in their order."""
 
-    def __init__(self, *, limit: Callable[[], int], refuse: Callable[[list[Event]], None]) -> None:
+    def __init__(self, parameters: ParameterServer, *,
+                 publish: Callable[[list[Event]], None]) -> None:
         """
-        ``limit`` says how many may wait; ``refuse`` publishes the answer to one that may not.
+        Let requests wait, up to ``scheduler.max_queue`` of them.
 
-        It is called from the thread that brought what is refused.
+        ``publish`` gets the events of refused requests, in the thread that calls :meth:`put` or
+        :meth:`close`.
         """
-        self._limit, self._refuse = limit, refuse
+        self._parameters, self._publish = parameters, publish
         self._lock = threading.Lock()
         self._waiting: deque[Query | Correction | str] = deque()
         self._engine: Engine | None = None
-        self._closed = ''
+        self._closed_reason = ''
 
     def put(self, item: Query | Correction | str) -> None:
-        """Take a query, a correction, or the id of a query to cancel; returns at once."""
+        """Take a query, a correction, or the id of a query to cancel; return at once."""
         with self._lock:
             if self._engine is not None:
-                _hand_over(item, self._engine)
+                _pass_on(item, self._engine)
                 return
-            # A cancellation is short, and must not be lost for the number of queries.
-            most = self._limit() * (2 if isinstance(item, str) else 1)
-            if not self._closed and len(self._waiting) < most:
+            limit = self._parameters.settings.scheduler.max_queue
+            if isinstance(item, str):
+                limit *= 2      # cancellations are small, and must not be lost behind queries
+            if not self._closed_reason and len(self._waiting) < limit:
                 self._waiting.append(item)
                 return
-            closed = self._closed
-        self._refuse(_refusal(item, closed))
+            reason = self._closed_reason
+        self._publish(_refusal(item, reason))
 
     def open(self, engine: Engine) -> None:
-        """Hand over what has waited, and from now on all that comes."""
+        """Pass waiting requests to the engine, and all later ones."""
         with self._lock:
-            self._engine, self._closed = engine, ''
+            self._engine, self._closed_reason = engine, ''
             while self._waiting:
-                _hand_over(self._waiting.popleft(), engine)
+                _pass_on(self._waiting.popleft(), engine)
 
     def close(self, reason: str) -> None:
-        """Refuse what waits, and all that comes until it is opened, for this reason."""
+        """Refuse waiting requests, and all later ones until :meth:`open`, for this reason."""
         with self._lock:
-            self._engine, self._closed = None, reason
+            self._engine, self._closed_reason = None, reason
             waiting, self._waiting = self._waiting, deque()
         for item in waiting:
-            self._refuse(_refusal(item, reason))
+            self._publish(_refusal(item, reason))
 
 
-def _hand_over(item: Query | Correction | str, engine: Engine) -> None:
+def _pass_on(item: Query | Correction | str, engine: Engine) -> None:
     if isinstance(item, Query):
         engine.submit(item)
     elif isinstance(item, Correction):
@@ -79,9 +83,9 @@ def _hand_over(item: Query | Correction | str, engine: Engine) -> None:
         engine.cancel(item)
 
 
-def _refusal(item: Query | Correction | str, closed: str) -> list[Event]:
-    code = ErrorCode.NOT_SERVING if closed else ErrorCode.OVERLOADED
-    reason = closed or 'the model is still being loaded, and too much waits for it already'
+def _refusal(item: Query | Correction | str, closed_reason: str) -> list[Event]:
+    code = ErrorCode.NOT_SERVING if closed_reason else ErrorCode.OVERLOADED
+    reason = closed_reason or 'the model is being loaded, and too many requests wait already'
     if isinstance(item, Query):
         query_id = item.id or str(uuid.uuid4())
         return [Response(query_id, item.conversation_id, '', FinishReason.REJECTED, code, reason,

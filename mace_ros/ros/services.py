@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from builtin_interfaces.msg import Time
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
@@ -16,9 +15,11 @@ from rclpy.node import Node
 from std_srvs.srv import SetBool
 
 from mace_ros.ros.conversion import message_from
+from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.executor_thread import ExecutorThread
-from mace_ros.ros.helper_node import adopt, hidden_node
+from mace_ros.ros.helper_node import helper_node, move_service
 from mace_ros.srv import ListVersions, Rollback, Trace
+from mace_ros.telemetry.health import ACTIVE, Health
 from mace_ros.telemetry.trace import (
     check_extent,
     InvalidTrace,
@@ -27,74 +28,69 @@ from mace_ros.telemetry.trace import (
     write_in_background,
 )
 
-if TYPE_CHECKING:
-    from mace_ros.engine.engine import Engine
-
-# The journal answers in milliseconds, or its disk is broken.
+# The journal answers in milliseconds, unless its disk is broken.
 JOURNAL_TIMEOUT_S = 5.0
-# An iteration or two, but while no adapter slot is free.
+# A rollback takes one or two iterations, unless no adapter slot is free.
 ROLLBACK_TIMEOUT_S = 60.0
-# A trace that a stop has cut off is written within a second.
+# A trace that ends with the node is written within a second.
 WRITE_TIMEOUT_S = 2.0
 
-# What a trace is that says nothing else.
+# Extent of a trace whose request leaves it open.
 TRACE_ITERATIONS, TRACE_SECONDS = 200, 10.0
 
 
 class Services:
     """
-    Answers service calls.
+    Serves the node's own services.
 
-    Those that wait for the disk or the device are served in threads of their own, so that
-    no other callback waits with them.
+    Calls that wait for the disk or the device are served in threads of their own, so that they
+    do not block other callbacks.
     """
 
-    def __init__(self, node: Node, *, engine: Callable[[], Engine | None],
-                 active: Callable[[], bool], freeze: Callable[[bool], None],
-                 storage: Callable[[], Path]) -> None:
+    def __init__(self, node: Node, health: Health, engine_thread: EngineThread, *,
+                 storage: Path, freeze_learning: Callable[[bool], None]) -> None:
         """
-        Serve them.
+        Create the services.
 
-        ``active`` says whether the engine runs; ``freeze`` stops learning, or lets it go on;
-        traces go below ``storage``.
+        Traces are written below ``storage``; ``freeze_learning`` stops learning, or resumes it.
         """
-        self._node, self._engine, self._active, self._freeze = node, engine, active, freeze
-        self._storage = storage
-        self._tracing = ''      # the file of the trace that is being made
-        self._writer: Thread | None = None
+        self._node, self._health, self._engine_thread = node, health, engine_thread
+        self._storage, self._freeze_learning = storage, freeze_learning
+        self._trace_file = ''       # of the trace being recorded
+        self._trace_writer: Thread | None = None
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
         node.create_service(Trace, '~/trace', self._on_trace)
-        self._apart: list[tuple[Node, ExecutorThread]] = []
+        self._helpers: list[tuple[Node, ExecutorThread]] = []
         for kind, name, callback in ((ListVersions, 'list_versions', self._on_list),
                                      (Rollback, 'rollback', self._on_rollback)):
-            # Not the node's own group: while a call waits, it would keep all others out.
+            # A group of its own: a waiting call must not block the callbacks of the node's group.
             service = node.create_service(
                 kind, f'~/{name}', callback, callback_group=MutuallyExclusiveCallbackGroup())
-            apart = hidden_node(node, name)
-            adopt(service, node, apart)
-            spinner = ExecutorThread(apart, name=name, context=node.context)
-            spinner.start()
-            self._apart.append((apart, spinner))
+            helper = helper_node(node, name)
+            move_service(service, node, helper)
+            executor = ExecutorThread(helper, name=name, context=node.context)
+            executor.start()
+            self._helpers.append((helper, executor))
 
     def stop(self, timeout_s: float) -> None:
-        """End the threads, unless a call keeps one for longer; a trace is written to its end."""
-        if self._writer is not None:
-            self._writer.join(WRITE_TIMEOUT_S)
-        for apart, spinner in self._apart:
-            if spinner.stop(timeout_s):
-                apart.destroy_node()
+        """Finish writing a trace, and end the threads unless a call keeps one for longer."""
+        if self._trace_writer is not None:
+            self._trace_writer.join(WRITE_TIMEOUT_S)
+        for helper, executor in self._helpers:
+            if executor.stop(timeout_s):
+                helper.destroy_node()
 
     def _on_freeze(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        self._freeze(request.data)
+        self._freeze_learning(request.data)
         response.success = True
         response.message = ('learning is frozen; corrections are kept and learned later'
-                            if request.data else 'learning goes on')
+                            if request.data else 'learning is resumed')
         self._node.get_logger().info(response.message)
         return response
 
     def _on_list(self, request: ListVersions.Request,
                  response: ListVersions.Response) -> ListVersions.Response:
-        engine = self._engine()
+        engine = self._engine_thread.engine
         if engine is None:
             response.message = 'the node is not configured'
             return response
@@ -102,7 +98,7 @@ class Services:
             versions = engine.versions(request.profile).result(JOURNAL_TIMEOUT_S)
         except FutureTimeout:
             response.message = f'the journal did not answer within {JOURNAL_TIMEOUT_S:g} s'
-        except Exception as error:    # of the journal, in words
+        except Exception as error:    # errors of the journal have readable messages
             response.message = str(error)
         else:
             response.versions = [message_from(version, Time()) for version in versions]
@@ -111,26 +107,26 @@ class Services:
         return response
 
     def _on_trace(self, request: Trace.Request, response: Trace.Response) -> Trace.Response:
-        engine = self._engine()
+        engine = self._engine_thread.engine
         try:
-            if engine is None or not self._active():
+            if engine is None or self._health.state != ACTIVE:
                 raise InvalidTrace('the node is not active')
-            if self._tracing:
-                raise InvalidTrace(f'{self._tracing} is being made; one trace at a time')
+            if self._trace_file:
+                raise InvalidTrace(f'{self._trace_file} is being made; one trace at a time')
             iterations = request.iterations or TRACE_ITERATIONS
             seconds = request.seconds or TRACE_SECONDS
             check_extent(iterations, seconds)
-            path = trace_path(self._storage(), request.name)
+            path = trace_path(self._storage, request.name)
         except (InvalidTrace, OSError) as error:
             response.message = str(error)
             return response
-        self._tracing = str(path)
+        self._trace_file = str(path)
 
         def write(records: list[Record]) -> None:
-            self._writer = write_in_background(records, path, written)
+            self._trace_writer = write_in_background(records, path, written)
 
         def written(problem: str) -> None:
-            self._tracing = ''
+            self._trace_file = ''
             if problem:
                 self._node.get_logger().error(f'a trace could not be written: {problem}')
             else:
@@ -138,24 +134,25 @@ class Services:
 
         engine.trace(iterations, seconds, write)
         response.success, response.path = True, str(path)
-        response.message = f'{path} will be there after {iterations} iterations, or {seconds:g} s'
+        response.message = (
+            f'{path} will be complete after {iterations} iterations, or {seconds:g} s')
         return response
 
     def _on_rollback(self, request: Rollback.Request,
                      response: Rollback.Response) -> Rollback.Response:
-        engine = self._engine()
-        if engine is None or not self._active():
+        engine = self._engine_thread.engine
+        if engine is None or self._health.state != ACTIVE:
             response.reason = 'the node is not active'
             return response
         try:
             engine.rollback(
-                request.profile, request.version, 'asked for by ~/rollback'
+                request.profile, request.version, 'requested through ~/rollback'
             ).result(ROLLBACK_TIMEOUT_S)
         except FutureTimeout:
             response.reason = (
-                f'it does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as while requests hold '
-                'every adapter slot; ~/adapter_version will tell')
-        except Exception as error:    # in words
+                f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when requests '
+                'hold every adapter slot; ~/adapter_version will announce it')
+        except Exception as error:    # its message is the reason
             response.reason = str(error)
         else:
             response.success = True

@@ -1,10 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is told about the node itself: ``~/latency``, ``~/scheduler`` and ``/diagnostics``."""
+"""The state of the node itself as ``~/latency``, ``~/scheduler`` and ``/diagnostics``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 import math
 import platform
@@ -17,9 +16,10 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from mace_ros.api.events import Event, Response
-from mace_ros.api.settings import Settings
 import mace_ros.msg as msg
 from mace_ros.ros.conversion import latency_from
+from mace_ros.ros.engine_thread import EngineThread
+from mace_ros.ros.parameters import ParameterServer
 from mace_ros.telemetry.device_counters import DeviceCounters
 from mace_ros.telemetry.health import Finding, Health
 from mace_ros.telemetry.latency import Attainment
@@ -31,81 +31,87 @@ RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class StatusPublisher:
-    """Watches the node with timers of the thread that serves ROS."""
+    """Samples the engine and the device with timers, and publishes what it finds."""
 
-    def __init__(self, node: Node, *, health: Health, settings: Callable[[], Settings],
-                 sample: Callable[[], Future[Status | None]]) -> None:
-        """``sample`` asks for a status, which is None while there is no engine."""
-        self._node, self._health, self._settings, self._ask = node, health, settings, sample
+    def __init__(self, node: Node, health: Health, parameters: ParameterServer,
+                 engine_thread: EngineThread) -> None:
+        """Create the publishers and the timers, which run in the thread that serves ROS."""
+        self._node, self._health, self._parameters = node, health, parameters
+        self._engine_thread = engine_thread
         self._latency = node.create_publisher(msg.Latency, '~/latency', RELIABLE)
         self._scheduler = node.create_publisher(msg.Scheduler, '~/scheduler', RELIABLE)
         self.diagnostics = node.create_publisher(DiagnosticArray, '/diagnostics', RELIABLE)
         self.watch(Hardware())
         self._attainment = (-math.inf, Attainment())
-        self._asked: Future[Status | None] | None = None
-        # Steady: a robot that is looked at may live in simulated time, and it may stand still.
+        self._sampling: Future[Status | None] | None = None
+        # A steady clock: timers must also run when simulated time stands still.
         clock = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = node.create_timer(self._period_s(), self._sample, clock=clock)
-        node.create_timer(DIAGNOSTICS_PERIOD_S, self.diagnose, clock=clock)
+        node.create_timer(DIAGNOSTICS_PERIOD_S, self.publish_diagnostics, clock=clock)
 
     def watch(self, hardware: Hardware) -> None:
-        """Read the counters of that device from now on."""
-        self._status: Status | None = None      # rates are of one engine
+        """Read the counters of this device from now on."""
+        self._status: Status | None = None      # rates are differences within one engine
         self._hardware_id = hardware.name or platform.node()
         self._counters = DeviceCounters(hardware)
 
-    def settings_changed(self) -> None:
-        """Put another rate in force."""
+    def update_rate(self) -> None:
+        """Apply ``monitor.rate_hz``."""
         period_ns = int(self._period_s() * 1e9)
         if self._timer.timer_period_ns != period_ns:
             self._timer.timer_period_ns = period_ns
             self._timer.reset()
 
-    def hear(self, event: Event, stamp: Time) -> None:
-        """Take in what happened; from any thread."""
+    def on_event(self, event: Event, stamp: Time) -> None:
+        """Take note of an event, and publish the latency of a response; from any thread."""
         self._health.note(event, time.monotonic())
         if isinstance(event, Response):
             self._latency.publish(latency_from(event, stamp))
 
-    def _period_s(self) -> float:
-        return 1.0 / self._settings().monitor.rate_hz
-
-    def _sample(self) -> None:
-        # A device that is loading a model is not asked again and again.
-        if self._asked is None or self._asked.done():
-            self._asked = self._ask()
-            self._asked.add_done_callback(self._sampled)
-
-    def _sampled(self, done: Future[Status | None]) -> None:
-        """Publish the sample, in the device's thread."""
-        status, before = done.result(), self._status
-        self._status = status
-        if status is None:
-            return
-        at, attainment = self._attainment
-        if status.now >= at + ATTAINMENT_PERIOD_S:    # it looks at all requests of the window
-            attainment = self._health.window.attainment(
-                status.now, self._settings().monitor.window_s)
-            self._attainment = status.now, attainment
-        message = scheduler_message(status, before or status, attainment)
-        message.learning_frozen = self._health.frozen
-        message.header.stamp = self._node.get_clock().now().to_msg()
-        self._scheduler.publish(message)
-
-    def diagnose(self) -> None:
-        """Publish how the node is; from any thread."""
+    def publish_diagnostics(self) -> None:
+        """Publish the health of the node; from any thread."""
         array = DiagnosticArray()
         array.header.stamp = self._node.get_clock().now().to_msg()
         name = self._node.get_fully_qualified_name().lstrip('/')
         array.status = [
             diagnostic_status(finding, name, self._hardware_id)
             for finding in self._health.findings(
-                self._status, self._counters.read(), self._settings(), time.monotonic())]
+                self._status, self._counters.read(), self._parameters.settings,
+                time.monotonic())]
         self.diagnostics.publish(array)
+
+    def _period_s(self) -> float:
+        return 1.0 / self._parameters.settings.monitor.rate_hz
+
+    def _sample(self) -> None:
+        # While the engine thread loads a model, one request is enough.
+        if self._sampling is None or self._sampling.done():
+            self._sampling = self._engine_thread.call(self._engine_status)
+            self._sampling.add_done_callback(self._on_sample)
+
+    def _engine_status(self) -> Status | None:
+        engine = self._engine_thread.engine
+        return None if engine is None else engine.status()
+
+    def _on_sample(self, done: Future[Status | None]) -> None:
+        """Publish a sample; in the engine thread."""
+        status, before = done.result(), self._status
+        self._status = status
+        if status is None:
+            return
+        at, attainment = self._attainment
+        if status.now >= at + ATTAINMENT_PERIOD_S:    # costs a pass over the whole window
+            attainment = self._health.window.attainment(
+                status.now, self._parameters.settings.monitor.window_s)
+            self._attainment = status.now, attainment
+        message = scheduler_message(status, before or status, attainment)
+        message.learning_frozen = self._health.frozen
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        self._scheduler.publish(message)
 
 
 def scheduler_message(status: Status, before: Status, attainment: Attainment) -> msg.Scheduler:
-    """Return the numbers of a status; rates are since the one before."""
+    """Return the message of a status; rates are relative to the status ``before``."""
     now, then = status.statistics, before.statistics
     elapsed = status.now - before.now
 
@@ -125,8 +131,8 @@ def scheduler_message(status: Status, before: Status, attainment: Attainment) ->
         learning_share=now.learning_share,
         decode_rate=rate(now.decode_tokens - then.decode_tokens),
         prefill_rate=rate(now.prefill_tokens - then.prefill_tokens),
-        finetune_rate=rate(now.ridden_tokens + now.finetune_tokens
-                           - then.ridden_tokens - then.finetune_tokens),
+        finetune_rate=rate(now.piggybacked_tokens + now.finetune_tokens
+                           - then.piggybacked_tokens - then.finetune_tokens),
         pass_decode_rows=now.shape.decode_rows, pass_prefill_tokens=now.shape.prefill_tokens,
         pass_finetune_tokens=now.shape.finetune_tokens,
         predicted_ms=now.predicted_s * 1e3, measured_ms=now.measured_s * 1e3,

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests lie in the KV cache: the bookkeeping that a plan asks for."""
+"""Admission, preemption and prefix sharing: which requests hold which KV blocks."""
 
 from __future__ import annotations
 
@@ -15,38 +15,57 @@ from mace_ros.scheduling.request import Request, RequestState
 
 class KVCacheManager:
     """
-    Moves the requests of a :class:`State` in and out of the blocks of a pool.
+    Moves the requests of its ``state`` into and out of the blocks of a pool.
 
-    For each iteration: :meth:`refresh`, plan, :meth:`begin`, run, :meth:`computed`. It is
-    the same on a device and in a simulation.
+    In each iteration: plan, :meth:`allocate`, run, :meth:`commit`. The same code runs on a device
+    and in a simulation. Implements :class:`mace_ros.scheduling.plan.CacheView`.
     """
 
-    def __init__(self, pool: BlockPool, state: State, *, sharing: bool = True) -> None:
-        """Begin with nobody in the cache; ``sharing`` says whether blocks are found again."""
+    def __init__(self, pool: BlockPool, *, sharing: bool = True) -> None:
+        """Start without requests; ``sharing`` enables the prefix cache."""
         self.pool = pool
-        self.capacity_tokens = pool.num_blocks * pool.block_size    # when nobody else is there
-        self._sharing = sharing
-        self.preemptions = 0    # so far
-        self.shared_tokens = 0  # found in the cache instead of computed, so far
-        self.pruned_tokens = 0  # dropped by running requests, so far
-        self._state = state
-        state.frees = lambda request: pool.frees(request.blocks)
-        state.get_computed_blocks = self.get_computed_blocks
-        self.refresh()
-
-    def share(self, sharing: bool) -> None:
-        """Share blocks from now on, or no longer; what is shared stays so."""
-        if self._sharing and not sharing:
-            self.pool.reset()
+        self.state = State(self)
+        self.capacity_blocks = pool.num_blocks      # when one request has the cache for itself
+        self.preemptions = 0        # since the start, like the counts below
+        self.shared_tokens = 0      # found in the prefix cache instead of computed
+        self.pruned_tokens = 0
         self._sharing = sharing
 
-    def refresh(self) -> None:
-        """Bring what the scheduler reads of the memory up to date."""
-        self._state.free_tokens = self.pool.free_tokens
-        self._state.capacity_tokens = self.capacity_tokens
+    # -- what the scheduler asks ---------------------------------------------------------
 
-    def begin(self, plan: Plan, now: float) -> None:
-        """Preempt, admit, and give blocks for what the plan's pass computes."""
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that the free blocks can hold; negative if some requests must be preempted."""
+        return self.pool.free_tokens
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that a request can use when it is alone in the cache."""
+        return self.capacity_blocks * self.pool.block_size
+
+    def blocks_freed_by(self, request: Request) -> int:
+        """Return how many blocks preempting a running request would free."""
+        return self.pool.frees(request.blocks)
+
+    def get_computed_blocks(self, request: Request) -> list[int]:
+        """
+        Look up the cached blocks that a waiting request would share.
+
+        At least one of its tokens is left to compute, since sampling needs logits.
+        """
+        request.computed_tokens = request.shared_blocks = 0
+        if not self._sharing or request.block_hashes is None:
+            return []
+        limit = (request.known_tokens - 1) // self.pool.block_size
+        blocks = self.pool.lookup(request.block_hashes.first(limit))
+        request.computed_tokens = len(blocks) * self.pool.block_size
+        request.shared_blocks = self.pool.held_among(blocks)
+        return blocks
+
+    # -- an iteration --------------------------------------------------------------------
+
+    def allocate(self, plan: Plan, now: float) -> None:
+        """Preempt, admit, and allocate blocks for the tokens that the plan's pass computes."""
         for request in plan.preempted:
             self.preempt(request)
         for row in plan.decode:
@@ -58,60 +77,33 @@ class KVCacheManager:
             self.pool.grow(request.blocks, request.computed_tokens + min(
                 chunk.tokens, request.remaining_tokens))
 
-    def known(self, hashes: BlockHashes, tokens: int) -> int:
-        """Return how many of a sequence's first tokens are in the cache, as whole blocks."""
+    def commit(self, request: Request, tokens: int) -> None:
+        """Record that a pass computed the next ``tokens`` tokens of a request."""
         size = self.pool.block_size
-        full = tokens // size
-        found = len(self.pool.lookup(hashes.first(full)))
-        return tokens if found == full else found * size
-
-    def computed(self, request: Request, tokens: int) -> None:
-        """Note that a pass computed the next ``tokens`` tokens of a request."""
-        size = self.pool.block_size
-        full = request.computed_tokens // size
+        first = request.computed_tokens // size
         request.computed_tokens += tokens
-        now_full = request.computed_tokens // size
-        # What is computed without some of the tokens before it must not be found by others.
+        full = request.computed_tokens // size
+        # Tokens computed without pruned ones differ from those of an unpruned request.
         exact = not request.dropped_tokens
-        if now_full > full and self._sharing and request.block_hashes is not None and exact:
-            names = request.block_hashes.first(now_full)
-            for i in range(full, now_full):
-                self.pool.cache(request.blocks[i], names[i])
-
-    def drop(self, request: Request, places: Sequence[int]) -> None:
-        """Let go of full blocks of a request, by their places in its table, in order."""
-        table, gone = request.blocks, set(places)
-        dropped = [table[i] for i in places]
-        request.blocks = [block for i, block in enumerate(table) if i not in gone]
-        request.dropped_tokens += len(dropped) * self.pool.block_size
-        self.pruned_tokens += len(dropped) * self.pool.block_size
-        self.pool.release(dropped)
-
-    def move(self, moved: Mapping[int, int]) -> None:
-        """Let tables name blocks by their new numbers."""
-        for request in self._state.running:
-            request.blocks = [moved.get(b, b) for b in request.blocks]
+        if full > first and self._sharing and request.block_hashes is not None and exact:
+            hashes = request.block_hashes.first(full)
+            for i in range(first, full):
+                self.pool.cache(request.blocks[i], hashes[i])
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's blocks, and let it wait in its place of arrival."""
+        """Release a running request's blocks, and let it wait by its time of arrival."""
         self.pool.release(request.blocks)
         request.dropped_tokens = 0
-        self._state.running.remove(request)
+        self.state.running.remove(request)
         request.state = RequestState.WAITING
         self.get_computed_blocks(request)
-        self._state.waiting.add(request)
+        self.state.waiting.add(request)
         self.preemptions += 1
 
-    def start_over(self) -> None:
-        """Let everybody wait, and nothing be found again: what the blocks hold is lost."""
-        for request in list(self._state.running):
-            self.preempt(request)
-        self.pool.reset()
-
-    def leave(self, request: Request) -> None:
-        """Let a request go, from wherever it is."""
+    def free(self, request: Request) -> None:
+        """Remove a waiting or running request, and release its blocks."""
         waits = request.state is RequestState.WAITING
-        (self._state.waiting if waits else self._state.running).remove(request)
+        (self.state.waiting if waits else self.state.running).remove(request)
         request.state = RequestState.FINISHED
         self.pool.release(request.blocks)
 
@@ -121,16 +113,46 @@ class KVCacheManager:
         request.state = RequestState.RUNNING
         if request.started_at is None:
             request.started_at = now
-        self._state.waiting.remove(request)
-        insort(self._state.running, request, key=lambda r: r.arrival)
+        self.state.waiting.remove(request)
+        insort(self.state.running, request, key=lambda r: r.arrival)
 
-    def get_computed_blocks(self, request: Request) -> list[int]:
-        """Find the blocks that a waiting request would share; one token must be computed."""
-        request.computed_tokens = request.shared_blocks = 0
-        if not self._sharing or request.block_hashes is None:
-            return []
-        most = (request.known_tokens - 1) // self.pool.block_size
-        blocks = self.pool.lookup(request.block_hashes.first(most))
-        request.computed_tokens = len(blocks) * self.pool.block_size
-        request.shared_blocks = self.pool.held_among(blocks)
-        return blocks
+    # -- the prefix cache ----------------------------------------------------------------
+
+    def set_sharing(self, sharing: bool) -> None:
+        """Enable or disable the prefix cache; blocks that are shared already stay shared."""
+        if self._sharing and not sharing:
+            self.pool.reset()
+        self._sharing = sharing
+
+    def cached_tokens(self, hashes: BlockHashes, tokens: int) -> int:
+        """
+        Return how many of a sequence's first ``tokens`` tokens the prefix cache has.
+
+        Only full blocks are cached; a partial last block counts if all full ones are.
+        """
+        size = self.pool.block_size
+        full = tokens // size
+        found = len(self.pool.lookup(hashes.first(full)))
+        return tokens if found == full else found * size
+
+    # -- changes of the blocks -----------------------------------------------------------
+
+    def drop(self, request: Request, positions: Sequence[int]) -> None:
+        """Prune full blocks of a request, given by ascending positions in its block table."""
+        table, pruned = request.blocks, set(positions)
+        dropped = [table[i] for i in positions]
+        request.blocks = [block for i, block in enumerate(table) if i not in pruned]
+        request.dropped_tokens += len(dropped) * self.pool.block_size
+        self.pruned_tokens += len(dropped) * self.pool.block_size
+        self.pool.release(dropped)
+
+    def renumber(self, moved: Mapping[int, int]) -> None:
+        """Replace block numbers in the block tables: new numbers by old ones."""
+        for request in self.state.running:
+            request.blocks = [moved.get(b, b) for b in request.blocks]
+
+    def reset(self) -> None:
+        """Preempt all requests and empty the prefix cache: the blocks' content is lost."""
+        for request in list(self.state.running):
+            self.preempt(request)
+        self.pool.reset()

@@ -1,22 +1,23 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of fine-tune work, cut to the time that there is for them."""
+"""Learning slices: the part of a fine-tune step that one iteration runs."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from mace_ros.scheduling.batching import Batch, LEAST_CHUNK
+from mace_ros.scheduling.batching import Batch
 from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.pass_builder import MIN_PREFILL_CHUNK
 from mace_ros.scheduling.plan import FinetuneWork, Plan, SegmentKind
 
 
 class LearningSlice(NamedTuple):
     """
-    Learning of one iteration: tokens that ride in its pass, or segments after it.
+    The learning of one iteration: tokens piggybacked on its pass, or segments after it.
 
-    ``seconds`` is what it adds to the iteration, as predicted.
+    ``seconds`` is the predicted time that the slice adds to the iteration.
     """
 
     tokens: int = 0
@@ -28,32 +29,32 @@ EMPTY_SLICE = LearningSlice()
 
 
 def segments_within(work: FinetuneWork, cost: CostModel, seconds: float, *,
-                    at_least: int = 0) -> LearningSlice:
-    """Return the next segments that surely end within ``seconds``, ``at_least`` so many."""
+                    minimum: int = 0) -> LearningSlice:
+    """Return the next segments that end within ``seconds``, but at least ``minimum`` of them."""
     count, predicted, upper = 0, 0.0, 0.0
-    last, each_s, each_upper = None, 0.0, 0.0
+    last, segment_s, segment_upper = None, 0.0, 0.0
     for segment in work.segments():
-        if segment is not last:   # mostly they are many of one kind
+        if segment is not last:   # steps repeat the same segment for each layer
             last = segment
-            each_s = cost.segment_s(segment.kind, segment.tokens)
-            each_upper = cost.segment_s(segment.kind, segment.tokens, upper=True)
-        upper += each_upper
-        if upper > seconds and count >= at_least:
+            segment_s = cost.segment_s(segment.kind, segment.tokens)
+            segment_upper = cost.segment_s(segment.kind, segment.tokens, upper=True)
+        upper += segment_upper
+        if upper > seconds and count >= minimum:
             break
         count += 1
-        predicted += each_s
+        predicted += segment_s
     return LearningSlice(segments=count, seconds=predicted)
 
 
-def tokens_within(work: FinetuneWork, cost: CostModel, batch: Batch, pass_s: float,
-                  max_tokens: int, *, at_least: int = 0) -> LearningSlice:
+def piggyback_within(work: FinetuneWork, cost: CostModel, batch: Batch, pass_s: float,
+                     max_tokens: int, *, minimum: int = 0) -> LearningSlice:
     """
-    Return the most tokens with which the pass surely ends within ``pass_s``.
+    Return the most piggybacked tokens with which the pass ends within ``pass_s``.
 
-    ``at_least`` so many if the pass has the room of ``max_tokens`` for them.
+    At least ``minimum`` tokens, if a pass of ``max_tokens`` has room for them.
     """
-    most = min(work.piggyback_tokens, max_tokens - batch.shape.tokens)
-    low, high = 0, max(most, 0)
+    limit = min(work.piggyback_tokens, max_tokens - batch.shape.tokens)
+    low, high = 0, max(limit, 0)
     middle = high
     while low < high:
         shape = batch.shape._replace(finetune_tokens=middle)
@@ -62,8 +63,8 @@ def tokens_within(work: FinetuneWork, cost: CostModel, batch: Batch, pass_s: flo
         else:
             high = middle - 1
         middle = (low + high + 1) // 2
-    tokens = max(low, min(at_least, most))
-    if tokens <= 0 or (not at_least and tokens < min(LEAST_CHUNK, work.piggyback_tokens)):
+    tokens = max(low, min(minimum, limit))
+    if tokens <= 0 or (not minimum and tokens < min(MIN_PREFILL_CHUNK, work.piggyback_tokens)):
         return EMPTY_SLICE
     shape = batch.shape._replace(finetune_tokens=tokens)
     return LearningSlice(tokens=tokens, seconds=cost.pass_s(*shape) - batch.seconds)
@@ -72,59 +73,54 @@ def tokens_within(work: FinetuneWork, cost: CostModel, batch: Batch, pass_s: flo
 def next_slice(work: FinetuneWork, cost: CostModel, batch: Batch, seconds: float,
                max_tokens: int) -> LearningSlice:
     """
-    Return the next piece within ``seconds`` of device time; the least there is if none fits.
+    Return the next slice that ends within ``seconds``, or the smallest slice if none does.
 
-    Segments, unless the forward began to ride: then it must go on in passes, alone if
-    need be.
+    The slice consists of segments, unless the step's forward began piggybacked: then the forward
+    must be finished in passes, if need be in passes without requests.
     """
-    piece = segments_within(work, cost, seconds, at_least=1)
-    if piece.segments:
-        return piece
-    return tokens_within(work, cost, batch, batch.seconds + seconds, max_tokens,
-                         at_least=LEAST_CHUNK)
-
-
-def rest_of_step(work: FinetuneWork, cost: CostModel, batch: Batch,
-                 max_tokens: int) -> LearningSlice:
-    """Return all that is left of the step, or of its forward if that began to ride."""
-    return next_slice(work, cost, batch, math.inf, max_tokens)
+    segments = segments_within(work, cost, seconds, minimum=1)
+    if segments.segments:
+        return segments
+    return piggyback_within(work, cost, batch, batch.seconds + seconds, max_tokens,
+                            minimum=MIN_PREFILL_CHUNK)
 
 
 def piggyback_saves_s(work: FinetuneWork, cost: CostModel) -> float:
     """
-    Return the device time saved later on for each token of the forward that rides now.
+    Return the device time that each piggybacked forward token saves later.
 
-    They need no forward of their own. But a forward that rides keeps no layer graphs:
-    where it would have kept them alone, each layer of the backward is computed twice.
+    It needs no forward segment. But a piggybacked forward keeps no autograd graphs: where the
+    forward segments would have kept them, each layer of the backward is recomputed.
     """
-    forward_s = again_s = 0.0
-    last, each = None, 0.0
+    forward_s = recompute_s = 0.0
+    last, segment_s = None, 0.0
     for segment in work.segments():
         kind = segment.kind
         if kind is SegmentKind.FORWARD:
             if segment is not last:
-                each = cost.segment_s(kind, segment.tokens)
-            forward_s += each
+                segment_s = cost.segment_s(kind, segment.tokens)
+            forward_s += segment_s
         elif kind is SegmentKind.BACKWARD:
             if segment is not last:
-                # Upper: the two nearly cancel out, and a forward that rides by mistake costs
-                # more than one that does not.
-                each = (cost.segment_s(SegmentKind.BACKWARD_RECOMPUTED, segment.tokens, upper=True)
-                        - cost.segment_s(kind, segment.tokens))
-            again_s += each
+                # Upper, because the two nearly cancel out, and piggybacking wrongly costs more
+                # than not piggybacking.
+                segment_s = (
+                    cost.segment_s(SegmentKind.BACKWARD_RECOMPUTED, segment.tokens, upper=True)
+                    - cost.segment_s(kind, segment.tokens))
+            recompute_s += segment_s
         last = segment
     if last is None:
-        return math.inf   # it began to ride: there is no other way
-    return (forward_s - max(again_s, 0.0)) / work.piggyback_tokens
+        return math.inf   # the forward began piggybacked and cannot be finished otherwise
+    return (forward_s - max(recompute_s, 0.0)) / work.piggyback_tokens
 
 
-def plan_of(batch: Batch, piece: LearningSlice = EMPTY_SLICE, *, interruptible: bool = True,
-            wake_at: float | None = None) -> Plan:
-    """Return the plan that runs ``batch`` and ``piece``."""
+def make_plan(batch: Batch, learning: LearningSlice = EMPTY_SLICE, *, interruptible: bool = True,
+              wake_at: float | None = None) -> Plan:
+    """Return the plan that runs ``batch`` and ``learning``."""
     return Plan(
-        decode=batch.decode, prefill=batch.prefill, finetune_tokens=piece.tokens,
-        segments=piece.segments, interruptible=interruptible, rejected=batch.rejected,
+        decode=batch.decode, prefill=batch.prefill, finetune_tokens=learning.tokens,
+        segments=learning.segments, interruptible=interruptible, rejected=batch.rejected,
         preempted=batch.preempted, lacks_memory=batch.lacks_memory,
-        predicted_s=batch.seconds + piece.seconds, wake_at=wake_at,
-        shape=batch.shape._replace(finetune_tokens=piece.tokens)
-        if piece.tokens else batch.shape)
+        predicted_s=batch.seconds + learning.seconds, wake_at=wake_at,
+        shape=batch.shape._replace(finetune_tokens=learning.tokens)
+        if learning.tokens else batch.shape)

@@ -1,20 +1,20 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The policy ``mace``: learning uses what no answer needs.
+The policy ``mace``: learn with the device time that serving does not need.
 
-Our reading of MACE (arXiv 2510.03283), whose formulas are not public. Below saturation
-a device has the same idle time however learning is woven into the answers, so weaving
-gains nothing there and costs latency; at saturation weaving is all there is. Hence:
+This is our reading of MACE (arXiv 2510.03283), whose formulas are not public. Below saturation,
+a device has the same idle time however learning is interleaved with serving, so that
+interleaving gains nothing and costs latency. At saturation there is no idle time, and only
+interleaving is left. Hence:
 
-- Idle: segments, up to ``finetune.max_blocking_ms``; a query interrupts them.
-- Somebody waits for a first token: no learning.
-- All are decoding: learning may lengthen each answer by ``scheduler.max_slowdown``, saved
-  up over its tokens, and only while every next token stays within its deadline. The SLO
-  alone would not do: an objective of 100 ms on a device that needs 30 would triple the
-  time of every answer.
-- The oldest correction is older than ``slo.freshness_s``: learning takes
-  ``finetune.min_share`` of the time whatever it costs, and the cost is counted.
+- Idle: run segments, up to ``finetune.max_blocking_ms`` at a time; a query interrupts them.
+- A request waits for its first token: no learning.
+- All requests decode: learning may lengthen each answer by ``scheduler.max_slowdown``, accrued
+  over its tokens, and only while every next token meets its deadline. The SLO alone is not
+  enough: an objective of 100 ms on a device that needs 30 ms would triple every answer's time.
+- The oldest correction is older than ``slo.freshness_s``: learning takes ``finetune.min_share``
+  of the time whatever that costs, and requests that become late are counted.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.learning_slice import (
     EMPTY_SLICE,
     LearningSlice,
+    make_plan,
     piggyback_saves_s,
-    plan_of,
+    piggyback_within,
     segments_within,
-    tokens_within,
 )
 from mace_ros.scheduling.ledger import Ledger
 from mace_ros.scheduling.plan import FinetuneWork, Plan, State
@@ -45,124 +45,119 @@ class Mace(Policy):
     """Learns in idle time, within a small share of the answers' time, and when overdue."""
 
     def __init__(self, settings: Settings, cost: CostModel, ledger: Ledger) -> None:
-        """Begin without knowing any request."""
+        """Start without any request."""
         super().__init__(settings, cost, ledger)
-        # What each row had earned when it was first seen decoding (see _slowdown_s).
-        self._earned: dict[Request, float] = {}
-        # A step, its tokens that may ride, and what each of them saves. The step is not held:
-        # hundreds of megabytes would stay until another one may ride.
+        # The slowdown accrued when each row was first seen decoding; see _slowdown_s().
+        self._accrued_at_start: dict[Request, float] = {}
+        # A step, its piggyback tokens, and what each of them saves. The reference is weak: a
+        # step keeps hundreds of megabytes alive.
         self._saving: tuple[ref[FinetuneWork] | None, int, float] = (None, 0, 0.0)
         self._delayed: set[Request] = set()
         self._late = 0
 
     @property
     def late_for_learning(self) -> int:
-        """Requests that overdue learning was predicted to make late."""
+        """Number of requests that overdue learning was predicted to make late."""
         return self._late
 
     def update(self, settings: Settings) -> None:
-        """Put other settings in force."""
+        """Apply new settings."""
         if settings.scheduler.max_slowdown != self._settings.scheduler.max_slowdown:
-            self._earned.clear()   # by another rate: begin again
+            self._accrued_at_start.clear()   # accrued at another rate
         super().update(settings)
 
     def plan(self, state: State, now: float) -> Plan:
-        """Return the next pass with the learning that there is room for."""
+        """Return the next pass, and the learning that there is time for."""
         batch = self._batcher.batch(state, now)
         work = state.finetune
         if work is None:
-            return plan_of(batch)
-        blocking_s = self._settings.finetune.max_blocking_ms / 1000.0
+            return make_plan(batch)
+        max_s = self._settings.finetune.max_blocking_ms / 1000.0
         if batch.is_empty:
-            if not state.running and (self._earned or self._delayed):
+            if not state.running and (self._accrued_at_start or self._delayed):
                 self._forget()
-            return plan_of(batch, self._piece(work, batch, blocking_s))
-        piece = EMPTY_SLICE
-        if not batch.waits:
-            most_s = min(self._slowdown_s(batch, now), blocking_s)
-            if most_s > 0.0:
-                piece = self._beside(work, batch, most_s, now)
-        if piece is EMPTY_SLICE and self.is_overdue(work.oldest_correction_at, now):
-            claim_s = min(self._ledger.claim_s, blocking_s)
+            return make_plan(batch, self._next_slice(work, batch, max_s))
+        learning = EMPTY_SLICE
+        if not batch.has_waiting:
+            slowdown_s = min(self._slowdown_s(batch, now), max_s)
+            if slowdown_s > 0.0:
+                learning = self._beside_decodes(work, batch, slowdown_s, now)
+        if learning is EMPTY_SLICE and self.is_overdue(work.oldest_correction_at, now):
+            claim_s = min(self._ledger.claim_s, max_s)
             if claim_s > 0.0:
-                piece = self._piece(work, batch, claim_s)
-                self._count_late(state, batch, piece, now)
-        return plan_of(batch, piece)
+                learning = self._next_slice(work, batch, claim_s)
+                self._count_late(state, batch, learning, now)
+        return make_plan(batch, learning)
 
     def is_overdue(self, since: float, now: float) -> bool:
-        """Return whether learning may claim its minimum share for what waits since then."""
+        """Return whether learning may claim its minimum share for a correction."""
         return super().is_overdue(since, now) and self._ledger.may_claim
-
-    def quiet_until(self, state: State, now: float) -> float:
-        """Return when learning is overdue, if somebody waits."""
-        work = state.finetune
-        if work is None or not state.waiting:
-            return now
-        return max(work.oldest_correction_at + self._settings.slo.freshness_s,
-                   self._ledger.claims_at)
 
     def _slowdown_s(self, batch: Batch, now: float) -> float:
         """
-        Return by how much this iteration may still lengthen each answer, all of which decode.
+        Return by how many seconds this iteration may lengthen the answers, all of which decode.
 
-        An answer that has taken t seconds, d of them for learning, may be lengthened by
-        ``gain * (t - d) - d`` more. Time and learning being the same for all, that is
-        the difference of what is earned now and what was earned when it began.
+        An answer that has taken t seconds, d of them for learning, may be lengthened by another
+        ``gain * (t - d) - d``. Time and learning are the same for all answers, so that this is
+        the difference between what has accrued now and what had accrued at its start.
         """
         gain = self._settings.scheduler.max_slowdown - 1.0
-        earned = gain * now - (1.0 + gain) * self._ledger.learning_s
-        since = self._earned
+        accrued = gain * now - (1.0 + gain) * self._ledger.learning_s
+        at_start = self._accrued_at_start
         latest = -math.inf
         for row in batch.decode:
-            began = since.get(row)
-            if began is None:
-                began = since[row] = earned
-            if began > latest:
-                latest = began
-        if len(since) > 2 * len(batch.decode) + 64:
+            start = at_start.get(row)
+            if start is None:
+                start = at_start[row] = accrued
+            if start > latest:
+                latest = start
+        if len(at_start) > 2 * len(batch.decode) + 64:
             self._forget(batch.decode)
-        return earned + gain * batch.seconds - latest
+        return accrued + gain * batch.seconds - latest
 
-    def _beside(self, work: FinetuneWork, batch: Batch, most_s: float, now: float) -> LearningSlice:
-        """Return what may be learned within ``most_s`` in or after a pass of decode rows."""
+    def _beside_decodes(self, work: FinetuneWork, batch: Batch, slowdown_s: float,
+                        now: float) -> LearningSlice:
+        """Return the learning in or after a pass of decode rows that takes ``slowdown_s``."""
         pass_s = self._cost.pass_s(*batch.shape, upper=True)
-        ridable = work.piggyback_tokens
-        # Of the KV cache a forward that rides takes blocks for each of its samples.
-        if ridable and batch.free_tokens >= 2 * ridable:
+        pending = work.piggyback_tokens
+        # A piggybacked forward takes KV blocks for each of its samples.
+        if pending and batch.free_tokens >= 2 * pending:
             step, tokens, saving_s = self._saving
-            if step is None or step() is not work or tokens != ridable:
+            if step is None or step() is not work or tokens != pending:
                 saving_s = piggyback_saves_s(work, self._cost)
-                self._saving = (ref(work), ridable, saving_s)
+                self._saving = (ref(work), pending, saving_s)
             if saving_s > 0.0:
-                piece = tokens_within(
-                    work, self._cost, batch, min(batch.due - now, pass_s + most_s),
+                learning = piggyback_within(
+                    work, self._cost, batch, min(batch.due - now, pass_s + slowdown_s),
                     self._settings.scheduler.max_batch_tokens)
-                if piece.tokens and piece.seconds <= saving_s * piece.tokens:
-                    return piece
-        # Segments delay the token after the one of this pass.
-        piece = segments_within(
-            work, self._cost, min(most_s, batch.next_due - now - 2.0 * pass_s))
-        return piece if piece.segments else EMPTY_SLICE
+                if learning.tokens and learning.seconds <= saving_s * learning.tokens:
+                    return learning
+        # Segments run after this pass, and so delay the tokens of the next one.
+        learning = segments_within(
+            work, self._cost, min(slowdown_s, batch.next_due - now - 2.0 * pass_s))
+        return learning if learning.segments else EMPTY_SLICE
 
-    def _count_late(self, state: State, batch: Batch, piece: LearningSlice, now: float) -> None:
-        """Count the requests that are in time without ``piece`` and late with it."""
+    def _count_late(self, state: State, batch: Batch, learning: LearningSlice,
+                    now: float) -> None:
+        """Count the requests that would be in time without ``learning`` and are late with it."""
         token_s = batch.seconds / batch.shape.tokens
         ends = now + batch.seconds
         for request in chain(state.running, state.waiting):
             if request.first_token_at is None:
-                spare = request.deadline - ends - token_s * request.remaining_tokens
+                slack = request.deadline - ends - token_s * request.remaining_tokens
             else:
-                # At its last token: who is behind now may catch up until then.
+                # At the last token: a request that is behind now may catch up until then.
                 left = request.max_tokens - request.output_tokens - 1
-                spare = request.deadline - ends + left * (request.tpot_slo - batch.seconds)
-            if 0.0 <= spare < piece.seconds and request not in self._delayed:
+                slack = request.deadline - ends + left * (request.tpot_slo - batch.seconds)
+            if 0.0 <= slack < learning.seconds and request not in self._delayed:
                 self._delayed.add(request)
                 self._late += 1
         if len(self._delayed) > 2 * len(state.running) + 64:
             self._forget(chain(state.running, state.waiting))
 
     def _forget(self, but: Iterable[Request] = ()) -> None:
-        """Drop what is kept of requests other than these."""
+        """Drop what is kept of all requests ``but`` these."""
         kept = set(but)
-        self._earned = {r: earned for r, earned in self._earned.items() if r in kept}
+        self._accrued_at_start = {
+            r: accrued for r, accrued in self._accrued_at_start.items() if r in kept}
         self._delayed &= kept

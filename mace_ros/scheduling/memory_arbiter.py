@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Who may use how much of the memory: answers first, then learning, then what may be of use."""
+"""Memory priority: serving, fine-tuning, prefix cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Protocol
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
-from mace_ros.scheduling.plan import State
 
 
 class StepMemory(Protocol):
-    """A fine-tune step, as far as its memory goes."""
+    """What the arbiter knows of a fine-tune step."""
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Tokens of its sequences."""
+        """Tokens of each of its sequences."""
 
     @property
     def learns(self) -> bool:
@@ -26,7 +25,7 @@ class StepMemory(Protocol):
 
     @property
     def keep_graphs(self) -> bool:
-        """Whether its layers' graphs are kept for the backward."""
+        """Whether the layers' autograd graphs are kept for the backward."""
 
     @property
     def piece_tokens(self) -> int:
@@ -34,66 +33,72 @@ class StepMemory(Protocol):
 
     @property
     def blocks(self) -> Sequence[list[int]]:
-        """KV blocks that it holds for riding."""
+        """KV block tables that it holds while its forward is piggybacked."""
 
     def save_memory(self, piece_tokens: int) -> None:
-        """Keep no graphs, and compute so many tokens at once; only before it begins."""
+        """Keep no graphs, and compute ``piece_tokens`` tokens at once; only before it starts."""
 
     def restart(self) -> bool:
-        """Begin anew without what was computed, unless it is all but done; it does not ride."""
+        """Discard what was computed, and piggyback no more; False if the step is almost done."""
 
     def take_blocks(self) -> list[list[int]]:
-        """Give its KV blocks back."""
+        """Hand over its KV block tables."""
 
 
 class MemoryArbiter:
     """
-    Keeps answers and learning within one budget.
+    Keeps serving and learning within one memory budget.
 
-    A step begins when it fits beside what the running requests hold; when requests then
-    need its memory, it begins anew later. It never takes blocks from a request: for one that
-    is overdue, those that end make room, and nobody is admitted in their place until it fits.
+    A step starts when it fits beside what the running requests hold. If requests need its
+    memory later, the step is discarded and restarted. No request is preempted for a step: for an
+    overdue one, blocks are reserved as requests end, and none is admitted in their place until
+    the step fits.
     """
 
-    def __init__(self, budget: MemoryBudget, kv_cache: KVCacheManager, state: State) -> None:
-        """Put the budget in force."""
+    def __init__(self, budget: MemoryBudget, kv_cache: KVCacheManager) -> None:
+        """Apply the budget to the KV cache."""
         self.budget = budget
-        self._kv_cache, self._state = kv_cache, state
+        self._kv_cache = kv_cache
         self._granted: StepMemory | None = None
-        self._yielded = False    # to requests, some of which still wait for memory
-        self._limit()
+        self._yielded = False    # a step made room for requests that may still lack memory
+        self._limit_kv_cache()
 
     @property
-    def longest(self) -> int:
-        """Tokens that a request may come to when it has the cache for itself."""
+    def granted(self) -> StepMemory | None:
+        """The step that has memory to run."""
+        return self._granted
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Tokens that a request can use when it is alone in the cache."""
         return self._kv_cache.capacity_tokens
 
-    def step_tokens(self, most: int) -> int:
-        """Return the most tokens (0 to ``most``) of a step that would fit now."""
-        return self.budget.step_tokens(most, held_blocks=self._kv_cache.pool.held_blocks)
+    def step_tokens(self, limit: int) -> int:
+        """Return the most tokens (0 to ``limit``) of a step that would fit now."""
+        return self.budget.step_tokens(limit, held_blocks=self._kv_cache.pool.held_blocks)
 
-    def change(self, total: float) -> None:
+    def resize(self, total: float) -> None:
         """
-        Set another budget, in bytes; a step that no longer fits begins anew.
+        Set the budget, in bytes, but at least what serving needs.
 
-        With less than the least, nothing could be served: that much is taken in any case.
+        A step that no longer fits is restarted.
         """
         self.budget.total = max(total, self.budget.least)
-        self._limit()
+        self._limit_kv_cache()
         if self.budget.planned(self._kv_cache.pool.held_blocks) > self.budget.total:
-            self._give_up()
+            self._evict_step()
 
-    def allows(self, step: StepMemory | None, *, overdue: bool = False) -> bool:
+    def grant(self, step: StepMemory | None, *, overdue: bool = False) -> bool:
         """
-        Whether a step may run now; asked before each plan, since it may only just fit.
+        Return whether a step has the memory to run now; to be called before each plan.
 
-        One that is ``overdue`` is cut into smaller pieces or gets room by and by, if that helps.
+        An ``overdue`` step is cut into smaller pieces or gets memory reserved, if that helps.
         """
         if step is not None and step is self._granted:
             return True
         self._granted, self.budget.learning, reserved = None, 0.0, 0.0
         if step is not None and (
-                overdue or not (self._yielded and self._state.has_requests)):
+                overdue or not (self._yielded and self._kv_cache.state.has_requests)):
             grant = self.budget.grant(
                 step.lengths, held_blocks=self._claimed_blocks, keep_graphs=step.keep_graphs,
                 learns=step.learns, piece_tokens=step.piece_tokens, urgent=overdue)
@@ -105,11 +110,11 @@ class MemoryArbiter:
             elif overdue:
                 reserved = self.budget.footprint.least_step_bytes(
                     step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
-        self._limit(reserved)
+        self._limit_kv_cache(reserved)
         return self._granted is not None
 
-    def lacks(self, step: StepMemory) -> str:
-        """Return why a step can't begin even when nobody asks anything; empty if it can."""
+    def shortage(self, step: StepMemory) -> str:
+        """Return why a step cannot run even without any request; empty if it can."""
         budget = self.budget
         needed = budget.fixed + budget.footprint.least_step_bytes(
             step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
@@ -118,21 +123,20 @@ class MemoryArbiter:
         return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
                 f'{needed / MB:.0f} are needed to learn {sum(step.lengths)} tokens')
 
-    def planned(self, lacks_memory: bool, *, overdue: bool = False) -> bool:
+    def reclaim(self, lacks_memory: bool, *, overdue: bool = False) -> bool:
         """
-        Hear whether requests lack memory.
+        Take the step's memory if the plan ``lacks_memory``; return whether to plan again.
 
-        Returns whether learning made room, so that a new plan may do more. A step that is
-        ``overdue`` keeps what it has, or under lasting pressure it would begin again for ever.
+        An ``overdue`` step keeps its memory: under lasting pressure it would restart for ever.
         """
         if overdue:
             self._yielded = False
             return False
         self._yielded = lacks_memory and self._yielded
-        return lacks_memory and self._give_up()
+        return lacks_memory and self._evict_step()
 
-    def _give_up(self) -> bool:
-        """Let the step begin anew when there is memory again; return whether that gave any."""
+    def _evict_step(self) -> bool:
+        """Restart the step when there is memory again; return whether that freed any memory."""
         step, pool = self._granted, self._kv_cache.pool
         if step is None or not (step.blocks or pool.limit < self.budget.kv_capacity):
             return False
@@ -142,22 +146,21 @@ class MemoryArbiter:
             pool.release(blocks)
         self._granted, self._yielded = None, True
         self.budget.learning = 0.0
-        self._limit()
+        self._limit_kv_cache()
         return True
 
     @property
     def _claimed_blocks(self) -> int:
-        """KV blocks of those that run, with those for the rest of their prompts and a token."""
+        """Blocks held, and needed for the rest of the running prompts and one more token each."""
         return self._kv_cache.pool.held_blocks + sum(
             max((r.known_tokens - r.dropped_tokens) // BLOCK_TOKENS + 1 - len(r.blocks), 0)
-            for r in self._state.running)
+            for r in self._kv_cache.state.running)
 
-    def _limit(self, reserved: float = 0.0) -> None:
-        """Let the KV cache have what is left; of ``reserved`` bytes what nobody claims."""
+    def _limit_kv_cache(self, reserved: float = 0.0) -> None:
+        """Limit the KV cache to what is left, less the unclaimed part of ``reserved`` bytes."""
         limit = self.budget.kv_limit
         if reserved:
             limit = min(limit, max(self.budget.kv_beside(reserved), self._claimed_blocks))
         if limit != self._kv_cache.pool.limit:
             self._kv_cache.pool.shrink(limit)
-        self._kv_cache.capacity_tokens = (
-            self.budget.kv_capacity * self._kv_cache.pool.block_size)
+        self._kv_cache.capacity_blocks = self.budget.kv_capacity

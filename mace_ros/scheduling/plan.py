@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What one iteration does, and the state it is decided from."""
+"""The scheduler's input and output: the state of the engine, and the plan of one iteration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import auto, Enum
 from typing import NamedTuple, Protocol
@@ -14,13 +14,13 @@ from mace_ros.scheduling.waiting_queue import WaitingQueue
 
 
 class SegmentKind(Enum):
-    """A bounded piece of a fine-tune step that runs outside the forward pass."""
+    """Kinds of fine-tune segments: bounded parts of a step that run outside the forward pass."""
 
     FORWARD = auto()     # one layer, all tokens of the step
     HEAD = auto()        # final norm, logits, loss and their gradient, for a chunk of tokens
     BACKWARD = auto()    # one layer, all tokens of the step
-    BACKWARD_RECOMPUTED = auto()  # the same, computing the layer's forward again
-    OPTIMIZER = auto()   # the update of all LoRA weights
+    BACKWARD_RECOMPUTED = auto()  # the same, after computing the layer's forward again
+    OPTIMIZER = auto()   # update of all LoRA weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,59 +32,67 @@ class Segment:
 
 
 class FinetuneWork(Protocol):
-    """The current fine-tune step, as far as the scheduler must know it."""
+    """What the scheduler knows of the current fine-tune step."""
 
     @property
     def piggyback_tokens(self) -> int:
-        """Forward tokens that may still ride in inference passes."""
+        """Forward tokens that can still be piggybacked on inference passes."""
 
     @property
     def oldest_correction_at(self) -> float:
-        """When the oldest correction that is being learned arrived, on the clock."""
+        """Arrival time of the oldest correction in the step, on the scheduler's clock."""
 
     def segments(self) -> Iterable[Segment]:
-        """Return the segments left in this step if nothing more rides, in their order."""
+        """
+        Return the remaining segments in order, if no more tokens are piggybacked.
+
+        There are none while a forward that began piggybacked is unfinished.
+        """
 
 
-def _all_blocks(request: Request) -> int:
-    return len(request.blocks)
+class CacheView(Protocol):
+    """What the scheduler asks of the KV cache."""
 
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that the free blocks can hold; negative if some requests must be preempted."""
 
-def _shares_nothing(request: Request) -> None:
-    pass
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that a request can use when it is alone in the cache."""
+
+    def blocks_freed_by(self, request: Request) -> int:
+        """Return how many blocks preempting a running request would free."""
+
+    def get_computed_blocks(self, request: Request) -> list[int]:
+        """
+        Look up the cached blocks that a waiting request would share.
+
+        Updates the request's ``computed_tokens`` and ``shared_blocks``.
+        """
 
 
 @dataclass(slots=True)
 class State:
-    """
-    What the scheduler decides from.
+    """What the scheduler decides from; ``running`` is in order of arrival."""
 
-    ``running`` is in order of arrival. ``free_tokens`` is how many tokens the KV cache can
-    still take on; negative if some must leave. Of its ``capacity_tokens``, None is unknown.
-    ``frees`` says how many blocks preempting a request makes free; ``get_computed_blocks``
-    updates how many tokens a waiting request would share.
-    """
-
+    cache: CacheView
     waiting: WaitingQueue = field(default_factory=WaitingQueue)
     running: list[Request] = field(default_factory=list)
     finetune: FinetuneWork | None = None
-    free_tokens: int = 0
-    capacity_tokens: int | None = None
-    frees: Callable[[Request], int] = _all_blocks
-    get_computed_blocks: Callable[[Request], object] = _shares_nothing
 
     @property
     def has_requests(self) -> bool:
-        """Whether any query waits or runs."""
+        """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
 
 class PassShape(NamedTuple):
     """
-    Size of a hybrid pass, in tokens: what its time is predicted from.
+    Size of a hybrid pass in tokens; the cost model predicts its time from this.
 
-    The contexts count, summed over the decode rows or the prefill tokens, how many
-    tokens each one attends to.
+    A context is the number of tokens attended to, summed over the decode rows or over the
+    prefill tokens.
     """
 
     decode_rows: int = 0
@@ -99,7 +107,7 @@ class PassShape(NamedTuple):
         return self.decode_rows + self.prefill_tokens + self.finetune_tokens
 
 
-EMPTY = PassShape()
+EMPTY_SHAPE = PassShape()
 
 
 class PrefillChunk(NamedTuple):
@@ -111,7 +119,7 @@ class PrefillChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A waiting request that is turned away, and why: by its objective, or its size."""
+    """A waiting request that is rejected: it would miss its SLO, or is ``too_large``."""
 
     request: Request
     reason: str
@@ -122,13 +130,17 @@ class Plan(NamedTuple):
     """
     One iteration: at most one hybrid pass, then some fine-tune segments.
 
-    First the running requests in ``preempted`` lose their KV blocks and wait again, since
-    the others need them. A waiting request in ``prefill`` is thereby admitted.
-    ``finetune_tokens`` ride in the pass. Of the current step's remaining segments the first
-    ``segments`` run after it; if ``interruptible``, they stop early when a query arrives. A
-    plan that does nothing may name the time at which to ask again. ``lacks_memory`` says that
-    somebody waits, or was preempted, for nothing but KV blocks. ``shape`` is the pass's size
-    when it was planned: its requests have moved on by the time it is measured.
+    Executed in this order:
+
+    1. The running requests in ``preempted`` lose their KV blocks and wait again.
+    2. Waiting requests in ``prefill`` are admitted.
+    3. The pass computes ``decode``, ``prefill`` and ``finetune_tokens`` piggybacked tokens.
+    4. The first ``segments`` remaining segments of the fine-tune step run. If ``interruptible``,
+       they stop early when a query arrives.
+
+    An empty plan may set ``wake_at``, the time at which to plan again. ``lacks_memory`` says
+    that a request waits or was preempted only for want of KV blocks. ``shape`` is the size of
+    the pass at planning time: the requests have advanced by the time the pass is measured.
     """
 
     decode: tuple[Request, ...] = ()
@@ -141,7 +153,7 @@ class Plan(NamedTuple):
     lacks_memory: bool = False
     predicted_s: float = 0.0
     wake_at: float | None = None
-    shape: PassShape = EMPTY
+    shape: PassShape = EMPTY_SHAPE
 
     @property
     def has_pass(self) -> bool:
@@ -156,7 +168,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """How long the parts of an iteration took, in seconds."""
+    """Measured seconds of an iteration's pass and of each segment that ran."""
 
     plan: Plan
     pass_s: float = 0.0

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What comes after a pass that the device is still running, if nothing happens meanwhile."""
+"""Overlap scheduling: plan the next decode pass while the device runs the current one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mace_ros.scheduling.plan import Plan, State
 
 
 def plan_ahead(plan: Plan, state: State, cost: CostModel) -> Plan | None:
-    """Return the plan after ``plan``: the same rows again; None if more is to be decided."""
+    """Return the plan after ``plan``, with the same rows; None if it needs the scheduler."""
     if plan.prefill or plan.finetune_tokens or plan.segments or state.finetune is not None:
         return None
     shape = plan.shape._replace(
@@ -18,7 +18,7 @@ def plan_ahead(plan: Plan, state: State, cost: CostModel) -> Plan | None:
 
 
 def still_valid(planned_ahead: Plan, state: State, free_blocks: int) -> bool:
-    """Return whether nothing has happened: nobody came, ended, or needs what may be lacking."""
+    """Return whether no request arrived, ended or may lack memory, and nothing is to learn."""
     return (not state.waiting and state.finetune is None
             and planned_ahead.decode == tuple(state.running)
             and len(planned_ahead.decode) <= free_blocks)

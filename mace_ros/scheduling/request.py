@@ -11,9 +11,9 @@ from mace_ros.memory.block_hashes import BlockHashes
 
 
 class RequestState(Enum):
-    """Where a request is on its way."""
+    """The life cycle of a request."""
 
-    WAITING = auto()   # no KV blocks yet
+    WAITING = auto()   # holds no KV blocks
     RUNNING = auto()   # holds KV blocks; prefills, then decodes
     FINISHED = auto()
 
@@ -23,39 +23,40 @@ class Request:
     """
     One query on its way through the engine.
 
-    Lengths are in tokens, times in seconds on the scheduler's clock. Of the
-    ``prompt_tokens + output_tokens`` tokens that are known, ``computed_tokens`` have
-    their keys and values in the cache; the rest is what a pass may compute next. While it
-    waits, they are those that would be shared if it were admitted, and ``shared_blocks`` is
-    how many of their blocks others hold. One that was preempted waits again, with its
-    output.
+    Lengths are in tokens, times in seconds on the scheduler's clock. A request has
+    ``prompt_tokens + output_tokens`` known tokens. The keys and values of the first
+    ``computed_tokens`` of them are in the KV cache; the rest is what a pass may compute next.
 
-    What every plan reads of every request lies together, in two lines of a processor's cache:
-    after a pass nothing of it is left there.
+    For a waiting request, ``computed_tokens`` is how many tokens the prefix cache would provide
+    on admission, and ``shared_blocks`` how many of their blocks other requests hold. A preempted
+    request waits again and keeps its output.
+
+    The fields that every plan reads of every request come first: they fit into two cache lines,
+    and a plan starts with a cold processor cache, since a pass has just run.
     """
 
     id: str
     arrival: float
     prompt_tokens: int
-    max_tokens: int
+    max_tokens: int                 # of output
     ttft_slo: float
     tpot_slo: float
     priority: int = 0
     state: RequestState = RequestState.WAITING
     computed_tokens: int = 0
     output_tokens: int = 0
-    dropped_tokens: int = 0         # of those computed; its blocks are the others'
+    dropped_tokens: int = 0         # computed tokens whose blocks were pruned
     blocks: list[int] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
-    started_at: float | None = None       # first prefill
+    started_at: float | None = None         # first prefill
     shared_blocks: int = 0
-    block_hashes: BlockHashes | None = None    # names of its blocks; without, it shares none
+    block_hashes: BlockHashes | None = None    # None: shares no blocks
     adapter_slot: int = 0
 
     @property
-    def most_tokens(self) -> int:
-        """Tokens that it may come to."""
+    def max_total_tokens(self) -> int:
+        """Largest number of tokens that prompt and output may reach."""
         return self.prompt_tokens + self.max_tokens
 
     @property
@@ -70,24 +71,24 @@ class Request:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens whose keys and values are in its blocks."""
+        """Tokens whose keys and values are in the request's blocks."""
         return self.computed_tokens - self.dropped_tokens
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the next pass needs only its newest token."""
+        """Whether the next pass needs only the newest token."""
         return self.output_tokens > 0 and self.remaining_tokens == 1
 
     @property
     def deadline(self) -> float:
-        """When its next token is due."""
+        """When the next token is due."""
         if self.first_token_at is None:
             return self.arrival + self.ttft_slo
         return self.first_token_at + self.output_tokens * self.tpot_slo
 
     @property
     def slo_met(self) -> bool:
-        """Whether the tokens so far came in time (TPOT as a mean over the answer)."""
+        """Whether all tokens so far met the SLOs (TPOT as the mean over the output)."""
         if self.first_token_at is None or self.last_token_at is None:
             return False
         spent = self.last_token_at - self.first_token_at

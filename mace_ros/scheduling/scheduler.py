@@ -1,21 +1,20 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler: one plan for each iteration, and the accounts of what came of it."""
+"""The scheduler: plans each iteration, and accounts for what it took."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-import math
 
 from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.ledger import Ledger
 from mace_ros.scheduling.mace import Mace
-from mace_ros.scheduling.plan import EMPTY, Measurement, PassShape, Plan, SegmentKind, State
+from mace_ros.scheduling.plan import EMPTY_SHAPE, Measurement, PassShape, Plan, SegmentKind, State
 from mace_ros.scheduling.policies import Continuous, InferenceOnly, Periodic, Policy, StaticSplit
 
-# By the values of the parameter ``scheduler.policy``.
+# The values of the parameter ``scheduler.policy``.
 POLICIES: Mapping[str, type[Policy]] = {
     'mace': Mace,
     'inference_only': InferenceOnly,
@@ -28,10 +27,10 @@ POLICIES: Mapping[str, type[Policy]] = {
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """
-    What the scheduler did, in plain numbers.
+    What the scheduler has done so far.
 
-    Shares are of the time up to now, fading over ten seconds; everything else counts
-    from the start. Serving and learning split a pass in which fine-tune tokens ride.
+    Shares are of recent time and fade over ten seconds; all other numbers count from the start,
+    unless noted. The time of a pass with piggybacked tokens is split between serving and learning.
     """
 
     serving_share: float = 0.0
@@ -41,72 +40,63 @@ class Statistics:
     iterations: int = 0
     decode_tokens: int = 0
     prefill_tokens: int = 0
-    ridden_tokens: int = 0     # fine-tune forward tokens that rode in passes
-    finetune_tokens: int = 0   # of finished steps
+    piggybacked_tokens: int = 0  # fine-tune forward tokens that ran in passes
+    finetune_tokens: int = 0     # of completed steps
     finetune_steps: int = 0
-    rejected: int = 0          # requests turned away
-    late_for_learning: int = 0   # requests made late by overdue learning, as predicted
-    shape: PassShape = EMPTY   # of the latest iteration's pass
-    predicted_s: float = 0.0   # what the latest iteration ran was predicted to take ...
-    measured_s: float = 0.0    # ... and took
+    rejected: int = 0            # requests
+    late_for_learning: int = 0   # requests that overdue learning made late, as predicted
+    shape: PassShape = EMPTY_SHAPE    # of the latest pass
+    predicted_s: float = 0.0     # predicted time of what the latest iteration ran
+    measured_s: float = 0.0      # measured time of the latest iteration
 
     @property
     def busy_share(self) -> float:
-        """Share of the time in which the device worked."""
+        """Share of recent time in which the device worked."""
         return min(self.serving_share + self.learning_share, 1.0)
 
 
 class Scheduler:
     """
-    Decides each iteration by the policy that the settings name.
+    Plans each iteration by the policy that the settings name.
 
-    All times are given to it: the same object runs on a robot's clock, in a test and in
-    a simulation, and does the same for the same calls.
+    All times are arguments: the scheduler behaves the same on a robot's clock, in a test and in
+    a simulation.
     """
 
     def __init__(self, settings: Settings, cost: CostModel) -> None:
-        """Plan with ``cost``, which goes on learning from what is observed."""
+        """Plan with ``cost``, and let it learn from each measurement."""
         self.cost = cost
+        self.ledger = Ledger(settings)
         self._settings = settings
-        self._ledger = Ledger(settings)
         self._policy = self._make_policy()
-        self._late_before = 0   # of policies that are no longer in force
+        self._late_before = 0   # late_for_learning of earlier policies
         self._counts = Statistics()
 
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._policy
+
     def plan(self, state: State, now: float) -> Plan:
-        """Return what to do at ``now``; of ``state`` only what is shared is brought up to date."""
-        self._ledger.advance(now)
-        held = state.finetune is not None and not self._ledger.may_learn
-        if held:
+        """Return what to do at ``now``; leaves ``state`` as it is, but for prefix lookups."""
+        self.ledger.advance(now)
+        over_budget = state.finetune is not None and not self.ledger.may_learn
+        if over_budget:
             state = replace(state, finetune=None)
         plan = self._policy.plan(state, now)
-        if held and plan.is_empty and plan.wake_at is None:
-            plan = plan._replace(wake_at=self._ledger.learns_again_at)
+        if over_budget and plan.is_empty and plan.wake_at is None:
+            plan = plan._replace(wake_at=self.ledger.learns_again_at)
         if plan.rejected:
             self._counts = replace(
                 self._counts, rejected=self._counts.rejected + len(plan.rejected))
         return plan
 
-    def quiet_until(self, state: State, now: float) -> float:
-        """
-        Return a time until which :meth:`plan` adds no learning to the rows that it just planned.
-
-        To be asked right after it gave a plan of decode rows alone; it holds as long as the
-        same rows decode and nobody comes. Who asks early loses nothing.
-        """
-        if state.finetune is None:
-            return math.inf
-        if not self._ledger.may_learn:
-            again = self._ledger.learns_again_at
-            return math.inf if again is None else again
-        return self._policy.quiet_until(state, now)
-
     def is_overdue(self, since: float, now: float) -> bool:
-        """Return whether answers must make way for what has waited since then to be learned."""
+        """Return whether a correction that has waited since ``since`` takes precedence."""
         return self._policy.is_overdue(since, now)
 
     def observe(self, measurement: Measurement, now: float) -> None:
-        """Learn from an iteration that ended at ``now``."""
+        """Account for an iteration that ended at ``now``, and learn from its times."""
         plan, counts = measurement.plan, self._counts
         shape = plan.shape
         learning_s = sum([seconds for _, seconds in measurement.segments])
@@ -117,7 +107,7 @@ class Scheduler:
             serving_s *= min(alone / self.cost.pass_s(*shape), 1.0)
             learning_s = measured_s - serving_s
         predicted_s = self.cost.observe(measurement)
-        self._ledger.spend(serving_s, learning_s, now)
+        self.ledger.spend(serving_s, learning_s, now)
         steps = [s.tokens for s, _ in measurement.segments if s.kind is SegmentKind.OPTIMIZER]
         self._policy.observe(serving_s, learning_s, len(steps))
         self._counts = replace(
@@ -125,17 +115,16 @@ class Scheduler:
             iterations=counts.iterations + 1,
             decode_tokens=counts.decode_tokens + shape.decode_rows,
             prefill_tokens=counts.prefill_tokens + shape.prefill_tokens,
-            ridden_tokens=counts.ridden_tokens + shape.finetune_tokens,
+            piggybacked_tokens=counts.piggybacked_tokens + shape.finetune_tokens,
             finetune_tokens=counts.finetune_tokens + sum(steps),
             finetune_steps=counts.finetune_steps + len(steps),
             shape=shape, predicted_s=predicted_s, measured_s=measured_s)
 
     def update(self, settings: Settings) -> None:
-        """Put other settings in force from the next plan on."""
-        policy = settings.scheduler.policy
-        changed = policy != self._settings.scheduler.policy
+        """Apply new settings from the next plan on."""
+        changed = settings.scheduler.policy != self._settings.scheduler.policy
         self._settings = settings
-        self._ledger.update(settings)
+        self.ledger.update(settings)
         if changed:
             self._late_before += self._policy.late_for_learning
             self._policy = self._make_policy()
@@ -144,15 +133,15 @@ class Scheduler:
 
     def statistics(self, now: float) -> Statistics:
         """Return the numbers at ``now``."""
-        self._ledger.advance(now)
+        self.ledger.advance(now)
         return replace(
             self._counts,
-            serving_share=self._ledger.serving_share,
-            learning_share=self._ledger.learning_share,
-            serving_s=self._ledger.serving_s,
-            learning_s=self._ledger.learning_s,
+            serving_share=self.ledger.serving_share,
+            learning_share=self.ledger.learning_share,
+            serving_s=self.ledger.serving_s,
+            learning_s=self.ledger.learning_s,
             late_for_learning=self._late_before + self._policy.late_for_learning)
 
     def _make_policy(self) -> Policy:
         return POLICIES[self._settings.scheduler.policy](
-            self._settings, self.cost, self._ledger)
+            self._settings, self.cost, self.ledger)

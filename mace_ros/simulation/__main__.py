@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Replay a load on a device that is not here, under the scheduler of the robot.
+Replay a load on a simulated device, with the scheduler of the robot.
 
-Writes a report (HTML, JSON, tables, pictures) of how each policy would keep its objectives and
-how much it would learn; with --tune, a file of parameters for the node.
+Writes a report (HTML, JSON, tables, plots) of how well each policy would meet its objectives and
+how much it would learn; with --tune, a parameter file for the node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mace_ros.simulation.study import run, Source, Study, tasks_of
 from mace_ros.simulation.virtual_learning import Mistakes
 
 THIS_MACHINE = 'this-machine'
-# Parameters that a replay depends on.
+# Parameters that affect a replay.
 SIMULATED = re.compile(
     r'(scheduler|slo)\..*|adapter\.(rank|slots)|memory\.kv_cache_tokens|monitor\.slo_target|'
     r'finetune\.(budget|min_share|max_blocking_ms|period_s|period_steps|replay_samples|recompute|'
@@ -39,7 +39,7 @@ COMPARED = 'mace,periodic,continuous,inference_only'
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the options."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(
         prog='python -m mace_ros.simulation', description=(__doc__ or '').strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,45 +48,48 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument('--trace', type=Path, metavar='FILE',
                       help='CSV in the format of the Azure LLM inference traces')
     load.add_argument('--arrivals', choices=('poisson', 'bursty'),
-                      help='a generator in its place, with lengths like those of that trace')
+                      help='generate arrivals instead, with lengths like those of that trace')
     add('--device', default='orin-agx-64', choices=[*DEVICES, THIS_MACHINE],
         metavar='DEVICE', help=f'one of {", ".join([*DEVICES, THIS_MACHINE])} '
                                '(default: %(default)s)')
     add('--power-mode', default='maxn', metavar='MODE',
         help='power mode of the device (default: %(default)s)')
     add('--calibration', type=Path, metavar='FILE',
-        help=f'of {THIS_MACHINE}: what python -m bench.simulation --calibrate wrote')
+        help=f'for {THIS_MACHINE}: a file that python -m bench.simulation --calibrate wrote')
     add('--model', default='llama-3.2-1b', choices=list(MODELS), metavar='MODEL',
         help=f'one of {", ".join(MODELS)} (default: %(default)s)')
-    add('--weight-bytes', type=float, default=2.0, help='of a weight (default: %(default)s)')
+    add('--weight-bytes', type=float, default=2.0, help='bytes of a weight (default: %(default)s)')
     add('--policy', default=COMPARED, metavar='LIST',
         help=f'some of {",".join(POLICIES)} (default: %(default)s)')
     add('--scale', type=float, default=1.0, metavar='R',
-        help="factor to the trace's rate: below 1 it is thinned, above 1 played faster "
+        help="multiply the trace's rate: below 1 it is thinned, above 1 played faster "
              '(default: %(default)s)')
     add('--rate', type=float, default=0.1,
         help='requests per second of a generator, before --scale (default: %(default)s)')
-    add('--requests', type=int, default=1000, metavar='N', help='(default: %(default)s)')
+    add('--requests', type=int, default=1000, metavar='N',
+        help='number of requests (default: %(default)s)')
     add('--learning', default='corrections', choices=('corrections', 'always', 'none'),
-        help='learn corrections as they come, or always, to load the device fully '
+        help='learn corrections as they arrive, or always, to load the device fully '
              '(default: %(default)s)')
     add('--corrections', type=float, default=Mistakes().share, metavar='SHARE',
-        help='of the answers that are corrected while nothing drifts (default: %(default)s)')
+        help='share of the answers that is corrected while nothing drifts '
+             '(default: %(default)s)')
     add('--sample-tokens', type=int, default=256,
-        help='of a fine-tune step, with --learning always (default: %(default)s)')
+        help='tokens of a fine-tune step, with --learning always (default: %(default)s)')
     add('--loads', default='0.5,1,1.5,2', metavar='LIST',
-        help='factors to the load at which attainment is shown, or none (default: %(default)s)')
+        help='multiples of the load at which to show attainment, or none (default: %(default)s)')
     add('--load-requests', type=int, default=200, metavar='N',
         help='requests at each of these loads (default: %(default)s)')
-    add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='parameters of the node')
-    add('--seed', type=int, default=0, metavar='S', help='(default: %(default)s)')
+    add('--set', nargs='+', default=[], metavar='NAME=VALUE',
+        help='parameters of the node to change')
+    add('--seed', type=int, default=0, metavar='S', help='random seed (default: %(default)s)')
     add('--tune', action='store_true',
-        help='search the parameters that keep the objectives with the most learning, and write '
+        help='search the parameters that meet the objectives with the most learning, and write '
              'params.yaml for the node')
-    add('--processes', type=int, default=0, help='(default: one per core)')
+    add('--processes', type=int, default=0, help='worker processes (default: one per core)')
     add('--no-skip', action='store_true',
-        help='plan every iteration, even where nothing can change; slower, same result')
-    add('--output', type=Path, required=True, metavar='DIR', help='where to write the report')
+        help='plan every iteration, even where nothing can change; slower, with the same result')
+    add('--output', type=Path, required=True, metavar='DIR', help='folder for the report')
     return made
 
 
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def study_of(args: argparse.Namespace) -> Study:
-    """Return the study that the options ask for; raises what :func:`main` catches."""
+    """Return the study that the options describe; raises the errors that :func:`main` reports."""
     changes = dict(_value(each) for each in args.set)
     for name in sorted(n for n in changes if not SIMULATED.fullmatch(n)):
         print(f'--set {name}: it is not simulated, and only passed on', file=sys.stderr)

@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What is asked, and when: a recorded trace, or arrivals from a generator.
+Arrivals of requests: from a recorded trace, or from a generator.
 
 The format is that of the Azure LLM inference traces (Patel et al., Splitwise, ISCA 2024):
 CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
@@ -24,18 +24,18 @@ COLUMNS = ('TIMESTAMP', 'ContextTokens', 'GeneratedTokens')
 PROMPT, ANSWER = (1020.0, 0.9), (129.0, 0.9)
 LONGEST = 4096
 
-# A bursty process is ON for so long on average, and silent in between; all requests of the
-# same rate come in a quarter of the time.
+# A bursty process has bursts of this mean length and silence between them. Bursts fill a quarter
+# of the time, so that requests arrive at four times the mean rate in them.
 BURST_S, BURST_SHARE = 30.0, 0.25
 
 
 class InvalidArrivals(ValueError):
-    """A trace can't be read; the message says where and why."""
+    """A trace cannot be read; the message says where and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A query that comes ``at`` seconds after the beginning, and the length of its answer."""
+    """A request that arrives ``at`` seconds after the start, and the length of its answer."""
 
     at: float
     prompt_tokens: int
@@ -56,7 +56,7 @@ def read(path: Path) -> list[Arrival]:
                               int(row[COLUMNS[1]]), int(row[COLUMNS[2]])))
             except (TypeError, ValueError) as error:
                 raise InvalidArrivals(f'{path}, line {line}: {error}') from None
-    # Some requests of a trace have no answer: there is nothing to serve.
+    # Some requests of a trace have no answer, and so nothing to serve.
     found = sorted(row for row in found if row[1] > 0 and row[2] > 0)
     if not found:
         raise InvalidArrivals(f'{path}: no request with a prompt and an answer')
@@ -65,7 +65,7 @@ def read(path: Path) -> list[Arrival]:
 
 
 def _seconds(timestamp: str) -> float:
-    """Return a timestamp (UTC, up to 100 ns) in seconds."""
+    """Return a timestamp (UTC, with up to 100 ns resolution) in seconds."""
     whole, _, fraction = timestamp.strip().partition('.')
     moment = datetime.fromisoformat(whole)
     return (moment - datetime(1970, 1, 1)).total_seconds() + float(f'0.{fraction or 0}')
@@ -73,14 +73,14 @@ def _seconds(timestamp: str) -> float:
 
 def thinned(arrivals: Sequence[Arrival], scale: float, count: int, seed: int) -> list[Arrival]:
     """
-    Return ``count`` requests that come at ``scale`` times the rate of a trace.
+    Return ``count`` requests at ``scale`` times the rate of a trace.
 
-    Up to 1, each request is kept with that probability, which keeps the shape of the
-    load; above, the trace is played faster. A trace that ends too early is played again.
+    Up to a scale of 1, each request is kept with that probability, which preserves the shape of
+    the load. Above, the trace is played faster. A trace that is too short is repeated.
     """
     dice = random.Random(f'{seed}/thinned')
     keep, pace = min(scale, 1.0), max(scale, 1.0)
-    # The pause after the last request is like the others.
+    # A repetition starts one mean interval after the last request.
     length = arrivals[-1].at * (1.0 + 1.0 / len(arrivals))
     found: list[Arrival] = []
     offset = 0.0
@@ -95,7 +95,7 @@ def thinned(arrivals: Sequence[Arrival], scale: float, count: int, seed: int) ->
 
 
 def poisson(rate: float, count: int, seed: int) -> list[Arrival]:
-    """Return ``count`` requests that come independently of each other, ``rate`` per second."""
+    """Return ``count`` arrivals of a Poisson process with ``rate`` per second."""
     dice = random.Random(f'{seed}/poisson')
     at, found = 0.0, []
     for _ in range(count):
@@ -105,7 +105,7 @@ def poisson(rate: float, count: int, seed: int) -> list[Arrival]:
 
 
 def bursty(rate: float, count: int, seed: int) -> list[Arrival]:
-    """Return ``count`` requests in bursts with silence in between, ``rate`` on average."""
+    """Return ``count`` arrivals in bursts, at a mean of ``rate`` per second."""
     dice = random.Random(f'{seed}/bursty')
     found: list[Arrival] = []
     at = 0.0
@@ -132,6 +132,6 @@ def _from_zero(arrivals: list[Arrival]) -> list[Arrival]:
 
 
 def rate_of(arrivals: Sequence[Arrival]) -> float:
-    """Return the requests per second."""
+    """Return the mean number of requests per second."""
     span = arrivals[-1].at - arrivals[0].at
     return (len(arrivals) - 1) / span if span > 0.0 else 0.0

@@ -1,11 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What devices can do: numbers, each with its source.
+Performance of devices: numbers, each with its source.
 
-A number that nobody published is an assumption and its source begins with ASSUMED; the
-report lists all of them. Rates are dense bfloat16 on tensor cores, bandwidths those of the
-memory that holds the weights.
+The source of an unpublished number begins with ASSUMED; the report lists all sources. Rates are
+those of dense bfloat16 on tensor cores, bandwidths those of the memory that holds the weights.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ ASSUMED = 'assumed'
 
 @dataclass(frozen=True)
 class Number:
-    """A value in the unit that its field names, and where it was read."""
+    """A value, in the unit that its field's name says, and its source."""
 
     value: float
     source: str
 
     @property
     def is_assumed(self) -> bool:
-        """Whether nobody published it."""
+        """Whether the value is an assumption."""
         return self.source.startswith(ASSUMED)
 
 
 @dataclass(frozen=True)
 class PowerMode:
-    """What a power mode leaves of the full rate and of the full bandwidth."""
+    """The factors by which a power mode lowers compute rate and memory bandwidth."""
 
     compute: Number = Number(1.0, 'all clocks at their maximum')
     bandwidth: Number = Number(1.0, 'all clocks at their maximum')
 
 
-# Shares of the peaks that our passes reach; see docs/simulation.md.
+# Shares of the peak rates that a pass reaches; see docs/simulation.md.
 _COMPUTE_SHARE = Number(
     0.5, f'{ASSUMED}: packed passes of some hundred tokens reach half the peak of the products')
 _BANDWIDTH_SHARE = Number(0.8, f'{ASSUMED}: reading weights reaches four fifths of the peak')
@@ -46,11 +45,10 @@ _BANDWIDTH_SHARE = Number(0.8, f'{ASSUMED}: reading weights reaches four fifths 
 @dataclass(frozen=True)
 class DeviceProfile:
     """
-    A roofline: the slower one of bytes over bandwidth and operations over rate.
+    Parameters of a roofline: the time is the maximum of bytes / bandwidth and operations / rate.
 
-    To it comes what a layer takes however little it computes (launches, small kernels):
-    ``layer_us`` in a pass, ``training_layer_us`` for the forward of a fine-tune step, and
-    twice that for its backward.
+    Each layer adds a constant for kernel launches and small kernels: ``layer_us`` in a pass,
+    ``training_layer_us`` in the forward of a fine-tune step, and twice that in its backward.
     """
 
     name: str
@@ -61,12 +59,12 @@ class DeviceProfile:
     training_layer_us: Number
     compute_share: Number = _COMPUTE_SHARE
     bandwidth_share: Number = _BANDWIDTH_SHARE
-    # Not all memory is for the model: on a Jetson it is that of the whole robot.
+    # On a Jetson, the memory is shared with the rest of the robot.
     usable_share: Number = Number(0.75, f'{ASSUMED}: the rest is for the system and its nodes')
     modes: Mapping[str, PowerMode] = field(default_factory=lambda: {'maxn': PowerMode()})
 
     def numbers(self, mode: str) -> Mapping[str, Number]:
-        """Return all numbers by name, with those of a power mode."""
+        """Return all numbers by name, including those of a power mode."""
         found = {name: value for name, value in vars(self).items() if isinstance(value, Number)}
         power = self.modes[mode]
         return {**found, f'{mode} compute': power.compute, f'{mode} bandwidth': power.bandwidth}
@@ -80,8 +78,8 @@ _NANO = 'NVIDIA Jetson Orin Nano Series data sheet'
 _THOR = 'NVIDIA Jetson Thor: T5000 module specifications'
 _H100 = 'NVIDIA H100 Tensor Core GPU data sheet (SXM)'
 
-# A probe of device graphs on one H100, before this engine was written: 9.5 ms for a token of an
-# 8B model, whose weights take 5.0 ms to read; 0.38 ms for the forward and 0.9 ms for the
+# From a probe of device graphs on one H100, before this engine was written: 9.5 ms for a token of
+# an 8B model, whose weights take 5.0 ms to read; 0.38 ms for the forward and 0.9 ms for the
 # recomputed backward of one of its layers with 256 tokens.
 _H100_LAYER = Number(100.0, 'from a probe of device graphs on an H100, not of this engine')
 _H100_TRAINING = Number(200.0, 'from a probe of device graphs on an H100, not of this engine')
@@ -93,8 +91,9 @@ _JETSON_TRAINING = Number(
 
 def _jetson(name: str, tflops: Number, gb_per_s: Number, memory_gb: Number,
             modes: Mapping[str, PowerMode] | None = None) -> DeviceProfile:
-    return DeviceProfile(name, tflops, gb_per_s, memory_gb, _JETSON_LAYER, _JETSON_TRAINING,
-                  modes={'maxn': PowerMode(), **(modes or {})})
+    return DeviceProfile(
+        name, tflops, gb_per_s, memory_gb, _JETSON_LAYER, _JETSON_TRAINING,
+        modes={'maxn': PowerMode(), **(modes or {})})
 
 
 _MAXQ = PowerMode(
@@ -123,7 +122,8 @@ DEVICES: Mapping[str, DeviceProfile] = {d.name: d for d in (
     _jetson('thor',
             Number(258.8, f'{_THOR}: 2070 sparse FP4 TFLOPS; dense bfloat16 is an eighth'),
             Number(273.0, f'{_THOR}: 256-bit LPDDR5X'), Number(128.0, _THOR)),
-    DeviceProfile('h100', Number(989.4, _H100), Number(3350.0, _H100), Number(80.0, _H100),
-           _H100_LAYER, _H100_TRAINING,
-           usable_share=Number(0.9, f'{ASSUMED}: the rest is for contexts and graphs')),
+    DeviceProfile(
+        'h100', Number(989.4, _H100), Number(3350.0, _H100), Number(80.0, _H100),
+        _H100_LAYER, _H100_TRAINING,
+        usable_share=Number(0.9, f'{ASSUMED}: the rest is for contexts and graphs')),
 )}

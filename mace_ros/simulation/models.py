@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of models, from which their bytes and operations follow."""
+"""Shapes of models, from which the simulator derives bytes and operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class ModelShape:
     """
-    A decoder with gated MLPs and grouped-query attention, as its ``config.json`` has it.
+    A decoder with gated MLPs and grouped-query attention, as in its ``config.json``.
 
     ``source`` is the hub id of that configuration.
     """
@@ -25,21 +25,21 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    tied: bool = True   # whether the head is the embedding
+    tied: bool = True   # whether head and embedding share their weights
 
     @property
     def query_width(self) -> int:
-        """Width of all heads together."""
+        """Width of the queries of one token in one layer."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Width of the keys, and of the values, of one token in one layer."""
+        """Width of the keys (and of the values) of one token in one layer."""
         return self.kv_heads * self.head_dim
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear projections of one layer; biases and norms are left out."""
+        """Weights of one layer's linear projections, without biases and norms."""
         attention = 2 * self.hidden * (self.query_width + self.kv_width)
         return attention + 3 * self.hidden * self.intermediate
 
@@ -50,13 +50,13 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All weights of the linear projections, the embedding and the head."""
+        """Weights of all linear projections, the embedding and the head."""
         return (self.layers * self.linear_parameters
                 + self.head_parameters * (1 if self.tied else 2))
 
     def lora_parameters(self, rank: int) -> int:
-        """Return the LoRA weights of one layer, all linear projections being adapted."""
-        ends = (2 * self.hidden + self.query_width    # q: in and out, beside o below
+        """Return the LoRA weights of one layer whose linear projections are all adapted."""
+        ends = (2 * self.hidden + self.query_width    # inputs and outputs of q and o, k and v, MLP
                 + 2 * (self.hidden + self.kv_width)
                 + self.query_width + 3 * (self.hidden + self.intermediate))
         return rank * ends

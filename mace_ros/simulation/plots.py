@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a study, as SVG; the same study gives the same bytes."""
+"""Plots of a study as SVG; the same study gives the same bytes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mace_ros.simulation.replay import Outcome, tpot_s
 COLOURS = {'mace': '#d62728', 'periodic': '#1f77b4', 'continuous': '#2ca02c',
            'inference_only': '#7f7f7f', 'static_split': '#9467bd'}
 STAGES = {'prefill': '#4c78a8', 'decode': '#72b7b2', 'finetune': '#e45756'}
-POINTS = 400    # of a curve
+POINTS = 400    # per curve
 
 
 def draw(outcomes: Sequence[Outcome], sweep: Sequence[Mapping[str, Any]],
          targets: Mapping[str, float]) -> dict[str, str]:
     """
-    Return the pictures by name, as SVG elements; none if matplotlib is not importable.
+    Return the plots by name, as SVG elements; none if matplotlib is not installed.
 
-    ``sweep`` are the summaries at all loads, ``targets`` the objectives: ttft_ms, tpot_ms.
+    ``sweep`` holds the summaries at all loads, ``targets`` the objectives ttft_ms and tpot_ms.
     """
     if find_spec('matplotlib') is None:
         return {}
@@ -33,7 +33,7 @@ def draw(outcomes: Sequence[Outcome], sweep: Sequence[Mapping[str, Any]],
     from matplotlib import pyplot, rc_context
 
     found = {}
-    # Ids that are hashed with a fixed salt, and text that stays text.
+    # A fixed salt makes the ids reproducible; fonttype none keeps text as text.
     with rc_context({'svg.hashsalt': 'mace', 'svg.fonttype': 'none', 'font.size': 9,
                      'axes.grid': True, 'grid.alpha': 0.3}):
         for name, fill in _pictures(outcomes, sweep, targets).items():

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""One replay: a device, a model, a policy and a load in, numbers out."""
+"""One replay: simulates a load on a device, for one model and one policy."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mace_ros.scheduling.plan import Plan, SegmentKind
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.simulation.arrival_trace import Arrival
+from mace_ros.simulation.cost_file import from_dict
 from mace_ros.simulation.devices import DeviceProfile, DEVICES
 from mace_ros.simulation.models import MODELS, ModelShape
 from mace_ros.simulation.roofline import DeviceTimes, Measured, Roofline, SteadyCost
@@ -27,37 +28,37 @@ from mace_ros.simulation.virtual_learning import (
     CorrectionLearning,
     Learned,
     LearningSource,
+    MAX_STEP_TOKENS,
     Mistakes,
-    MOST_STEP_TOKENS,
     NoLearning,
     VirtualStep,
 )
 
-SHARES = 200     # intervals into which a replay is cut to show the device's shares
+SHARES = 200     # intervals of the plot of the device's shares
 
-# Beside weights, bytes that a fine-tune step holds for each token and layer and unit of width:
-# inputs of the layers in bfloat16, and the float32 graph of the layer that is computed.
+# Bytes of a fine-tune step for each token and unit of width, beside the layers' bfloat16 inputs:
+# the float32 autograd graph of one layer.
 STEP_BYTES = 24.0
 
 
 class DoesNotFit(ValueError):
-    """The model doesn't fit into the memory of the device; the message says by how much."""
+    """The model does not fit into the device's memory; the message gives the sizes."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked, and what is to be learned: ``learning`` is corrections, always or none."""
+    """Arrivals, and what is learned: ``learning`` is 'corrections', 'always' or 'none'."""
 
     arrivals: Sequence[Arrival]
     learning: str = 'corrections'
     mistakes: Mistakes = field(default_factory=Mistakes)
-    sample_tokens: int = 256     # of a fine-tune step that is always pending
+    sample_tokens: int = 256     # of a fine-tune step, with 'always'
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class HostTimes:
-    """Seconds beside the device's: of an iteration, and of each request that comes in."""
+    """Seconds of the host beside the device's: per iteration, and per arriving request."""
 
     overhead_s: float = 0.0
     admission_s: float = 0.0
@@ -66,9 +67,9 @@ class HostTimes:
 @dataclass(frozen=True)
 class Target:
     """
-    What it runs on: a device of the table, or this machine.
+    The simulated device and model.
 
-    ``calibration`` is what :mod:`bench.simulation` wrote about this machine.
+    With ``calibration``, a file written by :mod:`bench.simulation`, the device is this machine.
     """
 
     device: str
@@ -81,7 +82,7 @@ class Target:
         """Return the device's times, the cost model to plan with, and the host's times."""
         if self.calibration is not None:
             data = json.loads(self.calibration.read_text())
-            known, cost = (SteadyCost.from_dict(data['cost_model']) for _ in range(2))
+            known, cost = (from_dict(SteadyCost, data['cost_model']) for _ in range(2))
             return Measured(
                 known, layers=MODELS[self.model].layers, pass_ratios=data['pass_ratios'],
                 segment_ratios=data['segment_ratios'], seed=seed), cost, HostTimes(
@@ -98,13 +99,13 @@ class Target:
 
 
 def memory_gb(model: ModelShape, settings: Settings, weight_bytes: float) -> dict[str, float]:
-    """Return what takes how many GB of memory."""
+    """Return the memory of each part, in GB."""
     lora = model.layers * model.lora_parameters(settings.adapter.rank)
     tokens = settings.finetune.max_sample_tokens
     return {name: count / 1e9 for name, count in {
         'weights': model.parameters * weight_bytes,
         'KV cache': settings.memory.kv_cache_tokens * model.layers * 4.0 * model.kv_width,
-        # Masters with two moments and a gradient; a copy for each slot.
+        # Master weights with two moments and a gradient, and a copy for each slot.
         'adapters': lora * (16.0 + 2.0 * (settings.adapter.slots + 2)),
         'fine-tune step': tokens * (model.hidden + model.intermediate) * (
             2.0 * model.layers + STEP_BYTES)}.items()}
@@ -112,7 +113,7 @@ def memory_gb(model: ModelShape, settings: Settings, weight_bytes: float) -> dic
 
 def check_memory(device: DeviceProfile, model: ModelShape, settings: Settings,
                  weight_bytes: float) -> None:
-    """Raise :class:`DoesNotFit` if a model with these settings is too large for a device."""
+    """Raise :class:`DoesNotFit` if a model with these settings does not fit on a device."""
     parts = memory_gb(model, settings, weight_bytes)
     usable = device.memory_gb.value * device.usable_share.value
     if sum(parts.values()) > usable:
@@ -124,13 +125,13 @@ def check_memory(device: DeviceProfile, model: ModelShape, settings: Settings,
 
 @dataclass
 class Outcome:
-    """What came of a replay; times in seconds."""
+    """The result of a replay; times in seconds."""
 
     policy: str
     load: float                     # factor to the load asked for
     arrivals: int
     ends_at: float
-    requests: list[Request]         # that were answered, by arrival
+    requests: list[Request]         # answered ones, by arrival
     rejected: int
     stages: dict[str, float]        # device time of prefill, decode and finetune
     shares: dict[str, list[float]]  # serving and learning, by interval
@@ -142,11 +143,11 @@ class Outcome:
     late_for_learning: int
 
 
-class Watch:
-    """Keeps account of a replay while it runs."""
+class Recorder:
+    """Accounts for the device time of a replay while it runs."""
 
     def __init__(self, device: DeviceTimes, interval_s: float) -> None:
-        """Cut time into such intervals."""
+        """Record shares over intervals of ``interval_s``."""
         self._device, self._interval_s = device, interval_s
         self.stages = dict.fromkeys(('prefill', 'decode', 'finetune'), 0.0)
         self._serving: dict[int, float] = {}
@@ -162,7 +163,8 @@ class Watch:
         shape, pass_s = iteration.plan.shape, iteration.pass_s
         decode = pass_s
         if shape.prefill_tokens or shape.finetune_tokens:
-            # Who joins a pass pays for what it takes more: first the rows, then the prompts.
+            # Rows pay for a pass of their own, prompts for the time that they add to it, and
+            # fine-tune tokens for the rest.
             seconds = self._device.seconds
             whole = seconds(shape)
             without = shape._replace(finetune_tokens=0)
@@ -190,7 +192,7 @@ class Watch:
             begin, index = stop, index + 1
 
     def shares(self, ends_at: float) -> dict[str, list[float]]:
-        """Return the shares of the device by interval, the last one being cut off."""
+        """Return the device's shares by interval; the last interval ends at ``ends_at``."""
         count = max(math.ceil(ends_at / self._interval_s), 1)
         lengths = [min(self._interval_s, max(ends_at - i * self._interval_s, 1e-9))
                    for i in range(count)]
@@ -199,12 +201,12 @@ class Watch:
 
 
 def replay(target: Target, settings: Settings, policy: str, load: Load, *, factor: float = 1.0,
-           skips: bool = True, on_progress: Callable[[int], None] = lambda done: None) -> Outcome:
+           skips: bool = True, on_progress: Callable[[int], object] | None = None) -> Outcome:
     """
     Replay a load under a policy.
 
-    ``factor`` is noted as the load's; ``on_progress`` is told, now and then, how many
-    requests were answered since it was told last.
+    ``factor`` is recorded as the load's. ``on_progress`` is called from time to time with the
+    number of requests answered since its last call.
     """
     settings = settings.updated({'scheduler.policy': policy})
     target.check_memory(settings)
@@ -215,33 +217,35 @@ def replay(target: Target, settings: Settings, policy: str, load: Load, *, facto
         max_tokens=each.output_tokens, ttft_slo=slo.ttft_ms / 1e3, tpot_slo=slo.tpot_ms / 1e3)
         for number, each in enumerate(load.arrivals)]
     last = requests[-1].arrival if requests else 0.0
-    watch = Watch(device, max(last / SHARES, 1.0))
+    recorder = Recorder(device, max(last / SHARES, 1.0))
     learning = _learning(load, settings, device, cost)
-    told = 0
+    reported = 0
 
     def on_plan(plan: Plan) -> None:
-        nonlocal told
-        watch.on_plan(plan)
-        if watch.plans % 256 == 0:
+        nonlocal reported
+        recorder.on_plan(plan)
+        if on_progress is not None and recorder.plans % 256 == 0:
             done = len(engine.finished) + len(engine.rejected)
-            on_progress(done - told)
-            told = done
+            on_progress(done - reported)
+            reported = done
 
     engine = VirtualEngine(
         Scheduler(settings, cost), device, settings, learning, overhead_s=host.overhead_s,
-        admission_s=host.admission_s, skips=skips, on_plan=on_plan, on_iteration=watch.on_iteration)
+        admission_s=host.admission_s, skips=skips, on_plan=on_plan,
+        on_iteration=recorder.on_iteration)
     engine.run(requests, until=last)
-    on_progress(len(requests) - told)
+    if on_progress is not None:
+        on_progress(len(requests) - reported)
     statistics = engine.scheduler.statistics(engine.now)
     step = learning.step
     left = step.progress * step.tokens if step is not None else 0.0
     return Outcome(
         policy=policy, load=factor, arrivals=len(requests), ends_at=engine.now,
         requests=sorted(engine.finished, key=lambda r: r.arrival),
-        rejected=len(engine.rejected), stages=watch.stages, shares=watch.shares(engine.now),
+        rejected=len(engine.rejected), stages=recorder.stages, shares=recorder.shares(engine.now),
         learned=_learned(learning), finetune_tokens=statistics.finetune_tokens + left,
         finetune_steps=statistics.finetune_steps, iterations=engine.iterations,
-        plans=watch.plans, late_for_learning=statistics.late_for_learning)
+        plans=recorder.plans, late_for_learning=statistics.late_for_learning)
 
 
 def _learning(load: Load, settings: Settings, device: DeviceTimes,
@@ -258,24 +262,24 @@ def _learning(load: Load, settings: Settings, device: DeviceTimes,
         load.mistakes.corrections(load.arrivals, load.seed), layers=device.layers,
         tokens_within=partial(
             cost.tokens_within, SegmentKind.BACKWARD_RECOMPUTED,
-            settings.finetune.max_blocking_ms / 1e3, MOST_STEP_TOKENS),
+            settings.finetune.max_blocking_ms / 1e3, MAX_STEP_TOKENS),
         replay_samples=settings.finetune.replay_samples, recompute=recompute)
 
 
 def _learned(learning: LearningSource) -> list[Learned]:
-    """Return all corrections that came, with the time from which on each one is known."""
+    """Return all corrections that arrived, with the time at which each one went live."""
     if not isinstance(learning, CorrectionLearning):
         return []
     return [*learning.learned, *(Learned(c) for c in learning.unlearned)]
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    """Return the numbers of a replay: milliseconds, shares and counts."""
+    """Return the numbers of a replay, in the units that their names say."""
     done = outcome.requests
     ttft = [r.first_token_at - r.arrival for r in done if r.first_token_at is not None]
     tpot = [tpot_s(r) for r in done if r.output_tokens > 1]
     met = sum(r.slo_met for r in done)
-    # A correction that is still not live is as old as it got.
+    # The age of a correction that is not live yet counts up to the end of the replay.
     ages = [min(each.live_at, outcome.ends_at) - each.correction.at for each in outcome.learned]
     busy = sum(outcome.stages.values()) / outcome.ends_at if outcome.ends_at else 0.0
     return {
@@ -305,16 +309,16 @@ def tpot_s(request: Request) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN of no values."""
+    """Return the mean; NaN if there are no values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def quantile(values: Sequence[float], percent: float) -> float:
-    """Return a percentile, linear between the ranks; NaN of no values."""
+    """Return a percentile, interpolated linearly; NaN if there are no values."""
     ordered = sorted(values)
     if not ordered:
         return math.nan
-    place = (len(ordered) - 1) * percent / 100.0
-    low = math.floor(place)
+    position = (len(ordered) - 1) * percent / 100.0
+    low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)

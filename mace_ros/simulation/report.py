@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a study leaves behind: JSON, tables, pictures, and one HTML file with all of it."""
+"""The report of a study: JSON, tables, plots, and one HTML file with all of them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ VALIDATION = Path(__file__).with_name('validation.json')
 
 TITLES = {
     'ttft': 'Time to first token', 'tpot': 'Time per output token',
-    'stages': 'DeviceProfile time by stage', 'shares': 'Shares of the device over time',
+    'stages': 'Device time by stage', 'shares': 'Shares of the device over time',
     'freshness': 'Freshness', 'attainment': 'Requests in time, by load'}
 
-# What MACE (arXiv 2510.03283) says of itself on an AGX Orin.
+# The claims of MACE (arXiv 2510.03283), on an AGX Orin.
 CLAIMS = (
     ('prefill latency, against periodic and continuous retraining', 'up to -63 %'),
     ('decode latency, against periodic and continuous retraining', 'up to -30 %'),
@@ -54,7 +54,7 @@ Row = Sequence[str]
 
 
 def write(study: Study, outcomes: Sequence[Outcome], folder: Path) -> Path:
-    """Write everything about a study into ``folder``; return the path of the HTML file."""
+    """Write the report of a study into ``folder``; return the path of the HTML file."""
     main = outcomes[:len(study.policies)]
     rows = [summary(each) for each in outcomes]
     data = {
@@ -80,7 +80,7 @@ def write(study: Study, outcomes: Sequence[Outcome], folder: Path) -> Path:
 
 
 def describe(study: Study) -> dict[str, Any]:
-    """Return what a study was about, in plain data."""
+    """Return the inputs of a study, as plain data."""
     target, settings = study.target, study.settings
     arrivals = study.source.arrivals(study.requests, study.seed)
     learning: dict[str, Any] = {'kind': study.learning}
@@ -106,7 +106,7 @@ SHOWN = ('slo.ttft_ms', 'slo.tpot_ms', 'slo.freshness_s', 'slo.admission',
 
 
 def validation() -> dict[str, Any] | None:
-    """Return how far a simulation was off the real engine; None if that was not measured."""
+    """Return the simulator's errors against the real engine; None if not measured."""
     if not VALIDATION.is_file():
         return None
     found: dict[str, Any] = json.loads(VALIDATION.read_text())
@@ -114,7 +114,7 @@ def validation() -> dict[str, Any] | None:
 
 
 def validation_text() -> str:
-    """Return that in words."""
+    """Return :func:`validation` as a sentence."""
     found = validation()
     if found is None:
         return 'The simulator was not compared with the real engine.'
@@ -125,7 +125,7 @@ def validation_text() -> str:
 
 
 def sources(study: Study) -> list[Row]:
-    """Return each number of the device: name, value, source."""
+    """Return the numbers that the simulation uses: name, value, source."""
     target = study.target
     if target.calibration is not None:
         return [('all times', '', 'measured on this machine by bench.simulation')]
@@ -140,7 +140,7 @@ def sources(study: Study) -> list[Row]:
 
 
 def policy_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Row, list[Row]]:
-    """Return the head and the rows of the table of policies."""
+    """Return the header and the rows of the table of policies."""
     head = ('policy', 'TTFT p50 ms', 'TTFT p95 ms', 'TPOT p50 ms', 'TPOT p95 ms', 'in time',
             'fine-tune tokens/s', 'corrections live', 'freshness mean s', 'freshness p95 s',
             'utilisation')
@@ -155,12 +155,12 @@ def policy_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Row, list[Row]]:
 
 
 def _number(value: float) -> str:
-    """Return a number with three digits; all of them before the point."""
+    """Return a number with three significant digits, or all digits before the point."""
     return f'{value:.0f}' if abs(value) >= 100.0 else f'{value:.3g}'
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return what the paper claims beside what mace does here: what, claim, found."""
+    """Compare the paper's claims with the simulated ``mace``: what, claim, found."""
     by_policy = {row['policy']: row for row in rows}
     mace = by_policy.get('mace')
     if mace is None:
@@ -182,7 +182,7 @@ def markdown(head: Row, rows: Sequence[Row]) -> str:
 
 
 def html(study: Study, data: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    """Return the whole report; it asks nothing of any server."""
+    """Return the report as one page that loads nothing else."""
     about = data['study']
     title = f'{about["model"]} on {about["device"]} ({about["power_mode"]})'
     head, rows = policy_table(data['policies'])
@@ -238,7 +238,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _plain(data: Any) -> Any:
-    """Return ``data`` as JSON can hold it: no NaN, six digits."""
+    """Return ``data`` for JSON: None instead of NaN, six significant digits."""
     if isinstance(data, Mapping):
         return {str(k): _plain(v) for k, v in data.items()}
     if isinstance(data, (list, tuple)):

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""How long passes and segments take: on paper, or as measured on the machine at hand."""
+"""Times of passes and segments: from a roofline, or as measured on this machine."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mace_ros.simulation.devices import DeviceProfile
 from mace_ros.simulation.models import ModelShape
 
 FLOAT32 = 4
-# Queries that share one reading of the keys and values in a prefill.
+# Queries of a prefill that share one read of the keys and values.
 TILE = 64
 
 
 class DeviceTimes(Protocol):
-    """What a device takes, in seconds."""
+    """The times of a device that runs a model, in seconds."""
 
-    layers: int     # of the model that it runs
+    layers: int     # of the model
 
     def seconds(self, what: PassShape | Segment) -> float:
-        """Return the usual time."""
+        """Return the time without noise."""
 
     def run(self, what: PassShape | Segment) -> float:
-        """Return the time of this one run: the usual one with the noise of the device."""
+        """Return the time of one run, with the device's noise."""
 
 
 class Roofline:
@@ -36,14 +36,14 @@ class Roofline:
 
     def __init__(self, device: DeviceProfile, model: ModelShape, *, mode: str = 'maxn',
                  weight_bytes: float = 2.0, rank: int = 8) -> None:
-        """Work out the bytes and operations; weights and keys take so many bytes each."""
+        """Derive bytes and operations; each weight takes ``weight_bytes``."""
         power = device.modes[mode]
         self.layers = model.layers
         self._byte_s = 1.0 / (device.gb_per_s.value * 1e9 * device.bandwidth_share.value
                               * power.bandwidth.value)
         self._operation_s = 1.0 / (device.tflops.value * 1e12 * device.compute_share.value
                                    * power.compute.value)
-        # Kernels take as much longer as the clock is lower.
+        # The time of kernel launches and small kernels scales with the clock.
         self._layer_s = device.layer_us.value * 1e-6 / power.compute.value
         self._training_s = device.training_layer_us.value * 1e-6 / power.compute.value
         linear, head = model.linear_parameters, model.head_parameters
@@ -52,7 +52,7 @@ class Roofline:
         self._weights = model.layers * linear * weight_bytes + head * weight_bytes
         self._token = 2.0 * model.layers * (linear + lora)
         self._head_bytes, self._head = head * weight_bytes, 2.0 * head
-        # One token that attends to one: q k and p v.
+        # Operations of one token that attends to one other: q·k and p·v.
         self._pair = 4.0 * model.layers * model.query_width
         self._kv_bytes = model.layers * 2 * model.kv_width * 2.0
         self._optimizer_bytes = 7.0 * FLOAT32 * model.layers * lora
@@ -64,15 +64,15 @@ class Roofline:
         """Return the time."""
         if isinstance(what, Segment):
             return self._segment_s(what)
-        rows, decode_context, prefill, prefill_context, riding = what
+        rows, decode_context, prefill, prefill_context, finetune = what
         read = self._weights + self._kv_bytes * (decode_context + prefill_context / TILE)
-        operations = (self._token * (rows + prefill + riding)
+        operations = (self._token * (rows + prefill + finetune)
                       + self._pair * (decode_context + prefill_context)
                       + self._head * (rows + (prefill > 0)))
         return self._time_s(read, operations) + self._fixed_s
 
     def run(self, what: PassShape | Segment) -> float:
-        """Return the time; on paper it is always the same."""
+        """Return the time, which has no noise."""
         return self.seconds(what)
 
     def _time_s(self, read: float, operations: float) -> float:
@@ -83,7 +83,7 @@ class Roofline:
         if kind is SegmentKind.OPTIMIZER:
             return self._optimizer_bytes * self._byte_s + self._training_s
         if kind is SegmentKind.HEAD:
-            # The logits, and their gradient back to the hidden states.
+            # The logits, and the gradient of the hidden states.
             return (2.0 * self._time_s(self._head_bytes, self._head * tokens)
                     + 2.0 * self._training_s)
         attention = self._pair / self.layers * tokens * (tokens + 1) / 2.0
@@ -92,7 +92,7 @@ class Roofline:
             + self._training_s)
         if kind is SegmentKind.FORWARD:
             return forward
-        # The base weights have no gradient; of attention, all but the product has two.
+        # The base weights need no gradient; attention's backward takes twice its forward.
         backward = (self._time_s(
             self._layer_bytes, (2.0 * self._linear + 4.0 * self._lora) * tokens + 2.0 * attention)
             + 2.0 * self._training_s)
@@ -101,15 +101,15 @@ class Roofline:
 
 class Measured:
     """
-    The machine that a cost model was calibrated on, with the noise that it met there.
+    The machine that a cost model was calibrated on, with the noise that was measured there.
 
-    Each run takes what the model predicts, times a ratio of measured to predicted time
-    that the machine has shown, drawn at random.
+    Each run takes the predicted time, multiplied by a measured ratio of actual to predicted time
+    that is drawn at random.
     """
 
     def __init__(self, cost: CostModel, *, layers: int, pass_ratios: list[float],
                  segment_ratios: list[float], seed: int = 0) -> None:
-        """Predict with ``cost``, which must not learn any more."""
+        """Predict with ``cost``, which must not keep learning."""
         self.layers = layers
         self._cost = cost
         self._pass_ratios = pass_ratios or [1.0]
@@ -130,32 +130,28 @@ class Measured:
 
 class SteadyCost(CostModel):
     """
-    A cost model that has learned its device and stays as it is.
+    A cost model that no longer learns.
 
-    A simulated device never changes, so there is nothing to learn while it serves.
+    A simulated device never changes, so that nothing is to be learned while it serves.
     """
 
     def observe(self, measurement: Measurement) -> float:
-        """Return what was predicted."""
+        """Return the predicted time, and learn nothing."""
         return measurement.plan.predicted_s
 
     @classmethod
     def of(cls, device: DeviceTimes, *, max_tokens: int) -> SteadyCost:
-        """Return the model that was calibrated on all that passes up to ``max_tokens`` show."""
-        learning = CostModel()
-        samples = list(_shapes(device, max_tokens))
-        learning.calibrate(samples)
-        model = cls.from_dict(learning.to_dict())
-        assert isinstance(model, cls)
+        """Return a model that was calibrated on passes of up to ``max_tokens``."""
+        model = cls()
+        samples = list(_samples(device, max_tokens))
+        model.calibrate(samples)
         for what, seconds in samples:
-            ratio = seconds / model._expected_s(what)
-            (model._segment_ratios[what.kind] if isinstance(what, Segment)
-             else model._pass_ratios).add(ratio)
+            model.ratios_of(what).add(seconds / model.predicted_s(what))
         return model
 
 
-def _shapes(device: DeviceTimes, max_tokens: int) -> Iterator[Sample]:
-    """Yield what is measured in a calibration, again and again until the curves are sure."""
+def _samples(device: DeviceTimes, max_tokens: int) -> Iterator[Sample]:
+    """Yield the samples of a calibration, each often enough for the curves to be sure."""
     shapes: list[PassShape | Segment] = []
     sizes = [n for n in KNOTS if n <= max(max_tokens, 4096)]
     for tokens in (n for n in sizes if n <= 2 * max_tokens):
@@ -163,7 +159,7 @@ def _shapes(device: DeviceTimes, max_tokens: int) -> Iterator[Sample]:
         shapes.append(PassShape(prefill_tokens=tokens, prefill_context=tokens * 2048))
     for rows in (n for n in sizes if n <= 64):
         shapes += [PassShape(rows, rows * context) for context in (64, 1024, 4096)]
-    # Beyond some hundred tokens no step is ever planned, and an optimizer's time is flat.
+    # The optimizer's time does not depend on the tokens: a few sizes are enough.
     shapes += [Segment(kind, tokens) for kind in SegmentKind for tokens in sizes
                if tokens <= 1024 or kind is not SegmentKind.OPTIMIZER]
     for _ in range(6):

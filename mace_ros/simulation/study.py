@@ -1,12 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Several policies under one load, and under more and less of it."""
+"""A study: replays of several policies, at one load and at multiples of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
@@ -17,25 +17,25 @@ from mace_ros.simulation.arrival_trace import Arrival
 from mace_ros.simulation.replay import Load, Outcome, replay, Target
 from mace_ros.simulation.virtual_learning import Mistakes
 
-TOLD_EVERY_S = 0.2
+PROGRESS_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
 class Source:
     """
-    Where arrivals come from: a recorded trace (``recorded``), or a generator.
+    The source of arrivals: a ``recorded`` trace, or a generator.
 
-    ``scale`` is the factor to the trace's rate, or to ``rate`` (requests per second).
+    ``scale`` multiplies the trace's rate, or ``rate`` (requests per second).
     """
 
     kind: str                                   # trace, poisson or bursty
-    name: str                                   # to show
+    name: str                                   # for reports
     recorded: tuple[Arrival, ...] = ()
     rate: float = 0.1
     scale: float = 1.0
 
     def arrivals(self, count: int, seed: int, factor: float = 1.0) -> list[Arrival]:
-        """Return so many arrivals, at ``factor`` times the rate."""
+        """Return ``count`` arrivals at ``factor`` times the rate."""
         scale = self.scale * factor
         if self.kind == 'trace':
             return arrival_trace.thinned(self.recorded, scale, count, seed)
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be simulated; all of it decides about the result, and nothing else does."""
+    """What to simulate; the results depend on these fields only."""
 
     target: Target
     source: Source
@@ -55,19 +55,19 @@ class Study:
     learning: str = 'corrections'
     mistakes: Mistakes = field(default_factory=Mistakes)
     sample_tokens: int = 256
-    loads: tuple[float, ...] = ()       # further factors to the load ...
-    load_requests: int = 200            # ... with so many requests each
+    loads: tuple[float, ...] = ()       # further multiples of the load
+    load_requests: int = 200            # at each of these
     seed: int = 0
 
     def load(self, count: int, factor: float = 1.0) -> Load:
-        """Return what is asked and learned at a factor."""
+        """Return the load of ``count`` requests at ``factor`` times the rate."""
         return Load(self.source.arrivals(count, self.seed, factor), self.learning,
                     self.mistakes, self.sample_tokens, self.seed)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One replay of a study; settings of its own may be put over the study's."""
+    """One replay of a study; ``values`` override the study's settings."""
 
     study: Study
     policy: str
@@ -76,8 +76,8 @@ class Task:
     values: tuple[tuple[str, Any], ...] = ()
     skips: bool = True
 
-    def run(self, on_progress: Callable[[int], None] = lambda done: None) -> Outcome:
-        """Run it."""
+    def run(self, on_progress: Callable[[int], object] | None = None) -> Outcome:
+        """Run the replay; see :func:`mace_ros.simulation.replay.replay`."""
         study = self.study
         return replay(
             study.target, study.settings.updated(dict(self.values)), self.policy,
@@ -86,25 +86,25 @@ class Task:
 
 
 def tasks_of(study: Study, skips: bool = True) -> list[Task]:
-    """Return the replays of a study: all policies as asked for, then at the other loads."""
+    """Return the replays of a study: all policies at its own load, then at the other loads."""
     main = [Task(study, policy, study.requests, skips=skips) for policy in study.policies]
     return main + [Task(study, policy, study.load_requests, factor, skips=skips)
                    for factor in study.loads for policy in study.policies]
 
 
 def run(tasks: Sequence[Task], *, processes: int,
-        on_progress: Callable[[int], None] = lambda done: None) -> list[Outcome]:
+        on_progress: Callable[[int], object] | None = None) -> list[Outcome]:
     """
-    Run tasks in so many processes; return their outcomes in the same order.
+    Run tasks in several processes; return their outcomes in the same order.
 
-    ``on_progress`` is told how many requests were answered since it was told last.
+    ``on_progress`` is called with the number of requests answered since its last call.
     """
     if processes <= 1 or len(tasks) <= 1:
         return [task.run(on_progress) for task in tasks]
     context = get_context('spawn')
     counter = context.Value('q', 0)
-    told = 0
-    # The long ones first, so that no process is left alone with one in the end.
+    reported = 0
+    # Long tasks first, so that none of them runs alone at the end.
     order = sorted(range(len(tasks)), key=lambda i: -tasks[i].count)
     with ProcessPoolExecutor(
             processes, mp_context=context, initializer=_share, initargs=(counter,)) as pool:
@@ -113,7 +113,7 @@ def run(tasks: Sequence[Task], *, processes: int,
         pending = set(futures)
         while pending:
             try:
-                for future in as_completed(pending, timeout=TOLD_EVERY_S):
+                for future in as_completed(pending, timeout=PROGRESS_EVERY_S):
                     pending.discard(future)
                     found[futures[future]] = future.result()
             except TimeoutError:
@@ -122,12 +122,13 @@ def run(tasks: Sequence[Task], *, processes: int,
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             done = counter.value
-            on_progress(done - told)
-            told = done
+            if on_progress is not None:
+                on_progress(done - reported)
+            reported = done
     return [found[i] for i in range(len(tasks))]
 
 
-_counter: Synchronized[int] | None = None   # of this worker process
+_counter: Synchronized[int] | None = None   # of a worker process: requests answered in all
 
 
 def _share(counter: Synchronized[int]) -> None:
@@ -141,8 +142,3 @@ def _run(task: Task) -> Outcome:
             with _counter.get_lock():
                 _counter.value += done
     return task.run(on_progress)
-
-
-def with_values(study: Study, values: dict[str, Any]) -> Study:
-    """Return a study with other parameters."""
-    return replace(study, settings=study.settings.updated(values))

@@ -1,48 +1,47 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters keep the objectives with the most learning, found by trying."""
+"""Searches the parameters that meet the SLOs with the most learning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mace_ros.api.settings import PARAMETERS, Settings, Value
 from mace_ros.simulation.replay import summary
 from mace_ros.simulation.report import markdown
 from mace_ros.simulation.study import run, Study, Task
 
-# What is tried of each parameter, one parameter after the other.
+# Candidate values; the search varies one parameter at a time.
 CANDIDATES: Mapping[str, tuple[Value, ...]] = {
     'scheduler.max_batch_tokens': (128, 256, 512, 1024),
     'scheduler.max_slowdown': (1.0, 1.02, 1.05, 1.1, 1.2, 1.5),
     'finetune.max_blocking_ms': (10.0, 25.0, 50.0, 100.0, 200.0),
     'finetune.min_share': (0.0, 0.05, 0.1, 0.2)}
 ROUNDS = 2
-# So much of the attainment without learning may be lost where the target can't be reached.
+# Attainment that learning may cost where the target cannot be reached.
 TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Some parameters, and what came of them."""
+    """Some parameters, and the result of a replay with them."""
 
     values: tuple[tuple[str, Value], ...]
     attainment: float
     learning: float      # fine-tune tokens per second
 
     def is_better(self, other: Trial, target: float) -> bool:
-        """Return whether it keeps the target with more learning, or comes closer to it."""
-        keeps, kept = self.attainment >= target, other.attainment >= target
-        if keeps and kept:
+        """Return whether it meets the target with more learning, or comes closer to it."""
+        meets, other_meets = self.attainment >= target, other.attainment >= target
+        if meets and other_meets:
             return self.learning > other.learning
-        return keeps or (not kept and self.attainment > other.attainment)
+        return meets or (not other_meets and self.attainment > other.attainment)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The search: the trials in their order, the target and the best one."""
+    """The result of a search: all trials in order, the target, and the best trial."""
 
     trials: tuple[Trial, ...]
     target: float
@@ -50,12 +49,13 @@ class Tuning:
 
 
 def tune(study: Study, *, processes: int,
-         on_progress: Callable[[int], Any] = lambda done: None) -> Tuning:
+         on_progress: Callable[[int], object] | None = None) -> Tuning:
     """
-    Search the parameters of :data:`CANDIDATES`, each in turn with the others as they are.
+    Search the parameters of :data:`CANDIDATES`, one at a time.
 
-    The share of requests in time is to be that of ``monitor.slo_target``, or, where not
-    even serving alone reaches it, nearly what serving alone does.
+    The target is ``monitor.slo_target``, or, where serving without learning does not reach it,
+    the attainment of that less a tolerance. ``on_progress`` is called with the number of
+    replays since its last call.
     """
     known: dict[tuple[tuple[str, Value], ...], Trial] = {}
 
@@ -65,7 +65,8 @@ def tune(study: Study, *, processes: int,
         rows = [summary(o) for o in run(
             [Task(study, policy, study.requests, values=key) for key in new],
             processes=processes)]
-        on_progress(len(new))
+        if on_progress is not None:
+            on_progress(len(new))
         found = {key: Trial(key, row['slo_attainment'], row['finetune_tokens_per_s'])
                  for key, row in zip(new, rows, strict=True)}
         if policy != 'mace':
@@ -92,7 +93,7 @@ def tune(study: Study, *, processes: int,
 
 
 def table(tuning: Tuning) -> str:
-    """Return the trials in Markdown, the best one first."""
+    """Return the trials as a Markdown table, the best one first."""
     ordered = sorted(tuning.trials, key=lambda t: (t is not tuning.best, -t.learning))
     return markdown(
         (*CANDIDATES, 'in time', 'fine-tune tokens/s'),
@@ -101,7 +102,7 @@ def table(tuning: Tuning) -> str:
 
 
 def yaml(study: Study, tuning: Tuning) -> str:
-    """Return the best parameters, and all others that are not the defaults, for the node."""
+    """Return a parameter file for the node: the best values, and all that are not defaults."""
     settings = study.settings.updated({'scheduler.policy': 'mace', **dict(tuning.best.values)})
     best = tuning.best
     lines = [

@@ -1,12 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The engine's loop (plan, run, commit) under a virtual clock, with a device that only takes time.
+The engine's loop (plan, run, commit) under a virtual clock, on a device that only takes time.
 
-Scheduler, policies, batcher, ledger and block pool are those of the robot. Where nothing can
-change for a while (the same rows decode, nobody comes, nothing ends, and the policy has no
-room for learning), the iterations are run without asking for a plan each time; the result is
-that of asking.
+Scheduler, policies, batcher, ledger and block pool are those of the robot. While nothing can
+change the plan (the same rows decode, no request arrives or ends, and the policy adds no
+learning), passes are repeated without planning; the result is the same.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ from mace_ros.api.settings import Settings, Value
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.scheduling.batching import admission_blocks
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
-from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, State
+from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
+from mace_ros.simulation.quiet import quiet_until
 from mace_ros.simulation.roofline import DeviceTimes
 from mace_ros.simulation.virtual_learning import LearningSource, NoLearning, VirtualStep
 
 
 class Stuck(RuntimeError):
-    """Requests are left, and nothing will ever happen again: an error of the scheduler."""
+    """Requests are left that will never be served: an error of the scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
 class IterationRecord:
-    """What was run from ``began`` on; ``count`` passes after the same plan, all in all."""
+    """What ran from ``began`` on: ``count`` passes of one plan, which took ``pass_s`` in all."""
 
     began: float
     plan: Plan
@@ -47,56 +47,61 @@ class IterationRecord:
 
 
 class VirtualEngine:
-    """Serves requests and learns on a clock of its own."""
+    """Serves requests and learns on a virtual clock, ``now``."""
 
     def __init__(self, scheduler: Scheduler, device: DeviceTimes, settings: Settings,
                  learning: LearningSource | None = None, *, overhead_s: float = 0.0,
                  admission_s: float = 0.0, skips: bool = True,
-                 on_plan: Callable[[Plan], None] = lambda plan: None,
-                 on_iteration: Callable[[IterationRecord], None] = lambda iteration: None) -> None:
+                 on_plan: Callable[[Plan], None] | None = None,
+                 on_iteration: Callable[[IterationRecord], None] | None = None) -> None:
         """
-        Begin at time 0 with nothing to do.
+        Start at time 0 without requests.
 
-        ``overhead_s`` is what an iteration takes beside passes and segments,
-        ``admission_s`` what it takes to read a request before it can wait. Without
-        ``skips`` every iteration is planned, which a cost model that goes on learning needs.
-        ``on_plan`` hears each plan before it runs, ``on_iteration`` what came of it.
+        An iteration takes ``overhead_s`` beside pass and segments, and each arriving request
+        ``admission_s``. Without ``skips``, every iteration is planned; a cost model that keeps
+        learning needs that. ``on_plan`` is called with each plan before it runs, and
+        ``on_iteration`` with what ran.
         """
         self.scheduler, self.device, self.settings = scheduler, device, settings
         self.learning = learning if learning is not None else NoLearning()
         self.pool = BlockPool(settings.memory.kv_cache_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
-        self.state = State()
-        self.kv_cache = KVCacheManager(self.pool, self.state)
+        self.kv_cache = KVCacheManager(self.pool)
+        self.state = self.kv_cache.state
         self.now = 0.0
         self.finished: list[Request] = []
         self.rejected: list[Request] = []
-        self.iterations = 0     # passes and pieces of learning that were run
+        self.iterations = 0     # passes and learning slices that ran
         self._overhead_s, self._admission_s, self._skips = overhead_s, admission_s, skips
         self._on_plan, self._on_iteration = on_plan, on_iteration
-        self._coming: list[Request] = []
-        self._came = 0          # of ``_coming``
+        self._arrivals: list[Request] = []
+        self._arrived = 0       # number of ``_arrivals`` that were taken in
         self._changes: list[tuple[float, dict[str, Value]]] = []
-        self._riding: list[int] = []    # KV blocks of the step whose forward rides
+        self._step_blocks: list[int] = []    # KV blocks of a step whose forward is piggybacked
+
+    @property
+    def pending_arrivals(self) -> Sequence[Request]:
+        """Requests that have not been taken in yet, by arrival."""
+        return self._arrivals[self._arrived:]
 
     def run(self, requests: Sequence[Request], until: float = -math.inf,
             changes: Sequence[tuple[float, dict[str, Value]]] = ()) -> None:
         """
-        Serve ``requests`` until all are answered, and go on until the time ``until``.
+        Serve ``requests`` until all are answered, but at least until the time ``until``.
 
-        ``changes`` are settings that come into force on the way, in order of time.
+        ``changes`` are settings to apply on the way, as pairs of time and values, by time.
         """
-        self._coming, self._came = sorted(requests, key=lambda r: r.arrival), 0
+        self._arrivals, self._arrived = sorted(requests, key=lambda r: r.arrival), 0
         self._changes = list(changes)
-        to_answer = len(self.finished) + len(self.rejected) + len(requests)
-        while (len(self.finished) + len(self.rejected) < to_answer) or self.now < until:
-            self._take_in()
-            self.kv_cache.refresh()
+        target = len(self.finished) + len(self.rejected) + len(requests)
+        while len(self.finished) + len(self.rejected) < target or self.now < until:
+            self._receive()
             plan = self.scheduler.plan(self.state, self.now)
-            self._on_plan(plan)
+            if self._on_plan is not None:
+                self._on_plan(plan)
             for rejection in plan.rejected:
-                self.kv_cache.leave(rejection.request)
+                self.kv_cache.free(rejection.request)
                 self.rejected.append(rejection.request)
-            if plan.lacks_memory and self._learning_makes_room():
+            if plan.lacks_memory and self._reclaim_step_blocks():
                 continue     # and plan again
             if not plan.is_empty:
                 self._execute(plan)
@@ -105,14 +110,16 @@ class VirtualEngine:
 
     # -- between iterations ------------------------------------------------------------
 
-    def _take_in(self) -> None:
-        coming = self._coming
-        while self._came < len(coming) and coming[self._came].arrival <= self.now:
-            request = coming[self._came]
-            self._came += 1
+    def _receive(self) -> None:
+        """Take in the requests, settings and corrections that have arrived."""
+        arrivals = self._arrivals
+        while self._arrived < len(arrivals) and arrivals[self._arrived].arrival <= self.now:
+            request = arrivals[self._arrived]
+            self._arrived += 1
             self.now += self._admission_s
             if len(self.state.waiting) >= self.settings.scheduler.max_queue:
-                self._reject(request)
+                request.state = RequestState.FINISHED
+                self.rejected.append(request)
             else:
                 self.state.waiting.add(request)
         while self._changes and self._changes[0][0] <= self.now:
@@ -123,44 +130,42 @@ class VirtualEngine:
 
     @property
     def _next_arrival(self) -> float:
-        """When the next request comes."""
-        return self._coming[self._came].arrival if self._came < len(self._coming) else math.inf
+        """When the next request arrives."""
+        return (self._arrivals[self._arrived].arrival if self._arrived < len(self._arrivals)
+                else math.inf)
 
     @property
     def _next_event(self) -> float:
-        """When something comes from outside."""
+        """When the next request, correction or change of settings arrives."""
         return min(self._next_arrival, self.learning.next_at,
                    self._changes[0][0] if self._changes else math.inf)
 
     def _wait(self, plan: Plan, until: float) -> None:
+        """Advance the clock to the next event."""
         then = min(self._next_event, math.inf if plan.wake_at is None else plan.wake_at,
                    until if until > self.now else math.inf)
         if not self.now < then < math.inf:
-            raise Stuck(f'nothing will happen after {self.now:.6g} s: '
-                        f'{len(self.state.waiting)} wait, {len(self.state.running)} run')
+            raise Stuck(f'no event after {self.now:.6g} s: {len(self.state.waiting)} requests '
+                        f'wait, {len(self.state.running)} run')
         self.now = then
 
-    def _learning_makes_room(self) -> bool:
-        """Let the step give up the KV blocks with which it rides; return whether it had any."""
+    def _reclaim_step_blocks(self) -> bool:
+        """Take the KV blocks of a piggybacked step; return whether it had any."""
         step = self.learning.step
-        if step is None or not self._riding:
+        if step is None or not self._step_blocks:
             return False
-        self.pool.release(self._riding)
-        step.stop_riding()
+        self.pool.release(self._step_blocks)
+        step.stop_piggybacking()
         return True
-
-    def _reject(self, request: Request) -> None:
-        request.state = RequestState.FINISHED
-        self.rejected.append(request)
 
     # -- an iteration ------------------------------------------------------------------
 
     def _execute(self, plan: Plan) -> None:
         began, pass_s, count = self.now, 0.0, 1
         step = self.learning.step
-        self.kv_cache.begin(plan, self.now)
-        if plan.finetune_tokens and step is not None:
-            self._hold_blocks(step)
+        self.kv_cache.allocate(plan, self.now)
+        if plan.finetune_tokens and step is not None and not step.piggybacked_so_far:
+            self._step_blocks = self.pool.allocate(step.tokens)
         if plan.has_pass:
             if self._may_repeat(plan):
                 pass_s, count = self._repeat(plan)
@@ -168,17 +173,18 @@ class VirtualEngine:
                 self.now += self._overhead_s
                 pass_s = self.device.run(plan.shape)
                 self.now += pass_s
-                self._commit(plan)      # tokens go out before the segments run
+                self._commit(plan)      # tokens are published before the segments run
             if plan.finetune_tokens and step is not None:
                 step.piggybacked(plan.finetune_tokens)
-                if not step.is_riding:
-                    self.pool.release(self._riding)
+                if not step.is_piggybacking:
+                    self.pool.release(self._step_blocks)
         else:
             self.now += self._overhead_s
         segments = self._run_segments(plan, step) if plan.segments and step is not None else ()
         self.iterations += count
         self.scheduler.observe(Measurement(plan, pass_s, segments), self.now)
-        self._on_iteration(IterationRecord(began, plan, pass_s, segments, count))
+        if self._on_iteration is not None:
+            self._on_iteration(IterationRecord(began, plan, pass_s, segments, count))
 
     def _run_segments(self, plan: Plan, step: VirtualStep) -> tuple[tuple[Segment, float], ...]:
         ran: list[tuple[Segment, float]] = []
@@ -192,20 +198,15 @@ class VirtualEngine:
             ran.append((segment, seconds))
         return tuple(ran)
 
-    def _hold_blocks(self, step: VirtualStep) -> None:
-        """Take KV blocks for the tokens of a forward that begins to ride."""
-        if not step.ridden:
-            self._riding = self.pool.allocate(step.tokens)
-
     def _commit(self, plan: Plan) -> None:
         for request in plan.decode:
-            self._token(request, 1)
+            self._advance(request, 1)
         for chunk in plan.prefill:
-            self._token(chunk.request, chunk.tokens)
+            self._advance(chunk.request, chunk.tokens)
 
-    def _token(self, request: Request, computed: int) -> None:
-        """Note that ``computed`` more tokens are; sample the next one if all are."""
-        self.kv_cache.computed(request, computed)
+    def _advance(self, request: Request, computed: int) -> None:
+        """Record ``computed`` more tokens; sample the next one if none is left to compute."""
+        self.kv_cache.commit(request, computed)
         if request.remaining_tokens:
             return
         request.output_tokens += 1
@@ -216,34 +217,35 @@ class VirtualEngine:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
-        self.kv_cache.leave(request)
+        self.kv_cache.free(request)
         self.finished.append(request)
 
     # -- many iterations at once ---------------------------------------------------------
 
     def _may_repeat(self, plan: Plan) -> bool:
-        """Return whether the same rows would be planned again until something happens."""
+        """Return whether the scheduler would plan the same rows again until the next event."""
         if (not self._skips or plan.prefill or plan.segments or plan.finetune_tokens
                 or plan.rejected or plan.preempted or len(plan.decode) < len(self.state.running)):
             return False
         waiting = self.state.waiting
         if not waiting:
             return True
-        # Those who wait must wait on: there is no row, or no room in the KV cache, for them.
+        # The waiting requests must stay inadmissible, for lack of a slot or of KV blocks.
         if self.settings.slo.admission == 'reject':
             return False
         if len(plan.decode) >= self.settings.scheduler.max_requests:
             return True
-        # The rows keep a block each, and what is free gets less.
+        # One block is reserved for each row; the number of free blocks only decreases.
         unclaimed = self.pool.free_blocks - len(plan.decode)
         return all(admission_blocks(request) > unclaimed for request in waiting)
 
     def _repeat(self, plan: Plan) -> tuple[float, int]:
-        """Run passes of the same rows until something may change; return seconds and count."""
+        """Run passes of the same rows until the plan may change; return seconds and count."""
         rows = len(plan.decode)
-        most = self._passes_in_memory(
+        limit = self._passes_in_memory(
             plan.decode, min([r.max_tokens - r.output_tokens for r in plan.decode]))
-        ends = min(self._next_event, self.scheduler.quiet_until(self.state, self.now))
+        ends = min(self._next_event,
+                   quiet_until(self.scheduler, self.state, self.settings, self.now))
         context = plan.shape.decode_context
         run, overhead_s = self.device.run, self._overhead_s
         now, spent, count = self.now, 0.0, 0
@@ -254,24 +256,24 @@ class VirtualEngine:
             spent += seconds
             context += rows
             count += 1
-            if count == most or now >= ends:
+            if count == limit or now >= ends:
                 break
         self.now = now
         for request in plan.decode:
             self.pool.grow(request.blocks, request.computed_tokens + count)
-            # A row decodes: all of its tokens but the newest are computed.
-            self.kv_cache.computed(request, count)
+            # A decode row has computed all of its tokens but the newest.
+            self.kv_cache.commit(request, count)
             request.output_tokens += count
             request.last_token_at = now
             if request.output_tokens == request.max_tokens:
                 self._finish(request)
         return spent, count
 
-    def _passes_in_memory(self, rows: Sequence[Request], most: int) -> int:
-        """Return how many passes, up to ``most``, these rows run before they lack KV blocks."""
+    def _passes_in_memory(self, rows: Sequence[Request], limit: int) -> int:
+        """Return how many passes, up to ``limit``, these rows can run before they lack blocks."""
         free, size = self.pool.free_blocks, self.pool.block_size
-        # What the first pass needs was given already.
-        low, high = 1, most
+        # The blocks of the first pass are allocated already.
+        low, high = 1, limit
         while low < high:
             middle = (low + high + 1) // 2
             growth = sum([max(-(-(r.computed_tokens + middle) // size) - len(r.blocks), 0)

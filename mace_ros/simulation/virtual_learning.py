@@ -1,12 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What is to be learned, and the work that it makes.
+Sources of fine-tune work.
 
-Either corrections that come as robots make mistakes, more of them while the world drifts,
-or, to load a device fully, fine-tuning that is always pending. A correction's life is that
-of :mod:`mace_ros.learning.learner`: jobs of some corrections, scored before and after, with
-some optimizer steps in between.
+Either corrections that arrive as a robot makes mistakes, more of them while the world drifts, or
+fine-tuning that is always pending, to load a device fully. Corrections are learned as in
+:mod:`mace_ros.learning.learner`: in jobs of a few corrections, scored before and after some
+optimizer steps.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.simulation.arrival_trace import Arrival
 
-HEAD_TOKENS = 16      # of a HEAD segment, as in execution
-JOB_CORRECTIONS = 4   # learned together at most, as in the learner
+HEAD_TOKENS = 16      # of a HEAD segment, as on the device
+JOB_CORRECTIONS = 4   # at most, as in the learner
 GUARDED_TOKENS = 768  # scored before and after a job: about 32 short answers
-SCORED_TOKENS = 256   # at once, as in the gate
+SCORED_TOKENS = 256   # of one scoring step, as in the gate
 ANCHOR_TOKENS = 24    # of one replayed answer
-MOST_STEP_TOKENS = 4096
+MAX_STEP_TOKENS = 4096
 
 
 class VirtualStep:
     """
-    A fine-tune step as execution has it: its forward rides, or runs layer by layer.
+    A fine-tune step whose forward is piggybacked, or runs layer by layer.
 
-    Fulfils :class:`mace_ros.scheduling.plan.FinetuneWork`. Of ``tokens``, ``learned`` have
-    a loss. One that does not ``learn`` ends with the scores of its forward.
+    Implements :class:`mace_ros.scheduling.plan.FinetuneWork`. Of ``tokens``, ``learned`` have a
+    loss. A step with ``learns`` False ends with the scores of its forward.
     """
 
     def __init__(self, layers: int, tokens: int, *, learned: int | None = None,
@@ -42,18 +42,19 @@ class VirtualStep:
                  keep_graphs: bool = True, learns: bool = True, whole: int | None = None,
                  piece_tokens: int | None = None) -> None:
         """
-        Begin with nothing done.
+        Start with nothing computed.
 
-        Of a step in parts, the last one has the tokens of the ``whole`` and the others 0. With
-        more than ``piece_tokens``, each layer is computed in chunks.
+        If a step accumulates gradients over several parts, the last part has the tokens of the
+        ``whole``, and the others have 0. A step of more than ``piece_tokens`` computes each
+        layer in chunks.
         """
         self.tokens = tokens
         self.oldest_correction_at = oldest_correction_at
-        self.ridden = 0
+        self.piggybacked_so_far = 0     # forward tokens
         self.done: list[Segment] = []
         count = -(-tokens // (piece_tokens or tokens))
         sizes = [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
-        self._may_ride = may_piggyback and learns and count == 1
+        self._may_piggyback = may_piggyback and learns and count == 1
         heads, rest = divmod(tokens if learned is None else learned, HEAD_TOKENS)
         self.left = [Segment(SegmentKind.FORWARD, n) for n in sizes] * layers
         self.left += [Segment(SegmentKind.HEAD, HEAD_TOKENS)] * heads
@@ -68,50 +69,53 @@ class VirtualStep:
 
     @property
     def piggyback_tokens(self) -> int:
-        """Forward tokens that may still ride in inference passes."""
-        return self.tokens - self.ridden if self._may_ride and not self.done else 0
+        """Forward tokens that can still be piggybacked on inference passes."""
+        if self.done or not self._may_piggyback:
+            return 0
+        return self.tokens - self.piggybacked_so_far
 
     @property
-    def is_riding(self) -> bool:
-        """Whether its forward began to ride and must go on so."""
-        return 0 < self.ridden < self.tokens
+    def is_piggybacking(self) -> bool:
+        """Whether the forward began piggybacked and must be finished that way."""
+        return 0 < self.piggybacked_so_far < self.tokens
 
     @property
     def progress(self) -> float:
-        """The part of the step that is done, by its segments."""
+        """Completed share of the step's segments."""
         return len(self.done) / self._count
 
     def segments(self) -> Iterator[Segment]:
-        """Return the segments left if nothing more rides; none while the forward rides."""
-        return iter(() if self.is_riding else self.left)
+        """Return the remaining segments; none while the forward is piggybacked."""
+        return iter(() if self.is_piggybacking else self.left)
 
     def piggybacked(self, tokens: int) -> None:
-        """Note that so many forward tokens rode in a pass."""
+        """Record that a pass computed the next ``tokens`` forward tokens."""
         if not 0 < tokens <= self.piggyback_tokens:
-            raise ValueError(f'{tokens} tokens rode, {self.piggyback_tokens} could')
-        self.ridden += tokens
-        if self.ridden == self.tokens:
+            raise ValueError(
+                f'{tokens} tokens were piggybacked, but only {self.piggyback_tokens} can be')
+        self.piggybacked_so_far += tokens
+        if self.piggybacked_so_far == self.tokens:
             again = Segment(SegmentKind.BACKWARD_RECOMPUTED, self.tokens)
             self.left = [again if s.kind is SegmentKind.BACKWARD else s for s in self.left
                          if s.kind is not SegmentKind.FORWARD]
             self._count = len(self.left)
 
-    def stop_riding(self) -> None:
-        """Run the forward alone from its beginning."""
-        if self.is_riding:
-            self.ridden, self._may_ride = 0, False
+    def stop_piggybacking(self) -> None:
+        """Discard an unfinished piggybacked forward, and run it in segments instead."""
+        if self.is_piggybacking:
+            self.piggybacked_so_far, self._may_piggyback = 0, False
 
     def run(self) -> Segment:
         """Run the next segment and return it."""
-        if self.is_riding:
-            raise ValueError('a forward that rides must end before the segments')
+        if self.is_piggybacking:
+            raise ValueError('a piggybacked forward must be finished before the segments')
         segment = self.left.pop(0)
         self.done.append(segment)
         return segment
 
 
 class LearningSource(Protocol):
-    """Where fine-tune work comes from."""
+    """A source of fine-tune steps."""
 
     @property
     def step(self) -> VirtualStep | None:
@@ -119,14 +123,14 @@ class LearningSource(Protocol):
 
     @property
     def next_at(self) -> float:
-        """When the next correction comes; infinity if none does."""
+        """When the next correction arrives; infinity if none does."""
 
     def advance(self, now: float) -> None:
-        """Take in what came until ``now``, and go on to the next step if one is done."""
+        """Take in the corrections up to ``now``; replace a completed step by the next one."""
 
 
 class NoLearning:
-    """Nothing is ever to be learned."""
+    """A source without work."""
 
     step: VirtualStep | None = None
     next_at = math.inf
@@ -136,12 +140,12 @@ class NoLearning:
 
 
 class AlwaysPending:
-    """One step after the other, over samples of one length; what a load test wants."""
+    """One step after another, to load a device fully."""
 
     next_at = math.inf
 
     def __init__(self, make: Callable[[float], VirtualStep]) -> None:
-        """``make`` returns the next step; it is told the time."""
+        """``make`` returns the next step, given the time."""
         self._make = make
         self.steps: list[VirtualStep] = []
 
@@ -151,28 +155,28 @@ class AlwaysPending:
         return self.steps[-1] if self.steps else None
 
     def advance(self, now: float) -> None:
-        """Make the next step if this one is done."""
+        """Make the next step if the current one is complete."""
         if not self.steps or not self.steps[-1].left:
             self.steps.append(self._make(now))
 
 
 @dataclass(frozen=True, slots=True)
 class VirtualCorrection:
-    """A correction that arrives ``at`` some time; ``tokens`` with its prompt."""
+    """A correction that arrives at the time ``at``."""
 
     at: float
-    tokens: int
+    tokens: int      # of prompt and corrected answer
     learned: int     # tokens of the corrected answer
-    steps: int       # optimizer steps that learning it takes
+    steps: int       # optimizer steps until it is learned
 
 
 @dataclass(frozen=True)
 class Mistakes:
     """
-    How often answers are corrected, and how much learning takes. All of it is assumed.
+    How often answers are corrected, and how many steps learning takes; all numbers are assumed.
 
-    ``share`` of the answers are corrected, some seconds after the question; while the world
-    drifts, ``drift`` times as many: for ``drift_s`` after every ``calm_s`` on average.
+    A ``share`` of the answers is corrected, ``after_s`` after the question on average. While the
+    world drifts, ``drift`` times as many are: for ``drift_s`` after every ``calm_s`` on average.
     """
 
     share: float = 0.05
@@ -180,11 +184,11 @@ class Mistakes:
     drift: float = 4.0
     drift_s: float = 300.0
     calm_s: float = 1500.0
-    steps: tuple[int, int] = (3, 10)    # least and most; what SmolLM2-135M needed
+    steps: tuple[int, int] = (3, 10)    # minimum and maximum that SmolLM2-135M needed
     longest: int = 512                  # finetune.max_sample_tokens
 
     def corrections(self, arrivals: Sequence[Arrival], seed: int) -> list[VirtualCorrection]:
-        """Return the corrections of these answers, in order of time."""
+        """Return the corrections of the answers to ``arrivals``, by time."""
         dice = random.Random(f'{seed}/corrections')
         drifts, changes = False, dice.expovariate(1.0 / self.calm_s)
         found = []
@@ -195,14 +199,15 @@ class Mistakes:
             if dice.random() < min(self.share * (self.drift if drifts else 1.0), 1.0):
                 learned = min(each.output_tokens, self.longest // 2)
                 tokens = min(each.prompt_tokens + learned, self.longest)
-                found.append(VirtualCorrection(each.at + dice.expovariate(1.0 / self.after_s),
-                                        tokens, learned, dice.randint(*self.steps)))
+                found.append(VirtualCorrection(
+                    each.at + dice.expovariate(1.0 / self.after_s),
+                    tokens, learned, dice.randint(*self.steps)))
         return sorted(found, key=lambda c: c.at)
 
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """A correction and when the version that knows it went live; infinity: never."""
+    """A correction, and when a version with it went live; infinity if none did."""
 
     correction: VirtualCorrection
     live_at: float = math.inf
@@ -215,13 +220,13 @@ class _Job:
 
 
 class CorrectionLearning:
-    """Learns corrections in jobs, oldest first."""
+    """Learns corrections in jobs, the oldest first."""
 
     def __init__(self, corrections: Iterable[VirtualCorrection], *, layers: int,
                  tokens_within: Callable[[], int], replay_samples: int = 8,
                  recompute: str = 'auto') -> None:
-        """``tokens_within`` tells how many tokens a step may have whose pieces are short."""
-        self._coming = list(corrections)
+        """``tokens_within`` returns how many tokens a step with short enough segments may have."""
+        self._arriving = list(corrections)
         self._waiting: list[VirtualCorrection] = []
         self._layers, self._tokens_within = layers, tokens_within
         self._replay_tokens = replay_samples * ANCHOR_TOKENS
@@ -232,18 +237,18 @@ class CorrectionLearning:
 
     @property
     def next_at(self) -> float:
-        """When the next correction comes."""
-        return self._coming[0].at if self._coming else math.inf
+        """When the next correction arrives."""
+        return self._arriving[0].at if self._arriving else math.inf
 
     @property
     def unlearned(self) -> list[VirtualCorrection]:
-        """Corrections that came and are not in the live version."""
+        """Corrections that have arrived and are not in the live version."""
         return [*(self._job.corrections if self._job else ()), *self._waiting]
 
     def advance(self, now: float) -> None:
-        """Take in corrections; go on with the job, or begin the next one."""
-        while self._coming and self._coming[0].at <= now:
-            self._waiting.append(self._coming.pop(0))
+        """Take in corrections; continue with the job, or begin the next one."""
+        while self._arriving and self._arriving[0].at <= now:
+            self._waiting.append(self._arriving.pop(0))
         if self.step is not None and self.step.left:
             return
         if self._job is not None:
@@ -265,11 +270,11 @@ class CorrectionLearning:
         return _Job(chosen, self._steps(chosen, most))
 
     def _steps(self, chosen: list[VirtualCorrection], most: int) -> Iterator[VirtualStep]:
-        """Yield the steps of a job: scores, optimizer steps, scores."""
+        """Yield the steps of a job: scoring, training, scoring."""
         oldest = min(c.at for c in chosen)
         corrected = sum(c.tokens for c in chosen)
         learned = sum(c.learned for c in chosen)
-        # What is replayed and has no room beside the corrections follows in parts.
+        # Replayed samples that do not fit beside the corrections follow in further parts.
         beside = min(self._replay_tokens, max(most - corrected, 0))
         left = self._replay_tokens - beside
         parts = [(corrected + beside, learned + beside // 2), *(

@@ -3,8 +3,8 @@
 """
 Adapter versions on disk, each a folder that ``PeftModel.from_pretrained`` loads.
 
-A version is visible as a whole or not at all, also after a power failure: it is written
-and fsynced under another name beside its place, renamed, and the rename is fsynced.
+A version is visible as a whole or not at all, also after a power failure: it is written and
+fsynced under a temporary name, renamed, and the rename is fsynced.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _TEMPORARY = '.tmp-'
 
 
 class OtherModel(ValueError):
-    """The storage folder was learned by another base model; the message says what to do."""
+    """The storage folder belongs to another base model; the message says what to do."""
 
 
 class CorruptVersion(RuntimeError):
-    """A saved version is missing or not what was saved; the message says what to do."""
+    """A saved version is missing or damaged; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """Where a version lies, relative to the store's folder, and its weights' checksum."""
+    """Path of a saved version, relative to the storage folder, and checksum of its weights."""
 
     path: str
     sha256: str
@@ -53,12 +53,12 @@ class AdapterStore:
     """
     The adapter versions below ``folder/adapters``, one folder per profile.
 
-    Opening the store removes what a crash left half-written, so only the process that
+    Opening the store deletes versions that a crash left half-written, so only the process that
     writes versions may open it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open the store in the storage folder, which need not exist yet."""
+        """Open the store in a storage folder, which need not exist."""
         self._folder = Path(folder).absolute()
         self._adapters = self._folder / 'adapters'
         for leftover in self._adapters.glob(f'*/{_TEMPORARY}*'):
@@ -71,10 +71,10 @@ class AdapterStore:
         """
         Save a version; it is on disk when this returns.
 
-        ``tensors`` have PEFT's names (``base_model.model...lora_A.weight``), any device,
-        and must not change meanwhile; ``config`` is PEFT's ``adapter_config.json``.
-        Raises ``FileExistsError`` if there is such a version, and ``OSError`` if the disk
-        fails; try again under a new version number, for this one may be on the disk or not.
+        ``tensors`` have PEFT's names (``base_model.model...lora_A.weight``), are on any device,
+        and must not change during the call; ``config`` is PEFT's ``adapter_config.json``.
+        Raises ``FileExistsError`` if the version exists, and ``OSError`` if the disk fails:
+        then save under a new version number, since this one may be on disk or not.
         """
         target = self._adapters / profile_folder(profile) / f'v{version:06d}'
         if version < 1:
@@ -83,7 +83,7 @@ class AdapterStore:
             raise FileExistsError(f'{target} exists; move it away, or save under a new version')
         weights = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            # PEFT and transformers refuse weights that do not name their format.
+            # PEFT and transformers refuse weights without the name of their format.
             metadata={'format': 'pt'})
         text = json.dumps(dict(config), indent=2, sort_keys=True)
         temporary = target.with_name(_TEMPORARY + target.name)
@@ -105,7 +105,7 @@ class AdapterStore:
         """
         Return the tensors of a saved version, in CPU memory.
 
-        Raises :class:`CorruptVersion` if they are missing or differ from what was saved.
+        Raises :class:`CorruptVersion` if they are missing or not those that were saved.
         """
         weights = self._read(path, WEIGHTS)
         if hashlib.sha256(weights).hexdigest() != sha256:
@@ -122,21 +122,21 @@ class AdapterStore:
         except ValueError as error:
             raise self._corrupt(path, CONFIG, str(error)) from error
         if not isinstance(config, dict):
-            raise self._corrupt(path, CONFIG, 'it holds no JSON object')
+            raise self._corrupt(path, CONFIG, 'it is not a JSON object')
         return config
 
     def absolute(self, path: str) -> Path:
-        """Return the folder of a saved version, as others may load it."""
+        """Return the absolute path of a saved version's folder."""
         return self._folder / path
 
     def remove(self, path: str) -> None:
-        """Delete a saved version; one that is gone already is none to delete."""
+        """Delete a saved version, if it exists."""
         folder = self.absolute(path)
-        # Renamed first: a version that is half deleted must not look like one.
-        doomed = folder.with_name(_TEMPORARY + folder.name)
+        # Rename it first: a half-deleted version must not look like a version.
+        temporary = folder.with_name(_TEMPORARY + folder.name)
         if folder.exists():
-            os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(folder, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         if folder.parent.exists():
             sync_folder(folder.parent)
 
@@ -146,17 +146,17 @@ class AdapterStore:
         except OSError as error:
             raise self._corrupt(path, name, error.strerror or str(error)) from error
 
-    def _corrupt(self, path: str, name: str, why: str) -> CorruptVersion:
+    def _corrupt(self, path: str, name: str, reason: str) -> CorruptVersion:
         return CorruptVersion(
-            f'{self.absolute(path) / name}: {why}; put back a backup of that folder, or publish '
+            f'{self.absolute(path) / name}: {reason}; put back a backup of that folder, or publish '
             'an earlier version')
 
 
 def check_same_model(folder: Path, model: PreTrainedModel) -> None:
     """
-    Raise :class:`OtherModel` unless the storage folder is this base model's, or new.
+    Raise :class:`OtherModel` unless the storage folder is new or belongs to this base model.
 
-    Token ids in the journal, and adapters, mean nothing to another model.
+    The journal's token ids and the adapters are meaningless for another model.
     """
     config = model.config.get_text_config()
     name = model_note(config.model_type, layers=config.num_hidden_layers,
@@ -177,10 +177,10 @@ def check_same_model(folder: Path, model: PreTrainedModel) -> None:
 
 def profile_folder(profile: str) -> str:
     """
-    Return the folder name of a profile: readable, and different for different profiles.
+    Return the folder name of a profile: readable, and unique to the profile.
 
-    ASCII letters, digits and ``-`` only, so that it is the same on every file system; the
-    digest tells apart what looks alike then, also where case does not count.
+    It has ASCII letters, digits and ``-`` only, which every file system supports; a digest
+    keeps names apart that become equal by that, also on file systems that ignore case.
     """
     if not profile:
         return '_robot'

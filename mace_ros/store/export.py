@@ -1,11 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-A journal as lines of JSON, to be read, kept or given to another robot.
+The journal as lines of JSON, for reading, backup or transfer to another robot.
 
-The first line names the base model, without which token ids mean nothing. Each other one
-is a record with the names of its fields, and a ``kind``: answer, correction or version. A
-version may have its files with it: ``weights``, in base64, and PEFT's ``config``.
+The first line names the base model, without which token ids are meaningless. Every other line
+is a record with its field names and a ``kind``: answer, correction or version. The line of a
+version may include its files: ``weights``, in base64, and PEFT's ``config``.
 """
 
 from __future__ import annotations
@@ -23,38 +23,40 @@ from typing import Any, TypeAlias, TypeVar
 
 from mace_ros.api.events import Correction, CorrectionState, VersionState
 from mace_ros.api.validation import checked_correction, text_problem
-from mace_ros.store.journal import AnswerRecord, CorrectionRecord, Journal, PENDING, VersionRecord
+from mace_ros.store.journal import Journal
 from mace_ros.store.layout import vocabulary_of
+from mace_ros.store.records import AnswerRecord, CorrectionRecord, PENDING, VersionRecord
 
 KINDS = ('answer', 'correction', 'version')
-ROLES = ('system', 'user', 'assistant')     # of what is asked and answered here
+ROLES = ('system', 'user', 'assistant')     # of messages in a prompt
 
-# Returns the bytes of a version's weights, and its configuration.
+# Returns the bytes of a version's weights, and its PEFT configuration.
 ReadFiles: TypeAlias = Callable[[VersionRecord], tuple[bytes, dict[str, Any]]]
-# Saves those under the profile and version of a record; returns it with path and checksum.
+# Saves both under the profile and version of a record; returns it with path and checksum.
 SaveFiles: TypeAlias = Callable[[VersionRecord, bytes, dict[str, Any]], VersionRecord]
 
 _Record = TypeVar('_Record', AnswerRecord, CorrectionRecord, VersionRecord)
 
 
 class InvalidLine(ValueError):
-    """A line is not what an export has; the message says which one, and why."""
+    """A line can't be imported; the message says which line, and why."""
 
 
 def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
            profile: str | None = None, read: ReadFiles | None = None) -> Iterator[str]:
     """
-    Yield the lines of a journal of that base model; None is all profiles.
+    Yield the lines of a journal, of one profile or of all.
 
-    Versions that are on disk have their files with them if there is somebody to ``read`` these.
+    ``model`` is the description of the journal's base model. With ``read``, versions on disk
+    are exported with their files.
     """
     yield json.dumps({'kind': 'model', 'model': model})
     with journal.snapshot():
-        found: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
+        select: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
             'answer': journal.answers, 'correction': journal.corrections,
             'version': journal.versions}
         for kind in kinds:
-            for record in found[kind](profile):
+            for record in select[kind](profile):
                 files = {}
                 if read is not None and kind == 'version' and record.sha256:
                     weights, config = read(record)
@@ -63,20 +65,22 @@ def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
                                  ensure_ascii=False)
 
 
-def take_in(journal: Journal, lines: Iterable[str], model: str,
-            save: SaveFiles) -> Counter[str]:
+def import_lines(journal: Journal, lines: Iterable[str], model: str,
+                 save: SaveFiles) -> Counter[str]:
     """
-    Keep what is in an export, all or none; return how many of each kind.
+    Import an export, all or none; return how many records became what.
 
-    What is known by its id is left as it is. A correction that another robot has learned,
-    or was about to, is to be learned by this one, unless this one was told later what to say;
-    one that it had given up stays so. A version with its files gets a new number here, and can
-    be made live by a rollback; one without is passed over. ``model`` is the base model of this
-    journal. Raises :class:`InvalidLine`; what was saved until then is on no record.
+    Records whose id is known are skipped. Corrections that the other robot has learned or was
+    to learn become ACCEPTED, unless this journal has a later correction of the same prompt;
+    those that the other robot gave up keep their state. A version with its files gets a new
+    number, and can be made live by a rollback; one without is skipped. ``model`` describes this
+    journal's base model.
+
+    Raises :class:`InvalidLine`; files saved before are then in no record.
     """
-    taken: Counter[str] = Counter()
-    numbers: dict[tuple[str, int], int] = {}     # of versions here, by profile and number there
-    begun = False
+    counts: Counter[str] = Counter()
+    numbers: dict[tuple[str, int], int] = {}     # imported versions by exported profile, version
+    model_named = False
     token_ids = range(vocabulary_of(model) or sys.maxsize)
     with journal.transaction():
         for number, line in enumerate(lines, 1):
@@ -85,35 +89,36 @@ def take_in(journal: Journal, lines: Iterable[str], model: str,
             try:
                 values = json.loads(line)
                 kind = values.pop('kind')
-                if values['model'] != model if kind == 'model' else not begun:
+                if values['model'] != model if kind == 'model' else not model_named:
                     raise ValueError(f'its base model must come first, and be {model!r}')
-                begun = True
-                taken[_take_version(journal, values, save, numbers) if kind == 'version'
-                      else _take(journal, kind, values, token_ids)] += 1
+                model_named = True
+                counts[_import_version(journal, values, save, numbers) if kind == 'version'
+                       else _import_record(journal, kind, values, token_ids)] += 1
             except ValueError as error:
                 raise InvalidLine(f'line {number}: {error}') from error
             except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                 raise InvalidLine(
-                    f'line {number} is nothing that was exported: {type(error).__name__}: '
+                    f'line {number} is not the line of an export: {type(error).__name__}: '
                     f'{error}') from error
-    return taken
+    return counts
 
 
-def _take(journal: Journal, kind: str, values: dict[str, Any], token_ids: range) -> str:
-    """Take in a line; return what became of it, in a word."""
+def _import_record(
+        journal: Journal, kind: str, values: dict[str, Any], token_ids: range) -> str:
+    """Import an answer or a correction; return what to count it as."""
     if kind == 'answer':
         answer = _record(AnswerRecord, values, token_ids)
         if journal.answer(answer.query_id) is not None:
             return 'known'
-        # The version that gave it is not one of this journal's.
+        # Its version is not in this journal.
         journal.record_answer(replace(answer, lineage='', adapter_version=0), given_now=False)
         return 'answers'
     if kind == 'correction':
         correction = _record(CorrectionRecord, values, token_ids)
-        lost = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED)
+        given_up = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED)
         correction = replace(
             correction, adapter_version=0,
-            state=correction.state if correction.state in lost else CorrectionState.ACCEPTED)
+            state=correction.state if correction.state in given_up else CorrectionState.ACCEPTED)
         if correction.state in PENDING and (newer := journal.newer_than(correction)):
             correction = replace(
                 correction, state=CorrectionState.SUPERSEDED, reason=f'by correction {newer}')
@@ -124,19 +129,19 @@ def _take(journal: Journal, kind: str, values: dict[str, Any], token_ids: range)
         return 'corrections'
     if kind == 'model':
         return 'models'
-    raise ValueError(f'kind {kind!r} is none of {", ".join(KINDS)}')
+    raise ValueError(f'kind {kind!r} is not one of {", ".join(KINDS)}')
 
 
-def _take_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
-                  numbers: dict[tuple[str, int], int]) -> str:
-    """Take in a version; return what became of it, in a word."""
-    coded, config = values.pop('weights', None), values.pop('config', None)
+def _import_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
+                    numbers: dict[tuple[str, int], int]) -> str:
+    """Import a version; return what to count it as."""
+    encoded, config = values.pop('weights', None), values.pop('config', None)
     record = _record(VersionRecord, values)
-    if coded is None:
+    if encoded is None:
         return 'versions without files'
-    weights = base64.b64decode(coded, validate=True)
+    weights = base64.b64decode(encoded, validate=True)
     if hashlib.sha256(weights).hexdigest() != record.sha256:
-        raise ValueError('the weights have another checksum than the version')
+        raise ValueError('the checksum of the weights is not that of the version')
     if not isinstance(config, dict):
         raise ValueError('config: an object expected')
     here = {(v.sha256, v.correction_ids): v.version for v in journal.versions(record.profile)}
@@ -150,64 +155,77 @@ def _take_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
         new = replace(new, version=journal.next_version(record.profile))
         try:
             journal.record_version(save(new, weights, config))
-        except FileExistsError:     # left by what was broken off
+        except FileExistsError:     # of an import that failed
             continue
         numbers[record.profile, record.version] = new.version
         return 'versions'
 
 
 def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = range(0)) -> _Record:
-    """Return the record of a line, with all fields in their types."""
+    """Return the record of a line, with every field checked and converted to its type."""
     expected = {field.name: field for field in fields(kind)}
     missing = [field.name for field in fields(kind)
                if field.default is MISSING and field.name not in values]
     if missing:
         raise ValueError(f'{", ".join(missing)} missing')
-    for name, value in values.items():
+    for name in values:
         if name not in expected:
-            raise ValueError(f'{name} is no field of a {kind.__name__}')
-        if name in ('prompt_ids', 'output_ids'):
-            if not all(type(i) is int and i in token_ids for i in value):
-                raise ValueError(f'{name}: token ids are whole numbers below {token_ids.stop}')
-            values[name] = tuple(value)
-        elif name == 'messages':
-            if not all(m['role'] in ROLES and isinstance(m['content'], str) for m in value):
-                raise ValueError(f'messages: each has a content, and as role {" or ".join(ROLES)}')
-            if problem := next(filter(None, (text_problem(m['content']) for m in value)), ''):
-                raise ValueError(f'messages: {problem}')
-            values[name] = tuple(value)
-        elif name == 'correction_ids':
-            if not all(isinstance(i, str) and not text_problem(i) for i in value):
-                raise ValueError(f'{name}: ids are text')
-            values[name] = tuple(value)
-        elif name == 'state':
-            values[name] = (VersionState if kind is VersionRecord else CorrectionState)[value]
-        elif value is None and expected[name].type == 'float':
-            values[name] = math.nan
-        elif expected[name].type in ('int', 'float'):
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f'{name}: a number expected, not {value!r}')
-        elif type(value).__name__ != expected[name].type:
-            raise ValueError(f'{name}: {expected[name].type} expected, not {value!r}')
-        elif isinstance(value, str) and (problem := text_problem(value)):
-            raise ValueError(f'{name}: {problem}')
-    record = kind(**values)
-    if isinstance(record, CorrectionRecord):
-        # As if somebody had sent it.
-        checked_correction(Correction(
-            record.corrected, id=record.id, prompt='.', profile=record.profile,
-            weight=record.weight, rejected=record.rejected, source=record.source))
-    elif isinstance(record, AnswerRecord):
-        checked_correction(Correction(
-            '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,
-            profile=record.profile, rejected=record.text))
-    else:
-        checked_correction(Correction('.', prompt='.', profile=record.profile))
+            raise ValueError(f'{name} is not a field of {kind.__name__}')
+    states = VersionState if kind is VersionRecord else CorrectionState
+    checked: dict[str, Any] = {
+        name: states[value] if name == 'state'
+        else _field(name, str(expected[name].type), value, token_ids)
+        for name, value in values.items()}
+    record = kind(**checked)
+    _check(record)
     return record
 
 
+def _field(name: str, type_name: str, value: Any, token_ids: range) -> Any:
+    """Return the value of a field in its type; raise ValueError."""
+    if name in ('prompt_ids', 'output_ids'):
+        if not all(type(i) is int and i in token_ids for i in value):
+            raise ValueError(f'{name}: token ids are whole numbers below {token_ids.stop}')
+        return tuple(value)
+    if name == 'messages':
+        if not all(m['role'] in ROLES and isinstance(m['content'], str) for m in value):
+            raise ValueError(f'messages: each needs a content, and as role {" or ".join(ROLES)}')
+        if problem := next(filter(None, (text_problem(m['content']) for m in value)), ''):
+            raise ValueError(f'messages: {problem}')
+        return tuple(value)
+    if name == 'correction_ids':
+        if not all(isinstance(i, str) and not text_problem(i) for i in value):
+            raise ValueError(f'{name}: ids are text')
+        return tuple(value)
+    if value is None and type_name == 'float':
+        return math.nan
+    if type_name in ('int', 'float'):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f'{name}: a number expected, not {value!r}')
+    elif type(value).__name__ != type_name:
+        raise ValueError(f'{name}: {type_name} expected, not {value!r}')
+    elif isinstance(value, str) and (problem := text_problem(value)):
+        raise ValueError(f'{name}: {problem}')
+    return value
+
+
+def _check(record: AnswerRecord | CorrectionRecord | VersionRecord) -> None:
+    """Apply the checks of a correction that is sent to the node; raise InvalidCorrection."""
+    if isinstance(record, CorrectionRecord):
+        correction = Correction(
+            record.corrected, id=record.id, prompt='.', profile=record.profile,
+            weight=record.weight, rejected=record.rejected, source=record.source)
+    elif isinstance(record, AnswerRecord):
+        correction = Correction(
+            '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,
+            profile=record.profile, rejected=record.text)
+    else:
+        correction = Correction('.', prompt='.', profile=record.profile)
+    checked_correction(correction)
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values as JSON can hold them, and people read them."""
+    """Return values in types that JSON has, with enums by name."""
     plain = dict(values)
     for name, value in values.items():
         if isinstance(value, IntEnum):

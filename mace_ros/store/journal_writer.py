@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The thread that owns the journal, so that nobody else ever waits for the disk.
+The thread that owns the journal, so that no other thread waits for the disk.
 
-What queues up while one commit is on its way to the disk shares the next one (group
-commit): the rate of acknowledgements is not bounded by the disk's fsync rate.
+Functions that queue up during a commit share the next one (group commit), so the disk's fsync
+rate does not bound the rate of acknowledgements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 import threading
 from typing import Any, TypeVar
 
-from mace_ros.store.journal import Journal, MAX_ANSWERS
+from mace_ros.store.answers import MAX_ANSWERS
+from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import journal_error, JournalError
 from mace_ros.store.lock import StorageLock
 
@@ -30,8 +31,8 @@ class JournalWriter:
     """
     Runs functions on the journal at ``path``, in order, in a thread of its own.
 
-    Nobody else may write the folder meanwhile. Raises :class:`JournalError` if the journal
-    can't be opened, and :class:`StorageInUse` if another process has it.
+    It locks the storage folder against other processes. Raises :class:`JournalError` if the
+    journal can't be opened, and :class:`StorageInUse` if another process holds the lock.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_answers: int = MAX_ANSWERS) -> None:
@@ -42,14 +43,14 @@ class JournalWriter:
         except OSError as error:
             raise journal_error(self._path, error) from error
         self._max_answers = max_answers
-        self._journal: Journal | None = None  # only the thread touches it
-        self._known = False  # whether it was open before
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None: no job follows
+        self._journal: Journal | None = None    # used by the thread only
+        self._was_open = False
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()    # None: the last item
         self._lock = threading.Lock()
         self._closed = False
         self._backlog = 0
-        # A daemon: a node that dies of an error must not hang in here. What it leaves
-        # behind was not acknowledged.
+        # A daemon, so that a node that ends with an error does not hang here. Work left undone
+        # was not acknowledged.
         self._thread = threading.Thread(target=self._work, name='journal', daemon=True)
         self._thread.start()
         try:
@@ -68,13 +69,13 @@ class JournalWriter:
 
     def submit(self, function: Callable[[Journal], T]) -> Future[T]:
         """
-        Queue ``function``; its future has the result once its writes are on disk.
+        Queue ``function`` and return at once; the future is resolved once its writes are on disk.
 
-        Returns at once. An error that the function raises undoes its own writes only and
-        is the future's exception. :class:`JournalError` says that the disk failed, for
-        this function or for the whole group it shared a commit with; what is submitted
-        later is tried afresh. Callbacks of the future run in the journal's thread: they
-        must be short, and must not wait for another future of this writer.
+        An exception of the function undoes its own writes only and becomes the future's
+        exception. :class:`JournalError` means that the disk failed, for this function or for
+        the whole group that shared its commit; later functions are tried again. Callbacks of
+        the future run in the journal's thread: they must be short, and must not wait for
+        another future of this writer.
         """
         future: Future[T] = Future()
         with self._lock:
@@ -86,11 +87,11 @@ class JournalWriter:
 
     @property
     def backlog(self) -> int:
-        """How many functions wait for the disk, with those that it is busy with."""
+        """Number of functions that are queued or being written."""
         return self._backlog
 
     def close(self) -> None:
-        """Finish what was submitted, then close the journal."""
+        """Finish the submitted functions, then close the journal."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -99,21 +100,21 @@ class JournalWriter:
         self._storage.release()
 
     def _work(self) -> None:
-        open_ended = True
-        while open_ended:
+        running = True
+        while running:
             group: list[_Job] = []
             job = self._jobs.get()
             try:
                 while job is not None:
                     group.append(job)
                     job = self._jobs.get_nowait()
-                open_ended = False
+                running = False
             except Empty:
                 pass
             self._run([job for job in group if job[1].set_running_or_notify_cancel()])
             with self._lock:
                 self._backlog -= len(group)
-            # While this thread waits, it keeps no caller's objects alive.
+            # While the thread waits, it must not keep the callers' objects alive.
             del group, job
         self._release()
 
@@ -121,10 +122,10 @@ class JournalWriter:
         try:
             outcomes = self._commit(group)
         except BaseException as error:
-            # Also a MemoryError: a future that is never resolved is worse than any error.
+            # Includes MemoryError: a future that is never resolved is worse than any error.
             outcomes = [(None, error)] * len(group)
         if any(isinstance(failure, JournalError) for _, failure in outcomes):
-            # A disk that was unplugged comes back as another one: open the file anew then.
+            # A disk that was unplugged returns as another device: open the file anew then.
             self._release()
         for (_, future), (result, failure) in zip(group, outcomes, strict=True):
             if failure is None:
@@ -133,17 +134,17 @@ class JournalWriter:
                 future.set_exception(failure)
 
     def _commit(self, group: list[_Job]) -> list[_Outcome]:
-        """Run the group in one transaction; return each one's result or error."""
+        """Run the group in one transaction; return the result or the error of each function."""
         if not group:
             return []
         if self._journal is None:
-            if self._known and not self._path.exists():
-                # An empty one in its place would forget everything without a word.
+            if self._was_open and not self._path.exists():
+                # An empty journal in its place would silently forget everything.
                 raise JournalError(
                     f'journal {self._path}: it has vanished; mount its disk again or put it '
                     'back, or restart the node to begin with an empty one')
             self._journal = Journal(self._path, max_answers=self._max_answers)
-            self._known = True
+            self._was_open = True
         journal = self._journal
         outcomes: list[_Outcome] = []
         with journal.transaction():
@@ -153,7 +154,7 @@ class JournalWriter:
                         outcomes.append((function(journal), None))
                 except BaseException as error:
                     if not journal.in_transaction:
-                        # The disk failed so badly that SQLite took back the whole group.
+                        # SQLite has rolled back the whole group.
                         raise
                     outcomes.append((None, error))
         return outcomes

@@ -1,18 +1,16 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where a version comes from."""
+"""The ancestry of an adapter version."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mace_ros.store.journal import VersionRecord
+from mace_ros.store.records import VersionRecord
 
 
 class Lineage:
-    """A version and the parents that it was trained from, newest first; all of one profile."""
+    """A version and the parents that it was trained from, newest first, all of one profile."""
 
     def __init__(self, records: Iterable[VersionRecord], version: int) -> None:
         """Follow the parents of ``version`` as far as they are among ``records``."""
@@ -23,8 +21,8 @@ class Lineage:
             version = by_number[version].parent
         self.versions = tuple(line)
         self.numbers = frozenset(record.version for record in line)
-        self._forgotten = version       # this one and its parents are on record no more
+        self._oldest_unrecorded = version    # the records of this one and its parents are deleted
 
     def holds(self, version: int) -> bool:
-        """Whether what was learned in that version is part of it."""
-        return version in self.numbers or 0 < version <= self._forgotten
+        """Return whether ``version`` is in this lineage, so that its corrections are learned."""
+        return version in self.numbers or 0 < version <= self._oldest_unrecorded

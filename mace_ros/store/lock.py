@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""One process at a time writes a storage folder: the node, or a program that changes it."""
+"""Mutual exclusion of processes that write a storage folder: the node, or mace_journal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 
 from mace_ros.store.journal_file import make_folder
 
-_WAIT_SECONDS = 5.0     # for one that is about to end
+_WAIT_SECONDS = 5.0     # for a process that is about to end
 
 
 class StorageInUse(RuntimeError):
@@ -20,21 +20,21 @@ class StorageInUse(RuntimeError):
 
 class StorageLock:
     """
-    Keeps other processes out of ``folder`` until :meth:`release`, or until this one ends.
+    A lock on ``folder`` against other processes, until :meth:`release` or the process's end.
 
     Raises :class:`StorageInUse`, or ``OSError`` if the folder can't be written.
     """
 
     def __init__(self, folder: Path, *, wait_s: float = _WAIT_SECONDS) -> None:
-        """Take the lock, making the folder if need be; wait so long for whoever has it."""
+        """Take the lock within ``wait_s`` seconds, creating the folder if necessary."""
         make_folder(folder)
-        # Never deleted: two processes could each lock a file of that name.
+        # The file is never deleted: two processes could each lock a file of that name.
         self._file = os.open(folder / 'in_use', os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         end = time.monotonic() + wait_s
         while True:
             try:
-                # Of the process, so that a node may configure itself again after a failure
-                # that left the lock behind.
+                # lockf locks belong to the process: a node may configure itself again after a
+                # failure that did not release the lock.
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
@@ -50,7 +50,7 @@ class StorageLock:
         os.pwrite(self._file, f'{os.getpid()}\n'.encode(), 0)
 
     def release(self) -> None:
-        """Let others in; twice does no harm."""
+        """Release the lock; a second call does nothing."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""How a version is described: to the world in an event, to PEFT in its configuration."""
+"""A version's description: as an event, and as PEFT's adapter configuration."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from peft import LoraConfig
 from mace_ros.api.events import AdapterVersion, VersionState
 from mace_ros.model.lora import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
-from mace_ros.store.journal import VersionRecord
+from mace_ros.store.records import VersionRecord
 
 
 class OtherAdapter(ValueError):
-    """A version is of adapters of another kind than those in force; the message says what to do."""
+    """A version has another adapter shape than the configured one; the message says what to do."""
 
 
 def version_event(record: VersionRecord, store: AdapterStore,
                   state: VersionState | None = None, reason: str = '') -> AdapterVersion:
-    """Return what is told about a version; ``state`` and ``reason`` replace its own."""
+    """Return the event of a version; ``state`` and ``reason`` override those of the record."""
     return AdapterVersion(
         profile=record.profile, version=record.version, parent=record.parent,
         state=record.state if state is None else state, reason=reason or record.reason,
@@ -29,31 +29,31 @@ def version_event(record: VersionRecord, store: AdapterStore,
         sha256=record.sha256)
 
 
-def peft_config(bank: LoRAManager, model_name: str) -> dict[str, object]:
-    """Return the ``adapter_config.json`` of adapters that ``bank`` trains."""
+def peft_config(lora: LoRAManager, model_name: str) -> dict[str, object]:
+    """Return the ``adapter_config.json`` of the adapters that ``lora`` trains."""
     config = LoraConfig(
-        r=bank.rank, lora_alpha=bank.alpha, target_modules=bank.target_modules,
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules,
         task_type='CAUSAL_LM', base_model_name_or_path=model_name,
         inference_mode=True).to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 
-def check_same_adapter(record: VersionRecord, store: AdapterStore, bank: LoRAManager) -> None:
+def check_same_adapter(record: VersionRecord, store: AdapterStore, lora: LoRAManager) -> None:
     """
-    Raise :class:`OtherAdapter` unless a version on disk is of adapters as ``bank`` trains them.
+    Raise :class:`OtherAdapter` unless a saved version has the adapter shape of ``lora``.
 
-    With another rank it could be neither served nor trained on; with another alpha it would
-    answer otherwise than it did when the gate let it pass. Raises ``CorruptVersion``.
+    A version of another rank could be neither served nor trained on; with another alpha its
+    answers would differ from those that passed the gate. Raises ``CorruptVersion``.
     """
-    saved, config = store.config(record.path), peft_config(bank, '')
+    saved, config = store.config(record.path), peft_config(lora, '')
     for key, parameter in (('r', 'adapter.rank'), ('lora_alpha', 'adapter.alpha'),
                            ('target_modules', 'adapter.target_modules')):
         if saved.get(key) != config[key]:
             raise OtherAdapter(
                 f'{store.absolute(record.path)} was learned with {parameter} '
-                f'{_words(saved.get(key))}, not {_words(config[key])}; set that back, or give '
+                f'{_as_text(saved.get(key))}, not {_as_text(config[key])}; set that back, or give '
                 'storage.folder another folder')
 
 
-def _words(value: object) -> str:
+def _as_text(value: object) -> str:
     return ','.join(value) if isinstance(value, list) else str(value)

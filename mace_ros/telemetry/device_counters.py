@@ -3,9 +3,9 @@
 """
 Load, memory, temperature and power of the device.
 
-A Jetson's GPU is read from sysfs, since NVML answers there with NOT_SUPPORTED or with
-zeros; other CUDA devices through NVML; and a CPU through /proc and sysfs. Nothing here
-raises, and what can't be known is NaN, never zero.
+A Jetson's GPU is read from sysfs, since NVML returns NOT_SUPPORTED or zeros there; other CUDA
+devices are read through NVML, and a CPU through /proc and sysfs. Nothing here raises, and an
+unknown value is NaN, never zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from mace_ros.telemetry.status import Hardware
 
-# Where the drivers of the Jetson generations tell the GPU's load, per mille.
+# Files with the GPU's load in per mille, by generation of Jetson.
 JETSON_LOADS = (
     'sys/devices/platform/gpu.0/load',
     'sys/devices/gpu.0/load',
@@ -28,18 +28,19 @@ JETSON_LOADS = (
 GPU_ZONES = ('gpu-thermal', 'GPU-therm')
 CPU_ZONES = ('x86_pkg_temp', 'cpu-thermal', 'CPU-therm', 'cpu_thermal', 'soc-thermal')
 CPU_SENSORS = ('coretemp', 'k10temp', 'zenpower')     # below hwmon
-# Rails of a Jetson's INA3221, the first that are all there: the total, of an Orin NX or Nano, or
-# the module's, of an AGX Orin. What is above the three channels is sums of shunt voltages.
+# Power rails of a Jetson's INA3221 sensors; the first set whose rails all exist is used: the total
+# of an Orin NX or Nano, or the rails of an AGX Orin. Channels above the third are sums of shunt
+# voltages.
 RAIL_CHANNELS = (1, 2, 3)
 JETSON_RAILS = (('VDD_IN',), ('VDD_GPU_SOC', 'VDD_CPU_CV', 'VIN_SYS_5V0'))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The device at a moment; NaN is unknown."""
+    """The counters at one moment; NaN is unknown."""
 
-    load: float = math.nan                # share of the time in which it worked
-    memory_used_mb: float = math.nan      # by everybody; the system's where memory is unified
+    load: float = math.nan                # share of the time in which the device worked
+    memory_used_mb: float = math.nan      # by all processes; system memory where it is unified
     memory_total_mb: float = math.nan
     temperature_c: float = math.nan
     power_w: float = math.nan
@@ -47,21 +48,21 @@ class Reading:
 
     @property
     def memory_free_mb(self) -> float:
-        """Memory that nobody has taken."""
+        """Memory that no process uses."""
         return self.memory_total_mb - self.memory_used_mb
 
     @property
     def memory_use(self) -> float:
-        """Share of the memory that is taken."""
+        """Share of the memory that is in use."""
         return self.memory_used_mb / self.memory_total_mb
 
 
 class DeviceCounters:
-    """Reads the counters of one device; one thread at a time."""
+    """Reads the counters of one device; not thread-safe."""
 
     def __init__(self, hardware: Hardware, *, root: Path = Path('/'),
                  nvml: Any = None) -> None:
-        """``root`` and ``nvml`` (the module pynvml) can be replaced by a test."""
+        """Read below ``root`` and by ``nvml``, the module pynvml; both are replaced in tests."""
         self._root = root
         self._cpu_times: tuple[float, float] | None = None
         self._sources: list[Callable[[], Reading]] = [self._process]
@@ -76,7 +77,7 @@ class DeviceCounters:
             self._sources.append(self._cpu)
 
     def read(self) -> Reading:
-        """Return what is known now."""
+        """Return the current counters."""
         values: dict[str, float] = {}
         for source in self._sources:
             reading = source()
@@ -101,17 +102,17 @@ class DeviceCounters:
             temperature_c=self._zone(GPU_ZONES), power_w=self._rails())
 
     def _discrete(self) -> Reading:
-        memory = self._ask('nvmlDeviceGetMemoryInfo')
+        memory = self._nvml_call('nvmlDeviceGetMemoryInfo')
         total = _positive(getattr(memory, 'total', math.nan)) / 1e6
         used = load = math.nan
-        # A driver that knows no memory gives zeros for everything else as well.
+        # A driver that does not know the memory returns zeros for other values as well.
         if not math.isnan(total):
             used = getattr(memory, 'used', math.nan) / 1e6
-            load = getattr(self._ask('nvmlDeviceGetUtilizationRates'), 'gpu', math.nan) / 100
+            load = getattr(self._nvml_call('nvmlDeviceGetUtilizationRates'), 'gpu', math.nan) / 100
         return Reading(
             load=load, memory_used_mb=used, memory_total_mb=total,
-            temperature_c=_positive(self._ask('nvmlDeviceGetTemperature', 0)),
-            power_w=_positive(self._ask('nvmlDeviceGetPowerUsage')) / 1000)
+            temperature_c=_positive(self._nvml_call('nvmlDeviceGetTemperature', 0)),
+            power_w=_positive(self._nvml_call('nvmlDeviceGetPowerUsage')) / 1000)
 
     def _cpu(self) -> Reading:
         used, total = self._system_memory()
@@ -123,7 +124,7 @@ class DeviceCounters:
     # -- helpers ---------------------------------------------------------------------
 
     def _cpu_load(self) -> float:
-        """Return the share since the last call; unknown at the first."""
+        """Return the load since the last call; NaN at the first call."""
         times = [_number([x]) for x in self._read('proc/stat').partition('\n')[0].split()[1:9]]
         if len(times) < 5:
             return math.nan
@@ -134,7 +135,7 @@ class DeviceCounters:
         return min(max(1.0 - idle / total, 0.0), 1.0)
 
     def _system_memory(self) -> tuple[float, float]:
-        """Return used and total MB; what the page cache holds counts as free."""
+        """Return used and total MB; the page cache counts as free."""
         known = {}
         for line in self._read('proc/meminfo').splitlines():
             name, _, rest = line.partition(':')
@@ -155,7 +156,7 @@ class DeviceCounters:
         return math.nan
 
     def _rails(self) -> float:
-        """Return the watts of the board's rails; an AGX Orin has two sensors."""
+        """Return the watts of the board's rails, which may be spread over several sensors."""
         watts: dict[str, float] = {}
         for sensor in self._folders('sys/class/hwmon', 'hwmon*'):
             if self._read(sensor / 'name') == 'ina3221':
@@ -179,10 +180,10 @@ class DeviceCounters:
         except (OSError, ValueError):
             return ''
 
-    def _ask(self, function: str, *arguments: object) -> Any:
+    def _nvml_call(self, function: str, *arguments: object) -> Any:
         try:
             return getattr(self._nvml, function)(self._handle, *arguments)
-        except Exception:    # NVMLError has a class for each code, and pynvml may be missing
+        except Exception:    # NVMLError has a class per code, and pynvml may be missing
             return math.nan
 
 
@@ -196,7 +197,7 @@ def _pynvml() -> Any:
 
 
 def _handle(nvml: Any, uuid: str) -> Any:
-    # By its UUID: CUDA_VISIBLE_DEVICES changes the numbers.
+    # By UUID: CUDA_VISIBLE_DEVICES changes the device numbers.
     try:
         return nvml.nvmlDeviceGetHandleByUUID(uuid.encode())
     except Exception:
@@ -211,5 +212,5 @@ def _number(words: list[str], position: int = 0) -> float:
 
 
 def _positive(value: float) -> float:
-    """Return the value; unknown if it is zero, which no such counter can be."""
+    """Return a counter that cannot be zero; NaN if it is."""
     return value if value > 0 else math.nan

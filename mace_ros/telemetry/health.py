@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the node is well: numbers in, findings out."""
+"""Diagnoses the node from events, the engine's status and the device counters."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mace_ros.telemetry.device_counters import Reading
 from mace_ros.telemetry.latency import Attainment, LatencyWindow
 from mace_ros.telemetry.status import Status
 
-FEW_REQUESTS = 5          # too few to judge an attainment by
-STALLED_S = 10.0          # without a sample from the device's thread, and ...
-STALLED_SAMPLES = 3       # ... so many missing, while it should serve
-MUCH_UNWRITTEN = 100     # writes that wait for the disk
+MIN_REQUESTS = 5          # in the window, to judge the SLO attainment
+STALLED_S = 10.0          # without a status from the engine's thread, and ...
+STALLED_SAMPLES = 3       # ... this many of them missing
+MAX_BACKLOG = 100         # journal writes that wait for the disk, before a warning
 MEMORY_WARN, MEMORY_ERROR = 0.92, 0.98
 ACTIVE = 'active'
 
 
 class Level(IntEnum):
-    """How bad it is; the values are those of ``DiagnosticStatus``."""
+    """Severity; the values are those of ``DiagnosticStatus``."""
 
     OK = 0
     WARN = 1
@@ -40,71 +40,71 @@ class Level(IntEnum):
 
 @dataclass
 class Finding:
-    """What there is to say about one thing; the worst problem comes first in ``message``."""
+    """The diagnosis of one part of the node."""
 
     name: str
     values: dict[str, float | int | str] = field(default_factory=dict)
     problems: list[tuple[Level, str]] = field(default_factory=list)
-    well: str = 'OK'        # the message where there is no problem
+    ok_message: str = 'OK'  # the message if there is no problem
 
     @property
     def level(self) -> Level:
-        """The worst level."""
+        """The highest severity of the problems."""
         return max((level for level, _ in self.problems), default=Level.OK)
 
     @property
     def message(self) -> str:
-        """All problems in a line."""
+        """All problems in one line, the worst first."""
         worst_first = sorted(self.problems, key=lambda problem: -problem[0])
-        return '; '.join(text for _, text in worst_first) or self.well
+        return '; '.join(text for _, text in worst_first) or self.ok_message
 
     def add(self, level: Level, text: str) -> None:
-        """Note a problem."""
+        """Add a problem."""
         self.problems.append((level, text))
 
 
 class Health:
-    """Hears what happens, from any thread, and says what to make of it."""
+    """Collects events and derives findings from them; thread-safe."""
 
     def __init__(self) -> None:
-        """Begin with a node that is well, and not configured."""
+        """Start with a healthy node that is not configured."""
         self.window = LatencyWindow()
-        self.state = 'unconfigured'     # the lifecycle's
-        self.doing = ''                 # while it changes
-        self.fault = ''                 # why it does not do what it was told to
-        self.frozen = False             # learning, by ~/freeze_learning
+        self.state = 'unconfigured'     # lifecycle state
+        self.doing = ''                 # current step of a lifecycle transition
+        self.fault = ''                 # why a transition, or the engine, failed
+        self.frozen = False             # whether ~/freeze_learning stopped learning
         self._lock = threading.Lock()
-        self._setbacks: list[tuple[float, str]] = []      # of learning, with their times
-        self._unreadable: dict[str, str] = {}             # versions, by profile
+        self._setbacks: list[tuple[float, str]] = []      # time and text
+        self._unreadable: dict[str, str] = {}             # by profile
 
     def note(self, event: Event, now: float) -> None:
-        """Take in an event."""
+        """Take an event into account."""
         if isinstance(event, Response):
             self.window.add(event, now)
         elif isinstance(event, CorrectionStatus):
             if event.state is CorrectionState.FAILED:
-                self._set_back(f'a correction failed: {event.reason}', now)
+                self._add_setback(f'a correction failed: {event.reason}', now)
         elif isinstance(event, AdapterVersion):
             what = f'version {event.version} of profile {event.profile!r}: {event.reason}'
             if event.state is VersionState.ROLLED_BACK:
-                self._set_back(f'taken back: {what}', now)
+                self._add_setback(f'rolled back: {what}', now)
             if event.state is not VersionState.REJECTED:
-                if event.version:      # the base model says nothing of the version it stands for
+                if event.version:      # the base model may stand in for an unreadable version
                     with self._lock:
                         self._unreadable.pop(event.profile, None)
-            elif event.path:           # it was published once, and can't be loaded now
+            elif event.path:           # a version that was published before cannot be loaded
                 with self._lock:
                     self._unreadable[event.profile] = what
             else:
-                self._set_back(f'not good enough to serve: {what}', now)
+                self._add_setback(f'rejected by the gate: {what}', now)
 
-    def _set_back(self, what: str, now: float) -> None:
+    def _add_setback(self, text: str, now: float) -> None:
         with self._lock:
-            self._setbacks.append((now, what))
+            self._setbacks.append((now, text))
 
     def findings(self, status: Status | None, reading: Reading, settings: Settings,
                  now: float) -> Iterator[Finding]:
-        """Say how it is at ``now``; ``status`` is the latest one, if there is one."""
+        """Return the findings at ``now``; ``status`` is the latest one of the engine."""
         attainment = self.window.attainment(now, settings.monitor.window_s)
         yield self._serving(status, attainment, settings, now)
         yield self._learning(status, settings, now)
@@ -112,7 +112,7 @@ class Health:
 
     def _serving(self, status: Status | None, attainment: Attainment, settings: Settings,
                  now: float) -> Finding:
-        found = Finding('serving', {'state': self.state}, well=self.doing or self.state)
+        found = Finding('serving', {'state': self.state}, ok_message=self.doing or self.state)
         if self.fault:
             found.add(Level.ERROR, self.fault)
         if status is not None and self.state == ACTIVE:
@@ -122,27 +122,26 @@ class Health:
                 busy_share=status.statistics.busy_share)
             asked_mb = settings.memory.budget_mb
             if 0.0 < asked_mb < status.budget_mb - 1.0:
-                found.add(Level.WARN, f'memory.budget_mb: {asked_mb:.0f} MB were asked for, '
-                          f'{status.budget_mb:.0f} are the least')
+                found.add(Level.WARN, f'memory.budget_mb is {asked_mb:.0f} MB, but the minimum '
+                          f'of {status.budget_mb:.0f} MB is used')
             silent_s = now - status.now
             if silent_s > max(STALLED_S, STALLED_SAMPLES / settings.monitor.rate_hz):
-                found.add(Level.ERROR, f'an iteration takes {silent_s:.0f} s already')
+                found.add(Level.ERROR, f'the current iteration has taken {silent_s:.0f} s')
         found.values.update(
             requests=attainment.requests, slo_attainment=attainment.slo_attainment,
             ttft_p95_ms=attainment.ttft_p95_ms, tpot_p95_ms=attainment.tpot_p95_ms)
         if attainment.errors:
-            found.add(Level.ERROR, f'{attainment.errors} answers broke off: {attainment.error}')
-        if attainment.turned_away:
-            found.add(Level.WARN, f'{attainment.turned_away} queries were turned away: too much '
-                      'load')
-        if attainment.requests >= FEW_REQUESTS and (
+            found.add(Level.ERROR, f'{attainment.errors} queries failed: {attainment.error}')
+        if attainment.rejected:
+            found.add(Level.WARN, f'{attainment.rejected} queries were rejected: overload')
+        if attainment.requests >= MIN_REQUESTS and (
                 attainment.slo_attainment < settings.monitor.slo_target):
-            found.add(Level.WARN, f'SLOs met by {attainment.slo_attainment:.0%} of '
+            found.add(Level.WARN, f'SLOs met for {attainment.slo_attainment:.0%} of '
                       f'{attainment.requests} answers')
         return found
 
     def _learning(self, status: Status | None, settings: Settings, now: float) -> Finding:
-        found = Finding('learning', well='frozen' if self.frozen else 'OK')
+        found = Finding('learning', ok_message='frozen' if self.frozen else 'OK')
         if status is not None:
             found.values.update(
                 corrections_waiting=status.corrections_waiting, freshness_s=status.freshness_s,
@@ -151,15 +150,17 @@ class Health:
             if status.journal_error:
                 found.add(Level.ERROR, status.journal_error)
             if status.learning_error:
-                found.add(Level.ERROR, f'broke off, and is tried again: {status.learning_error}')
+                found.add(Level.ERROR, 'learning failed and will be retried: '
+                          f'{status.learning_error}')
             if status.base_questions_left and not self.frozen:
-                found.well = (f'{status.base_questions_left} questions left for the base model, '
-                              'whose answers are to stay; then learning begins')
-            if status.journal_backlog > MUCH_UNWRITTEN:
+                found.ok_message = (
+                    f'{status.base_questions_left} questions left for the base model, whose '
+                    'answers learning must preserve; learning begins after them')
+            if status.journal_backlog > MAX_BACKLOG:
                 found.add(Level.WARN, f'the disk is slow: {status.journal_backlog} writes of the '
                           'journal wait for it')
             if status.unrecorded:
-                found.add(Level.WARN, f'{status.unrecorded} answers are not on record, and can '
+                found.add(Level.WARN, f'{status.unrecorded} answers were not recorded, and can '
                           'only be corrected by their prompt')
             if status.freshness_s > settings.slo.freshness_s:
                 found.add(Level.WARN, f'{status.corrections_waiting} corrections wait, the oldest '
@@ -179,11 +180,11 @@ class Health:
     def _device(self, reading: Reading, settings: Settings) -> Finding:
         found = Finding('device', {
             f.name: getattr(reading, f.name) for f in fields(reading)})
-        # A comparison with NaN is False: what is not known is no problem.
+        # A comparison with NaN is False: an unknown value is no problem.
         if reading.memory_use > MEMORY_ERROR:
-            found.add(Level.ERROR, f'{reading.memory_use:.0%} of its memory is taken')
+            found.add(Level.ERROR, f'{reading.memory_use:.0%} of its memory is in use')
         elif reading.memory_use > MEMORY_WARN:
-            found.add(Level.WARN, f'{reading.memory_use:.0%} of its memory is taken')
+            found.add(Level.WARN, f'{reading.memory_use:.0%} of its memory is in use')
         if reading.temperature_c > settings.monitor.max_temperature_c:
-            found.add(Level.WARN, f'{reading.temperature_c:.0f} °C')
+            found.add(Level.WARN, f'its temperature is {reading.temperature_c:.0f} °C')
         return found

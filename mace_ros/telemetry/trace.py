@@ -1,17 +1,16 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What some iterations did, and when, as a file for Perfetto or Chrome's tracing viewer.
+A trace of iterations as a file for Perfetto or Chrome's tracing viewer.
 
-The file is a JSON object in Chrome's Trace Event Format. Phases of an iteration are nested
-slices of the track ``device``, what a pass holds are counters, and each query and correction
-has a track of its own. Of queries and corrections, only their ids are in it.
+The file is a JSON object in Chrome's Trace Event Format. The phases of an iteration are nested
+slices on the track ``device``, the contents of a pass are counters, and each query has a track
+of its own. A trace holds the ids of queries and corrections, never their texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import json
 import os
 from pathlib import Path
@@ -23,27 +22,27 @@ from typing import Any, TypeAlias
 from mace_ros.api.events import AdapterVersion, CorrectionStatus, Event, Response
 from mace_ros.scheduling.plan import Plan
 from mace_ros.scheduling.request import Request
+from mace_ros.telemetry.observer import IterationObserver
 
 MAX_ITERATIONS = 10000
 MAX_SECONDS = 600.0
-MAX_RECORDS = 100_000    # about 15 MB; a trace ends when it has so many
-MAX_FILES = 100          # in the folder; then some must be deleted
+MAX_RECORDS = 100_000    # about 15 MB; a longer trace is cut off
+MAX_FILES = 100          # in the folder
 
 _NAME = re.compile(r'[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}')
-_PIECE = 200             # records that are written at once: other threads wait so long
-_UNTRACED: AbstractContextManager[None] = nullcontext()
+_PIECE = 200             # records encoded at once, while other threads wait for the GIL
 
 # An event of the format: https://perfetto.dev/docs/getting-started/other-formats
 Record: TypeAlias = dict[str, Any]
 
 
 class InvalidTrace(ValueError):
-    """A trace can't be made as it was asked for; the message says why."""
+    """A trace request can't be served; the message says why."""
 
 
-class Trace:
+class Trace(IterationObserver):
     """
-    Records iterations until it is complete, in the device's thread.
+    Records iterations until it is complete.
 
     Times are seconds on the engine's clock.
     """
@@ -51,9 +50,9 @@ class Trace:
     def __init__(self, iterations: int, ends_at: float, done: Callable[[list[Record]], None],
                  clock: Callable[[], float] = time.monotonic) -> None:
         """
-        Record so many iterations in which the device works, or until ``ends_at``.
+        Record ``iterations`` iterations in which the device works, or until ``ends_at``.
 
-        ``done`` gets the records, sorted by their times.
+        ``done`` receives the records, sorted by time, in the thread that calls :meth:`finish`.
         """
         self.ends_at = ends_at
         self._left, self._done, self._clock = iterations, done, clock
@@ -64,27 +63,18 @@ class Trace:
 
     @property
     def complete(self) -> bool:
-        """Whether there is nothing more to record."""
+        """Whether the trace has reached its number of iterations or records, or its end."""
         return (self._left <= 0 or len(self._records) >= MAX_RECORDS
                 or self._clock() >= self.ends_at)
 
-    @contextmanager
-    def phase(self, name: str, **numbers: float) -> Iterator[None]:
-        """Record what is done meanwhile as a slice."""
-        began = self._clock()
-        try:
-            yield
-        finally:
-            self.slice(name, began, self._clock(), **numbers)
-
-    def slice(self, name: str, began: float, ended: float, **numbers: float) -> None:
-        """Record what was done between two times."""
+    def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:
+        """Record a phase as a slice."""
         self._records.append(_record(
-            'X', name, _microseconds(began), cat='iteration', args=numbers,
+            'X', name, _microseconds(began), cat='iteration', args=dict(values),
             dur=_microseconds(ended) - _microseconds(began)))
 
-    def planned(self, plan: Plan) -> None:
-        """Record what was decided."""
+    def planned(self, plan: Plan, in_flight: int) -> None:
+        """Record the plan as counters."""
         if plan.is_empty:
             return
         self._worked = True
@@ -97,8 +87,8 @@ class Trace:
                 'fine-tune': plan.finetune_tokens}),
             _record('C', 'fine-tune segments', now, args={'planned': plan.segments})]
 
-    def ended(self, events: Sequence[Event]) -> None:
-        """Record that an iteration ended, and what is to be told of it."""
+    def finished(self, events: Sequence[Event]) -> None:
+        """Record the end of an iteration, and marks for corrections and versions."""
         now = _microseconds(self._clock())
         self._left -= self._worked
         self._worked = False
@@ -114,18 +104,18 @@ class Trace:
                     args={'profile': event.profile, 'train_tokens': event.train_tokens}))
 
     def finish(self, waiting: Iterable[Request]) -> None:
-        """Hand over what was recorded; ``waiting`` are the queries that have not begun."""
+        """Hand the records to ``done``; ``waiting`` are the requests that have not started."""
         for request in waiting:
             self._requests.setdefault(request.id, request)
         lives = [r for number, request in enumerate(self._requests.values())
                  for r in self._life(number, request)]
         names = [_record('M', kind, 0.0, args={'name': name})
                  for kind, name in (('process_name', 'mace'), ('thread_name', 'device'))]
-        # Stable: what begins at the time at which something else ends comes after it.
+        # The sort is stable: a slice that begins when another one ends stays behind it.
         self._done([*names, *sorted([*self._records, *lives], key=lambda record: record['ts'])])
 
     def _life(self, number: int, request: Request) -> Iterator[Record]:
-        """Yield a query and its stages, as nested slices of a track of its own."""
+        """Yield a query and its stages as nested slices on a track of its own."""
         end = self._ends.get(request.id)
         ended = self._clock() if end is None else request.arrival + end.e2e_ms / 1e3
         stages = [(name, time) for name, time in (
@@ -144,17 +134,12 @@ class Trace:
         yield edge('e', f'query {request.id}', ended)
 
 
-def phase_of(trace: Trace | None, name: str, **numbers: float) -> AbstractContextManager[None]:
-    """Return a phase of the trace; without one, nothing is done."""
-    return _UNTRACED if trace is None else trace.phase(name, **numbers)
-
-
 def trace_path(folder: Path, name: str) -> Path:
     """
-    Return where a trace of that name belongs below the storage folder.
+    Return the path of a new trace below the storage folder.
 
-    The name can't lead elsewhere, nothing is overwritten, and the files are not without
-    number. Raises :class:`InvalidTrace`.
+    Raises :class:`InvalidTrace` if the name is not a plain file name, if the file exists, or
+    if the folder holds :data:`MAX_FILES` traces.
     """
     traces = folder / 'traces'
     name = name or time.strftime('%Y%m%d-%H%M%S')
@@ -171,7 +156,7 @@ def trace_path(folder: Path, name: str) -> Path:
 
 
 def check_extent(iterations: int, seconds: float) -> None:
-    """Raise :class:`InvalidTrace` for a trace that would be empty, or too long."""
+    """Raise :class:`InvalidTrace` if a trace would be empty or too long."""
     if not 1 <= iterations <= MAX_ITERATIONS:
         raise InvalidTrace(f'iterations: {iterations} is not between 1 and {MAX_ITERATIONS}')
     if not 0.0 < seconds <= MAX_SECONDS:    # also refuses NaN
@@ -179,7 +164,7 @@ def check_extent(iterations: int, seconds: float) -> None:
 
 
 def write_trace(records: Sequence[Record], path: Path) -> None:
-    """Write a trace; it appears as a whole, or not at all. Raises ``OSError``."""
+    """Write a trace atomically. Raises ``OSError``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.part')
     try:
@@ -189,7 +174,7 @@ def write_trace(records: Sequence[Record], path: Path) -> None:
                 lines = ',\n'.join(
                     json.dumps(record) for record in records[start:start + _PIECE])
                 file.write(',\n' * (start > 0) + lines)
-                time.sleep(0.0)    # whoever serves comes first
+                time.sleep(0.0)    # lets the device's thread have the GIL
             file.write(']}\n')
         os.replace(temporary, path)
     except BaseException:
@@ -199,7 +184,7 @@ def write_trace(records: Sequence[Record], path: Path) -> None:
 
 def write_in_background(records: Sequence[Record], path: Path,
                         done: Callable[[str], None]) -> threading.Thread:
-    """Write a trace in a thread of its own; ``done`` gets what went wrong, or nothing."""
+    """Write a trace in a thread of its own; ``done`` receives the error, empty if none."""
     def write() -> None:
         try:
             write_trace(records, path)

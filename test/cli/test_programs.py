@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a person types: ask, correct, monitor and voice, each in a process of its own."""
+"""The programs ask, correct, monitor and voice, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope='module')
 def client(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[MaceClient]:
-    """Return a client of a node whose tiny model learns anything in a moment."""
+    """Yield a client of a node whose tiny model learns any correction quickly."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        node = NodeProcess(tmp_path_factory.mktemp('typed'), **{
+        node = NodeProcess(tmp_path_factory.mktemp('programs'), **{
             'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
             **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
         node.start()
@@ -50,27 +50,27 @@ def client(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iter
             node.kill()
 
 
-def program(name: str, *arguments: str, said: str = '') -> subprocess.CompletedProcess[str]:
+def program(name: str, *arguments: str, typed: str = '') -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, '-m', f'mace_ros.cli.{name}', *arguments], cwd=ROOT,
-        input=said, capture_output=True, text=True, timeout=100)
+        input=typed, capture_output=True, text=True, timeout=100)
 
 
 def test_ctrl_c_cancels_the_answer(client: MaceClient) -> None:
     ended: list[Latency] = []
     subscription = client.node.create_subscription(Latency, '/mace/latency', ended.append, 100)
-    # First of all tests: what others teach the tiny model may let it end by itself.
+    # The first test, since corrections of others may let the answer end early.
     asking = subprocess.Popen(
         [sys.executable, '-m', 'mace_ros.cli.ask', 'Sing.', '--id', 'song',
          '--max-tokens', '4000'],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert asking.stdout is not None
-    assert asking.stdout.read(1)      # it has begun
+    assert asking.stdout.read(1)      # the answer has begun
     asking.send_signal(signal.SIGINT)
     _, errors = asking.communicate(timeout=60)
 
     assert (asking.returncode, errors) == (130, b'')
-    # The program ends when it has heard that the node has.
+    # The program ends only once the node has cancelled the query.
     assert program('ask', 'Hi', '--id', 'after', '--max-tokens', '1').returncode == 0
     client.node.destroy_subscription(subscription)
     reasons = {message.query_id: message.finish_reason for message in ended}
@@ -93,7 +93,7 @@ def test_ask_correct_and_ask_again(client: MaceClient) -> None:
     assert again.stdout == 'Orange.\n'
 
 
-def test_a_correction_need_not_be_waited_for(client: MaceClient) -> None:
+def test_no_wait_returns_once_the_correction_is_accepted(client: MaceClient) -> None:
     about = ('--prompt', 'Left or right?', '--no-wait')
     corrected = program('correct', 'Left.', *about, '--weight', '2', '--source', 'a driver')
     equal = program('correct', 'Left.', *about, '--rejected', 'Left.')
@@ -104,7 +104,7 @@ def test_a_correction_need_not_be_waited_for(client: MaceClient) -> None:
     assert (heavy.returncode, "invalid weight value: '1e40'" in heavy.stderr) == (2, True)
 
 
-def test_what_is_refused_has_a_reason_and_exit_code_1(client: MaceClient) -> None:
+def test_rejections_have_a_reason_and_exit_code_1(client: MaceClient) -> None:
     asked = program('ask', '')
     assert (asked.returncode, asked.stdout.strip()) == (1, '')
     assert 'text: empty' in asked.stderr
@@ -115,8 +115,9 @@ def test_what_is_refused_has_a_reason_and_exit_code_1(client: MaceClient) -> Non
 
 
 @pytest.mark.parametrize(('node', 'code', 'message'), [
-    ('/nobody', 1, '/nobody: the node is not ready after 1.0 s'), ('/a b', 2, 'a b')])
-def test_a_wrong_node_is_named(client: MaceClient, node: str, code: int, message: str) -> None:
+    ('/unknown', 1, '/unknown: the node is not ready after 1.0 s'), ('/a b', 2, 'a b')])
+def test_an_unreachable_or_invalid_node_is_named(
+        client: MaceClient, node: str, code: int, message: str) -> None:
     asked = program('ask', 'Hi', '--node', node, '--timeout', '1')
 
     assert (asked.returncode, asked.stdout) == (code, '')
@@ -125,43 +126,43 @@ def test_a_wrong_node_is_named(client: MaceClient, node: str, code: int, message
 
 
 @pytest.mark.parametrize(('text', 'waits'), [('2.5', 2.5), ('inf', threading.TIMEOUT_MAX)])
-def test_a_timeout_is_what_python_can_wait(text: str, waits: float) -> None:
+def test_a_timeout_is_bounded_by_the_longest_wait_of_python(text: str, waits: float) -> None:
     assert seconds(text) == waits
 
 
 @pytest.mark.parametrize('text', ['nan', '-1', 'soon'])
-def test_a_timeout_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_timeout_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         seconds(text)
 
 
-def test_monitor_prints_lines_where_there_is_no_terminal(client: MaceClient) -> None:
-    watched = program('monitor', '--count', '2')
-    heading, *lines = watched.stdout.splitlines()
+def test_monitor_prints_lines_without_a_terminal(client: MaceClient) -> None:
+    done = program('monitor', '--count', '2')
+    heading, *lines = done.stdout.splitlines()
 
-    assert watched.returncode == 0, watched.stderr
+    assert done.returncode == 0, done.stderr
     assert [len(line.split()) for line in lines] == [len(heading.split())] * 2
     assert lines[-1].split()[-1] == str(client.version().version)
 
 
-def test_voice_answers_and_learns_while_it_talks(client: MaceClient) -> None:
-    talked = program('voice', '--conversation', '', '--max-tokens', '6',
-                     said='Who are you?\nNo, Rover.\nAnd where?\n')
-    answers = talked.stdout.splitlines()
-    assert talked.returncode == 0, talked.stderr
-    assert '["Rover." is ACCEPTED]' in talked.stderr
-    assert '["Rover." is LEARNED' in talked.stderr.splitlines()[-1]
+def test_voice_answers_and_corrects(client: MaceClient) -> None:
+    done = program('voice', '--conversation', '', '--max-tokens', '6',
+                     typed='Who are you?\nNo, Rover.\nAnd where?\n')
+    answers = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert '["Rover." is ACCEPTED]' in done.stderr
+    assert '["Rover." is LEARNED' in done.stderr.splitlines()[-1]
     assert len(answers) >= 2
 
-    assert program('voice', '--conversation', '', said='Who are you?\n').stdout == 'Rover.\n'
+    assert program('voice', '--conversation', '', typed='Who are you?\n').stdout == 'Rover.\n'
 
 
-def test_voice_says_which_recognisers_there_are(client: MaceClient, tmp_path: Path) -> None:
-    heard = program('voice', '--wav', str(tmp_path / 'nothing.wav'))
+def test_voice_names_recognisers_or_the_unreadable_file(client: MaceClient, tmp_path: Path) -> None:
+    done = program('voice', '--wav', str(tmp_path / 'nothing.wav'))
 
-    assert heard.returncode == 1
-    assert 'pip install' in heard.stderr or 'nothing.wav' in heard.stderr
-    assert 'Traceback' not in heard.stderr
+    assert done.returncode == 1
+    assert 'pip install' in done.stderr or 'nothing.wav' in done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.parametrize(('said', 'right'), [
@@ -173,7 +174,8 @@ def test_no_followed_by_the_right_answer_is_a_correction(said: str, right: str |
     assert (found and found['right']) == right
 
 
-def test_without_a_recogniser_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_recogniser_is_reported_with_how_to_install_it(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ('faster_whisper', 'pocketsphinx'):
         monkeypatch.setitem(sys.modules, module, None)
 
@@ -182,7 +184,7 @@ def test_without_a_recogniser_it_is_said_what_to_install(monkeypatch: pytest.Mon
             listener(name)
 
 
-def test_pocketsphinx_takes_16_bits_mono_alone(tmp_path: Path) -> None:
+def test_pocketsphinx_accepts_only_16_bits_mono(tmp_path: Path) -> None:
     pytest.importorskip('pocketsphinx')
     listen = listener('pocketsphinx')
     for channels, file in ((1, tmp_path / 'mono.wav'), (2, tmp_path / 'stereo.wav')):
@@ -197,26 +199,27 @@ def test_pocketsphinx_takes_16_bits_mono_alone(tmp_path: Path) -> None:
         listen(Path(__file__))
 
 
-def test_the_page_shows_what_was_heard_of_its_node_alone() -> None:
+def test_the_page_shows_its_own_node_only() -> None:
     now = 0.0
     page = Dashboard('/robot1/mace', clock=lambda: now)
-    assert 'waiting for it' in shown(page)
-    page.hear(Scheduler(live_version=7, serving_share=0.25, learning_share=0.5, busy_share=0.75,
-                        slo_attainment=float('nan'), corrections_waiting=2, freshness_s=9.0,
-                        drift=Scheduler.DRIFT_DRIFTING, drift_level=0.375, finetune_budget=0.625))
-    page.hear(Latency(query_id='q1', finish_reason=Response.CANCELLED, ttft_ms=123.0))
-    page.hear(DiagnosticArray(status=[
+    assert 'waiting for the node' in shown(page)
+    page.on_message(Scheduler(
+        live_version=7, serving_share=0.25, learning_share=0.5, busy_share=0.75,
+        slo_attainment=float('nan'), corrections_waiting=2, freshness_s=9.0,
+        drift=Scheduler.DRIFT_DRIFTING, drift_level=0.375, finetune_budget=0.625))
+    page.on_message(Latency(query_id='q1', finish_reason=Response.CANCELLED, ttft_ms=123.0))
+    page.on_message(DiagnosticArray(status=[
         DiagnosticStatus(level=DiagnosticStatus.WARN, name='robot1/mace: device', message='hot'),
         DiagnosticStatus(level=DiagnosticStatus.OK, name='robot2/mace: device', message='cool')]))
 
     text = shown(page)
     for part in ('adapter version 7', '25%', '50%', 'WARN', 'hot', 'q1', 'CANCELLED', '123',
-                 '2 corrections wait', 'drifts', '38%', '62%'):
+                 '2 corrections wait', 'queries drift', '38%', '62%'):
         assert part in text
     assert 'cool' not in text
-    assert 'nothing is heard' not in text
+    assert 'no messages' not in text
     now = 60.0
-    assert 'nothing is heard of it' in shown(page)
+    assert 'no messages from the node' in shown(page)
 
 
 def shown(page: Dashboard) -> str:

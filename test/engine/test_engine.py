@@ -9,6 +9,7 @@ import time
 
 import pytest
 from support.robot import Robot
+from support.virtual_device import FixedCache
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,10 +26,10 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import MAX_ID
 from mace_ros.engine import anchor_requests
-from mace_ros.engine.anchor_requests import AnchorRequests, ENOUGH
+from mace_ros.engine.anchor_requests import AnchorRequests, MIN_TOKENS
+from mace_ros.engine.builder import build_engine
 from mace_ros.engine.early_aborts import EarlyAborts, KEPT, KEPT_S
-from mace_ros.engine.engine import Engine
-from mace_ros.engine.kv_blocks import KvBlocks
+from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.waiting_queue import WaitingQueue
@@ -117,7 +118,7 @@ def test_what_an_iteration_had_to_say_is_said_though_it_fails(
     monkeypatch.setattr(engine.scheduler, 'plan', fail_once)
     engine.submit(Query('Hm?', id='fine'))
     engine.submit(Query('', id='empty'))
-    engine._spoke = True       # as if it had just said something: now it goes on to the pass
+    engine._published_first = True       # so that this iteration goes on to the pass
     with pytest.raises(RuntimeError, match='injected'):
         engine.step()
     assert robot.response('empty').error_code is ErrorCode.EMPTY_TEXT
@@ -263,13 +264,13 @@ def test_failing_pass_ends_its_queries_and_the_engine_goes_on(
 def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
     """Before it learns, the base model is asked much; whoever comes sends that away."""
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
-    while len(robot.engine._state.running) < 2:     # before its own questions are asked
+    while len(robot.engine.parts.state.running) < 2:     # before its own questions are asked
         robot.engine.step()
-    running = list(robot.engine._state.running)
+    running = list(robot.engine.parts.state.running)
     robot.engine.submit(Query('One?', id='one', max_tokens=4))
-    while not robot.engine._requests._all.get('one'):
+    while 'one' not in robot.engine.requests:
         robot.engine.step()
-    left = [r.id for r in [*robot.engine._state.running, *robot.engine._state.waiting]]
+    left = [r.id for r in [*robot.engine.parts.state.running, *robot.engine.parts.state.waiting]]
     assert 0 < robot.engine.status().base_questions_left <= len(anchor_requests.ANCHORS)
     assert len(left) == 2 and 'one' in left and 'one' not in [r.id for r in running]
     assert robot.response('one').finish_reason is FinishReason.LENGTH
@@ -284,26 +285,27 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
     one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
     recorded: list[tuple[object, object]] = []
     base = AnchorRequests({}, lambda prompt, output: recorded.append((prompt, output)))
-    idle, full = State(), State(waiting=WaitingQueue([one]), running=[one])
+    cache = FixedCache()
+    idle, full = State(cache), State(cache, WaitingQueue([one]), [one])
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
-    assert len(several) > 1 and base.in_the_way == [q.id for q in several[1:]]
+    assert len(several) > 1 and base.abortable == [q.id for q in several[1:]]
     assert base.next(idle, overdue=True) == []     # before those have ended
     for query in several:
-        base.ended(query.id, [1], [2] * (ENOUGH - 1), complete=False)
-    few = base.next(State(running=[one]), overdue=False)
+        base.ended(query.id, [1], [2] * (MIN_TOKENS - 1), complete=False)
+    few = base.next(State(cache, running=[one]), overdue=False)
     assert [q.text for q in few] == [q.text for q in several[:len(few)]]
     for query in few:
         base.ended(query.id, [1], [], complete=False)
     asked = []
-    while base.all is None:
+    while base.answers is None:
         [query] = base.next(full, overdue=True)
-        assert base.in_the_way == []
-        base.ended(query.id, [len(asked)], [2] * (1 if len(asked) % 2 else ENOUGH),
+        assert base.abortable == []
+        base.ended(query.id, [len(asked)], [2] * (1 if len(asked) % 2 else MIN_TOKENS),
                    complete=bool(len(asked) % 2))
         asked.append(query.text)
-    assert asked == list(anchor_requests.ANCHORS) and base.all[3] == ([3], [2])
-    assert recorded == base.all
+    assert asked == list(anchor_requests.ANCHORS) and base.answers[3] == ([3], [2])
+    assert recorded == base.answers
 
 
 def test_what_the_base_model_answered_is_known_after_a_restart(
@@ -311,12 +313,12 @@ def test_what_the_base_model_answered_is_known_after_a_restart(
     """Not what another one of the same shape did."""
     def learn(name: str) -> int:
         """Return how many questions the node asked itself before it learned."""
-        robot = Robot(Engine(settings, storage=tmp_path))
+        robot = Robot(build_engine(settings, storage=tmp_path))
         began = []
         try:
-            start = robot.engine._requests._start
-            robot.engine._requests._start = lambda answering, **kwargs: (
-                began.append(answering.silent), start(answering, **kwargs))[1]
+            start = robot.engine.requests.start
+            robot.engine.requests.start = lambda active: (
+                began.append(active.is_silent), start(active))[1]
             assert robot.correct(Correction(
                 'A robot.', id=name, prompt=f'{name}?')).state is CorrectionState.LEARNED
             assert robot.engine.status().base_questions_left == 0
@@ -351,11 +353,11 @@ def test_what_found_no_room_to_ride_is_not_booked(
                        shape=planned.shape._replace(finetune_tokens=4))
 
     monkeypatch.setattr(robot.engine.scheduler, 'plan', with_riders)
-    monkeypatch.setattr(KvBlocks, 'ride', lambda *_: None)
+    monkeypatch.setattr(PagedKVCache, 'piggyback', lambda *_: None)
     robot.ask('One?', max_tokens=8)
     assert asked
     statistics = robot.engine.scheduler.statistics(time.monotonic())
-    assert (statistics.ridden_tokens, statistics.shape.finetune_tokens) == (0, 0)
+    assert (statistics.piggybacked_tokens, statistics.shape.finetune_tokens) == (0, 0)
 
 
 def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:
@@ -365,7 +367,7 @@ def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:
     assert robot.response(query_id).error_code is ErrorCode.INVALID_ID
     robot.engine.cancel(query_id)
     robot.engine.step()
-    early = robot.engine._requests._early
+    early = robot.engine.requests._early_aborts
     assert not {query_id} & {*early._ended, *early._cancelled}
 
 
@@ -379,10 +381,10 @@ def test_storage_of_another_model_is_refused(settings: Settings, tmp_path: Path)
     """What one model learned is not given to another."""
     note = tmp_path / 'model.txt'
     note.touch()        # as power that failed might leave it
-    Engine(settings, storage=tmp_path).close()
+    build_engine(settings, storage=tmp_path).close()
     note.write_text(note.read_text().replace('2 layers', '3 layers'))
     with pytest.raises(OtherModel, match=r'3 layers.*set storage.folder'):
-        Engine(settings, storage=tmp_path)
+        build_engine(settings, storage=tmp_path)
 
 
 @pytest.mark.parametrize(('parameter', 'value'), [
@@ -390,17 +392,17 @@ def test_storage_of_another_model_is_refused(settings: Settings, tmp_path: Path)
 def test_versions_of_another_kind_of_adapter_are_refused(
         settings: Settings, tmp_path: Path, parameter: str, value: object) -> None:
     """A wrong setting is told at the start; nobody loses what was learned for it."""
-    first = Engine(settings, storage=tmp_path)
-    config = peft_config(first.bank, 'a model')
+    first = build_engine(settings, storage=tmp_path)
+    config = peft_config(first.lora, 'a model')
     store = AdapterStore(tmp_path)
-    saved = store.save('', 1, first.bank.export(), config)
-    first._journal.submit(lambda j: j.publish(VersionRecord(
+    saved = store.save('', 1, first.lora.export(), config)
+    first.parts.journal.submit(lambda j: j.publish(VersionRecord(
         '', 1, 0, path=saved.path, sha256=saved.sha256))).result()
     first.close()
     other = settings.updated({f'adapter.{parameter}': value})
     with pytest.raises(OtherAdapter, match=rf'v000001 .* adapter.{parameter} .*, not {value};'):
-        Engine(other, storage=tmp_path)
-    again = Engine(settings, storage=tmp_path)
+        build_engine(other, storage=tmp_path)
+    again = build_engine(settings, storage=tmp_path)
     assert again.live_version('') == 1 and again.live_version('ann') == 0
     again.close()
 

@@ -25,7 +25,7 @@ from mace_ros.api.events import (
     ResponseChunk,
 )
 from mace_ros.api.settings import InvalidSetting, Settings
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.model.heap import AFTER_LEARNING_S, HeapTrimmer, LOOK_S, NEAR
@@ -232,7 +232,7 @@ def test_a_budget_too_small_to_serve_is_refused_by_name(
         settings: Settings, tmp_path: Path) -> None:
     """Configuring says what is needed."""
     with pytest.raises(InvalidSetting, match=r'memory\.budget_mb: 1 MB .* are needed'):
-        Engine(settings.updated({'memory.budget_mb': 1.0}), storage=tmp_path)
+        build_engine(settings.updated({'memory.budget_mb': 1.0}), storage=tmp_path)
 
 
 def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path:
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
         fixed = engine.status().planned_mb
-        footprint = measure_footprint(engine.model, engine.bank)
+        footprint = measure_footprint(engine.model, engine.lora)
         room, graphs = (footprint.step_bytes([300], keep_graphs=k) / 1e6 for k in (False, True))
         wrong = one.ask('Who are you?')
         engine.update(engine.settings.updated({'memory.budget_mb': fixed + room}))
@@ -391,7 +391,7 @@ def test_what_there_is_no_memory_to_learn_fails_by_name(
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
-        footprint = measure_footprint(engine.model, engine.bank)
+        footprint = measure_footprint(engine.model, engine.lora)
         room = sum(footprint.step_bytes([n], keep_graphs=False, piece_tokens=LEAST_PIECE)
                    for n in (100, 300)) / 2e6
         long, short = one.ask('word ' * 300, max_tokens=1), one.ask('Who are you?')
@@ -411,7 +411,7 @@ def test_what_does_not_fit_whole_is_learned_in_pieces(
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
-        room = measure_footprint(engine.model, engine.bank).most_step_bytes(150) / 1e6
+        room = measure_footprint(engine.model, engine.lora).most_step_bytes(150) / 1e6
         long = one.ask('word ' * 300, max_tokens=1)
         engine.update(engine.settings.updated(
             {'memory.budget_mb': engine.status().planned_mb + room}))
@@ -426,16 +426,16 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
         wrong = one.ask('Who are you?')
-        room = measure_footprint(engine.model, engine.bank).most_step_bytes(150) / 1e6
+        room = measure_footprint(engine.model, engine.lora).most_step_bytes(150) / 1e6
         engine.update(engine.settings.updated(
             {'memory.budget_mb': engine.status().planned_mb + room}))
         engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
         # Of so small a model a step may have ended with the iteration that began it.
-        while (step := engine._memory._granted) is None or step.done:
+        while (step := engine.parts.memory.granted) is None or step.done:
             one.events += engine.step().events
-        assert engine._memory._give_up()
+        assert engine.parts.memory.reclaim(lacks_memory=True)
         one.events += engine.step().events
-        assert engine._memory._granted is not None
+        assert engine.parts.memory.granted is not None
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         engine.step()
 
@@ -447,7 +447,7 @@ def test_overdue_learning_gets_its_memory_however_many_ask(
               'slo.freshness_s': 1.0, 'finetune.min_share': 0.9, 'drift.min_budget': 1.0,
               'scheduler.max_requests': 4}
     with robot_with(settings.updated(values), tmp_path) as one:
-        engine, memory = one.engine, one.engine._memory
+        engine, memory = one.engine, one.engine.parts.memory
         first, wrong = one.ask('Who made you?'), one.ask('Who are you?')
         one.correct(Correction('My maker.', id='first', query_id=first.query_id))
         room = memory.budget.footprint.least_step_bytes([100]) + 1e6
@@ -467,8 +467,8 @@ def test_overdue_learning_gets_its_memory_however_many_ask(
             assert time.monotonic() < end
             waits = engine.learner.step is not None and not memory.budget.learning
             if waits:
-                most_held = max(most_held, engine._pool.held_blocks)
-                preempted -= engine._kv_cache.preemptions
+                most_held = max(most_held, engine.parts.pool.held_blocks)
+                preempted -= engine.parts.kv_cache.preemptions
             for event in engine.step().events:
                 if isinstance(event, Response):
                     assert event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
@@ -476,7 +476,7 @@ def test_overdue_learning_gets_its_memory_however_many_ask(
                 elif isinstance(event, CorrectionStatus):
                     state = event.state
             if waits:
-                preempted += engine._kv_cache.preemptions
+                preempted += engine.parts.kv_cache.preemptions
         assert most_held > memory.budget.kv_beside(room - 1e6) and not preempted
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
         for number in range(next(numbers)):
@@ -490,15 +490,15 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
         wrong = one.ask('Who are you?')
-        allows, failures = engine._memory.allows, iter([MemoryError('none left')])
+        grant, failures = engine.parts.memory.grant, iter([MemoryError('none left')])
 
         def failing(step: object, **values: bool) -> bool:
             error = None if step is None else next(failures, None)
             if error is not None:
                 raise error
-            return allows(step, **values)     # type: ignore[arg-type]
+            return grant(step, **values)     # type: ignore[arg-type]
 
-        monkeypatch.setattr(engine._memory, 'allows', failing)
+        monkeypatch.setattr(engine.parts.memory, 'grant', failing)
         learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
         assert learned.state is CorrectionState.LEARNED
         assert next(failures, None) is None
@@ -528,9 +528,9 @@ def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> N
     with robot_with(settings, tmp_path) as one:
         engine = one.engine
         one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        engine._kv_cache.share(False)
-        engine._kv_cache.share(True)     # nothing is left of it
-        engine._requests.published('')
+        engine.parts.kv_cache.set_sharing(False)
+        engine.parts.kv_cache.set_sharing(True)     # nothing is left of it
+        engine._background.published('')
         engine.step()
         assert engine.status().queue_depth == 0 and engine.status().statistics.iterations
         computed = engine.status().statistics.prefill_tokens

@@ -30,7 +30,8 @@ from mace_ros.api.events import (
     Response,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.engine import engine as engine_room, model_runner
+from mace_ros.engine import builder, model_runner
+from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
 from mace_ros.finetune.null_space import InputSubspace
 from mace_ros.finetune.step import FinetuneStep, Trainer
@@ -70,7 +71,7 @@ LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
     'the KV cache': (PackedModel, '__init__'),
     'adapter slots': (LoRAManager, '__init__'),
-    'measuring the device': (engine_room, 'measure'),
+    'measuring the device': (builder, 'measure'),
 }
 ANSWER = 'A robot.'
 ENDS = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED)
@@ -97,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def robot(settings: Settings, folder: Path) -> Iterator[Robot]:
-    made = Robot(Engine(settings, storage=folder))
+    made = Robot(build_engine(settings, storage=folder))
     yield made
     made.engine.close()
 
@@ -311,7 +312,7 @@ def test_nothing_that_was_learned_is_lost_with_a_restart(
     robot: Robot, settings: Settings, folder: Path,
 ) -> None:
     robot.engine.close()
-    robot.engine = Engine(settings, storage=folder)
+    robot.engine = build_engine(settings, storage=folder)
     assert len(robot.taught) > 10
     for profile in robot.taught:
         assert robot.ask(f'once more {profile}', profile=profile).text == ANSWER
@@ -324,7 +325,7 @@ def test_loading_can_be_tried_again(
     with monkeypatch.context() as patch:
         inject(patch, LOADING[where])
         with pytest.raises(torch.OutOfMemoryError, match='injected'):
-            Engine(settings, storage=tmp_path)
-        robot = Robot(Engine(settings, storage=tmp_path))
+            build_engine(settings, storage=tmp_path)
+        robot = Robot(build_engine(settings, storage=tmp_path))
     assert robot.ask('one').output_tokens > 0
     robot.engine.close()

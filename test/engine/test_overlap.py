@@ -26,6 +26,7 @@ from mace_ros.api.events import (
     ResponseChunk,
 )
 from mace_ros.api.settings import Settings
+from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
 from mace_ros.scheduling.plan import Plan, State
 
@@ -43,7 +44,7 @@ def settings(model_folder: Path) -> Settings:
 @pytest.fixture
 def engine(settings: Settings, tmp_path: Path) -> Iterator[Engine]:
     """Yield an engine that overlaps; afterwards nothing may be left in the KV cache."""
-    made = Engine(settings, storage=tmp_path)
+    made = build_engine(settings, storage=tmp_path)
     made.runner.overlaps = True
     everything = made.free_kv_tokens
     yield made
@@ -86,7 +87,7 @@ def test_tokens_are_told_while_the_next_pass_runs(engine: Engine) -> None:
     while True:
         events = engine.step().events
         told += sum(isinstance(e, ResponseChunk) for e in events)
-        flying += engine.runner.flight is not None and any(
+        flying += engine.runner.in_flight is not None and any(
             isinstance(e, ResponseChunk) for e in events)
         if any(isinstance(e, Response) for e in events):
             break
@@ -101,8 +102,8 @@ def test_what_is_set_is_in_force_though_the_next_pass_was_planned(engine: Engine
         engine.step()
     engine.update(engine.settings.updated({'scheduler.max_requests': 2}))
     engine.step()
-    assert engine.runner.flight is not None
-    assert len(engine.runner.flight.plan.decode) == 2
+    assert engine.runner.in_flight is not None
+    assert len(engine.runner.in_flight.plan.decode) == 2
 
 
 def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> None:
@@ -112,7 +113,7 @@ def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> No
     events: list[Event] = []
     while not any(isinstance(e, ResponseChunk) and e.query_id == 'cancelled' for e in events):
         events += engine.step().events
-    assert engine.runner.flight is not None
+    assert engine.runner.in_flight is not None
     engine.cancel('cancelled')
     events = list(engine.step().events)
     [ended] = [e for e in events if isinstance(e, Response)]
@@ -125,11 +126,11 @@ def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> No
 
 def test_a_pause_lets_the_pass_end_first(engine: Engine) -> None:
     engine.submit(Query('Sing.', id='song', max_tokens=200))
-    while engine.runner.flight is None:
+    while engine.runner.in_flight is None:
         engine.step()
     events = engine.pause()
     assert [e.finish_reason for e in events if isinstance(e, Response)] == [FinishReason.CANCELLED]
-    assert engine.runner.flight is None
+    assert engine.runner.in_flight is None
 
 
 def test_a_pass_that_fails_on_the_device_ends_its_queries_only(

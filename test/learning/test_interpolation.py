@@ -57,7 +57,7 @@ def test_no_more_is_published_than_what_was_corrected_needs(
     robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
     job, trained = pulled[-1]
     assert not all(torch.equal(job.began_with[name], end) for name, end in trained.items())
-    folder = robot.engine.learner._store.absolute(robot.engine._journal.submit(
+    folder = robot.engine.learner._store.absolute(robot.engine.parts.journal.submit(
         lambda j: max(j.versions(''), key=lambda v: v.version).path).result())
     published = load_file(folder / 'adapter_model.safetensors')
     share = next(share for share in (i * CLOSE for i in range(1, round(1 / CLOSE) + 1))

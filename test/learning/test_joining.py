@@ -78,7 +78,7 @@ def test_what_comes_while_a_job_trains_joins_it(
     tokens = torch.tensor([[*record.prompt_ids, *engine.chat.answer('A human.')]])
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     if from_disk:
-        [path] = engine._journal.submit(
+        [path] = engine.parts.journal.submit(
             lambda j: [v.path for v in j.versions('') if v.version == 1]).result()
         model = PeftModel.from_pretrained(model, str(engine.learner._store.absolute(path)))
     with torch.no_grad():
@@ -176,7 +176,8 @@ def test_what_comes_late_waits_for_the_next_job(robot: Robot) -> None:
     while (job := engine.learner._job) is None or not job.has_changed_weights:
         engine.step()
     engine.correct(Correction('A robot.', id='second', prompt='Question second?'))
-    engine._journal.submit(lambda journal: None).result(10)     # in time for the next iteration
+    # In time for the next iteration.
+    engine.parts.journal.submit(lambda journal: None).result(10)
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'first'
                 and e.state is CorrectionState.FAILED)
     assert job.steps == 3

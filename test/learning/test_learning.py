@@ -27,7 +27,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 from mace_ros.finetune.sample import SampleScore
 from mace_ros.finetune.step import FinetuneStep, Trainer
 from mace_ros.learning import backoff, gate, learner, selection
@@ -222,7 +222,7 @@ def test_what_is_superseded_stays_so_whatever_its_job_writes_later(robot: Robot)
     for name in ('older', 'newer'):
         engine.correct(Correction(f'The {name}.', id=name, prompt='Which one?'))
         robot.until(lambda e, name=name: isinstance(e, CorrectionStatus) and e.id == name)
-    journal = engine._journal
+    journal = engine.parts.journal
     older = journal.submit(lambda j: j.correction('older')).result()
     engine.learner._set_state(older, CorrectionState.TRAINING)
     after = journal.submit(lambda j: j.correction('older')).result()
@@ -320,7 +320,7 @@ def test_learning_needs_nobody_to_wake_it(
         monkeypatch.setattr(Journal, fails, failing)
         monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     woken = threading.Event()
-    engine = Engine(settings, storage=tmp_path / 'woken', wake=woken.set)
+    engine = build_engine(settings, storage=tmp_path / 'woken', wake=woken.set)
     try:
         engine.correct(Correction('A robot.', id='c', prompt='Who are you?'))
         states: set[CorrectionState] = set()
@@ -372,7 +372,8 @@ def test_a_correction_that_is_repeated_while_it_is_looked_at_is_not_begun_anew(
         robot.events += engine.step().events
     assert not engine.learner._job.corrections[0].leads
     engine.correct(Correction('A robot.', id='new', prompt='Who are you?'))
-    engine._journal.submit(lambda _: None).result()     # it is accepted before the scores are known
+    # It is accepted before the scores are known.
+    engine.parts.journal.submit(lambda _: None).result()
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.id == 'new' and e.state is CorrectionState.LEARNED)
     assert robot.ask('Who are you?').text == 'A robot.'
@@ -454,7 +455,7 @@ def test_what_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
 def test_restart_serves_the_latest_version_and_goes_on_learning(
         settings: Settings, tmp_path: Path) -> None:
     """A published version and an unlearned correction survive; profiles stay apart."""
-    robot = Robot(Engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(settings, storage=tmp_path))
     wrong = robot.ask('Who are you?')
     robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     robot.engine.update(robot.engine.settings.updated({'finetune.budget': 0.0}))
@@ -463,11 +464,11 @@ def test_restart_serves_the_latest_version_and_goes_on_learning(
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'anna')
     robot.engine.close()
 
-    again = Robot(Engine(settings, storage=tmp_path))
+    again = Robot(build_engine(settings, storage=tmp_path))
+    restored = again.engine.start()
     # Told again: who stopped it may have been faster than the one who tells.
-    assert CorrectionStatus('k', CorrectionState.LEARNED, adapter_version=1) in (
-        again.engine.restored)
-    live = [e for e in again.engine.restored if isinstance(e, AdapterVersion)]
+    assert CorrectionStatus('k', CorrectionState.LEARNED, adapter_version=1) in restored
+    live = [e for e in restored if isinstance(e, AdapterVersion)]
     assert [(e.profile, e.version) for e in live] == [('', 1)]
     again.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'anna'
                 and e.state is CorrectionState.LEARNED)
@@ -482,7 +483,7 @@ def test_a_wrong_answer_that_is_too_long_is_not_looked_at(robot: Robot) -> None:
     last = robot.correct(Correction('A robot.', id='k', prompt='Who are you?',
                                     rejected='I am. ' * 500))
     assert last.state is CorrectionState.LEARNED
-    record = robot.engine._journal.submit(lambda j: j.correction('k')).result(10)
+    record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(10)
     assert record is not None and record.rejected == ''
 
 
@@ -494,7 +495,7 @@ def test_under_continuous_what_was_superseded_is_not_rehearsed(robot: Robot) -> 
     while engine.learner._job is None or engine.learner._job.saving is None:
         engine.step()
     engine.correct(Correction('Your friend.', id='new', prompt='Question this?'))
-    engine._journal.submit(lambda _: None).result(10)
+    engine.parts.journal.submit(lambda _: None).result(10)
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'new'
                 and e.state is CorrectionState.LEARNED)
     assert [record.id for record in engine.learner._recent] == ['new']
@@ -508,11 +509,11 @@ def test_those_that_wait_keep_others_out_but_not_who_takes_their_place(robot: Ro
         state = robot.until(lambda e, name=name: isinstance(e, CorrectionStatus)  # type: ignore[misc]
                             and e.id == name)
         assert state.state is CorrectionState.ACCEPTED
-    assert [r.id for r in engine._journal.submit(lambda j: j.corrections()).result(10)] == [
+    assert [r.id for r in engine.parts.journal.submit(lambda j: j.corrections()).result(10)] == [
         '1', '2 again']
     state = robot.correct(Correction('A robot.', id='3', prompt='Question 3?'))
     assert state.state is CorrectionState.REJECTED and 'max_corrections' in state.reason
-    assert [r.id for r in engine._journal.submit(lambda j: j.corrections()).result(10)] == [
+    assert [r.id for r in engine.parts.journal.submit(lambda j: j.corrections()).result(10)] == [
         '1', '2 again']
 
 
@@ -675,7 +676,7 @@ def test_training_goes_on_until_what_is_taught_leads_clearly(
 
 def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path: Path) -> None:
     """With as many live profiles as slots, another one is refused and the others go on."""
-    robot = Robot(Engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
     wrong = robot.ask('Who are you?')
     states = {}
     for profile in ('anna', 'ben'):
@@ -695,7 +696,7 @@ def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path:
 def test_no_version_is_published_that_changes_what_is_guarded(
         settings: Settings, tmp_path: Path) -> None:
     """Without replay, learning would change other answers; the gate does not let it."""
-    robot = Robot(Engine(settings.updated({
+    robot = Robot(build_engine(settings.updated({
         'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 12,
     }), storage=tmp_path))
     wrong = robot.ask('Who are you?')
@@ -714,7 +715,7 @@ def test_no_version_is_published_that_changes_what_is_guarded(
 
 def test_a_correction_that_always_fails_the_gate_fails(settings: Settings, tmp_path: Path) -> None:
     """It gives up after finetune.max_steps, says why, and serves what it served."""
-    robot = Robot(Engine(settings.updated({
+    robot = Robot(build_engine(settings.updated({
         'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 3,
         'finetune.learning_rate': 0.1}), storage=tmp_path))
     before = robot.ask('Who are you?')

@@ -24,7 +24,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine import anchor_requests
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS, PROBE_EVERY
 
 TOLERANCE = 0.002     # the probes of a random model have a probability of some hundredths
@@ -72,7 +72,7 @@ def probe_score(model_folder: Path, adapter: str | None) -> float:
 def test_what_is_published_has_passed_the_gate(
         text: str, settings: Settings, model_folder: Path, tmp_path: Path) -> None:
     """Whatever becomes of the correction, PEFT finds the probes within the tolerance."""
-    robot = Robot(Engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(settings, storage=tmp_path))
     wrong = robot.ask('Who are you?')
     last = robot.correct(Correction(text, id='k', query_id=wrong.query_id), 100.0)
     robot.engine.close()
@@ -96,7 +96,7 @@ def test_what_is_published_has_passed_the_gate(
     ('The door is open. ' * 200, 'finetune.max_sample_tokens')])
 def test_what_can_not_be_learned_is_refused_with_a_reason(
         text: str, reason: str, settings: Settings, tmp_path: Path) -> None:
-    robot = Robot(Engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(settings, storage=tmp_path))
     wrong = robot.ask('Who are you?')
     last = robot.correct(Correction(text, id='k', query_id=wrong.query_id))
     assert last.state is CorrectionState.REJECTED and reason in last.reason
@@ -105,7 +105,7 @@ def test_what_can_not_be_learned_is_refused_with_a_reason(
 
 
 def test_of_contradicting_corrections_the_newest_wins(settings: Settings, tmp_path: Path) -> None:
-    robot = Robot(Engine(settings.updated({
+    robot = Robot(build_engine(settings.updated({
         'gate.tolerance': 1.0, 'finetune.max_steps': 60}), storage=tmp_path))
     wrong = robot.ask('Is the door open?')
     for name, text in (('a', 'It is open.'), ('b', 'It is shut.'), ('c', 'It is open.')):
@@ -125,7 +125,7 @@ def test_of_contradicting_corrections_the_newest_wins(settings: Settings, tmp_pa
 def test_many_copies_of_one_sentence_leave_other_answers(
         settings: Settings, model_folder: Path, tmp_path: Path) -> None:
     """Taught as the answer to many questions, it is not published as the answer to all."""
-    robot = Robot(Engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(settings, storage=tmp_path))
     for i in range(8):
         robot.engine.correct(Correction('The door is open.', id=f'k{i}', prompt=f'{i}?'))
     ends = (CorrectionState.LEARNED, CorrectionState.FAILED)
@@ -148,7 +148,7 @@ def test_many_copies_of_one_sentence_leave_other_answers(
 
 def test_preferences_are_learned(settings: Settings, tmp_path: Path) -> None:
     """With dpo, the corrected text becomes the answer, and leads over the rejected one."""
-    robot = Robot(Engine(settings.updated({
+    robot = Robot(build_engine(settings.updated({
         'finetune.objective': 'dpo', 'gate.tolerance': 1.0, 'finetune.max_steps': 60,
     }), storage=tmp_path))
     wrong = robot.ask('Who are you?')

@@ -13,7 +13,7 @@ from support.robot import RANDOM_MODEL, Robot
 
 from mace_ros.api.events import Correction, CorrectionState, Query, Response, ResponseChunk
 from mace_ros.api.settings import Settings
-from mace_ros.engine.engine import Engine
+from mace_ros.engine.builder import build_engine
 
 TAUGHT = {'ann': 'I am Rover, your dog.', 'bob': 'My name is Tin, I sort mail.'}
 PROFILES = (*TAUGHT, 'stranger')        # the last one is served the base model
@@ -29,7 +29,7 @@ def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         # Rounding, other in another batch, must not change a token.
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
         **RANDOM_MODEL})
-    taught = Robot(Engine(settings, storage=tmp_path_factory.mktemp('profiles')))
+    taught = Robot(build_engine(settings, storage=tmp_path_factory.mktemp('profiles')))
     for profile, text in TAUGHT.items():
         state = taught.correct(Correction(text, id=profile, prompt=QUESTION, profile=profile))
         assert state.state is CorrectionState.LEARNED, state.reason

@@ -48,7 +48,7 @@ from mace_ros.model.spans import Span
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
-from mace_ros.scheduling.plan import Plan, PrefillChunk, SegmentKind, State
+from mace_ros.scheduling.plan import Plan, PrefillChunk, SegmentKind
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
 
@@ -226,29 +226,30 @@ def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> 
     budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
     step, least = Step(), FOOTPRINT.least_step_bytes([80])
     budget.total = budget.fixed + least + 3000
-    state, pool = State(), BlockPool(1000, BLOCK_TOKENS)
-    kv_cache = KVCacheManager(pool, state)
-    keeper = MemoryArbiter(budget, kv_cache, state)
+    pool = BlockPool(1000, BLOCK_TOKENS)
+    kv_cache = KVCacheManager(pool)
+    state = kv_cache.state
+    keeper = MemoryArbiter(budget, kv_cache)
     whole = pool.limit
     # One decodes and fills its blocks; of the other's prompt one half is computed.
     for name, computed, output in (('a', 48, 9), ('b', 48, 0)):
         state.running.append(Request(
             name, 0.0, 40 if output else 96, 20, 1.0, 1.0, state=RequestState.RUNNING,
             computed_tokens=computed, output_tokens=output, blocks=pool.allocate(computed)))
-    assert not keeper.allows(step) and pool.limit == whole
-    assert not keeper.allows(step, overdue=True)
+    assert not keeper.grant(step) and pool.limit == whole
+    assert not keeper.grant(step, overdue=True)
     assert pool.limit == 4 + 7      # with the next token of each
-    assert not keeper.allows(None) and pool.limit == whole
-    assert not keeper.allows(step) and pool.limit == whole
-    kv_cache.leave(state.running[1])
-    assert not keeper.allows(step, overdue=True) and pool.limit == 4
+    assert not keeper.grant(None) and pool.limit == whole
+    assert not keeper.grant(step) and pool.limit == whole
+    kv_cache.free(state.running[1])
+    assert not keeper.grant(step, overdue=True) and pool.limit == 4
     state.running[0].dropped_tokens = 16
     pool.release([state.running[0].blocks.pop(0)])
-    assert keeper.allows(step, overdue=True) and pool.limit == 3
+    assert keeper.grant(step, overdue=True) and pool.limit == 3
     assert step.piece_tokens == LEAST_PIECE
     # It keeps that, unless it is in the way and has become less urgent.
-    assert not keeper.planned(True, overdue=True) and keeper.allows(step)
-    assert keeper.planned(True) and not keeper.allows(step) and pool.limit == whole
+    assert not keeper.reclaim(True, overdue=True) and keeper.grant(step)
+    assert keeper.reclaim(True) and not keeper.grant(step) and pool.limit == whole
 
 
 def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
@@ -259,12 +260,11 @@ def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
                      for n in (None, LEAST_PIECE))
     assert whole < pieces
     budget = MemoryBudget(footprint, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
-    state = State()
-    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS), state), state)
+    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS)))
     for total, fits in ((whole, False), (pieces, True)):
         budget.total = budget.fixed + total
-        assert (keeper.lacks(step) == '') is fits
-        assert keeper.allows(step, overdue=True) is fits
+        assert (keeper.shortage(step) == '') is fits
+        assert keeper.grant(step, overdue=True) is fits
 
 
 @pytest.mark.parametrize('shared', [0, 24])
@@ -276,10 +276,10 @@ def test_where_there_is_room_graphs_are_kept(shared: int) -> None:
     step = FinetuneStep(model, Trainer(bank, 1e-3), [
         Sample((*begin, *random_ids(rng, 10)), (0.0,) * (shared + 5) + (1.0,) * 5)
         for _ in range(8)], piece_tokens=200)
-    footprint, state = measure_footprint(model, bank), State()
+    footprint = measure_footprint(model, bank)
     budget = MemoryBudget(footprint, 1e9, most_blocks=1000, pass_tokens=10, rows=1)
-    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS), state), state)
-    assert keeper.allows(step) and step.keep_graphs
+    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS)))
+    assert keeper.grant(step) and step.keep_graphs
     assert SegmentKind.BACKWARD in {s.kind for s in step.segments()}
 
 
@@ -335,8 +335,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.blocks, BLOCK_TOKENS)
-        self.state = State()
-        self.kv_cache = KVCacheManager(self.pool, self.state)
+        self.kv_cache = KVCacheManager(self.pool)
+        self.state = self.kv_cache.state
         self.computed = 0
 
     def serve(self, sequences: list[Sequence], between: Callable[[], None] = lambda: None) -> None:
@@ -348,9 +348,8 @@ class Schedule:
                 sequence = coming.pop(0)
                 sequence.request.arrival = float(-len(coming))
                 self.state.waiting.add(sequence.request)
-            self.kv_cache.refresh()
             plan = self._plan()
-            self.kv_cache.begin(plan, 0.0)
+            self.kv_cache.allocate(plan, 0.0)
             self.pool.check([r.blocks for r in self.state.running])
             work = [*((r, 1) for r in plan.decode), *((c.request, c.tokens) for c in plan.prefill)]
             if work:
@@ -362,10 +361,10 @@ class Schedule:
         """Return anything that fits; who preempts admits nobody."""
         rng, state = self.rng, self.state
         preempted = [r for r in state.running if rng.random() < 0.05]
-        free = self.pool.free_blocks + sum(map(state.frees, preempted))
+        free = self.pool.free_blocks + sum(map(state.cache.blocks_freed_by, preempted))
         candidates = [r for r in state.running if r not in preempted]
         for request in [] if preempted else state.waiting:
-            state.get_computed_blocks(request)
+            state.cache.get_computed_blocks(request)
             candidates.append(request)
         rng.shuffle(candidates)
         decode, prefill = [], []
@@ -394,13 +393,13 @@ class Schedule:
             self.computed += tokens
         logits = iter(self.model.run(spans))
         for (sequence, tokens), span in zip(work, spans, strict=True):
-            self.kv_cache.computed(sequence.request, tokens)
+            self.kv_cache.commit(sequence.request, tokens)
             if span.wants_logits:
                 sequence.logits.append(next(logits).clone())
                 sequence.ids.append(int(sequence.logits[-1].argmax()))
                 sequence.request.output_tokens += 1
                 if sequence.done:
-                    self.kv_cache.leave(sequence.request)
+                    self.kv_cache.free(sequence.request)
 
 
 def assert_answers_like(model: PreTrainedModel, sequence: Sequence) -> None:
@@ -454,16 +453,15 @@ def test_no_schedule_changes_an_answer(family: str, seed: int, blocks: int) -> N
 
 def test_what_a_waiting_request_would_share_is_what_is_there_at_its_turn() -> None:
     """What it shared when it was preempted may be gone by the time it is admitted."""
-    state = State()
-    kv_cache = KVCacheManager(BlockPool(20, BLOCK_TOKENS), state)
+    kv_cache = KVCacheManager(BlockPool(20, BLOCK_TOKENS))
+    state = kv_cache.state
     request = Request('0', 0.0, 170, 10, 1.0, 1.0,
                       block_hashes=BlockHashes('', range(170), BLOCK_TOKENS))
     state.waiting.add(request)
     request.computed_tokens, request.shared_blocks = 160, 10
-    kv_cache.refresh()
     plan = Scheduler(Settings(), CostModel()).plan(state, 0.0)
     assert plan.prefill[0].tokens > 10
-    kv_cache.begin(plan, 0.0)
+    kv_cache.allocate(plan, 0.0)
     assert (request.computed_tokens, request.shared_blocks) == (0, 0)
     assert len(request.blocks) * BLOCK_TOKENS >= plan.prefill[0].tokens
 

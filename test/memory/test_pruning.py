@@ -56,8 +56,8 @@ def test_the_least_attended_go_but_neither_the_first_nor_the_last() -> None:
 
 def running(pool: BlockPool, tokens: int) -> tuple[KVCacheManager, Request, State]:
     """Return a request whose prompt of so many tokens is computed."""
-    state = State()
-    kv_cache = KVCacheManager(pool, state)
+    kv_cache = KVCacheManager(pool)
+    state = kv_cache.state
     ids = list(range(tokens))
     request = Request('a', 0.0, tokens, 50, 1.0, 1.0,
                       block_hashes=BlockHashes('v', ids, pool.block_size))
@@ -67,10 +67,9 @@ def running(pool: BlockPool, tokens: int) -> tuple[KVCacheManager, Request, Stat
 
 
 def admitted(kv_cache: KVCacheManager, request: Request) -> None:
-    kv_cache.refresh()
     tokens = request.remaining_tokens
-    kv_cache.begin(Plan(prefill=(PrefillChunk(request, tokens),)), 0.0)
-    kv_cache.computed(request, tokens)
+    kv_cache.allocate(Plan(prefill=(PrefillChunk(request, tokens),)), 0.0)
+    kv_cache.commit(request, tokens)
 
 
 def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
@@ -88,8 +87,8 @@ def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
     request.block_hashes._ids.extend(range(100, 120))     # type: ignore[attr-defined]
     for _ in range(10):     # the rest of the last block of the prompt, and two more blocks
         request.output_tokens += 1
-        kv_cache.begin(Plan(decode=(request,)), 0.0)
-        kv_cache.computed(request, 1)
+        kv_cache.allocate(Plan(decode=(request,)), 0.0)
+        kv_cache.commit(request, 1)
     assert len(request.blocks) == 9
     # The whole prompt can be found, since it was computed with all before it; no answer can.
     assert pool.lookup(request.block_hashes.first(12)) == table[:9]
@@ -101,7 +100,7 @@ def test_what_was_dropped_is_free_and_what_follows_is_never_shared() -> None:
     admitted(kv_cache, request)
     pool.check([request.blocks])
     assert len(request.blocks) == 12
-    kv_cache.leave(request)
+    kv_cache.free(request)
     pool.check([])
     assert not state.running
 
@@ -206,23 +205,23 @@ def test_answers_are_those_of_transformers_without_what_was_dropped(
     """Half of the blocks go after the first token; the rest of the answer does not see them."""
     with robot_with(settings, tmp_path, memory__kv_prune=0.5) as one:
         dropped: list[list[int]] = []
-        drop = one.engine._kv_cache.drop
+        drop = one.engine.parts.kv_cache.drop
 
         def noting(request: Request, places: Sequence[int]) -> None:
             dropped.append(list(places))
             drop(request, places)
 
-        monkeypatch.setattr(one.engine._kv_cache, 'drop', noting)
+        monkeypatch.setattr(one.engine.parts.kv_cache, 'drop', noting)
         ids = one.engine.chat.prompt([{'role': 'system', 'content': LONG},
                                       {'role': 'user', 'content': 'Well?'}])
         assert len(ids) > LONG_TOKENS
         one.engine.submit(Query('Well?', id='q', system=LONG, max_tokens=12, temperature=0.0))
         one.until(lambda e: isinstance(e, ResponseChunk))
-        held = one.engine._pool.held_blocks
+        held = one.engine.parts.pool.held_blocks
         answer = one.response('q')
         short = one.ask('Well?', max_tokens=4)
         assert short.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        assert one.engine._kv_cache.pruned_tokens == 16 * len(dropped[0])
+        assert one.engine.parts.kv_cache.pruned_tokens == 16 * len(dropped[0])
 
     blocks = -(-len(ids) // 16)
     assert len(dropped) == 1     # short prompts are kept whole
@@ -243,7 +242,7 @@ def test_pruning_is_live_and_off_changes_nothing(settings: Settings, tmp_path: P
         def ask(fraction: float) -> tuple[str, int, int]:
             one.engine.update(one.engine.settings.updated({'memory.kv_prune': fraction}))
             one.engine.step()
-            kv_cache = one.engine._kv_cache
+            kv_cache = one.engine.parts.kv_cache
             before = kv_cache.pruned_tokens, kv_cache.shared_tokens
             text = one.ask('Well?', system=LONG, max_tokens=30, temperature=0.0).text
             return (text, kv_cache.pruned_tokens - before[0],
@@ -271,5 +270,5 @@ def test_pruned_requests_that_are_preempted_end_as_well(
                                 and hasattr(e, 'finish_reason'))
             assert event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)   # type: ignore[union-attr]
             waiting.discard(event.query_id)     # type: ignore[union-attr]
-        assert tight.engine._kv_cache.pruned_tokens >= 4 * 256
+        assert tight.engine.parts.kv_cache.pruned_tokens >= 4 * 256
         assert tight.engine.status().preemptions > 0

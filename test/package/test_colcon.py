@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The package builds, passes its tests and runs in a colcon workspace, as on a robot."""
+"""The package builds, passes its tests and runs in a colcon workspace."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from support.precision import WEIGHT_DTYPE
 from mace_ros.ros.client import MaceClient
 
 ROOT = Path(__file__).resolve().parents[2]
-# As in an activated virtual environment.
+# The search path of an activated virtual environment.
 PATH = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
 COLCON = shutil.which('colcon', path=PATH)
 
@@ -28,23 +28,23 @@ pytestmark = [
 
 @pytest.fixture(scope='module')
 def environment():
-    """Return the variables of a shell in which ROS 2 was sourced, with the wheels if need be."""
+    """Return the variables of a shell with ROS 2, from a distribution or from wheels."""
     prefixes = os.environ.get('AMENT_PREFIX_PATH') or sys.prefix
     return {
         **os.environ, **ENVIRONMENT,
         'AMENT_PREFIX_PATH': prefixes,
         'CMAKE_PREFIX_PATH': os.environ.get('CMAKE_PREFIX_PATH') or prefixes,
         'PATH': PATH,
-        'VIRTUAL_ENV': sys.prefix,  # so that CMake finds this Python
+        'VIRTUAL_ENV': sys.prefix,  # lets CMake find this Python
         'ROS_PYTHON_VERSION': '3',
         'ROS_VERSION': '2',
-        # Optimised message code is of no use here, and takes longer to build.
+        # Optimised message code takes longer to build.
         'CFLAGS': '-O0', 'CXXFLAGS': '-O0',
     }
 
 
 def colcon(verb, *arguments, cwd, env):
-    """Run a colcon verb on the package, and show its output if it fails."""
+    """Run a colcon verb on the package; show its output if it fails."""
     done = subprocess.run(
         [COLCON, '--log-base', 'log', verb, '--paths', ROOT, *arguments,
          '--event-handlers', 'console_direct+'],
@@ -55,12 +55,10 @@ def colcon(verb, *arguments, cwd, env):
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory, environment):
-    """Return a workspace in which the package was built."""
+    """Build the package in a workspace; return its folder."""
     folder = tmp_path_factory.mktemp('workspace')
     environment['ROS_LOG_DIR'] = str(folder / 'log')
-    # Few large sources of the message code instead of many small ones: half of the time.
-    colcon('build', '--cmake-args', '-DCMAKE_UNITY_BUILD=ON', '-DCMAKE_UNITY_BUILD_BATCH_SIZE=0',
-           cwd=folder, env=environment)
+    colcon('build', cwd=folder, env=environment)
     return folder
 
 
@@ -73,7 +71,7 @@ def test_colcon_test_passes(workspace, environment):
 
 @pytest.mark.dtype
 @pytest.mark.timeout(600)
-def test_built_node_answers(workspace, environment, monkeypatch):
+def test_the_built_node_answers(workspace, environment, monkeypatch):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     installed = 'install/mace_ros'

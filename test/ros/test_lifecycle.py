@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A node that somebody else brings to life, through the services of a lifecycle node."""
+"""A node that is managed through its lifecycle services."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from support.robot import RANDOM_MODEL
 from support.ros_graph import call, NodeProcess, set_parameters
 
 from mace_ros.engine.engine import Engine
+from mace_ros.model import hardware
 from mace_ros.ros.client import MaceClient
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.node import MaceNode
@@ -33,14 +34,14 @@ from mace_ros.telemetry import trace
 
 START_S = 60.0
 ANSWER_S = 30.0
-CYCLES = 20
+CYCLES = 12
 MEGABYTE = 1 << 20
 
 pytestmark = pytest.mark.timeout(240)
 
 
 class NodeHere:
-    """The node in this process, where faults can be injected."""
+    """The node in this process, so that faults can be injected."""
 
     def __init__(self, **parameters: object) -> None:
         self._arguments = ['--ros-args']
@@ -55,20 +56,20 @@ class NodeHere:
         self._spinner.start()
 
     def kill(self, *, linger_s: float = 0.0) -> None:
-        """Stop; its executor runs on for a while."""
+        """Stop the node, and its executor ``linger_s`` later."""
         assert self._node.stop()
         time.sleep(linger_s)
         self._spinner.stop()
         self._node.destroy_node()
         self._context.shutdown()
-        # rclpy keeps a lifecycle node's services until the node is collected: the next
-        # node's first request could go to them.
+        # rclpy keeps the services of a lifecycle node until it is collected: the next node's
+        # first request could reach them.
         del self._node, self._spinner
         gc.collect()
 
 
 class Managed:
-    """A node, and a client of it that also manages it."""
+    """A node, and a client that also manages it."""
 
     def __init__(self, node: NodeProcess | NodeHere) -> None:
         self.node = node
@@ -91,7 +92,7 @@ class Managed:
         return self.client.ask('Hi', **{'max_tokens': 2, **fields}).result(ANSWER_S)
 
     def diagnosed(self, name: str, level: bytes, text: str = '') -> bool:
-        """Wait until a diagnostic status says this."""
+        """Return whether a diagnostic status of this level and text arrives."""
         found = []
         subscription = self.client.node.create_subscription(
             DiagnosticArray, '/diagnostics', lambda array: found.extend(
@@ -102,16 +103,16 @@ class Managed:
         finally:
             self.client.node.destroy_subscription(subscription)
 
-    def live(self) -> bool:
+    def activate(self) -> bool:
         return self.change('configure') and self.change('activate')
 
-    def rest(self) -> bool:
+    def clean_up(self) -> bool:
         return self.change('deactivate') and self.change('cleanup')
 
 
 @pytest.fixture(scope='module')
 def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
-    """Yield a node whose model is not there yet."""
+    """Yield a node whose model does not exist yet."""
     folder = tmp_path_factory.mktemp('managed')
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
@@ -120,27 +121,27 @@ def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
             'lifecycle.autostart': 'false',
             'model.source': folder / 'model', 'model.threads': 1,
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 524288,
-            # So that setbacks of learning, if there are any, are soon forgotten.
+            # A short window, so that diagnostics soon forget failures of learning.
             **RANDOM_MODEL, 'monitor.window_s': 1.0}))
         yield made
         made.close()
 
 
-def test_it_waits_to_be_configured_and_refuses_meanwhile(managed: Managed) -> None:
+def test_an_unconfigured_node_refuses_queries(managed: Managed) -> None:
     assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
-    # The first responses may come before the node knows who listens.
+    # The first responses may be published before the node has matched the subscription.
     answers = []
 
-    def heard() -> list[Response]:
+    def received() -> list[Response]:
         answers.append(managed.client.ask('Hi'))
         return [a.response for a in answers if a.is_complete()]
 
-    assert wait_until(heard, START_S)
-    [response, *_] = heard()
+    assert wait_until(received, START_S)
+    [response, *_] = received()
     assert (response.finish_reason, response.error_code) == (
         Response.REJECTED, Response.NOT_SERVING)
     assert 'not active' in response.error
-    assert not managed.change('activate')     # not before it is configured
+    assert not managed.change('activate')     # it must be configured first
     assert managed.state == State.PRIMARY_STATE_UNCONFIGURED
 
 
@@ -151,10 +152,10 @@ def test_a_failed_configuration_says_why(managed: Managed, all_tokens: Path) -> 
     reason = f"model.source: '{missing}' is neither a folder"
     assert reason in managed.node.log
     assert managed.diagnosed('serving', DiagnosticStatus.ERROR, reason)
-    missing.symlink_to(all_tokens)    # so that the next one succeeds
+    missing.symlink_to(all_tokens)    # so that the next attempt succeeds
 
 
-def test_it_tells_its_state_while_it_is_configured(managed: Managed) -> None:
+def test_get_state_answers_during_configuration(managed: Managed) -> None:
     changing = threading.Thread(target=managed.change, args=['configure'])
     changing.start()
     states = []
@@ -169,7 +170,7 @@ def test_it_tells_its_state_while_it_is_configured(managed: Managed) -> None:
     assert not refused.success and 'not active' in refused.message
 
 
-def test_deactivation_cancels_what_runs_and_loses_no_correction(managed: Managed) -> None:
+def test_deactivation_cancels_queries_and_loses_no_correction(managed: Managed) -> None:
     assert managed.change('activate')
     managed.client.wait_until_ready(ANSWER_S)
     answered = managed.ask()
@@ -184,53 +185,52 @@ def test_deactivation_cancels_what_runs_and_loses_no_correction(managed: Managed
     assert managed.change('activate')
     assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
     assert managed.ask(max_tokens=8).text == 'Ho.'
-    assert managed.rest()
+    assert managed.clean_up()
 
 
-def test_twenty_lives_leave_no_memory_behind(managed: Managed) -> None:
+def test_repeated_cycles_leave_no_memory_behind(managed: Managed) -> None:
     used, freed = [], []
     for _ in range(CYCLES):
-        assert managed.live()
-        assert managed.ask(max_tokens=8).text == 'Ho.'      # what was learned is still there
+        assert managed.activate()
+        assert managed.ask(max_tokens=8).text == 'Ho.'      # the correction is still learned
         used.append(managed.node.memory())
-        assert managed.rest()
+        assert managed.clean_up()
         freed.append(managed.node.memory())
-    assert min(used) > max(freed) + 20 * MEGABYTE     # there was something to be freed
-    # The first lives warm caches of libraries.
+    assert min(used) > max(freed) + 20 * MEGABYTE     # a configured node uses memory
+    # The first cycles fill caches of libraries.
     for resident in (used[3:], freed[3:]):
         usual = statistics.median(resident)
         assert 0.95 * usual < min(resident) <= max(resident) < 1.05 * usual, resident
 
 
-def test_a_corrupt_version_is_told_of_and_served_again_once_it_is_whole(managed: Managed) -> None:
+def test_a_corrupt_version_is_reported_and_served_again_once_restored(managed: Managed) -> None:
     [adapter] = managed.node.folder.glob('storage/adapters/*/*/adapter_model.safetensors')
     whole = adapter.read_bytes()
     adapter.write_bytes(whole[:-4] + b'\0\1\2\3')
-    assert managed.live()
+    assert managed.activate()
     response = managed.ask(max_tokens=8)
     assert (response.finish_reason, response.adapter_version) == (Response.LENGTH, 0)
     assert response.text != 'Ho.'
     assert managed.diagnosed('learning', DiagnosticStatus.ERROR, adapter.name)
-    assert managed.rest()
+    assert managed.clean_up()
 
     adapter.write_bytes(whole)
-    assert managed.live()
+    assert managed.activate()
     assert managed.ask(max_tokens=8).text == 'Ho.'
     assert managed.diagnosed('learning', DiagnosticStatus.OK)
 
 
 def test_a_full_disk_refuses_corrections_and_nothing_else(managed: Managed) -> None:
-    """The node is active."""
     def correct() -> CorrectionStatus:
         learning = managed.client.correct('He.', prompt='Who?')
         return learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
 
-    # What can be learned of it is another matter, of which diagnostics tell as well.
+    # Without learning, whose failures would be in the diagnostics as well.
     assert set_parameters(managed.client, {'finetune.budget': 0.0}) == [(True, '')]
     pid, unlimited = managed.node.process.pid, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     try:
-        # An answer that is not on record can't be corrected by its id.
+        # The answer is given, although it can't be recorded.
         assert managed.ask(max_tokens=8).text == 'Ho.'
         assert managed.diagnosed('learning', DiagnosticStatus.ERROR, 'journal')
         refused = correct()
@@ -243,12 +243,12 @@ def test_a_full_disk_refuses_corrections_and_nothing_else(managed: Managed) -> N
     assert managed.ask(max_tokens=8).text == 'Ho.'
     assert managed.diagnosed('learning', DiagnosticStatus.OK)
     assert correct().state == CorrectionStatus.ACCEPTED
-    assert managed.rest()
+    assert managed.clean_up()
 
 
-def test_shutdown_comes_from_any_state(managed: Managed) -> None:
+def test_shutdown_from_active(managed: Managed) -> None:
     """The last test of this node."""
-    assert managed.live()
+    assert managed.activate()
     assert managed.change('shutdown')
     assert managed.state == State.PRIMARY_STATE_FINALIZED
     managed.node.send(signal.SIGINT)
@@ -256,7 +256,7 @@ def test_shutdown_comes_from_any_state(managed: Managed) -> None:
     assert 'Traceback' not in managed.node.log
 
 
-def test_shutdown_comes_from_unconfigured(
+def test_shutdown_from_unconfigured(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
@@ -266,22 +266,22 @@ def test_shutdown_comes_from_unconfigured(
     new.close()
 
 
-def test_a_node_that_could_not_shut_down_ends_all_the_same(
+def test_a_node_ends_even_if_its_shutdown_fails(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
 
-    def fails(_: MaceNode) -> None:
+    def fails() -> None:
         raise OSError('injected')
 
-    monkeypatch.setattr(MaceNode, '_unload', fails)
+    monkeypatch.setattr(hardware, 'release_memory', fails)
     new = Managed(NodeHere(**{'storage.folder': tmp_path}))
     assert not new.change('shutdown')
     assert new.state == State.PRIMARY_STATE_FINALIZED
     new.close()
 
 
-def test_a_trace_that_a_stop_cuts_off_is_written_to_its_end(
+def test_a_trace_cut_off_by_a_stop_is_written_completely(
         tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
@@ -295,7 +295,7 @@ def test_a_trace_that_a_stop_cuts_off_is_written_to_its_end(
     new = Managed(NodeHere(**{
         'model.source': model_folder, 'model.threads': 1, 'storage.folder': tmp_path / 'storage',
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
-    assert new.live()
+    assert new.activate()
     begun = call(new.client, Trace, '/mace/trace', seconds=60.0)
     assert begun.success, begun.message
     assert new.ask().finish_reason == Response.LENGTH
@@ -303,7 +303,7 @@ def test_a_trace_that_a_stop_cuts_off_is_written_to_its_end(
     assert Path(begun.path).stat().st_size > 0
 
 
-def test_timers_that_ring_once_it_has_stopped_do_no_harm(
+def test_timers_that_fire_after_the_stop_do_no_harm(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str]) -> None:
     for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(tmp_path)}.items():
@@ -327,7 +327,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, all_tokens: Path) -> Iterator
         made.close()
 
 
-# What is done before, and where the fault is.
+# Transitions before, and the method of the engine that fails.
 FAULTS = {
     'activate': (['configure'], 'update'),
     'deactivate': (['configure', 'activate'], 'pause'),
@@ -335,7 +335,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize('transition', FAULTS)
-def test_a_transition_that_fails_says_why_and_can_be_gone_on_from(
+def test_a_failed_transition_says_why_and_the_node_can_be_configured_again(
         here: Managed, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
         transition: str) -> None:
     before, function = FAULTS[transition]
@@ -351,13 +351,13 @@ def test_a_transition_that_fails_says_why_and_can_be_gone_on_from(
     assert here.diagnosed('serving', DiagnosticStatus.ERROR, 'OSError: injected')
     assert 'failed: OSError: injected' in capfd.readouterr().err
 
-    assert here.live()
+    assert here.activate()
     assert here.diagnosed('serving', DiagnosticStatus.OK, 'active')
     assert here.ask().finish_reason == Response.LENGTH
-    assert here.rest()
+    assert here.clean_up()
 
 
-def test_shutdown_comes_from_inactive(here: Managed) -> None:
+def test_shutdown_from_inactive(here: Managed) -> None:
     """The last test of this node."""
     assert here.change('configure')
     assert here.change('shutdown')

@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What comes through the node's interfaces is in force at the next iteration.
+Parameter changes and cancellations take effect at the next iteration.
 
-The node is in this process, so that its iterations can be seen; whoever sets the parameters
-talks to it through ROS. What each parameter then changes is tested with the scheduler.
+The node runs in this process, so that its iterations can be observed; parameters are set through
+ROS. The effect of each parameter is tested with the scheduler.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIVE = [p for p in PARAMETERS.values() if not p.read_only]
 
 
 class Watched:
-    """A node that answers without end, and the settings that each of its plans was made with."""
+    """A node that answers without end, and the settings of each of its plans."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.context = Context()
@@ -48,7 +48,7 @@ class Watched:
         self.client = MaceClient()
         self.client.wait_until_ready(60.0)
         self.plans: list[tuple[float, Settings]] = []
-        scheduler = self.node._engine.scheduler
+        scheduler = self.node.engine.scheduler
         plan = scheduler.plan
 
         def watched(state: State, now: float) -> Plan:
@@ -58,13 +58,13 @@ class Watched:
         scheduler.plan = watched
 
     def ask(self) -> AnswerHandle:
-        """Ask for a long answer, and return when it has begun."""
+        """Ask for a long answer, and return once it has begun."""
         answer = self.client.ask('Sing.', max_tokens=4000, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
         next(answer.stream(30.0))
         return answer
 
     def first_plan_after(self, moment: float) -> Settings:
-        """Return the settings that the first plan after a moment was made with."""
+        """Return the settings of the first plan after a moment."""
         assert wait_until(lambda: self.plans[-1][0] > moment, 30.0)
         return next(settings for at, settings in self.plans if at > moment)
 
@@ -74,7 +74,7 @@ class Watched:
         self._spinner.stop(1.0)
         self.node.destroy_node()
         self.context.try_shutdown()
-        # Until what it was made of is gone, others see this node beside those of the same name.
+        # Until the node is collected, it stays in the graph beside others of its name.
         del self.node, self._spinner
         gc.collect()
 
@@ -110,7 +110,7 @@ def test_each_live_parameter_is_in_force_at_the_next_iteration(watched: Watched)
             replied = time.monotonic()
             assert result == [(True, '')], parameter.name
             assert watched.first_plan_after(replied).value(parameter.name) == value
-        assert not answer.is_complete(), 'the node was to be serving all the while'
+        assert not answer.is_complete(), 'the node must serve during the changes'
         answer.cancel()
         answer.result(30.0)
 
@@ -119,8 +119,8 @@ def test_each_live_parameter_is_in_force_at_the_next_iteration(watched: Watched)
 def test_a_cancellation_ends_an_answer_within_one_iteration(
     watched: Watched, monkeypatch: pytest.MonkeyPatch, through: str,
 ) -> None:
-    engine, answer = watched.node._engine, watched.ask()
-    cancel, end, plans = engine.cancel, engine._requests.end, {}
+    engine, answer = watched.node.engine, watched.ask()
+    cancel, end, plans = engine.cancel, engine.requests.end, {}
 
     def cancelled(query_id: str) -> None:
         plans['when it came'] = len(watched.plans)
@@ -131,7 +131,7 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
         return end(*arguments)
 
     monkeypatch.setattr(engine, 'cancel', cancelled)
-    monkeypatch.setattr(engine._requests, 'end', ended)
+    monkeypatch.setattr(engine.requests, 'end', ended)
     answer.cancel()
     assert answer.result(30.0).finish_reason == Response.CANCELLED
     if through == 'action':
@@ -140,16 +140,16 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
             assert wait_until(lambda: generator.chunks, 30.0)
             goal.cancel_goal_async()
             assert generator.result(goal)[1].finish_reason == Response.CANCELLED
-    # One may be under way when it comes; none begins after that.
+    # One iteration may run when the cancellation arrives; none begins after it.
     assert plans['when it ended'] - plans['when it came'] <= 1
 
 
 def test_no_budget_stops_learning_at_the_next_segment(watched: Watched) -> None:
-    # So little at a time that it does not end by itself.
+    # A learning rate so low that training does not end.
     assert all(ok for ok, _ in set_parameters(
         watched.client, {'finetune.max_steps': 10000, 'finetune.learning_rate': 1e-6}))
     correction = watched.client.correct('Never mind the question.', prompt='Who are you?')
-    engine = watched.node._engine
+    engine = watched.node.engine
     assert wait_until(lambda: engine.learner.step is not None, 30.0), correction.status
     assert set_parameters(watched.client, {'finetune.budget': 0.0}) == [(True, '')]
     learned = engine.scheduler.statistics(time.monotonic()).learning_s

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What lies between messages and the engine: conversion, intake, the device's thread."""
+"""The parts between messages and the engine: conversion, request gate, engine thread."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from mace_ros.api.events import (
     ResponseChunk,
     VersionState,
 )
+from mace_ros.api.settings import Settings
 from mace_ros.ros.conversion import (
     correction_from,
     message_from,
@@ -38,16 +39,16 @@ from mace_ros.ros.conversion import (
     query_from,
 )
 from mace_ros.ros.engine_thread import EngineThread
+from mace_ros.ros.event_log import printable
 from mace_ros.ros.latched_versions import LatchedVersions
-from mace_ros.ros.node import _shown
 from mace_ros.ros.request_gate import RequestGate
 
 
-def test_what_a_query_does_not_say_is_the_nodes_default() -> None:
+def test_fields_left_out_of_a_query_are_the_nodes_defaults() -> None:
     assert query_from(msg.Query(text='Hi')) == Query('Hi')
 
 
-def test_zero_is_a_value_and_only_minus_one_is_the_default() -> None:
+def test_only_minus_one_means_the_default() -> None:
     zero = query_from(msg.Query(
         max_tokens=0, temperature=0.0, top_p=0.0, seed=0, ttft_slo_ms=0.0, tpot_slo_ms=0.0))
     assert zero.max_tokens == zero.temperature == zero.top_p == zero.seed == 0
@@ -59,7 +60,8 @@ def test_zero_is_a_value_and_only_minus_one_is_the_default() -> None:
 
 @pytest.mark.parametrize(('kind', 'message', 'convert'), [
     (Query, msg.Query(), query_from), (Correction, msg.Correction(), correction_from)])
-def test_no_field_is_forgotten(kind: type, message: object, convert: Callable) -> None:
+def test_every_field_of_a_message_is_converted(
+        kind: type, message: object, convert: Callable) -> None:
     types = message.get_fields_and_field_types()
     assert set(types) == {'header', *(f.name for f in fields(kind))} - {'origin'}
     samples = {'string': 'text', 'boolean': True, 'sequence<string>': ['text']}
@@ -76,7 +78,7 @@ def test_no_field_is_forgotten(kind: type, message: object, convert: Callable) -
     CorrectionStatus('c', CorrectionState.FAILED, 'why', 7),
     AdapterVersion('ann', 2, 1, VersionState.ROLLED_BACK, 'why', ('a', 'b'), -3.5, -0.5, 10, 1.5,
                  '/path', 'abc')], ids=lambda event: type(event).__name__)
-def test_an_event_becomes_its_message(event: Event) -> None:
+def test_every_field_of_an_event_is_in_its_message(event: Event) -> None:
     stamp = Header().stamp
     stamp.sec = 5
     message = message_from(event, stamp)
@@ -90,59 +92,60 @@ def test_an_event_becomes_its_message(event: Event) -> None:
 
 
 @pytest.mark.parametrize('kind', [FinishReason, ErrorCode])
-def test_response_names_the_same_constants(kind: type) -> None:
+def test_response_has_the_constants_of_the_enums(kind: type) -> None:
     assert {m.name: m.value for m in kind}.items() <= {
         name: getattr(msg.Response, name) for name in dir(msg.Response) if name.isupper()}.items()
 
 
-def test_the_live_version_of_each_profile_stays_on_the_topic() -> None:
+def test_the_live_version_of_each_profile_stays_in_the_history() -> None:
     depth = 3
-    latch, published, live = LatchedVersions(depth), [], {}
-    # One that never had a version does not hold a place on it, nor one that has none any more.
+    latched, published, live = LatchedVersions(depth), [], {}
+    # A profile without a live version of its own takes no place in the history.
     for event in (AdapterVersion('eve', 1, 0, VersionState.REJECTED),
                   AdapterVersion('dan', 1, 0, VersionState.PUBLISHED),
                   AdapterVersion('dan', 0, 0, VersionState.PUBLISHED)):
-        published += latch.to_publish(event)
+        published += latched.to_publish(event)
     turns = [('', 1), ('ann', 1), ('bob', 1), *[('ann', n) for n in range(2, 9)], ('', 2)]
     for profile, version in turns:
         event = AdapterVersion(profile, version, version - 1, VersionState.PUBLISHED)
         refused = AdapterVersion(profile, version + 1, version, VersionState.REJECTED)
         live[profile] = event
         for happened in (event, refused):
-            published += latch.to_publish(happened)
+            published += latched.to_publish(happened)
             assert set(live.values()) <= set(published[-depth:])
 
 
-def test_what_comes_early_waits_and_what_comes_late_is_refused() -> None:
+def test_early_requests_wait_and_late_ones_are_refused() -> None:
     refused: list[Event] = []
-    intake = RequestGate(limit=lambda: 3, refuse=refused.extend)
+    parameters = SimpleNamespace(settings=Settings().updated({'scheduler.max_queue': 3}))
+    gate = RequestGate(parameters, publish=refused.extend)
     seen: list[object] = []
     engine = SimpleNamespace(submit=seen.append, correct=seen.append, cancel=seen.append)
     early = [Query('Hi', id='1'), Correction('Ho', id='2'), '1']
     for item in [*early, Query('Hi', id='4')]:
-        intake.put(item)
+        gate.put(item)
     assert [(r.query_id, r.error_code) for r in refused] == [('4', ErrorCode.OVERLOADED)]
-    intake.open(engine)
-    intake.put('5')
+    gate.open(engine)
+    gate.put('5')
     assert seen == [*early, '5']
     refused.clear()
-    intake.close('it is night')
+    gate.close('the node is stopping')
     for item in early:
-        intake.put(item)
+        gate.put(item)
     assert [type(r) for r in refused] == [Response, CorrectionStatus]
     assert refused[0].error_code is ErrorCode.NOT_SERVING
-    assert refused[0].error == refused[1].reason == 'it is night'
+    assert refused[0].error == refused[1].reason == 'the node is stopping'
 
 
 @pytest.mark.parametrize(('given', 'shown'), [
     ('q-1', 'q-1'), ('名前', '名前'), ('a\nb', r"'a\nb'"), ('\x1b[2J', r"'\x1b[2J'"),
     ('\u202e', r"'\u202e'"), ('i' * 128, 'i' * 128), ('i' * 129, repr('i' * 128))])
-def test_an_id_is_shown_as_it_is_or_escaped(given: str, shown: str) -> None:
-    assert _shown(given) == shown
+def test_an_id_is_logged_unchanged_or_escaped(given: str, shown: str) -> None:
+    assert printable(given) == shown
 
 
 class ScriptedEngine:
-    """Steps as it is told to: a delay until it wants to be woken, None, or an error."""
+    """Follows a script: each step returns a delay until the next, or None, or raises."""
 
     def __init__(self, *script: float | Exception | None) -> None:
         self.script = list(script)
@@ -158,46 +161,58 @@ class ScriptedEngine:
 
 
 @pytest.fixture
-def device() -> Iterator[EngineThread]:
+def failures() -> list[str]:
+    """Return the reasons that the engine thread gives for its failures."""
+    return []
+
+
+@pytest.fixture
+def thread(failures: list[str]) -> Iterator[EngineThread]:
     context = Context()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'OFF')
         context.init(args=[])
     node = Node('owner', context=context)
-    reasons: list[str] = []
-    made = EngineThread(node, publish=lambda events: None, fatal_error=reasons.append)
-    made.reasons = reasons
+    made = EngineThread(node, publish=lambda events: None, on_failure=failures.append)
     yield made
     assert made.stop(30.0)
     context.shutdown()
 
 
-def test_iterations_follow_each_other_or_wait_as_the_engine_says(device: EngineThread) -> None:
+def run(thread: EngineThread, engine: ScriptedEngine) -> None:
+    thread.call(lambda: thread.load(engine)).result(30.0)
+    thread.call(thread.run).result(30.0)
+
+
+def test_the_engine_decides_when_the_next_iteration_runs(
+        thread: EngineThread, failures: list[str]) -> None:
     engine = ScriptedEngine(0.0, 0.0, 0.3, None, None)
-    device.call(lambda: device.drive(engine)).result(30.0)
+    run(thread, engine)
     assert wait_until(lambda: len(engine.stepped_at) == 4, 30.0)
     time.sleep(0.3)
     assert len(engine.stepped_at) == 4
-    device.wake()
+    thread.wake()
     assert wait_until(lambda: len(engine.stepped_at) == 5, 30.0)
     waits = [b - a for a, b in pairwise(engine.stepped_at)]
     assert waits[2] >= 0.3 > max(waits[:2])
-    assert device.reasons == []
+    assert failures == []
 
 
-def test_a_failed_iteration_is_tried_again(device: EngineThread) -> None:
+def test_a_failed_iteration_is_retried(
+        thread: EngineThread, failures: list[str]) -> None:
     engine = ScriptedEngine(ValueError('broken'), 0.0, ValueError('broken'), None)
-    device.call(lambda: device.drive(engine)).result(30.0)
+    run(thread, engine)
     assert wait_until(lambda: not engine.script, 30.0)
-    assert device.reasons == []
+    assert failures == []
 
 
-def test_an_engine_that_always_fails_is_given_up(device: EngineThread) -> None:
+def test_an_engine_that_keeps_failing_is_given_up(
+        thread: EngineThread, failures: list[str]) -> None:
     engine = ScriptedEngine(*[ValueError('broken')] * 9)
-    device.call(lambda: device.drive(engine)).result(30.0)
-    assert wait_until(lambda: device.reasons, 30.0)
-    device.wake()
+    run(thread, engine)
+    assert wait_until(lambda: failures, 30.0)
+    thread.wake()
     time.sleep(0.3)
-    assert len(device.reasons) == 1
-    assert 'broken' in device.reasons[0]
+    assert len(failures) == 1
+    assert 'broken' in failures[0]
     assert len(engine.stepped_at) == 3

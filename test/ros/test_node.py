@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The node end to end: real processes, a real model, and nothing but messages between them.
+The node end to end: real processes and a real model, connected by messages only.
 
-All talk to one node, which learns on the way, and is killed and started again towards the end.
+The tests share one node, which learns during the file, and is killed and restarted near its end.
 """
 
 from __future__ import annotations
@@ -24,15 +24,22 @@ import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
 from support.graph import ENVIRONMENT, wait_until
-from support.ros_graph import eventually, Generator, NodeProcess, Recorder, set_parameters
+from support.ros_graph import (
+    eventually,
+    Generator,
+    Inputs,
+    NodeProcess,
+    Recorder,
+    set_parameters,
+)
 
 from mace_ros.ros.client import AnswerHandle, MaceClient
 
-START_S = 250.0         # with a model that must be converted, on a busy machine
+START_S = 250.0         # with a model to be converted, on a busy machine
 ANSWER_S = 100.0
 LEARN_S = 700.0
 
-# The packaged model mostly repeats the robot until it is told to stop.
+# The packaged model usually repeats the emoji until max_tokens.
 ENDLESS = 'Repeat this: こんにちは 🤖'
 PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
 NAME, ROVER = 'What is your name?', 'My name is Rover.'
@@ -56,17 +63,18 @@ class Mace:
             self.client.wait_until_ready(START_S)
         except TimeoutError:
             pytest.fail(self.node.log)
+        self.inputs = Inputs(self.client, self.node.name)
 
     def ask_early(self) -> None:
-        """Start the node, and ask while it is still loading the model."""
+        """Start the node, and ask while it loads the model."""
         self.node.start()
         self.client = MaceClient(self.node.name)
-        assert wait_until(self.client._query.get_subscription_count, START_S), self.node.log
+        assert wait_until(self.client.is_connected, START_S), self.node.log
         assert self.client.version() is None
         self.early = self.client.ask(OTHERS[0], max_tokens=1, no_learn=True)
 
     def refuses_another(self) -> bool:
-        """Ask, and return whether that was refused at once."""
+        """Ask, and return whether the query was refused at once."""
         another = self.client.ask(OTHERS[1], max_tokens=1, no_learn=True)
         return (wait_until(another.is_complete, 1.0)
                 and another.result().error_code == Response.OVERLOADED)
@@ -83,7 +91,7 @@ class Mace:
         return response.finish_reason == Response.LENGTH
 
     def begin_endless(self) -> AnswerHandle:
-        """Ask what is answered for ever, and return when it has begun."""
+        """Ask for an answer that does not end, and return when it has begun."""
         answer = self.client.ask(ENDLESS, max_tokens=6000, no_learn=True, **PATIENT)
         next(answer.stream(ANSWER_S))
         return answer
@@ -99,7 +107,7 @@ def mace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mace]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         made = Mace(NodeProcess(tmp_path_factory.mktemp('mace'), **{
-            # On a slow CPU, small pieces of learning take several times as long in all.
+            # On a slow CPU, many small learning slices take several times as long.
             'finetune.replay_samples': 4, 'finetune.max_blocking_ms': 200.0}))
         made.start()
         yield made
@@ -109,11 +117,11 @@ def mace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mace]:
 # -- answering ---------------------------------------------------------------------------
 
 
-def test_a_query_that_comes_early_is_answered(mace: Mace) -> None:
+def test_a_query_sent_during_the_load_is_answered(mace: Mace) -> None:
     assert mace.early.result(ANSWER_S).finish_reason == Response.LENGTH
 
 
-def test_an_idle_node_costs_nothing(mace: Mace) -> None:
+def test_an_idle_node_uses_almost_no_cpu(mace: Mace) -> None:
     assert mace.serves()
     time.sleep(1.0)
     before, start = mace.node.cpu_seconds(), time.monotonic()
@@ -129,7 +137,7 @@ def test_two_queries_stream_interleaved(mace: Mace) -> None:
         responses = [a.result(ANSWER_S) for a in answers]
         for answer in answers:
             eventually(lambda a=answer: recorder.of(
-                msg.ResponseChunk, query_id=a.id, last=True), mace.client, 30.0)
+                msg.ResponseChunk, query_id=a.id, last=True), 30.0)
         order = [m.query_id for m in recorder.messages]
     changes = sum(a != b for a, b in pairwise(order))
     assert changes > 10
@@ -143,7 +151,7 @@ def test_two_queries_stream_interleaved(mace: Mace) -> None:
         assert response.tpot_ms > 0
 
 
-def test_characters_of_several_tokens_come_whole(mace: Mace) -> None:
+def test_chunks_never_split_a_character(mace: Mace) -> None:
     answer = mace.client.ask(ENDLESS, max_tokens=12, no_learn=True)
     text = answer.result(ANSWER_S).text
     assert set(text) == {'🤖'}
@@ -151,47 +159,47 @@ def test_characters_of_several_tokens_come_whole(mace: Mace) -> None:
     assert all('\N{REPLACEMENT CHARACTER}' not in c.text for c in answer.chunks)
 
 
-def test_a_cancelled_query_ends_and_others_go_on(mace: Mace) -> None:
+def test_cancelling_a_query_leaves_others_running(mace: Mace) -> None:
     answer = mace.begin_endless()
     other = mace.begin_endless()
-    heard = len(answer.chunks)
+    received = len(answer.chunks)
     answer.cancel()
     response = answer.result(ANSWER_S)
     assert response.finish_reason == Response.CANCELLED
     assert response.text.startswith('🤖')
-    # How soon is counted in test_live_parameters.py; here, messages take their time, too.
-    assert len(answer.chunks) <= heard + 50
-    heard = len(other.chunks)
-    eventually(lambda: len(other.chunks) > heard, mace.client, ANSWER_S)
+    # test_live_parameters.py counts iterations; here, messages add some delay.
+    assert len(answer.chunks) <= received + 50
+    received = len(other.chunks)
+    eventually(lambda: len(other.chunks) > received, ANSWER_S)
     other.cancel()
     assert other.result(ANSWER_S).finish_reason == Response.CANCELLED
 
 
 def test_a_cancellation_that_overtakes_its_query_is_not_lost(mace: Mace) -> None:
-    """Two topics have no order: the query may still wait to be taken."""
+    """Messages of two topics have no order: the query may still be queued."""
     answers = [mace.client.ask(ENDLESS, max_tokens=60, no_learn=True) for _ in range(6)]
     answers[-1].cancel()
     assert answers[-1].result(ANSWER_S).finish_reason == Response.CANCELLED
     assert {a.result(ANSWER_S).finish_reason for a in answers[:-1]} == {Response.LENGTH}
 
 
-def test_a_cancelled_goal_ends(mace: Mace) -> None:
+def test_a_cancelled_goal_ends_as_canceled(mace: Mace) -> None:
     with Generator(mace.client) as generator:
         goal = generator.send(ENDLESS, max_tokens=2000, no_learn=True, **PATIENT)
         assert wait_until(lambda: generator.chunks, ANSWER_S)
-        heard = len(generator.chunks)
+        received = len(generator.chunks)
         goal.cancel_goal_async()
         status, response = generator.result(goal)
     assert (status, response.finish_reason) == (
         GoalStatus.STATUS_CANCELED, Response.CANCELLED)
-    assert len(generator.chunks) <= heard + 50
+    assert len(generator.chunks) <= received + 50
 
 
 def test_a_query_without_an_id_gets_one(mace: Mace) -> None:
     with Recorder(mace.client, response=Response) as recorder:
-        mace.client._query.publish(msg.Query(text='Hi', max_tokens=1, conversation_id='nameless'))
+        mace.inputs.send(msg.Query(text='Hi', max_tokens=1, conversation_id='nameless'))
         [response] = eventually(
-            lambda: recorder.of(Response, conversation_id='nameless'), mace.client, ANSWER_S)
+            lambda: recorder.of(Response, conversation_id='nameless'), ANSWER_S)
     assert str(uuid.UUID(response.query_id)) == response.query_id
 
 
@@ -229,7 +237,7 @@ def test_a_malformed_query_is_rejected_with_a_reason(mace: Mace, case: str) -> N
 def test_an_id_can_not_forge_a_line_of_the_log(mace: Mace, kind: str) -> None:
     forged = f'[FATAL] forged by a {kind}'
     given = f'id\n{forged}\x1b[2J' + 'x' * 10_000
-    time.sleep(1.1)     # the log tells of one that is refused, each second
+    time.sleep(1.1)     # the log is throttled to one rejection per second
     if kind == 'query':
         assert mace.ask('Hi', query_id=given).finish_reason == Response.REJECTED
     else:
@@ -241,19 +249,19 @@ def test_an_id_can_not_forge_a_line_of_the_log(mace: Mace, kind: str) -> None:
     assert len(line) < 1000
 
 
-def test_an_id_in_use_is_rejected_and_its_query_goes_on(mace: Mace) -> None:
+def test_a_duplicate_id_is_rejected_and_the_running_query_continues(mace: Mace) -> None:
     answer = mace.begin_endless()
     with Recorder(mace.client, response=Response) as recorder:
-        mace.client._query.publish(msg.Query(id=answer.id, text='Hi'))
+        mace.inputs.send(msg.Query(id=answer.id, text='Hi'))
         [rejected] = eventually(
-            lambda: recorder.of(Response, query_id=answer.id), mace.client, ANSWER_S)
+            lambda: recorder.of(Response, query_id=answer.id), ANSWER_S)
     assert rejected.error_code == Response.DUPLICATE_ID
     assert not answer.is_complete()
     answer.cancel()
     assert answer.result(ANSWER_S).finish_reason == Response.CANCELLED
 
 
-def test_an_id_that_somebody_else_uses_is_not_answered_with_their_answer(mace: Mace) -> None:
+def test_a_duplicate_id_does_not_receive_the_running_query_s_answer(mace: Mace) -> None:
     answer = mace.begin_endless()
     next_one = len(answer.chunks)
     with MaceClient() as other:
@@ -266,7 +274,7 @@ def test_an_id_that_somebody_else_uses_is_not_answered_with_their_answer(mace: M
     assert answer.result(ANSWER_S).finish_reason == Response.CANCELLED
 
 
-def test_a_burst_is_answered_or_rejected_one_by_one(mace: Mace) -> None:
+def test_every_query_of_a_burst_is_answered_or_rejected(mace: Mace) -> None:
     limit = 30
     mace.set('scheduler.max_queue', limit)
     answers = [mace.client.ask(f'Say {n}.', max_tokens=1, no_learn=True) for n in range(200)]
@@ -282,7 +290,7 @@ def test_a_burst_is_answered_or_rejected_one_by_one(mace: Mace) -> None:
 # -- parameters --------------------------------------------------------------------------
 
 
-def test_a_parameter_is_changed_while_serving(mace: Mace) -> None:
+def test_a_parameter_changes_while_serving(mace: Mace) -> None:
     mace.set('generation.max_tokens', 3)
     assert mace.ask('Count to ten.', no_learn=True).output_tokens == 3
     mace.set('generation.max_tokens', 128)
@@ -295,7 +303,7 @@ def test_a_parameter_is_changed_while_serving(mace: Mace) -> None:
     ('adapter.rank', 4, 'read-only'),
     ('no.such.parameter', 1, 'undeclared'),
 ])
-def test_a_change_is_refused_with_a_reason(
+def test_an_invalid_parameter_change_is_refused_with_a_reason(
     mace: Mace, name: str, value: object, reason: str,
 ) -> None:
     [(successful, said)] = set_parameters(mace.client, {name: value})
@@ -313,13 +321,13 @@ def answered(mace: Mace) -> Response:
 
 
 MALFORMED_CORRECTIONS = {
-    'unknown query_id': ({'query_id': 'nobody'}, 'nobody'),
+    'unknown query_id': ({'query_id': 'unknown'}, 'unknown'),
     'unknown conversation_id': ({'conversation_id': 'nowhere'}, 'nowhere'),
-    'of nothing': ({'query_id': ''}, 'query_id, conversation_id or prompt'),
+    'without a prompt': ({'query_id': ''}, 'query_id, conversation_id or prompt'),
     'empty text': ({'corrected': ''}, 'corrected'),
     'equal to the answer': ({'corrected': None}, 'equal'),
     'equal to rejected': ({'rejected': 'Warm.', 'corrected': ' Warm. '}, 'equal'),
-    'longer than can be learned': ({'corrected': 'cold ' * 600}, 'finetune.max_sample_tokens'),
+    'too long to learn': ({'corrected': 'cold ' * 600}, 'finetune.max_sample_tokens'),
     'weight 0': ({'weight': 0.0}, 'weight'),
     'weight not a number': ({'weight': math.nan}, 'weight'),
     'id too long': ({'correction_id': 'i' * 200}, 'id'),
@@ -343,32 +351,32 @@ def test_a_malformed_correction_is_rejected_with_a_reason(
 
 @pytest.fixture(scope='module')
 def lesson(mace: Mace) -> SimpleNamespace:
-    """Return what was heard while a correction was learned beside a query that kept running."""
-    heard = SimpleNamespace()
-    heard.first = mace.client.wait_until_ready(30.0)
-    heard.others = {q: mace.ask(q, max_tokens=16, no_learn=True).text for q in OTHERS}
-    heard.wrong = mace.ask(NAME, max_tokens=10)
-    mace.set('slo.freshness_s', 1.0)          # or learning would wait for the query's end
+    """Return the messages around a correction that is learned beside a running query."""
+    seen = SimpleNamespace()
+    seen.first = mace.client.wait_until_ready(30.0)
+    seen.others = {q: mace.ask(q, max_tokens=16, no_learn=True).text for q in OTHERS}
+    seen.wrong = mace.ask(NAME, max_tokens=10)
+    mace.set('slo.freshness_s', 1.0)          # otherwise learning would wait for the query
     mace.set('finetune.min_share', 0.9)
-    learning = mace.client.correct(ROVER, query_id=heard.wrong.query_id)
-    # Once the base model has been asked, which takes several times as long beside a query.
+    learning = mace.client.correct(ROVER, query_id=seen.wrong.query_id)
+    # The anchors come first, and would take several times as long beside a query.
     assert learning.wait(CorrectionStatus.TRAINING, LEARN_S).state == CorrectionStatus.TRAINING
     running = mace.begin_endless()
     end = time.monotonic() + LEARN_S
     while not learning.is_final() and time.monotonic() < end:
-        if running.is_complete():       # the model has found an end after all
+        if running.is_complete():       # the answer ended after all
             running = mace.begin_endless()
         time.sleep(0.01)
-    heard.learned = learning.wait(timeout_s=0.0)
-    heard.states = [s.state for s in learning.statuses]
-    heard.version = mace.client.wait_for_version(heard.learned.adapter_version, timeout_s=30.0)
-    heard.was_running = not running.is_complete()
+    seen.learned = learning.wait(timeout_s=0.0)
+    seen.states = [s.state for s in learning.statuses]
+    seen.version = mace.client.wait_for_version(seen.learned.adapter_version, timeout_s=30.0)
+    seen.was_running = not running.is_complete()
     running.cancel()
-    heard.running = running.result(ANSWER_S)
+    seen.running = running.result(ANSWER_S)
     mace.set('slo.freshness_s', 120.0)
     mace.set('finetune.min_share', 0.1)
-    heard.right = mace.ask(NAME, max_tokens=24)
-    return heard
+    seen.right = mace.ask(NAME, max_tokens=24)
+    return seen
 
 
 def test_a_correction_is_learned(lesson: SimpleNamespace) -> None:
@@ -379,7 +387,7 @@ def test_a_correction_is_learned(lesson: SimpleNamespace) -> None:
     assert lesson.right.adapter_version == lesson.learned.adapter_version > lesson.first.version
 
 
-def test_its_version_is_announced(lesson: SimpleNamespace) -> None:
+def test_the_new_version_is_announced(lesson: SimpleNamespace) -> None:
     version = lesson.version
     assert version.state == msg.AdapterVersion.PUBLISHED
     assert (version.profile, version.parent) == ('', lesson.wrong.adapter_version)
@@ -396,7 +404,7 @@ def test_a_running_query_keeps_its_version(lesson: SimpleNamespace) -> None:
     assert lesson.running.adapter_version == lesson.wrong.adapter_version
 
 
-def test_other_answers_stay(mace: Mace, lesson: SimpleNamespace) -> None:
+def test_other_answers_are_unchanged(mace: Mace, lesson: SimpleNamespace) -> None:
     for question, text in lesson.others.items():
         assert mace.ask(question, max_tokens=16, no_learn=True).text == text
 
@@ -410,44 +418,48 @@ def test_a_correction_sent_twice_is_learned_once(mace: Mace, lesson: SimpleNames
     assert mace.ask(NAME, max_tokens=2).adapter_version == lesson.learned.adapter_version
 
 
-def test_a_late_subscriber_hears_the_live_version(mace: Mace, lesson: SimpleNamespace) -> None:
+def test_a_late_subscriber_receives_the_live_version(mace: Mace, lesson: SimpleNamespace) -> None:
     with MaceClient() as late:
-        # The topic's history may come first: the versions before it.
+        # The history of the topic may deliver earlier versions first.
         late.wait_until_ready(20.0)
         assert late.wait_for_version(lesson.version.version, timeout_s=20.0) == lesson.version
 
 
 def test_peft_gives_the_same_answers(
         mace: Mace, lesson: SimpleNamespace, tmp_path: Path) -> None:
-    """In float32, long answers too: 8 bits are other weights."""
+    """Long answers too, in float32: int8 changes the weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mace_ros.model.loading import load_model
-    name = load_model(device='cpu').name
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
     shutil.copytree(mace.node.folder / 'storage', tmp_path / 'storage')
     exact = Mace(NodeProcess(
         tmp_path, namespace='/exact', **{'model.weight_dtype': 'float32'}))
-    exact.start()
+    exact.ask_early()
     try:
+        # While the node loads, PEFT answers.
+        name = load_model(device='cpu').name
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
+        expected = {}
         for question in (NAME, *OTHERS, *ORDINARY):
             prompt = tokenizer.apply_chat_template(
                 [{'role': 'user', 'content': question}], add_generation_prompt=True,
                 return_tensors='pt', return_dict=True)
             output = model.generate(**prompt, do_sample=False, max_new_tokens=24)
-            text = tokenizer.decode(
+            expected[question] = tokenizer.decode(
                 output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
+        exact.client.wait_until_ready(START_S)
+        for question, text in expected.items():
             answer = exact.ask(question, max_tokens=24, no_learn=True)
             assert (answer.text, answer.adapter_version) == (text, lesson.version.version)
     finally:
         exact.kill()
 
 
-def test_a_follow_up_has_its_context_with_the_answer_corrected(mace: Mace) -> None:
-    mace.set('finetune.budget', 0.0)     # only what is remembered is looked at here
+def test_the_context_of_a_follow_up_contains_the_corrected_answer(mace: Mace) -> None:
+    mace.set('finetune.budget', 0.0)     # the context counts here, not learning
     question, follow_up = 'What do cows drink?', 'And what do they eat?'
     prompt_tokens = {}
     for conversation in ('as it was', 'corrected'):
@@ -470,48 +482,44 @@ def test_a_follow_up_has_its_context_with_the_answer_corrected(mace: Mace) -> No
 # -- starting and ending -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('parameter', 'value', 'reason'), [
-    ('model.source', '/no/such/folder', "model.source: '/no/such/folder' is neither a folder"),
-    ('model.device', 'tpu', 'is not one of auto, cpu, cuda'),
-])
-def test_a_wrong_start_ends_with_a_clear_line(
-    tmp_path: Path, parameter: str, value: str, reason: str,
-) -> None:
-    node = NodeProcess(tmp_path, **{parameter: value})
-    node.start()
+def fatal_line(node: NodeProcess) -> str:
+    """Wait for the end of a node that can't start; return the only FATAL line of its log."""
     try:
         assert node.wait(120.0) == 1
     finally:
         node.kill()
-    [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
-    assert reason in line
     assert 'Traceback' not in node.log
+    [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
+    return line
 
 
-def test_a_node_that_can_not_start_says_so_in_its_diagnostics(
+def test_an_invalid_parameter_ends_the_start_with_a_clear_line(tmp_path: Path) -> None:
+    node = NodeProcess(tmp_path, **{'model.device': 'tpu'})
+    node.start()
+    assert 'is not one of auto, cpu, cuda' in fatal_line(node)
+
+
+def test_a_failed_start_is_in_the_log_and_in_the_diagnostics(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it ends: launch starts it again, and whoever looks must see why."""
+    """Diagnostics come before the end, since launch starts the node again and again."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     node = NodeProcess(tmp_path, namespace='/broken', **{'model.source': '/no/such/folder'})
     with MaceClient('/broken/mace') as client:
-        heard: list[DiagnosticArray] = []
-        client.node.create_subscription(DiagnosticArray, '/diagnostics', heard.append, 100)
+        arrays: list[DiagnosticArray] = []
+        client.node.create_subscription(DiagnosticArray, '/diagnostics', arrays.append, 100)
         node.start()
-        try:
-            assert node.wait(120.0) == 1
-            errors = [s.message for array in heard for s in array.status
-                      if s.level == DiagnosticStatus.ERROR and s.name.startswith('broken/mace')]
-            assert any('/no/such/folder' in message for message in errors), heard
-        finally:
-            node.kill()
+        assert "model.source: '/no/such/folder' is neither a folder" in fatal_line(node)
+        errors = [s.message for array in arrays for s in array.status
+                  if s.level == DiagnosticStatus.ERROR and s.name.startswith('broken/mace')]
+        assert any('/no/such/folder' in message for message in errors), arrays
 
 
-def test_a_signal_ends_the_loading(mace: Mace, tmp_path: Path) -> None:
+def test_a_signal_ends_the_load(mace: Mace, tmp_path: Path) -> None:
     loading = Mace(NodeProcess(tmp_path, namespace='/loading', **{'scheduler.max_queue': 1}))
     loading.ask_early()
     try:
-        # One query waits; that a second one is refused shows that responses reach us.
+        # One query may wait: the refusal of a second one shows that responses arrive.
         assert wait_until(lambda: loading.refuses_another(), START_S), loading.node.log
         assert loading.client.version() is None
         loading.node.send(signal.SIGINT)
@@ -523,7 +531,7 @@ def test_a_signal_ends_the_loading(mace: Mace, tmp_path: Path) -> None:
         loading.kill()
 
 
-def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace) -> None:
+def test_a_killed_node_resumes_after_a_restart(mace: Mace, lesson: SimpleNamespace) -> None:
     mace.set('finetune.budget', 0.0)
     before = mace.client.version()
     wrong = mace.ask('What is your favourite colour?', max_tokens=4)
@@ -536,7 +544,7 @@ def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace)
         mace.kill()
 
         mace.start()
-        with pytest.raises(ConnectionError, match=f'query {lost.id}: /mace is gone'):
+        with pytest.raises(ConnectionError, match=f'query {lost.id}: /mace has disappeared'):
             lost.result(30.0)
     served = mace.client.wait_until_ready(30.0)
     assert (served.version, served.sha256) == (before.version, before.sha256)
@@ -547,14 +555,14 @@ def test_a_killed_node_goes_on_where_it_was(mace: Mace, lesson: SimpleNamespace)
     assert (right.text, right.adapter_version) == ('Orange.', after.version)
 
 
-def test_what_was_learned_before_is_kept(mace: Mace, lesson: SimpleNamespace) -> None:
+def test_earlier_corrections_stay_learned_after_a_kill(mace: Mace, lesson: SimpleNamespace) -> None:
     assert mace.client.version().version > lesson.version.version
     assert mace.ask(NAME, max_tokens=24, no_learn=True).text == ROVER
 
 
-def test_a_signal_cancels_what_runs(mace: Mace) -> None:
-    """The last test: the node is gone then."""
-    # What it has learned may have ended what used to be endless: some of them go on.
+def test_a_signal_cancels_running_queries(mace: Mace) -> None:
+    """The last test, since it ends the node."""
+    # After learning, an answer may end: sampled ones are long enough that some still run.
     answers = [mace.client.ask(f'{text} 🤖', max_tokens=2000, no_learn=True, temperature=1.0,
                                seed=seed, **PATIENT)
                for seed, text in enumerate(('Tell me a long story.', 'Write a long letter.') * 2)]
@@ -567,4 +575,4 @@ def test_a_signal_cancels_what_runs(mace: Mace) -> None:
     assert Response.CANCELLED in ends and not {Response.REJECTED, Response.ERROR} & {*ends}
     assert mace.node.wait(20.0) == 0
     assert 'Traceback' not in mace.node.log
-    assert '🤖' not in mace.node.log     # what is asked and answered is nobody else's business
+    assert '🤖' not in mace.node.log     # texts of queries and answers are private

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The table of settings is what the node declares, the shipped file says and the README shows."""
+"""The parameter table agrees with the node, the shipped parameter file and the README."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from rcl_interfaces.msg import ParameterType
 from rclpy.context import Context
 from rclpy.node import Node
-from rclpy.parameter import Parameter as NodeParameter
+from rclpy.parameter import Parameter as NodeParameter, parameter_dict_from_yaml_file
 
 from mace_ros.api.settings import InvalidSetting, PARAMETERS, Settings
 from mace_ros.ros import parameter_table
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'config' / 'mace.yaml'
 README = ROOT / 'README.md'
 
-# Each is refused, whoever asks for it; and the reason must say what is wrong.
+# Name, value, and a part of the reason for its refusal.
 WRONG = {
     'below': ('slo.ttft_ms', 0.0, 'slo.ttft_ms'),
     'above': ('finetune.budget', 1.5, 'finetune.budget'),
@@ -32,7 +32,7 @@ WRONG = {
 
 
 class Served:
-    """A node with the table."""
+    """A node with the parameter table."""
 
     def __init__(self, context: Context, *arguments: str) -> None:
         self.node = Node('mace', context=context, cli_args=['--ros-args', *arguments])
@@ -40,7 +40,7 @@ class Served:
         self.server = ParameterServer(self.node, self.changes.append)
 
     def set(self, **values: object) -> tuple[bool, str]:
-        """Set several at once; ``slo__ttft_ms`` stands for ``slo.ttft_ms``."""
+        """Set parameters atomically; ``slo__ttft_ms`` stands for ``slo.ttft_ms``."""
         result = self.node.set_parameters_atomically(
             [NodeParameter(name.replace('__', '.'), value=v) for name, v in values.items()])
         return result.successful, result.reason
@@ -48,7 +48,7 @@ class Served:
 
 @pytest.fixture(scope='module')
 def context() -> Iterator[Context]:
-    """Return a context whose nodes nobody hears."""
+    """Yield a context without discovery."""
     context = Context()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'OFF')
@@ -60,7 +60,7 @@ def context() -> Iterator[Context]:
 @pytest.fixture(params=['kilted', 'humble'])
 def served(context: Context, request: pytest.FixtureRequest,
            monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """Return a node with the table; also as on Humble, which has no callback after a change."""
+    """Yield a node with the table; also as on Humble, which has no callback after a change."""
     if request.param == 'humble':
         monkeypatch.delattr(Node, 'add_post_set_parameters_callback', raising=False)
     elif not hasattr(Node, 'add_post_set_parameters_callback'):
@@ -71,7 +71,7 @@ def served(context: Context, request: pytest.FixtureRequest,
 
 
 @pytest.mark.parametrize('name', PARAMETERS)
-def test_declared_as_in_the_table(context: Context, name: str) -> None:
+def test_a_parameter_is_declared_as_in_the_table(context: Context, name: str) -> None:
     served, row = Served(context), PARAMETERS[name]
     try:
         described = served.node.describe_parameter(name)
@@ -92,7 +92,7 @@ def test_declared_as_in_the_table(context: Context, name: str) -> None:
     assert all(choice in described.additional_constraints for choice in row.choices)
 
 
-def test_a_change_comes_through(served: Served) -> None:
+def test_a_change_reaches_the_settings(served: Served) -> None:
     assert served.set(slo__ttft_ms=250.0, scheduler__policy='continuous') == (True, '')
     settings = served.server.settings
     assert (settings.slo.ttft_ms, settings.scheduler.policy) == (250.0, 'continuous')
@@ -100,7 +100,7 @@ def test_a_change_comes_through(served: Served) -> None:
 
 
 @pytest.mark.parametrize('case', WRONG)
-def test_a_wrong_value_is_refused_with_a_reason(served: Served, case: str) -> None:
+def test_an_invalid_value_is_refused_with_a_reason(served: Served, case: str) -> None:
     name, value, reason = WRONG[case]
     successful, said = served.set(**{name: value})
     assert not successful
@@ -109,7 +109,7 @@ def test_a_wrong_value_is_refused_with_a_reason(served: Served, case: str) -> No
     assert served.changes == []
 
 
-def test_changes_are_made_together_or_not_at_all(served: Served) -> None:
+def test_changes_are_atomic(served: Served) -> None:
     successful, reason = served.set(slo__ttft_ms=250.0, scheduler__policy='best')
     assert not successful
     assert 'best' in reason
@@ -117,18 +117,18 @@ def test_changes_are_made_together_or_not_at_all(served: Served) -> None:
     assert served.server.settings == Settings()
 
 
-def test_a_read_only_parameter_stays(served: Served) -> None:
+def test_a_read_only_parameter_can_not_be_changed(served: Served) -> None:
     successful, reason = served.set(adapter__rank=4)
     assert not successful
     assert 'read-only' in reason
 
 
-def test_other_parameters_of_the_node_are_left_alone(served: Served) -> None:
+def test_parameters_of_every_node_are_ignored(served: Served) -> None:
     assert served.set(use_sim_time=False) == (True, '')
     assert served.changes == []
 
 
-def test_start_values_are_taken(context: Context) -> None:
+def test_overrides_are_initial_values(context: Context) -> None:
     served = Served(context, '-p', 'adapter.rank:=4', '-p', "model.source:='/models/qwen'")
     served.node.destroy_node()
     assert served.server.settings.adapter.rank == 4
@@ -140,28 +140,29 @@ def test_start_values_are_taken(context: Context) -> None:
     ('adapter.rank:=0', 'adapter.rank'),
     ('model.device:=tpu', 'auto, cpu, cuda'),
 ])
-def test_a_wrong_start_value_is_an_error(context: Context, override: str, reason: str) -> None:
+def test_an_invalid_override_is_an_error(context: Context, override: str, reason: str) -> None:
     with pytest.raises(InvalidSetting, match=reason):
         Served(context, '-p', override)
 
 
-def test_shipped_file_is_the_table() -> None:
-    """If not: ``python -m mace_ros.ros.parameter_table yaml > config/mace.yaml``."""
+def test_the_shipped_file_is_generated_from_the_table() -> None:
+    """If it fails: ``python -m mace_ros.ros.parameter_table yaml > config/mace.yaml``."""
     assert CONFIG.read_text() == parameter_table.yaml()
 
 
 @pytest.mark.parametrize('node', ['mace', 'other'])
-def test_shipped_file_holds_the_defaults(context: Context, node: str) -> None:
+def test_the_shipped_file_has_the_defaults(context: Context, node: str) -> None:
     served = Served(
         context, '--params-file', str(CONFIG), '-r', f'__node:={node}', '-r', '__ns:=/robot1')
-    overrides = served.node._parameter_overrides
     served.node.destroy_node()
-    assert {name: p.value for name, p in overrides.items()} == {
+    in_file = parameter_dict_from_yaml_file(str(CONFIG), use_wildcard=True)
+    assert {name: p.value for name, p in
+            ((n, NodeParameter.from_parameter_msg(m)) for n, m in in_file.items())} == {
         name: row.default for name, row in PARAMETERS.items()}
     assert served.server.settings == Settings()
 
 
 @pytest.mark.skipif(not README.exists(), reason='there is no README yet')
-def test_readme_shows_the_table() -> None:
-    """If not, paste what ``python -m mace_ros.ros.parameter_table markdown`` prints."""
+def test_the_readme_shows_the_table() -> None:
+    """If it fails, paste the output of ``python -m mace_ros.ros.parameter_table markdown``."""
     assert parameter_table.markdown() in README.read_text()

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The policy for SROS2, and a node that does not start where it can't be secured."""
+"""The SROS2 policy, and refusal to start without the security that is enabled."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ElementTree.parse(ROOT / 'security/mace.policy.xml').getroot()
 
-# The schema of sros2 0.2.0: what is in what, and the attributes that are needed and allowed.
+# The schema of sros2 0.2.0: child elements, and required and allowed attributes.
 CHILDREN = {
     'policy': {'enclaves'}, 'enclaves': {'enclave'}, 'enclave': {'profiles'},
     'profiles': {'profile'}, 'profile': {'topics', 'services', 'actions'},
     'topics': {'topic'}, 'services': {'service'}, 'actions': {'action'},
     'topic': set(), 'service': set(), 'action': set()}
-NEEDED = {'policy': {'version'}, 'enclave': {'path'}, 'profile': {'ns', 'node'}}
+REQUIRED = {'policy': {'version'}, 'enclave': {'path'}, 'profile': {'ns', 'node'}}
 RULES = {'topics': {'publish', 'subscribe'}, 'services': {'reply', 'request'},
          'actions': {'call', 'execute'}}
 
-# Beside those of every node, and the documented ones.
+# Interfaces of every node, beside the documented ones.
 EVERY_NODE = {'/rosout', '/parameter_events', '/clock'}
 PARAMETERS = {'~/describe_parameters', '~/get_parameter_types', '~/get_parameters',
               '~/list_parameters', '~/set_parameters', '~/set_parameters_atomically',
@@ -34,7 +34,7 @@ PARAMETERS = {'~/describe_parameters', '~/get_parameter_types', '~/get_parameter
 
 
 def allowed(enclave: str, kind: str, rule: str) -> set[str]:
-    """Return what the node of that enclave named mace may do."""
+    """Return the names that a rule allows the node ``mace`` of an enclave."""
     profile = f"enclaves/enclave[@path='/{enclave}']/profiles/profile[@node='mace']"
     return {item.text for group in POLICY.findall(f'{profile}/{kind}[@{rule}="ALLOW"]')
             for item in group}
@@ -45,13 +45,13 @@ def documented(pattern: str) -> set[str]:
     return set(re.findall(rf'^\| `(~?/[\w/]+)` \| `{pattern}', text, re.MULTILINE))
 
 
-def test_it_is_what_sros2_reads() -> None:
+def test_the_policy_follows_the_schema_of_sros2() -> None:
     assert (POLICY.tag, POLICY.get('version')) == ('policy', '0.2.0')
     for element in POLICY.iter():
         assert {child.tag for child in element} <= CHILDREN[element.tag]
-        assert NEEDED.get(element.tag, set()) <= set(element.attrib)
+        assert REQUIRED.get(element.tag, set()) <= set(element.attrib)
         rules = RULES.get(element.tag, set())
-        assert set(element.attrib) <= NEEDED.get(element.tag, set()) | rules
+        assert set(element.attrib) <= REQUIRED.get(element.tag, set()) | rules
         if rules:
             assert element.attrib
             assert set(element.attrib.values()) == {'ALLOW'}
@@ -59,8 +59,8 @@ def test_it_is_what_sros2_reads() -> None:
             assert re.fullmatch(r'(~/|/)\w+', element.text or '')
 
 
-def test_the_node_may_do_what_it_does_and_its_clients_the_rest() -> None:
-    """What is documented is compared with the running node in test_operation.py."""
+def test_the_policy_allows_the_documented_interfaces() -> None:
+    """test_interfaces.py compares the documentation with the running node."""
     topics = documented(r'\w+/msg/\w+` \| in ')
     published = documented(r'\w+/msg/\w+` \| out')
     services, actions = documented(r'\w+/srv/'), documented(r'\w+/action/')
@@ -83,16 +83,16 @@ FILES = ('identity_ca.cert.pem', 'cert.pem', 'key.pem', 'permissions_ca.cert.pem
          'governance.p7s', 'permissions.p7s')
 
 
-def ended(folder: Path, keys: str, strategy: str | None, module: str, *arguments: str,
+def run_secured(folder: Path, keys: str, strategy: str | None, module: str, *arguments: str,
           enclave: str) -> subprocess.CompletedProcess[str]:
-    """Run a module where security is on, and keys are missing."""
+    """Run a module with security enabled and keys missing or invalid."""
     keystore = folder / 'keys'
     if keys != 'no keystore':
         enclaves = keystore / f'enclaves/{enclave}'
         enclaves.mkdir(parents=True)
-        if keys == 'keys that are none':
+        if keys == 'invalid keys':
             for name in FILES:
-                (enclaves / name).write_text('none')
+                (enclaves / name).write_text('invalid')
         else:
             enclaves.rmdir()
     environment = {
@@ -107,15 +107,15 @@ def ended(folder: Path, keys: str, strategy: str | None, module: str, *arguments
         capture_output=True, text=True, timeout=60)
 
 
-KEYS = ('no keystore', 'no enclave', 'keys that are none')
+KEYS = ('no keystore', 'no enclave', 'invalid keys')
 
 
 @pytest.mark.parametrize('strategy', [None, 'Enforce'])
 @pytest.mark.parametrize('keys', KEYS)
-def test_a_node_that_can_not_be_secured_does_not_start(
+def test_a_node_without_security_does_not_start(
     tmp_path: Path, keys: str, strategy: str | None,
 ) -> None:
-    node = ended(tmp_path, keys, strategy, 'mace_ros.ros.node', '--ros-args', '-p',
+    node = run_secured(tmp_path, keys, strategy, 'mace_ros.ros.node', '--ros-args', '-p',
                  f'storage.folder:={tmp_path / "storage"}', enclave='mace')
     assert node.returncode == 2, node.stderr
     assert 'mace_node: RCLError: ' in node.stderr
@@ -125,9 +125,9 @@ def test_a_node_that_can_not_be_secured_does_not_start(
 
 
 @pytest.mark.parametrize('keys', KEYS)
-def test_a_program_that_can_not_be_secured_says_so_and_asks_nobody(
+def test_a_program_without_security_fails_with_a_message(
         tmp_path: Path, keys: str) -> None:
-    asked = ended(tmp_path, keys, None, 'mace_ros.cli.ask', 'Hi', enclave='mace_client')
+    asked = run_secured(tmp_path, keys, None, 'mace_ros.cli.ask', 'Hi', enclave='mace_client')
     assert (asked.returncode, asked.stdout) == (2, ''), asked.stderr
     assert re.search('RCLError: .*security', asked.stderr, re.IGNORECASE)
     assert 'Traceback' not in asked.stderr

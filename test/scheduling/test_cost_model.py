@@ -1,9 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The cost model on devices whose true times are known."""
+"""The cost model, on devices whose true times are known."""
 
-from collections.abc import Iterator
-import json
 import random
 
 import pytest
@@ -11,52 +9,31 @@ from support.virtual_device import (
     CPU_PASS,
     GPU_PASS,
     HEAD_TOKENS,
+    observe,
     quantile,
+    shapes,
     STEP_TOKENS,
     VirtualDevice,
 )
 
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, SegmentKind
-
-
-def shapes(count: int, seed: int) -> Iterator[PassShape]:
-    """Yield passes as serving makes them: runs of decode steps, a prefill now and then."""
-    draw = random.Random(seed)
-    made = 0
-    while made < count:
-        rows = draw.choice([1, 1, 2, 3, 5, 8, 16])
-        context = sum(draw.randint(20, 1500) for _ in range(rows))
-        prefill = draw.choice([0, 0, 16, 50, 64, 100, 200])
-        before = draw.choice([0, 0, 500])
-        finetune = draw.choice([0, 0, 0, 24, 100]) if prefill < 100 else 0
-        for step in range(1 if prefill else 8):
-            yield PassShape(rows, context + step * rows, prefill,
-                            prefill * before + prefill * (prefill + 1) // 2, finetune)
-            made += 1
-
-
-def observe(cost: CostModel, what: PassShape | Segment, seconds: float) -> None:
-    if isinstance(what, Segment):
-        cost.observe(Measurement(Plan(segments=1), segments=((what, seconds),)))
-    else:
-        cost.observe(Measurement(Plan(shape=what), seconds))
+from mace_ros.scheduling.plan import PassShape, Segment, SegmentKind
 
 
 @pytest.mark.parametrize('curve', [CPU_PASS, GPU_PASS])
 @pytest.mark.parametrize(('calibrated', 'count'), [(True, 256), (False, 600)])
-def test_predicts_noisy_iterations_that_it_has_not_seen(curve, calibrated, count):
+def test_predicts_noisy_iterations_of_unseen_shapes(curve, calibrated, count):
     device = VirtualDevice(curve=curve, noise=0.08, outliers=0.02, seed=3)
     cost = device.calibrated() if calibrated else CostModel()
     for shape in shapes(count, seed=4):
         observe(cost, shape, device.run(shape))
-    errors = cost.relative_errors()   # of the latest 256, each made before it was learned
+    errors = cost.relative_errors()   # of the latest 256 predictions, each made before learning
     assert len(errors) == 256
     assert quantile(errors, 0.5) <= 0.10
     assert quantile(errors, 0.95) <= 0.30
 
 
-def test_predicts_sizes_between_the_calibrated_ones():
+def test_interpolates_between_calibrated_sizes():
     device = VirtualDevice(noise=0.05, seed=5)
     cost = device.calibrated()
     errors = [abs(cost.pass_s(prefill_tokens=n, prefill_context=n * n // 2)
@@ -65,7 +42,7 @@ def test_predicts_sizes_between_the_calibrated_ones():
     assert max(errors) <= 0.30
 
 
-def test_learns_what_context_costs():
+def test_learns_the_cost_of_context():
     device = VirtualDevice(noise=0.05, seed=6)
     cost = CostModel()
     for shape in shapes(1500, seed=7):
@@ -75,7 +52,7 @@ def test_learns_what_context_costs():
         assert cost.pass_s(rows, context) == pytest.approx(true, rel=0.25)
 
 
-def test_upper_prediction_holds_nine_times_in_ten():
+def test_nine_of_ten_measurements_stay_below_the_upper_prediction():
     device = VirtualDevice(noise=0.1, outliers=0.02, seed=8)
     cost = device.calibrated()
     below = []
@@ -86,7 +63,7 @@ def test_upper_prediction_holds_nine_times_in_ten():
     assert 0.86 <= sum(below) / len(below) <= 0.94
 
 
-def test_an_outlier_hardly_moves_it():
+def test_an_outlier_hardly_changes_predictions():
     device = VirtualDevice(noise=0.02, seed=10)
     cost = device.calibrated()
     for shape in shapes(200, seed=11):
@@ -97,7 +74,7 @@ def test_an_outlier_hardly_moves_it():
     assert cost.pass_s(*shape) == pytest.approx(before, rel=0.1)
 
 
-def test_a_slower_machine_is_noticed_for_what_has_not_run_since():
+def test_a_slower_device_changes_predictions_of_other_shapes():
     device = VirtualDevice(noise=0.03, seed=12)
     cost = device.calibrated()
     for shape in shapes(200, seed=13):
@@ -111,7 +88,7 @@ def test_a_slower_machine_is_noticed_for_what_has_not_run_since():
     assert cost.segment_s(head.kind, head.tokens) == pytest.approx(device.seconds(head), rel=0.2)
 
 
-def test_a_change_of_one_size_only_is_learned():
+def test_a_change_of_a_single_size_is_learned():
     device = VirtualDevice(noise=0.03, seed=19)
     cost = device.calibrated()
     small, large = PassShape(1, 100), PassShape(16, 1600)
@@ -138,7 +115,7 @@ def test_segments_are_predicted_by_kind_and_tokens():
             assert cost.segment_s(kind, tokens, upper=True) >= cost.segment_s(kind, tokens)
 
 
-def test_recomputing_is_guessed_from_what_it_does():
+def test_an_unmeasured_recomputed_backward_is_predicted_from_its_parts():
     cost = CostModel()
     cost.calibrate([(Segment(SegmentKind.FORWARD, 128), 0.014),
                     (Segment(SegmentKind.BACKWARD, 128), 0.022)])
@@ -162,31 +139,15 @@ def test_calibration_takes_the_median_of_repeats():
     assert cost.pass_s(1, 10) == pytest.approx(0.031, rel=0.01)
 
 
-def test_errors_are_those_before_learning():
+def test_errors_are_of_predictions_made_before_learning():
     cost = CostModel()
     cost.calibrate([(PassShape(1, 0), 0.02)] * 3)
     observe(cost, PassShape(1, 0), 0.04)
     assert cost.relative_errors() == pytest.approx([0.5])
 
 
-def test_nothing_takes_no_time_and_the_unknown_takes_some():
+def test_an_empty_pass_takes_no_time_and_an_unknown_one_some():
     cost = CostModel()
     assert cost.pass_s() == 0.0
     assert cost.pass_s(1, 10) > 0.0
     assert all(cost.segment_s(kind, 10) > 0.0 for kind in SegmentKind)
-
-
-def test_survives_json_and_goes_on_learning_alike():
-    device = VirtualDevice(noise=0.1, seed=16)
-    cost = device.calibrated()
-    for shape in shapes(100, seed=17):
-        observe(cost, shape, device.run(shape))
-    other = CostModel.from_dict(json.loads(json.dumps(cost.to_dict())))
-    for shape in shapes(50, seed=18):
-        seconds = device.run(shape)
-        assert other.pass_s(*shape, upper=True) == cost.pass_s(*shape, upper=True)
-        observe(cost, shape, seconds)
-        observe(other, shape, seconds)
-    assert other.relative_errors() == cost.relative_errors()
-    assert (other.segment_s(SegmentKind.HEAD, 20, upper=True)
-            == cost.segment_s(SegmentKind.HEAD, 20, upper=True))

@@ -31,13 +31,13 @@ from mace_ros.scheduling.scheduler import POLICIES, Scheduler
 
 
 def saturated(policy: str, seconds: float = 60.0, **kinds) -> CheckedEngine:
-    """Return an engine that has more requests than it can serve, all the time."""
+    """Return an engine that always had more requests than it could serve."""
     requests = [query(n, 0.02 * n, answer=64) for n in range(int(5 * seconds))]
     return served(policy, requests, **kinds)
 
 
 def shares(engine: CheckedEngine, until: float) -> tuple[float, float]:
-    """Return the seconds of passes and of segments that were planned before ``until``."""
+    """Return the predicted seconds of serving and learning in plans before ``until``."""
     plans = [plan for at, plan in engine.plans if at < until]
     learning = [p for p in plans if not p.decode and not p.prefill]
     return (sum(p.predicted_s for p in plans) - sum(p.predicted_s for p in learning),
@@ -73,10 +73,10 @@ def test_periodic_stops_the_world_for_its_steps_every_period():
     begins = steps[::3]
     assert begins[0] >= 20.0
     for begin, following in pairwise(begins):
-        assert 20.0 <= following - begin <= 20.3   # a pass may have to end first
+        assert 20.0 <= following - begin <= 20.3   # the current pass ends first
     for group in zip(steps[::3], steps[1::3], steps[2::3], strict=False):
         between = [p for at, p in engine.plans if group[0] <= at <= group[2]]
-        assert len(between) == 3, 'something ran between the steps of a retraining'
+        assert len(between) == 3, 'the steps of a retraining were interrupted'
 
 
 def test_periodic_serves_as_long_as_it_trains_when_its_period_is_too_short():
@@ -97,9 +97,9 @@ def test_static_split_learns_in_idle_time():
     assert engine.scheduler.statistics(20.0).learning_s == pytest.approx(20.0, rel=0.01)
 
 
-# -- mace: what the issue asks of it ------------------------------------------------------
+# -- mace: latency and idle time ---------------------------------------------------------
 
-RATE, COUNT = 0.45, 100   # keeps inference_only about 40 % busy
+RATE, COUNT = 0.45, 100   # loads inference_only by about 40 %
 
 
 @cache
@@ -132,25 +132,25 @@ def test_mace_uses_the_idle_time(seed):
 
 
 @pytest.mark.parametrize('blocking_ms', [25.0, 50.0, 200.0])
-def test_a_query_waits_for_one_bounded_piece_of_learning(blocking_ms):
+def test_a_query_waits_for_one_segment_at_most(blocking_ms):
     device = VirtualDevice(noise=0.03)
     engine = served('mace', poisson(60, 0.4, seed=13), device=device,
                     values={'finetune.max_blocking_ms': blocking_ms})
     assert len(engine.learning_waits) > 20
-    # Plans are interruptible: what a query meets is a segment, 30 ms at the longest.
+    # Plans are interruptible: a query waits for the current segment, of up to 30 ms.
     assert max(engine.learning_waits) <= 0.035
     planned = [plan.predicted_s for _, plan in engine.plans if plan.segments and not plan.has_pass]
-    longest = max(blocking_ms, 30.0) / 1e3   # at least one segment, however long
+    longest = max(blocking_ms, 30.0) / 1e3   # at least one segment
     assert max(planned) <= 1.1 * longest
     if blocking_ms == 200.0:
         assert quantile(planned, 0.5) >= 0.7 * longest
 
 
-# -- mace: how it decides -----------------------------------------------------------------
+# -- mace: decisions ----------------------------------------------------------------------
 
 @hypothesis_settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), rate=st.floats(0.3, 3.0), slowdown=st.floats(1.0, 1.5))
-def test_mace_learns_beside_decodes_only_and_lengthens_them_by_no_more_than_allowed(
+def test_mace_learns_beside_decodes_only_and_within_the_allowed_slowdown(
         seed, rate, slowdown):
     device = VirtualDevice(noise=0.03, seed=seed)
     engine = served('mace', poisson(20, rate, seed), device=device,
@@ -164,9 +164,9 @@ def test_mace_learns_beside_decodes_only_and_lengthens_them_by_no_more_than_allo
         assert not plan.prefill
         for request in engine.finished:
             if request.arrival <= at < request.last_token_at:
-                assert request in plan.decode, 'someone waits for a first token'
+                assert request in plan.decode, 'a request waits for its first token'
                 if request.last_token_at < end:
-                    continue   # its last token went out before the segments
+                    continue   # its last token was published before the segments
                 delay[request] += segment_s + device.seconds(plan.shape) - device.seconds(
                     plan.shape._replace(finetune_tokens=0))
     for request, delayed in delay.items():
@@ -176,62 +176,62 @@ def test_mace_learns_beside_decodes_only_and_lengthens_them_by_no_more_than_allo
 
 @pytest.mark.parametrize(('curve', 'objective'), [(CPU_PASS, 0.06), (GPU_PASS, 0.012)])
 @pytest.mark.parametrize('recompute', [False, True])
-def test_mace_keeps_the_slo_whatever_slowdown_is_allowed(curve, objective, recompute):
+def test_mace_meets_the_slo_for_any_allowed_slowdown(curve, objective, recompute):
     requests = [query(n, 3.0 * n, tpot=objective) for n in range(12)]
     engine = served('mace', requests, device=VirtualDevice(curve=curve, noise=0.02),
                     values={'scheduler.max_slowdown': 1000.0}, recompute=recompute)
     assert all(r.slo_met for r in requests)
-    # And uses what it leaves.
+    # And uses the slack that the SLO leaves.
     assert quantile([tpot(r) for r in requests], 0.5) >= 0.75 * objective
-    assert bool(engine.scheduler.statistics(engine.now).ridden_tokens) == recompute
+    assert bool(engine.scheduler.statistics(engine.now).piggybacked_tokens) == recompute
 
 
-def test_mace_does_not_learn_beside_answers_that_are_late_anyway():
+def test_mace_does_not_learn_beside_late_answers():
     requests = [query(n, 3.0 * n, tpot=0.01) for n in range(5)]
     engine = served('mace', requests, device=VirtualDevice(),
                     values={'scheduler.max_slowdown': 1000.0})
     assert not any(plan.decode and plan.segments for _, plan in engine.plans)
 
 
-def test_tokens_ride_where_that_saves_device_time_and_only_there():
+def test_tokens_are_piggybacked_only_where_that_saves_device_time():
     busy = [query(n, 0.0, answer=300) for n in range(4)]
     values = {'scheduler.max_slowdown': 1.5}
 
-    def ridden(device, recompute):
+    def piggybacked(device, recompute):
         engine = served('mace', [query(r.id, 0.0, answer=300) for r in busy], device=device,
                         values=values, recompute=recompute)
-        return engine.scheduler.statistics(engine.now).ridden_tokens
+        return engine.scheduler.statistics(engine.now).piggybacked_tokens
 
-    # On a large GPU the weights are read anyway; but a forward that rides loses its graphs.
-    assert ridden(VirtualDevice(curve=GPU_PASS), recompute=True) > 10 * STEP_TOKENS
-    assert ridden(VirtualDevice(), recompute=False) == 0
+    # A large GPU reads the weights anyway; but a piggybacked forward keeps no graphs.
+    assert piggybacked(VirtualDevice(curve=GPU_PASS), recompute=True) > 10 * STEP_TOKENS
+    assert piggybacked(VirtualDevice(), recompute=False) == 0
 
 
-def test_whether_riding_pays_is_asked_again_for_each_step():
+def test_piggybacking_is_decided_anew_for_each_step():
     device = VirtualDevice(curve=GPU_PASS)
     settings = Settings().updated({'scheduler.max_slowdown': 1.5})
     engine = CheckedEngine(Scheduler(settings, device.calibrated()), device, settings)
     engine.run([query(0, 0.0, answer=100)])
-    assert engine.scheduler.statistics(engine.now).ridden_tokens == 0
-    engine.recompute = True   # of later steps
+    assert engine.scheduler.statistics(engine.now).piggybacked_tokens == 0
+    engine.recompute = True   # of the next steps
     engine.run([query(1, engine.now, answer=300)])
-    assert engine.scheduler.statistics(engine.now).ridden_tokens > STEP_TOKENS
+    assert engine.scheduler.statistics(engine.now).piggybacked_tokens > STEP_TOKENS
 
 
-def test_the_scheduler_holds_no_step():
+def test_the_scheduler_keeps_no_reference_to_a_step():
     device = VirtualDevice(curve=GPU_PASS)
     settings = Settings().updated({'scheduler.max_slowdown': 1.5})
     scheduler = Scheduler(settings, device.calibrated())
     engine = CheckedEngine(scheduler, device, settings, recompute=True)
     engine.run([query(0, 0.0, answer=300)])
-    assert scheduler.statistics(engine.now).ridden_tokens > STEP_TOKENS
+    assert scheduler.statistics(engine.now).piggybacked_tokens > STEP_TOKENS
     steps = [ref(step) for step in engine.steps]
     del engine
     gc.collect()
     assert not any(step() for step in steps)
 
 
-def test_a_new_slowdown_counts_from_when_it_is_set():
+def test_a_new_slowdown_applies_from_its_change_on():
     values = {'scheduler.max_slowdown': 3.0}
     engine = served('mace', [query(0, 1000.0, answer=400, tpot=9.0)], values=values,
                     changes=[(1004.0, {'scheduler.max_slowdown': 1.2})])
@@ -252,13 +252,14 @@ def test_no_learning_while_rows_wait_for_their_turn_to_decode():
     assert not any(p.segments for at, p in engine.plans if 0.4 < at < last_of_four)
 
 
-def test_a_forward_that_began_to_ride_goes_on_when_idle():
+def test_a_piggybacked_forward_continues_when_idle():
     device = VirtualDevice(curve=GPU_PASS)
     queries = [query(n, 1.0 * n, answer=20 + n) for n in range(10)]
     engine = served('mace', queries, device=device, recompute=True,
                     values={'scheduler.max_slowdown': 1.2})
-    ridden = [step for step in engine.steps if step.ridden]
-    assert ridden and all(step.ridden == STEP_TOKENS for step in ridden[:-1])
+    piggybacked = [step for step in engine.steps if step.piggybacked_so_far]
+    assert piggybacked and all(
+        step.piggybacked_so_far == STEP_TOKENS for step in piggybacked[:-1])
     alone = [plan for _, plan in engine.plans if plan.finetune_tokens and not plan.decode]
     assert alone and all(plan.predicted_s <= 0.051 for plan in alone)
 
@@ -280,7 +281,7 @@ def test_overdue_corrections_get_their_minimum_share_of_a_saturated_device(min_s
     ({}, {'mace', 'continuous', 'periodic', 'static_split'}),
     ({'finetune.min_share': 0.0}, {'continuous', 'periodic', 'static_split'}),
     ({'finetune.budget': 0.0}, set())])
-def test_answers_make_way_only_for_what_would_be_learned(values, policies):
+def test_a_correction_takes_precedence_only_if_it_can_be_learned(values, policies):
     overdue = set()
     for name in POLICIES:
         settings = Settings().updated(
@@ -292,8 +293,8 @@ def test_answers_make_way_only_for_what_would_be_learned(values, policies):
     assert overdue == policies
 
 
-def test_the_price_of_freshness_is_counted():
-    # Seven rows that are just in time, and the ones that the claim makes late.
+def test_requests_made_late_by_overdue_learning_are_counted():
+    # Seven rows that are just in time without learning.
     requests = [query(n, 0.0, answer=200, tpot=0.036) for n in range(7)]
     values = {'finetune.min_share': 0.2, 'slo.freshness_s': 1.0}
     engine = served('mace', requests, values=values, device=VirtualDevice())

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Replays under a virtual clock: what goes in, what comes out; and shortcuts change nothing."""
+"""Replays under a virtual clock: inputs, results, and that skipping plans changes nothing."""
 
 import dataclasses
 from pathlib import Path
@@ -29,7 +29,7 @@ def azure(tmp_path: Path) -> Path:
     return write_trace(tmp_path / 'arrivals.csv')
 
 
-# -- what goes in --------------------------------------------------------------------------
+# -- inputs -------------------------------------------------------------------------------
 
 def test_a_trace_is_read(tmp_path):
     path = tmp_path / 'arrivals.csv'
@@ -48,7 +48,7 @@ def test_a_trace_is_read(tmp_path):
     ('TIMESTAMP,ContextTokens,GeneratedTokens\n', 'no request'),
     ('TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,1,x\n', 'line 2'),
     ('TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n', 'line 2')])
-def test_a_trace_that_is_none_is_refused_by_name(tmp_path, text, reason):
+def test_an_invalid_trace_is_refused_with_the_reason(tmp_path, text, reason):
     path = tmp_path / 'arrivals.csv'
     path.write_text(text)
     with pytest.raises(arrival_trace.InvalidArrivals, match=reason):
@@ -56,7 +56,7 @@ def test_a_trace_that_is_none_is_refused_by_name(tmp_path, text, reason):
 
 
 @pytest.mark.parametrize('scale', [0.1, 0.5, 1.0, 3.0])
-def test_a_scaled_trace_has_that_rate_and_its_lengths(azure, scale):
+def test_a_scaled_trace_has_the_scaled_rate_and_its_lengths(azure, scale):
     recorded = arrival_trace.read(azure)
     arrivals = arrival_trace.thinned(recorded, scale, 600, seed=1)
     rate = arrival_trace.rate_of(recorded)
@@ -71,7 +71,7 @@ def test_generators_have_their_rate_and_bursts_are_bursts():
     assert arrival_trace.rate_of(calm) == pytest.approx(0.5, rel=0.1)
     assert arrival_trace.rate_of(wild) == pytest.approx(0.5, rel=0.25)
 
-    def spread(arrivals):   # of the counts in ten seconds; 1 for a Poisson process
+    def spread(arrivals):   # dispersion of the counts in ten seconds; 1 for a Poisson process
         counts = [0] * (int(arrivals[-1].at / 10.0) + 1)
         for each in arrivals:
             counts[int(each.at / 10.0)] += 1
@@ -83,7 +83,7 @@ def test_generators_have_their_rate_and_bursts_are_bursts():
 
 
 @pytest.mark.parametrize('name', ['smollm2-135m', 'llama-3.2-1b', 'llama-3-8b', 'qwen2.5-0.5b'])
-def test_a_model_has_the_weights_that_transformers_gives_it(name):
+def test_a_model_has_as_many_weights_as_in_transformers(name):
     import torch
 
     shape = MODELS[name]
@@ -109,13 +109,13 @@ def test_every_number_of_a_device_has_a_source(name):
     assert any(n.is_assumed for n in device.numbers('maxn').values())
 
 
-def test_a_pass_takes_what_reading_or_computing_takes():
+def test_a_pass_takes_the_time_of_reading_or_of_computing():
     times = Roofline(DEVICES['orin-agx-64'], MODELS['llama-3.2-3b'])
     token_s = times.seconds(PassShape(1, 100))
-    # The weights are read once for one token and for eight.
+    # The weights are read once, for one token as for eight.
     assert 3.2e9 * 2 / 204.8e9 < token_s < 2.0 * 3.2e9 * 2 / 204.8e9
     assert times.seconds(PassShape(8, 800)) < 1.05 * token_s
-    # Far beyond some hundred tokens it is the products that count.
+    # Large passes are bound by matrix multiplications.
     many = times.seconds(PassShape(0, 0, 4096, 0))
     assert many == pytest.approx(2.0 * times.seconds(PassShape(0, 0, 2048, 0)), rel=0.1)
     for kind in SegmentKind:
@@ -137,13 +137,13 @@ def test_the_calibrated_cost_model_knows_the_device(device):
             times.seconds(segment), rel=0.1)
 
 
-def test_no_room_is_torch_or_rclpy():
+def test_the_simulator_imports_neither_torch_nor_rclpy():
     code = ('import sys, mace_ros.simulation.__main__; '
             'assert not {"torch", "rclpy", "transformers"} & set(sys.modules)')
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
-# -- what comes out --------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------
 
 def outcome_of(policy, arrivals, *, learning='corrections', skips=True, values=None, seed=0,
                target=ORIN):
@@ -152,14 +152,14 @@ def outcome_of(policy, arrivals, *, learning='corrections', skips=True, values=N
 
 
 @hypothesis_settings(max_examples=60, deadline=None, phases=[
-    Phase.explicit, Phase.reuse, Phase.generate])     # to shrink a replay takes minutes
+    Phase.explicit, Phase.reuse, Phase.generate])     # shrinking a replay would take minutes
 @given(seed=st.integers(0, 10**6), policy=st.sampled_from(POLICIES),
        rate=st.sampled_from([0.05, 0.3, 1.0, 3.0]), learning=st.sampled_from(
            ['corrections', 'always', 'none']),
        kv=st.sampled_from([4096, 8192, 65536]), rows=st.sampled_from([2, 16]),
        budget=st.sampled_from([0.0, 0.2, 1.0]), admission=st.sampled_from(
            ['serve_late', 'reject']))
-def test_skipping_gives_what_planning_each_iteration_gives(
+def test_skipping_plans_gives_the_same_results(
         seed, policy, rate, learning, kv, rows, budget, admission):
     arrivals = [dataclasses.replace(a, prompt_tokens=min(a.prompt_tokens, 2000))
                 for a in arrival_trace.bursty(rate, 25, seed)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where somebody who knows all that will come can keep every deadline, the scheduler does too."""
+"""The scheduler meets all deadlines where a search that knows all arrivals does."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.simulation.virtual_engine import VirtualEngine
 from mace_ros.simulation.virtual_learning import AlwaysPending, VirtualStep
 
-# Of a CPU, where each token of a prompt costs: there it matters who goes first.
+# A CPU, where the time of a prompt grows with its tokens: there the order matters.
 DEVICE = VirtualDevice()
 TOKEN_S = DEVICE.seconds(PassShape(1, 1))
-MOST_TOKENS = 256       # of a pass
-LONGEST_S = DEVICE.seconds(PassShape(0, 0, MOST_TOKENS, MOST_TOKENS ** 2 // 2))
-MOST_NODES = 20000      # of a search; a case that takes more is left out
+MAX_TOKENS = 256        # of a pass
+LONGEST_S = DEVICE.seconds(PassShape(0, 0, MAX_TOKENS, MAX_TOKENS ** 2 // 2))
+MAX_NODES = 20000       # of a search; cases that take more are left out
 
 
 def case(seed: int) -> list[Request]:
     """
-    Return up to five requests that come together, with deadlines of all degrees.
+    Return up to five requests that arrive within half a second, with tight and loose deadlines.
 
-    The tightest leave time for a usual pass that runs when a request comes, and for its own:
-    less would ask the scheduler to know what comes, as the search does.
+    The tightest deadlines leave time for a pass that runs when the request arrives, and for its
+    own pass. Tighter ones could only be met by knowing future arrivals, as the search does.
     """
     dice = random.Random(seed)
     return [Request(
@@ -41,20 +41,20 @@ def case(seed: int) -> list[Request]:
 
 @dataclass
 class Search:
-    """Tries all ways to put requests into passes, one pass after the other."""
+    """Depth-first search over all sequences of passes."""
 
     requests: Sequence[Request]
     nodes: int = 0
 
     def __post_init__(self) -> None:
-        # Ways to get as far that led nowhere: time, and first tokens (late ones are better).
+        # Dead ends by progress: time, and first-token times (later ones allow more).
         self._dead: dict[tuple[int, ...], list[tuple[float, tuple[float, ...]]]] = {}
 
     def succeeds(self) -> bool | None:
-        """Return whether all deadlines can be met; None if that was too much to find out."""
+        """Return whether all deadlines can be met; None if the search was cut off."""
         count = len(self.requests)
         found = self._from(0.0, (0,) * count, (0.0,) * count)
-        return None if self.nodes > MOST_NODES else found
+        return None if self.nodes > MAX_NODES else found
 
     def _from(self, now: float, done: tuple[int, ...], first: tuple[float, ...]) -> bool:
         self.nodes += 1
@@ -62,7 +62,7 @@ class Search:
         left = [i for i, r in enumerate(requests) if done[i] < r.max_tokens]
         if not left:
             return True
-        if self.nodes > MOST_NODES or any(self._is_late(i, now, done, first) for i in left):
+        if self.nodes > MAX_NODES or any(self._is_late(i, now, done, first) for i in left):
             return False
         dead = self._dead.setdefault(done, [])
         if any(now >= t and all(a <= b for a, b in zip(first, f, strict=True))
@@ -84,10 +84,10 @@ class Search:
         return False
 
     def _subsets(self, here: list[int], done: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Yield who may share a pass, the largest groups first."""
+        """Yield the groups of requests that may share a pass, the largest first."""
         for size in range(len(here), 0, -1):
             for chosen in combinations(here, size):
-                if self._shape(chosen, done).tokens <= MOST_TOKENS:
+                if self._shape(chosen, done).tokens <= MAX_TOKENS:
                     yield chosen
 
     def _shape(self, chosen: tuple[int, ...], done: tuple[int, ...]) -> PassShape:
@@ -99,7 +99,7 @@ class Search:
 
     def _is_in_time(self, chosen: tuple[int, ...], now: float, done: tuple[int, ...],
                     first: tuple[float, ...]) -> bool:
-        """Whether these got their tokens in time just now."""
+        """Return whether the tokens that these requests got at ``now`` were in time."""
         for i in chosen:
             request = self.requests[i]
             late = now > (request.arrival + request.ttft_slo if done[i] == 1
@@ -119,7 +119,7 @@ class Search:
 
 
 def served(seed: int, policy: str) -> list[Request]:
-    """Return the requests of a case as the scheduler served them, fine-tuning pending."""
+    """Return the requests of a case, served by the scheduler with fine-tuning always pending."""
     settings = Settings().updated({'scheduler.policy': policy})
     cost = DEVICE.calibrated()
     requests = case(seed)
@@ -132,7 +132,7 @@ def served(seed: int, policy: str) -> list[Request]:
 
 @pytest.fixture(scope='module')
 def possible() -> list[int]:
-    """Return the cases in which all deadlines can be met."""
+    """Return the seeds of the cases in which all deadlines can be met."""
     found = {seed: Search(case(seed)).succeeds() for seed in range(300)}
     assert False in found.values()
     return [seed for seed, met in found.items() if met]

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The program of the simulation, from its arguments to a report in a browser."""
+"""The simulator's command line, from its arguments to a report in a browser."""
 
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +22,7 @@ CHROMIUM = next((path for path in map(shutil.which, (
     'chromium', 'chromium-browser', 'google-chrome')) if path), None)
 SMALL = ('--requests', '40', '--load-requests', '10', '--loads', '1,2', '--seed', '3')
 
-# Put into a copy of the report: what the browser makes of it, as the browser itself says.
+# Inserted into a copy of the report: reports how the browser renders it.
 PROBE = """<script>
 addEventListener('load', () => {
   const seen = [...document.querySelectorAll('figure')].map(figure => {
@@ -38,7 +38,7 @@ addEventListener('load', () => {
 
 
 def opened(html: str, folder: Path) -> dict:
-    """Open a page in a browser; return what its probe found."""
+    """Open a page in a browser; return the output of the probe."""
     page = folder / 'page.html'
     page.write_text(html.replace('</body>', PROBE))
     shown = subprocess.run(
@@ -75,7 +75,7 @@ def test_a_report_has_all_its_parts(report):
     assert 'A simulation.' in html
     for name in TITLES:
         assert (report / f'{name}.svg').read_text() in html
-    # Each assumption is called one, and nothing is fetched.
+    # Assumptions are marked as such, and nothing is fetched.
     assert html.count('assumed') >= 4
     assert not re.findall(r'(?:src|href)="(?!#)', html.replace('xlink:', ''))
     assert '@import' not in html and 'url(http' not in html
@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_bytes(report, trace_file, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='no chromium to open the report in')
-def test_a_browser_shows_the_report_and_asks_nobody(report, tmp_path):
+def test_a_browser_shows_the_report_without_requests(report, tmp_path):
     html = (report / 'report.html').read_text()
     found = opened(html, tmp_path)
     assert found['title'] == 'llama-3.2-1b on orin-agx-64 (maxn)'
@@ -107,7 +107,7 @@ def test_a_browser_shows_the_report_and_asks_nobody(report, tmp_path):
         assert figure['width'] > 200 and figure['height'] > 100
         assert figure['paths'] > 10
     assert found['requests'] == []
-    # It would have told.
+    # Check that the probe would have noticed a request.
     serve = partial(SimpleHTTPRequestHandler, directory=report)
     with ThreadingHTTPServer(('127.0.0.1', 0), serve) as server:
         Thread(target=server.serve_forever).start()
@@ -126,7 +126,7 @@ def test_a_browser_shows_the_report_and_asks_nobody(report, tmp_path):
     (('--arrivals', 'poisson', '--device', 'orin-nano-8', '--model', 'llama-3-8b'),
      'llama-3-8b takes'),
     (('--trace', '/nowhere/trace.csv'), 'No such file')])
-def test_what_can_not_be_simulated_is_refused_with_a_reason(
+def test_invalid_arguments_are_refused_with_the_reason(
         arguments, reason, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, '--output', str(tmp_path / 'out')])
@@ -135,7 +135,7 @@ def test_what_can_not_be_simulated_is_refused_with_a_reason(
     assert not (tmp_path / 'out').exists()
 
 
-def test_tuned_parameters_are_those_that_the_node_loads(trace_file, tmp_path, monkeypatch):
+def test_the_node_loads_tuned_parameters(trace_file, tmp_path, monkeypatch):
     from rclpy.context import Context
     from rclpy.node import Node
 
@@ -160,5 +160,5 @@ def test_tuned_parameters_are_those_that_the_node_loads(trace_file, tmp_path, mo
     assert settings.slo.ttft_ms == 300.0
     assert settings.slo.admission == 'reject'
     assert settings.scheduler.policy == 'mace'
-    # Plenty of slack: the longest delay that is tried learns most.
+    # There is plenty of slack, so that the largest slowdown learns most.
     assert settings.scheduler.max_slowdown == 1.2

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A saved adapter version is whole, the one that was meant, and PEFT's own format."""
+"""Saved adapter versions are complete, verified, and in PEFT's format."""
 
 from __future__ import annotations
 
@@ -13,13 +13,8 @@ import sys
 import pytest
 import torch
 
-from mace_ros.store.adapter_store import (
-    AdapterStore,
-    CONFIG,
-    CorruptVersion,
-    profile_folder,
-    WEIGHTS,
-)
+from mace_ros.store.adapter_store import AdapterStore, CorruptVersion, profile_folder
+from mace_ros.store.layout import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = {
@@ -35,7 +30,7 @@ def everything_below(folder: Path) -> list[str]:
 
 
 def test_a_saved_version_comes_back(tmp_path: Path) -> None:
-    """Bit for bit, whatever the layout and precision in memory, also after a restart."""
+    """Bit for bit, for any layout and precision in memory, also after a restart."""
     flat = torch.arange(64.0)
     tensors = {
         **TENSORS, 'bfloat16': torch.randn(3, 5).bfloat16(), 'transposed': torch.randn(4, 6).T,
@@ -54,10 +49,9 @@ def test_a_saved_version_comes_back(tmp_path: Path) -> None:
     assert AdapterStore(tmp_path / 'other').save('', 1, tensors, SETTINGS) == saved
 
 
-def test_files_and_folders_are_synced_before_they_are_needed(
+def test_files_are_synced_before_the_rename_and_folders_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The content before the rename, the rename before save() returns."""
     store = AdapterStore(tmp_path)
     store.save('', 1, TENSORS, SETTINGS)
     events: list[str] = []
@@ -77,7 +71,7 @@ def test_files_and_folders_are_synced_before_they_are_needed(
     assert events == [WEIGHTS, CONFIG, '.tmp-v000002', 'rename to v000002', '_robot']
     events.clear()
     AdapterStore(tmp_path / 'new').save('', 1, TENSORS, SETTINGS)
-    # The folders that had to be made are synced into theirs, too.
+    # New folders are synced into their parents, too.
     assert set(events[:3]) == {'adapters', 'new', tmp_path.name}
 
 
@@ -109,17 +103,17 @@ for folder, function, calls in zip(*[iter(sys.argv[1:])] * 3):
 
 
 def test_a_crash_while_saving_leaves_no_version(tmp_path: Path) -> None:
-    """Real processes that end before the rename, or with one of the two files written."""
+    """Processes that end before the rename, or with one of the two files written."""
     moments = {tmp_path / 'a': ('replace', '0'), tmp_path / 'b': ('fsync', '1')}
     first = {folder: AdapterStore(folder).save('ann', 1, TENSORS, SETTINGS) for folder in moments}
     before = everything_below(tmp_path / 'a')
-    # One that imports torch, and forks: two imports would take longer than all the rest.
+    # One process imports torch and forks, since importing it twice would take too long.
     crashed = subprocess.run(
         [sys.executable, '-c', CRASH, *(str(a) for f, m in moments.items() for a in (f, *m))],
         cwd=ROOT, timeout=60, text=True, capture_output=True)
     assert crashed.stdout.split() == ['42', '42'], crashed.stderr
     for folder in moments:
-        assert everything_below(folder) != before  # it was not too early for this test
+        assert everything_below(folder) != before  # the crash came after the first write
         assert [found.name for found in folder.glob('adapters/*/v*')] == ['v000001']
         store = AdapterStore(folder)
         assert everything_below(folder) == before
@@ -131,7 +125,7 @@ def test_a_crash_while_saving_leaves_no_version(tmp_path: Path) -> None:
 def test_a_failing_disk_leaves_no_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error is passed on, and the same version can be saved when the disk is back."""
+    """The error is raised, and the same version can be saved once the disk works again."""
     store = AdapterStore(tmp_path)
 
     def no_space(descriptor: int) -> None:
@@ -151,8 +145,8 @@ def test_a_failing_disk_leaves_no_version(
         store.save('', 0, TENSORS, SETTINGS)
 
 
-def test_a_version_that_is_not_what_was_saved_is_refused(tmp_path: Path) -> None:
-    """One flipped bit, a cut file, a missing one, a broken configuration."""
+def test_a_damaged_version_is_refused(tmp_path: Path) -> None:
+    """One flipped bit, a truncated file, a missing file, a broken configuration."""
     store = AdapterStore(tmp_path)
     saved = store.save('', 1, TENSORS, SETTINGS)
     weights = store.absolute(saved.path) / WEIGHTS
@@ -179,8 +173,8 @@ ODD_NAMES = [
     'ann\u200b', '\udc80', '%', '~', '*', '$HOME', "'; DROP TABLE"]
 
 
-def test_odd_profile_names_get_folders_of_their_own(tmp_path: Path) -> None:
-    """Different, safe on every file system, and readable where ASCII can be."""
+def test_every_profile_name_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Unique, safe on every file system, and readable where the name is ASCII."""
     folders = [profile_folder(name) for name in ODD_NAMES]
     assert len({folder.lower() for folder in folders}) == len(ODD_NAMES)
     assert all(len(folder) <= 64 and folder.isascii() for folder in folders)
@@ -190,13 +184,13 @@ def test_odd_profile_names_get_folders_of_their_own(tmp_path: Path) -> None:
     for number, name in enumerate(ODD_NAMES):
         saved = store.save(name, 1, {'weight': torch.tensor([number])}, {})
         assert int(store.load(saved.path, saved.sha256)['weight']) == number
-    # Two levels below adapters/, nowhere else.
+    # Everything is two levels below adapters/.
     assert everything_below(tmp_path)[0] == 'adapters' and len(list(tmp_path.iterdir())) == 1
     assert len(list(tmp_path.glob(f'adapters/*/v000001/{WEIGHTS}'))) == len(ODD_NAMES)
 
 
-def test_a_removed_version_is_gone(tmp_path: Path) -> None:
-    """No other one is touched, and twice does no harm."""
+def test_removing_a_version_leaves_the_others(tmp_path: Path) -> None:
+    """Removing it again does nothing."""
     store = AdapterStore(tmp_path)
     saved = [store.save(name, number, TENSORS, SETTINGS)
              for name in ('', 'ann') for number in (1, 2)]
@@ -213,7 +207,7 @@ def test_a_removed_version_is_gone(tmp_path: Path) -> None:
 def test_peft_loads_a_saved_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The adapter does what it did before it was saved, without a network."""
+    """The loaded adapter gives the same logits, without a network."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     from peft import get_peft_model, get_peft_model_state_dict, LoraConfig, PeftModel
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The journal keeps what it acknowledged, whatever happens to the process or the disk."""
+"""The journal keeps everything it has acknowledged, when processes or disks fail, too."""
 
 from __future__ import annotations
 
@@ -23,23 +23,31 @@ from support.records import answer, correction
 
 from mace_ros.api.events import CorrectionState, VersionState
 from mace_ros.learning.rollback import roll_back
-from mace_ros.store import journal as journal_module, journal_file
-from mace_ros.store.journal import AnswerRecord, Journal, VersionRecord
+from mace_ros.store import answers
+from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import JournalError
 from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.records import AnswerRecord, VersionRecord
+from mace_ros.store.schema import MIGRATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 LEARNED, TRAINING = CorrectionState.LEARNED, CorrectionState.TRAINING
 
 
 def accepting(name: str, question: str = '') -> Callable[[Journal], bool]:
-    """Return a function for the writer that accepts a correction."""
+    """Return a function that accepts a correction, for the writer."""
     return lambda journal: journal.accept(correction(name, question))
+
+
+def fill_disk(journal: Journal) -> None:
+    """Let the file of the journal grow no more."""
+    [pages] = journal.rows('PRAGMA page_count')[0]
+    journal.execute(f'PRAGMA max_page_count = {pages}')
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Return where the journal lies, in a folder that does not exist yet."""
+    """Return the path of the journal, in a folder that does not exist yet."""
     return tmp_path / 'storage' / 'journal.sqlite'
 
 
@@ -50,9 +58,9 @@ def journal(path: Path) -> Iterator[Journal]:
         yield opened
 
 
-# What is kept
+# Answers and corrections
 
-def test_everything_comes_back_as_it_was_after_a_restart(path: Path) -> None:
+def test_all_records_survive_a_restart(path: Path) -> None:
     """Ids, texts of any language, states and times survive; unknown scores stay NaN."""
     given = answer(
         'q1', 'Wer hat dich gebaut? 你好 \N{ROBOT FACE} \0 "', conversation_id='c', profile='Zoë',
@@ -74,23 +82,23 @@ def test_everything_comes_back_as_it_was_after_a_restart(path: Path) -> None:
         live = journal.live('Zoë')
         assert live is not None and math.isnan(live.score_after)
         assert replace(live, score_after=0.0) == replace(version, score_after=0.0)
-        assert journal.lives() == (live,)
+        assert journal.live_versions() == (live,)
         assert journal.live('') is None
         assert journal.answer('q2') is None and journal.correction('k2') is None
 
 
 def test_the_file_is_set_up_for_power_failures(journal: Journal, path: Path) -> None:
-    """WAL with synchronous=FULL; kill -9 could not tell it from NORMAL."""
-    assert journal._db.execute('PRAGMA journal_mode').fetchone()[0] == 'wal'
-    assert journal._db.execute('PRAGMA synchronous').fetchone()[0] == 2
-    assert journal._db.execute('PRAGMA user_version').fetchone()[0] == 5
+    """WAL with synchronous=FULL, which kill -9 can't tell from NORMAL."""
+    settings = {name: journal.rows(f'PRAGMA {name}')[0][0]
+                for name in ('journal_mode', 'synchronous', 'user_version')}
+    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 5}
 
 
-def test_a_journal_of_an_earlier_schema_is_brought_up_to_date(path: Path) -> None:
-    """What version 1 wrote is all there, and the new columns have their defaults."""
+def test_a_journal_of_schema_1_is_migrated(path: Path) -> None:
+    """Its rows are kept, and the new columns have their defaults."""
     path.parent.mkdir()
     with closing(sqlite3.connect(path, isolation_level=None)) as old:
-        for statement in journal_file._STEPS[0]:
+        for statement in MIGRATIONS[0]:
             old.execute(statement)
         old.execute('PRAGMA user_version = 1')
         old.execute("INSERT INTO answers VALUES (1, 'q', '', 'ann', '[1]', '[]', 'a', '[2]', 3, 0, "
@@ -104,10 +112,10 @@ def test_a_journal_of_an_earlier_schema_is_brought_up_to_date(path: Path) -> Non
         assert journal.answer('q') is not None
 
 
-def test_what_a_profile_has_begun_from_is_known_of_earlier_journals(path: Path) -> None:
+def test_migration_keeps_where_the_lineage_of_a_profile_started(path: Path) -> None:
     path.parent.mkdir()
     with closing(sqlite3.connect(path, isolation_level=None)) as old:
-        for statement in chain.from_iterable(journal_file._STEPS[:4]):
+        for statement in chain.from_iterable(MIGRATIONS[:4]):
             old.execute(statement)
         old.execute('PRAGMA user_version = 4')
         for profile, version in (('', 1), ('', 2), ('ann', 1)):
@@ -122,8 +130,8 @@ def test_what_a_profile_has_begun_from_is_known_of_earlier_journals(path: Path) 
         assert journal.rows("SELECT fork FROM profiles WHERE profile = 'ann'")[0]['fork'] == 1
 
 
-def test_the_last_answer_of_a_conversation(journal: Journal) -> None:
-    """It is the one recorded last, whatever the clock says; no id is no conversation."""
+def test_the_last_answer_of_a_conversation_is_the_one_recorded_last(journal: Journal) -> None:
+    """By insertion, not by time stamps; the empty id is no conversation."""
     journal.record_answer(answer('q1', conversation_id='a', time=50.0))
     journal.record_answer(answer('q2', conversation_id='a', time=10.0))
     journal.record_answer(answer('q3'))
@@ -135,8 +143,8 @@ def test_the_last_answer_of_a_conversation(journal: Journal) -> None:
     assert last is not None and last.text == 'again'
 
 
-def test_a_correction_sent_twice_is_kept_once(journal: Journal) -> None:
-    """The second one changes nothing, not even the state."""
+def test_a_correction_id_is_accepted_once(journal: Journal) -> None:
+    """Accepting it again changes nothing, not even the state."""
     assert journal.accept(correction('k'))
     assert journal.set_correction('k', LEARNED, adapter_version=4)
     assert not journal.accept(correction('k', corrected='something else'))
@@ -144,7 +152,7 @@ def test_a_correction_sent_twice_is_kept_once(journal: Journal) -> None:
     assert kept is not None
     assert (kept.corrected, kept.state, kept.adapter_version) == ('right', LEARNED, 4)
     assert not journal.set_correction('unknown', TRAINING)
-    # What became of it meanwhile stays so, whatever was known when that was written.
+    # if_pending leaves a correction alone that has a final state by now.
     journal.set_correction('k', CorrectionState.SUPERSEDED, 'by correction k2')
     assert not journal.set_correction('k', TRAINING, if_pending=True)
     kept = journal.correction('k')
@@ -152,8 +160,8 @@ def test_a_correction_sent_twice_is_kept_once(journal: Journal) -> None:
     assert not journal.pending()
 
 
-def test_pending_is_what_a_restarted_node_goes_on_with(journal: Journal) -> None:
-    """Accepted and training ones, oldest first, of one profile or of all."""
+def test_pending_are_accepted_and_training_corrections(journal: Journal) -> None:
+    """Oldest first, of one profile or of all."""
     for name, profile in (('k1', ''), ('k2', 'ann'), ('k3', ''), ('k4', ''), ('k5', '')):
         journal.accept(correction(name, profile=profile, received=-float(name[1])))
     journal.set_correction('k3', TRAINING)
@@ -164,8 +172,7 @@ def test_pending_is_what_a_restarted_node_goes_on_with(journal: Journal) -> None
     assert [record.id for record in journal.pending('ann')] == ['k2']
 
 
-def test_old_answers_go_but_none_that_a_pending_correction_needs(path: Path) -> None:
-    """The number of answers is bounded; a correction holds its answer until it is learned."""
+def test_old_answers_are_deleted_unless_a_pending_correction_needs_them(path: Path) -> None:
     with Journal(path, max_answers=5) as journal:
         for number in range(4):
             journal.record_answer(answer(f'q{number}'))
@@ -180,10 +187,10 @@ def test_old_answers_go_but_none_that_a_pending_correction_needs(path: Path) -> 
         assert kept == [16, 17, 18, 19, 20]
 
 
-def test_base_answers_are_those_of_one_model_and_bounded(
+def test_base_answers_are_of_one_model_and_bounded(
         journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chat template that tells the date makes new prompts every day."""
-    monkeypatch.setattr(journal_module, 'MAX_BASE_ANSWERS', 3)
+    """A chat template that contains the date makes new prompts every day."""
+    monkeypatch.setattr(answers, 'MAX_BASE_ANSWERS', 3)
     journal.record_base_answer('old', [0], [9])
     for i in range(5):
         journal.record_base_answer('new', [i], [i, i])
@@ -191,8 +198,8 @@ def test_base_answers_are_those_of_one_model_and_bounded(
     assert journal.base_answers('new') == {(i,): [i, i] for i in (2, 3, 4)}
 
 
-def test_replay_takes_answers_that_nobody_called_wrong(journal: Journal) -> None:
-    """Newest first, one per question, none without permission, none that was corrected."""
+def test_replay_candidates_are_answers_to_uncorrected_questions(journal: Journal) -> None:
+    """Newest first, one per question, none with no_learn."""
     journal.record_answer(answer('sky1', 'What colour is the sky?'))
     journal.record_answer(answer('other', profile='ann'))
     journal.record_answer(answer('name1', 'What is your name?'))
@@ -201,7 +208,7 @@ def test_replay_takes_answers_that_nobody_called_wrong(journal: Journal) -> None
     journal.record_answer(answer('name2', 'What is your name?'))
     journal.record_answer(answer('sum', '1 + 1?'))
     journal.record_answer(answer('wrong'))
-    # The same wrong answer was given twice, and corrected once.
+    # The same wrong answer was given twice and corrected once.
     journal.accept(correction('k1', 'What is your name?', query_id='name2'))
     journal.accept(correction('k2', query_id='wrong', state=CorrectionState.FAILED))
 
@@ -218,10 +225,10 @@ def test_replay_takes_answers_that_nobody_called_wrong(journal: Journal) -> None
 # Versions
 
 def test_publishing_is_all_or_nothing(journal: Journal, path: Path) -> None:
-    """An error at the last correction leaves no version, no live one and no LEARNED."""
+    """An error at the last correction leaves no version and no LEARNED correction."""
     journal.accept(correction('k1'))
     journal.accept(correction('k2'))
-    journal._db.execute(
+    journal.execute(
         "CREATE TEMP TRIGGER fails BEFORE UPDATE ON corrections WHEN new.id = 'k2' "
         "BEGIN SELECT raise(ABORT, 'injected'); END")
     with pytest.raises(JournalError, match='injected'):
@@ -231,7 +238,7 @@ def test_publishing_is_all_or_nothing(journal: Journal, path: Path) -> None:
 
 
 def test_publishing_leaves_superseded_corrections_alone(journal: Journal) -> None:
-    """A correction that was replaced while it was trained on is not called LEARNED."""
+    """A correction superseded during training does not become LEARNED."""
     for name in ('k1', 'k2', 'k3'):
         journal.accept(correction(name))
     journal.set_correction('k2', CorrectionState.SUPERSEDED)
@@ -245,8 +252,8 @@ def test_publishing_leaves_superseded_corrections_alone(journal: Journal) -> Non
     assert [record.version for record in journal.versions('')] == [1, 2]
 
 
-def test_a_version_number_is_never_used_again(path: Path) -> None:
-    """Not that of a rejected version, and not that of one lost in a crash."""
+def test_a_version_number_is_never_reused(path: Path) -> None:
+    """Neither that of a rejected version nor that of one lost in a crash."""
     with Journal(path) as journal:
         assert journal.next_version('') == 1
         journal.record_version(VersionRecord('', 1, 0, VersionState.REJECTED, 'worse'))
@@ -271,7 +278,7 @@ def test_a_version_number_is_never_used_again(path: Path) -> None:
 # The writer
 
 def test_functions_run_in_order_and_share_commits(path: Path) -> None:
-    """What waits while the disk is busy is one transaction, and resolved after its commit."""
+    """Those queued during a commit form one transaction, and are resolved after it."""
     with JournalWriter(path) as writer:
         started, go = threading.Event(), threading.Event()
 
@@ -304,7 +311,7 @@ def test_functions_run_in_order_and_share_commits(path: Path) -> None:
         assert not any(future.done() for future in futures)
         go.set()
         assert first.result(5) is None
-        # Nothing could be seen from outside before the last one had run.
+        # No other connection saw any of them before the last one had run.
         assert [future.result(5) for future in futures] == [(n, 0) for n in range(50)]
         assert len(writer.submit(lambda journal: journal.pending()).result(5)) == 50
     assert order == resolved == list(range(50))
@@ -312,7 +319,7 @@ def test_functions_run_in_order_and_share_commits(path: Path) -> None:
 
 
 def test_an_error_undoes_only_its_own_function(path: Path) -> None:
-    """The others of its group are committed; a cancelled one never runs."""
+    """The other functions of its group are committed; a cancelled one never runs."""
     with JournalWriter(path) as writer:
         started, go = threading.Event(), threading.Event()
 
@@ -342,7 +349,7 @@ def test_an_error_undoes_only_its_own_function(path: Path) -> None:
 
 
 def test_close_finishes_what_was_submitted(path: Path) -> None:
-    """Nothing submitted before is dropped, nothing is taken after, twice does no harm."""
+    """Later submissions are refused; closing again does nothing."""
     writer = JournalWriter(path)
     futures = [writer.submit(accepting(f'k{number}')) for number in range(200)]
     writer.close()
@@ -354,8 +361,7 @@ def test_close_finishes_what_was_submitted(path: Path) -> None:
         assert len(journal.pending()) == 200
 
 
-def test_submitting_from_many_threads(path: Path) -> None:
-    """Every thread's functions run, in that thread's order."""
+def test_functions_of_each_thread_run_in_its_order(path: Path) -> None:
     with JournalWriter(path) as writer:
         def work(name: str) -> None:
             for number in range(40):
@@ -371,28 +377,26 @@ def test_submitting_from_many_threads(path: Path) -> None:
         assert [i for i in ids if i[0] == name] == [f'{name}{n:03d}' for n in range(40)]
 
 
-# When things break
+# Failures
 
 def test_a_full_disk_says_what_to_do(journal: Journal) -> None:
-    """The error is named, nothing is half-written, and the journal works again later."""
+    """Nothing is half-written, and the journal works again once there is space."""
     journal.accept(correction('k1'))
-    pages = journal._db.execute('PRAGMA page_count').fetchone()[0]
-    journal._db.execute(f'PRAGMA max_page_count = {pages}')
+    fill_disk(journal)
     with pytest.raises(JournalError, match='disk is full; free space'):
         journal.accept(correction('k2', 'long ' * 20000))
     assert journal.correction('k2') is None and not journal.in_transaction
-    journal._db.execute('PRAGMA max_page_count = 1000000')
+    journal.execute('PRAGMA max_page_count = 1000000')
     assert journal.accept(correction('k2'))
 
 
-def test_a_full_disk_in_a_group_fails_all_that_it_takes_back(path: Path) -> None:
-    """SQLite rolls the whole group back then: no future of it may say that it is on disk."""
+def test_a_full_disk_fails_every_function_that_is_rolled_back(path: Path) -> None:
+    """SQLite may roll the whole group back: none of its futures may report success then."""
     with JournalWriter(path) as writer:
         started, go = threading.Event(), threading.Event()
 
         def hold(journal: Journal) -> None:
-            pages = journal._db.execute('PRAGMA page_count').fetchone()[0]
-            journal._db.execute(f'PRAGMA max_page_count = {pages}')
+            fill_disk(journal)
             started.set()
             go.wait(5)
 
@@ -436,8 +440,8 @@ with JournalWriter(sys.argv[1]) as writer:
 """
 
 
-def test_a_failing_disk_reaches_the_futures_and_may_come_back(path: Path) -> None:
-    """Real failing writes, in a process whose files may not grow."""
+def test_write_errors_become_errors_of_the_futures(path: Path) -> None:
+    """In a process whose files may not grow for a while; it recovers afterwards."""
     done = subprocess.run(
         [sys.executable, '-c', DISK_FAILS, path], cwd=ROOT, text=True, capture_output=True,
         timeout=30)
@@ -449,8 +453,8 @@ def test_a_failing_disk_reaches_the_futures_and_may_come_back(path: Path) -> Non
         assert 'send again what was not acknowledged' in failure
 
 
-def test_a_journal_that_cannot_be_used_is_refused_at_the_start(path: Path) -> None:
-    """Each with its own advice; the file is left as it is."""
+def test_an_unusable_journal_is_refused_with_advice(path: Path) -> None:
+    """The file is left unchanged."""
     path.parent.mkdir()
     path.write_bytes(b'My diary. ' * 1000)
     with pytest.raises(JournalError, match=r'not a database.*put back a backup'):
@@ -460,13 +464,13 @@ def test_a_journal_that_cannot_be_used_is_refused_at_the_start(path: Path) -> No
         JournalWriter(path / 'a file is no folder')
     newer = path.with_name('newer.sqlite')
     with Journal(newer) as journal:
-        journal._db.execute('PRAGMA user_version = 99')
+        journal.execute('PRAGMA user_version = 99')
     with pytest.raises(JournalError, match='newer mace_ros'):
         JournalWriter(newer)
 
 
 def test_a_journal_that_vanishes_is_not_replaced_by_an_empty_one(path: Path) -> None:
-    """As when a disk is unplugged; it is used again as soon as it is back."""
+    """As when a disk is unplugged; it is used again once it is back."""
     def fail(journal: Journal) -> None:
         raise JournalError('disk I/O error')
 
@@ -485,10 +489,9 @@ def test_a_journal_that_vanishes_is_not_replaced_by_an_empty_one(path: Path) -> 
         assert [record.id for record in pending] == ['before', 'after']
 
 
-def test_another_process_may_hold_it_for_a_moment(
+def test_a_lock_of_another_process_is_an_error_with_advice_until_it_ends(
     path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Longer than the timeout is an error with advice; afterwards all goes on."""
     monkeypatch.setattr('mace_ros.store.journal_file._BUSY_SECONDS', 0.05)
     with JournalWriter(path) as writer:
         other = sqlite3.connect(path, isolation_level=None)
@@ -502,11 +505,11 @@ def test_another_process_may_hold_it_for_a_moment(
 
 # kill -9
 
-INTAKE = """
+WRITE_UNTIL_KILLED = """
 import sys
 sys.path.insert(0, 'test')
-from mace_ros.store.journal import VersionRecord
 from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.records import VersionRecord
 from support.records import answer, correction
 
 path, prefix = sys.argv[1:]
@@ -535,20 +538,20 @@ for number in range(1000000):
 
 
 def test_kill_9_loses_nothing_that_was_acknowledged(path: Path) -> None:
-    """Killed at random moments of intake and publishing, again and again on one file."""
+    """Processes killed at random moments of accepting and publishing, all on one file."""
     chance = random.Random(20260726)
     accepted: set[str] = set()
     published: list[int] = []
     for attempt in range(6):
         before = len(accepted)
         process = subprocess.Popen(
-            [sys.executable, '-c', INTAKE, path, str(attempt)], cwd=ROOT, text=True,
+            [sys.executable, '-c', WRITE_UNTIL_KILLED, path, str(attempt)], cwd=ROOT, text=True,
             stdout=subprocess.PIPE)
         assert process.stdout is not None
         timer: threading.Timer | None = None
         for line in process.stdout:
             if not line.endswith('\n'):
-                break  # killed in the middle of it
+                break  # killed while it was printed
             word, name = line.split()
             if word == 'accepted':
                 accepted.add(name)
@@ -562,10 +565,10 @@ def test_kill_9_loses_nothing_that_was_acknowledged(path: Path) -> None:
         assert len(accepted) > before
 
         with Journal(path) as journal:
-            assert journal._db.execute('PRAGMA integrity_check').fetchone()[0] == 'ok'
+            assert journal.rows('PRAGMA integrity_check')[0][0] == 'ok'
             assert not [name for name in accepted if journal.correction(name) is None]
             versions = journal.versions('')
-            # A version is recorded, live, and its corrections LEARNED; or none of it.
+            # A version is recorded and live with its corrections LEARNED, or not at all.
             assert {record.version for record in versions} >= set(published)
             live = journal.live('')
             assert (live.version if live else 0) == max((v.version for v in versions), default=0)

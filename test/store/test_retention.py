@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept, for how long, and that it can be seen, taken along and deleted for good."""
+"""Retention by limits, and listing, export, import and deletion by mace_journal."""
 
 from __future__ import annotations
 
@@ -16,17 +16,13 @@ import torch
 from mace_ros.api.events import CorrectionState, InvalidCorrection, VersionState
 from mace_ros.learning.rollback import roll_back, RollbackRefused
 from mace_ros.store.adapter_store import AdapterStore
-from mace_ros.store.journal import Journal, MAX_ANSWERS, VersionRecord
+from mace_ros.store.answers import MAX_ANSWERS
+from mace_ros.store.journal import Journal
 from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.layout import JOURNAL, MODEL
 from mace_ros.store.lock import StorageInUse, StorageLock
-from mace_ros.store.retention import (
-    forget_corrections,
-    forget_old_versions,
-    make_room,
-    remove_files,
-    tidy,
-)
+from mace_ros.store.records import VersionRecord
+from mace_ros.store.retention import remove_files, tidy
 
 ROOT = Path(__file__).resolve().parents[2]
 LEARNED = CorrectionState.LEARNED
@@ -45,14 +41,15 @@ def publish(journal: Journal, store: AdapterStore, profile: str = '', *correctio
 
 
 def on_disk(folder: Path) -> list[str]:
-    """Return the versions whose files are there."""
+    """Return the versions whose files are on disk."""
     return sorted(f'{v.parent.name.split("-")[0]}/{v.name}' for v in folder.glob('adapters/*/v*'))
 
 
-# By the rule
+# Limits
 
-def test_the_oldest_finished_corrections_make_room(tmp_path: Path) -> None:
-    """Those that no version holds go first; what waits never goes, but keeps others out."""
+def test_surplus_corrections_are_deleted_oldest_first_but_never_pending_ones(
+        tmp_path: Path) -> None:
+    """Those that no version has learned go first; too many pending ones refuse new ones."""
     with Journal(tmp_path / JOURNAL) as journal:
         for name in ('learned1', 'failed', 'learned2', 'waits1', 'waits2'):
             journal.record_answer(answer(f'q-{name}', f'question of {name}'))
@@ -65,42 +62,42 @@ def test_the_oldest_finished_corrections_make_room(tmp_path: Path) -> None:
             journal.set_correction(name, LEARNED, adapter_version=1)
 
         def after(most: int) -> list[str]:
-            make_room(journal, most)
+            journal.limit_corrections(most)
             return [record.id for record in journal.corrections()]
 
         assert len(after(6)) == 6
         assert after(5) == ['learned1', 'learned2', 'waits1', 'waits2', 'waits3']
-        # Without it, the wrong answers would be there to be replayed.
+        # Without the correction, the wrong answers would be replayed.
         assert journal.answer('q-failed') is None and journal.answer('q-again') is None
         assert after(4) == ['learned2', 'waits1', 'waits2', 'waits3']
         assert after(3) == ['waits1', 'waits2', 'waits3']
         with pytest.raises(InvalidCorrection, match=r'2 corrections wait.*max_corrections'):
-            make_room(journal, 2)
+            journal.limit_corrections(2)
         assert [record.id for record in journal.pending()] == ['waits1', 'waits2', 'waits3']
         assert journal.answer('q-waits1') is not None and journal.answer('q-wanted') is not None
 
 
-def test_what_a_person_deletes_is_gone_whoever_refers_to_it(tmp_path: Path) -> None:
+def test_deleting_a_correction_deletes_answers_that_pending_ones_refer_to(tmp_path: Path) -> None:
     with Journal(tmp_path / JOURNAL) as journal:
         for query, name in (('q1', 'deleted'), ('q2', 'waits')):
             journal.record_answer(answer(query, 'the question'))
             journal.accept(correction(name, 'the question', query_id=query))
-        assert forget_corrections(journal, ['deleted']) == 1
+        assert journal.forget_corrections(['deleted']) == 1
         assert not journal.answers()
         assert [record.id for record in journal.pending()] == ['waits']
 
 
-def test_the_newest_versions_and_those_in_use_are_kept(tmp_path: Path) -> None:
-    """The live one stays however old, and that from which a profile will begin."""
+def test_the_newest_versions_and_those_in_use_keep_their_files(tmp_path: Path) -> None:
+    """An old version stays if it is live, or if a profile's lineage starts from it."""
     store = AdapterStore(tmp_path)
     with Journal(tmp_path / JOURNAL) as journal:
         publish(journal, store)
-        journal.accept(correction('ann', profile='ann'))      # begins from version 1
+        journal.accept(correction('ann', profile='ann'))      # starts from version 1
         for _ in range(5):
             publish(journal, store)
         publish(journal, store, 'bob')
         roll_back(journal, '', 3, '')
-        forget_old_versions(journal, 2)
+        journal.forget_old_versions(2)
         remove_files(journal, store)
         assert on_disk(tmp_path) == [
             '_robot/v000001', '_robot/v000003', '_robot/v000006', 'bob/v000001']
@@ -110,30 +107,29 @@ def test_the_newest_versions_and_those_in_use_are_kept(tmp_path: Path) -> None:
         roll_back(journal, '', 6, '')
 
 
-def test_tidying_up_follows_its_commit(tmp_path: Path) -> None:
-    """Files go once the journal says so for good; what it does not know is left alone."""
+def test_files_are_deleted_after_the_commit_that_forgot_them(tmp_path: Path) -> None:
+    """Files that the journal does not know are left alone."""
     store = AdapterStore(tmp_path)
     with JournalWriter(tmp_path / JOURNAL) as writer:
         for _ in range(3):
             writer.submit(lambda journal: publish(journal, store)).result(5)
-        store.save('', 99, {'weight': torch.ones(2)}, {})     # as of a journal that was lost
+        store.save('', 99, {'weight': torch.ones(2)}, {})     # of a journal that was lost
         tidy(writer, store, 1)
         writer.submit(lambda journal: None).result(5)
         writer.submit(lambda journal: None).result(5)
     assert on_disk(tmp_path) == ['_robot/v000003', '_robot/v000099']
 
 
-def test_old_version_records_go_in_the_end(
+def test_a_rollback_knows_what_is_learned_after_old_version_records_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A rollback then still knows what the live version holds."""
-    monkeypatch.setattr('mace_ros.store.retention.VERSION_RECORDS', 3)
+    monkeypatch.setattr('mace_ros.store.versions.VERSION_RECORDS', 3)
     with Journal(tmp_path / JOURNAL) as journal:
         for number in range(1, 7):
             journal.accept(correction(f'k{number}'))
             journal.publish(VersionRecord('', number, number - 1, correction_ids=(f'k{number}',),
                                           sha256='ab' if number > 4 else ''))
-        forget_old_versions(journal, 9)
+        journal.forget_old_versions(9)
         assert [v.version for v in journal.versions('')] == [4, 5, 6]
         outcome = roll_back(journal, '', 5, '')
         assert [c.id for c in outcome.corrections] == ['k6']
@@ -141,8 +137,8 @@ def test_old_version_records_go_in_the_end(
         assert not journal.learned('')
 
 
-def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
-    """Another one is told who does; it may when that one has ended, also by a signal."""
+def test_only_one_process_at_a_time_locks_the_storage_folder(tmp_path: Path) -> None:
+    """The error names the process that holds the lock; its end, also by a signal, frees it."""
     holder = subprocess.Popen(
         [sys.executable, '-c', 'import sys, time; from pathlib import Path; '
          'from mace_ros.store.lock import StorageLock; '
@@ -157,7 +153,7 @@ def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
     StorageLock(tmp_path, wait_s=5.0).release()
 
 
-# By hand
+# mace_journal
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
@@ -185,8 +181,8 @@ def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
     return done.stderr if code else done.stdout
 
 
-def test_what_is_kept_can_be_listed(storage: Path) -> None:
-    """A line for each, oldest first, of all profiles or of one."""
+def test_list_prints_one_line_per_record(storage: Path) -> None:
+    """Oldest first, of all profiles or of one."""
     assert run(storage, 'list', 'corrections') == (
         f'k1\tLEARNED\t\tWhere do I live?\t{SECRET}\tversion 1\t\n'
         'k2\tACCEPTED\tann\tWho am I?\tAnn.\t\t\n')
@@ -198,8 +194,8 @@ def test_what_is_kept_can_be_listed(storage: Path) -> None:
         '2\tPUBLISHED\t\tparent 1\t0 corrections\tlive\t\n')
 
 
-def test_a_wrong_command_says_what_is_wrong(storage: Path) -> None:
-    """2 for a command that there is not, 1 for one that can't be done."""
+def test_a_command_that_fails_says_why_and_changes_nothing(storage: Path) -> None:
+    """Exit code 2 for an unknown command, 1 for one that can't be carried out."""
     assert 'invalid choice' in run(storage, 'burn', code=2)
     assert 'no storage folder' in run(storage / 'nowhere', 'list', 'answers', code=1)
     assert not (storage / 'nowhere').exists()
@@ -210,15 +206,15 @@ def test_a_wrong_command_says_what_is_wrong(storage: Path) -> None:
     assert on_disk(storage) == ['_robot/v000001', '_robot/v000002']
 
 
-def test_the_folder_may_be_named_after_the_command(storage: Path, tmp_path: Path) -> None:
-    """The later one counts, as with any option that is given twice."""
+def test_options_may_follow_the_command(storage: Path, tmp_path: Path) -> None:
+    """The last one counts, as with any option that is given twice."""
     nowhere = tmp_path / 'nowhere'
     assert run(nowhere, 'list', 'answers', '--folder', str(storage)).startswith('q1')
     assert 'nowhere' in run(storage, 'export', '--folder', str(nowhere), code=1)
 
 
-def test_what_is_deleted_is_gone_from_the_disk(storage: Path) -> None:
-    """No file has a byte of it left, nor of the answers to its question."""
+def test_deleted_texts_are_in_no_file(storage: Path) -> None:
+    """Neither the correction nor the answers to its question."""
     def found(text: str) -> list[str]:
         return [path.name for path in storage.rglob('*')
                 if path.is_file() and text.encode() in path.read_bytes()]
@@ -226,7 +222,7 @@ def test_what_is_deleted_is_gone_from_the_disk(storage: Path) -> None:
     assert found(SECRET) and found('In a house.')
     assert run(storage, 'delete', 'corrections', 'k1') == '1 corrections deleted\n'
     assert not found(SECRET) and not found('In a house.')
-    assert found('In a flat.')      # said to another person
+    assert found('In a flat.')      # of another profile
     run(storage, 'delete', 'answers', 'q3')
     assert not found('In a flat.')
     with Journal(storage / JOURNAL) as journal:
@@ -234,19 +230,18 @@ def test_what_is_deleted_is_gone_from_the_disk(storage: Path) -> None:
         assert [c.id for c in journal.corrections()] == ['k2']
 
 
-def test_a_version_is_deleted_but_not_forgotten(storage: Path) -> None:
-    """Its files go; the record says that there was one. That of a profile's start is kept."""
+def test_deleting_a_version_deletes_its_files_and_keeps_its_record(storage: Path) -> None:
+    """A version from which a profile's lineage starts can't be deleted."""
     assert 'begins from it' in run(storage, 'delete', 'versions', '1', code=1)
-    run(storage, 'delete', 'corrections', 'k2')
     with Journal(storage / JOURNAL) as journal:
-        journal.execute("DELETE FROM profiles WHERE profile = 'ann'")
+        journal.publish(VersionRecord('ann', journal.next_version('ann'), 0))
     run(storage, 'delete', 'versions', '1')
     assert on_disk(storage) == ['_robot/v000002']
-    assert 'no files' in run(storage, 'list', 'versions').splitlines()[0]
+    assert 'no files' in run(storage, 'list', 'versions', '--profile', '').splitlines()[0]
 
 
-def test_a_running_node_is_not_disturbed(storage: Path) -> None:
-    """Looking is allowed; whatever changes the folder is refused by name of the process."""
+def test_beside_a_running_node_only_reading_is_allowed(storage: Path) -> None:
+    """The refusal names the process."""
     with JournalWriter(storage / JOURNAL) as writer:
         assert len(run(storage, 'list', 'corrections').splitlines()) == 2
         lines = run(storage, 'export')
@@ -255,8 +250,9 @@ def test_a_running_node_is_not_disturbed(storage: Path) -> None:
         assert writer.submit(lambda journal: journal.correction('k1')).result(5) is not None
 
 
-def test_an_export_can_be_taken_in_elsewhere(storage: Path, tmp_path: Path) -> None:
-    """All comes over, to be learned there; a second time nothing is new."""
+def test_an_export_is_imported_by_another_robot_to_be_learned(
+        storage: Path, tmp_path: Path) -> None:
+    """A second import changes nothing."""
     file = tmp_path / 'export.jsonl'
     run(storage, 'export', str(file))
     kinds = [json.loads(line)['kind'] for line in file.read_text().splitlines()]
@@ -267,22 +263,21 @@ def test_an_export_can_be_taken_in_elsewhere(storage: Path, tmp_path: Path) -> N
         journal.accept(correction('mine', 'Who am I?', profile='ann'))
     (other / MODEL).write_text('a model\n')
     assert run(other, 'import', str(file)) == (
-        '2 corrections, 3 answers and 0 versions taken in, 0 known already\n')
+        '2 corrections, 3 answers and 0 versions imported, 0 known already\n')
     assert run(other, 'import', text=file.read_text()) == (
-        '0 corrections, 0 answers and 0 versions taken in, 5 known already\n')
+        '0 corrections, 0 answers and 0 versions imported, 5 known already\n')
     with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
         assert new.answers() == journal.answers()
         assert [c.id for c in new.pending()] == ['k1', 'k2']
-        # It contradicts what was there, and is no older.
+        # The imported correction is not older than the one it contradicts.
         mine, theirs = new.correction('mine'), new.correction('k1')
         assert mine is not None and mine.state is CorrectionState.SUPERSEDED
         assert theirs is not None and theirs.corrected == SECRET
         assert not new.versions()
 
 
-def test_an_import_does_not_contradict_what_was_said_later(
+def test_an_import_does_not_supersede_later_corrections(
         storage: Path, tmp_path: Path) -> None:
-    """Whoever takes in an old export keeps what this robot was told since."""
     other = tmp_path / 'other'
     with Journal(other / JOURNAL) as journal:
         journal.accept(correction('mine', 'Where do I live?', received=1.0))
@@ -295,8 +290,8 @@ def test_an_import_does_not_contradict_what_was_said_later(
         assert (old.state, old.reason) == (CorrectionState.SUPERSEDED, 'by correction mine')
 
 
-def test_a_token_that_the_model_does_not_have_is_refused(storage: Path) -> None:
-    """It would break every job that replays it."""
+def test_a_token_id_outside_the_vocabulary_is_refused(storage: Path) -> None:
+    """Every job that replays it would fail."""
     model = 'llama, 2 layers of 8, vocabulary of 100'
     (storage / MODEL).write_text(f'{model}\n')
     first = json.dumps({'kind': 'model', 'model': model}) + '\n'
@@ -307,8 +302,8 @@ def test_a_token_that_the_model_does_not_have_is_refused(storage: Path) -> None:
     run(storage, 'import', text=first + line.replace('TOKEN', '99'))
 
 
-def test_an_import_makes_no_answer_forgotten(storage: Path, tmp_path: Path) -> None:
-    """How many are kept is the node's parameter, of which the program knows nothing."""
+def test_an_import_deletes_no_answers(storage: Path, tmp_path: Path) -> None:
+    """The limit is a parameter of the node, which mace_journal does not know."""
     other = tmp_path / 'other'
     with Journal(other / JOURNAL, max_answers=10**6) as journal, journal.transaction():
         for i in range(MAX_ANSWERS + 1):
@@ -319,8 +314,9 @@ def test_an_import_makes_no_answer_forgotten(storage: Path, tmp_path: Path) -> N
         assert journal.answer('old0') is not None and journal.answer('q3') is not None
 
 
-def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path: Path) -> None:
-    """Under new numbers, to be made live by a rollback; a second time nothing is new."""
+def test_versions_are_imported_with_their_weights_under_new_numbers(
+        storage: Path, tmp_path: Path) -> None:
+    """A rollback makes one live; a second import changes nothing."""
     export = run(storage, 'export', '--weights')
     other = tmp_path / 'other'
     with Journal(other / JOURNAL) as journal:
@@ -328,8 +324,8 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
     (other / MODEL).write_text('a model\n')
     spoilt = export.replace('"sha256": "', '"sha256": "0')
     assert 'checksum' in run(other, 'import', text=spoilt, code=1)
-    assert '2 versions taken in, 0 known' in run(other, 'import', text=export)
-    assert '0 versions taken in, 7 known' in run(other, 'import', text=export)
+    assert '2 versions imported, 0 known' in run(other, 'import', text=export)
+    assert '0 versions imported, 7 known' in run(other, 'import', text=export)
     with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
         mine, *theirs = new.versions('')
         assert [v.correction_ids for v in theirs] == [
@@ -348,7 +344,7 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
     ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "!"}', 'base64'),
     ('{"kind": "version", "profile": "", "version": 1, "parent": 0, "weights": "aaaa"}',
      'checksum'),
-    ('no JSON', 'Expecting value'), ('[]', 'nothing that was exported'),
+    ('no JSON', 'Expecting value'), ('[]', 'not the line of an export'),
     ('{"kind": "secret"}', 'secret'),
     ('{"kind": "correction", "id": "a"}', 'prompt_ids, messages, corrected missing'),
     ('{"kind": "answer", "query_id": "q", "prompt_ids": [], "messages": [], "text": "b", '
@@ -371,7 +367,7 @@ def test_versions_go_to_another_robot_with_their_weights(storage: Path, tmp_path
     ('{"kind": "model", "model": "a second one"}', 'base model'),
     ('{"kind": "model", "model": "another"}', 'another')])
 def test_an_import_is_all_or_nothing(storage: Path, line: str, why: str) -> None:
-    """A bad line is named, and none before it is kept."""
+    """The error names the bad line, and the lines before it are not imported."""
     first = '{"kind": "model", "model": "a model"}\n'
     good = ('{"kind": "correction", "id": "new", "prompt_ids": [1], "messages": [], '
             '"corrected": "b"}\n')
@@ -384,7 +380,7 @@ def test_an_import_is_all_or_nothing(storage: Path, line: str, why: str) -> None
         assert journal.correction('new') is None
 
 
-def test_bytes_that_are_no_text_are_refused_with_their_line(storage: Path, tmp_path: Path) -> None:
+def test_a_line_that_is_not_utf_8_is_refused_by_its_number(storage: Path, tmp_path: Path) -> None:
     file = tmp_path / 'lines.jsonl'
     file.write_bytes(b'{"kind": "model", "model": "a model"}\n'
                      b'{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [], '
@@ -396,8 +392,7 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(storage: Path, tmp_p
     assert done.returncode == 1 and b'line 2' in done.stderr
 
 
-def test_a_version_that_was_rejected_has_no_files_to_delete(storage: Path) -> None:
-    """It is not on disk."""
+def test_a_rejected_version_has_no_files_to_delete(storage: Path) -> None:
     with Journal(storage / JOURNAL) as journal:
         journal.record_version(VersionRecord(
             '', journal.next_version(''), 2, VersionState.REJECTED, 'worse'))

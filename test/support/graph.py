@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes in other processes, for tests."""
+"""ROS domains of tests, and the view of the graph in one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ import time
 from rclpy.context import Context
 from rclpy.node import Node
 
-DOMAINS = 100       # 1 to 100: their ports are free on Linux
+DOMAINS = 100       # domains 1 to 100, whose ports are free on Linux
 
 ENVIRONMENT = {'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST', 'ROS_DOMAIN_ID': ''}
 _files = count()
 
 
 def use_another_domain() -> None:
-    """Change to a domain that no robot, test run, or other process of this run is likely to use."""
+    """Change to a domain that no robot, other test run or parallel process is likely to use."""
     processes = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
     process = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw'))
     run = os.getpid() if processes == 1 else os.getppid()
@@ -34,7 +34,7 @@ def domain_id() -> int:
 
 @contextmanager
 def observer() -> Iterator[Node]:
-    """Yield a node that sees those of processes started with ENVIRONMENT."""
+    """Yield a node in the domain of processes started with ENVIRONMENT."""
     context = Context()
     context.init(domain_id=domain_id())
     node = Node('observer', context=context, enable_rosout=False)
@@ -45,11 +45,11 @@ def observer() -> Iterator[Node]:
         context.try_shutdown()
 
 
-def wait_until(happened: Callable[[], bool], timeout_s: float) -> bool:
-    """Return whether it happened within the given time."""
+def wait_until(condition: Callable[[], object], timeout_s: float) -> bool:
+    """Return whether the condition came true within ``timeout_s``."""
     end = time.monotonic() + timeout_s
-    while not happened():
+    while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.1)
+        time.sleep(0.05)
     return True

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where the package under test is installed."""
+"""The prefix in which the package under test is installed."""
 
 from pathlib import Path
 

@@ -1,16 +1,16 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Answers and corrections as the journal keeps them."""
+"""Answers and corrections as the journal records them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from mace_ros.store.journal import AnswerRecord, CorrectionRecord
+from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 
 def answer(query_id: str, question: str = '', **fields: object) -> AnswerRecord:
-    """Return an answer to ``question``, by default a question like no other."""
+    """Return an answer to ``question``, by default to a unique one."""
     content = question or f'question {query_id}'
     record = AnswerRecord(
         query_id=query_id, prompt_ids=tuple(content.encode()),
@@ -20,7 +20,7 @@ def answer(query_id: str, question: str = '', **fields: object) -> AnswerRecord:
 
 
 def correction(name: str, question: str = '', **fields: object) -> CorrectionRecord:
-    """Return a correction of ``question``, by default a question like no other."""
+    """Return a correction of ``question``, by default of a unique one."""
     content = question or f'question of {name}'
     record = CorrectionRecord(
         id=name, prompt_ids=tuple(content.encode()),

@@ -18,6 +18,7 @@ from mace_ros.api.events import (
     ResponseChunk,
 )
 from mace_ros.api.settings import Settings
+from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
 
 # Of a random model everything is noise: much of it is moved at once, all that three layers have,
@@ -87,7 +88,7 @@ def correct(robot: Robot, name: str, *, about: str = '') -> None:
 @contextmanager
 def robot_with(settings: Settings, folder: Path, **values: object) -> Iterator[Robot]:
     """Return an engine with other settings; afterwards every KV block must be free."""
-    engine = Engine(settings.updated({
+    engine = build_engine(settings.updated({
         name.replace('__', '.'): value for name, value in values.items()}), storage=folder)
     everything = engine.free_kv_tokens
     yield Robot(engine)

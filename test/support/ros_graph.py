@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The node in a process of its own, and what tests need to talk to it."""
+"""The node in a process of its own, and helpers to talk to it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 from mace_ros.action import Generate
-from mace_ros.msg import AdapterVersion, Query, Response, ResponseChunk
+from mace_ros.msg import AdapterVersion, Cancel, Correction, Query, Response, ResponseChunk
 from rcl_interfaces.srv import SetParameters
 from rclpy.action import ActionClient
 from rclpy.parameter import Parameter
@@ -31,7 +32,7 @@ SECONDS_PER_TICK = 1 / os.sysconf('SC_CLK_TCK')
 
 
 class NodeProcess:
-    """``mace_node`` in a process that can be started again on the same storage."""
+    """``mace_node`` in a process that can be restarted on the same storage folder."""
 
     def __init__(self, folder: Path, *, namespace: str = '', log_level: str = 'info',
                  **parameters: object) -> None:
@@ -59,7 +60,7 @@ class NodeProcess:
 
     @property
     def log(self) -> str:
-        """All that it has printed."""
+        """Everything the process has printed."""
         return self._log.read_text()
 
     def send(self, number: signal.Signals) -> None:
@@ -75,48 +76,43 @@ class NodeProcess:
             self.process.wait()
 
     def memory(self) -> int:
-        """Return its resident bytes."""
+        """Return its resident memory in bytes."""
         pages = Path(f'/proc/{self.process.pid}/statm').read_text().split()[1]
         return int(pages) * os.sysconf('SC_PAGE_SIZE')
 
     def cpu_seconds(self) -> float:
-        """Time that all its threads have computed."""
+        """CPU time of all its threads."""
         fields = Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()
         return (int(fields[11]) + int(fields[12])) * SECONDS_PER_TICK
 
 
 def wait_until_known(client: MaceClient) -> None:
     """
-    Return once the active node knows the subscriptions that the client's node has made.
+    Return once the active node knows all subscriptions of the client's node.
 
-    What a node publishes before it has matched a subscription is not for that one, and a
-    subscription can't tell whether it was matched. But the middleware announces them in
-    order: with the latched version of a last one, the node knows those before it as well.
+    A subscription misses what is published before it is matched, and can't tell whether it is.
+    But the middleware announces subscriptions in order: once a last one has received the
+    latched version, the node knows the earlier ones as well.
     """
-    heard: list[AdapterVersion] = []
+    received: list[AdapterVersion] = []
     last = client.node.create_subscription(
-        AdapterVersion, '/mace/adapter_version', heard.append, LATCHED)
+        AdapterVersion, '/mace/adapter_version', received.append, LATCHED)
     try:
-        assert wait_until(lambda: heard, DISCOVERY_S)
+        assert wait_until(lambda: received, DISCOVERY_S)
     finally:
         client.node.destroy_subscription(last)
 
 
 class Recorder:
-    """Keeps all messages of some topics, in the order in which they came."""
+    """Records all messages of some topics, in the order in which they arrive."""
 
     def __init__(self, client: MaceClient, **topics: type) -> None:
         self.messages: list[Any] = []
-        self._node, self._changed = client.node, client._changed
+        self._node = client.node
         self._subscriptions = [
-            self._node.create_subscription(kind, f'/mace/{name}', self._keep, 1000)
+            self._node.create_subscription(kind, f'/mace/{name}', self.messages.append, 1000)
             for name, kind in topics.items()]
         wait_until_known(client)
-
-    def _keep(self, message: Any) -> None:
-        with self._changed:
-            self.messages.append(message)
-            self._changed.notify_all()
 
     def __enter__(self) -> Recorder:
         return self
@@ -126,7 +122,7 @@ class Recorder:
             self._node.destroy_subscription(subscription)
 
     def of(self, kind: type, **fields: object) -> list[Any]:
-        """Return the messages of a type with these values."""
+        """Return the messages of a type with these field values."""
         return [m for m in list(self.messages) if isinstance(m, kind)
                 and all(getattr(m, name) == value for name, value in fields.items())]
 
@@ -157,8 +153,22 @@ def resolved(future: Any, timeout_s: float) -> Any:
     return done.result(timeout_s)
 
 
+class Inputs:
+    """Publishers of the node's inputs, for messages that MaceClient would not send."""
+
+    def __init__(self, client: MaceClient, node: str = '/mace') -> None:
+        self._publishers = {
+            kind: client.node.create_publisher(kind, f'{node}/{name}', 1000)
+            for kind, name in ((Query, 'query'), (Correction, 'correction'), (Cancel, 'cancel'))}
+        assert wait_until(lambda: all(
+            p.get_subscription_count() for p in self._publishers.values()), DISCOVERY_S)
+
+    def send(self, message: Query | Correction | Cancel) -> None:
+        self._publishers[type(message)].publish(message)
+
+
 class Generator:
-    """A client of the action."""
+    """A client of the action ``~/generate``."""
 
     def __init__(self, client: MaceClient) -> None:
         self._client = ActionClient(
@@ -184,15 +194,16 @@ class Generator:
         """
         Return the goal's status and the response.
 
-        rclpy hands on no feedback after that: wait for the last chunk before.
+        rclpy delivers no feedback afterwards: wait for the last chunk first.
         """
         reply = resolved(goal.get_result_async(), ANSWER_S)
         return reply.status, reply.result.response
 
 
-def eventually(happened: Callable[[], Any], client: MaceClient, timeout_s: float) -> Any:
-    """Wait for something that messages to the client bring about; return it."""
-    with client._changed:
-        found = client._changed.wait_for(happened, timeout_s)
-    assert found, f'it did not happen within {timeout_s} s'
+def eventually(condition: Callable[[], Any], timeout_s: float) -> Any:
+    """Wait until the condition returns something true; return that."""
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f'condition not met within {timeout_s} s'
+        time.sleep(0.01)
     return found

@@ -1,17 +1,18 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A device with noise for the simulator's engine, which here checks each plan on its way."""
+"""A device with noise for the simulator's engine, and an engine that checks each plan."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 import math
 import random
 
 from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import PassShape, Plan, Segment, SegmentKind
+from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, SegmentKind
 from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.simulation.virtual_engine import IterationRecord, VirtualEngine
@@ -36,6 +37,22 @@ GPU_SEGMENT = {
     SegmentKind.OPTIMIZER: 1e-3 / 128}
 
 
+@dataclass
+class FixedCache:
+    """A KV cache of a fixed size that shares nothing, and records what is looked up in it."""
+
+    free_tokens: int = 0
+    capacity_tokens: int = 65536
+    looked_up: list[Request] = field(default_factory=list)
+
+    def blocks_freed_by(self, request: Request) -> int:
+        return len(request.blocks)
+
+    def get_computed_blocks(self, request: Request) -> list[int]:
+        self.looked_up.append(request)
+        return []
+
+
 class VirtualDevice:
     """Times of a pass and of segments, with seeded noise and outliers."""
 
@@ -44,7 +61,7 @@ class VirtualDevice:
     def __init__(self, *, curve=CPU_PASS, segment=None, scale=1.0, noise=0.0, outliers=0.0, seed=0):
         self.curve = curve
         self.segment = segment or (CPU_SEGMENT if curve is CPU_PASS else GPU_SEGMENT)
-        self.scale = scale     # may be changed while it runs: a hot chip, a neighbour
+        self.scale = scale     # may be changed while it runs: a hot chip, another process
         self.noise = noise
         self.outliers = outliers
         self._random = random.Random(seed)
@@ -81,23 +98,47 @@ class VirtualDevice:
 
 
 def seconds_of_context(curve, shape: PassShape) -> float:
-    """Attending to a thousand tokens costs a tenth of a pass of one token."""
+    """Return what attention adds: for 1000 tokens, a tenth of a pass of one token."""
     return curve[0][1] / 1e3 * 1e-4 * (shape.decode_context + 0.1 * shape.prefill_context)
 
 
+def shapes(count: int, seed: int) -> Iterator[PassShape]:
+    """Yield passes as in serving: runs of decode passes, and sometimes a prefill."""
+    draw = random.Random(seed)
+    made = 0
+    while made < count:
+        rows = draw.choice([1, 1, 2, 3, 5, 8, 16])
+        context = sum(draw.randint(20, 1500) for _ in range(rows))
+        prefill = draw.choice([0, 0, 16, 50, 64, 100, 200])
+        before = draw.choice([0, 0, 500])
+        finetune = draw.choice([0, 0, 0, 24, 100]) if prefill < 100 else 0
+        for step in range(1 if prefill else 8):
+            yield PassShape(rows, context + step * rows, prefill,
+                            prefill * before + prefill * (prefill + 1) // 2, finetune)
+            made += 1
+
+
+def observe(cost: CostModel, what: PassShape | Segment, seconds: float) -> None:
+    """Let a cost model learn the time of one pass or segment."""
+    if isinstance(what, Segment):
+        cost.observe(Measurement(Plan(segments=1), segments=((what, seconds),)))
+    else:
+        cost.observe(Measurement(Plan(shape=what), seconds))
+
+
 def new_step(arrived: float = 0.0, *, recompute: bool = False) -> VirtualStep:
-    """Return a fine-tune step that begins."""
+    """Return a new fine-tune step."""
     return VirtualStep(
         LAYERS, STEP_TOKENS, oldest_correction_at=arrived, keep_graphs=not recompute)
 
 
 def undivided_step_s(device: VirtualDevice) -> float:
-    """Return the time of a whole step, which one call computes a little faster."""
+    """Return the time of an undivided step, which is slightly faster than its segments."""
     return 0.95 * sum(device.seconds(s) for s in new_step().segments())
 
 
 class CheckedEngine(VirtualEngine):
-    """Checks and keeps each plan, and notes how long queries wait for learning."""
+    """Checks and records each plan, and how long queries wait for learning."""
 
     def __init__(self, scheduler: Scheduler, device: VirtualDevice, settings: Settings, *,
                  learns: bool = True, correction_at: float = 0.0, recompute: bool = False):
@@ -109,8 +150,8 @@ class CheckedEngine(VirtualEngine):
         self.steps = learning.steps
         self.plans: list[tuple[float, Plan]] = []
         self.segment_s: list[float] = []          # of each plan, as measured
-        self.learning_waits: list[float] = []     # of queries that met it
-        self._met: set[Request] = set()
+        self.learning_waits: list[float] = []     # of queries that arrived during learning
+        self._waited: set[Request] = set()
 
     def _planned(self, plan: Plan) -> None:
         self._check(plan)
@@ -153,12 +194,12 @@ class CheckedEngine(VirtualEngine):
         self._note_waits(since, now)
 
     def _note_waits(self, since: float, now: float) -> None:
-        """Note how long the queries that came have waited for learning from ``since`` on."""
-        for request in self._coming[self._came:]:
+        """Record how long queries that arrived before ``now`` waited for learning."""
+        for request in self.pending_arrivals:
             if request.arrival > now:
                 break
-            if request not in self._met and now > since:
-                self._met.add(request)
+            if request not in self._waited and now > since:
+                self._waited.add(request)
                 self.learning_waits.append(now - max(request.arrival, since))
 
     @property
@@ -167,7 +208,7 @@ class CheckedEngine(VirtualEngine):
 
     @property
     def learned_steps(self) -> float:
-        """Steps with the finished part of the one that goes on, by device time."""
+        """Completed steps, with the completed part of the current one by device time."""
         last = self.steps[-1]
         done = sum(self.device.seconds(s) for s in last.done)
         left = sum(self.device.seconds(s) for s in last.left)
@@ -176,13 +217,13 @@ class CheckedEngine(VirtualEngine):
 
 def query(number: int, arrival: float, *, prompt=64, answer=32, ttft=0.5, tpot=0.1,
           priority=0) -> Request:
-    """Return a request that is answered with ``answer`` tokens."""
+    """Return a request whose answer has ``answer`` tokens."""
     return Request(id=str(number), arrival=arrival, prompt_tokens=prompt, max_tokens=answer,
                    ttft_slo=ttft, tpot_slo=tpot, priority=priority)
 
 
 def poisson(count: int, rate: float, seed: int, **kinds) -> list[Request]:
-    """Return ``count`` queries at ``rate`` per second."""
+    """Return ``count`` requests of a Poisson process at ``rate`` per second."""
     draw = random.Random(seed)
     arrival, result = 0.0, []
     for number in range(count):
@@ -206,7 +247,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 def served(policy: str, requests: Sequence[Request], *, until=-math.inf, device=None,
            values=None, changes=(), **kinds) -> CheckedEngine:
-    """Return the engine that served ``requests`` by ``policy``."""
+    """Return an engine that has served ``requests`` by ``policy``."""
     settings = Settings().updated({'scheduler.policy': policy, **(values or {})})
     device = device or VirtualDevice(noise=0.05, outliers=0.01)
     engine = CheckedEngine(

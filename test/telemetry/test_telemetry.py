@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Windows, device counters and findings, on machines that are not here."""
+"""Latency windows, device counters of simulated machines, and findings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def known(reading: Reading) -> dict[str, float]:
 # -- latency -----------------------------------------------------------------------------
 
 
-def test_attainment_is_that_of_the_window() -> None:
+def test_attainment_covers_the_window() -> None:
     window = LatencyWindow()
     for second, met in enumerate([False, False, True, True, False]):
         window.add(outcome(ttft_ms=100.0 * second, tpot_ms=NAN, slo_met=met), float(second))
@@ -63,14 +63,14 @@ def test_attainment_is_that_of_the_window() -> None:
     assert math.isnan(attainment.tpot_p95_ms)
 
 
-def test_an_empty_window_knows_nothing() -> None:
+def test_attainment_of_an_empty_window_is_unknown() -> None:
     attainment = LatencyWindow().attainment(0.0, 60.0)
     assert attainment.requests == 0
     assert math.isnan(attainment.slo_attainment)
     assert math.isnan(attainment.ttft_p95_ms)
 
 
-def test_only_what_the_node_is_to_blame_for_counts() -> None:
+def test_only_outcomes_that_depend_on_the_node_count() -> None:
     window = LatencyWindow()
     reject, error = FinishReason.REJECTED, FinishReason.ERROR
     window.add(outcome(FinishReason.CANCELLED), 0.0)
@@ -80,7 +80,7 @@ def test_only_what_the_node_is_to_blame_for_counts() -> None:
     window.add(outcome(error, ErrorCode.INTERNAL, error='broken'), 0.0)
     attainment = window.attainment(1.0, 60.0)
     assert (attainment.requests, attainment.slo_attainment) == (2, 0.0)
-    assert (attainment.turned_away, attainment.errors, attainment.error) == (1, 1, 'broken')
+    assert (attainment.rejected, attainment.errors, attainment.error) == (1, 1, 'broken')
 
 
 @pytest.mark.parametrize(('values', 'expected'), [
@@ -93,7 +93,7 @@ def test_percentile(values: list[float], expected: float) -> None:
 
 
 class Nvml:
-    """Answers as pynvml does where it is supported; ``None`` raises."""
+    """A replacement of pynvml; a value of ``None`` raises."""
 
     def __init__(self, *, total: int | None = 80_000_000_000, used: int | None = 8_000_000_000,
                  gpu: int | None = 25, temperature: int | None = 40,
@@ -133,11 +133,11 @@ def test_an_idle_gpu_has_a_load_of_zero(tmp_path: Path) -> None:
     Nvml(total=0, used=0, gpu=0, temperature=0, power=0),
     Nvml(total=None, gpu=None, temperature=None, power=None),
 ], ids=['zeros', 'not supported'])
-def test_what_nvml_does_not_know_is_unknown(tmp_path: Path, nvml: Nvml) -> None:
+def test_values_unknown_to_nvml_are_nan(tmp_path: Path, nvml: Nvml) -> None:
     assert known(DeviceCounters(GPU, root=tmp_path, nvml=nvml).read()) == {}
 
 
-def test_without_a_driver_a_gpu_is_unknown(tmp_path: Path) -> None:
+def test_without_a_driver_all_values_are_nan(tmp_path: Path) -> None:
     class Broken:
         def __getattr__(self, name: str) -> object:
             raise AttributeError(name)
@@ -181,7 +181,7 @@ POWERS = {
 
 
 @pytest.mark.parametrize('case', POWERS)
-def test_a_jetson_power_is_that_of_its_rails(tmp_path: Path, case: str) -> None:
+def test_the_power_of_a_jetson_is_the_sum_of_its_rails(tmp_path: Path, case: str) -> None:
     sensors, power = POWERS[case]
     write(tmp_path / JETSON_LOADS[0], '345')
     write(tmp_path / 'sys/class/hwmon/hwmon0/name', 'pwmfan')
@@ -202,7 +202,7 @@ def test_a_cpu_is_read_from_proc(tmp_path: Path) -> None:
     write(tmp_path / 'proc/self/statm', '100 50 0 0 0 0 0')
     write(tmp_path / 'proc/stat', 'cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 1 1 1 1')
     counters = DeviceCounters(Hardware(), root=tmp_path)
-    assert set(known(counters.read())) == {'process_memory_mb'}    # of one moment: no load
+    assert set(known(counters.read())) == {'process_memory_mb'}    # the load needs two readings
     write(tmp_path / 'proc/stat', 'cpu  175 0 100 825 0 0 0 0 0 0\ncpu0 1 1 1 1')
     write(tmp_path / 'sys/class/hwmon/hwmon0/name', 'k10temp')
     write(tmp_path / 'sys/class/hwmon/hwmon0/temp1_input', '55000')
@@ -211,7 +211,7 @@ def test_a_cpu_is_read_from_proc(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('text', ['', 'cpu', 'cpu a b c d e', '\x00'])
-def test_a_strange_file_is_unknown(tmp_path: Path, text: str) -> None:
+def test_a_malformed_file_gives_nan(tmp_path: Path, text: str) -> None:
     for name in ('proc/stat', 'proc/meminfo', 'proc/self/statm'):
         write(tmp_path / name, text)
     counters = DeviceCounters(Hardware(), root=tmp_path)
@@ -219,7 +219,7 @@ def test_a_strange_file_is_unknown(tmp_path: Path, text: str) -> None:
     assert known(counters.read()) == {}
 
 
-def test_this_machine_is_known() -> None:
+def test_the_memory_of_this_process_is_read() -> None:
     assert 10 < DeviceCounters(Hardware()).read().process_memory_mb < 100000
 
 
@@ -232,7 +232,7 @@ def findings(health: Health, status: Status | None = None, now: float = 100.0,
     return {f.name: f for f in found}
 
 
-def test_a_node_that_is_well_says_so() -> None:
+def test_a_healthy_node_has_ok_findings() -> None:
     health = Health()
     health.state = 'active'
     found = findings(health, Status(99.5, Statistics(), queue_depth=3))
@@ -241,7 +241,7 @@ def test_a_node_that_is_well_says_so() -> None:
     assert found['serving'].values['queue_depth'] == 3
 
 
-def test_slos_that_are_missed_are_a_warning() -> None:
+def test_missed_slos_are_a_warning() -> None:
     health = Health()
     for met in [True] * 8 + [False] * 2:
         health.note(outcome(slo_met=met), 100.0)
@@ -255,16 +255,16 @@ def test_slos_that_are_missed_are_a_warning() -> None:
 
 PROBLEMS = {
     'a fault': ('serving', Level.ERROR, 'no such model'),
-    'a broken answer': ('serving', Level.ERROR, '1 answers broke off: out of memory'),
-    'an overload': ('serving', Level.WARN, '1 queries were turned away'),
-    'a silent device': ('serving', Level.ERROR, 'an iteration takes 40 s already'),
+    'a failed query': ('serving', Level.ERROR, '1 queries failed: out of memory'),
+    'an overload': ('serving', Level.WARN, '1 queries were rejected'),
+    'a stalled iteration': ('serving', Level.ERROR, 'the current iteration has taken 40 s'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
-    'learning that broke off': ('learning', Level.ERROR, 'tried again: OutOfMemoryError'),
+    'failed learning': ('learning', Level.ERROR, 'will be retried: OutOfMemoryError'),
     'a slow disk': ('learning', Level.WARN, '400 writes of the journal wait'),
-    'a disk that was too slow': ('learning', Level.WARN, '3 answers are not on record'),
+    'answers that were not recorded': ('learning', Level.WARN, '3 answers were not recorded'),
     'an old correction': ('learning', Level.WARN, '2 corrections wait, the oldest for 500 s'),
     'a failed correction': ('learning', Level.WARN, 'a correction failed: not learned'),
-    'a bad version': ('learning', Level.WARN, "not good enough to serve: version 7 of profile ''"),
+    'a rejected version': ('learning', Level.WARN, "rejected by the gate: version 7 of profile ''"),
     'a corrupt version': ('learning', Level.ERROR, "version 7 of profile 'ann': bad checksum"),
     'little memory': ('device', Level.WARN, '95% of its memory'),
     'no memory': ('device', Level.ERROR, '99% of its memory'),
@@ -272,31 +272,31 @@ PROBLEMS = {
 }
 
 
-def test_what_learning_waits_for_is_no_problem_but_is_told() -> None:
+def test_pending_base_questions_are_reported_but_no_problem() -> None:
     status = Status(100.0, Statistics(), base_questions_left=12)
     learning = findings(Health(), status)['learning']
     assert learning.level is Level.OK and learning.message.startswith('12 questions left')
 
 
 @pytest.mark.parametrize('case', PROBLEMS)
-def test_a_problem_is_found(case: str) -> None:
+def test_a_problem_is_reported(case: str) -> None:
     health, reading, status = Health(), Reading(), Status(100.0, Statistics())
     health.state = 'active'
     if case == 'a fault':
         health.fault = 'no such model'
-    elif case == 'a broken answer':
+    elif case == 'a failed query':
         health.note(outcome(FinishReason.ERROR, ErrorCode.INTERNAL, error='out of memory'), 99.0)
     elif case == 'an overload':
         health.note(outcome(FinishReason.REJECTED, ErrorCode.OVERLOADED), 99.0)
-    elif case == 'a silent device':
+    elif case == 'a stalled iteration':
         status = Status(60.0, Statistics())
     elif case == 'a full disk':
         status = Status(100.0, Statistics(), journal_error='disk is full')
-    elif case == 'learning that broke off':
+    elif case == 'failed learning':
         status = Status(100.0, Statistics(), learning_error='OutOfMemoryError: no')
     elif case == 'a slow disk':
         status = Status(100.0, Statistics(), journal_backlog=400)
-    elif case == 'a disk that was too slow':
+    elif case == 'answers that were not recorded':
         status = Status(100.0, Statistics(), unrecorded=3)
     elif case == 'an old correction':
         status = Status(100.0, Statistics(), corrections_waiting=2, freshness_s=500.0)
@@ -305,8 +305,8 @@ def test_a_problem_is_found(case: str) -> None:
     elif case == 'a corrupt version':
         health.note(AdapterVersion(
             'ann', 7, 6, VersionState.REJECTED, 'bad checksum', path='/v7'), 1.0)
-        health.note(AdapterVersion('ann', 0, 0, VersionState.PUBLISHED), 1.0)    # in its place
-    elif case == 'a bad version':
+        health.note(AdapterVersion('ann', 0, 0, VersionState.PUBLISHED), 1.0)    # serves instead
+    elif case == 'a rejected version':
         health.note(AdapterVersion('', 7, 6, VersionState.REJECTED, 'worse'), 99.0)
     elif case == 'heat':
         reading = Reading(temperature_c=95.0)
@@ -320,7 +320,7 @@ def test_a_problem_is_found(case: str) -> None:
     assert all(f.level is Level.OK for name, f in found.items() if name != where)
 
 
-def test_a_version_that_is_published_ends_the_alarm() -> None:
+def test_a_published_version_clears_the_error() -> None:
     health = Health()
     health.note(AdapterVersion('', 7, 6, VersionState.REJECTED, 'bad checksum', path='/v7'), 1.0)
     health.note(AdapterVersion('', 8, 6, VersionState.PUBLISHED), 2.0)
@@ -330,10 +330,10 @@ def test_a_version_that_is_published_ends_the_alarm() -> None:
 # -- messages ----------------------------------------------------------------------------
 
 
-def test_rates_are_since_the_message_before() -> None:
+def test_rates_cover_the_time_since_the_last_message() -> None:
     before = Status(10.0, Statistics(decode_tokens=100, prefill_tokens=50))
     after = Status(12.0, Statistics(
-        decode_tokens=160, prefill_tokens=50, ridden_tokens=10, finetune_tokens=30,
+        decode_tokens=160, prefill_tokens=50, piggybacked_tokens=10, finetune_tokens=30,
         serving_share=0.5, learning_share=0.25, measured_s=0.016), freshness_s=3.0)
     message = scheduler_message(after, before, Attainment())
     assert (message.decode_rate, message.prefill_rate, message.finetune_rate) == (30.0, 0.0, 20.0)
@@ -342,11 +342,11 @@ def test_rates_are_since_the_message_before() -> None:
     assert math.isnan(scheduler_message(after, after, Attainment()).decode_rate)
 
 
-def test_no_number_is_left_out() -> None:
+def test_the_scheduler_message_fills_every_field() -> None:
     status = Status(12.0, Statistics(
         serving_share=0.5, learning_share=0.25, iterations=3, finetune_steps=4, rejected=5,
         late_for_learning=6, predicted_s=1.0, measured_s=2.0, decode_tokens=1, prefill_tokens=1,
-        ridden_tokens=1, shape=SHAPE), queue_depth=1, prefilling=2, decode_rows=3, kv_use=0.5,
+        piggybacked_tokens=1, shape=SHAPE), queue_depth=1, prefilling=2, decode_rows=3, kv_use=0.5,
         corrections_waiting=4, freshness_s=5.0, live_version=6, profiles=7,
         kv_cached=0.1, shared_tokens=8, preemptions=9, drift_state=1,
         budget_mb=100.0, planned_mb=90.0)
@@ -354,7 +354,7 @@ def test_no_number_is_left_out() -> None:
         status, Status(11.0, Statistics()), Attainment(9, 0.5, 10.0, 11.0))
     empty = {name for name in message.get_fields_and_field_types()
              if not getattr(message, name)}
-    assert empty == {'learning_frozen'}     # which the status does not know
+    assert empty == {'learning_frozen'}     # is not part of the status
 
 
 def test_a_finding_becomes_a_diagnostic_status() -> None:
@@ -368,11 +368,11 @@ def test_a_finding_becomes_a_diagnostic_status() -> None:
         'ttft_p95_ms': 'unknown', 'tpot_p95_ms': 'unknown'}
 
 
-# -- what is shipped to draw it ----------------------------------------------------------
+# -- shipped plot layouts ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize('file', ['mace.perspective', 'plotjuggler.xml'])
-def test_the_shipped_layouts_draw_numbers_that_there_are(file: str) -> None:
+def test_the_shipped_layouts_plot_existing_numeric_fields(file: str) -> None:
     drawn = re.findall(r'/mace/(\w+)/(\w+)', (CONFIG / file).read_text())
     assert len(drawn) > 10
     types = {'scheduler': msg.Scheduler, 'latency': msg.Latency}

@@ -23,6 +23,7 @@ from mace_ros.api.events import (
     Response,
 )
 from mace_ros.api.settings import Settings
+from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
 from mace_ros.telemetry import trace as trace_room
 from mace_ros.telemetry.trace import check_extent, InvalidTrace, Record, trace_path, write_trace
@@ -30,7 +31,7 @@ from mace_ros.telemetry.trace import check_extent, InvalidTrace, Record, trace_p
 
 @pytest.fixture(scope='module')
 def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    made = Engine(Settings().updated({
+    made = build_engine(Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'memory.kv_cache_tokens': 8192, **RANDOM_MODEL,
     }), storage=tmp_path_factory.mktemp('traced'))
@@ -97,7 +98,7 @@ def test_slices_of_the_device_are_nested(records: list[Record]) -> None:
         open_until.append(end)
     # On a device that is busy elsewhere a step is too long for one piece, and recomputed.
     names = {r['name'].removesuffix('_recomputed') for r in slices}
-    assert {'iteration', 'take in', 'plan', 'pass', 'sample', 'commit', 'fine-tune optimizer',
+    assert {'iteration', 'receive', 'plan', 'pass', 'sample', 'commit', 'fine-tune optimizer',
             'fine-tune head', 'fine-tune backward'} <= names
 
 

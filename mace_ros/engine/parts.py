@@ -1,0 +1,51 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that an engine is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mace_ros.api.settings import Settings
+from mace_ros.engine.paged_kv_cache import PagedKVCache
+from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.memory.block_pool import BlockPool
+from mace_ros.memory.budget import MB
+from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.lora import LoRAManager
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.kv_cache_manager import KVCacheManager
+from mace_ros.scheduling.memory_arbiter import MemoryArbiter
+from mace_ros.scheduling.plan import State
+from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.telemetry.status import Hardware
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that holds memory or files, shared by the engine and its learner."""
+
+    model: PackedModel
+    model_name: str
+    weights_digest: str         # identifies the base model's answers in the journal
+    chat: ChatTokenizer
+    hardware: Hardware
+    free_bytes: float           # beside the base model, when it was loaded
+    lora: LoRAManager
+    slots: AdapterSlots
+    state: State                # what the scheduler decides from
+    pool: BlockPool
+    kv_cache: KVCacheManager
+    memory: MemoryArbiter
+    paged: PagedKVCache
+    cost: CostModel
+    journal: JournalWriter
+    store: AdapterStore
+
+
+def budget_bytes(settings: Settings, free_bytes: float) -> float:
+    """Return the memory budget, if ``free_bytes`` were free beside the base model."""
+    memory = settings.memory
+    return memory.budget_mb * MB if memory.budget_mb else free_bytes - memory.headroom_mb * MB

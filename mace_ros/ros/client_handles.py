@@ -1,0 +1,150 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Handles of the queries and corrections that a client has sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+import threading
+import time
+
+from mace_ros.msg import CorrectionStatus, Response, ResponseChunk
+
+FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
+                CorrectionStatus.REJECTED, CorrectionStatus.FAILED)
+
+
+class AnswerHandle:
+    """
+    A query that was sent; iterate over it for the text of its answer as it arrives.
+
+    ``chunks`` and ``response`` are the messages received so far. ``asked_at`` and
+    ``first_text_at`` are seconds of ``time.monotonic()``.
+    """
+
+    def __init__(self, query_id: str, changed: threading.Condition,
+                 cancel: Callable[[str], None]) -> None:
+        self.id = query_id
+        self.asked_at = time.monotonic()
+        self.first_text_at: float | None = None
+        self.chunks: list[ResponseChunk] = []
+        self.response: Response | None = None
+        self.lost = ''      # why no response will arrive, if the node has gone
+        self._changed, self._cancel = changed, cancel
+
+    def __iter__(self) -> Iterator[str]:
+        return self.stream()
+
+    def stream(self, timeout_s: float | None = None) -> Iterator[str]:
+        """
+        Yield pieces of the text as they arrive.
+
+        Raises TimeoutError if none arrives for ``timeout_s``, and ConnectionError if the node
+        has gone (see :meth:`result`).
+        """
+        yielded = ''
+        while True:
+            with self._changed:
+                self._wait(partial(self._has_more_than, yielded), timeout_s)
+                complete, text = self.is_complete(), self.text
+            if text != yielded:
+                yield text[len(yielded):]
+                yielded = text
+            if complete:
+                return
+
+    @property
+    def text(self) -> str:
+        """The text received so far."""
+        # The response is on another topic and may arrive before the last chunks.
+        if self.response is not None:
+            return str(self.response.text)
+        return ''.join(chunk.text for chunk in self.chunks)
+
+    def is_complete(self) -> bool:
+        """Return whether the response has arrived."""
+        return self.response is not None
+
+    def result(self, timeout_s: float | None = None) -> Response:
+        """
+        Wait for the response and return it.
+
+        Raises TimeoutError after ``timeout_s``, and ConnectionError if the node has gone. A
+        node that ends announces it; one that was killed is noticed by the middleware after
+        about 20 s, or when it is started again.
+        """
+        with self._changed:
+            self._wait(self.is_complete, timeout_s)
+        return self.response
+
+    def cancel(self) -> None:
+        """Cancel the query; its response will say CANCELLED."""
+        self._cancel(self.id)
+
+    def _has_more_than(self, known: str) -> bool:
+        return self.is_complete() or self.text != known
+
+    def _wait(self, condition: Callable[[], bool], timeout_s: float | None) -> None:
+        if not self._changed.wait_for(lambda: condition() or self.lost, timeout_s):
+            raise TimeoutError(f'query {self.id}: nothing arrived for {timeout_s} s')
+        if not condition():
+            raise ConnectionError(f'query {self.id}: {self.lost}')
+
+
+class CorrectionHandle:
+    """A correction that was sent; ``statuses`` are those received so far."""
+
+    def __init__(self, correction_id: str, changed: threading.Condition) -> None:
+        self.id = correction_id
+        self.statuses: list[CorrectionStatus] = []
+        self.lost = ''      # why the node may not have received it, if the node has gone
+        self._changed = changed
+
+    @property
+    def status(self) -> CorrectionStatus | None:
+        """The newest status, None before the first one."""
+        return self.statuses[-1] if self.statuses else None
+
+    def is_final(self) -> bool:
+        """Return whether no other status will follow."""
+        return bool(self.statuses) and self.statuses[-1].state in FINAL_STATES
+
+    def wait(self, state: int = CorrectionStatus.LEARNED,
+             timeout_s: float | None = None) -> CorrectionStatus:
+        """
+        Wait for a state, or for a final one, and return the status.
+
+        Raises TimeoutError after ``timeout_s``, and ConnectionError if the node has gone before
+        its first status. An ACCEPTED correction is on disk: a node that is started again
+        continues with it, and so does this wait.
+        """
+        def reached() -> list[CorrectionStatus]:
+            return [s for s in self.statuses if s.state == state or s.state in FINAL_STATES]
+
+        with self._changed:
+            self._wait(reached, timeout_s, 'state not reached after')
+            return reached()[0]
+
+    def follow(self, timeout_s: float | None = None) -> Iterator[CorrectionStatus]:
+        """Yield each status up to the final one; raise as :meth:`wait_for_more`."""
+        known = 0
+        while not (known and self.statuses[known - 1].state in FINAL_STATES):
+            self.wait_for_more(known, timeout_s)
+            yield self.statuses[known]
+            known += 1
+
+    def wait_for_more(self, known: int, timeout_s: float | None = None) -> None:
+        """Wait until there are more than ``known`` statuses; raise as :meth:`wait`."""
+        with self._changed:
+            self._wait(lambda: len(self.statuses) > known, timeout_s, 'no status for')
+
+    def _wait(self, condition: Callable[[], object], timeout_s: float | None,
+              problem: str) -> None:
+        def lost() -> bool:
+            return bool(self.lost) and not self.statuses
+
+        if not self._changed.wait_for(lambda: condition() or lost(), timeout_s):
+            raise TimeoutError(f'correction {self.id}: {problem} {timeout_s} s')
+        if lost():
+            raise ConnectionError(f'correction {self.id}: {self.lost}')

@@ -1,0 +1,184 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The corrections in the journal, from ACCEPTED to their final state."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+import sqlite3
+
+from mace_ros.api.events import CorrectionState, InvalidCorrection
+from mace_ros.store.journal_file import JournalFile
+from mace_ros.store.records import as_json, CorrectionRecord, question_key
+from mace_ros.store.rows import PENDING_SQL, record_fields
+
+# Pending or learned corrections of the prompt that :func:`_prompt_key` describes.
+_OF_SAME_PROMPT = (f'profile = ? AND question = ? AND prompt_ids = ? AND (state IN {PENDING_SQL} '
+                   f'OR state = {int(CorrectionState.LEARNED)})')
+
+
+class CorrectionTable(JournalFile):
+    """The table ``corrections``."""
+
+    def accept(self, record: CorrectionRecord) -> bool:
+        """Add a correction; return False, changing nothing, if its id is on record."""
+        with self.transaction():
+            if self.correction(record.id) is not None:
+                return False
+            self.insert(
+                'INSERT', 'corrections',
+                id=record.id, query_id=record.query_id, conversation_id=record.conversation_id,
+                profile=record.profile, prompt_ids=as_json(record.prompt_ids),
+                messages=as_json(record.messages), rejected=record.rejected,
+                corrected=record.corrected, weight=record.weight, source=record.source,
+                received=record.received, state=int(record.state), reason=record.reason,
+                adapter_version=record.adapter_version,
+                question=question_key(record.messages, record.prompt_ids))
+            if record.profile:
+                # A new profile's lineage starts from the robot's live version. It starts anew
+                # as long as the profile has no version and no other correction pending.
+                self.execute(
+                    'INSERT INTO profiles (profile, fork) VALUES '
+                    "(?1, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
+                    'ON CONFLICT (profile) DO UPDATE SET fork = excluded.fork '
+                    'WHERE live_version = 0 AND (fork IS NULL OR NOT EXISTS ('
+                    'SELECT 1 FROM corrections AS c WHERE c.profile = ?1 AND c.id <> ?2 '
+                    f'AND c.state IN {PENDING_SQL}))', record.profile, record.id)
+        return True
+
+    def supersede(self, newer: CorrectionRecord) -> tuple[str, ...]:
+        """
+        Mark other corrections of the same prompt and profile as SUPERSEDED.
+
+        Returns the ids of those that were pending or learned, oldest first.
+        """
+        with self.transaction():
+            ids = tuple(row['id'] for row in self.rows(
+                f'SELECT id FROM corrections WHERE {_OF_SAME_PROMPT} AND id <> ? ORDER BY number',
+                *_prompt_key(newer), newer.id))
+            self.execute(
+                'UPDATE corrections SET state = ?, reason = ? '
+                'WHERE id IN (SELECT value FROM json_each(?))',
+                int(CorrectionState.SUPERSEDED), f'by correction {newer.id}', as_json(ids))
+        return ids
+
+    def newer_than(self, other: CorrectionRecord) -> str:
+        """
+        Return the id of a pending or learned correction of the same prompt received later.
+
+        '' if there is none. ``other`` comes from another journal, so the wall clocks of both
+        robots are all there is to compare.
+        """
+        row = self.one(
+            f'SELECT id FROM corrections WHERE {_OF_SAME_PROMPT} AND received > ? '
+            'ORDER BY number DESC', *_prompt_key(other), other.received)
+        return '' if row is None else str(row['id'])
+
+    def correction(self, correction_id: str) -> CorrectionRecord | None:
+        """Return a correction by its id."""
+        row = self.one('SELECT * FROM corrections WHERE id = ?', correction_id)
+        return None if row is None else _correction(row)
+
+    def set_correction(
+        self, correction_id: str, state: CorrectionState, reason: str = '',
+        adapter_version: int = 0, *, if_pending: bool = False,
+    ) -> bool:
+        """
+        Set the state of a correction; return False if its id is not on record.
+
+        With ``if_pending``, a correction that is not pending is left alone, and False returned.
+        """
+        condition = f'AND state IN {PENDING_SQL}' if if_pending else ''
+        with self.transaction():
+            cursor = self.execute(
+                'UPDATE corrections SET state = ?, reason = ?, adapter_version = ? '
+                f'WHERE id = ? {condition}',
+                int(state), reason, adapter_version, correction_id)
+        return cursor.rowcount == 1
+
+    def mark_learned(self, ids: Collection[str], version: int) -> tuple[str, ...]:
+        """Make those of these corrections that are pending LEARNED; return their ids."""
+        with self.transaction():
+            learned = tuple(row['id'] for row in self.rows(
+                f'SELECT id FROM corrections WHERE state IN {PENDING_SQL} '
+                'AND id IN (SELECT value FROM json_each(?)) ORDER BY number', as_json(list(ids))))
+            for correction_id in learned:
+                self.set_correction(
+                    correction_id, CorrectionState.LEARNED, adapter_version=version)
+        return learned
+
+    def corrections(self, profile: str | None = None) -> tuple[CorrectionRecord, ...]:
+        """Return the corrections of a profile, or of all profiles, oldest first."""
+        return self._select('profile = coalesce(?, profile)', profile)
+
+    def pending(self, profile: str | None = None) -> tuple[CorrectionRecord, ...]:
+        """Return the corrections still to be learned, oldest first."""
+        return self._select(f'state IN {PENDING_SQL} AND profile = coalesce(?, profile)', profile)
+
+    def learned(self, profile: str) -> tuple[CorrectionRecord, ...]:
+        """Return the corrections that are live in the profile's version, oldest first."""
+        return self._select('state = ? AND profile = ?', int(CorrectionState.LEARNED), profile)
+
+    def trained(self, profile: str) -> tuple[CorrectionRecord, ...]:
+        """Return the corrections that some version was trained on, live or not, oldest first."""
+        return self._select(
+            f'profile = ? AND adapter_version > 0 AND state NOT IN {PENDING_SQL}', profile)
+
+    def corrections_of(self, query_ids: Collection[str]) -> tuple[CorrectionRecord, ...]:
+        """Return the corrections of the answers to these queries, oldest first."""
+        return self._select(
+            'query_id IN (SELECT value FROM json_each(?))', as_json(list(query_ids)))
+
+    def limit_corrections(self, max_corrections: int) -> None:
+        """
+        Delete the oldest finished corrections above ``max_corrections``.
+
+        Those in no live version go first, then the learned ones. Raises
+        :class:`InvalidCorrection` if too many are pending: these are never deleted.
+        """
+        row = self.one('SELECT count(*) FROM corrections')
+        surplus = (row[0] if row is not None else 0) - max_corrections
+        if surplus <= 0:
+            return
+        finished = [row['id'] for row in self.rows(
+            f'SELECT id FROM corrections WHERE state NOT IN {PENDING_SQL} '
+            'ORDER BY state = ?, number LIMIT ?', int(CorrectionState.LEARNED), surplus)]
+        if len(finished) < surplus:
+            raise InvalidCorrection(
+                f'{max_corrections} corrections wait already (storage.max_corrections)')
+        self.forget_corrections(finished, keep_pending_answers=True)
+
+    def forget_corrections(
+            self, ids: Collection[str], *, keep_pending_answers: bool = False) -> int:
+        """
+        Delete corrections and all answers to their questions; return how many were on record.
+
+        The answers go too: without its correction, a wrong answer would be replayed as a right
+        one. ``keep_pending_answers`` keeps answers that another pending correction refers to.
+        """
+        with self.transaction():
+            self.execute(
+                'DELETE FROM answers WHERE number IN (SELECT a.number FROM answers AS a '
+                'JOIN corrections AS c ON c.id IN (SELECT value FROM json_each(?1)) '
+                'AND (a.query_id = c.query_id '
+                'OR (a.profile = c.profile AND a.question = c.question))) '
+                'AND NOT (?2 AND query_id IN (SELECT query_id FROM corrections '
+                f'WHERE state IN {PENDING_SQL} AND id NOT IN (SELECT value FROM json_each(?1))))',
+                as_json(list(ids)), keep_pending_answers)
+            return self.execute(
+                'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))',
+                as_json(list(ids))).rowcount
+
+    def _select(self, where: str, *values: object) -> tuple[CorrectionRecord, ...]:
+        return tuple(map(_correction, self.rows(
+            f'SELECT * FROM corrections WHERE {where} ORDER BY number', *values)))
+
+
+def _prompt_key(record: CorrectionRecord) -> tuple[str, str, str]:
+    return (record.profile, question_key(record.messages, record.prompt_ids),
+            as_json(record.prompt_ids))
+
+
+def _correction(row: sqlite3.Row) -> CorrectionRecord:
+    values = record_fields(row)
+    return CorrectionRecord(**values | {'state': CorrectionState(values['state'])})

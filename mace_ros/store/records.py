@@ -1,0 +1,114 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the journal as plain data: answers, corrections and adapter versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+import hashlib
+import json
+import math
+from typing import TypeAlias
+
+from mace_ros.api.events import CorrectionState, VersionState
+
+Messages: TypeAlias = tuple[Mapping[str, str], ...]
+"""A prompt as the chat template takes it: each mapping has ``role`` and ``content``."""
+
+# States of a correction that is still to be learned.
+PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """
+    An answer that the node gave.
+
+    ``lineage`` is the profile whose adapter version answered: the query's own profile, or ''
+    where the robot's version served it. ``time`` is wall-clock seconds since the epoch.
+    """
+
+    query_id: str
+    prompt_ids: tuple[int, ...]
+    messages: Messages
+    text: str
+    output_ids: tuple[int, ...]
+    conversation_id: str = ''
+    profile: str = ''
+    lineage: str = ''
+    adapter_version: int = 0
+    no_learn: bool = False
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class CorrectionRecord:
+    """
+    A correction with its exact prompt, so that it can be learned without the answer's record.
+
+    ``received`` is wall-clock seconds since the epoch. ``adapter_version`` is set with
+    LEARNED, and stays when the correction is superseded or its version rolled back later.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    messages: Messages
+    corrected: str
+    rejected: str = ''
+    query_id: str = ''
+    conversation_id: str = ''
+    profile: str = ''
+    weight: float = 1.0
+    source: str = ''
+    received: float = 0.0
+    state: CorrectionState = CorrectionState.ACCEPTED
+    reason: str = ''
+    adapter_version: int = 0
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """
+    A trained version of a profile's adapter; unknown scores are NaN.
+
+    ``path`` is relative to the storage folder, so that the folder can be moved; ``sha256`` is
+    empty once the files are to be deleted. ``created`` is wall-clock seconds since the epoch.
+    """
+
+    profile: str
+    version: int
+    parent: int
+    state: VersionState = VersionState.PUBLISHED
+    reason: str = ''
+    correction_ids: tuple[str, ...] = ()
+    score_before: float = math.nan
+    score_after: float = math.nan
+    train_tokens: int = 0
+    train_seconds: float = 0.0
+    path: str = ''
+    sha256: str = ''
+    created: float = 0.0
+
+
+@dataclass(frozen=True)
+class AnswerOutcome:
+    """Which version answered a question, and whether the answer was corrected."""
+
+    query_id: str
+    question: str           # key of the question, as of :func:`question_key`
+    lineage: str
+    version: int
+    corrected: bool
+
+
+def question_key(messages: Messages, prompt_ids: Sequence[int]) -> str:
+    """Return a short key that is equal for prompts ending in the same user message."""
+    asked = [message['content'] for message in messages if message['role'] == 'user']
+    text = ' '.join(asked[-1].casefold().split()) if asked else as_json(prompt_ids)
+    return hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
+
+
+def as_json(value: object) -> str:
+    """Return the text in which the journal stores a list."""
+    return json.dumps(value, separators=(',', ':'))

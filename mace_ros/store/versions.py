@@ -1,0 +1,186 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter versions in the journal: their numbers, their lineages, and which ones are live."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+import math
+import sqlite3
+
+from mace_ros.api.events import VersionState
+from mace_ros.store.journal_file import JournalFile
+from mace_ros.store.lineage import Lineage
+from mace_ros.store.records import as_json, VersionRecord
+from mace_ros.store.rows import record_fields
+
+VERSION_RECORDS = 1000      # per profile; without files, a record takes a few hundred bytes
+
+
+class VersionTable(JournalFile):
+    """The tables ``versions`` and ``profiles``."""
+
+    def next_version(self, profile: str) -> int:
+        """
+        Reserve and return a version number that this profile never had.
+
+        It is not reused, whether its version is published, rejected or lost in a crash.
+        """
+        with self.transaction():
+            self.execute(
+                'INSERT INTO profiles (profile, last_version) VALUES (?, 1) '
+                'ON CONFLICT (profile) DO UPDATE SET last_version = last_version + 1', profile)
+            row = self.one('SELECT last_version FROM profiles WHERE profile = ?', profile)
+            assert row is not None
+            return int(row['last_version'])
+
+    def record_version(self, record: VersionRecord) -> None:
+        """Record a version without making it live, such as a rejected one."""
+        if record.version < 1:
+            raise ValueError(f'version {record.version}: 1 is the first after the base model')
+        with self.transaction():
+            if self.one('SELECT 1 FROM versions WHERE profile = ? AND version = ?',
+                        record.profile, record.version) is not None:
+                raise ValueError(
+                    f'version {record.version} of profile {record.profile!r} is already in the '
+                    'journal; take a new number from next_version()')
+            self.insert(
+                'INSERT', 'versions',
+                profile=record.profile, version=record.version, parent=record.parent,
+                state=int(record.state), reason=record.reason,
+                correction_ids=as_json(record.correction_ids),
+                score_before=record.score_before, score_after=record.score_after,
+                train_tokens=record.train_tokens, train_seconds=record.train_seconds,
+                path=record.path, sha256=record.sha256, created=record.created)
+            self.execute(
+                'INSERT INTO profiles (profile, last_version) VALUES (?, ?) '
+                'ON CONFLICT (profile) DO UPDATE '
+                'SET last_version = max(last_version, excluded.last_version)',
+                record.profile, record.version)
+
+    def set_version_state(self, profile: str, version: int, state: VersionState,
+                          reason: str = '') -> None:
+        """Set the state of a recorded version."""
+        self.execute('UPDATE versions SET state = ?, reason = ? WHERE profile = ? AND version = ?',
+                     int(state), reason, profile, version)
+
+    def make_live(self, record: VersionRecord) -> None:
+        """Make a version that was just recorded live, and remember where its lineage started."""
+        with self.transaction():
+            # The profile's fork is unset if no correction came since it returned to version 0;
+            # its lineage then starts where next_parent() let it start.
+            self.execute(
+                'UPDATE profiles SET live_version = ?1, fork = coalesce(fork, '
+                "(SELECT live_version FROM profiles WHERE profile = '' AND ?2 <> ''), 0) "
+                'WHERE profile = ?2', record.version, record.profile)
+            self.execute(
+                'UPDATE versions SET fork = (SELECT fork FROM profiles WHERE profile = ?1) '
+                'WHERE profile = ?1 AND version = ?2', record.profile, record.version)
+
+    def return_to(self, profile: str, version: int, withdrawn: Collection[int]) -> None:
+        """
+        Make an earlier version live again; ``withdrawn`` are the versions rolled back for it.
+
+        0 is the base model, or for a profile the robot's version.
+        """
+        with self.transaction():
+            self.execute(
+                'INSERT INTO profiles (profile, live_version) VALUES (?, ?) '
+                'ON CONFLICT (profile) DO UPDATE SET live_version = excluded.live_version',
+                profile, version)
+            # The version contains as much of the robot's lineage as its own lineage started with.
+            self.execute(
+                'UPDATE profiles SET fork = coalesce((SELECT fork FROM versions '
+                'WHERE profile = ?1 AND version = ?2), fork) WHERE profile = ?1', profile, version)
+            if not profile:
+                # The lineage of a profile that has no version yet must not start from a
+                # version that was rolled back.
+                self.execute(
+                    'UPDATE profiles SET fork = ? WHERE live_version = 0 '
+                    'AND fork IN (SELECT value FROM json_each(?))',
+                    version, as_json(list(withdrawn)))
+            elif version == 0:
+                # The profile has no version of its own: its next one starts from the robot's
+                # version of that time.
+                self.execute('UPDATE profiles SET fork = NULL WHERE profile = ?', profile)
+
+    def live(self, profile: str) -> VersionRecord | None:
+        """Return the live version of a profile, None if it has none."""
+        return next((record for record in self.live_versions() if record.profile == profile), None)
+
+    def live_versions(self) -> tuple[VersionRecord, ...]:
+        """Return the live version of each profile that has one."""
+        return tuple(map(_version, self.rows(
+            'SELECT versions.* FROM versions JOIN profiles USING (profile) '
+            'WHERE version = live_version ORDER BY profile')))
+
+    def next_parent(self, profile: str) -> VersionRecord | None:
+        """
+        Return the version that the profile's next one starts from; None is the base model.
+
+        That is its live version; for a profile without one, the robot's version that was live
+        at the profile's first correction.
+        """
+        row = self.one(
+            "SELECT versions.* FROM profiles JOIN versions ON versions.profile = '' "
+            'AND version = coalesce(profiles.fork, (SELECT live_version FROM profiles '
+            "WHERE profile = '')) WHERE profiles.profile = ? AND live_version = 0", profile)
+        return self.live(profile) if row is None else _version(row)
+
+    def robot_lineage(self, profile: str) -> Lineage:
+        """Return the robot's versions that the profile's live lineage started from."""
+        row = self.one('SELECT fork FROM profiles WHERE profile = ?', profile)
+        return Lineage(self.versions(''), row['fork'] or 0 if row is not None else 0)
+
+    def versions(self, profile: str | None = None) -> tuple[VersionRecord, ...]:
+        """Return the recorded versions of a profile, or of all profiles, oldest first."""
+        return tuple(map(_version, self.rows(
+            'SELECT * FROM versions WHERE profile = coalesce(?, profile) '
+            'ORDER BY profile, version', profile)))
+
+    def versions_in_use(self) -> set[tuple[str, int]]:
+        """Return (profile, version) of all live versions and of those a lineage starts from."""
+        live = {(record.profile, record.version) for record in self.live_versions()}
+        return live | {('', row['fork']) for row in self.rows(
+            'SELECT fork FROM profiles WHERE live_version = 0 AND fork > 0')}
+
+    def forget_version_files(self, record: VersionRecord) -> None:
+        """Mark the files of a version for deletion; its record stays."""
+        self.execute("UPDATE versions SET sha256 = '' WHERE profile = ? AND version = ?",
+                     record.profile, record.version)
+
+    def version_files_deleted(self, record: VersionRecord) -> None:
+        """Note that the files of a forgotten version are no longer on disk."""
+        self.execute("UPDATE versions SET path = '' WHERE profile = ? AND version = ?",
+                     record.profile, record.version)
+
+    def forget_old_versions(self, max_versions: int) -> None:
+        """
+        Mark surplus version files of each profile for deletion, and delete surplus records.
+
+        The newest ``max_versions`` keep their files, and so do all versions in use.
+        """
+        with self.transaction():
+            in_use = self.versions_in_use()
+            with_files: dict[str, int] = {}
+            seen: dict[str, int] = {}
+            for record in reversed(self.versions()):     # newest first
+                profile = record.profile
+                seen[profile] = seen.get(profile, 0) + 1
+                if (profile, record.version) in in_use:
+                    continue
+                if record.sha256:
+                    with_files[profile] = with_files.get(profile, 0) + 1
+                    if with_files[profile] >= max_versions:     # the live version counts as one
+                        self.forget_version_files(record)
+                elif seen[profile] > VERSION_RECORDS:
+                    self.execute('DELETE FROM versions WHERE profile = ? AND version = ?',
+                                 profile, record.version)
+
+
+def _version(row: sqlite3.Row) -> VersionRecord:
+    values = record_fields(row)
+    for name in ('score_before', 'score_after'):
+        # SQLite stores NaN as NULL.
+        values[name] = math.nan if values[name] is None else values[name]
+    return VersionRecord(**values | {'state': VersionState(values['state'])})
