@@ -34,10 +34,10 @@ PROMPT = 'Tell me about number {}, and what it is good for.'
 
 
 @pytest.fixture(scope='module')
-def settings(all_tokens: Path) -> Settings:
+def settings(model_folder: Path) -> Settings:
     """Return settings for the tiny model, without learning."""
     return Settings().updated({
-        'model.source': str(all_tokens), 'model.device': 'cpu', 'model.threads': 1,
+        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'finetune.budget': 0.0})
 
 
@@ -524,15 +524,15 @@ def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
 
 
 def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> None:
-    """It is cancelled at once, and goes on when there is nothing else to do."""
-    with robot_with(settings, tmp_path) as one:
+    """The warm-up request is cancelled at once, and starts again when the engine is idle."""
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
+    with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
-        one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        engine.parts.kv_cache.set_sharing(False)
-        engine.parts.kv_cache.set_sharing(True)     # nothing is left of it
-        engine._background.published('')
+        wrong = one.ask('Hm?', system=SYSTEM, max_tokens=1)
+        learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        assert learned.state is CorrectionState.LEARNED
         engine.step()
-        assert engine.status().queue_depth == 0 and engine.status().statistics.iterations
+        assert engine.status().queue_depth == 0
         computed = engine.status().statistics.prefill_tokens
         asked = one.ask('Hm?', max_tokens=1)
         assert engine.status().statistics.prefill_tokens - computed <= asked.prompt_tokens

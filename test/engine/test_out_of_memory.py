@@ -67,6 +67,7 @@ LEARNING = {
     'publishing it in the journal': (Journal, 'publish'),
     'an adapter slot': (LoRAManager, 'write_slot'),
 }
+FIRST_JOB = ('the main directions', 'what is spared')
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
     'the KV cache': (PackedModel, '__init__'),
@@ -99,6 +100,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def robot(settings: Settings, folder: Path) -> Iterator[Robot]:
     made = Robot(build_engine(settings, storage=folder))
+    yield made
+    made.engine.close()
+
+
+@pytest.fixture
+def fresh_robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
+    made = Robot(build_engine(settings, storage=tmp_path))
     yield made
     made.engine.close()
 
@@ -250,12 +258,12 @@ def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize('where', LEARNING)
 def test_learning_breaks_off_alone_and_is_tried_again(
-    robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str,
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:
+    # An engine finds the directions to protect in its first job.
+    robot = request.getfixturevalue('fresh_robot' if where in FIRST_JOB else 'robot')
     lesson = Lesson(robot)
     with monkeypatch.context() as patch:
-        if where in ('the main directions', 'what is spared'):      # found in the first job
-            robot.engine.learner._lessons.teachers = None
         if where == 'rows that ride':
             let_forwards_ride(robot.engine, patch)
         injected = inject(patch, LEARNING[where])
