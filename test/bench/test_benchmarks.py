@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks can be asked for help, and their report tells what falls short."""
+"""The benchmarks print their options, and their report marks missed targets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_help(module: str) -> None:
 
 
 def test_a_short_soak_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
-    """Some seconds of what bench.soak does for half an hour; how memory grows it can't tell."""
+    """Some seconds of bench.soak, which are too few to measure the growth of memory."""
     done = subprocess.run(
         [sys.executable, '-m', 'bench.soak', '--minutes', '0.25', '--model', str(model_folder),
          '--results', str(tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=240)
@@ -50,14 +50,14 @@ def test_a_short_soak_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
 @pytest.mark.parametrize('system', ['inference_only', 'mace', 'continuous'])
 def test_learning_that_is_always_pending_goes_on_beside_answers(
         system: str, tmp_path: Path, model_folder: Path) -> None:
-    """What bench.colocation compares: nothing else than the policy decides whether it learns."""
+    """In bench.colocation the policy alone decides whether the engine learns."""
     settings = Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.weight_dtype': 'float32'})
     served = Served(settings, tmp_path, [range(5, 69)], lambda text: None)
     try:
         ids = tuple(served.engine.chat.prompt([{'role': 'user', 'content': 'Who are you?'}]))
         steps = 0
-        for i in range(2 if system == 'inference_only' else 20):    # of a slow machine
+        for i in range(2 if system == 'inference_only' else 20):    # on a slow machine
             block = served.run_block(
                 system, i, [Arrival(0.1 * k, 'Who are you?', ids) for k in range(3)], 1.0, 4)
             assert [row['output_tokens'] for row in block.requests] == [4, 4, 4]
@@ -71,23 +71,23 @@ def test_learning_that_is_always_pending_goes_on_beside_answers(
 
 @pytest.mark.parametrize(('leak', 'holds'), [(0.0, True), (0.05, False)])
 def test_memory_that_comes_and_goes_is_no_growth_and_a_leak_is(leak: float, holds: bool) -> None:
-    """After the warm-up, in which caches fill, steps of learning hold some now and then."""
+    """After the warm-up, fine-tune steps use memory for short times."""
     rows = [{'at_s': float(t), 'memory_mb': min(t, 100) + 1000.0 + 400.0 * (t % 7 > 2) + leak * t}
             for t in range(1800)]
     assert (growth(floor(rows)) <= 0.02) == holds
 
 
 def test_no_schedule_needs_fewer_passes_than_the_bound() -> None:
-    """Two prompts of 32 tokens, half of them alike, and answers of 16 tokens each."""
+    """Two prompts of 32 tokens, the first 16 in common, and answers of 16 tokens each."""
     prompts = [[1] * 16 + [n] * 16 for n in (2, 3)]
-    # Each pass of an answer holds 1 block of its own for the prompt, 1 more for what it said;
-    # the first one has said nothing. Of 3 blocks, 1 is for what both begin with.
+    # In each pass an answer holds 1 block of its own for the prompt, and from the second pass on
+    # 1 more for its output. Of 3 blocks, 1 is for the common prefix.
     assert least_passes(prompts, [16, 16], 3, 16) == (2 * (15 * 2 + 1)) / 2
     assert least_passes(prompts, [16, 16], 1000, 16) == 16      # a token each in every pass
 
 
 def test_what_was_found_out_about_learning_can_be_computed_again() -> None:
-    """Else a run that measures one part would be lost in the end, beside the others."""
+    """A run of one part is merged with the recorded parts in this way."""
     found = json.loads((FOLDER / 'learning.json').read_text())
     again = json.loads(dumps(asdict(learning.result_of(found['samples']))))
     # Samples are rounded when they are written.
