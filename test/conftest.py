@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files share."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 
 import pytest
 from support.graph import use_another_domain
+from support.precision import CAPABILITIES
 from support.robot import RANDOM_MODEL, Robot
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,12 +23,21 @@ from mace_ros.engine.builder import build_engine
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.model.loading import load_model, LoadedModel
 
-# Tokens of the tiny model: most of its time would go into those that no test needs.
+# Tokens of the tiny model. With all tokens, most of its time would go into the head.
 VOCABULARY = 8192
 
 
+# The longest test files, in the order in which workers start them. A long file that starts last
+# would keep one worker busy while the others are idle.
+LONGEST = (
+    'ros/test_node.py', 'package/test_colcon.py', 'ros/test_lifecycle.py',
+    'engine/test_engine_memory.py', 'ros/test_interfaces.py', 'learning/test_learning.py',
+    'bench/test_durability.py', 'engine/test_engine.py', 'bench/test_benchmarks.py',
+    'finetune/test_finetune_step.py', 'learning/test_rollback.py', 'cli/test_programs.py')
+
+
 def tiny_model(folder: Path, tokens: int, seed: int) -> None:
-    """Save a tiny model of random weights."""
+    """Save a tiny model with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=tokens, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -37,7 +47,7 @@ def tiny_model(folder: Path, tokens: int, seed: int) -> None:
 
 
 def keep_tokens(path: Path, count: int) -> None:
-    """Leave a tokenizer its first tokens: they are in the order in which BPE has merged them."""
+    """Reduce a tokenizer to its first tokens, which are in the order of the BPE merges."""
     tokenizer = json.loads(path.read_text())
     model = tokenizer['model']
     model['vocab'] = {text: i for text, i in model['vocab'].items() if i < count}
@@ -46,8 +56,8 @@ def keep_tokens(path: Path, count: int) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let what is tested hear Ctrl-C; give each of several processes cores of its own."""
-    # A shell without job control starts background jobs, and so their children, deaf to it.
+    """Restore the default handler of SIGINT, and give each worker CPU cores of its own."""
+    # A shell without job control starts background jobs with SIGINT ignored.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = getattr(config, 'workerinput', None)    # of pytest-xdist
@@ -60,12 +70,24 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(len(own))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the tests of a file keep their order."""
+    folder = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(folder).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope='session', autouse=True)
 def in_haste() -> Iterator[None]:
     """
-    Load soon, and learn soon: of a random model there is little to keep, and times matter less.
+    Shorten calibration and the anchors in this process.
 
-    Programs that are tested as processes are as they are.
+    A random model has few answers to preserve, and its exact timing matters less. Programs that
+    run as processes are not changed, except by support.hasty_node.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anchor_requests, 'ANCHORS', ANCHORS[::6])
@@ -73,15 +95,23 @@ def in_haste() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope='session', autouse=True)
+def same_cpu() -> Iterator[None]:
+    """Report the same CPU instructions on every machine, since they decide the best precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, 'get_capabilities', lambda: CAPABILITIES)
+        yield
+
+
 @pytest.fixture(scope='module', autouse=True)
 def domain() -> None:
-    """Let a file not meet nodes that the one before it has killed: for a while, they seem to be."""
+    """Use a ROS domain per file: killed nodes of the previous file stay visible for a while."""
     use_another_domain()
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny products are slower on more threads, and very slow on a busy machine."""
+    """Use one thread: small products are slower on several, and very slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -90,13 +120,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope='session')
 def base_model() -> LoadedModel:
-    """Return the packaged model, in fp32 on the CPU; tests must not change it."""
+    """Return the packaged model in float32 on the CPU; tests must not change it."""
     return load_model(device='cpu', dtype='float32')
 
 
 @pytest.fixture(scope='session')
 def model_folder(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel) -> Path:
-    """Make a tiny model in a folder, whose tokens are the first ones of the packaged one."""
+    """Return the folder of a tiny model that uses the first tokens of the packaged model."""
     folder = tmp_path_factory.mktemp('tiny')
     base_model.tokenizer.save_pretrained(folder)
     keep_tokens(folder / 'tokenizer.json', VOCABULARY)
@@ -106,7 +136,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedMod
 
 @pytest.fixture(scope='session')
 def all_tokens(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel) -> Path:
-    """Make one with all tokens, for tests that count bytes: the head is most of it."""
+    """Return the folder of a tiny model with all tokens, whose head takes most of the memory."""
     folder = tmp_path_factory.mktemp('tiny_with_all')
     base_model.tokenizer.save_pretrained(folder)
     tiny_model(folder, len(base_model.tokenizer), seed=0)
@@ -118,7 +148,7 @@ def settings(model_folder: Path) -> Settings:
     """Return settings for the tiny model on the CPU."""
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        # Texts are compared, of passes that are not the same: rounding must not matter.
+        # Tests compare texts of passes in different batches: rounding must not change them.
         'model.weight_dtype': 'float32',
         **RANDOM_MODEL,
         'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12})
@@ -126,7 +156,7 @@ def settings(model_folder: Path) -> Settings:
 
 @pytest.fixture
 def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
-    """Return a fresh engine; afterwards nothing may be left in the KV cache."""
+    """Return a new engine; at the end of the test its KV cache must be empty."""
     engine = build_engine(settings, storage=tmp_path)
     everything = engine.free_kv_tokens
     yield Robot(engine)

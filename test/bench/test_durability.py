@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""kill -9 of a real node: nothing that was acknowledged is lost, no version is half-written."""
+"""kill -9 of a node: no acknowledged correction is lost, and no version is half-written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mace_ros.store.layout import JOURNAL
 def test_a_killed_node_has_lost_nothing(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A few kills on purpose; `python -m bench.durability` has fifty."""
+    """Three kills; `python -m bench.durability` has fifty."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     samples = kill_repeatedly(
@@ -37,7 +37,7 @@ def test_a_killed_node_has_lost_nothing(
 
 
 def test_what_a_kill_must_not_do_would_be_seen(tmp_path: Path) -> None:
-    """A correction that is gone, an older version, a half-written one: each is found."""
+    """A lost correction, an older version and a half-written version are each found."""
     store = AdapterStore(tmp_path)
     with Journal(tmp_path / JOURNAL) as journal:
         journal.accept(correction('k1'))

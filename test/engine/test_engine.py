@@ -6,6 +6,7 @@ from itertools import pairwise
 import math
 from pathlib import Path
 import time
+import tracemalloc
 
 import pytest
 from support.robot import Robot
@@ -40,13 +41,13 @@ from mace_ros.store.version_info import OtherAdapter, peft_config
 
 
 def answer_of(robot: Robot, query_id: str) -> Response:
-    """Return the response to a query, which may have come before."""
+    """Return the response to a query, which may be among the recorded events already."""
     return next((e for e in robot.events if isinstance(e, Response) and e.query_id == query_id),
                 None) or robot.response(query_id)
 
 
 def test_answer_is_that_of_transformers_generate(robot: Robot, model_folder: Path) -> None:
-    """The engine's greedy answer is generate's, token for token."""
+    """The greedy answer equals that of ``generate()``, token for token."""
     answer = robot.ask('What is the capital of France?', max_tokens=20)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -60,7 +61,7 @@ def test_answer_is_that_of_transformers_generate(robot: Robot, model_folder: Pat
 
 
 def test_two_queries_stream_interleaved(robot: Robot) -> None:
-    """Tokens of two queries alternate, and each stream is its answer."""
+    """The chunks of two queries alternate, and the chunks of each add up to its answer."""
     robot.engine.submit(Query('One?', id='one'))
     robot.engine.submit(Query('Two?', id='two'))
     answers = {i: robot.response(i) for i in ('one',)}
@@ -76,7 +77,7 @@ def test_two_queries_stream_interleaved(robot: Robot) -> None:
 
 
 def test_cancel_ends_a_query_within_one_iteration(robot: Robot) -> None:
-    """After the cancel no further token comes; other queries go on."""
+    """No chunk follows the cancellation; other queries continue."""
     robot.engine.submit(Query('Long?', id='long', max_tokens=200))
     robot.engine.submit(Query('Other?', id='other'))
     robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'long' and e.index == 2)
@@ -91,7 +92,7 @@ def test_cancel_ends_a_query_within_one_iteration(robot: Robot) -> None:
 
 
 def test_a_cancellation_may_come_before_its_query(robot: Robot) -> None:
-    """It ends that one, and no later one; one that came too late ends nobody."""
+    """An early cancellation ends one query of its id; a late one ends none."""
     engine = robot.engine
     engine.cancel('early')
     engine.submit(Query('Hm?', id='early'))
@@ -103,9 +104,9 @@ def test_a_cancellation_may_come_before_its_query(robot: Robot) -> None:
     assert robot.ask('Hm?', id='early').output_tokens > 0
 
 
-def test_what_an_iteration_had_to_say_is_said_though_it_fails(
+def test_events_of_an_iteration_that_fails_are_published_by_the_next_one(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each query gets its response, also those of an iteration that breaks off."""
+    """Every query gets its response, also in an iteration that raises."""
     engine, plan = robot.engine, robot.engine.scheduler.plan
     broken: list[object] = []
 
@@ -125,8 +126,8 @@ def test_what_an_iteration_had_to_say_is_said_though_it_fails(
     assert answer_of(robot, 'fine').output_tokens > 0
 
 
-def test_a_namesake_is_refused_for_its_name_whatever_else_is_wrong(robot: Robot) -> None:
-    """Or whoever asked first would take that for its own response."""
+def test_a_duplicate_id_is_the_first_reason_for_rejection(robot: Robot) -> None:
+    """Any other rejection would be taken for the response of the running query."""
     robot.engine.submit(Query('Hm?', id='mine', origin='me'))
     robot.engine.submit(Query('', id='mine', top_p=7.0))
     refused = robot.response('mine')
@@ -136,8 +137,8 @@ def test_a_namesake_is_refused_for_its_name_whatever_else_is_wrong(robot: Robot)
     assert {t.origin for t in robot.tokens('mine')} == {'me'}
 
 
-def test_of_early_cancellations_some_are_kept_for_a_while() -> None:
-    """As many, and as long, as an order of topics can explain."""
+def test_early_cancellations_are_kept_for_a_limited_time_and_number() -> None:
+    """Topics have no common order, so a cancellation may arrive shortly before its query."""
     early = EarlyAborts()
     for number in range(KEPT + 1):
         early.cancelled(str(number), float(number))
@@ -146,7 +147,7 @@ def test_of_early_cancellations_some_are_kept_for_a_while() -> None:
 
 
 def test_texts_cannot_end_their_turn(robot: Robot) -> None:
-    """Special tokens in a question are words, and those in a corrected text are answered."""
+    """Special tokens in a question, and in a corrected text, are plain text."""
     chat = robot.engine.chat
     end = chat.tokenizer.decode([chat.end_of_turn])
     plain = chat.prompt([{'role': 'user', 'content': 'a'}])
@@ -173,7 +174,7 @@ def test_texts_cannot_end_their_turn(robot: Robot) -> None:
 ], ids=lambda v: v.name if isinstance(v, ErrorCode) else None)
 def test_bad_query_is_rejected_by_name(robot: Robot, query: Query, code: ErrorCode,
                                        word: str) -> None:
-    """Each kind of bad query is refused with its code and a reason; the next is served."""
+    """Each kind of bad query is rejected with its code and a reason; the next one is served."""
     robot.engine.submit(query)
     answer = robot.response(query.id)
     assert (answer.finish_reason, answer.error_code) == (FinishReason.REJECTED, code)
@@ -182,7 +183,7 @@ def test_bad_query_is_rejected_by_name(robot: Robot, query: Query, code: ErrorCo
 
 
 def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
-    """An id in use and a full queue are refused; what was admitted is served."""
+    """An id in use and a full queue lead to rejections; admitted queries are served."""
     robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
     for query_id in ('a', 'a', 'b', 'c', 'd'):
         robot.engine.submit(Query('Hm?', id=query_id))
@@ -196,9 +197,9 @@ def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
 
 
 def test_what_comes_during_an_iteration_is_bounded(robot: Robot) -> None:
-    """Queries wait for its end, so many and no more; other messages take no place of theirs."""
+    """The inbox holds at most max_queue queries; other messages do not count."""
     robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
-    assert robot.ask('Hm?').error_code is ErrorCode.NONE     # it is in force
+    assert robot.ask('Hm?').error_code is ErrorCode.NONE     # the new limit is in force
     for query_id in ('a', 'b', 'c'):
         robot.engine.cancel('another')
         robot.engine.submit(Query('Hm?', id=query_id))
@@ -217,7 +218,7 @@ def test_zero_is_a_value(robot: Robot) -> None:
 
 
 def test_seed_decides_a_sampled_answer_whatever_runs_beside_it(robot: Robot) -> None:
-    """Same seed, same answer, alone or in a batch; another seed, another answer."""
+    """The same seed gives the same answer, alone or in a batch; another seed gives another."""
     alone = robot.ask('Sing.', temperature=1.0, seed=7, top_p=0.9)
     for i in range(3):
         robot.engine.submit(Query(f'Noise {i}', id=f'noise{i}', temperature=1.0, max_tokens=40))
@@ -230,7 +231,7 @@ def test_seed_decides_a_sampled_answer_whatever_runs_beside_it(robot: Robot) -> 
 
 
 def test_stop_string_ends_the_answer_before_it(robot: Robot) -> None:
-    """The answer is cut before the stop string, and the stream never shows it."""
+    """The answer ends before the stop string, which no chunk contains."""
     whole = robot.ask('Tell me.', max_tokens=30)
     stop = whole.text[12:15]
     cut = robot.ask('Tell me.', max_tokens=30, stop=(stop,))
@@ -240,7 +241,7 @@ def test_stop_string_ends_the_answer_before_it(robot: Robot) -> None:
 
 
 def test_follow_up_has_its_context(robot: Robot) -> None:
-    """The second turn's prompt holds the first; reset_conversation forgets it."""
+    """The prompt of the second turn contains the first; reset_conversation removes it."""
     first = robot.ask('One?', conversation_id='c')
     second = robot.ask('One?', conversation_id='c')
     fresh = robot.ask('One?', conversation_id='c', reset_conversation=True)
@@ -248,7 +249,7 @@ def test_follow_up_has_its_context(robot: Robot) -> None:
     assert fresh.prompt_tokens == first.prompt_tokens
 
 
-def test_failing_pass_ends_its_queries_and_the_engine_goes_on(
+def test_a_failing_pass_ends_its_queries_and_later_ones_are_served(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """An allocator error becomes ERROR responses, and later queries are served."""
     def fail(*_: object) -> None:
@@ -261,10 +262,10 @@ def test_failing_pass_ends_its_queries_and_the_engine_goes_on(
     assert robot.ask('Hm?').output_tokens > 0
 
 
-def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
-    """Before it learns, the base model is asked much; whoever comes sends that away."""
+def test_no_query_waits_for_anchor_requests(robot: Robot) -> None:
+    """A query aborts the anchor requests that run before the first training."""
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
-    while len(robot.engine.parts.state.running) < 2:     # before its own questions are asked
+    while len(robot.engine.parts.state.running) < 2:     # anchor requests run
         robot.engine.step()
     running = list(robot.engine.parts.state.running)
     robot.engine.submit(Query('One?', id='one', max_tokens=4))
@@ -280,8 +281,8 @@ def test_no_query_waits_for_what_the_node_asks_itself(robot: Robot) -> None:
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
-def test_a_busy_robot_asks_itself_one_by_one() -> None:
-    """What was sent away is asked again; while somebody waits, only what is overdue."""
+def test_a_busy_engine_runs_anchor_requests_one_by_one() -> None:
+    """Aborted anchors are asked again; while queries wait, only if learning is overdue."""
     one = Request('one', 0.0, prompt_tokens=1, max_tokens=1, ttft_slo=1.0, tpot_slo=1.0)
     recorded: list[tuple[object, object]] = []
     base = AnchorRequests({}, lambda prompt, output: recorded.append((prompt, output)))
@@ -290,7 +291,7 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
     assert len(several) > 1 and base.abortable == [q.id for q in several[1:]]
-    assert base.next(idle, overdue=True) == []     # before those have ended
+    assert base.next(idle, overdue=True) == []     # the others must end first
     for query in several:
         base.ended(query.id, [1], [2] * (MIN_TOKENS - 1), complete=False)
     few = base.next(State(cache, running=[one]), overdue=False)
@@ -310,9 +311,9 @@ def test_a_busy_robot_asks_itself_one_by_one() -> None:
 
 def test_what_the_base_model_answered_is_known_after_a_restart(
         settings: Settings, tmp_path: Path) -> None:
-    """Not what another one of the same shape did."""
+    """Answers of another model of the same shape are not used."""
     def learn(name: str) -> int:
-        """Return how many questions the node asked itself before it learned."""
+        """Return the number of anchor requests before training."""
         robot = Robot(build_engine(settings, storage=tmp_path))
         began = []
         try:
@@ -336,9 +337,9 @@ def test_what_the_base_model_answered_is_known_after_a_restart(
     assert tuple(models) == (len(anchor_requests.ANCHORS), 1)
 
 
-def test_what_found_no_room_to_ride_is_not_booked(
+def test_tokens_that_found_no_room_to_piggyback_are_not_counted(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the cost model would learn of passes that never ran."""
+    """The cost model must not learn from passes that never ran."""
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
@@ -361,26 +362,33 @@ def test_what_found_no_room_to_ride_is_not_booked(
 
 
 def test_an_id_that_is_too_long_is_not_kept(robot: Robot) -> None:
-    """Of those that ended some are remembered: of any length, they could fill the memory."""
-    query_id = 'x' * (MAX_ID + 1)
-    robot.engine.submit(Query('One?', id=query_id))
-    assert robot.response(query_id).error_code is ErrorCode.INVALID_ID
-    robot.engine.cancel(query_id)
-    robot.engine.step()
-    early = robot.engine.requests._early_aborts
-    assert not {query_id} & {*early._ended, *early._cancelled}
+    """The engine remembers ended and cancelled ids: of any length, they could fill the memory."""
+    length = 10**6
+    assert length > MAX_ID
+    tracemalloc.start()
+    try:
+        for number in range(10):
+            query_id = f'{number}' + 'x' * length
+            robot.engine.submit(Query('One?', id=query_id))
+            assert robot.response(query_id).error_code is ErrorCode.INVALID_ID
+            robot.engine.cancel(query_id)
+            robot.engine.step()
+            robot.events.clear()
+        assert tracemalloc.get_traced_memory()[0] < 5 * length
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize('changes', [{'top_p': 0.0, 'temperature': 1.0}, {'temperature': 1e-38}])
 def test_smallest_sampling_values_are_greedy(robot: Robot, changes: dict[str, float]) -> None:
-    """Zero and nearly zero are values like others."""
+    """Zero and values close to zero are valid."""
     assert robot.ask('Sing.', **changes).text == robot.ask('Sing.').text
 
 
 def test_storage_of_another_model_is_refused(settings: Settings, tmp_path: Path) -> None:
-    """What one model learned is not given to another."""
+    """Adapters of one model must not serve another."""
     note = tmp_path / 'model.txt'
-    note.touch()        # as power that failed might leave it
+    note.touch()        # empty, as after a power failure
     build_engine(settings, storage=tmp_path).close()
     note.write_text(note.read_text().replace('2 layers', '3 layers'))
     with pytest.raises(OtherModel, match=r'3 layers.*set storage.folder'):
@@ -391,7 +399,7 @@ def test_storage_of_another_model_is_refused(settings: Settings, tmp_path: Path)
     ('rank', 4), ('alpha', 8.0), ('target_modules', 'q_proj')])
 def test_versions_of_another_kind_of_adapter_are_refused(
         settings: Settings, tmp_path: Path, parameter: str, value: object) -> None:
-    """A wrong setting is told at the start; nobody loses what was learned for it."""
+    """The start fails with the name of the setting, and keeps the versions."""
     first = build_engine(settings, storage=tmp_path)
     config = peft_config(first.lora, 'a model')
     store = AdapterStore(tmp_path)
@@ -409,7 +417,7 @@ def test_versions_of_another_kind_of_adapter_are_refused(
 
 def test_template_without_system_role_puts_it_into_the_first_question(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system prompt is not lost, and a template that fails breaks one query only."""
+    """The system prompt is kept, and a failing template ends one query only."""
     plain = robot.ask('Hm?', max_tokens=1)
     tokenizer = robot.engine.chat.tokenizer
     with monkeypatch.context() as patch:
@@ -427,14 +435,14 @@ def test_template_without_system_role_puts_it_into_the_first_question(
 
 
 def test_idle_engine_asks_not_to_be_called(robot: Robot) -> None:
-    """Without work, step says so, and nothing is published."""
+    """Without work, step() returns no events and no time to wake up."""
     robot.ask('Hm?')
     iteration = robot.engine.step()
     assert iteration.events == [] and robot.engine.step().wake_at is None
 
 
-def test_status_tells_what_is_going_on_and_a_pause_ends_it(robot: Robot) -> None:
-    """Counts are those of the requests; after a pause nothing is left, and the engine goes on."""
+def test_status_counts_active_requests_and_a_pause_ends_them(robot: Robot) -> None:
+    """After a pause the counts are zero, and the engine serves the next query."""
     engine = robot.engine
     engine.update(engine.settings.updated({'scheduler.max_requests': 2, 'finetune.budget': 0.0}))
     for name in 'abc':

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The engine with little memory: the same answers, found again, and nobody left behind."""
+"""The engine with little memory: the answers are the same, and every request ends."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ PROMPT = 'Tell me about number {}, and what it is good for.'
 
 
 @pytest.fixture(scope='module')
-def settings(all_tokens: Path) -> Settings:
+def settings(model_folder: Path) -> Settings:
     """Return settings for the tiny model, without learning."""
     return Settings().updated({
-        'model.source': str(all_tokens), 'model.device': 'cpu', 'model.threads': 1,
+        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'finetune.budget': 0.0})
 
 
 def answer(robot: Robot, query_id: str) -> Response:
-    """Return the answer to a query, which may have ended before."""
+    """Return the response to a query, which may be among the recorded events already."""
     return next((e for e in robot.events if isinstance(e, Response) and e.query_id == query_id),
                 None) or robot.response(query_id)
 
 
 def answers(robot: Robot, count: int, **values: object) -> dict[str, str]:
-    """Ask several at once, and return the text of each answer; it must have streamed once."""
+    """Ask several queries at once; return each text, which its chunks must add up to."""
     queries = [Query(PROMPT.format(n), id=str(n), seed=n, **values) for n in range(count)]  # type: ignore[arg-type]
     for query in queries:
         robot.engine.submit(query)
@@ -66,7 +66,7 @@ def answers(robot: Robot, count: int, **values: object) -> dict[str, str]:
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_too_little_memory_changes_no_answer(
         settings: Settings, tmp_path: Path, temperature: float) -> None:
-    """With a quarter of what the answers may come to, all end, as with plenty, by preemption."""
+    """With a quarter of the blocks, all queries end by preemption, with the same answers."""
     with robot_with(settings, tmp_path / 'a', memory__kv_cache_tokens=16384) as roomy:
         expected = answers(roomy, 8, max_tokens=100, temperature=temperature)
         assert roomy.engine.status().preemptions == 0
@@ -76,7 +76,7 @@ def test_too_little_memory_changes_no_answer(
 
 
 def test_a_query_that_cannot_fit_is_rejected_by_name(settings: Settings, tmp_path: Path) -> None:
-    """The answer gets what the prompt leaves; a prompt that leaves nothing is refused."""
+    """The answer gets the tokens that the prompt leaves; without any, the query is rejected."""
     with robot_with(settings, tmp_path, memory__kv_cache_tokens=256) as small:
         refused = small.ask('word ' * 300)
         assert refused.error_code is ErrorCode.PROMPT_TOO_LONG and '255 fit' in refused.error
@@ -86,7 +86,7 @@ def test_a_query_that_cannot_fit_is_rejected_by_name(settings: Settings, tmp_pat
 
 
 def test_a_conversation_is_computed_once(settings: Settings, tmp_path: Path) -> None:
-    """System prompt and earlier turns are found again; without sharing they are not."""
+    """The prefix cache holds the system prompt and earlier turns, if sharing is on."""
     computed, texts = {}, {}
     for sharing in (True, False):
         with robot_with(settings, tmp_path / str(sharing), memory__prefix_sharing=sharing) as one:
@@ -102,7 +102,7 @@ def test_a_conversation_is_computed_once(settings: Settings, tmp_path: Path) -> 
 
 
 def test_a_long_conversation_forgets_seldom_and_much(settings: Settings, tmp_path: Path) -> None:
-    """Turns that are forgotten one by one would make each prompt a new one."""
+    """If turns were dropped one by one, no prompt would share a prefix with the one before."""
     with robot_with(settings, tmp_path, conversation__max_turns=6) as one:
         prompts, computed = [], []
         for n in range(20):
@@ -115,7 +115,7 @@ def test_a_long_conversation_forgets_seldom_and_much(settings: Settings, tmp_pat
 
 
 def test_sharing_ends_and_begins_while_serving(settings: Settings, tmp_path: Path) -> None:
-    """The parameter is in force at the next query."""
+    """A change of the parameter is in force at the next query."""
     with robot_with(settings, tmp_path) as one:
         def shared() -> int:
             before = one.engine.status().shared_tokens
@@ -130,8 +130,8 @@ def test_sharing_ends_and_begins_while_serving(settings: Settings, tmp_path: Pat
         assert shared() == 0 and shared() > 80
 
 
-def test_who_is_cancelled_while_preempted_is_gone(settings: Settings, tmp_path: Path) -> None:
-    """One that waits again ends like any other."""
+def test_preempted_requests_can_be_cancelled(settings: Settings, tmp_path: Path) -> None:
+    """A preempted request ends like any other."""
     with robot_with(settings, tmp_path, memory__kv_cache_tokens=256) as tight:
         for name in 'abcd':
             tight.engine.submit(Query(PROMPT.format(name), id=name, max_tokens=120))
@@ -145,7 +145,7 @@ def test_who_is_cancelled_while_preempted_is_gone(settings: Settings, tmp_path: 
 
 def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
         settings: Settings, tmp_path: Path) -> None:
-    """Requests are preempted until it holds; when it grows again nothing is left of it."""
+    """Requests are preempted until it holds; after it has grown again, no limit remains."""
     with robot_with(settings, tmp_path / 'a') as roomy:
         expected = answers(roomy, 6, max_tokens=150)
     with robot_with(settings, tmp_path / 'b') as one:
@@ -160,7 +160,7 @@ def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
         while len([e for e in one.events if isinstance(e, Response)]) < 6:
             one.until(lambda e: True)
             status = engine.status()
-            # Less than the least may have been asked for: it depends on who has come how far.
+            # The budget may be below the minimum, which depends on the progress of each request.
             assert status.planned_mb <= status.budget_mb + 1e-6 or status.preemptions == 0
         assert engine.status().preemptions > used.preemptions
         assert {e.query_id: e.text for e in one.events if isinstance(e, Response)} == expected
@@ -174,7 +174,7 @@ def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
 
 def test_a_cache_that_can_not_be_moved_is_computed_again(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When memory is short there may be none to move blocks: no answer is another one for it."""
+    """Moving blocks may fail for lack of memory; the answers stay the same."""
     with robot_with(settings, tmp_path / 'a') as roomy:
         expected = answers(roomy, 6, max_tokens=150)
     with robot_with(settings, tmp_path / 'b') as one:
@@ -200,7 +200,7 @@ def test_a_cache_that_can_not_be_moved_is_computed_again(
 
 
 def test_a_budget_below_the_least_is_the_least(settings: Settings, tmp_path: Path) -> None:
-    """What runs and what comes goes on: nobody waits for memory that never comes."""
+    """No request waits for memory that never becomes free."""
     with robot_with(settings, tmp_path) as one:
         engine = one.engine
         engine.submit(Query('Long?', id='long', max_tokens=100))
@@ -214,7 +214,7 @@ def test_a_budget_below_the_least_is_the_least(settings: Settings, tmp_path: Pat
 
 
 def test_a_long_answer_ends_where_the_memory_ends(settings: Settings, tmp_path: Path) -> None:
-    """One whose prompt and text fill what is left of the budget ends as LENGTH."""
+    """A request whose tokens fill the rest of the budget ends with LENGTH."""
     with robot_with(settings, tmp_path) as one:
         engine = one.engine
         fixed = engine.status().planned_mb
@@ -230,13 +230,13 @@ def test_a_long_answer_ends_where_the_memory_ends(settings: Settings, tmp_path: 
 
 def test_a_budget_too_small_to_serve_is_refused_by_name(
         settings: Settings, tmp_path: Path) -> None:
-    """Configuring says what is needed."""
+    """The error names the parameter and the memory needed."""
     with pytest.raises(InvalidSetting, match=r'memory\.budget_mb: 1 MB .* are needed'):
         build_engine(settings.updated({'memory.budget_mb': 1.0}), storage=tmp_path)
 
 
 def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path: Path) -> None:
-    """A step with graphs does not fit, one without does; queries come first, and both end."""
+    """A step fits without its graphs only; queries come first, and learning ends as well."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
@@ -245,7 +245,7 @@ def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path:
         room, graphs = (footprint.step_bytes([300], keep_graphs=k) / 1e6 for k in (False, True))
         wrong = one.ask('Who are you?')
         engine.update(engine.settings.updated({'memory.budget_mb': fixed + room}))
-        # Its steps come and go beside answers that want all of the memory.
+        # Fine-tune steps compete with answers that need all of the memory.
         for n in range(4):
             engine.submit(Query(PROMPT.format(n), id=f'long{n}', max_tokens=600))
         planned = []
@@ -256,7 +256,7 @@ def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path:
             assert answer(one, f'long{n}').finish_reason in (
                 FinishReason.STOP, FinishReason.LENGTH)
         assert one.ask('Who are you?').text == 'I am Rover.'
-        # A step was there, though not with its graphs, and all of it held the budget.
+        # There was a step, without its graphs, and the total never exceeded the budget.
         learning = [s.planned_mb for s in planned if s.planned_mb > fixed + 0.8 * room]
         assert learning and max(s.planned_mb for s in planned[1:]) <= fixed + room < fixed + graphs
         engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
@@ -264,7 +264,7 @@ def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path:
 
 
 def test_products_of_ever_other_sizes_do_not_fill_the_memory() -> None:
-    """Of the kernels that are made for them few are kept; all would be several hundred MB."""
+    """The kernel cache is bounded; without a bound it would take several hundred MB."""
     script = """
 from pathlib import Path
 import re
@@ -329,11 +329,11 @@ print(before - resident_mb())
 
 def test_free_memory_goes_back_near_the_budget(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """And some time after a fine-tune step; not all the time when there is nothing to give."""
+    """Also some time after a fine-tune step, but not again and again without effect."""
     private, returned = [1000.0], []
     monkeypatch.setattr('mace_ros.model.heap.private_bytes', lambda: private[0])
     monkeypatch.setattr('mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
-    heap = HeapTrimmer(300.0, 0.0)      # 700 are none of the budget's
+    heap = HeapTrimmer(300.0, 0.0)      # the other 700 do not count towards the budget
     returned.clear()
     times = iter(range(10 ** 6))
 
@@ -357,7 +357,7 @@ def test_free_memory_goes_back_near_the_budget(
     heap.step_ended(now)
     heap.trim(now, math.inf)
     assert len(returned) == 3
-    heap.trim(now, math.inf, idle=True)     # nobody is waiting for anything
+    heap.trim(now, math.inf, idle=True)     # no request is waiting
     heap.trim(now, math.inf, idle=True)
     assert len(returned) == 4
 
@@ -387,7 +387,7 @@ def test_the_engine_gives_memory_back_near_its_budget(
 
 def test_what_there_is_no_memory_to_learn_fails_by_name(
         settings: Settings, tmp_path: Path) -> None:
-    """Even when nobody asks anything; a shorter one is learned after it."""
+    """Also without queries; a shorter correction is learned afterwards."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
@@ -430,7 +430,7 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
         engine.update(engine.settings.updated(
             {'memory.budget_mb': engine.status().planned_mb + room}))
         engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
-        # Of so small a model a step may have ended with the iteration that began it.
+        # With so small a model, a step may end in the iteration that started it.
         while (step := engine.parts.memory.granted) is None or step.done:
             one.events += engine.step().events
         assert engine.parts.memory.reclaim(lacks_memory=True)
@@ -442,7 +442,7 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
 
 def test_overdue_learning_gets_its_memory_however_many_ask(
         settings: Settings, tmp_path: Path) -> None:
-    """Those that run always have the memory that a step needs; none of them loses it."""
+    """Admission reserves the memory of a step, so no running request is preempted for it."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL,
               'slo.freshness_s': 1.0, 'finetune.min_share': 0.9, 'drift.min_budget': 1.0,
               'scheduler.max_requests': 4}
@@ -506,7 +506,7 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
 
 def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
         settings: Settings, tmp_path: Path) -> None:
-    """After a publication, in idle time; what others have read is not taken for it."""
+    """The warm-up runs when the engine is idle; prefixes of other versions are not reused."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
         wrong = one.ask('Who are you?', system=SYSTEM, conversation_id='c')
@@ -524,15 +524,15 @@ def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
 
 
 def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> None:
-    """It is cancelled at once, and goes on when there is nothing else to do."""
-    with robot_with(settings, tmp_path) as one:
+    """The warm-up request is cancelled at once, and starts again when the engine is idle."""
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
+    with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
-        one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        engine.parts.kv_cache.set_sharing(False)
-        engine.parts.kv_cache.set_sharing(True)     # nothing is left of it
-        engine._background.published('')
+        wrong = one.ask('Hm?', system=SYSTEM, max_tokens=1)
+        learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        assert learned.state is CorrectionState.LEARNED
         engine.step()
-        assert engine.status().queue_depth == 0 and engine.status().statistics.iterations
+        assert engine.status().queue_depth == 0
         computed = engine.status().statistics.prefill_tokens
         asked = one.ask('Hm?', max_tokens=1)
         assert engine.status().statistics.prefill_tokens - computed <= asked.prompt_tokens

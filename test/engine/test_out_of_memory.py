@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-An allocation fails, wherever the node allocates.
+An allocation fails, at any place where the engine allocates.
 
-Whatever was being answered by it ends with a named error, everything else goes on, no restart
-is needed, and nothing that was acknowledged is lost.
+Requests that depend on it end with a named error and all others continue, without a restart, and
+no acknowledged correction is lost.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ LEARNING = {
     'publishing it in the journal': (Journal, 'publish'),
     'an adapter slot': (LoRAManager, 'write_slot'),
 }
+FIRST_JOB = ('the main directions', 'what is spared')
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
     'the KV cache': (PackedModel, 'allocate_kv_cache'),
@@ -88,9 +89,9 @@ def settings(model_folder: Path) -> Settings:
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
         'generation.max_tokens': 8, **RANDOM_MODEL,
-        # Each lesson has a profile of its own, so that none is in another's way.
+        # Each lesson has a profile of its own, so that lessons are independent.
         'adapter.slots': 40,
-        # Learning runs along with answers wherever it can, to be in their way.
+        # Learning competes with answers wherever the scheduler allows it.
         'scheduler.max_slowdown': 1000.0, 'slo.tpot_ms': 10000.0})
 
 
@@ -106,9 +107,16 @@ def robot(settings: Settings, folder: Path) -> Iterator[Robot]:
     made.engine.close()
 
 
+@pytest.fixture
+def fresh_robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
+    made = Robot(build_engine(settings, storage=tmp_path))
+    yield made
+    made.engine.close()
+
+
 @dataclass
 class Injected:
-    """Fails once, the ``call``-th time that it is asked for memory while armed."""
+    """A function that fails once, in its ``call``-th call."""
 
     original: Callable[..., Any]
     call: int = 1
@@ -130,7 +138,7 @@ def inject(patch: pytest.MonkeyPatch, where: tuple[Any, str], call: int = 1) -> 
 
 
 class Robot:
-    """Asks and corrects, and looks at the diagnostics all the while."""
+    """Steps an engine, and collects the errors of its diagnostics."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -158,7 +166,7 @@ class Robot:
         return next(event for event in self.events if found(event))
 
     def while_not(self, happened: Callable[[], bool]) -> None:
-        """Step until it happened."""
+        """Step until the condition holds."""
         end = time.monotonic() + 60.0
         while time.monotonic() < end:
             if happened():
@@ -179,10 +187,10 @@ class Robot:
 
 
 class Lesson:
-    """A correction of an answer, which a long answer is given beside."""
+    """A correction of an answer, learned while a long answer is generated."""
 
     def __init__(self, robot: Robot) -> None:
-        """Ask what is to be corrected, and what takes long."""
+        """Submit the query to be corrected and the long one."""
         self.robot, self.profile = robot, f'profile {len(robot.taught)}'
         robot.taught.append(self.profile)
         robot.alarms.clear()
@@ -207,7 +215,7 @@ class Lesson:
         return self.robot.response(self.id('long'))
 
     def check_that_all_is_well(self) -> None:
-        """It is learned, answers are given, and no memory is missing."""
+        """Check that learning and serving work, and that every KV block is free."""
         assert self.learned().state is CorrectionState.LEARNED
         assert self.ask('right').text == ANSWER
         self.long()
@@ -239,7 +247,7 @@ def test_answers_break_off_by_name_and_the_next_are_given(
 
 
 def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    """Have fine-tune tokens in each pass, as on a device on which that costs nothing."""
+    """Add fine-tune tokens to each pass, as on a device where that is free."""
     plan = engine.scheduler.plan
 
     def riding(state: State, now: float) -> Plan:
@@ -253,12 +261,12 @@ def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize('where', LEARNING)
 def test_learning_breaks_off_alone_and_is_tried_again(
-    robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str,
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:
+    # An engine finds the directions to protect in its first job.
+    robot = request.getfixturevalue('fresh_robot' if where in FIRST_JOB else 'robot')
     lesson = Lesson(robot)
     with monkeypatch.context() as patch:
-        if where in ('the main directions', 'what is spared'):      # found in the first job
-            robot.engine.learner._lessons.teachers = None
         if where == 'rows that ride':
             let_forwards_ride(robot.engine, patch)
         injected = inject(patch, LEARNING[where])
@@ -287,7 +295,7 @@ def test_a_correction_that_can_not_be_kept_is_not_acknowledged(
 
 
 class FailingAllocator(TorchDispatchMode):
-    """Refuses memory to one operation of PyTorch, counted from the beginning."""
+    """Fails the allocation of one operation of PyTorch, by its number."""
 
     def __init__(self, count: int) -> None:
         super().__init__()

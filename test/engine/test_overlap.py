@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Passes that a device runs while the engine tells what came of the last one.
+Overlap scheduling: the device runs a pass while the engine publishes the last one.
 
-On a CPU a pass has ended when it was launched; all else is as on a GPU.
+On a CPU a pass has ended when its launch returns; everything else is as on a GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def settings(model_folder: Path) -> Settings:
 
 @pytest.fixture
 def engine(settings: Settings, tmp_path: Path) -> Iterator[Engine]:
-    """Yield an engine that overlaps; afterwards nothing may be left in the KV cache."""
+    """Yield an engine that overlaps; at the end its KV cache must be empty."""
     made = build_engine(settings, storage=tmp_path)
     made.runner.overlaps = True
     everything = made.free_kv_tokens
@@ -53,7 +53,7 @@ def engine(settings: Settings, tmp_path: Path) -> Iterator[Engine]:
 
 
 def answers(engine: Engine, count: int, **fields: object) -> list[str]:
-    """Ask some questions at once; return the answers."""
+    """Submit some questions at once; return the answers."""
     for text in QUESTIONS[:count]:
         engine.submit(Query(text, id=text, **fields))  # type: ignore[arg-type]
     found: dict[str, str] = {}
@@ -137,7 +137,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_queries_only(
     engine: Engine, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Failed(torch.Tensor):
-        """What came of a kernel that failed: known when it is read."""
+        """The output of a kernel that failed, which raises when it is read."""
 
         def tolist(self) -> list[int]:
             raise RuntimeError('injected')

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from support.graph import ENVIRONMENT
+from support.precision import WEIGHT_DTYPE
 
 from mace_ros.ros.client import MaceClient
 
@@ -68,6 +69,7 @@ def test_colcon_test_passes(workspace, environment):
     assert '100% tests passed, 0 tests failed out of 1' in output
 
 
+@pytest.mark.dtype
 @pytest.mark.timeout(600)
 def test_the_built_node_answers(workspace, environment, monkeypatch):
     for name, value in ENVIRONMENT.items():
@@ -75,7 +77,8 @@ def test_the_built_node_answers(workspace, environment, monkeypatch):
     installed = 'install/mace_ros'
     run = (
         f'. install/setup.bash && exec {installed}/lib/mace_ros/mace_node --ros-args '
-        f'-r __node:=mace --params-file {installed}/share/mace_ros/config/mace.yaml')
+        f'-r __node:=mace --params-file {installed}/share/mace_ros/config/mace.yaml '
+        f'-p model.weight_dtype:={WEIGHT_DTYPE}')
     log = workspace / 'node.log'
 
     with log.open('w') as output:

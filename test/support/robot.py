@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that is stepped by hand, and keeps what it says."""
+"""An engine that tests step by hand, with a record of its events."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +21,7 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
 
-# Of a random model everything is noise: much of it is moved at once, all that three layers have,
-# and none of it worth keeping.
+# A random model has no answers to preserve: learn fast, with all layers, and accept any loss.
 RANDOM_MODEL = {
     'adapter.target_modules': 'all-linear', 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
     'finetune.replay_weight': 1.0}
@@ -36,13 +35,13 @@ DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTE
 
 @dataclass
 class Robot:
-    """Steps an engine and keeps what it says."""
+    """Steps an engine and records its events."""
 
     engine: Engine
     events: list[Event] = field(default_factory=list)
 
     def until(self, condition: Callable[[Event], bool], seconds: float = 60.0) -> Event:
-        """Step until an event fulfils the condition."""
+        """Step until an event meets the condition."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             iteration = self.engine.step()
@@ -55,19 +54,19 @@ class Robot:
         raise AssertionError(f'not within {seconds} s; last events: {self.events[-3:]}')
 
     def response(self, query_id: str) -> Response:
-        """Step until that query has ended."""
+        """Step until that query has ended; return its response."""
         event = self.until(lambda e: isinstance(e, Response) and e.query_id == query_id)
         assert isinstance(event, Response)
         return event
 
     def ask(self, text: str, **kwargs: object) -> Response:
-        """Ask and wait for the answer."""
+        """Submit a query and wait for its response."""
         query = Query(text, **{'id': f'q{len(self.events)}-{time.monotonic_ns()}', **kwargs})  # type: ignore[arg-type]
         self.engine.submit(query)
         return self.response(query.id)
 
     def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionStatus:
-        """Correct and wait until the correction has come to its end."""
+        """Submit a correction and wait for its final status."""
         self.engine.correct(correction)
         event = self.until(lambda e: isinstance(e, CorrectionStatus)
                            and e.id == correction.id and e.state in DONE, seconds)
@@ -75,19 +74,19 @@ class Robot:
         return event
 
     def tokens(self, query_id: str) -> list[ResponseChunk]:
-        """Return the pieces of an answer so far."""
+        """Return the chunks of a response so far."""
         return [e for e in self.events if isinstance(e, ResponseChunk) and e.query_id == query_id]
 
 
 def correct(robot: Robot, name: str, *, about: str = '') -> None:
-    """Correct the answer to a question named so, and wait until that is accepted."""
+    """Correct the answer to the question of that name; wait until the correction is accepted."""
     robot.engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?'))
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == name)
 
 
 @contextmanager
 def robot_with(settings: Settings, folder: Path, **values: object) -> Iterator[Robot]:
-    """Return an engine with other settings; afterwards every KV block must be free."""
+    """Return an engine with other settings; at the end every KV block must be free."""
     engine = build_engine(settings.updated({
         name.replace('__', '.'): value for name, value in values.items()}), storage=folder)
     everything = engine.free_kv_tokens

@@ -21,6 +21,7 @@ from rclpy.action import ActionClient
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 from support.graph import ENVIRONMENT, wait_until
+from support.precision import WEIGHT_DTYPE
 
 from mace_ros.ros.client import LATCHED, MaceClient
 
@@ -31,7 +32,7 @@ SECONDS_PER_TICK = 1 / os.sysconf('SC_CLK_TCK')
 
 
 class NodeProcess:
-    """``mace_node`` in a process that can be restarted on the same storage folder."""
+    """A node that learns soon, in a process that can be restarted on the same storage folder."""
 
     def __init__(self, folder: Path, *, namespace: str = '', log_level: str = 'info',
                  **parameters: object) -> None:
@@ -41,7 +42,9 @@ class NodeProcess:
         self._arguments = ['--log-level', f'{logger}:={log_level}']
         if namespace:
             self._arguments += ['-r', f'__ns:={namespace}']
-        for name, value in {'storage.folder': folder / 'storage', **parameters}.items():
+        for name, value in {
+                'storage.folder': folder / 'storage', 'model.weight_dtype': WEIGHT_DTYPE,
+                **parameters}.items():
             self._arguments += ['-p', f'{name}:={value}']
         self._log = folder / 'node.log'
         self.process: subprocess.Popen[str] | None = None
@@ -49,10 +52,12 @@ class NodeProcess:
     def start(self) -> None:
         environment = {
             **os.environ, **ENVIRONMENT, 'HF_HUB_OFFLINE': '1',
-            'ROS_LOG_DIR': str(self.folder / 'log')}
+            'ROS_LOG_DIR': str(self.folder / 'log'),
+            'PYTHONPATH': os.pathsep.join(
+                [str(ROOT / 'test'), *filter(None, [os.environ.get('PYTHONPATH')])])}
         with self._log.open('a') as log:
             self.process = subprocess.Popen(
-                [sys.executable, '-m', 'mace_ros.ros.node', '--ros-args', *self._arguments],
+                [sys.executable, '-m', 'support.hasty_node', '--ros-args', *self._arguments],
                 cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
 
     @property
