@@ -14,11 +14,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, replace
 import gc
 from itertools import takewhile
-import math
 from pathlib import Path
 import time
 import uuid
@@ -48,11 +46,10 @@ from mace_ros.engine.model_runner import ModelRunner
 from mace_ros.engine.request_manager import RequestManager
 from mace_ros.finetune.calibration import measure
 from mace_ros.finetune.footprint import measure_footprint
+from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import accept, Accepted
 from mace_ros.learning.learner import Learner
-from mace_ros.learning.outcomes import suspected, SuspectedRegression
 from mace_ros.learning.rollback import RolledBack
-from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
@@ -67,8 +64,6 @@ from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import SegmentKind, State
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.store.adapter_store import AdapterStore, check_same_model
-from mace_ros.store.journal import Journal
-from mace_ros.store.journal_file import JournalError
 from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.layout import JOURNAL
 from mace_ros.store.retention import tidy
@@ -90,6 +85,23 @@ class Iteration:
 
     events: list[Event]
     wake_at: float | None
+
+
+class _StepCost:
+    """What a fine-tune step costs, by the cost model and the memory that is free for it."""
+
+    def __init__(self, cost: CostModel, memory: MemoryArbiter, layers: int) -> None:
+        self._cost, self._memory, self._layers = cost, memory, layers
+
+    def tokens_within(self, seconds: float) -> int:
+        """Return the tokens of a step whose pieces end within so many seconds."""
+        return self._memory.step_tokens(self._cost.tokens_within(
+            SegmentKind.BACKWARD_RECOMPUTED, seconds, most=MAX_STEP_TOKENS))
+
+    def step_s(self, tokens: int) -> float:
+        """Return the device seconds of a step."""
+        return self._layers * (self._cost.segment_s(SegmentKind.FORWARD, tokens)
+                               + self._cost.segment_s(SegmentKind.BACKWARD, tokens))
 
 
 class Engine:
@@ -147,11 +159,6 @@ class Engine:
             base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots + 1)
         check_same_model(folder, loaded.model)
         self._store = store = AdapterStore(folder)
-        self.learner = Learner(
-            model=self.model, model_name=loaded.name, bank=self.bank, chat=self.chat,
-            slots=self._slots, journal=self._journal, store=store, wake=wake)
-        self._rollbacks = RollbackQueue(
-            bank=self.bank, slots=self._slots, journal=self._journal, store=store, wake=wake)
         if self.model.device.type == 'cuda' and settings.model.device_graphs:
             with reporting(progress, 'capturing device graphs'):
                 end = clock() + CAPTURE_S
@@ -168,15 +175,11 @@ class Engine:
                 self.model, self.bank, max_tokens=settings.scheduler.max_batch_tokens,
                 clock=clock)))
         self.scheduler = Scheduler(settings, cost)
-        self.learner.training.tokens_within = lambda seconds: self._memory.step_tokens(
-            cost.tokens_within(
-                SegmentKind.BACKWARD_RECOMPUTED, seconds, most=MAX_STEP_TOKENS))
-        layers = len(self.model.layers)
-        self.learner.step_s = lambda tokens: layers * (
-            cost.segment_s(SegmentKind.FORWARD, tokens)
-            + cost.segment_s(SegmentKind.BACKWARD, tokens))
-        self.learner.clock = clock
-        self.learner.condemn = self._condemn
+        self.learner = Learner(
+            model=self.model, model_name=loaded.name, lora=self.bank, chat=self.chat,
+            slots=self._slots, journal=self._journal, store=store,
+            cost=_StepCost(cost, self._memory, len(self.model.layers)), settings=settings,
+            wake=wake, clock=clock)
         self._inbox: deque[Callable[[], list[Event]]] = deque()
         self._arrived: deque[tuple[Query, float]] = deque()     # those of the inbox
         self._unsaid: list[Event] = []      # of the iteration that is being run
@@ -201,9 +204,7 @@ class Engine:
             heap=self._heap, learner=lambda: self.learner, is_called=lambda: bool(self._inbox),
             clock=clock)
         # What was live before the last stop, and what is still to be learned.
-        self.restored = self.learner.publisher.restore()
-        for record in self._journal.submit(lambda j: j.pending()).result():
-            self.learner.add(record, clock())
+        self.restored = self.learner.restore()
         tidy(self._journal, store, settings.storage.max_versions)
 
     # -- called from any thread ------------------------------------------------------
@@ -265,6 +266,7 @@ class Engine:
             self._settings = self._requests.settings = settings
             self.runner.planned_ahead = None     # under those that were in force
             self.scheduler.update(settings)
+            self.learner.update(settings)
             self._kv_cache.share(settings.memory.prefix_sharing)
             self._blocks.prune_share = settings.memory.kv_prune
             limits = settings.scheduler
@@ -287,7 +289,7 @@ class Engine:
 
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile, oldest first."""
-        return self.learner.publisher.versions(profile)
+        return self.learner.versions(profile)
 
     def rollback(self, profile: str, version: int, reason: str = '') -> Future[RolledBack]:
         """
@@ -299,7 +301,7 @@ class Engine:
         done: Future[RolledBack] = Future()
 
         def add() -> list[Event]:
-            self._rollbacks.add(profile, version, reason, done)
+            self.learner.rollback(profile, version, reason, done)
             return []
         self._enqueue(add)
         return done
@@ -353,14 +355,14 @@ class Engine:
         self.runner.collect(events)
         with phase_of(self.runner.trace, 'take in'):
             self._take_in(events)
-            events += self._rollbacks.advance(may_begin=self._stop_learning)
-            self.learner.held = self._rollbacks.profile
+            before = self.learner.step
             try:
-                events += self.learner.advance(self._settings)
+                events += self.learner.poll()
             except Exception as error:    # such as an allocation for the next step
                 if not self.learner.busy:
                     raise                 # that is no device's fault, and nothing else would tell
                 events += self.runner.learning_broke(error)
+            self._release_given_up(before)
         for event in events:
             if isinstance(event, AdapterVersion) and event.state is VersionState.PUBLISHED:
                 self._requests.published(event.profile)
@@ -374,7 +376,7 @@ class Engine:
         self._requests.warm_up()
         if self.learner.wants_anchors:
             self._requests.ask_base(overdue=self.scheduler.is_overdue(
-                min(self.learner.unlearned, default=math.inf), self._clock()))
+                self.learner.oldest_unlearned_at, self._clock()))
         events += self._take_step()
         events += self._move_blocks()
         self._kv_cache.refresh()
@@ -405,7 +407,7 @@ class Engine:
         """Return what is going on between two iterations."""
         now, state = self._clock(), self._state
         decode_rows = sum(r.is_decoding for r in state.running)
-        unlearned = self.learner.unlearned
+        learning = self.learner.status()
         return Status(
             now=now, statistics=self.scheduler.statistics(now),
             queue_depth=self._requests.queue_depth, prefilling=len(state.running) - decode_rows,
@@ -417,13 +419,14 @@ class Engine:
             kv_cached=self._pool.cached_blocks / max(self._pool.limit, 1),
             shared_tokens=self._kv_cache.shared_tokens,
             preemptions=self._kv_cache.preemptions,
-            corrections_waiting=len(unlearned), freshness_s=now - min(unlearned, default=now),
+            corrections_waiting=learning.waiting,
+            freshness_s=now - min(learning.oldest_at, now),
             live_version=self.live_version(''), profiles=self._slots.profiles,
-            journal_error=self._requests.journal_error, drift_state=self.learner.drift.state,
-            drift_level=self.learner.drift.level,
-            finetune_budget=self.learner.budget(self._settings),
+            journal_error=self._requests.journal_error, drift_state=learning.drift_state,
+            drift_level=learning.drift_level,
+            finetune_budget=learning.budget,
             journal_backlog=self._journal.backlog, unrecorded=self._requests.unrecorded,
-            learning_error=self.learner.trouble,
+            learning_error=learning.trouble,
             base_questions_left=(
                 self._requests.base_questions_left if self.learner.wants_anchors else 0))
 
@@ -445,7 +448,7 @@ class Engine:
         try:
             events = self.pause()
         finally:    # or the folder would stay in use
-            self._rollbacks.close('the node is stopping')
+            self.learner.close('the node is stopping')
             self._journal.close()
             gc.unfreeze()
         # What the journal finished meanwhile has put its last words into the inbox.
@@ -466,42 +469,16 @@ class Engine:
         if error is not None:
             return [CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))]
         accepted = done.result()
-        record = accepted.record
-        if not accepted.new:
-            return [CorrectionStatus(
-                record.id, record.state, record.reason, record.adapter_version)]
-        self._requests.correct(record.query_id, record.corrected)
-        self.learner.drift.corrected(record.query_id)
-        renewed = self.learner.renew(record)
-        if renewed is None:
-            training = self.learner.trains(accepted.superseded)
-            if training is not None:
-                self._stop_learning(training)
-            self.learner.add(record, accepted.arrived)
-        if record.query_id and self._settings.gate.auto_rollback:
-            self._look_back(record.query_id)
-        return [CorrectionStatus(record.id, CorrectionState.ACCEPTED), *(
-            CorrectionStatus(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
-            for i in accepted.superseded), *(renewed or ())]
+        if accepted.new:
+            self._requests.correct(accepted.record.query_id, accepted.record.corrected)
+        before = self.learner.step
+        events = self.learner.accepted(accepted)
+        self._release_given_up(before)
+        return events
 
-    def _look_back(self, query_id: str) -> None:
-        """See whether answers got worse with a version, now that one more was corrected."""
-        def look(journal: Journal) -> SuspectedRegression | None:
-            answer = journal.answer(query_id)
-            return None if answer is None else suspected(journal, answer.lineage)
-
-        def looked(done: Future[SuspectedRegression | None]) -> list[Event]:
-            suspicion = None if done.exception() is not None else done.result()
-            if suspicion is not None:
-                self.learner.suspect(suspicion)
-            return []
-
-        with suppress(JournalError):    # it is closed: the next start looks on
-            self._journal.submit(look).add_done_callback(
-                lambda done: self._enqueue(lambda: looked(done)))
-
-    def _condemn(self, suspicion: SuspectedRegression) -> None:
-        self.rollback(suspicion.profile, suspicion.better, suspicion.reason)
+    def _release_given_up(self, step: FinetuneStep | None) -> None:
+        if step is not None and self.learner.step is not step:
+            self._blocks.release(step)
 
     def _base_answers(self, model: str) -> AnchorRequests:
         journal = self._journal
@@ -532,7 +509,11 @@ class Engine:
         if step is None or self._state.finetune is not None:
             return []
         lack = self._memory.lacks(step)
-        return self.learner.drop(lack) if lack else []    # with fewer corrections it may fit
+        if not lack:
+            return []
+        events = self.learner.fail(lack)    # with fewer corrections it may fit
+        self._release_given_up(step)
+        return events
 
     def _move_blocks(self) -> list[Event]:
         """Let the KV cache follow its limit; learning may have taken the memory for that."""
@@ -546,11 +527,3 @@ class Engine:
         """Whether the step is for corrections that have waited for too long."""
         step = self.learner.step
         return step is not None and self.scheduler.is_overdue(step.oldest_correction_at, now)
-
-    def _stop_learning(self, profile: str) -> bool:
-        """Let the learner begin anew what it trains into a profile; False while it is saved."""
-        step = self.learner.step
-        stopped = self.learner.stop(profile)
-        if step is not None and self.learner.step is not step:
-            self._blocks.release(step)
-        return stopped

@@ -21,7 +21,7 @@ from mace_ros.model.sampling import sample
 from mace_ros.model.spans import Span
 from mace_ros.model.timing import DeviceTimer
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
-from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
+from mace_ros.scheduling.plan import Measurement, Plan, Segment, State
 from mace_ros.scheduling.plan_ahead import plan_ahead, still_valid
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.scheduler import Scheduler
@@ -139,7 +139,10 @@ class ModelRunner:
         try:
             self._run_segments(plan, segments)
         except Exception as error:
+            self._learner.commit(segments)
             events += self.learning_broke(error)
+        else:
+            self._learner.commit(segments)
         self._scheduler.observe(
             Measurement(plan, pass_s, tuple(segments)), self._clock())
 
@@ -150,7 +153,7 @@ class ModelRunner:
             assert step is not None
             if step.done or (plan.interruptible and self._is_called()):
                 break      # the learner, or a query, comes first
-            started = self._clock()
+            was_scored, started = step.scored, self._clock()
             segment = step.run_segment()
             self._model.synchronize()
             spent = self._clock() - started
@@ -158,11 +161,10 @@ class ModelRunner:
                 self.trace.slice(f'fine-tune {segment.kind.name.lower()}', started,
                                   started + spent, tokens=segment.tokens)
             segments.append((segment, spent))
-            self._learner.ran(segment.tokens * (segment.kind is SegmentKind.OPTIMIZER), spent)
             if step.done:
                 self._heap.left_gaps(started)
-            if segment.kind is SegmentKind.HEAD and self._learner.wants_to_judge:
-                break      # it may have seen enough
+            if step.scored and not was_scored:
+                break      # the learner may have seen enough
 
     def _launch(self, plan: Plan, events: list[Event]) -> InFlightBatch | None:
         """Give the hybrid pass to the device; None if nothing is left of it."""
@@ -230,4 +232,4 @@ class ModelRunner:
         step = self._learner.step
         if step is not None:
             self._blocks.release(step)
-        return self._learner.drop(f'{type(error).__name__}: {error}')
+        return self._learner.fail(f'{type(error).__name__}: {error}')

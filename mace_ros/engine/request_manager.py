@@ -295,7 +295,7 @@ class RequestManager:
             lineage=answering.version.profile, adapter_version=answering.version.version,
             no_learn=query.no_learn or not complete, time=time.time())
         if not answer.no_learn:
-            self._learner.drift.answered(query.id)
+            self._learner.answered(query.id)
         self._journal.submit(lambda journal: journal.record_answer(answer)).add_done_callback(
             self._wrote_answer)
 
