@@ -54,7 +54,7 @@ class Training:
         self.lora, self.cost = lora, cost
         self.settings = settings        # replaced when the parameters change
         self._model, self._oldest_at = model, oldest_at
-        self._trainer = Trainer(lora, settings.learning_rate)
+        self._loaded: Trainer | None = None     # the optimizer of the version that was loaded
 
     @property
     def step_tokens(self) -> int:
@@ -69,7 +69,12 @@ class Training:
             self.lora.reset()
         else:
             self.lora.load(tensors)
-        self._trainer = Trainer(self.lora, self.settings.learning_rate)
+        self._loaded = Trainer(self.lora, self.settings.learning_rate)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self._loaded is not None, 'load() comes first'
+        return self._loaded
 
     def set_weights(self, tensors: dict[str, Tensor]) -> None:
         """Replace the weights and keep the optimizer's state."""
