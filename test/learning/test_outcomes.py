@@ -10,7 +10,7 @@ import random
 
 import pytest
 from support.records import answer, correction
-from support.robot import DONE, RANDOM_MODEL, Robot
+from support.robot import DONE, RANDOM_MODEL, Robot, running
 import torch
 
 from mace_ros.api.events import (
@@ -23,7 +23,7 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.engine.engine import Engine
 from mace_ros.learning import regression_check
-from mace_ros.learning.learner import Learner
+from mace_ros.learning.job import JobKind
 from mace_ros.learning.outcomes import (
     chance,
     ENOUGH,
@@ -36,6 +36,7 @@ from mace_ros.learning.outcomes import (
     WATCHED,
 )
 from mace_ros.learning.rollback import roll_back
+from mace_ros.learning.training import Training
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal, VersionRecord
 from mace_ros.store.layout import JOURNAL
@@ -229,10 +230,10 @@ def taken_back(robot: Robot) -> list[AdapterVersion]:
     return [e for e in robot.events if isinstance(e, AdapterVersion) and e.state is ROLLED_BACK]
 
 
-def test_a_comparison_that_always_breaks_off_is_given_up(tmp_path: Path) -> None:
+def test_a_comparison_that_always_breaks_off_is_given_up() -> None:
     some = Outcomes(ENOUGH, ENOUGH)
     suspicion = SuspectedRegression('', 2, 1, some, some, (correction('k'),))
-    compares = regression_check.RegressionCheck(AdapterStore(tmp_path))
+    compares = regression_check.RegressionCheck()
     compares.suspect(suspicion)
     tries = 0
     while compares.suspicion is not None:
@@ -252,16 +253,16 @@ def test_a_bad_version_is_taken_back_by_itself(
     Though the device fails while versions are compared.
     """
     failures: list[int] = []
-    score = Learner._score_better
+    robot, right = with_version(settings, tmp_path, 0.6)
+    load = Training.load
 
-    def fails_once(self: Learner, *args: object) -> object:
-        if not failures:
+    def fails_once(self: Training, tensors: dict[str, torch.Tensor] | None) -> None:
+        if running(robot).kind is JobKind.COMPARISON and not failures:
             failures.append(1)
             raise torch.OutOfMemoryError('injected')
-        return score(self, *args)
+        load(self, tensors)
 
-    monkeypatch.setattr(Learner, '_score_better', fails_once)
-    robot, right = with_version(settings, tmp_path, 0.6)
+    monkeypatch.setattr(Training, 'load', fails_once)
     asked = 0
     for text, corrected in right.items():
         if taken_back(robot):
@@ -333,6 +334,6 @@ def test_a_version_that_is_not_to_blame_stays(
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
     robot.events += robot.engine.step().events
-    assert bool(robot.engine.learner.comparing.compared) == (case == 'taught')
+    assert bool(robot.engine.learner.status().compared) == (case == 'taught')
     assert not taken_back(robot) and robot.engine.live_version('') == 1
     robot.engine.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import time
 
 import pytest
-from support.robot import RANDOM_MODEL, Robot
+from support.robot import RANDOM_MODEL, Robot, until_state
 import torch
 
 from mace_ros.api.events import (
@@ -26,6 +26,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine.engine import Engine
+from mace_ros.learning.job import JobState
 from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
 from mace_ros.learning.rollback_queue import MAX_FAILURES
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
@@ -465,8 +466,7 @@ def test_a_version_on_its_way_to_the_disk_keeps_its_room(
     teach(robot, 'Your friend.', profile='ann')
     rolled_back(robot, 0, 'ann')
     robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
-    while robot.engine.learner._job is None or robot.engine.learner._job.saving is None:
-        robot.engine.step()
+    until_state(robot, JobState.SAVING)
     with pytest.raises(RollbackRefused, match=NO_SLOT):
         rolled_back(robot, 1, 'ann')
     while robot.engine.live_version('bob') == 0:

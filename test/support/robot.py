@@ -98,7 +98,10 @@ def until_state(robot: Robot, state: JobState, seconds: float = 60.0) -> JobStat
     deadline = time.monotonic() + seconds
     while (job := robot.engine.learner.status().job) is None or job.state is not state:
         assert time.monotonic() < deadline, f'no job is {state.value}'
-        robot.events += robot.engine.step().events
+        iteration = robot.engine.step()
+        robot.events += iteration.events
+        if iteration.wake_at is None:
+            time.sleep(0.001)
     return job
 
 
