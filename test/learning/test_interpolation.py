@@ -59,7 +59,7 @@ def test_no_more_is_published_than_what_was_corrected_needs(
     """An eighth less of the way from the live version, and it would not lead clearly."""
     if from_disk:
         robot.correct(Correction('In the hall.', id='zeroth', prompt='Question zeroth?'))
-    monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 10.0)   # train further than that
+    monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 3.0)   # train further than that
     robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
     way = interpolated[-1]
     assert not all(torch.equal(way.start[name], end) for name, end in way.trained.items())

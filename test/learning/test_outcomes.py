@@ -37,7 +37,6 @@ from mace_ros.learning.outcomes import (
 )
 from mace_ros.learning.rollback import roll_back
 from mace_ros.learning.training import Training
-from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal, VersionRecord
 from mace_ros.store.layout import JOURNAL
 from mace_ros.store.version_info import peft_config
