@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A correction on its way into the journal: which answer it corrects, and what it supersedes."""
+"""Accepting a correction: resolve the answer that it corrects, and write it to the journal."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mace_ros.store.retention import make_room
 @dataclass(frozen=True)
 class Accepted:
     """
-    A correction that is in the journal; ``new`` is false if its id was known before.
+    A correction that is in the journal; ``new`` is False if its id was known before.
 
-    ``superseded`` are the ids of the corrections whose place it has taken.
+    ``superseded`` are the ids of the older corrections of the same question.
     """
 
     record: CorrectionRecord
@@ -31,10 +31,10 @@ class Accepted:
 def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, settings: Settings,
            longest: int, arrived: float) -> Accepted:
     """
-    Write a checked correction down, unless its id is known; in the journal's thread.
+    Write a checked correction to the journal, unless its id is known; in the journal's thread.
 
-    ``longest`` is how many tokens a prompt and its answer may have. Raises
-    :class:`InvalidCorrection`.
+    ``longest`` limits the tokens of a prompt with its answer; ``arrived`` is on the engine's
+    clock. Raises :class:`InvalidCorrection`.
     """
     known = journal.correction(correction.id)
     if known is not None:
@@ -48,7 +48,7 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, set
 
 def _resolved(correction: Correction, journal: Journal, chat: ChatTokenizer, settings: Settings,
               longest: int) -> CorrectionRecord:
-    """Find the answer that is corrected; raises :class:`InvalidCorrection`."""
+    """Return the record of a correction; raises :class:`InvalidCorrection`."""
     answer = None
     if correction.query_id:
         answer = journal.answer(correction.query_id)
@@ -75,7 +75,7 @@ def _resolved(correction: Correction, journal: Journal, chat: ChatTokenizer, set
         raise InvalidCorrection(
             f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
     if of_rejected > longest:
-        rejected = ''       # to learn what is right it is not needed
+        rejected = ''       # optional: the corrected text can be learned without it
     return CorrectionRecord(
         id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
         corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,

@@ -1,13 +1,13 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether answers got worse with a version, by who was corrected.
+Whether answers got worse with a version, judged by which of them were corrected.
 
-An answer that somebody corrected is bad, one that nobody objected to is good. What a version
-and those that grew from it have answered is compared with what those before it have (Fisher's
-exact test). More corrections alone prove nothing, for people may have begun to teach: the
-corrected texts have to be likelier under the older version, too. All of it is read from the
-journal, so that it survives a restart. No torch here.
+An answer that was corrected is bad, any other is good. The answers of a version and its
+descendants are compared with those of its ancestors (Fisher's exact test). More corrections alone
+prove nothing, because people may have begun to teach: the corrected texts must also be likelier
+under the older version. All data are read from the journal, so a restart loses nothing. No torch
+here.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from mace_ros.store.journal import (
 )
 from mace_ros.store.lineage import Lineage
 
-# A version that is as good as those before it is suspected once in so many, ever.
+# Probability that a version as good as its ancestors is ever suspected.
 FALSE_ALARMS = 0.01
-# Fewer answers say nothing, neither of it nor of those before it.
+# Answers that a version, and its ancestors, must have given.
 ENOUGH = 5
-# A bad version shows in its first answers; what comes much later is another world.
+# Answers that are compared: a bad version shows in its first ones.
 WATCHED = 100
-# Versions of a line that may be to blame: a robot that learns fast has many in a minute.
+# Newest versions of a line that may be to blame: a robot that learns fast makes many a minute.
 SUSPECTS = 8
-# The older version must be better by this much (mean log p per token) on a corrected text, ...
+# The older version is better on a corrected text if it leads by this much, in mean log p per token.
 LEAD = 0.1
-# ... on so many of them that chance would do it once in so many.
+# It is better if chance would give as many leads with at most this probability.
 DOUBT = 0.05
-COMPARED = 32
+COMPARED = 32       # corrected texts that are scored under both versions at most
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """How many answers there were, to different questions, and how many of them corrected."""
+    """The number of answers to different questions, and how many of them were corrected."""
 
     answers: int
     corrected: int
@@ -54,9 +54,9 @@ class Outcomes:
 @dataclass(frozen=True)
 class SuspectedRegression:
     """
-    That a profile's live version is worse than an earlier one, ``better``; 0 as for a rollback.
+    The suspicion that a profile's live version is worse than the earlier one ``better``.
 
-    ``corrections`` are some of those that say so, oldest first.
+    Version 0 means the same as in a rollback. ``corrections`` are evidence, oldest first.
     """
 
     profile: str
@@ -68,12 +68,12 @@ class SuspectedRegression:
 
     @property
     def reason(self) -> str:
-        """What is told of a version that is taken back for this."""
+        """The reason of the rollback, for the user."""
         return f'answers got worse: {self.since} corrected, {self.before} before'
 
 
 def chance(since: Outcomes, before: Outcomes) -> float:
-    """Return how probably so many or more are corrected of ``since`` if nothing has changed."""
+    """Return the probability of this many corrections or more if nothing has changed."""
     n, m = since.answers, before.answers
     bad = since.corrected + before.corrected
     ways = sum(comb(bad, k) * comb(n + m - bad, n - k)
@@ -83,9 +83,9 @@ def chance(since: Outcomes, before: Outcomes) -> float:
 
 def got_worse(since: Outcomes, before: Outcomes) -> bool:
     """
-    Return whether answers got worse; to be asked after each answer.
+    Return whether answers got worse; tested after each answer.
 
-    To ask so often would sooner or later find something. So each time has a share of
+    Repeated tests would raise a false alarm sooner or later. So each one has a share of
     :data:`FALSE_ALARMS`, and all shares, ``ENOUGH / (n * (n + 1))`` for ``n = ENOUGH ...``,
     add up to 1.
     """
@@ -99,9 +99,8 @@ def to_blame(leads: Sequence[float]) -> bool:
     """
     Return whether the older version would have done better.
 
-    ``leads`` say of each corrected text by how much its mean log p is higher under the older
-    version than it was under the newer one. Of new things neither knows anything: as often as
-    not one of them is ahead.
+    ``leads`` are, for each corrected text, its mean log p under the older version minus that
+    under the newer one. For facts that both do not know, either is ahead half of the time.
     """
     count, ahead = len(leads), sum(lead > LEAD for lead in leads)
     if count < ENOUGH:

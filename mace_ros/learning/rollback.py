@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Back to an earlier version: what the journal says afterwards about versions and corrections.
+Rollback in the journal: the states of versions and corrections afterwards.
 
-Which corrections are LEARNED follows from the version that is live: it holds what its own
-line of parents was taught, and nothing else. So a rollback can be taken back, too.
+The live version determines which corrections are LEARNED: those of its own line of parents, and
+no others. So a rollback can itself be undone by another one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mace_ros.store.lineage import Lineage
 
 
 class RollbackRefused(ValueError):
-    """There is no way back to that version; the message says why."""
+    """A rollback is impossible; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class RolledBack:
     """
     What a rollback has changed.
 
-    ``live`` serves now; None is the base model, or for a profile the robot's version;
-    ``changed`` is False if it did already. ``taken_back`` are the versions that serve no more,
+    ``live`` serves now; None is the base model, or for a profile the robot's version.
+    ``changed`` is False if it served before. ``taken_back`` are the versions that serve no more,
     newest first, and ``corrections`` those whose state has changed, oldest first.
     """
 
