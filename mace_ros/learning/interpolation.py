@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Weight interpolation between the live version and what a job has trained.
+Weight interpolation between the live version and the trained weights.
 
 A job trains further than its corrections need. The point nearest to the live version at which
-they are still learned changes least of what nobody corrected.
+they are still learned changes other answers least.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.learning.task import Task
 from mace_ros.learning.training import Training
-from mace_ros.learning.waiting import Task
 
 PRECISION = 1 / 8       # of the share that is kept: found with three bisections
 
@@ -25,7 +25,7 @@ def interpolate(training: Training, start: Mapping[str, Tensor], samples: Sequen
                 still_learned: Callable[[Sequence[SampleScore]], bool],
                 ) -> Task[list[SampleScore] | None]:
     """
-    Leave the weights at the smallest share of the trained change that is still learned.
+    Leave the weights at the smallest share of the trained change with which all is still learned.
 
     ``start`` are the weights that the job began with. Returns the scores of ``samples`` under
     the weights that are kept; None if those are the trained ones.

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the learner and its status see of a job, whatever kind it is."""
+"""The interface of jobs: their kinds, their states, and their progress."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from enum import Enum
 from typing import Any
 
 from mace_ros.learning.correction_queue import PendingCorrection
-from mace_ros.learning.waiting import Task
+from mace_ros.learning.task import Task
 from mace_ros.store.journal import CorrectionRecord
 
 
 class JobKind(Enum):
-    """What a job is for."""
+    """The purpose of a job."""
 
     LEARNING = 'learning'           # corrections
     REHEARSAL = 'rehearsal'         # of corrections that are learned already
@@ -23,7 +23,7 @@ class JobKind(Enum):
 
 
 class JobState(Enum):
-    """What a job is doing."""
+    """The phase of a job."""
 
     READING = 'reading'             # the live version, from disk
     PREPARING = 'preparing'         # replay of the base model's answers
@@ -39,7 +39,7 @@ class JobState(Enum):
 
 class Job:
     """
-    One piece of work for the learner: a generator, and what shows of its progress.
+    A piece of work for the learner: a generator, and its visible progress.
 
     Nothing in a job may refer to its generator: closing that frees the job's tensors at once.
     """
@@ -51,7 +51,8 @@ class Job:
         self.corrections = list(corrections)
         self.state = JobState.READING
         self.announced: set[str] = set()    # corrections that were reported as TRAINING
-        self.swapped_out = False    # scores what joins, in place of what it has trained
+        # The trained weights are swapped out while corrections that join are scored.
+        self.swapped_out = False
         self.steps = 0
         self.rejections = 0         # candidates that the gate has rejected
         self.lost = 0               # samples that candidates have lost

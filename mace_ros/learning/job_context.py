@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the jobs of a learner share."""
+"""The parts that the jobs of a learner share."""
 
 from __future__ import annotations
 

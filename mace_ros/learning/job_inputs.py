@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a job of learning reads from disk before it begins."""
+"""The inputs that a job of learning reads from disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mace_ros.learning.disk import Disk
-from mace_ros.learning.waiting import on_disk, Task
+from mace_ros.learning.task import on_disk, Task
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import AnswerRecord, CorrectionRecord, Journal, VersionRecord
 
@@ -20,7 +20,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class JobInputs:
-    """The live version that a job begins from, None for the base model, and what to replay."""
+    """The live version, None for the base model, and the records to replay."""
 
     live: VersionRecord | None
     answers: tuple[AnswerRecord, ...]

@@ -34,7 +34,7 @@ class JobPlanner:
 
     @property
     def budget(self) -> float:
-        """The share of device time for learning, by drift and by what waits."""
+        """Learning's share of device time, by drift and backlog, from 0 to 1."""
         settings = self._context.settings
         if not self._context.scores_first:      # the baseline policies ignore drift
             return settings.finetune.budget

@@ -43,9 +43,9 @@ from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.status import job_status, LearningStatus, tracked
+from mace_ros.learning.task import Pause, Task, Trouble, Until, Wait
 from mace_ros.learning.training import StepCost, Training
 from mace_ros.learning.training_set import TrainingSetBuilder
-from mace_ros.learning.waiting import Pause, Task, Trouble, Until, Wait
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.lora import LoRAManager
@@ -90,7 +90,7 @@ class Learner:
         self._job: Job | None = None
         self._running: Task[object] | None = None   # the job's generator
         self._waits_for: Wait | None = None
-        self._looks: list[Future[SuspectedRegression | None]] = []
+        self._suspicions: list[Future[SuspectedRegression | None]] = []
         self._events: list[Event] = []      # not returned yet
         self._trouble = ''      # why the device or the disk broke a job off
         self.wants_anchors = False
@@ -107,7 +107,7 @@ class Learner:
             self._queue.add(record, self._context.clock())
         return events
 
-    # -- input -----------------------------------------------------------------------
+    # -- input ---------------------------------------------------------------------
 
     def accepted(self, accepted: Accepted) -> list[Event]:
         """Take a correction that is in the journal; return the events that this causes."""
@@ -123,7 +123,7 @@ class Learner:
             self._rehearsal.supersede(record)
             self._queue.add(record, accepted.arrived)
         if record.query_id and self._context.settings.gate.auto_rollback:
-            self._look_for_regression(record.query_id)
+            self._test_for_regression(record.query_id)
         return [
             CorrectionStatus(record.id, CorrectionState.ACCEPTED),
             *(CorrectionStatus(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
@@ -158,13 +158,13 @@ class Learner:
         self._context.settings = settings
         self._context.training.settings = settings.finetune
 
-    # -- what the engine runs --------------------------------------------------------
+    # -- jobs as the engine sees them ----------------------------------------------
 
     def poll(self) -> list[Event]:
         """
         Proceed as far as possible without waiting: rollbacks first, then the job.
 
-        Returns the events. What the device raises passes through; :meth:`fail` must follow.
+        Returns the events. An error of the device propagates; :meth:`fail` must be called then.
         """
         self._take_suspicions()
         self._events += self._rollbacks.poll()
@@ -196,7 +196,7 @@ class Learner:
         """Give up the job because the device or the disk failed; try it again a few times."""
         job = self._job
         self._trouble = reason
-        # A version that is being saved needs nothing of what failed, and may be on record.
+        # Saving needs no device, and the version may be in the journal already.
         if job is None or (self._running is not None and job.state is JobState.SAVING):
             return self._take_events()
         failed: list[PendingCorrection] = []
@@ -246,7 +246,7 @@ class Learner:
         self._rollbacks.close(reason)
         self._put_back()
 
-    # -- jobs ------------------------------------------------------------------------
+    # -- beginning and ending a job ------------------------------------------------
 
     def _begin(self) -> None:
         """Begin the next job, if one may begin now."""
@@ -281,13 +281,13 @@ class Learner:
         self._waits_for = None
         try:
             while self._waits_for is None:
-                said = next(self._running)
-                if isinstance(said, Trouble):
-                    self._trouble = said.reason
-                elif isinstance(said, (CorrectionStatus, AdapterVersion)):
-                    self._events.append(said)
+                item = next(self._running)
+                if isinstance(item, Trouble):
+                    self._trouble = item.reason
+                elif isinstance(item, (CorrectionStatus, AdapterVersion)):
+                    self._events.append(item)
                 else:
-                    self._waits_for = said
+                    self._waits_for = item
         except StopIteration as end:
             self._finish(job, end.value)
         except Unreadable as error:
@@ -350,27 +350,27 @@ class Learner:
         return True
 
     def _try_later(self, job: Job) -> None:
-        """Begin no job for a while; then compare again what was being compared."""
+        """Begin no job for a while; a comparison that broke off is requested again."""
         self._context.backoff.failed(self._context.clock())
         if isinstance(job, ComparisonJob):
             self._context.regression_check.broke_off(job.suspicion)
 
-    # -- helpers ---------------------------------------------------------------------
+    # -- helpers -------------------------------------------------------------------
 
-    def _look_for_regression(self, query_id: str) -> None:
+    def _test_for_regression(self, query_id: str) -> None:
         """Test in the journal whether answers got worse with a version, after a correction."""
-        def look(journal: Journal) -> SuspectedRegression | None:
+        def test(journal: Journal) -> SuspectedRegression | None:
             answer = journal.answer(query_id)
             return None if answer is None else suspected(journal, answer.lineage)
 
         with suppress(JournalError):    # closed: corrections after the next start will do
-            self._looks.append(self._disk.submit(look))
+            self._suspicions.append(self._disk.submit(test))
 
     def _take_suspicions(self) -> None:
         """Take the results of the tests that are done; one that failed suspects nothing."""
-        while self._looks and self._looks[0].done():
-            look = self._looks.pop(0)
-            suspicion = None if look.exception() is not None else look.result()
+        while self._suspicions and self._suspicions[0].done():
+            test = self._suspicions.pop(0)
+            suspicion = None if test.exception() is not None else test.result()
             if suspicion is not None:
                 self.suspect(suspicion)
 

@@ -3,8 +3,8 @@
 """
 A job of learning: from the corrections of one profile to a published version.
 
-:meth:`LearningJob.run` reads from top to bottom. What it yields says what it waits for; the
-engine serves requests meanwhile, and cancels the job by closing the generator.
+:meth:`LearningJob.run` reads from top to bottom. Each yield names the event that the job waits
+for; requests are served meanwhile. Closing the generator cancels the job.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mace_ros.learning.job_inputs import read_inputs
 from mace_ros.learning.samples import sample
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
+from mace_ros.learning.task import Task
 from mace_ros.learning.training_set import TrainingSet
-from mace_ros.learning.waiting import Task
 from mace_ros.memory.adapter_slots import NO_SLOT
 from mace_ros.store.journal import AnswerRecord, CorrectionRecord, VersionRecord
 
@@ -59,7 +59,7 @@ class LearningJob(Job):
         self._set = TrainingSet([])
         self._before: list[SampleScore] = []        # of the guarded samples, live version
         self._after: dict[tuple[int, ...], SampleScore] = {}    # the same, candidate
-        self._repaired = False      # trained on once for what a candidate had lost
+        self._repaired = False      # trained on once, for samples that a candidate had lost
         self._score_before = self._score_after = math.nan
 
     def run(self) -> Task[VersionRecord | None]:
@@ -154,8 +154,8 @@ class LearningJob(Job):
             if len(own) > 1:
                 correction.reference = (own[0].log_probability * own[0].tokens
                                         - own[1].log_probability * own[1].tokens)
-            # A correction that joins is learned in any case: the version in training may have
-            # lost what the live one answers right.
+            # A correction that joins is learned in any case: the live version may answer it
+            # right, and the one in training no longer.
             if own[0].margin >= RIGHT_MARGIN and not self.announced:
                 right.append(correction)
         return right
@@ -282,7 +282,7 @@ class LearningJob(Job):
         return True
 
     def _train_on(self, lost: Sequence[Sample]) -> None:
-        """Train on until what a candidate has lost is right as well."""
+        """Train on until the samples that a candidate has lost are right as well."""
         self._set.add_lost(lost)
         self.lost = len(self._set.lost)
 
@@ -299,8 +299,8 @@ class LearningJob(Job):
         """
         Let the gate compare the candidate with the live version.
 
-        Returns None, once per job, if the candidate has lost what must be exact: a few more
-        steps mostly bring that back.
+        Returns None, once per job, if the candidate has lost exact samples: a few more steps
+        mostly restore them.
         """
         self.state = JobState.JUDGING
         gate, training = self._set.gate, self._context.training

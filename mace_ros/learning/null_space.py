@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from mace_ros.finetune.null_space import InputSubspace
-from mace_ros.learning.waiting import Pause, Task
+from mace_ros.learning.task import Pause, Task
 from mace_ros.model.lora import LoRAManager
 
 

@@ -19,7 +19,7 @@ from mace_ros.api.events import (
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.job import Job, JobState
-from mace_ros.learning.waiting import Pause, Task, Trouble, Until
+from mace_ros.learning.task import Pause, Task, Trouble, Until
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.model.lora import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
@@ -55,8 +55,8 @@ class Publisher:
         Load the live versions from disk; return an event for each, or for the base model.
 
         A version that cannot be read is reported as REJECTED and the base model serves in its
-        place. What was learned last is reported again, because the last stop may have come
-        before the report. Blocks; for configuration only. Raises ``OtherAdapter``.
+        place. The corrections of live versions are reported again, because the last stop may have
+        come before the report. Blocks; for configuration only. Raises ``OtherAdapter``.
         """
         events: list[Event] = []
         lives = self._disk.submit(lambda j: [

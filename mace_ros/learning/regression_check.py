@@ -23,8 +23,8 @@ from mace_ros.learning.job_inputs import Unreadable
 from mace_ros.learning.outcomes import SuspectedRegression, to_blame
 from mace_ros.learning.rollback import RollbackRefused, version_to_return_to
 from mace_ros.learning.samples import sample
+from mace_ros.learning.task import on_disk, Task
 from mace_ros.learning.training import Training
-from mace_ros.learning.waiting import on_disk, Task
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import CorrectionRecord, Journal

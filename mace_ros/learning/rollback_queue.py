@@ -25,7 +25,7 @@ from mace_ros.learning.rollback import (
     RolledBack,
     version_to_return_to,
 )
-from mace_ros.learning.waiting import on_disk, Pause, Task
+from mace_ros.learning.task import on_disk, Pause, Task
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.lora import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
@@ -105,7 +105,7 @@ class RollbackQueue:
         return events
 
     def close(self, reason: str) -> None:
-        """Refuse the requests that wait; what the journal has decided stays decided."""
+        """Refuse the waiting requests; a rollback that the journal has recorded stays recorded."""
         if self._running is not None:
             self._running.close()
         while self._requests:

@@ -49,7 +49,7 @@ class JobStatus:
 @dataclass(frozen=True)
 class LearningStatus:
     """
-    What learning is doing.
+    The state of learning.
 
     ``waiting`` counts corrections that are not learned, those in the job included, and
     ``oldest_at`` is the arrival of the oldest one on the engine's clock, infinity if there is
@@ -68,14 +68,14 @@ class LearningStatus:
 
 
 def tracked(correction: PendingCorrection) -> TrackedCorrection:
-    """Return what is shown of a correction."""
+    """Return the status of a correction."""
     scores = correction.log_probabilities
     return TrackedCorrection(
         correction.record.id, correction.tries, scores[0] if scores else None)
 
 
 def job_status(job: Job) -> JobStatus:
-    """Return what is shown of a job."""
+    """Return the status of a job."""
     return JobStatus(
         number=job.number, kind=job.kind, state=job.state, profile=job.profile,
         corrections=tuple(map(tracked, job.corrections)), announced=len(job.announced),

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer step trains on."""
+"""The samples of an optimizer step."""
 
 from __future__ import annotations
 

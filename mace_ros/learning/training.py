@@ -21,14 +21,14 @@ from mace_ros.finetune.sample import packed_tokens, Sample, SampleScore, shared_
 from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
 from mace_ros.learning.gate import BATCH_TOKENS, batches
 from mace_ros.learning.step_plan import StepPlan
-from mace_ros.learning.waiting import Task
+from mace_ros.learning.task import Task
 from mace_ros.memory.budget import LEAST_PIECE
 from mace_ros.model.lora import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 
 
 class StepCost(Protocol):
-    """What a fine-tune step costs on this device."""
+    """The cost of a fine-tune step on this device."""
 
     def tokens_within(self, seconds: float) -> int:
         """Return the tokens of a step whose pieces take this long at most and fit into memory."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The training-set builder: what a job trains on, and what the gate guards."""
+"""The training-set builder: samples that a job trains on, and samples that the gate guards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TrainingSetBuilder:
               answers: Sequence[AnswerRecord], *, max_sample_tokens: int,
               number: int) -> TrainingSet:
         """
-        Return the samples of a job, without what the baseline scores add.
+        Return the samples of a job, before :meth:`TrainingSet.add_baseline`.
 
         ``learned`` are earlier corrections and ``answers`` earlier answers of the profile;
         ``number`` is the job's, by which the guarded earlier corrections rotate.
@@ -127,7 +127,7 @@ class TrainingSetBuilder:
     @staticmethod
     def _others(training_set: TrainingSet, needed: Sequence[Sample], finetune: FinetuneSettings,
                 *, replayed: int, now: int, steps: int) -> list[Sample]:
-        """Return what a step trains on beside what must be right."""
+        """Return the samples of a step that need not be right before the job may end."""
         forgotten = turn(
             training_set.forgotten, min(RELEARNED, len(training_set.forgotten)), now)
         return [*turn(training_set.paraphrases, 1, steps),

@@ -131,6 +131,7 @@ def test_a_job_is_cancelled_at_each_point_at_which_it_waits(
 def test_a_job_that_waits_for_a_slot_is_cancelled(settings: Settings, tmp_path: Path) -> None:
     robot = Robot(Engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
     robot.correct(Correction('A robot.', id='a', prompt='Who?'))
+    robot.engine.chat.end_tokens = frozenset()      # the answer ends when it is cancelled
     robot.engine.submit(Query('Running?', id='running', max_tokens=3000))       # on version 1
     robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
     robot.correct(Correction('In the hall.', id='b', prompt='Where?'))

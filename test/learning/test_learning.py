@@ -36,8 +36,8 @@ from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.drift import Drift, DriftState, OPEN
 from mace_ros.learning.job import JobKind, JobState
+from mace_ros.learning.task import Task
 from mace_ros.learning.training import Scored, Training
-from mace_ros.learning.waiting import Task
 from mace_ros.model.lora import LoRAManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Segment, SegmentKind

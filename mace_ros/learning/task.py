@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What a generator of the learner yields: what it waits for, or what it reports.
+Tasks: generators that yield the events that they wait for, and reports.
 
-The learner resumes its generator at each poll. One that yields something to wait for has
+The learner resumes its task at each poll. Before it yields an event to wait for, a task has
 checked that it cannot continue without it.
 """
 
@@ -29,7 +29,7 @@ class Until:
 
 
 class Pause(Enum):
-    """Wait for something that causes a poll by itself; NEXT_POLL requests one."""
+    """Wait for an event that causes a poll by itself; NEXT_POLL requests one."""
 
     NEXT_POLL = 'the next poll, so that requests can be served in between'
     ANCHORS = "the base model's answers to the anchors"
