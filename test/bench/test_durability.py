@@ -16,8 +16,9 @@ from bench.durability.kills import kill_repeatedly
 from bench.durability.storage import inspect_storage, lost_corrections, outdated_profiles
 from mace_ros.api.events import CorrectionState
 from mace_ros.store.adapter_store import AdapterStore, WEIGHTS
-from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL
+from mace_ros.store.records import VersionRecord
 
 
 @pytest.mark.timeout(900)
