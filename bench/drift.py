@@ -191,7 +191,7 @@ def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], 
                 'ttft_ms': event.ttft_ms, 'tpot_ms': event.tpot_ms,
                 'version': event.adapter_version})
             samples += 1
-            drifting += engine.learner.drift.state == 2
+            drifting += engine.status().drift_state == 2
             if not right:
                 engine.correct(Correction(question.truth, query_id=event.query_id))
         if iteration.wake_at is None or (not iteration.events
@@ -205,7 +205,7 @@ def play(robot: Robot, load: Sequence[Question]) -> tuple[list[dict[str, Any]], 
         'serving_s': after.serving_s - before.serving_s,
         'seconds': time.monotonic() - begun, 'versions': versions, 'rejected': rejected,
         'steps': after.finetune_steps - before.finetune_steps,
-        'drifting': drifting / max(samples, 1), 'unlearned': len(engine.learner.unlearned)}
+        'drifting': drifting / max(samples, 1), 'unlearned': engine.status().corrections_waiting}
 
 
 # -- what the samples say ----------------------------------------------------------------
