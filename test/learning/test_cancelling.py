@@ -18,8 +18,6 @@ from mace_ros.api.events import (
     Correction,
     CorrectionState,
     CorrectionStatus,
-    Query,
-    ResponseChunk,
     VersionState,
 )
 from mace_ros.api.settings import Settings
@@ -131,14 +129,13 @@ def test_a_job_is_cancelled_at_each_point_at_which_it_waits(
 def test_a_job_that_waits_for_a_slot_is_cancelled(settings: Settings, tmp_path: Path) -> None:
     robot = Robot(build_engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
     robot.correct(Correction('A robot.', id='a', prompt='Who?'))
-    robot.engine.chat.end_tokens = frozenset()      # the answer ends when it is cancelled
-    robot.engine.submit(Query('Running?', id='running', max_tokens=3000))       # on version 1
-    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
+    slots = robot.engine.parts.slots
+    held = slots.pin('')        # as a request does that runs
     robot.correct(Correction('In the hall.', id='b', prompt='Where?'))
     robot.engine.correct(Correction('Never again.', id='c', prompt='When?'))
     until_state(robot, JobState.PUBLISHING)
     cancel(robot)
-    robot.engine.cancel('running')
+    slots.unpin(held)
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'c'
                 and e.state is CorrectionState.LEARNED)
     assert published(robot) == [1, 2, 3]
