@@ -1,16 +1,20 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Benchmarks: what the promises of mace_ros are measured with.
+Benchmarks that measure what mace_ros promises.
 
-Each one writes ``bench/results/<name>.json`` with every sample and with checks computed
-from them; ``python -m bench.report`` reads those files. How and what is measured is told
-in ``docs/performance.md``.
+Each benchmark writes ``bench/results/<name>.json`` with all samples and the checks computed
+from them; ``python -m bench.report`` reads these files. ``docs/performance.md`` describes what
+is measured and how.
+
+- ``common/``: options, the skeleton of a run, results and their rendering, arrivals
+- ``systems/``: the systems under test: engines, a node process, and the peers
+- one module or folder per benchmark
 """
 
 import os
 
-# Before torch is loaded, for all systems alike, as the node does: OpenMP's threads spin only
-# shortly while they wait for each other. Spinning for long they stretch every step many times
-# over as soon as anything else runs on the machine; sleeping at once they are half as fast.
+# This must be set before torch is loaded, as the node does; it applies to all compared systems.
+# OpenMP threads spin only briefly while they wait for each other: long spinning makes each step
+# many times longer as soon as another process runs, and sleeping at once halves the speed.
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')

@@ -1,25 +1,29 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Run every benchmark, then report all checks."""
+"""Run all benchmarks, then report all checks."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench import colocation, decode, durability, kernels, learning, memory, operation, report
+from bench import decode, kernels, operation, report
+from bench.colocation import __main__ as colocation
+from bench.durability import __main__ as durability
+from bench.learning import __main__ as learning
+from bench.memory import __main__ as memory
 
-BENCHES = (kernels, decode, learning, durability, memory, operation, colocation)
+BENCHMARKS = (kernels, decode, learning, durability, memory, operation, colocation)
 
 
 def main() -> int:
-    """Run them; return the exit code of the report."""
+    """Run all benchmarks; return the exit code of the report."""
     parser = argparse.ArgumentParser(prog='python -m bench', description=__doc__)
     parser.add_argument('--quick', action='store_true',
-                        help='a few requests only: says that all runs, not how well')
+                        help='a few requests only: shows that all parts run, measures nothing')
     quick = ['--quick'] if parser.parse_args().quick else []
-    for bench in BENCHES:
-        bench.main(quick)
+    for benchmark in BENCHMARKS:
+        benchmark.main(quick)
     return report.main(quick)
 
 

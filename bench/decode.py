@@ -1,170 +1,184 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-One request on an idle CPU: time per token of our engine and of what people use today.
+One request at a time on an idle CPU: time per token of mace_ros and of widely used systems.
 
-An adapter is attached on both sides. Also the perplexity of each precision on a chat
-text, since a faster precision must not be a worse model. Results: bench/results/decode.json.
+All systems have an adapter attached. The perplexity of each precision on a chat text shows
+whether a faster precision is a worse model. Results: bench/results/decode.json.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 import math
-import os
 from pathlib import Path
-import tempfile
+import time
 from typing import Any
 
-from bench.load import arrivals, conversations, request_row, Slo
-from bench.report import summary
-from bench.results import (
-    Check,
-    check,
-    paired,
-    percentile,
-    Ratio,
-    Recorder,
-    Reported,
-    Result,
-    Table,
-)
+from bench.common.load import Arrival, arrivals, conversations, request_row, Slo
+from bench.common.options import Options
+from bench.common.results import Check, check, paired, percentile, Ratio, Reported, Result, Table
+from bench.common.running import Run, run_benchmark, Samples
 
-SLO = Slo(math.inf, math.inf)     # nothing here has to be in time
+SLO = Slo(math.inf, math.inf)     # requests have no objectives
+PEER_PRECISIONS = ('float32', 'bfloat16')
+
+Name = tuple[str, str]      # system and precision
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> Options:
     """Return the options."""
-    result = argparse.ArgumentParser(prog='python -m bench.decode', description=__doc__.strip())
-    add = result.add_argument
-    add('--quick', action='store_true',
-        help='two short answers of each: says that all runs, not how well')
-    add('--repeats', type=int, help='answers of each system, interleaved (default: 7; quick: 2)')
-    add('--prompt-tokens', type=int, default=64, help='(default: %(default)s)')
-    add('--output-tokens', type=int, help='(default: 96; quick: 16)')
-    add('--threads', type=int, default=0, help='(default: one per core)')
-    add('--results', type=Path, metavar='FOLDER', help='where to write the results')
+    result = Options('decode', __doc__, quick='two short responses of each system')
+    result.size('--repeats', 7, 2, 'responses of each system, interleaved')
+    result.add('--prompt-tokens', type=int, default=64, help='(default: %(default)s)')
+    result.size('--output-tokens', 96, 16, 'tokens of a response')
+    result.threads()
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    args = parser().parse_args(arguments)
-    args.repeats = args.repeats or (2 if args.quick else 7)
-    args.output_tokens = args.output_tokens or (16 if args.quick else 96)
-    args.threads = args.threads or len(os.sched_getaffinity(0))
-    recorder = Recorder(vars(args), quick=args.quick)
-    notes: list[str] = [f'{args.threads} threads; one request at a time; rank 8 adapter on all '
-                        'linear layers.']
-    with tempfile.TemporaryDirectory(prefix='mace-bench-') as folder:
-        samples = measure(args, Path(folder), notes)
-    result = Result('decode', samples, checks(samples), reported(samples),
-                    [table(samples)], notes)
-    path = recorder.write(result, args.results)
-    print(summary(result))
-    print(f'\n{path}')
+    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate)
 
 
-def measure(args: argparse.Namespace, folder: Path, notes: list[str]) -> dict[str, Any]:
-    """Load all systems, let them answer in turn, and return the samples."""
-    # Only here, so that --help answers at once.
-    from bench.adapter import publish
-    from bench.peers.generate import HfGenerate
-    from bench.peers.worker import PeerFailed, Worker
-    from bench.serving import precision_of, Served
-    from mace_ros.api.settings import PARAMETERS, Settings
-    from mace_ros.model.chat import ChatTokenizer
-    from mace_ros.model.loading import load_model, packaged_gguf
+def evaluate(samples: Samples, run: Run) -> Result:
+    """Return the results of the samples."""
+    return Result('decode', samples, checks(samples), reported(samples), [table(samples)])
 
-    plain = Settings().updated({'model.device': 'cpu', 'model.threads': args.threads})
-    print('loading the model and learning a correction for the adapter', flush=True)
-    loaded = load_model('', device='cpu')
-    chat, model = ChatTokenizer(loaded.tokenizer), loaded.name
-    del loaded
-    published = publish(plain, folder / 'published', lambda text: None)
-    ours: dict[str, Served] = {}
-    peers: dict[tuple[str, str], Worker] = {}
-    perplexities: list[dict[str, Any]] = []
-    default = ''
+
+def measure(run: Run) -> Samples:
+    """Load all systems, run them in turn, and return the samples."""
+    from bench.systems.peers.worker import PeerFailed
+
+    run.notes.append(f'{run.args.threads} threads; one request at a time; rank 8 adapter on all '
+                     'linear layers.')
+    systems = LoadedSystems(run)
     try:
-        for dtype in PARAMETERS['model.weight_dtype'].choices:
-            print(f'loading our engine, {dtype}', flush=True)
-            served = Served(
-                plain.updated({'model.weight_dtype': dtype}),
-                published.copy(folder / f'served-{dtype}'), (), lambda text: None)
-            name = precision_of(served.engine)
-            if dtype == 'auto':
-                default = name
-            elif name == default:
-                served.close()      # it is there already
-                continue
-            ours[name] = served
-            perplexities.append({'precision': name, **perplexity(served.engine)})
-        for dtype in ('float32', 'bfloat16'):
-            print(f'loading HF generate, {dtype}', flush=True)
-            peers['hf_generate', dtype] = worker = Worker(
-                HfGenerate, model=model, adapter=str(published.path), dtype=dtype).ready()
-            worker.call('threads', args.threads)
-        if find_spec('llama_cpp') is None:
-            notes.append('llama.cpp was not run: llama_cpp is not importable here.')
-        else:
-            peers |= llama_workers(packaged_gguf(), folder, [*ours], plain.adapter.rank,
-                                   plain.adapter.alpha, args.threads)
-        load = arrivals(lambda text: chat.prompt([{'role': 'user', 'content': text}]), 'decode',
-                        count=args.repeats + 1, seconds=0.0, tokens=args.prompt_tokens)
-        systems = [*(('mace_ros', name) for name in ours), *peers]
-        rows: list[dict[str, Any]] = []
-        for repeat, arrival in enumerate(load, start=-1):     # the first one only warms up
-            turn = repeat % len(systems)
-            for system, precision in systems[turn:] + systems[:turn]:
-                if system == 'mace_ros':
-                    row = ours[precision].run_block(
-                        'inference_only', repeat, [arrival], 0.0, args.output_tokens).requests[0]
-                else:
-                    answers, _ = _of_peer(peers[system, precision], arrival, args.output_tokens)
-                    row = request_row(system, repeat, answers.arrival, answers, SLO)
-                if repeat >= 0:
-                    rows.append({'system': system, 'precision': precision, 'repeat': repeat, **{
-                        k: row[k] for k in ('ttft_ms', 'tpot_ms', 'output_tokens')}})
-                    print(f'{repeat + 1} of {args.repeats}: {system} {precision} '
-                          f'{row["tpot_ms"]:.1f} ms per token', flush=True)
+        systems.load()
+        return {'default_precision': systems.default, 'answers': systems.run(),
+                'perplexity': systems.perplexities}
     except PeerFailed as error:
         raise SystemExit(f'a peer failed: {error}') from error
     finally:
-        for each in ours.values():
-            each.close()
-        for peer in peers.values():
-            peer.close()
-    return {'default_precision': default, 'answers': rows, 'perplexity': perplexities}
+        systems.close()
 
 
-def llama_workers(source: Path, folder: Path, precisions: Sequence[str], rank: int, alpha: float,
-                  threads: int) -> dict[tuple[str, str], Any]:
-    """Return workers with llama.cpp in each precision, with an adapter and without one."""
-    from bench.peers.gguf_files import adapter, convert, TYPES
-    from bench.peers.llama import LlamaCpp
-    from bench.peers.worker import Worker
+class LoadedSystems:
+    """All systems in all precisions, with the adapter of one learned correction."""
 
-    attached = str(adapter(source, folder / 'adapter.gguf', rank, alpha))
-    workers = {}
-    for precision in precisions:
-        if precision not in TYPES:
-            continue
-        print(f'loading llama.cpp, {precision}', flush=True)
-        model = str(convert(source, folder / f'{precision}.gguf', precision))
-        for system, file in (('llama_cpp', attached), ('llama_cpp without adapter', '')):
-            workers[system, precision] = Worker(
-                LlamaCpp, model=model, adapter=file, threads=threads).ready()
-    return workers
+    def __init__(self, run: Run) -> None:
+        """Take options and temporary folder from ``run``."""
+        self._run, self._args = run, run.args
+        self.default = ''       # the precision that model.weight_dtype auto chooses
+        self.perplexities: list[dict[str, Any]] = []
+        self._engines: dict[str, Any] = {}
+        self._peers: dict[Name, Any] = {}
 
+    def load(self) -> None:
+        """Learn the correction and load all systems."""
+        # Imported here, so that --help does not load torch.
+        from bench.systems.adapter import publish
+        from mace_ros.api.settings import Settings
+        from mace_ros.model.chat import ChatTokenizer
+        from mace_ros.model.loading import load_model
 
-def _of_peer(worker: Any, arrival: Any, max_tokens: int) -> tuple[Any, float]:
-    import time
+        settings = Settings().updated({'model.device': 'cpu', 'model.threads': self._args.threads})
+        self._run.say('loading the model and learning a correction for the adapter')
+        loaded = load_model('', device='cpu')
+        chat, model = ChatTokenizer(loaded.tokenizer), loaded.name
+        del loaded
+        published = publish(settings, self._run.folder / 'published', lambda text: None)
+        self._load_engines(settings, published)
+        self._load_generate(model, published.path)
+        if find_spec('llama_cpp') is None:
+            self._run.notes.append('llama.cpp was not run: llama_cpp is not installed.')
+        else:
+            self._load_llama(settings.adapter.rank, settings.adapter.alpha)
+        self._load = arrivals(
+            lambda text: chat.prompt([{'role': 'user', 'content': text}]), 'decode',
+            count=self._args.repeats + 1, seconds=0.0, tokens=self._args.prompt_tokens)
 
-    answers, busy = worker.call('run_block', time.monotonic(), [arrival], max_tokens)
-    return answers[0], busy
+    def run(self) -> list[dict[str, Any]]:
+        """Let all systems answer the requests in turn; return a row for each response."""
+        args = self._args
+        names: list[Name] = [*(('mace_ros', name) for name in self._engines), *self._peers]
+        rows: list[dict[str, Any]] = []
+        for repeat, arrival in enumerate(self._load, start=-1):     # the first is a warm-up
+            first = repeat % len(names)
+            for system, precision in names[first:] + names[:first]:
+                row = self._answer(system, precision, repeat, arrival)
+                if repeat >= 0:
+                    rows.append({'system': system, 'precision': precision, 'repeat': repeat, **{
+                        k: row[k] for k in ('ttft_ms', 'tpot_ms', 'output_tokens')}})
+                    self._run.say(f'{repeat + 1} of {args.repeats}: {system} {precision} '
+                                  f'{row["tpot_ms"]:.1f} ms per token')
+        return rows
+
+    def close(self) -> None:
+        """Stop all systems."""
+        for system in (*self._engines.values(), *self._peers.values()):
+            system.close()
+
+    def _answer(self, system: str, precision: str, repeat: int,
+                arrival: Arrival) -> dict[str, Any]:
+        """Return the sample of one response."""
+        tokens = self._args.output_tokens
+        if system == 'mace_ros':
+            block = self._engines[precision].run_block(
+                'inference_only', repeat, [arrival], 0.0, tokens)
+            row: dict[str, Any] = block.requests[0]
+            return row
+        served, _ = self._peers[system, precision].call(
+            'run_block', time.monotonic(), [arrival], tokens)
+        return request_row(system, repeat, served[0].arrival, served[0], SLO)
+
+    def _load_engines(self, settings: Any, published: Any) -> None:
+        """Load an engine for each precision, the default first."""
+        from bench.systems.engine_under_load import EngineUnderLoad, precision_of
+        from mace_ros.api.settings import PARAMETERS
+
+        for dtype in PARAMETERS['model.weight_dtype'].choices:
+            self._run.say(f'loading mace_ros, {dtype}')
+            engine = EngineUnderLoad(
+                settings.updated({'model.weight_dtype': dtype}),
+                published.copy(self._run.folder / f'served-{dtype}'), (), lambda text: None)
+            name = precision_of(engine.engine)
+            if dtype == 'auto':
+                self.default = name
+            elif name == self.default:
+                engine.close()      # already loaded as auto
+                continue
+            self._engines[name] = engine
+            self.perplexities.append({'precision': name, **perplexity(engine.engine)})
+
+    def _load_generate(self, model: str, adapter: Path) -> None:
+        from bench.systems.peers.generate import HfGenerate
+        from bench.systems.peers.worker import Worker
+
+        for dtype in PEER_PRECISIONS:
+            self._run.say(f'loading HF generate, {dtype}')
+            worker = Worker(HfGenerate, model=model, adapter=str(adapter), dtype=dtype).ready()
+            self._peers['hf_generate', dtype] = worker
+            worker.call('threads', self._args.threads)
+
+    def _load_llama(self, rank: int, alpha: float) -> None:
+        """Load llama.cpp in the precisions of the engines, with and without an adapter."""
+        from bench.systems.peers.gguf_files import adapter, convert, TYPES
+        from bench.systems.peers.llama import LlamaCpp
+        from bench.systems.peers.worker import Worker
+        from mace_ros.model.loading import packaged_gguf
+
+        source, folder = packaged_gguf(), self._run.folder
+        attached = str(adapter(source, folder / 'adapter.gguf', rank, alpha))
+        for precision in self._engines:
+            if precision not in TYPES:
+                continue
+            self._run.say(f'loading llama.cpp, {precision}')
+            model = str(convert(source, folder / f'{precision}.gguf', precision))
+            for system, file in (('llama_cpp', attached), ('llama_cpp without adapter', '')):
+                self._peers[system, precision] = Worker(
+                    LlamaCpp, model=model, adapter=file, threads=self._args.threads).ready()
 
 
 def perplexity(engine: Any) -> dict[str, Any]:
@@ -173,21 +187,21 @@ def perplexity(engine: Any) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from mace_ros.model.attention import whole_sequences
-    from mace_ros.model.lora import BASE_SLOT
+    from mace_ros.model.lora_mapping import BASE_SLOT
 
     model, total, count = engine.model, 0.0, 0
     for messages in conversations():
         ids = model.tensor(engine.chat.tokenizer.apply_chat_template(messages, return_dict=False))
-        places = torch.arange(len(ids), device=ids.device)
+        positions = torch.arange(len(ids), device=ids.device)
         with torch.no_grad():
-            logits = model.forward_row(
-                whole_sequences((len(ids),), ids.device), ids, places, BASE_SLOT, places, ())
+            logits = model.forward_packed(
+                whole_sequences((len(ids),), ids.device), ids, positions, BASE_SLOT, positions, ())
         total += float(F.cross_entropy(logits[:-1], ids[1:], reduction='sum'))
         count += len(ids) - 1
     return {'perplexity': math.exp(total / count), 'tokens': count}
 
 
-# -- what the samples say ----------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------
 
 
 def checks(samples: Mapping[str, Any]) -> list[Check]:
@@ -195,7 +209,7 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
     default = samples['default_precision']
     fp32 = ratio(samples, ('mace_ros', 'float32'), ('hf_generate', 'float32'))
     shipped = ratio(samples, ('mace_ros', default), ('hf_generate', 'float32'))
-    worse = of_perplexity(samples, default, 'float32')
+    worse = perplexity_ratio(samples, default, 'float32')
     return [
         check('decode ms/token, ours float32 / HF generate with PEFT float32', fp32.median,
               '<= 0.85', fp32.spread),
@@ -207,7 +221,7 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
 
 
 def reported(samples: Mapping[str, Any]) -> list[Reported]:
-    """Return the ratios that nothing hangs on."""
+    """Return the ratios without a target."""
     rows = []
     precisions = [p['precision'] for p in samples['perplexity']]
     for precision in precisions:
@@ -217,17 +231,17 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
             if found.blocks:
                 rows.append(Reported(f'decode ms/token, ours {precision} / {peer} {precision}',
                                      found.median, aim, found.spread))
-    small = ratio(samples, ('mace_ros', 'int8'), ('hf_generate', 'bfloat16'))
-    if small.blocks:
-        rows.append(Reported('decode ms/token, ours int8 / hf_generate bfloat16', small.median, '',
-                             small.spread))
-    rows += [Reported(f'perplexity, {p} / float32', of_perplexity(samples, p, 'float32'))
+    int8 = ratio(samples, ('mace_ros', 'int8'), ('hf_generate', 'bfloat16'))
+    if int8.blocks:
+        rows.append(Reported('decode ms/token, ours int8 / hf_generate bfloat16', int8.median, '',
+                             int8.spread))
+    rows += [Reported(f'perplexity, {p} / float32', perplexity_ratio(samples, p, 'float32'))
              for p in precisions if p != 'float32']
     return rows
 
 
 def table(samples: Mapping[str, Any]) -> Table:
-    """Return a row for each system and precision."""
+    """Return the table with a row for each system and precision."""
     perplexities = {p['precision']: p['perplexity'] for p in samples['perplexity']}
     names = dict.fromkeys((r['system'], r['precision']) for r in samples['answers'])
     rows = []
@@ -242,16 +256,16 @@ def table(samples: Mapping[str, Any]) -> Table:
                  rows, 'Medians.')
 
 
-def ratio(samples: Mapping[str, Any], above: tuple[str, str], below: tuple[str, str]) -> Ratio:
-    """Return the ratio of two systems' times per token, per repeat."""
-    def each(name: tuple[str, str]) -> dict[int, float]:
+def ratio(samples: Mapping[str, Any], above: Name, below: Name) -> Ratio:
+    """Return the ratio of the times per token of two systems, per repeat."""
+    def times(name: Name) -> dict[int, float]:
         return {r['repeat']: r['tpot_ms'] for r in samples['answers']
                 if (r['system'], r['precision']) == name}
-    return paired(each(above), each(below))
+    return paired(times(above), times(below))
 
 
-def of_perplexity(samples: Mapping[str, Any], above: str, below: str) -> float | None:
-    """Return the ratio of two precisions' perplexities."""
+def perplexity_ratio(samples: Mapping[str, Any], above: str, below: str) -> float | None:
+    """Return the ratio of the perplexities of two precisions."""
     found = {p['precision']: p['perplexity'] for p in samples['perplexity']}
     return found[above] / found[below] if above in found and below in found else None
 

@@ -12,8 +12,8 @@ from mace_ros.api.validation import MAX_UNWRITTEN
 from mace_ros.engine.active_request import ActiveRequest
 from mace_ros.engine.conversations import Conversations, Turn
 from mace_ros.engine.inbox import AnswerWritten, Inbox
-from mace_ros.store.journal import AnswerRecord
 from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.records import AnswerRecord
 
 
 class AnswerRecorder:

@@ -45,8 +45,10 @@ from mace_ros.model.loading import (
     reporting,
     weights_digest,
 )
-from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.packing import pack
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
@@ -81,7 +83,7 @@ def build_engine(settings: Settings, *, storage: Path | None = None,
     journal = JournalWriter(folder / JOURNAL, max_answers=settings.storage.max_answers)
     try:
         parts = load_parts(settings, folder, journal, progress, clock)
-        learner = (make_learner or _make_learner)(parts, settings, wake, clock)
+        learner = (make_learner or default_learner)(parts, settings, wake, clock)
         return Engine(settings, parts, learner, wake=wake, clock=clock)
     except BaseException:
         journal.close()
@@ -96,8 +98,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     adapter = settings.adapter
     slots = adapter.slots + 1    # one more than may be live, for the version to be published
     lora = LoRAManager(
-        model.groups, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
-        slots=slots, spared=settings.finetune.spared_directions)
+        model.linears, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
+        slots=slots, protected_directions=settings.finetune.spared_directions)
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
     memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
@@ -137,8 +139,9 @@ MakeLearner: TypeAlias = Callable[
     [Parts, Settings, Callable[[], None], Callable[[], float]], LearnerPort]
 
 
-def _make_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
-                  clock: Callable[[], float]) -> Learner:
+def default_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
+                    clock: Callable[[], float]) -> Learner:
+    """Return the learner that ``build_engine`` uses unless another one is given."""
     return Learner(
         model=parts.model, model_name=parts.model_name, lora=parts.lora, chat=parts.chat,
         slots=parts.slots, journal=parts.journal, store=parts.store,
@@ -186,8 +189,8 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
     if dtype == 'int8':
         progress('rounding its linear layers to 8 bits')
-    packed = PackedModel(loaded.model, kv_tokens=settings.memory.kv_cache_tokens,
-                         kv_bytes=kv_bytes, int8=dtype == 'int8')
+    packed = pack(loaded.model, kv_tokens=settings.memory.kv_cache_tokens, kv_bytes=kv_bytes,
+                  int8=dtype == 'int8')
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
     return _LoadedDevice(loaded, packed, kind, free)
@@ -198,15 +201,15 @@ def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, fr
     """Raise :class:`InvalidSetting` if the budget has no room for a single short answer."""
     budget = MemoryBudget(
         measure_footprint(model, lora), budget_bytes(settings, free_bytes),
-        most_blocks=model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
+        max_blocks=model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,
         rows=settings.scheduler.max_requests,
         # Device graphs hold the addresses of a cache that exists from the start.
         resident=model.device.type == 'cuda')
     memory = MemoryArbiter(budget, kv_cache)
-    if budget.total < budget.least:
+    if budget.total < budget.minimum:
         raise InvalidSetting(
             f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-            f'{budget.least / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
+            f'{budget.minimum / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
             'scheduler.max_batch_tokens, or memory.headroom_mb if memory.budget_mb is 0')
     return memory
 
@@ -220,7 +223,7 @@ def _capture_graphs(settings: Settings, model: PackedModel, max_context: int,
         captured = capture(
             model, max_rows=settings.scheduler.max_requests,
             max_tokens=settings.scheduler.max_batch_tokens, max_context=max_context,
-            steps=settings.finetune.recompute != 'always', may_go_on=lambda: clock() < end)
+            steps=settings.finetune.recompute != 'always', may_continue=lambda: clock() < end)
     progress(str(captured))
 
 

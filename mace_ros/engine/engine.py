@@ -419,7 +419,7 @@ class Engine:
         if idle and not self._was_idle:
             self.parts.pool.check(self._step.blocks if self._step is not None else ())
         self._was_idle = idle
-        self._heap.tend(self._clock(), self._memory.budget.total, idle=(
+        self._heap.trim(self._clock(), self._memory.budget.total, idle=(
             plan.is_empty and idle and not self.learner.busy))
 
     # -- commit ----------------------------------------------------------------------
@@ -448,7 +448,7 @@ class Engine:
             return []
         measurement, now = result.measurement, self._clock()
         if measurement.segments and self._step is not None and self._step.done:
-            self._heap.left_gaps(now)
+            self._heap.step_ended(now)
         self.learner.commit(measurement.segments)
         self._observers.measured(measurement, self.scheduler.cost)
         self.scheduler.observe(measurement, now)

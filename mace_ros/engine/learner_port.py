@@ -12,8 +12,8 @@ from mace_ros.api.events import AdapterVersion, Event
 from mace_ros.api.settings import Settings
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import Accepted
-from mace_ros.learning.learner import LearningStatus
 from mace_ros.learning.rollback import RolledBack
+from mace_ros.learning.status import LearningStatus
 from mace_ros.scheduling.plan import Segment
 
 

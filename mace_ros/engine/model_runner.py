@@ -16,7 +16,7 @@ from mace_ros.engine.request_manager import RequestManager
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.sampling import sample
-from mace_ros.model.spans import FinetuneRows, Span
+from mace_ros.model.spans import PiggybackSpans, Span
 from mace_ros.model.timing import DeviceTimer
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
@@ -149,21 +149,21 @@ class ModelRunner:
                     *((c.request, min(c.tokens, c.request.remaining_tokens))
                       for c in plan.prefill)]
         spans = [self._span(request, tokens) for request, tokens in computed]
-        rows, learning_error = self._finetune_rows(step, plan.finetune_tokens)
-        if rows is None and plan.finetune_tokens:
+        piggyback, learning_error = self._piggyback(step, plan.finetune_tokens)
+        if piggyback is None and plan.finetune_tokens:
             plan = plan._replace(
                 finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
         if learning_error is not None:
             plan, step = plan._replace(segments=0), None
-        if not spans and rows is None:
+        if not spans and piggyback is None:
             return None
         timer = DeviceTimer(self._model.device, self._clock)
         with self._observers.timed('pass', predicted_ms=plan.predicted_s * 1e3,
                                    **plan.shape._asdict()):
-            logits = self._model.run(spans, rows)
+            logits = self._model.run(spans, piggyback)
         timer.stop()
-        if rows is not None and step is not None:
-            step.piggybacked(rows.tokens)
+        if piggyback is not None and step is not None:
+            step.piggybacked(piggyback.tokens)
             if step.piggyback_tokens == 0:
                 self._paged.release(step)
         sampled = [self._requests[request.id] for (request, _), span
@@ -180,9 +180,9 @@ class ModelRunner:
             wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
             attention=self._paged.attention(active, tokens))
 
-    def _finetune_rows(self, step: FinetuneStep | None, tokens: int,
-                       ) -> tuple[FinetuneRows | None, Exception | None]:
-        """Return the fine-tune rows of a pass; an allocation that fails must not fail the pass."""
+    def _piggyback(self, step: FinetuneStep | None, tokens: int,
+                   ) -> tuple[PiggybackSpans | None, Exception | None]:
+        """Return the fine-tune tokens of a pass; an error of theirs must not fail the pass."""
         if step is None:
             return None, None
         try:

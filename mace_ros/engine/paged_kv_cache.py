@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Block bookkeeping and cache tensors together: piggybacked rows, pruning, a smaller cache."""
+"""Block bookkeeping and cache tensors together: pruning, fine-tune tokens, a smaller cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
 from mace_ros.model.packed_model import PackedModel
-from mace_ros.model.spans import FinetuneRows, OBSERVED_TOKENS
+from mace_ros.model.spans import OBSERVATION_TOKENS, PiggybackSpans
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 
 
@@ -39,7 +39,7 @@ class PagedKVCache:
         """
         request, known = active.request, active.request.known_tokens
         if (not self._prune_share or known < LONG_TOKENS or request.is_decoding
-                or request.computed_tokens + tokens <= known - OBSERVED_TOKENS):
+                or request.computed_tokens + tokens <= known - OBSERVATION_TOKENS):
             return None
         attention = active.attention
         if attention is None or len(attention) != known:
@@ -56,10 +56,10 @@ class PagedKVCache:
             [float(x.sum()) for x in attention.cpu().split(BLOCK_TOKENS)],
             self._prune_share, BLOCK_TOKENS, window=window))
 
-    # -- fine-tune rows --------------------------------------------------------------
+    # -- fine-tune tokens -------------------------------------------------------------
 
-    def piggyback(self, step: FinetuneStep, tokens: int) -> FinetuneRows | None:
-        """Return the next fine-tune rows; None if there is no room for their keys and values."""
+    def piggyback(self, step: FinetuneStep, tokens: int) -> PiggybackSpans | None:
+        """Return the next fine-tune tokens as spans; None if the cache has no room for them."""
         tokens = min(tokens, step.piggyback_tokens)
         if tokens == 0:
             return None
@@ -73,7 +73,7 @@ class PagedKVCache:
                     self._pool.release(blocks)
                 return None
             step.hold_blocks(held)
-        return step.rows(tokens)
+        return step.piggyback_spans(tokens)
 
     def release(self, step: FinetuneStep) -> None:
         """Release the blocks that a step holds."""
@@ -90,7 +90,7 @@ class PagedKVCache:
         preempted, to be computed again, and the error is raised.
         """
         pool = self._pool
-        moved = pool.moves()
+        moved = pool.compact()
         if moved:
             # The tables first: they must be right whatever happens to the content.
             self._kv_cache.renumber(moved)

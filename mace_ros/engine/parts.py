@@ -12,7 +12,7 @@ from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.memory.budget import MB
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager

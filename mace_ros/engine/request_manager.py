@@ -27,7 +27,7 @@ from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.lora import BASE_SLOT
+from mace_ros.model.lora_mapping import BASE_SLOT
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State

@@ -1,14 +1,16 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A short measurement of the device, from which the cost model starts."""
+"""A short measurement of the device, which calibrates the cost model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 from mace_ros.finetune.sample import Sample
-from mace_ros.finetune.step import FinetuneStep, Trainer
-from mace_ros.model.lora import LoRAManager, TRAINING_SLOT
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.lora_mapping import TRAINING_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import PassShape, Segment
@@ -22,15 +24,17 @@ STEP_TOKENS = (64, 192)
 REPEATS = 3
 
 
-def measure(model: PackedModel, bank: LoRAManager, *, max_tokens: int,
+def measure(model: PackedModel, lora: LoRAManager, *, max_tokens: int,
             clock: Callable[[], float]) -> Iterator[Measured]:
     """
-    Yield shapes and the seconds they took; call it before anything is in the KV cache.
+    Yield shapes and their measured seconds; call this while the KV cache is empty.
 
-    Passes of up to ``max_tokens`` tokens under an adapter, and all segments of two
-    fine-tune steps. The first of each is not counted: it pays for what later ones find
-    ready. The master weights are changed. On a slow device there may not be time for all
-    of it: the smaller step, which has segments of every kind, comes before long prefills.
+    Measures passes of up to ``max_tokens`` tokens under an adapter, and all segments of
+    fine-tune steps. The first run of each pass is not counted, since it pays for lazy
+    initialisation. Changes the master weights.
+
+    A slow device may not have time for everything. Therefore the smaller step, whose segments
+    are of every kind, comes before long prefills.
     """
     capacity = min(max_tokens, model.context_length, model.kv_blocks * model.block_tokens)
     per_row = -(-(CONTEXT + 1) // model.block_tokens)
@@ -40,7 +44,7 @@ def measure(model: PackedModel, bank: LoRAManager, *, max_tokens: int,
         spans = [Span((0,), CONTEXT, range(i * per_row, (i + 1) * per_row), TRAINING_SLOT, True)
                  for i in range(rows)]
         yield from _passes(model, spans, PassShape(rows, rows * (CONTEXT + 1), 0, 0, 0), clock)
-    trainer = Trainer(bank, 1e-9)
+    trainer = Trainer(lora, 1e-9)
     small, *larger = sorted({min(n, model.context_length) for n in STEP_TOKENS})
     yield from _steps(model, trainer, small, clock)
     for tokens in sorted({min(n, capacity) for n in PREFILL_TOKENS}):

@@ -1,12 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Layers of a fine-tune step that are divided by tokens, for steps too long for one piece.
+Layers of a fine-tune step that run in chunks of tokens, for steps too long for one segment.
 
-A layer runs forward chunk by chunk, and backward from the last chunk to the first. What
-couples the chunks are keys and values: those of earlier chunks are kept from the forward, and
-the gradients that later chunks give them go into the backward of their own chunk. So the
-gradients are those of the undivided layer.
+A layer runs forward from the first chunk to the last, and backward from the last to the first.
+The chunks are coupled by keys and values: those of earlier chunks are kept from the forward,
+and the gradients that they receive from later chunks enter the backward of their own chunk.
+The gradients are therefore those of the undivided layer.
 """
 
 from __future__ import annotations
@@ -17,136 +17,140 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mace_ros.model.attention import AttentionMetadata, EarlierKV
+from mace_ros.model.attention import AttentionMetadata, PastKV
+from mace_ros.model.lora_mapping import InputObserver
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
 
 
-def chunks_of(tokens: int, most: int) -> list[slice]:
-    """Return chunks of about one size, of ``most`` tokens at most."""
+def split_evenly(tokens: int, most: int) -> list[slice]:
+    """Return chunks of about equal size, of at most ``most`` tokens."""
     count = -(-tokens // most)
     bounds = [tokens * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 class ChunkedLayers:
-    """The layers over one row of whole sequences, a chunk of its tokens at a time."""
+    """All layers over packed whole sequences, one chunk of tokens at a time."""
 
-    def __init__(self, model: PackedModel, row: AttentionMetadata, ids: Tensor, positions: Tensor,
-                 chunks: Sequence[slice]) -> None:
-        """``row`` is of the whole; ``ids`` and ``positions`` are ``[1, tokens]``."""
+    def __init__(self, model: PackedModel, metadata: AttentionMetadata, ids: Tensor,
+                 positions: Tensor, chunks: Sequence[slice]) -> None:
+        """``metadata`` covers all tokens; ``ids`` and ``positions`` are ``[1, tokens]``."""
         self._model = model
         self._chunks = tuple(chunks)
-        self._rows = [_chunk_of(row, chunk) for chunk in chunks]
+        self._metadata = [_of_chunk(metadata, chunk) for chunk in chunks]
         self._calls = []
         first = []
         with torch.no_grad():
-            for chunk, own in zip(self._chunks, self._rows, strict=True):
+            for chunk, own in zip(self._chunks, self._metadata, strict=True):
                 with model.training(own):
-                    x, calls = model.skeleton.call_layers(ids[:, chunk], positions[:, chunk])
+                    x, calls = model.shell.call_layers(ids[:, chunk], positions[:, chunk])
                 first.append(x[0])
                 self._calls.append(calls)
-        self.first = torch.cat(first)    # the first layer's input: [tokens, width]
-        # Of each layer, keys and values of the chunks that are done and not yet done backward.
-        self._kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
-        # What later chunks have given those of the layer that goes backward.
-        self._pulls: tuple[Tensor, Tensor] | None = None
+        self.first_input = torch.cat(first)    # of the first layer: [tokens, width]
+        # Of each layer, keys and values of the chunks between their forward and their backward.
+        self._kv: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
+        # Gradients of past keys and values, in the layer whose backward runs.
+        self._kv_gradients: tuple[Tensor, Tensor] | None = None
 
     @property
     def sizes(self) -> list[int]:
-        """Tokens of the chunks."""
+        """Tokens of each chunk."""
         return [chunk.stop - chunk.start for chunk in self._chunks]
 
     def restart(self) -> None:
-        """Forget what was computed."""
-        self._kept = [[] for _ in self._kept]
-        self._pulls = None
+        """Drop everything computed so far."""
+        self._kv = [[] for _ in self._kv]
+        self._kv_gradients = None
 
-    def forward(self, index: int, x: Tensor, y: Tensor, *, keep: bool) -> bool:
+    def forward(self, layer: int, x: Tensor, y: Tensor, *, keep: bool,
+                observer: InputObserver | None = None) -> bool:
         """
-        Run a layer over the next chunk of its input ``x``, and write into ``y``.
+        Run a layer over the next chunk of its input ``x``, and write to its output ``y``.
 
-        ``[tokens, width]`` both. With ``keep``, there will be a backward. Returns whether
-        the layer is through.
+        Both are ``[tokens, width]``. ``keep`` announces a backward. ``observer`` receives the
+        inputs of the adapted linear layers. Returns whether this was the layer's last chunk.
         """
-        kept = self._kept[index]
-        number = len(kept)
-        chunk = self._chunks[number]
-        earlier = self._earlier(index, number)
+        kv = self._kv[layer]
+        index = len(kv)
+        chunk = self._chunks[index]
+        past = self._past(layer, index)
         with torch.no_grad():
-            y[chunk] = self._run(index, number, x[None, chunk], earlier)[0]
-        assert earlier.own is not None
-        key, value = earlier.own
-        kept.append((key.detach(), value.detach()))
-        complete = len(kept) == len(self._chunks)
+            y[chunk] = self._run(layer, index, x[None, chunk], past, observer)[0]
+        assert past.current is not None
+        key, value = past.current
+        kv.append((key.detach(), value.detach()))
+        complete = len(kv) == len(self._chunks)
         if complete and not keep:
-            kept.clear()
+            kv.clear()
         return complete
 
-    def is_whole(self, index: int) -> bool:
-        """Whether a layer is through, and not a chunk of it went backward."""
-        return len(self._kept[index]) == len(self._chunks)
+    def is_before_backward(self, layer: int) -> bool:
+        """Return whether a layer's forward is complete and its backward has not begun."""
+        return len(self._kv[layer]) == len(self._chunks)
 
-    def backward(self, index: int, x: Tensor, gradient: Tensor) -> bool:
+    def backward(self, layer: int, x: Tensor, gradient: Tensor) -> bool:
         """
-        Go backward through a layer's last chunk that is left.
+        Run the backward of a layer's last remaining chunk.
 
-        ``gradient`` is that of the layer's output, ``[tokens, width]``; where chunks are done,
-        it becomes that of its input ``x``. Returns whether the layer is through.
+        ``gradient`` is that of the layer's output, ``[tokens, width]``. For chunks that are
+        done, it is overwritten by that of the input ``x``. Returns whether this was the
+        layer's first chunk, that is the last one to run.
         """
-        kept = self._kept[index]
-        number = len(kept) - 1
-        chunk = self._chunks[number]
-        earlier = self._earlier(index, number)
-        kept.pop()
-        leaves = [t.requires_grad_() for t in (earlier.key, earlier.value) if t is not None]
+        kv = self._kv[layer]
+        index = len(kv) - 1
+        chunk = self._chunks[index]
+        past = self._past(layer, index)
+        kv.pop()
+        leaves = [t.requires_grad_() for t in (past.key, past.value) if t is not None]
         own = x[None, chunk].detach().requires_grad_()
         with torch.enable_grad():
-            y = self._run(index, number, own, earlier)
-        assert earlier.own is not None
+            y = self._run(layer, index, own, past)
+        assert past.current is not None
         outputs, gradients = [y], [gradient[None, chunk]]
-        if self._pulls is not None:
-            outputs += earlier.own
-            gradients += [pull[:, :, chunk] for pull in self._pulls]
+        if self._kv_gradients is not None:
+            outputs += past.current
+            gradients += [g[:, :, chunk] for g in self._kv_gradients]
         torch.autograd.backward(outputs, gradients)
         assert own.grad is not None
         gradient[chunk] = own.grad[0]
         if not leaves:
-            self._pulls = None
+            self._kv_gradients = None
             return True
         key, value = (leaf.grad for leaf in leaves)
         assert key is not None and value is not None
-        if self._pulls is None:
-            self._pulls = key, value
+        if self._kv_gradients is None:
+            self._kv_gradients = key, value
         else:
-            for pull, more in zip(self._pulls, (key, value), strict=True):
-                pull[:, :, :chunk.start] += more
+            for total, more in zip(self._kv_gradients, (key, value), strict=True):
+                total[:, :, :chunk.start] += more
         return False
 
-    def _earlier(self, index: int, number: int) -> EarlierKV:
-        """Return the keys and values before a chunk of a layer."""
-        before = self._kept[index][:number]
+    def _past(self, layer: int, index: int) -> PastKV:
+        """Return a layer's keys and values before a chunk."""
+        before = self._kv[layer][:index]
         if not before:
-            return EarlierKV()
+            return PastKV()
         keys, values = zip(*before, strict=True)
-        return EarlierKV(torch.cat(keys, 2), torch.cat(values, 2))
+        return PastKV(torch.cat(keys, 2), torch.cat(values, 2))
 
-    def _run(self, index: int, number: int, x: Tensor, earlier: EarlierKV) -> Tensor:
-        row = self._rows[number]
-        row.earlier = earlier
+    def _run(self, layer: int, index: int, x: Tensor, past: PastKV,
+             observer: InputObserver | None = None) -> Tensor:
+        metadata = self._metadata[index]
+        metadata.past = past
         try:
-            with self._model.training(row):
-                return run_layer(self._model.layers[index], x, self._calls[number][index])
+            with self._model.training(metadata, observer):
+                return run_layer(self._model.layers[layer], x, self._calls[index][layer])
         finally:
-            row.earlier = None
+            metadata.past = None
 
 
-def _chunk_of(row: AttentionMetadata, chunk: slice) -> AttentionMetadata:
-    """Return the row of a chunk, whose keys are all up to its own."""
-    owner, place = row.query_sequence, row.query_position
-    assert owner is not None and place is not None
-    alone = len(row.lengths) == 1
+def _of_chunk(metadata: AttentionMetadata, chunk: slice) -> AttentionMetadata:
+    """Return the metadata of a chunk, whose keys are all tokens up to its own."""
+    sequence, position = metadata.query_sequence, metadata.query_position
+    assert sequence is not None and position is not None
+    alone = len(metadata.lengths) == 1
     return AttentionMetadata(
-        query_sequence=owner[chunk], query_position=place[chunk], key_sequence=owner[:chunk.stop],
-        key_position=place[:chunk.stop], shared=row.shared,
-        lengths=(chunk.stop - chunk.start,) if alone else ())
+        query_sequence=sequence[chunk], query_position=position[chunk],
+        key_sequence=sequence[:chunk.stop], key_position=position[:chunk.stop],
+        shared=metadata.shared, lengths=(chunk.stop - chunk.start,) if alone else ())

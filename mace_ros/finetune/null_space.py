@@ -1,12 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Along which directions the inputs of adapted layers usually lie.
+The main directions of the inputs of adapted layers.
 
-An update that does not look along them leaves answers alone that have nothing to do with
-it: the idea of null-space editing (AlphaEdit, Fang et al. 2024; LoRA-Null, Tang et al.
-2025). The directions come from a randomised range finder (Halko, Martinsson and Tropp
-2011), for which each input is seen once and none is kept.
+An update without a component along them does not change responses to unrelated questions: the
+idea of null-space editing (AlphaEdit, Fang et al. 2024; LoRA-Null, Tang et al. 2025). The
+directions come from a randomised range finder (Halko, Martinsson and Tropp 2011), which sees
+each input once and stores none.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
-from mace_ros.model.lora import MergedLinear
+from mace_ros.model.merged_linear import MergedLinear
 
 
 class InputSubspace:
-    """Finds along which directions the inputs lie mostly that each group was shown."""
+    """Estimates the subspace that the inputs of each observed layer mainly span."""
 
-    def __init__(self, count: Callable[[MergedLinear], int]) -> None:
-        """Look for so many directions of a group's inputs."""
-        self._count = count
-        self._probes: dict[int, Tensor] = {}
-        self._sums: dict[MergedLinear, Tensor] = {}
+    def __init__(self, direction_count: Callable[[MergedLinear], int]) -> None:
+        """``direction_count`` returns the number of directions to find for a layer."""
+        self._direction_count = direction_count
+        self._probes: dict[int, Tensor] = {}            # [in, directions], by input width
+        self._sketches: dict[MergedLinear, Tensor] = {}     # [in, directions]
 
     @torch.no_grad()
-    def watch(self, group: MergedLinear, x: Tensor) -> None:
-        """Take in inputs, ``[..., in]``."""
+    def observe(self, layer: nn.Module, x: Tensor) -> None:
+        """Add inputs of a merged linear layer, ``[..., in]``."""
+        assert isinstance(layer, MergedLinear)
         x = x.detach().reshape(-1, x.shape[-1]).float()
         width = x.shape[1]
         if width not in self._probes:
             generator = torch.Generator().manual_seed(width)
             self._probes[width] = torch.randn(
-                width, self._count(group), generator=generator).to(x.device)
-        seen = x.t() @ (x @ self._probes[width])
-        known = self._sums.get(group)
-        self._sums[group] = seen if known is None else known.add_(seen)
+                width, self._direction_count(layer), generator=generator).to(x.device)
+        sketch = x.t() @ (x @ self._probes[width])
+        known = self._sketches.get(layer)
+        self._sketches[layer] = sketch if known is None else known.add_(sketch)
 
-    def found(self) -> Iterator[tuple[MergedLinear, Tensor]]:
-        """Yield each group with orthonormal directions, ``[in, some]``; milliseconds each."""
-        while self._sums:
-            group, seen = self._sums.popitem()
-            if seen.isfinite().all():   # as with weights, what is no number must reach nothing
-                yield group, torch.linalg.qr(seen).Q
+    def bases(self) -> Iterator[tuple[MergedLinear, Tensor]]:
+        """
+        Yield each layer with an orthonormal basis, ``[in, directions]``; milliseconds each.
+
+        Removes the layer from this object. A layer with inputs that are not finite is left out.
+        """
+        while self._sketches:
+            layer, sketch = self._sketches.popitem()
+            if sketch.isfinite().all():   # a NaN in the basis would reach the master weights
+                yield layer, torch.linalg.qr(sketch).Q

@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What is asked of the base model once, so that its answers can be kept as they are.
+The anchors: questions whose answers by the base model learning must not change.
 
-Short questions of many kinds: what learning must not change is what they stand for. None
-of them is measured by bench.learning.
+They are short and of many kinds, and stand for everything that nobody corrects. The base model
+answers them once. None of them is measured by bench.learning.
 """
 
 ANCHORS = (
@@ -45,9 +45,9 @@ ANCHORS = (
     'What should I wear when it rains?', 'Please count to five.', 'What is the meaning of life?',
     'Recommend a book for a child.', 'How does a magnet work?', 'What are clouds made of?')
 
-# Longest answer that is kept.
+# Maximum length of an anchor's answer.
 ANCHOR_TOKENS = 24
 
-# Of the anchors every so manieth is guarded by the gate; the others are replayed. What
-# replay keeps by heart would say nothing about the rest.
+# One anchor in this many is a probe that the gate guards; the others are replayed. A probe must
+# not be replayed: it would be memorised, and say nothing about other answers.
 PROBE_EVERY = 4

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""When to try again what disk or device refused."""
+"""Exponential backoff after a failure of the disk or the device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Backoff:
     def __init__(self) -> None:
         """Begin without a failure."""
         self._failures = 0
-        self.until = 0.0    # on the caller's clock
+        self.until = 0.0    # when to try again, on the caller's clock
 
     def failed(self, now: float) -> None:
-        """Wait from now on."""
+        """Note a failure at this time, and wait."""
         self._failures += 1
         self.until = now + min(2.0 ** self._failures, LONGEST_S)
 
     def succeeded(self) -> None:
-        """Begin anew with the shortest wait."""
+        """Reset to the shortest wait."""
         self._failures, self.until = 0, 0.0

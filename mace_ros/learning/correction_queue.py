@@ -1,36 +1,63 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The corrections that wait to be learned, and whose turn it is."""
+"""The corrections that wait to be learned, and which profile is next."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 import math
 
-from mace_ros.learning.job import PendingCorrection
-from mace_ros.store.journal import CorrectionRecord
+from mace_ros.store.records import CorrectionRecord
 
-JOB_CORRECTIONS = 4     # corrections learned together at most
+
+@dataclass
+class PendingCorrection:
+    """
+    A correction that is not learned yet; times are on the engine's clock, in seconds.
+
+    ``log_probabilities`` are the mean log p per token of its :func:`texts`, under the version
+    that was live when they were scored; empty until then. ``reference`` is log p(corrected) -
+    log p(rejected), summed over tokens, under the live version.
+    """
+
+    record: CorrectionRecord
+    arrived: float
+    tries: int = 1
+    repeats: int = 0            # earlier corrections of the same question that it replaced
+    since: float = math.inf     # arrival of the first of those
+    log_probabilities: tuple[float, ...] = ()
+    reference: float = 0.0
+
+    @property
+    def waits_since(self) -> float:
+        """When the question was first corrected."""
+        return min(self.arrived, self.since)
+
+
+def texts(record: CorrectionRecord) -> list[str]:
+    """Return the corrected text and, if it is known, the rejected one."""
+    return [record.corrected, *([record.rejected] if record.rejected.strip() else [])]
 
 
 class CorrectionQueue:
-    """What waits, oldest first."""
+    """The waiting corrections, oldest first."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Begin empty."""
         self._waiting: list[PendingCorrection] = []
-        self._turns: dict[str, int] = {}    # of profiles: their latest turn
+        self._turns: dict[str, int] = {}    # latest turn by profile
 
     def __iter__(self) -> Iterator[PendingCorrection]:
-        """Go through all."""
+        """Iterate over all waiting corrections."""
         return iter(self._waiting)
 
     def __len__(self) -> int:
-        """Return how many wait."""
+        """Return the number of waiting corrections."""
         return len(self._waiting)
 
     def add(self, record: CorrectionRecord, arrived: float) -> None:
-        """Append a correction, in the place of what it supersedes."""
+        """Append a correction; it replaces those of the same question and profile."""
         older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
                  and w.record.profile == record.profile]
         self.remove(older)
@@ -39,20 +66,20 @@ class CorrectionQueue:
             since=min((w.waits_since for w in older), default=math.inf)))
 
     def put_back(self, again: Iterable[PendingCorrection]) -> None:
-        """Let corrections wait again that had been removed."""
+        """Return corrections that had been removed to their places."""
         self._waiting = sorted([*again, *self._waiting], key=lambda w: w.arrived)
 
     def remove(self, chosen: Collection[PendingCorrection]) -> None:
-        """Take some out."""
+        """Remove these corrections."""
         self._waiting = [w for w in self._waiting if w not in chosen]
 
     def of(self, profile: str) -> list[PendingCorrection]:
-        """Return those of one profile."""
+        """Return the corrections of one profile."""
         return [w for w in self._waiting if w.record.profile == profile]
 
     def next_profile(self, ready: Sequence[PendingCorrection], turn: int) -> str:
         """
-        Return whose turn it is: who is corrected without end must not hold up the others.
+        Return the profile whose turn is longest ago, so that no profile starves the others.
 
         ``turn`` grows from call to call.
         """

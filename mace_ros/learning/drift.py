@@ -1,12 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-How much to learn: more while what is asked of the robot changes, little while it is calm.
+Drift: learning gets more device time while the questions to the robot change.
 
-Each answer has an outcome between 0 (nobody objected) and 1 (corrected, and the corrected
-text was a full surprise). ADWIN (Bifet and Gavaldà 2007, by river) keeps a window of them
-without a change in their mean, and tells when that mean has moved. That drift decides about
-the frequency of learning is MACE's idea (arXiv 2510.03283); the signal and the rule are ours.
+Each answer has an outcome between 0 (not corrected) and 1 (corrected, by a text of probability
+0). ADWIN (Bifet and Gavaldà 2007, by river) keeps the longest window of outcomes whose mean does
+not change, and detects when it does. That drift sets the frequency of learning is MACE's idea
+(arXiv 2510.03283); the signal and the rule are ours.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import math
 
 from river.drift import ADWIN
 
-# A change that is not there is seen once in so many windows.
+# False-alarm probability of the detector.
 FALSE_ALARMS = 0.05
-# Before so many outcomes nothing is known, and the robot learns as much as it may.
+# Outcomes before the state is known; until then, learning may use its whole budget.
 ENOUGH = 5
-# A rise counts until the mean has halved.
+# A rise ends when the mean has fallen to this share of its peak.
 OVER = 0.5
-# After so many more answers it counts that nobody objected to one.
+# An answer counts as right when this many more were given and it was not corrected.
 OPEN = 8
 
 
 class DriftState(IntEnum):
-    """What is known about drift; the values are those of ``Scheduler.msg``."""
+    """The state of the detector; the values are those of ``Scheduler.msg``."""
 
     UNKNOWN = 0
     CALM = 1
@@ -35,31 +35,31 @@ class DriftState(IntEnum):
 
 
 class Drift:
-    """Watches the outcomes of answers."""
+    """Detects drift from the outcomes of answers."""
 
     def __init__(self) -> None:
         """Begin without an outcome."""
-        # The library's default looks at every 32nd value only: corrections are rarer.
+        # The default tests every 32nd outcome only, and corrections are rarer.
         self._window = ADWIN(delta=FALSE_ALARMS, clock=1, grace_period=ENOUGH)
         self._count = 0
-        self._open: dict[str, None] = {}   # queries whose answers have no outcome yet, oldest first
+        self._open: dict[str, None] = {}   # query ids without an outcome yet, oldest first
         self._peak: float | None = None    # mean surprise since the rise; None: calm
         self.rises = 0
 
     def answered(self, query_id: str) -> None:
-        """Note an answer: a good one, unless it is corrected before :data:`OPEN` more."""
-        self.corrected(query_id)        # an id that is used again
+        """Note an answer; it is right unless corrected before :data:`OPEN` more are given."""
+        self.corrected(query_id)        # the id may have been used before
         self._open[query_id] = None
         if len(self._open) > OPEN:
             del self._open[next(iter(self._open))]
             self.outcome(0.0)
 
     def corrected(self, query_id: str) -> None:
-        """Note that an answer's outcome will be the surprise of its correction."""
+        """Note that the surprise of a correction will be the answer's outcome."""
         self._open.pop(query_id, None)
 
     def outcome(self, surprise: float) -> None:
-        """Note how an answer turned out; 0 is fine, 1 as wrong as can be."""
+        """Note an outcome, from 0 (right) to 1 (entirely wrong)."""
         before = self._window.estimation
         self._window.update(min(max(surprise, 0.0), 1.0))
         self._count += 1
@@ -68,29 +68,29 @@ class Drift:
             self.rises += 1
             self._peak = mean
         elif self._peak is not None and self._window.width >= 2 * ENOUGH:
-            # The mean of fewer outcomes says little.
+            # Not before: the mean of fewer outcomes is unreliable.
             self._peak = max(self._peak, mean)
             if mean < OVER * self._peak:
                 self._peak = None
 
     @property
     def state(self) -> DriftState:
-        """Whether what is asked is changing."""
+        """Whether the questions are changing."""
         if self._count < ENOUGH:
             return DriftState.UNKNOWN
         return DriftState.CALM if self._peak is None else DriftState.DRIFTING
 
     @property
     def level(self) -> float:
-        """Mean surprise of the outcomes since the last change; 1 while it is unknown."""
+        """Mean of the outcomes since the last change; 1 while it is unknown."""
         return float(self._window.estimation) if self._count >= ENOUGH else 1.0
 
     def budget(self, least: float, most: float, *, backlog: bool = False) -> float:
         """
         Return the share of device time for learning, between ``least`` and ``most``.
 
-        All of it while drifting or unknown. In calm it goes with the mean surprise, and
-        corrections gather meanwhile, unless enough to be learned together wait already.
+        While drifting or unknown, and for a ``backlog`` of corrections that fills a job, it is
+        ``most``. In calm it grows with the mean surprise; corrections gather meanwhile.
         """
         if self.state is not DriftState.CALM or backlog:
             return most
@@ -98,5 +98,5 @@ class Drift:
 
 
 def surprise(log_probability: float) -> float:
-    """Return the surprise of a corrected text: 1 - p per token, by its mean log p."""
+    """Return the surprise of a corrected text, 1 - p per token, from its mean log p."""
     return 1.0 - math.exp(min(log_probability, 0.0))

@@ -1,12 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether a trained adapter may be published: it is weighed against the live one.
+The gate: a candidate is published only if it loses nothing that the live version has.
 
-Guarded answers are scored twice, under the live version and under the candidate. The score
-of what was taught is the share that greedy decoding gives word for word; that of other
-answers is their probability per token, for of a small model many words may change while
-what they say does not.
+Guarded samples are scored under the live version and under the candidate. Corrections count by
+the share that greedy decoding gives word for word. Other answers count by their probability per
+token, because a small model may change many words and not their meaning.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from statistics import fmean
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning.samples import own_tokens
 
-# Tokens scored at once: one layer of them is a piece that a query can wait for.
+# Tokens that are scored at once: a query waits for one layer of them at most.
 BATCH_TOKENS = 256
 
 
 class Measure(Enum):
-    """What of the guarded answers counts."""
+    """How guarded samples are measured."""
 
     EXACT = 'exact'                  # greedy decoding gives it, word for word
     PROBABILITY = 'probability'      # per token, the geometric mean
@@ -33,7 +32,7 @@ class Measure(Enum):
 
 @dataclass(frozen=True)
 class Group:
-    """Guarded samples of one kind, with what a reason calls them."""
+    """Guarded samples of one kind; ``name`` is what a rejection's reason calls them."""
 
     name: str
     samples: tuple[Sample, ...]
@@ -43,7 +42,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a candidate may not be published ('' if it may), and the samples that it lost."""
+    """Why a candidate must not be published, '' if it may be, and the samples that it lost."""
 
     reason: str
     lost: tuple[Sample, ...] = ()
@@ -53,22 +52,22 @@ class Gate:
     """The guarded samples of one job."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        """Guard these; a group may be empty."""
+        """Guard these groups; empty ones are left out."""
         self._groups = tuple(group for group in groups if group.samples)
 
     @property
     def samples(self) -> list[Sample]:
-        """All samples, in the order in which they are judged."""
+        """All guarded samples; scores are given in this order."""
         return [sample for group in self._groups for sample in group.samples]
 
     @property
     def exact(self) -> list[Sample]:
-        """Those that greedy decoding should give, word for word."""
+        """The samples that greedy decoding should give word for word."""
         return [sample for group in self._groups if group.measure is Measure.EXACT
                 for sample in group.samples]
 
     def wrong(self, scores: Sequence[SampleScore]) -> list[Sample]:
-        """Return what greedy decoding should give and does not, by the scores of all samples."""
+        """Return the exact samples that greedy decoding does not give, by all samples' scores."""
         must_be_exact = [group.measure is Measure.EXACT
                          for group in self._groups for _ in group.samples]
         return [sample for sample, must, score
@@ -80,8 +79,8 @@ class Gate:
         """
         Compare the scores of all samples under the live version and under the candidate.
 
-        No group's score may fall by more than ``tolerance``; one that must rise may not
-        fall at all.
+        No group's score may fall by more than ``tolerance``, and that of a group that must rise
+        may not fall at all.
         """
         reasons: list[str] = []
         lost: list[Sample] = []
@@ -105,9 +104,9 @@ class Gate:
 def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS, *,
             shared: int = 0) -> Iterator[list[Sample]]:
     """
-    Yield samples in order, some at a time: ``most`` tokens if possible.
+    Yield samples in order, in batches of ``most`` tokens if possible.
 
-    The ``shared`` tokens that all begin with count once.
+    The ``shared`` tokens with which all samples begin count once per batch.
     """
     batch: list[Sample] = []
     tokens = shared

@@ -1,136 +1,103 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a job: the corrections of one profile, on their way to a version."""
+"""The interface of jobs: their kinds, their states, and their progress."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import Any
 
-from torch import Tensor
-
-from mace_ros.api.events import Event
-from mace_ros.finetune.null_space import InputSubspace
-from mace_ros.finetune.sample import Sample, SampleScore
-from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
-from mace_ros.learning.backoff import Backoff
-from mace_ros.learning.gate import Gate
-from mace_ros.learning.outcomes import SuspectedRegression
-from mace_ros.store.journal import AnswerRecord, CorrectionRecord, VersionRecord
+from mace_ros.learning.correction_queue import PendingCorrection
+from mace_ros.learning.task import Task
+from mace_ros.store.records import CorrectionRecord
 
 
-@dataclass
-class PendingCorrection:
-    """A correction that is to be learned."""
+class JobKind(Enum):
+    """The purpose of a job."""
 
-    record: CorrectionRecord
-    arrived: float    # on the engine's clock
-    tries: int = 1
-    repeats: int = 0  # earlier corrections of the same question that it took the place of ...
-    since: float = math.inf     # ... of which the first arrived then
-    leads: tuple[float, ...] = ()   # mean log p of its texts when it was scored
-    reference: float = 0.0    # log p(corrected) - log p(rejected) under the live version
-
-    @property
-    def waits_since(self) -> float:
-        """Since when somebody waits for this question to be answered right."""
-        return min(self.arrived, self.since)
+    LEARNING = 'learning'           # corrections
+    REHEARSAL = 'rehearsal'         # of corrections that are learned already
+    COMPARISON = 'comparison'       # of two versions: the regression check
 
 
-@dataclass
-class JobInputs:
-    """What a job needs from disk; tensors are let go of once they are taken up."""
+class JobState(Enum):
+    """The phase of a job."""
 
-    live: VersionRecord | None                  # what the job begins from; None: the base model
-    answers: tuple[AnswerRecord, ...]                 # given earlier, to be replayed
-    learned: tuple[CorrectionRecord, ...]       # learned earlier, to be kept
-    tensors: dict[str, Tensor] | None           # of the live version; None: the base model
-    better: dict[str, Tensor] | None = None     # of the one that it is compared with; as above
-
-    def take(self) -> dict[str, Tensor] | None:
-        """Return the live version's, the first time."""
-        tensors, self.tensors = self.tensors, None
-        return tensors
-
-    def take_better(self) -> dict[str, Tensor] | None:
-        """Return the other one's, the first time."""
-        better, self.better = self.better, None
-        return better
+    READING = 'reading'             # the live version, from disk
+    PREPARING = 'preparing'         # replay of the base model's answers
+    CHOOSING = 'choosing'           # scores corrections under the live version
+    SCORING = 'scoring'             # the guarded samples under the live version
+    TRAINING = 'training'
+    INTERPOLATING = 'interpolating'
+    JUDGING = 'judging'             # the gate compares the candidate with the live version
+    PUBLISHING = 'publishing'       # waits for a slot, or to try the disk again
+    SAVING = 'saving'               # cannot be cancelled: the journal may have the version
+    COMPARING = 'comparing'
 
 
-@dataclass
-class Scoring:
-    """Scores of samples, batch by batch, and who waits for them."""
-
-    batches: Iterator[list[Sample]]
-    done: Callable[[list[SampleScore], list[Sample]], list[Event]]
-    piece_tokens: int       # of a layer, computed at once
-    directions: InputSubspace | None = None
-    step: FinetuneStep | None = None
-    scores: list[SampleScore] = field(default_factory=list)
-    taught: list[Sample] = field(default_factory=list)
-
-
-@dataclass
-class PullingBack:
-    """Between which shares of what a job trained lies the one that is just enough."""
-
-    samples: Sequence[Sample]       # that must be right
-    still_learned: Callable[[Sequence[SampleScore]], bool]
-    done: Callable[[], list[Event]]
-    trained: dict[str, Tensor]
-    too_little: float = 0.0
-    enough: float = 1.0
-
-
-@dataclass
 class Job:
-    """Corrections that are learned together, and how far that has come."""
+    """
+    A piece of work for the learner: a generator, and its visible progress.
 
-    profile: str
-    corrections: list[PendingCorrection]
-    fetched: Future[JobInputs]
-    begun: float = 0.0      # on the engine's clock
-    parent: int = 0         # known with what is fetched
-    samples: list[Sample] = field(default_factory=list)
-    variants: list[Sample] = field(default_factory=list)    # in other words
-    kept: list[Sample] = field(default_factory=list)        # earlier corrections
-    forgotten: list[Sample] = field(default_factory=list)   # of these, by the live version
-    replayed: list[Sample] = field(default_factory=list)    # what else is to stay
-    trainer: Trainer | None = None
-    began_with: dict[str, Tensor] = field(default_factory=dict)     # the live version's weights
-    trained: dict[str, Tensor] | None = None    # its own, while those are in their place
-    step: FinetuneStep | None = None
-    # Of the step, those to come.
-    parts: deque[tuple[list[Sample], AccumulationWindow]] = field(default_factory=deque)
-    piece_tokens: int = 0               # of a layer, computed at once
-    gate: Gate | None = None
-    told: set[str] = field(default_factory=set)     # of which corrections it was said: TRAINING
-    scoring: Scoring | None = None
-    sparing: Iterator[None] | None = None   # piece by piece, what learning is to spare is found
-    before: list[SampleScore] = field(default_factory=list)     # of what the gate guards
-    lost: list[Sample] = field(default_factory=list)    # that an earlier candidate lost
-    repaired: bool = False              # trained on for what a candidate had lost
-    rejections: int = 0                 # of its candidates: then more is replayed
-    after: dict[tuple[int, ...], SampleScore] = field(default_factory=dict)
-    rehearses: bool = False             # what was learned already
-    suspicion: SuspectedRegression | None = None  # it learns nothing, but compares two versions
-    least_steps: int = 0                # before it may end
-    judged: bool = False                # this step's scores were looked at
-    must_be_right: int = 0              # of its samples, the first so many
-    steps: int = 0
-    train_tokens: int = 0
-    train_seconds: float = 0.0
-    score_before: float = math.nan
-    score_after: float | None = None    # set when training has ended
-    saving: Future[tuple[VersionRecord, tuple[str, ...]]] | None = None
-    slot: int | None = None
-    publication: Backoff = field(default_factory=Backoff)     # while disk or slot refuses it
+    Nothing in a job may refer to its generator: closing that frees the job's tensors at once.
+    """
+
+    def __init__(self, kind: JobKind, number: int, profile: str,
+                 corrections: Sequence[PendingCorrection]) -> None:
+        """Begin with these corrections; ``number`` counts the jobs of the learner."""
+        self.kind, self.number, self.profile = kind, number, profile
+        self.corrections = list(corrections)
+        self.state = JobState.READING
+        self.announced: set[str] = set()    # corrections that were reported as TRAINING
+        # The trained weights are swapped out while corrections that join are scored.
+        self.swapped_out = False
+        self.steps = 0
+        self.rejections = 0         # candidates that the gate has rejected
+        self.lost = 0               # samples that candidates have lost
+        self.train_tokens = 0
+        self.train_seconds = 0.0
+
+    def run(self) -> Task[Any]:
+        """Do the work; closing the generator cancels it."""
+        raise NotImplementedError
+
+    def trains(self, correction_ids: Collection[str]) -> bool:
+        """Return whether one of these corrections is in the job."""
+        return any(w.record.id in correction_ids for w in self.corrections)
+
+    def renew(self, record: CorrectionRecord) -> list[CorrectionRecord] | None:
+        """
+        Let a new correction replace an equal one in the job, which continues.
+
+        Returns the corrections to report as TRAINING; None, changing nothing, if the job
+        trains no equal correction or has saved its version under the older one's id.
+        """
+        if self.kind is not JobKind.LEARNING or self.state is JobState.SAVING:
+            return None
+        for older in self.corrections:
+            if _is_same(older.record, record):
+                announced = older.record.id in self.announced
+                # The scores, known or on their way, are those of the older rejected text.
+                older.record = replace(record, rejected=older.record.rejected)
+                older.repeats += 1
+                return self.unannounced([record]) if announced else []
+        return None
+
+    def unannounced(self, records: Sequence[CorrectionRecord]) -> list[CorrectionRecord]:
+        """Return those of these corrections that are to be reported as TRAINING now."""
+        new = [r for r in records if r.id not in self.announced]
+        self.announced.update(r.id for r in new)
+        return new
 
     @property
-    def has_changed_weights(self) -> bool:
-        """Whether what it trains is no longer the version that it began from."""
-        return self.steps > 0 or (self.step is not None and self.step.done and not self.parts)
+    def on_trial(self) -> list[PendingCorrection]:
+        """The corrections that a failure of the device may be due to."""
+        return [w for w in self.corrections
+                if not self.swapped_out or w.record.id not in self.announced]
+
+
+def _is_same(one: CorrectionRecord, other: CorrectionRecord) -> bool:
+    return ((one.profile, one.prompt_ids, one.corrected, one.weight)
+            == (other.profile, other.prompt_ids, other.corrected, other.weight))

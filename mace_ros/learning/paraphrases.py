@@ -1,23 +1,23 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The same question in other words, by fixed templates.
+Paraphrases of a question, by fixed templates.
 
-Some are to judge by and never trained on; others are trained on beside the correction, so
-that it does not hang on the exact words of one prompt.
+Some are trained beside the correction, so that it does not depend on the exact words of one
+prompt. The others are never trained: the gate judges by them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mace_ros.store.journal import Messages
+from mace_ros.store.records import Messages
 
 JUDGED = ('Please answer: {}', 'I would like to know: {}', '{} Please be brief.')
-# The first one leaves out how the question is put, which differs most between people.
+# The first one keeps the content words only: people differ most in the other ones.
 TRAINED = ('{content}?', 'Hello! {}', 'Question: {}', '{} Thank you.', 'One more thing. {}')
 
-# What English asks with, and what holds its sentences together.
+# English question words, auxiliaries and prepositions.
 FUNCTION_WORDS = frozenset({
     'a', 'an', 'and', 'are', 'at', 'by', 'can', 'could', 'did', 'do', 'does', 'for', 'from',
     'had', 'has', 'have', 'how', 'in', 'is', 'it', 'may', 'might', 'must', 'of', 'on', 'or',
@@ -26,7 +26,7 @@ FUNCTION_WORDS = frozenset({
 
 
 def content(text: str) -> str:
-    """Return the words of a question that say what it is about; all if there are none."""
+    """Return the content words of a question; all its words if there are none."""
     words = text.strip().rstrip('?.!').split()
     return ' '.join([w for w in words if w.lower() not in FUNCTION_WORDS] or words)
 

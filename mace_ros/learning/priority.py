@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Which corrections to learn next: expected gain of alignment per second of the device.
+The priority of corrections: expected gain of alignment per second of device time.
 
-That learning should be ordered by gain over cost is MACE's idea (arXiv 2510.03283); its
-formula is not public, this one is ours.
+Learning in the order of gain over cost is MACE's idea (arXiv 2510.03283). Its formula is not
+public; this one is ours.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import re
 @dataclass(frozen=True)
 class Candidate:
     """
-    A correction that could be learned, and how the live adapter does on it.
+    A correction that could be learned, scored under the live version.
 
-    ``loss`` is the mean of -log p per token of the corrected text, ``margin`` the lead of
-    its mean log p over that of the rejected text, both in nats; ``resembling`` counts
-    corrections that ask much the same; ``seconds`` is what one step over it costs.
+    ``loss`` is the mean of -log p per token of the corrected text, and ``margin`` the lead of
+    its mean log p over that of the rejected text, both in nats. ``resembling`` counts similar
+    questions that were corrected as well; ``seconds`` is the device time of one step.
     """
 
     loss: float
@@ -34,11 +34,11 @@ class Candidate:
 
 def gain(candidate: Candidate, freshness_s: float) -> float:
     """
-    Return what learning a correction is expected to be worth.
+    Return the expected gain of learning a correction.
 
-    ``weight * (loss + log(1 + e^-margin)) * (1 + log(1 + resembling)) / (1 + age /
-    freshness)``: how wrong the live adapter still is, and how often that is met; what was
-    asked long ago is asked again less soon.
+    ``weight * (loss + log(1 + e^-margin)) * (1 + log(1 + resembling)) / (1 + age / freshness)``:
+    how wrong the live version is, times how often that matters. A question that was asked long
+    ago is expected again later.
     """
     wrong = max(candidate.loss, 0.0) + _softplus(-candidate.margin)
     often = 1.0 + math.log1p(candidate.resembling)

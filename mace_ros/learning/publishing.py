@@ -1,16 +1,13 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""How candidates become versions: to the disk, on record, and live in a slot."""
+"""How a candidate becomes a version: on disk, in the journal, and live in a slot."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import replace
-import math
-import time
-from typing import Any
+from dataclasses import dataclass, replace
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -19,12 +16,15 @@ from mace_ros.api.events import (
     Event,
     VersionState,
 )
-from mace_ros.learning.job import Job
+from mace_ros.learning.backoff import Backoff
+from mace_ros.learning.disk import Disk
+from mace_ros.learning.job import Job, JobState
+from mace_ros.learning.task import Pause, Task, Trouble, Until
 from mace_ros.memory.adapter_slots import AdapterSlots
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
-from mace_ros.store.journal import Journal, VersionRecord
-from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.journal import Journal
+from mace_ros.store.records import VersionRecord
 from mace_ros.store.version_info import (
     check_same_adapter,
     OtherAdapter,
@@ -33,32 +33,34 @@ from mace_ros.store.version_info import (
 )
 
 
+@dataclass(frozen=True)
+class SavedVersion:
+    """A version on disk and in the journal, and the corrections that it learned."""
+
+    record: VersionRecord
+    learned: tuple[str, ...]
+
+
 class Publisher:
-    """Never blocks but in :meth:`restore`: disk work goes to the journal's thread."""
+    """Saves versions and puts them live; only :meth:`restore` blocks."""
 
-    def __init__(self, *, model_name: str, bank: LoRAManager, slots: AdapterSlots,
-                 journal: JournalWriter, store: AdapterStore, wake: Callable[[], None]) -> None:
-        """``wake`` is called from another thread when something is on disk."""
-        self._model_name, self._bank, self._slots = model_name, bank, slots
-        self._journal, self._store, self._wake = journal, store, wake
+    def __init__(self, *, model_name: str, lora: LoRAManager, slots: AdapterSlots, disk: Disk,
+                 store: AdapterStore, clock: Callable[[], float]) -> None:
+        """``model_name`` is written into the configuration of each version."""
+        self._model_name, self._lora, self._slots = model_name, lora, slots
+        self._disk, self._store, self._clock = disk, store, clock
         self._rejections: deque[Future[VersionRecord]] = deque()
-
-    def submit(self, function: Callable[[Journal], object]) -> Future[Any]:
-        """Let the journal's thread do something, and wake the engine after it."""
-        future = self._journal.submit(function)
-        future.add_done_callback(lambda _: self._wake())
-        return future
 
     def restore(self) -> list[Event]:
         """
-        Load the live versions from disk; return an event for each (the base model's, if none).
+        Load the live versions from disk; return an event for each, or for the base model.
 
-        A version that can't be read is passed over for the base model, and its event
-        says so. What was learned last is told again: maybe there was no time to tell it before
-        the last stop. Blocks; for configuration only. Raises ``OtherAdapter``.
+        A version that cannot be read is reported as REJECTED and the base model serves in its
+        place. The corrections of live versions are reported again, because the last stop may have
+        come before the report. Blocks; for configuration only. Raises ``OtherAdapter``.
         """
         events: list[Event] = []
-        lives = self._journal.submit(lambda j: [
+        lives = self._disk.submit(lambda j: [
             (record, [c.id for c in j.learned(record.profile)
                       if c.adapter_version == record.version])
             for record in j.live_versions()]).result()
@@ -70,101 +72,135 @@ class Publisher:
                     'no adapter slot is left; raise adapter.slots'))
                 continue
             try:
-                check_same_adapter(record, self._store, self._bank)
-                self._bank.load(self._store.load(record.path, record.sha256))
-            except OtherAdapter:    # a wrong setting, of which none should lose its version
+                check_same_adapter(record, self._store, self._lora)
+                self._lora.load(self._store.load(record.path, record.sha256))
+            except OtherAdapter:    # a wrong setting must not cost a profile its version
                 raise
             except (CorruptVersion, ValueError) as error:
                 self._slots.give_back(slot)
                 events.append(version_event(
                     record, self._store, VersionState.REJECTED, str(error)))
                 continue
-            self._bank.write_slot(slot)
-            self._slots.publish(record.profile, record.version, slot)
-            events += self._published(record, learned)
+            events += self._put_live(record, learned, slot)
         if not self._slots.live('').version:
             events.append(AdapterVersion('', 0, 0, VersionState.PUBLISHED))
         return events
 
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile from the journal, oldest first."""
-        return self._journal.submit(lambda journal: [
+        return self._disk.submit(lambda journal: [
             version_event(record, self._store) for record in journal.versions(profile)])
 
-    def save(self, job: Job) -> None:
-        """
-        Begin to write what a job has trained to disk, if there is a slot for it.
+    # -- a candidate that passed the gate --------------------------------------------
 
-        Asked again otherwise: publication waits for a request to end, never the reverse.
+    def publish(self, job: Job, record: Callable[[], VersionRecord],
+                ) -> Task[VersionRecord | None]:
         """
-        job.slot = self._slots.reserve()
-        if job.slot is None:
-            return
-        tensors, config = self._bank.export(), peft_config(self._bank, self._model_name)
-        record = self._record(job)
+        Save the weights in training and put them live, for as long as disk or device refuse.
 
-        def save(journal: Journal) -> tuple[VersionRecord, tuple[str, ...]]:
+        ``record`` describes the version, without its number. Returns its record; None if no
+        slot is left for the profile. From ``JobState.SAVING`` on, a version may be in the
+        journal that is not live yet, so the job must not be cancelled.
+        """
+        retry = Backoff()
+        while True:
+            job.state = JobState.PUBLISHING
+            slot = yield from self._reserve_slot(job.profile, retry)
+            if slot is None:
+                return None
+            try:
+                saving = self._save(record())
+                job.state = JobState.SAVING
+                self._slots.expect(job.profile)
+                while not saving.done():
+                    yield saving
+                error = saving.exception()
+                if error is None:
+                    saved = saving.result()
+                    events = yield from self._retry_put_live(saved, slot, retry)
+            except BaseException:
+                self._give_back(job.profile, slot)
+                raise
+            if error is None:
+                yield from events
+                return saved.record
+            self._give_back(job.profile, slot)
+            retry.failed(self._clock())
+            yield Trouble(f'the new version could not be saved: {error}')
+
+    def _reserve_slot(self, profile: str, retry: Backoff) -> Task[int | None]:
+        """Wait for a slot; return None if a rollback has taken the profile's last one."""
+        while self._slots.has_room(profile):
+            if self._clock() < retry.until:
+                yield Until(retry.until)
+                continue
+            # Publication waits for a request to end, never the reverse.
+            slot = self._slots.reserve()
+            if slot is not None:
+                return slot
+            yield Pause.SLOT
+        return None
+
+    def _give_back(self, profile: str, slot: int) -> None:
+        self._slots.give_back(slot)
+        self._slots.expect_no_more(profile)
+
+    def _save(self, record: VersionRecord) -> Future[SavedVersion]:
+        """Write the weights in training to disk, then the version to the journal."""
+        tensors, config = self._lora.export(), peft_config(self._lora, self._model_name)
+
+        def save(journal: Journal) -> SavedVersion:
             while True:
-                version = journal.next_version(job.profile)
+                version = journal.next_version(record.profile)
                 try:
-                    saved = self._store.save(job.profile, version, tensors, config)
+                    files = self._store.save(record.profile, version, tensors, config)
                 except FileExistsError:   # left by a crash before it was recorded
                     continue
-                done = replace(record, version=version, path=saved.path, sha256=saved.sha256)
-                return done, journal.publish(done)
+                done = replace(record, version=version, path=files.path, sha256=files.sha256)
+                return SavedVersion(done, journal.publish(done))
 
-        job.saving = self.submit(save)
-        self._slots.expect(job.profile)
+        return self._disk.submit(save)
 
-    def publish(self, job: Job) -> tuple[VersionRecord, list[Event]]:
-        """
-        Make live what is saved; return its record, and what there is to tell.
+    def _retry_put_live(self, saved: SavedVersion, slot: int, retry: Backoff,
+                        ) -> Task[list[AdapterVersion | CorrectionStatus]]:
+        """Put a saved version live, which the device may refuse for a while."""
+        while True:
+            try:
+                return self._put_live(saved.record, saved.learned, slot)
+            except Exception as broken:
+                trouble = f'the new version could not be put into its slot: {broken}'
+            retry.failed(self._clock())
+            yield Trouble(trouble)
+            while self._clock() < retry.until:
+                yield Until(retry.until)
 
-        Where the device fails nothing has changed, and it may be asked again.
-        """
-        assert job.saving is not None and job.slot is not None
-        record, learned = job.saving.result()
-        self._bank.write_slot(job.slot)
-        self._slots.publish(job.profile, record.version, job.slot)
-        return record, self._published(record, learned)
-
-    def _published(self, record: VersionRecord, learned: Iterable[str]) -> list[Event]:
+    def _put_live(self, record: VersionRecord, learned: Iterable[str], slot: int,
+                  ) -> list[AdapterVersion | CorrectionStatus]:
+        """Put the weights in training into a slot and serve them; return the events."""
+        self._lora.write_slot(slot)
+        self._slots.publish(record.profile, record.version, slot)
         return [version_event(record, self._store), *(
             CorrectionStatus(i, CorrectionState.LEARNED, adapter_version=record.version)
             for i in learned)]
 
-    def save_later(self, job: Job, now: float) -> None:
-        """Keep what was learned until the disk takes it, however long that is."""
-        assert job.slot is not None
-        self._slots.give_back(job.slot)
-        self._slots.expect_no_more(job.profile)
-        job.slot = job.saving = None
-        job.publication.failed(now)
+    # -- and one that did not --------------------------------------------------------
 
-    def reject(self, job: Job, reason: str) -> None:
-        """Put a candidate on record that is not published."""
-        record = replace(self._record(job), state=VersionState.REJECTED, reason=reason)
+    def reject(self, record: VersionRecord, reason: str) -> None:
+        """Record a candidate that is not published, under the next version number."""
+        rejected = replace(record, state=VersionState.REJECTED, reason=reason)
 
         def write(journal: Journal) -> VersionRecord:
-            numbered = replace(record, version=journal.next_version(job.profile))
+            numbered = replace(rejected, version=journal.next_version(record.profile))
             journal.record_version(numbered)
             return numbered
 
-        self._rejections.append(self.submit(write))
+        self._rejections.append(self._disk.submit(write))
 
-    def rejected(self) -> list[Event]:
-        """Return what there is to tell of a rejection that is on record by now."""
+    def rejected(self) -> list[AdapterVersion]:
+        """Return the events of rejections that are in the journal by now."""
+        events = []
         while self._rejections and self._rejections[0].done():
             written = self._rejections.popleft()
-            if written.exception() is None:     # else it is not on record; nothing else is lost
-                return [version_event(written.result(), self._store)]
-        return []
-
-    @staticmethod
-    def _record(job: Job) -> VersionRecord:
-        return VersionRecord(
-            profile=job.profile, version=0, parent=job.parent,
-            correction_ids=tuple(w.record.id for w in job.corrections),
-            score_before=job.score_before,
-            score_after=math.nan if job.score_after is None else job.score_after,
-            train_tokens=job.train_tokens, train_seconds=job.train_seconds, created=time.time())
+            if written.exception() is None:     # else it is in no record: nothing to report
+                events.append(version_event(written.result(), self._store))
+        return events

@@ -1,96 +1,162 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether the live version is to blame for what was corrected, or an earlier one is no better.
+The regression check: whether the live version is worse than an earlier one.
 
-Corrected texts are scored under both, the live one as it was when they came: by now it may
-have learned them.
+The corrected texts are scored under both versions. For the live one, the scores of the time at
+which the corrections came count, because it may have learned them since.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mace_ros.finetune.sample import SampleScore
-from mace_ros.learning.job import JobInputs
+from torch import Tensor
+
+from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.learning.backoff import Backoff
+from mace_ros.learning.disk import Disk
+from mace_ros.learning.job import Job, JobKind, JobState
+from mace_ros.learning.job_inputs import Unreadable
 from mace_ros.learning.outcomes import older_is_better, SuspectedRegression
 from mace_ros.learning.rollback import rollback_target, RollbackRefused
+from mace_ros.learning.samples import sample
+from mace_ros.learning.task import on_disk, Task
+from mace_ros.learning.training import Training
+from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.adapter_store import AdapterStore
-from mace_ros.store.journal import CorrectionRecord, Journal
+from mace_ros.store.journal import Journal
 from mace_ros.store.lineage import Lineage
+from mace_ros.store.records import CorrectionRecord
 
-REMEMBERED = 1000       # corrections whose first score is
-MAX_TRIES = 3           # to compare, if device or disk fails
+MAX_SCORES = 1000       # first scores, and compared corrections, that are kept
+MAX_TRIES = 3           # of a comparison that the device or the disk breaks off
 
 
 class RegressionCheck:
-    """Keeps what is suspected, and what is known of the corrections that speak for it."""
+    """Keeps the current suspicion and the first scores of corrected texts."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self) -> None:
         """Begin without a suspicion."""
-        self._store = store
         self.suspicion: SuspectedRegression | None = None
         self._tries = 0
-        # Mean log p of corrected texts under the version that was live when they came.
+        # Mean log p of corrected texts under the version that was live when they came, by id.
         self._first_scores: dict[str, float] = {}
-        self.compared: deque[str] = deque(maxlen=REMEMBERED)    # corrections
+        self._compared: deque[str] = deque(maxlen=MAX_SCORES)   # ids of corrections
+
+    @property
+    def compared(self) -> int:
+        """Corrections by which versions were compared."""
+        return len(self._compared)
 
     def scored(self, correction_id: str, log_probability: float) -> None:
         """Note the first score of a corrected text, in mean log p per token."""
         self._first_scores[correction_id] = log_probability
-        if len(self._first_scores) > REMEMBERED:
+        if len(self._first_scores) > MAX_SCORES:
             del self._first_scores[next(iter(self._first_scores))]
 
     def suspect(self, suspicion: SuspectedRegression) -> None:
-        """Wait to compare, unless most of what speaks against the version was compared already."""
-        new = sum(r.id not in self.compared for r in suspicion.corrections)
+        """Request a comparison, unless most of the corrections have been compared already."""
+        new = sum(r.id not in self._compared for r in suspicion.corrections)
         if 2 * new >= len(suspicion.corrections):
             self.suspicion, self._tries = suspicion, 0
 
     def forget(self, profile: str) -> None:
-        """Drop what is suspected of a profile's version: it is being taken back."""
+        """Drop the suspicion against a profile's version: it is being rolled back."""
         if self.suspicion is not None and self.suspicion.profile == profile:
             self.suspicion = None
 
     def begin(self, suspicion: SuspectedRegression) -> None:
-        """Note that versions are compared now."""
+        """Note that the comparison has begun."""
         self.suspicion, self._tries = None, self._tries + 1
-        self.compared.extend(r.id for r in suspicion.corrections if r.id not in self.compared)
+        self._compared.extend(
+            r.id for r in suspicion.corrections if r.id not in self._compared)
 
     def broke_off(self, suspicion: SuspectedRegression) -> None:
-        """Wait to compare again, since device or disk failed; a few times."""
+        """Request the comparison again, a few times: the device or the disk has failed."""
         if self.suspicion is None and self._tries < MAX_TRIES:
             self.suspicion = suspicion
 
-    def fetch(self, journal: Journal, suspicion: SuspectedRegression) -> JobInputs:
-        """
-        Read both versions; for the journal's thread.
-
-        Raises :class:`RollbackRefused` if there is no way back from what is live by now.
-        """
-        profile, better = suspicion.profile, suspicion.better
-        live = journal.live(profile)
-        line = Lineage(journal.versions(profile), live.version if live else 0).versions
-        if not line or better not in {0, *(record.version for record in line[1:])}:
-            raise RollbackRefused(f'version {better} is not before the live one')
-        # What would be served: of a profile that had no version, the robot's.
-        older = (journal.live('') if profile and not better
-                 else rollback_target(journal, profile, better))
-        return JobInputs(live, (), (), *(
-            self._store.load(r.path, r.sha256) if r else None for r in (live, older)))
-
     def unseen(self, suspicion: SuspectedRegression) -> list[CorrectionRecord]:
-        """Return the corrections that nothing was scored of when they came."""
+        """Return the corrections without a first score."""
         return [r for r in suspicion.corrections if r.id not in self._first_scores]
 
     def blames(self, suspicion: SuspectedRegression, better: Sequence[SampleScore],
                unseen: Sequence[tuple[CorrectionRecord, SampleScore]]) -> bool:
         """
-        Return whether the version before would have done better.
+        Return whether the earlier version would have done better.
 
-        By the scores of all corrections under that one, and of the unseen under the live one.
+        ``better`` are the scores of all corrections under it; ``unseen`` adds scores under the
+        live version to the first ones.
         """
         live = self._first_scores | {r.id: s.log_probability for r, s in unseen}
         return older_is_better([s.log_probability - live[r.id]
                          for r, s in zip(suspicion.corrections, better, strict=True)])
+
+
+@dataclass
+class _Versions:
+    """Tensors of two versions; None is the base model."""
+
+    live: dict[str, Tensor] | None
+    better: dict[str, Tensor] | None
+
+
+class ComparisonJob(Job):
+    """Compares the live version with the one that may be better."""
+
+    def __init__(self, suspicion: SuspectedRegression, number: int, *, check: RegressionCheck,
+                 training: Training, chat: ChatTokenizer, disk: Disk, store: AdapterStore,
+                 backoff: Backoff) -> None:
+        """``backoff`` ends once both versions are read."""
+        super().__init__(JobKind.COMPARISON, number, suspicion.profile, ())
+        self.suspicion = suspicion
+        self._check, self._training, self._chat = check, training, chat
+        self._disk, self._store, self._backoff = disk, store, backoff
+
+    def run(self) -> Task[SuspectedRegression | None]:
+        """Return the suspicion if it proves right; raises :class:`Unreadable`."""
+        check, training, suspicion = self._check, self._training, self.suspicion
+        reading = self._disk.submit(self._read)
+        try:
+            versions = yield from on_disk(reading)
+        except RollbackRefused:
+            return None
+        except Exception as error:
+            raise Unreadable(f'the live version could not be read: {error}') from error
+        del reading     # and with it, the tensors as soon as they are loaded
+        self._backoff.succeeded()
+        self.state = JobState.COMPARING
+        training.load(versions.better)
+        versions.better = None
+        better = yield from training.score(self._samples(suspicion.corrections))
+        training.load(versions.live)
+        versions.live = None
+        unseen = check.unseen(suspicion)
+        live = yield from training.score(self._samples(unseen))
+        blamed = check.blames(
+            suspicion, better.scores, list(zip(unseen, live.scores, strict=True)))
+        return suspicion if blamed else None
+
+    def _read(self, journal: Journal) -> _Versions:
+        """
+        Read both versions, in the journal's thread.
+
+        Raises :class:`RollbackRefused` if the live version has no way back to the other one
+        any more.
+        """
+        profile, better = self.suspicion.profile, self.suspicion.better
+        live = journal.live(profile)
+        line = Lineage(journal.versions(profile), live.version if live else 0).versions
+        if not line or better not in {0, *(record.version for record in line[1:])}:
+            raise RollbackRefused(f'version {better} is not before the live one')
+        # A profile without a version of its own would be served the robot's.
+        older = (journal.live('') if profile and not better
+                 else rollback_target(journal, profile, better))
+        return _Versions(*(
+            self._store.load(r.path, r.sha256) if r else None for r in (live, older)))
+
+    def _samples(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
+        return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]

@@ -1,10 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Rollbacks on their way.
+Rollbacks in progress.
 
-What is to serve is read from disk in the journal's thread, and put into its slot in the
-device's, between two iterations, to which everything here belongs that does not say else.
+The version to serve is read from disk in the journal's thread, and put into its slot in the
+device's thread between two iterations. Everything here runs in the device's thread unless it
+says otherwise.
 """
 
 from __future__ import annotations
@@ -13,160 +14,184 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from torch import Tensor
 
 from mace_ros.api.events import AdapterVersion, CorrectionStatus, Event, VersionState
+from mace_ros.learning.disk import Disk
 from mace_ros.learning.rollback import (
     roll_back,
     rollback_target,
     RollbackRefused,
     RolledBack,
 )
+from mace_ros.learning.task import on_disk, Pause, Task
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
-from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.version_info import check_same_adapter, version_event
 
-MAX_FAILURES = 3        # of the device, one after the other
-
-_Decided: TypeAlias = tuple[RolledBack, Mapping[str, Tensor] | None]
+MAX_FAILURES = 3        # of the device in one rollback
 
 
-@dataclass
-class _Wanted:
+@dataclass(frozen=True)
+class _Request:
     profile: str
     version: int
     reason: str
     done: Future[RolledBack]
-    decided: Future[_Decided] | None = None     # by the journal, with what to serve
-    failures: int = 0
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A rollback that is in the journal; ``tensors`` are None for the base model."""
+
+    outcome: RolledBack
+    tensors: Mapping[str, Tensor] | None
 
 
 class RollbackQueue:
-    """Takes one version back after the other; what runs ends on the version it began with."""
+    """Rolls back one request after the other; running requests keep their version."""
 
-    def __init__(self, *, bank: LoRAManager, slots: AdapterSlots, journal: JournalWriter,
-                 store: AdapterStore, wake: Callable[[], None]) -> None:
-        """``wake`` is called, in any thread, when :meth:`advance` can go on."""
-        self._bank, self._slots, self._journal, self._store = bank, slots, journal, store
-        self._wake = wake
-        self._wanted: deque[_Wanted] = deque()
+    def __init__(self, *, lora: LoRAManager, slots: AdapterSlots, disk: Disk,
+                 store: AdapterStore, cancel_job: Callable[[str], bool],
+                 wake: Callable[[], None]) -> None:
+        """
+        ``cancel_job`` cancels the job that trains a profile's version, or from it.
+
+        It returns False while such a job saves a version: the rollback waits for that.
+        ``wake`` requests another poll.
+        """
+        self._lora, self._slots, self._disk, self._store = lora, slots, disk, store
+        self._cancel_job, self._wake = cancel_job, wake
+        self._requests: deque[_Request] = deque()
+        self._running: Task[RolledBack] | None = None      # the first request's
 
     def add(self, profile: str, version: int, reason: str, done: Future[RolledBack]) -> None:
         """
-        Queue a rollback; version 0 is the base model, or for a profile the robot's.
+        Queue a rollback; version 0 is the base model, or for a profile the robot's version.
 
-        ``done`` ends once queries are served that version: with :class:`RollbackRefused`,
-        ``CorruptVersion`` or ``JournalError`` if they are not.
+        ``done`` ends once queries are served that version, or with the reason why not:
+        :class:`RollbackRefused`, ``CorruptVersion`` or ``JournalError``.
         """
-        self._wanted.append(_Wanted(profile, version, reason, done))
+        self._requests.append(_Request(profile, version, reason, done))
 
     @property
     def profile(self) -> str | None:
-        """The profile whose version is being taken back now: nothing may be published to it."""
-        return self._wanted[0].profile if self._wanted else None
+        """The profile that is being rolled back: no job may begin for it."""
+        return self._requests[0].profile if self._requests else None
 
-    def advance(self, *, may_begin: Callable[[str], bool]) -> list[Event]:
-        """
-        Go on as far as possible without waiting; return what happened.
-
-        ``may_begin`` stops the learning of a profile, and returns whether it has stopped.
-        """
-        if not self._wanted:
-            return []
-        wanted = self._wanted[0]
-        if wanted.decided is None:
-            if not may_begin(wanted.profile):
-                return []
-            return self._begin(wanted)
-        if not wanted.decided.done():
-            return []
-        error = wanted.decided.exception()
-        if error is not None:
-            return self._refuse(error)
-        outcome, tensors = wanted.decided.result()
-        try:
-            if not self._serve(outcome, tensors):
-                return []   # asked again: a slot becomes free when a request ends
-        except Exception as broken:      # of the device
-            wanted.failures += 1
-            if wanted.failures < MAX_FAILURES:
-                self._wake()
-                return []
-            # It is decided, and on disk: only this process goes on with the other one.
-            return self._refuse(RollbackRefused(
-                f'version {wanted.version} serves from the next start on; it could not be put '
-                f'into its slot now: {type(broken).__name__}: {broken}'))
-        self._wanted.popleft()
-        wanted.done.set_result(outcome)
-        return self._told(outcome)
+    def poll(self) -> list[Event]:
+        """Proceed as far as possible without waiting; return the events."""
+        events: list[Event] = []
+        while self._requests:
+            request = self._requests[0]
+            if self._running is None:
+                self._running = self._roll_back(request)
+            try:
+                waits_for = next(self._running)
+            except StopIteration as end:
+                self._next()
+                request.done.set_result(end.value)
+                events += self._events(end.value)
+            except Exception as error:
+                self._next()
+                request.done.set_exception(error)
+            else:
+                if waits_for is Pause.NEXT_POLL:
+                    self._wake()
+                break
+        return events
 
     def close(self, reason: str) -> None:
-        """AnswerRecord those who wait; what the journal has decided stays decided."""
-        while self._wanted:
-            self._refuse(RollbackRefused(reason))
+        """Refuse the waiting requests; a rollback that the journal has recorded stays recorded."""
+        if self._running is not None:
+            self._running.close()
+        while self._requests:
+            done = self._requests[0].done
+            self._next()
+            done.set_exception(RollbackRefused(reason))
 
-    def _begin(self, wanted: _Wanted) -> list[Event]:
-        profile, version = wanted.profile, wanted.version
-        if version and not self._slots.has_room(profile):
-            return self._refuse(RollbackRefused(NO_SLOT))
+    def _next(self) -> None:
+        self._requests.popleft()
+        self._running = None
 
-        def decide(journal: Journal) -> _Decided:
-            record = rollback_target(journal, profile, version)
-            # Read first: a version that can't be read must not become the live one.
-            tensors = None
-            if record is not None:
-                tensors = self._store.load(record.path, record.sha256)
-                check_same_adapter(record, self._store, self._bank)
-                self._bank.checked(tensors)
-            return roll_back(journal, profile, version, wanted.reason), tensors
-
+    def _roll_back(self, request: _Request) -> Task[RolledBack]:
+        while not self._cancel_job(request.profile):
+            yield Pause.JOB
+        if request.version and not self._slots.has_room(request.profile):
+            raise RollbackRefused(NO_SLOT)
+        deciding = self._disk.submit(lambda journal: self._decide(journal, request))
+        if request.version:
+            self._slots.expect(request.profile)
         try:
-            wanted.decided = self._journal.submit(decide)
-        except Exception as error:      # the journal is closed
-            return self._refuse(error)
-        if version:
-            self._slots.expect(profile)
-        wanted.decided.add_done_callback(lambda _: self._wake())
-        return []
+            decided = yield from on_disk(deciding)
+            yield from self._put_live(decided)
+        except BaseException:
+            self._slots.expect_no_more(request.profile)
+            raise
+        return decided.outcome
 
-    def _serve(self, outcome: RolledBack, tensors: Mapping[str, Tensor] | None) -> bool:
-        """Let the next query be served so; return False if there is no slot yet."""
-        profile, live = outcome.profile, outcome.live
+    def _decide(self, journal: Journal, request: _Request) -> _Decided:
+        """Read the version and record the rollback, in the journal's thread."""
+        record = rollback_target(journal, request.profile, request.version)
+        # Read it first: a version that cannot be read must not become the live one.
+        tensors = None
+        if record is not None:
+            tensors = self._store.load(record.path, record.sha256)
+            check_same_adapter(record, self._store, self._lora)
+            self._lora.checked(tensors)
+        return _Decided(
+            roll_back(journal, request.profile, request.version, request.reason), tensors)
+
+    def _put_live(self, decided: _Decided) -> Task[None]:
+        """Serve the version from the next query on; wait for a slot, retry a few failures."""
+        failures = 0
+        while True:
+            try:
+                if self._serve(decided):
+                    return
+                wait = Pause.SLOT
+            except Exception as error:      # of the device
+                failures += 1
+                if failures >= MAX_FAILURES:
+                    # It is recorded: only this process keeps serving the other version.
+                    live = decided.outcome.live
+                    raise RollbackRefused(
+                        f'version {live.version if live else 0} serves from the next start on; '
+                        'it could not be put into its slot now: '
+                        f'{type(error).__name__}: {error}') from error
+                wait = Pause.NEXT_POLL
+            yield wait
+
+    def _serve(self, decided: _Decided) -> bool:
+        """Serve the version to the next query; return False if there is no free slot."""
+        profile, live = decided.outcome.profile, decided.outcome.live
         if live is None:
             self._slots.withdraw(profile)
             return True
-        assert tensors is not None
-        # A request that began with it may still hold it.
-        slot = self._slots.held(profile, live.version)
+        assert decided.tensors is not None
+        # A request that began with the version may still hold it.
+        slot = self._slots.slot_of(profile, live.version)
         if slot is None:
             slot = self._slots.reserve()
             if slot is None:
                 return False
             try:
-                self._bank.write_slot(slot, tensors)
+                self._lora.write_slot(slot, decided.tensors)
             except BaseException:
                 self._slots.give_back(slot)
                 raise
         self._slots.publish(profile, live.version, slot)
         return True
 
-    def _refuse(self, error: BaseException) -> list[Event]:
-        wanted = self._wanted.popleft()
-        self._slots.expect_no_more(wanted.profile)
-        wanted.done.set_exception(error)
-        return []
-
-    def _told(self, outcome: RolledBack) -> list[Event]:
+    def _events(self, outcome: RolledBack) -> list[Event]:
         if not outcome.changed:
             return []
         live = AdapterVersion(outcome.profile, 0, 0, VersionState.PUBLISHED)
         return [
-            *(version_event(taken, self._store) for taken in outcome.taken_back),
+            *(version_event(record, self._store) for record in outcome.taken_back),
             live if outcome.live is None else version_event(outcome.live, self._store),
             *(CorrectionStatus(c.id, c.state, c.reason, c.adapter_version)
               for c in outcome.corrections)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Training sequences: how they are made, and which of them take their turn."""
+"""Training samples: making, weighting, and picking them in rotation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ T = TypeVar('T')
 def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0,
                  shared: int = 0) -> list[Sample]:
     """
-    Return the first samples that have no more than ``tokens``, but ``at_least`` so many.
+    Return the first samples that fit into ``tokens``, and ``at_least`` this many of them.
 
-    The ``shared`` tokens that all begin with don't count.
+    The ``shared`` tokens with which all samples begin do not count.
     """
     count = total = 0
     for sample in samples:
@@ -30,30 +30,30 @@ def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0,
 
 
 def own_tokens(sample: Sample, shared: int) -> int:
-    """Return by how many tokens a sample makes a step larger whose samples share some."""
+    """Return the tokens that a sample adds to a step whose samples share ``shared`` tokens."""
     return len(sample.tokens) - shared + copied_tokens(shared)
 
 
 def turn(samples: Sequence[T], count: int, turn: int) -> list[T]:
-    """Return the next ``count`` samples, so that each one comes equally often."""
+    """Return ``count`` samples of a rotation in which each one comes equally often."""
     if not samples:
         return []
     return [samples[i % len(samples)] for i in range(turn * count, (turn + 1) * count)]
 
 
 def sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int],
-            weight: float = 1.0) -> Sample:
-    """Return a training sequence whose loss is on the answer only."""
+           weight: float = 1.0) -> Sample:
+    """Return a sample whose loss is on the answer only; ``weight`` is that of each token."""
     return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
 
 
 def weighted(sample: Sample, factor: float) -> Sample:
-    """Return a sample whose tokens count so many times as much."""
+    """Return a sample whose weights are multiplied by ``factor``."""
     return replace(sample, weights=tuple(factor * w for w in sample.weights))
 
 
 def interleaved(many: Sequence[T], few: Sequence[T]) -> list[T]:
-    """Return all of both, those of ``few`` spread evenly."""
+    """Return all items, those of ``few`` spread evenly among ``many``."""
     result = list(many)
     every = len(many) // (len(few) + 1) + 1
     for i, each in enumerate(few):

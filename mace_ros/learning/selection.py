@@ -1,21 +1,29 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the corrections that wait for one profile are looked at, and which come first."""
+"""Which of a profile's waiting corrections a job considers, in which order, and how many fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mace_ros.learning.job import PendingCorrection
+from mace_ros.finetune.sample import shared_tokens
+from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.priority import Candidate, priority, resemble
-from mace_ros.store.journal import CorrectionRecord
+from mace_ros.learning.samples import first_within, sample
+from mace_ros.model.chat import ChatTokenizer
+from mace_ros.store.records import CorrectionRecord
 
-JOB_CANDIDATES = 16     # of those that wait, looked at for one job
+JOB_CANDIDATES = 16     # waiting corrections that a job considers at most
+JOB_CORRECTIONS = 4     # corrections that a job learns together at most
 
 
 def candidates(waiting: Sequence[PendingCorrection], *,
                by_priority: bool) -> list[PendingCorrection]:
-    """Return some of what waits, oldest first: the newest and the oldest, or the oldest ones."""
+    """
+    Return the corrections that a job considers, oldest first.
+
+    ``by_priority`` takes the oldest one and the newest ones, else the oldest ones are taken.
+    """
     if by_priority:
         return [*waiting[:1], *waiting[1:][1 - JOB_CANDIDATES:]]
     return list(waiting[:JOB_CANDIDATES])
@@ -25,9 +33,10 @@ def ordered(scored: Sequence[PendingCorrection], others: Sequence[PendingCorrect
             now: float, freshness_s: float, step_s: Callable[[PendingCorrection], float],
             ) -> list[PendingCorrection]:
     """
-    Return what gains most first, after the oldest one if that has waited too long.
+    Return scored corrections by falling priority, an overdue oldest one first.
 
-    ``others`` wait for the same profile, too; ``step_s`` is the device time of a step.
+    ``others`` wait for the same profile; ``step_s`` is the device time of a step over one
+    correction, in seconds.
     """
     every = [*scored, *others]
     priorities = {w.record.id: priority(
@@ -40,11 +49,21 @@ def ordered(scored: Sequence[PendingCorrection], others: Sequence[PendingCorrect
     return sorted(scored, key=lambda w: (not overdue(w), -priorities[w.record.id]))
 
 
+def fitting(waiting: Sequence[PendingCorrection], chat: ChatTokenizer,
+            step_tokens: int) -> list[PendingCorrection]:
+    """Return the first corrections that one step can learn together; at least one."""
+    chosen = list(waiting[:JOB_CORRECTIONS])
+    samples = [sample(w.record.prompt_ids, chat.answer(w.record.corrected)) for w in chosen]
+    shared = shared_tokens(samples)
+    together = first_within(samples, step_tokens - shared, at_least=1, shared=shared)
+    return chosen[:len(together)]
+
+
 def _candidate(waiting: PendingCorrection, every: Sequence[PendingCorrection], age_s: float,
                seconds: float) -> Candidate:
-    leads, question = waiting.leads, _question(waiting.record)
+    scores, question = waiting.log_probabilities, _question(waiting.record)
     return Candidate(
-        loss=-leads[0], margin=leads[0] - leads[1] if len(leads) > 1 else 0.0,
+        loss=-scores[0], margin=scores[0] - scores[1] if len(scores) > 1 else 0.0,
         weight=waiting.record.weight, age_s=age_s,
         resembling=waiting.repeats + sum(
             1 + w.repeats for w in every

@@ -1,118 +1,152 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a job learns, what it keeps, and what the gate looks at."""
+"""The training-set builder: samples that a job trains on, and samples that the gate guards."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from mace_ros.api.settings import FinetuneSettings
-from mace_ros.finetune.sample import Preference, Sample, shared_tokens
-from mace_ros.learning.anchors import PROBE_EVERY
+from mace_ros.finetune.sample import Preference, Sample, SampleScore, shared_tokens
+from mace_ros.learning.anchor_replay import AnchorReplay
+from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.gate import batches, Gate, Group, Measure
-from mace_ros.learning.job import Job
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
-from mace_ros.learning.samples import first_within, own_tokens, sample, turn, weighted
+from mace_ros.learning.samples import first_within, interleaved, own_tokens, sample, turn, weighted
+from mace_ros.learning.step_plan import StepPlan
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.store.journal import CorrectionRecord
+from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
-GUARDED = 32    # earlier corrections that the gate looks at, by turns
-RELEARNED = 3   # forgotten ones that a step trains again, beside what is replayed
+GUARDED = 32    # earlier corrections that the gate guards in one job, in rotation
+RELEARNED = 3   # forgotten corrections per step, beside those that are replayed
+
+
+@dataclass
+class TrainingSet:
+    """The samples of one job."""
+
+    corrected: list[Sample]                                     # one per correction
+    paraphrases: list[Sample] = field(default_factory=list)     # of the corrected questions
+    earlier: list[Sample] = field(default_factory=list)         # earlier corrections
+    forgotten: list[Sample] = field(default_factory=list)   # those that the live version has lost
+    replayed: list[Sample] = field(default_factory=list)        # other answers to keep
+    answers: list[Sample] = field(default_factory=list)     # this robot's, to be replayed as well
+    lost: list[Sample] = field(default_factory=list)        # lost by an earlier candidate
+    gate: Gate = field(default_factory=lambda: Gate([]))
+
+    def add_baseline(self, scores: Sequence[SampleScore], soft_targets: Sequence[Sample]) -> None:
+        """Take in the live version's scores of the guarded samples, and its predictions."""
+        self.forgotten = self.gate.wrong(scores)
+        self.replayed = interleaved(
+            self.replayed, [s for s in soft_targets if s in self.answers])
+
+    def add_lost(self, samples: Sequence[Sample]) -> None:
+        """Train on samples that a candidate has lost, from the next step on."""
+        self.lost += [s for s in samples if s not in self.lost]
 
 
 class TrainingSetBuilder:
-    """Makes samples of corrections, earlier ones, and answers that are to stay."""
+    """Turns corrections, earlier corrections and answers to keep into samples."""
 
-    def __init__(self, chat: ChatTokenizer) -> None:
-        """Begin without the base model's answers."""
-        self._chat = chat
-        self.anchors: list[tuple[list[int], list[int]]] | None = None    # prompt, output
-        self.teachers: list[Sample] | None = None   # those replayed, as the base model predicts
-        self._steps = 0     # of all jobs: a short one goes on with replay where the last one ended
+    def __init__(self, chat: ChatTokenizer, anchors: AnchorReplay) -> None:
+        """Replay and guard the answers to these anchors."""
+        self._chat, self._anchors = chat, anchors
+        self._steps = 0     # of all jobs: a job continues the rotation of the one before it
 
-    @property
-    def replayed_anchors(self) -> list[Sample]:
-        """The base model's answers that are replayed."""
-        assert self.anchors is not None
-        return [sample(p, o) for i, (p, o) in enumerate(self.anchors) if i % PROBE_EVERY]
-
-    def gather(self, job: Job, finetune: FinetuneSettings, number: int) -> list[Sample]:
+    def build(self, corrections: Sequence[PendingCorrection], learned: Sequence[CorrectionRecord],
+              answers: Sequence[AnswerRecord], *, max_sample_tokens: int,
+              number: int) -> TrainingSet:
         """
-        Fill in what the job trains and guards; return the answers of this robot among it.
+        Return the samples of a job, before :meth:`TrainingSet.add_baseline`.
 
-        ``number`` says whose turn it is among many earlier corrections.
+        ``learned`` are earlier corrections and ``answers`` earlier answers of the profile;
+        ``number`` is the job's, by which the guarded earlier corrections rotate.
         """
-        assert self.anchors is not None and self.teachers is not None
-        fetched = job.fetched.result()
-        job.samples = [
-            sample(w.record.prompt_ids, self._chat.answer(w.record.corrected), w.record.weight)
-            for w in job.corrections]
-        prompts = {tuple(w.record.prompt_ids) for w in job.corrections}
-        # The newest correction of a question is the one to keep.
-        newest = {r.prompt_ids: r for r in fetched.learned if r.prompt_ids not in prompts}
-        job.kept = [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in newest.values()]
+        prompts: set[tuple[int, ...]] = {tuple(w.record.prompt_ids) for w in corrections}
+        # Of each question, the newest correction is kept.
+        newest = {r.prompt_ids: r for r in learned if r.prompt_ids not in prompts}
+        earlier = [self._corrected(r) for r in newest.values()]
         prompts |= newest.keys()
-        own = [sample(a.prompt_ids, a.output_ids) for a in fetched.answers
+        own = [sample(a.prompt_ids, a.output_ids) for a in answers
                if a.prompt_ids not in prompts and a.output_ids
-               and len(a.prompt_ids) + len(a.output_ids) <= finetune.max_sample_tokens]
-        # The first template of each correction before the second of any.
-        variants = [[sample(self._chat.prompt(messages), self._chat.answer(w.record.corrected))
-                     for messages in paraphrases(w.record.messages, TRAINED)]
-                    for w in job.corrections]
-        job.variants = [s for same in zip_longest(*variants) for s in same if s is not None]
-        job.replayed = [s for s in self.teachers if s.prompt not in prompts]
-        job.gate = Gate([
-            Group('paraphrases', tuple(
-                sample(self._chat.prompt(messages), self._chat.answer(w.record.corrected))
-                for w in job.corrections
-                for messages in paraphrases(w.record.messages, JUDGED)),
-                Measure.PROBABILITY, must_rise=True),
-            Group('earlier corrections', tuple(
-                turn(job.kept, min(GUARDED, len(job.kept)), number)), Measure.EXACT),
-            Group('probes', tuple(sample(p, o) for p, o in self.anchors[::PROBE_EVERY]
-                                  if tuple(p) not in prompts), Measure.PROBABILITY),
-            Group('good answers', tuple(own), Measure.PROBABILITY)])
-        return own
+               and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]
+        # The first paraphrase of each correction comes before the second one of any.
+        paraphrased = [self._paraphrased(w.record, TRAINED) for w in corrections]
+        return TrainingSet(
+            corrected=[self._corrected(w.record, w.record.weight) for w in corrections],
+            paraphrases=[s for same in zip_longest(*paraphrased) for s in same if s is not None],
+            earlier=earlier, answers=own,
+            replayed=[s for s in self._anchors.replayed if s.prompt not in prompts],
+            gate=Gate([
+                Group('paraphrases', tuple(
+                    s for w in corrections for s in self._paraphrased(w.record, JUDGED)),
+                    Measure.PROBABILITY, must_rise=True),
+                Group('earlier corrections', tuple(
+                    turn(earlier, min(GUARDED, len(earlier)), number)), Measure.EXACT),
+                Group('probes', self._probes(prompts), Measure.PROBABILITY),
+                Group('good answers', tuple(own), Measure.PROBABILITY)]))
 
-    def step(self, job: Job, finetune: FinetuneSettings,
-             most: int) -> tuple[list[list[Sample]], list[Preference]]:
+    def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
+             finetune: FinetuneSettings, *, most: int, steps: int = 0,
+             rejections: int = 0) -> StepPlan:
         """
-        Return the parts of the job's next step, ``most`` tokens each if possible.
+        Return the job's next step, in parts of ``most`` tokens each if possible.
 
-        The first one has the preferences, and what must be right before the job may end.
+        ``steps`` and ``rejections`` count those of the job so far: after a rejected candidate,
+        twice as much is replayed.
         """
-        count = finetune.replay_samples * (2 if job.rejections else 1)
+        count = finetune.replay_samples * (2 if rejections else 1)
         now, self._steps = self._steps, self._steps + 1
-        # Up to a quarter of what is replayed are earlier corrections; all in their turn.
-        kept = turn(job.kept, min((count + 3) // 4, len(job.kept)), now)
-        needed = [*job.samples, *job.lost, *(s for s in kept if s not in job.lost)]
-        rejected = [(i, waiting, sample(waiting.record.prompt_ids, self._chat.answer(text)))
-                    for i, waiting in enumerate(job.corrections if finetune.objective == 'dpo'
-                                                else ())
-                    for text in texts(waiting.record)[1:]]
+        # Up to a quarter of the replayed samples are earlier corrections, in rotation.
+        earlier = turn(
+            training_set.earlier, min((count + 3) // 4, len(training_set.earlier)), now)
+        needed = [*training_set.corrected, *training_set.lost,
+                  *(s for s in earlier if s not in training_set.lost)]
+        others = self._others(training_set, needed, finetune, replayed=count - len(earlier),
+                              now=now, steps=steps)
+        rejected = self._rejected(corrections) if finetune.objective == 'dpo' else []
         worse = [s for _, _, s in rejected]
-        again = [s for s in turn(job.forgotten, min(RELEARNED, len(job.forgotten)), now)
-                 if s not in needed]
-        replayed = [weighted(s, finetune.replay_weight)
-                    for s in turn(job.replayed, max(count - len(kept), 0), now)]
-        others = [*turn(job.variants, 1, job.steps), *again, *replayed]
         shared = shared_tokens([*needed, *worse, *others])
         room = most - shared
         must_be_right = first_within(
             needed, room - sum(own_tokens(s, shared) for s in worse),
-            at_least=len(job.samples), shared=shared)
-        job.must_be_right = len(must_be_right)
+            at_least=len(training_set.corrected), shared=shared)
         preferences = [
-            Preference(i, len(must_be_right) + k, waiting.reference, finetune.dpo_beta)
-            for k, (i, waiting, _) in enumerate(rejected)]
+            Preference(i, len(must_be_right) + k, correction.reference, finetune.dpo_beta)
+            for k, (i, correction, _) in enumerate(rejected)]
         others = [*needed[len(must_be_right):], *others]
         first = [*must_be_right, *worse]
         beside = first_within(
             others, room - sum(own_tokens(s, shared) for s in first), shared=shared)
-        return [[*first, *beside],
-                *batches(others[len(beside):], most, shared=shared)], preferences
+        return StepPlan(
+            ([*first, *beside], *batches(others[len(beside):], most, shared=shared)),
+            len(must_be_right), tuple(preferences))
 
+    @staticmethod
+    def _others(training_set: TrainingSet, needed: Sequence[Sample], finetune: FinetuneSettings,
+                *, replayed: int, now: int, steps: int) -> list[Sample]:
+        """Return the samples of a step that need not be right before the job may end."""
+        forgotten = turn(
+            training_set.forgotten, min(RELEARNED, len(training_set.forgotten)), now)
+        return [*turn(training_set.paraphrases, 1, steps),
+                *(s for s in forgotten if s not in needed),
+                *(weighted(s, finetune.replay_weight)
+                  for s in turn(training_set.replayed, max(replayed, 0), now))]
 
-def texts(record: CorrectionRecord) -> list[str]:
-    """Return the corrected text, and the rejected one if it is known."""
-    return [record.corrected, *([record.rejected] if record.rejected.strip() else [])]
+    def _rejected(self, corrections: Sequence[PendingCorrection],
+                  ) -> list[tuple[int, PendingCorrection, Sample]]:
+        """Return the rejected answers with their corrections, and the indices of these."""
+        return [(i, w, sample(w.record.prompt_ids, self._chat.answer(text)))
+                for i, w in enumerate(corrections) for text in texts(w.record)[1:]]
+
+    def _corrected(self, record: CorrectionRecord, weight: float = 1.0) -> Sample:
+        return sample(record.prompt_ids, self._chat.answer(record.corrected), weight)
+
+    def _paraphrased(self, record: CorrectionRecord, templates: Sequence[str]) -> list[Sample]:
+        return [sample(self._chat.prompt(messages), self._chat.answer(record.corrected))
+                for messages in paraphrases(record.messages, templates)]
+
+    def _probes(self, prompts: Collection[tuple[int, ...]]) -> tuple[Sample, ...]:
+        return tuple(s for s in self._anchors.probes if s.prompt not in prompts)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter version lies in which slot, and who still uses it (no tensors here)."""
+"""Assignment of adapter versions to slots, with reference counts (no tensors here)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_SLOT = 'every adapter slot has the live version of a profile; raise adapter.s
 
 @dataclass(frozen=True, order=True)
 class LiveVersion:
-    """A version that is held in a slot; version 0 is the base model."""
+    """A version that is in a slot; version 0 is the base model."""
 
     profile: str
     version: int
@@ -22,17 +22,17 @@ class LiveVersion:
 
     @property
     def identity(self) -> str:
-        """What names its weights for ever; a slot is overwritten."""
+        """The permanent identity of the weights; a slot number is not, as it is reused."""
         return f'{self.profile}\n{self.version}' if self.version else BASE_IDENTITY
 
 
 class AdapterSlots:
     """
-    Hands out the slots ``first .. first + count - 1`` to adapter versions.
+    Assigns the slots ``first .. first + count - 1`` to adapter versions.
 
-    A request pins the version it began with; a slot is free again when its version is
-    no longer live and no request pins it. A profile without a version of its own is
-    served the robot's (profile ''), or the base model in ``base_slot``.
+    A request pins the version that it started with. A slot becomes free when its version is
+    neither live nor pinned. Queries of a profile without a version of its own use the robot's
+    version (profile ''), or else the base model in ``base_slot``.
     """
 
     def __init__(self, *, base_slot: int, first: int, count: int) -> None:
@@ -40,12 +40,12 @@ class AdapterSlots:
         self._base = LiveVersion('', BASE_VERSION, base_slot)
         self._free = list(range(first + count - 1, first - 1, -1))
         self._live: dict[str, LiveVersion] = {}
-        self._coming: set[str] = set()      # profiles a version of which is about to be live
+        self._expected: set[str] = set()      # profiles whose next version is being published
         self._pins: Counter[LiveVersion] = Counter()
 
     @property
     def free(self) -> int:
-        """Slots that a new version could take."""
+        """Slots that a new version could use."""
         return len(self._free)
 
     @property
@@ -54,21 +54,21 @@ class AdapterSlots:
         return len(self._live)
 
     def has_room(self, profile: str) -> bool:
-        """Whether that profile may have a version of its own, now or after some request."""
-        # One slot is for the next version of a profile that has one already.
-        profiles = self._live.keys() | self._coming
+        """Return whether the profile may have a version of its own, perhaps after a request."""
+        # One slot is reserved for the next version of a profile that has one already.
+        profiles = self._live.keys() | self._expected
         return profile in profiles or len(profiles) < self._count - 1
 
     def expect(self, profile: str) -> None:
-        """Let others have the room that is left beside a version, until that is live, ..."""
-        self._coming.add(profile)
+        """Count the profile in :meth:`has_room` until its version is published."""
+        self._expected.add(profile)
 
     def expect_no_more(self, profile: str) -> None:
-        """... or will not be."""
-        self._coming.discard(profile)
+        """Undo :meth:`expect`: the version will not be published."""
+        self._expected.discard(profile)
 
     def live(self, profile: str) -> LiveVersion:
-        """Return the version that a query of that profile is served now."""
+        """Return the version that a query of the profile uses now."""
         return self._live.get(profile) or self._live.get('') or self._base
 
     def pin(self, profile: str) -> LiveVersion:
@@ -78,35 +78,35 @@ class AdapterSlots:
         return version
 
     def unpin(self, version: LiveVersion) -> None:
-        """End one :meth:`pin`."""
+        """Undo one :meth:`pin`."""
         self._pins[version] -= 1
         self._retire(version)
 
     def reserve(self) -> int | None:
-        """Take a free slot, or return None if there is none yet."""
+        """Take a free slot; return None if there is none."""
         return self._free.pop() if self._free else None
 
     def give_back(self, slot: int) -> None:
-        """Return a reserved slot unused."""
+        """Return a reserved slot that was not used."""
         self._free.append(slot)
 
     def publish(self, profile: str, version: int, slot: int) -> LiveVersion:
-        """Make the version in that reserved slot the profile's live one."""
+        """Make the version in a reserved slot the profile's live version."""
         before = self._live.get(profile)
-        self._coming.discard(profile)
+        self._expected.discard(profile)
         self._live[profile] = LiveVersion(profile, version, slot)
         if before is not None:
             self._retire(before)
         return self._live[profile]
 
-    def held(self, profile: str, version: int) -> int | None:
-        """Return the slot that still holds a version, because it is live or pinned."""
+    def slot_of(self, profile: str, version: int) -> int | None:
+        """Return the slot of a version that is live or pinned; otherwise None."""
         slots = (v.slot for v in (*self._live.values(), *self._pins)
                  if (v.profile, v.version) == (profile, version))
         return next(slots, None)
 
     def withdraw(self, profile: str) -> None:
-        """Serve the profile no version of its own any more."""
+        """Make the profile use no version of its own."""
         before = self._live.pop(profile, None)
         if before is not None:
             self._retire(before)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Bookkeeping of the KV cache in blocks of a fixed number of tokens (no tensors here)."""
+"""Allocation of KV blocks of a fixed number of tokens, with prefix caching (no tensors here)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import heapq
 
 BLOCK_TOKENS = 16       # of a KV block
 
+
 class OutOfBlocks(MemoryError):
-    """More KV blocks were asked for than are free."""
+    """A request for more KV blocks than are free."""
 
 
 class BlockPool:
     """
-    Hands out KV blocks by number, the lowest ones first.
+    Allocates KV blocks by number, the lowest ones first.
 
-    A sequence of n tokens needs ``blocks_for(n)`` blocks; token t lives in block
-    ``t // block_size`` of its table, at offset ``t % block_size``. Several tables may hold
-    one block. A block that was given a name, which tells its content, keeps it when nobody
-    holds it any longer, and can be found by it until its room is needed; what was used
-    least recently goes first.
+    A sequence of n tokens needs ``blocks_for(n)`` blocks. Token t is in block
+    ``t // block_size`` of the sequence's table, at offset ``t % block_size``. Several tables
+    may share a block. A block that was cached under the hash of its content stays available
+    after the last table has released it, until its memory is needed: the least recently used
+    block is evicted first.
 
-    No more than ``limit`` blocks have content, and but for the time after the limit was
-    lowered (:meth:`shrink`) their numbers are below it.
+    At most ``limit`` blocks have content. Their numbers are below the limit, except after it
+    was lowered (:meth:`shrink`), until :meth:`compact` has run.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -33,25 +34,25 @@ class BlockPool:
         self.block_size = block_size
         self.limit = num_blocks
         self._empty = list(range(num_blocks))       # a heap
-        self._holders: dict[int, int] = {}          # how many tables hold a block
-        self._idle: OrderedDict[int, None] = OrderedDict()    # named, held by nobody
-        self._names: dict[int, bytes] = {}
-        self._named: dict[bytes, int] = {}
+        self._ref_counts: dict[int, int] = {}       # tables that hold a block
+        self._evictable: OrderedDict[int, None] = OrderedDict()    # cached and in no table
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
 
     @property
     def held_blocks(self) -> int:
-        """Blocks that are in some table."""
-        return len(self._holders)
+        """Blocks that are in a table."""
+        return len(self._ref_counts)
 
     @property
     def cached_blocks(self) -> int:
-        """Blocks that nobody holds and that can be found by their names."""
-        return len(self._idle)
+        """Blocks that are cached and in no table."""
+        return len(self._evictable)
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that can be taken; negative while more are held than the limit allows."""
-        return self.limit - len(self._holders)
+        """Blocks that can be allocated; negative while more are held than the limit allows."""
+        return self.limit - len(self._ref_counts)
 
     @property
     def free_tokens(self) -> int:
@@ -59,48 +60,52 @@ class BlockPool:
         return self.free_blocks * self.block_size
 
     def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks that many tokens take."""
+        """Return the number of blocks that hold ``tokens``."""
         return -(-tokens // self.block_size)
 
-    # -- taking and giving back ------------------------------------------------------
+    # -- allocating and releasing ----------------------------------------------------
 
     def allocate(self, tokens: int) -> list[int]:
-        """Return blocks for that many tokens, or raise :class:`OutOfBlocks`."""
+        """Return a table of blocks for ``tokens``; raises :class:`OutOfBlocks`."""
         blocks: list[int] = []
         self.grow(blocks, tokens)
         return blocks
 
     def grow(self, blocks: list[int], tokens: int) -> None:
-        """Append to a table what it lacks for that many tokens; all or :class:`OutOfBlocks`."""
+        """
+        Append blocks to a table until it holds ``tokens``.
+
+        Raises :class:`OutOfBlocks`, and leaves the table unchanged, if too few are free.
+        """
         needed = self.blocks_for(tokens) - len(blocks)
         if needed > self.free_blocks:
             raise OutOfBlocks(f'{needed} KV blocks needed, {self.free_blocks} free')
         for _ in range(needed):
-            if len(self._holders) + len(self._idle) >= self.limit:
-                self._evict(next(iter(self._idle)))
+            if len(self._ref_counts) + len(self._evictable) >= self.limit:
+                self._evict(next(iter(self._evictable)))
             block = heapq.heappop(self._empty)
-            self._holders[block] = 1
+            self._ref_counts[block] = 1
             blocks.append(block)
 
     def acquire(self, blocks: Iterable[int]) -> list[int]:
-        """Return a table that shares these blocks, which were found by their names."""
+        """Return a table that shares these blocks, which :meth:`lookup` has returned."""
         table = list(blocks)
         for block in table:
-            self._holders[block] = self._holders.get(block, 0) + 1
-            self._idle.pop(block, None)
+            self._ref_counts[block] = self._ref_counts.get(block, 0) + 1
+            self._evictable.pop(block, None)
         return table
 
     def release(self, blocks: list[int]) -> None:
-        """Let go of a table; it is emptied so that it can't be released twice."""
-        # From its end: the beginning of a sequence is of use without the end, not vice versa.
+        """Release a table; empties the list so that it can't be released twice."""
+        # From the end: a prefix can be reused without its continuation, but not vice versa.
         while blocks:
             block = blocks.pop()
-            self._holders[block] -= 1
-            if self._holders[block]:
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block]:
                 continue
-            del self._holders[block]
-            if block in self._names:
-                self._idle[block] = None
+            del self._ref_counts[block]
+            if block in self._hash_of:
+                self._evictable[block] = None
                 if block >= self.limit:
                     self._evict(block)
             else:
@@ -108,90 +113,90 @@ class BlockPool:
         self._trim()
 
     def frees(self, blocks: Sequence[int]) -> int:
-        """Return how many blocks would be free if this table let go of them."""
-        return sum(self._holders[block] == 1 for block in blocks)
+        """Return the number of blocks that releasing this table would free."""
+        return sum(self._ref_counts[block] == 1 for block in blocks)
 
     def held_among(self, blocks: Iterable[int]) -> int:
-        """Return how many of these blocks some table holds."""
-        return sum(block in self._holders for block in blocks)
+        """Return the number of these blocks that are in a table."""
+        return sum(block in self._ref_counts for block in blocks)
 
-    # -- finding again ---------------------------------------------------------------
+    # -- prefix cache ----------------------------------------------------------------
 
-    def cache(self, block: int, name: bytes) -> None:
-        """Let a full block be found by its content, unless another one of it can be found."""
-        if name not in self._named:
-            self._named[name] = block
-            self._names[block] = name
+    def cache(self, block: int, block_hash: bytes) -> None:
+        """Cache a full block under the hash of its content, unless another block is."""
+        if block_hash not in self._block_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
 
-    def lookup(self, names: Iterable[bytes]) -> list[int]:
-        """Return the blocks with the first of these names, up to one that is not here."""
+    def lookup(self, hashes: Iterable[bytes]) -> list[int]:
+        """Return the cached blocks of the leading ``hashes``, up to the first miss."""
         found = []
-        for name in names:
-            block = self._named.get(name)
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
             if block is None:
                 break
             found.append(block)
         return found
 
     def reset(self) -> None:
-        """Let no block be found any more."""
-        for block in list(self._idle):
+        """Empty the prefix cache; blocks in tables keep their content."""
+        for block in list(self._evictable):
             self._evict(block)
-        self._names.clear()
-        self._named.clear()
+        self._hash_of.clear()
+        self._block_of.clear()
 
     def _evict(self, block: int) -> None:
-        del self._idle[block]
-        del self._named[self._names.pop(block)]
+        del self._evictable[block]
+        del self._block_of[self._hash_of.pop(block)]
         heapq.heappush(self._empty, block)
 
-    # -- shrinking -------------------------------------------------------------------
+    # -- changing the limit ----------------------------------------------------------
 
     def shrink(self, limit: int) -> None:
         """
-        Set another limit, and drop what nobody holds and what lies, or is too much, beyond it.
+        Set the limit, which may also be raised; evict cached blocks that are beyond it.
 
-        It may be higher than before, too. While more is held, ``free_blocks`` is negative.
+        While more blocks are held than the limit allows, ``free_blocks`` is negative.
         """
         self.limit = min(limit, self.num_blocks)
-        for block in [b for b in self._idle if b >= self.limit]:
+        for block in [b for b in self._evictable if b >= self.limit]:
             self._evict(block)
         self._trim()
 
     def _trim(self) -> None:
-        while self._idle and len(self._idle) > self.free_blocks:
-            self._evict(next(iter(self._idle)))
+        while self._evictable and len(self._evictable) > self.free_blocks:
+            self._evict(next(iter(self._evictable)))
 
-    def moves(self) -> dict[int, int]:
+    def compact(self) -> dict[int, int]:
         """
-        Renumber the blocks that are held beyond the limit, once there is room below it.
+        Renumber the held blocks beyond the limit, if all fit below it.
 
-        Returns the new number of each; the caller moves their content, and renumbers the
-        tables that have them.
+        Returns the new number of each renumbered block. The caller must move the content and
+        renumber the tables.
         """
-        beyond = [b for b in self._holders if b >= self.limit]
+        beyond = [b for b in self._ref_counts if b >= self.limit]
         if not beyond or self.free_blocks < 0:
             return {}
         moved = {}
         for old in sorted(beyond):
             new = moved[old] = heapq.heappop(self._empty)
-            self._holders[new] = self._holders.pop(old)
+            self._ref_counts[new] = self._ref_counts.pop(old)
             heapq.heappush(self._empty, old)
-            if old in self._names:
-                self._names[new] = self._names.pop(old)
-                self._named[self._names[new]] = new
+            if old in self._hash_of:
+                self._hash_of[new] = self._hash_of.pop(old)
+                self._block_of[self._hash_of[new]] = new
         return moved
 
     # -- integrity -------------------------------------------------------------------
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Raise ``AssertionError`` unless ``tables`` are all that is held."""
+        """Raise ``AssertionError`` unless ``tables`` are exactly the tables that hold blocks."""
         held = Counter(block for table in tables for block in table)
-        if held != Counter(self._holders):
-            lost = Counter(self._holders) - held
-            stolen = held - Counter(self._holders)
-            raise AssertionError(f'KV blocks without a holder: {dict(lost)}; held by more than '
-                                 f'are known: {dict(stolen)}')
-        known = len(self._holders) + len(self._idle) + len(self._empty)
-        if known != self.num_blocks or set(self._idle) - set(self._names):
+        if held != Counter(self._ref_counts):
+            lost = Counter(self._ref_counts) - held
+            stolen = held - Counter(self._ref_counts)
+            raise AssertionError(f'KV blocks without a table: {dict(lost)}; in more tables than '
+                                 f'references: {dict(stolen)}')
+        known = len(self._ref_counts) + len(self._evictable) + len(self._empty)
+        if known != self.num_blocks or set(self._evictable) - set(self._hash_of):
             raise AssertionError(f'{known} KV blocks of {self.num_blocks} are accounted for')

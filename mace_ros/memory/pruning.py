@@ -1,15 +1,15 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which KV blocks of a long prompt its answer can do without (no tensors here)."""
+"""Choose the KV blocks of a long prompt that its response does not need (no tensors here)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Shorter prompts are kept whole.
+# Shorter prompts are not pruned.
 LONG_TOKENS = 512
-# Always kept: the beginning, on which attention rests that has nowhere else to go, and the
-# end, on which the next tokens hang most.
+# Always kept: the first tokens, which absorb attention that has no other target (attention
+# sinks), and the last ones, on which the next tokens depend most.
 SINK_TOKENS = 16
 RECENT_TOKENS = 128
 
@@ -17,11 +17,11 @@ RECENT_TOKENS = 128
 def blocks_to_drop(attention: Sequence[float], fraction: float, block_size: int, *,
                    window: int = 0) -> list[int]:
     """
-    Return the places, in order, of the blocks that get the least attention.
+    Return the indices, in order, of the blocks with the lowest attention scores.
 
-    ``attention`` holds what each block of a prompt gets, the last one perhaps not full. At
-    most ``fraction`` of them are dropped, and none of the last ``window`` tokens: all that
-    some layer sees.
+    ``attention`` holds the score of each block of a prompt, the last of which may be partial.
+    At most ``fraction`` of the blocks are dropped, and none of the last ``window`` tokens, to
+    which a layer with a sliding window is limited.
     """
     count = len(attention)
     last = count - -(-max(RECENT_TOKENS, window) // block_size)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Text in, token ids out, and back again piece by piece."""
+"""Conversion between conversations and token ids, and streaming detokenisation."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase,
                  eos_token_ids: int | Sequence[int] | None = None) -> None:
-        """``eos_token_ids`` are those of the model's generation config."""
+        """``eos_token_ids`` come from the model's generation config."""
         self.tokenizer = tokenizer
-        # Texts may name the tokens that structure a conversation, but not contain them.
+        # A text may name the special tokens that structure a conversation, but not contain them.
         self._special = re.compile('|'.join(
             map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or '(?!)')
         self._plain = deepcopy(tokenizer.backend_tokenizer)
@@ -33,7 +33,7 @@ class ChatTokenizer:
         self.end_tokens = frozenset(e for e in ends if e is not None)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a conversation up to where the next answer begins."""
+        """Return the ids of a conversation, up to the start of the next response."""
         if self.tokenizer.chat_template is None:
             lines = [f'{m["role"].capitalize()}: {self._quoted(m["content"])}' for m in messages]
             return self.tokenizer.encode('\n'.join([*lines, 'Assistant:']))
@@ -42,7 +42,7 @@ class ChatTokenizer:
         except TemplateError:
             if messages[0]['role'] != 'system' or len(messages) < 2:
                 raise
-            # Some templates (Gemma's) know no system role: the first question says it then.
+            # Some templates (Gemma's) have no system role: prepend it to the first question.
             system, first, *rest = messages
             content = f'{system["content"]}\n\n{first["content"]}'
             return self._templated([{'role': first['role'], 'content': content}, *rest])
@@ -54,22 +54,22 @@ class ChatTokenizer:
         return ids
 
     def _quoted(self, text: str) -> str:
-        """Return a text in which special tokens are only words, or it could end its own turn."""
+        """Return a text without special tokens, which could otherwise end its turn."""
         return self._special.sub(lambda found: f'{found[0][:1]} {found[0][1:]}', text)
 
     def answer(self, text: str) -> list[int]:
-        """Return the ids of a whole answer with its end of turn, as it is trained."""
+        """Return the ids of a whole response with its end-of-turn token, as it is trained."""
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids if self.end_of_turn is None else [*ids, self.end_of_turn]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer's ids, without special tokens."""
+        """Return the text of a response's ids, without special tokens."""
         text: str = self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def _find_end_of_turn(self) -> int | None:
-        """Return the token with which the chat template ends an assistant's turn."""
+        """Return the token that ends an assistant's turn in the chat template."""
         eos: int | None = self.tokenizer.eos_token_id
         if self.tokenizer.chat_template is None:
             return eos
@@ -83,10 +83,10 @@ class ChatTokenizer:
 
 class TextStream:
     """
-    Turns an answer's tokens into text as they come.
+    Converts the tokens of a response to text as they are sampled.
 
-    Only whole UTF-8 characters come out, and nothing that may turn out to be the start
-    of a stop string; the answer ends before the first stop string.
+    It returns only whole UTF-8 characters, and holds back text that may be the start of a stop
+    string. The response ends before the first stop string.
     """
 
     def __init__(self, chat: ChatTokenizer, stop: Sequence[str] = ()) -> None:
@@ -100,36 +100,36 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All text so far, cut before a stop string."""
+        """The text so far, up to a stop string."""
         return self._text
 
     def push(self, token: int) -> str:
-        """Take the next token; return the new text that is certain, which may be empty."""
+        """Add the next token; return the new text that is final, which may be empty."""
         if self.stopped:
             return ''
         self._ids.append(token)
-        piece = self._decoder.step(self._chat.tokenizer.backend_tokenizer, token)
-        return self._take(piece) if piece else ''
+        text = self._decoder.step(self._chat.tokenizer.backend_tokenizer, token)
+        return self._add(text) if text else ''
 
     def finish(self) -> str:
-        """Return what was held back at the end of the answer."""
+        """Return the text held back until the end of the response."""
         if not self.stopped:
-            # A character that the answer's end cut through is left out.
+            # Leave out a character that the end of the response has cut.
             self._text += self._chat.decode(self._ids)[len(self._text):].rstrip('\ufffd')
         rest, self._sent = self._text[self._sent:], len(self._text)
         return rest
 
-    def _take(self, new: str) -> str:
+    def _add(self, new: str) -> str:
         self._text += new
         found = [i for s in self._stop if (i := self._text.find(s, self._sent)) >= 0]
         if found:
             self._text, self.stopped = self._text[:min(found)], True
-        certain = len(self._text) if self.stopped else len(self._text) - self._held()
-        piece, self._sent = self._text[self._sent:certain], certain
-        return piece
+        final = len(self._text) if self.stopped else len(self._text) - self._held_back()
+        text, self._sent = self._text[self._sent:final], final
+        return text
 
-    def _held(self) -> int:
-        """Return how many last characters may be the start of a stop string."""
+    def _held_back(self) -> int:
+        """Return the number of last characters that may be the start of a stop string."""
         longest = max((len(s) for s in self._stop), default=1) - 1
         for n in range(min(longest, len(self._text)), 0, -1):
             tail = self._text[-n:]

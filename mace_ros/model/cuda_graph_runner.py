@@ -1,20 +1,19 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Hybrid passes of fixed shapes on fixed addresses, which a device graph can replay.
+Hybrid passes of fixed shapes on fixed addresses, which a CUDA graph can replay.
 
-A pass of a small model is hundreds of kernels of a few microseconds: launched one by one
-they take several times as long as the device needs. A graph launches them at once, but
-for one shape and one set of addresses. So a pass is padded to the next bucket, and its
-numbers are copied into one static buffer. Padding tokens see, and write to, a scratch
-block of the KV cache that no sequence has.
+A pass of a small model is hundreds of kernels of a few microseconds each: launching them one by
+one takes several times as long as running them. A graph launches all at once, but for one shape
+and one set of addresses. Therefore a pass is padded to the next batch descriptor, and its
+integers are copied into one static buffer. Padding tokens read and write a scratch block of the
+KV cache that belongs to no sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,130 +21,64 @@ from torch import Tensor
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.attention import AttentionMetadata
-from mace_ros.model.spans import FinetuneRows, Span
+from mace_ros.model.batch_descriptor import BatchDescriptor
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import PiggybackSpans, Span
 
-if TYPE_CHECKING:
-    from mace_ros.model.packed_model import PackedModel
-
-CHUNK_ENDS = 4    # chunks of a pass whose last token may want logits, beside the decode rows
-_NOBODY = -1      # owner of padding tokens and keys
+_PADDING = -1      # sequence id of padding tokens and keys
 
 
-@dataclass(frozen=True)
-class BatchDescriptor:
-    """The shape that passes of at most this size are padded to."""
+class PassOutputs:
+    """Output buffers of captured passes, which share them: each pass overwrites the last one's."""
 
-    decode: int     # decode rows
-    blocks: int     # KV blocks of each decode row
-    block: int      # tokens of prefill chunks, then fine-tune tokens
-    keys: int       # keys that they may see
-    saves: bool     # whether their layer inputs are kept, for fine-tune tokens
-
-    @property
-    def logits(self) -> int:
-        """Tokens of which the head is computed."""
-        return self.decode + (CHUNK_ENDS if self.block else 0)
-
-    @staticmethod
-    def of(spans: Sequence[Span], finetune: FinetuneRows | None) -> BatchDescriptor:
-        """Return the smallest bucket that holds a pass."""
-        riding = list(finetune.spans) if finetune else []
-        decode = [s for s in spans if len(s.tokens) == 1]
-        block = [s for s in spans if len(s.tokens) > 1] + riding
-        tokens = sum(len(s.tokens) for s in block)
-        longest = max((s.place + 1 for s in decode), default=0)
-        size = rounded(tokens, 16, 2)
-        keys = sum(s.place + len(s.tokens) for s in block)
-        return BatchDescriptor(
-            # Beside a block the rows are the smaller part: coarser steps, fewer graphs.
-            decode=rounded(len(decode), *((4, 4) if block else (1, 2))),
-            blocks=rounded(-(-longest // BLOCK_TOKENS), *((32, 4) if block else (8, 2))),
-            # A padding token needs a key of padding, or its softmax would not be a number.
-            block=size, keys=rounded(keys + (size > tokens), 256, 4), saves=bool(riding))
-
-
-def rounded(n: int, least: int, factor: int) -> int:
-    """Return the next of ``least``, ``least * factor``, ...; 0 stays 0."""
-    size = least if n else 0
-    while size < n:
-        size *= factor
-    return size
-
-
-def buckets(max_rows: int, max_tokens: int, max_context: int) -> Iterator[BatchDescriptor]:
-    """Yield the buckets of all passes within these limits, the most frequent first."""
-    def sizes(least: int, factor: int, most: int) -> list[int]:
-        found = [least]
-        while found[-1] < most:
-            found.append(found[-1] * factor)
-        return found
-
-    max_blocks = -(-max_context // BLOCK_TOKENS)
-    for blocks in sizes(8, 2, max_blocks):
-        for rows in sizes(1, 2, max_rows):
-            yield BatchDescriptor(rows, blocks, 0, 0, False)
-    for keys in sizes(256, 4, max_context + 1):
-        for block in sizes(16, 2, max_tokens):
-            if block > keys:
-                continue
-            yield BatchDescriptor(0, 0, block, keys, False)
-            yield BatchDescriptor(0, 0, block, keys, True)
-            for blocks in sizes(32, 4, max_blocks):
-                for rows in sizes(4, 4, max_rows):
-                    yield BatchDescriptor(rows, blocks, block, keys, False)
-                    yield BatchDescriptor(rows, blocks, block, keys, True)
-
-
-class Outputs:
-    """What passes leave behind; one for all of them, since each overwrites the last one's."""
-
-    def __init__(self, model: PackedModel, wanted: Sequence[BatchDescriptor]) -> None:
-        """Reserve room for any of ``wanted``."""
+    def __init__(self, model: PackedModel, descriptors: Sequence[BatchDescriptor]) -> None:
+        """Allocate buffers that are large enough for any of ``descriptors``."""
         config = model.model.config.get_text_config()
-        rows = max((b.logits for b in wanted), default=0)
-        tokens = max((b.block for b in wanted if b.saves), default=0)
+        rows = max((d.logits for d in descriptors), default=0)
+        tokens = max((d.block for d in descriptors if d.saves), default=0)
         self.logits = torch.zeros(rows, config.vocab_size, device=model.device)
-        # Each layer's input, and the last one's output.
-        self.saved = [torch.zeros(tokens, config.hidden_size, dtype=model.dtype,
-                                  device=model.device) for _ in range(len(model.layers) + 1)]
+        # Each layer's input, and the last layer's output.
+        self.hidden = [torch.zeros(tokens, config.hidden_size, dtype=model.dtype,
+                                   device=model.device) for _ in range(len(model.layers) + 1)]
 
 
 class CapturedPass:
-    """Passes of one bucket; computed eagerly until :meth:`capture` is called."""
+    """Passes of one batch descriptor; computed eagerly until :meth:`capture` is called."""
 
-    def __init__(self, model: PackedModel, bucket: BatchDescriptor, outputs: Outputs) -> None:
-        """Reserve the inputs; ``outputs`` must have room for the bucket."""
-        self.bucket = bucket
+    def __init__(self, model: PackedModel, descriptor: BatchDescriptor,
+                 outputs: PassOutputs) -> None:
+        """Allocate the input buffers; ``outputs`` must be large enough for the descriptor."""
+        self.descriptor = descriptor
         self._model, self._outputs = model, outputs
-        tokens = bucket.decode + bucket.block
+        tokens = descriptor.decode + descriptor.block
         sizes = {
             'ids': tokens, 'positions': tokens, 'write': tokens, 'slots': tokens,
-            'keep': bucket.logits, 'decode_blocks': bucket.decode * bucket.blocks,
-            'decode_lengths': bucket.decode, 'query_sequence': bucket.block,
-            'query_position': bucket.block, 'key_slots': bucket.keys, 'key_sequence': bucket.keys,
-            'key_position': bucket.keys}
+            'keep': descriptor.logits, 'decode_blocks': descriptor.decode * descriptor.blocks,
+            'decode_lengths': descriptor.decode, 'query_sequence': descriptor.block,
+            'query_position': descriptor.block, 'key_slots': descriptor.keys,
+            'key_sequence': descriptor.keys, 'key_position': descriptor.keys}
         total = sum(sizes.values())
         on_cuda = model.device.type == 'cuda'
         self._host = torch.zeros(total, dtype=torch.long, pin_memory=on_cuda)
-        self._static = torch.zeros(total, dtype=torch.long, device=model.device)
-        self._fill: dict[str, np.ndarray] = {}
-        self._views: dict[str, Tensor] = {}
+        self._device = torch.zeros(total, dtype=torch.long, device=model.device)
+        self._host_views: dict[str, np.ndarray] = {}
+        self._device_views: dict[str, Tensor] = {}
         start = 0
         for name, size in sizes.items():
-            self._fill[name] = self._host[start:start + size].numpy()
-            self._views[name] = self._static[start:start + size]
+            self._host_views[name] = self._host[start:start + size].numpy()
+            self._device_views[name] = self._device[start:start + size]
             start += size
         self._replay: Callable[[], None] = self._compute
-        self._pad()
-        self._static.copy_(self._host)
+        self._fill_with_padding()
+        self._device.copy_(self._host)
 
     @torch.no_grad()
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Replay a device graph from now on; raises RuntimeError if it can't be captured."""
+        """Replay a CUDA graph from now on; raises ``RuntimeError`` if it can't be captured."""
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):     # what libraries do at first is not to be replayed
+            for _ in range(2):     # lazy initialisation of libraries must not be captured
                 self._compute()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -154,139 +87,158 @@ class CapturedPass:
         self._replay = graph.replay
 
     @torch.no_grad()
-    def run(self, spans: Sequence[Span], finetune: FinetuneRows | None) -> Tensor:
+    def run(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> Tensor:
         """
-        Compute a pass of this bucket, as :meth:`PackedModel.run` does.
+        Compute a pass of this descriptor, as :meth:`PackedModel.run` does.
 
-        The logits are overwritten by the next pass of any bucket.
+        The next captured pass, of any descriptor, overwrites the logits.
         """
-        wanted, end = self._write(spans, finetune)
-        self._static.copy_(self._host, non_blocking=True)
+        logits, end = self._write(spans, piggyback)
+        self._device.copy_(self._host, non_blocking=True)
         self._replay()
-        if finetune is not None:
-            rows = slice(end - finetune.tokens, end)
-            for target, saved in zip(finetune.hidden, self._outputs.saved, strict=True):
-                target.copy_(saved[rows])
-        return self._outputs.logits[:wanted]
+        if piggyback is not None:
+            rows = slice(end - piggyback.tokens, end)
+            for target, hidden in zip(piggyback.hidden, self._outputs.hidden, strict=True):
+                target.copy_(hidden[rows])
+        return self._outputs.logits[:logits]
 
     def _compute(self) -> None:
-        """Run the model on what is in the static buffer."""
-        bucket, views = self.bucket, self._views
-        row = AttentionMetadata(write_slots=views['write'])
-        if bucket.decode:
-            places = torch.arange(BLOCK_TOKENS, device=self._static.device)
-            tables = views['decode_blocks'].view(bucket.decode, bucket.blocks, 1)
-            row.decode_slots = (tables * BLOCK_TOKENS + places).view(bucket.decode, -1)
-            row.decode_lengths = views['decode_lengths']
-        if bucket.block:
-            for name in ('query_sequence', 'query_position', 'key_sequence', 'key_position'):
-                setattr(row, name, views[name])
-            row.key_slots = views['key_slots']
-        saved = [x[:bucket.block] for x in self._outputs.saved] if bucket.saves else []
-        self._outputs.logits[:bucket.logits].copy_(self._model.forward_row(
-            row, views['ids'], views['positions'], views['slots'], views['keep'], saved))
+        """Run the model on the content of the device buffer."""
+        descriptor, views = self.descriptor, self._device_views
+        metadata = AttentionMetadata(write_slots=views['write'])
+        if descriptor.decode:
+            offsets = torch.arange(BLOCK_TOKENS, device=self._device.device)
+            tables = views['decode_blocks'].view(descriptor.decode, descriptor.blocks, 1)
+            metadata.decode_slots = (tables * BLOCK_TOKENS + offsets).view(descriptor.decode, -1)
+            metadata.decode_lengths = views['decode_lengths']
+        if descriptor.block:
+            metadata.query_sequence = views['query_sequence']
+            metadata.query_position = views['query_position']
+            metadata.key_sequence = views['key_sequence']
+            metadata.key_position = views['key_position']
+            metadata.key_slots = views['key_slots']
+        hidden = ([x[:descriptor.block] for x in self._outputs.hidden]
+                  if descriptor.saves else [])
+        self._outputs.logits[:descriptor.logits].copy_(self._model.forward_packed(
+            metadata, views['ids'], views['positions'], views['slots'], views['keep'], hidden))
 
-    def _pad(self) -> None:
+    def _fill_with_padding(self) -> None:
         """Make every token, key and decode row padding."""
         scratch = self._model.scratch_block
         first = scratch * BLOCK_TOKENS
         for name, value in {
                 'ids': 0, 'positions': 0, 'write': first, 'slots': 0, 'keep': 0,
-                'decode_blocks': scratch, 'decode_lengths': 1, 'query_sequence': _NOBODY,
-                'query_position': 0, 'key_slots': first, 'key_sequence': _NOBODY,
+                'decode_blocks': scratch, 'decode_lengths': 1, 'query_sequence': _PADDING,
+                'query_position': 0, 'key_slots': first, 'key_sequence': _PADDING,
                 'key_position': 0}.items():
-            self._fill[name].fill(value)
+            self._host_views[name].fill(value)
 
-    def _write(self, spans: Sequence[Span], finetune: FinetuneRows | None) -> tuple[int, int]:
+    def _write(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> tuple[int, int]:
         """
-        Write a pass into the host's buffer.
+        Write a pass into the host buffer.
 
-        Returns how many logits are wanted, and where the last of its tokens is in the block.
+        Returns the number of logits wanted, and the end of its tokens in the block.
         """
-        self._pad()
-        fill, decode = self._fill, self.bucket.decode
-        tables = fill['decode_blocks'].reshape(decode, self.bucket.blocks)
-        last: dict[int, int] = {}     # token of each span, by the span's id
-        for row, span in enumerate(s for s in spans if len(s.tokens) == 1):
-            used = span.blocks[:span.place // BLOCK_TOKENS + 1]
-            # Masked places are its own, too: 0 * NaN of another sequence would be NaN.
+        self._fill_with_padding()
+        last: dict[int, int] = {}     # row of each span's last token, by the span's id
+        self._write_decode([s for s in spans if len(s.tokens) == 1], last)
+        chunks = [s for s in spans if len(s.tokens) > 1]
+        end = self._write_block([*chunks, *(piggyback.spans if piggyback else ())], last)
+        keep = [last[id(s)] for s in spans if s.wants_logits]
+        self._host_views['keep'][:len(keep)] = keep
+        return len(keep), end
+
+    def _write_decode(self, spans: Sequence[Span], last: dict[int, int]) -> None:
+        host = self._host_views
+        tables = host['decode_blocks'].reshape(self.descriptor.decode, self.descriptor.blocks)
+        for row, span in enumerate(spans):
+            position = span.cache_position
+            used = span.blocks[:position // BLOCK_TOKENS + 1]
+            # Masked slots must be the row's own: 0 * NaN of another sequence would be NaN.
             tables[row] = used[0]
             tables[row, :len(used)] = used
-            fill['decode_lengths'][row] = span.place + 1
-            fill['ids'][row], fill['positions'][row] = span.tokens[0], span.position
-            fill['write'][row] = used[-1] * BLOCK_TOKENS + span.place % BLOCK_TOKENS
-            fill['slots'][row] = span.slot
+            host['decode_lengths'][row] = position + 1
+            host['ids'][row], host['positions'][row] = span.tokens[0], span.position
+            host['write'][row] = used[-1] * BLOCK_TOKENS + position % BLOCK_TOKENS
+            host['slots'][row] = span.slot
             last[id(span)] = row
+
+    def _write_block(self, spans: Sequence[Span], last: dict[int, int]) -> int:
+        host, decode = self._host_views, self.descriptor.decode
         row, key = decode, 0
-        chunks = [s for s in spans if len(s.tokens) > 1]
-        for owner, span in enumerate([*chunks, *(finetune.spans if finetune else ())]):
-            tokens, total = len(span.tokens), span.place + len(span.tokens)
-            slots, places = span.slots(), np.arange(total)
-            at, seen = slice(row, row + tokens), slice(key, key + total)
-            fill['ids'][at], fill['slots'][at] = span.tokens, span.slot
-            fill['positions'][at] = places[span.place:] + span.dropped
-            fill['write'][at] = slots[span.place:]
+        for sequence, span in enumerate(spans):
+            tokens, total = len(span.tokens), span.cache_position + len(span.tokens)
+            slots, positions = span.slots(), np.arange(total)
+            rows, keys = slice(row, row + tokens), slice(key, key + total)
+            host['ids'][rows], host['slots'][rows] = span.tokens, span.slot
+            host['positions'][rows] = positions[span.cache_position:] + span.dropped
+            host['write'][rows] = slots[span.cache_position:]
             in_block = slice(row - decode, row - decode + tokens)
-            fill['query_sequence'][in_block] = owner
-            fill['query_position'][in_block] = places[span.place:]
-            fill['key_slots'][seen], fill['key_position'][seen] = slots, places
-            fill['key_sequence'][seen] = owner
+            host['query_sequence'][in_block] = sequence
+            host['query_position'][in_block] = positions[span.cache_position:]
+            host['key_slots'][keys], host['key_position'][keys] = slots, positions
+            host['key_sequence'][keys] = sequence
             row, key = row + tokens, key + total
             last[id(span)] = row - 1
-        wanted = [last[id(s)] for s in spans if s.wants_logits]
-        fill['keep'][:len(wanted)] = wanted
-        return len(wanted), row - decode
+        return row - decode
 
 
 class CudaGraphRunner:
-    """The buckets that are ready; all else is computed eagerly."""
+    """Runs passes whose batch descriptor was prepared; all others are computed eagerly."""
 
     def __init__(self, model: PackedModel) -> None:
-        """Begin with none."""
         self._model = model
         self._passes: dict[BatchDescriptor, CapturedPass] = {}
 
     def __len__(self) -> int:
-        """Return how many buckets are ready."""
+        """Return the number of prepared descriptors."""
         return len(self._passes)
 
-    def prepare(self, bucket: BatchDescriptor) -> CapturedPass:
-        """Reserve a bucket's buffers and let passes use them from now on."""
-        made = self._passes[bucket] = CapturedPass(
-            self._model, bucket, Outputs(self._model, [bucket]))
-        return made
+    def __contains__(self, descriptor: BatchDescriptor) -> bool:
+        """Return whether passes of this descriptor are prepared."""
+        return descriptor in self._passes
 
-    def run(self, spans: Sequence[Span], finetune: FinetuneRows | None) -> Tensor | None:
-        """Compute a pass; None if its bucket is not ready, or attention is to be noted."""
+    def prepare(self, descriptor: BatchDescriptor) -> CapturedPass:
+        """Run passes of this descriptor on fixed addresses from now on, without a graph."""
+        prepared = self._passes[descriptor] = CapturedPass(
+            self._model, descriptor, PassOutputs(self._model, [descriptor]))
+        return prepared
+
+    def run(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> Tensor | None:
+        """
+        Compute a pass, as :meth:`PackedModel.run` does.
+
+        Returns None if its descriptor is not prepared, or if it observes attention.
+        """
         if any(s.attention is not None for s in spans):
             return None
-        bucket = BatchDescriptor.of(spans, finetune)
-        found = self._passes.get(bucket)
-        if found is None or sum(s.wants_logits for s in spans) > bucket.logits:
+        descriptor = BatchDescriptor.of(spans, piggyback)
+        found = self._passes.get(descriptor)
+        if found is None or sum(s.wants_logits for s in spans) > descriptor.logits:
             return None
-        return found.run(spans, finetune)
+        return found.run(spans, piggyback)
 
-    def capture(self, wanted: Iterable[BatchDescriptor]) -> Iterator[str]:
+    def capture(self, descriptors: Iterable[BatchDescriptor]) -> Iterator[str]:
         """
-        Capture a device graph for each bucket; yield '' for each, or why it can't be.
+        Capture a CUDA graph for each descriptor; yield '' for each, or why it failed.
 
-        They never run at once, and share memory and outputs. The stream is their own, because
-        graphs that were captured on one stream share a workspace of cuBLAS.
+        The graphs never run at the same time, and share memory and outputs. They are captured
+        on a stream of their own, because graphs from one stream share a cuBLAS workspace.
         """
-        wanted = list(wanted)
+        descriptors = list(descriptors)
         try:
-            outputs = Outputs(self._model, wanted)
+            outputs = PassOutputs(self._model, descriptors)
         except RuntimeError as error:
             yield str(error)
             return
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        for bucket in wanted:
+        for descriptor in descriptors:
             try:
-                static = CapturedPass(self._model, bucket, outputs)
-                static.capture(stream, pool)
-            except RuntimeError as error:     # no memory; experts that are chosen on the host
+                captured = CapturedPass(self._model, descriptor, outputs)
+                captured.capture(stream, pool)
+            except RuntimeError as error:     # out of memory, or experts chosen on the host
                 torch.cuda.synchronize()
                 yield str(error)
                 continue
-            self._passes[bucket] = static
+            self._passes[descriptor] = captured
             yield ''

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Capture CUDA graphs of passes and of training layers, before anybody waits for an answer."""
+"""Capture CUDA graphs of passes and of training layers before the first request."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mace_ros.model.cuda_graph_runner import buckets
+from mace_ros.model.batch_descriptor import batch_descriptors
+from mace_ros.model.cuda_graph_runner import CudaGraphRunner
 from mace_ros.model.graphed_layers import GraphedLayers
 from mace_ros.model.packed_model import PackedModel
 
-# Tokens of a fine-tune step; a longer one runs eagerly.
+# Tokens of a fine-tune step for which layers are captured; a longer step runs eagerly.
 STEP_TOKENS = (64, 128, 256, 512)
-LEFT_FREE = 0.15    # of the device's memory, which others may share
+FREE_MEMORY_SHARE = 0.15    # of the device's memory that capturing leaves free for other users
 
 
 @dataclass
-class Captured:
-    """What is replayed from now on, and why the rest is not."""
+class CaptureReport:
+    """What was captured, and why the rest was not."""
 
     passes: int = 0
     steps: list[int] = field(default_factory=list)
@@ -35,37 +36,39 @@ class Captured:
 
 
 def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: int,
-            steps: bool = True, may_go_on: Callable[[], bool]) -> Captured:
+            steps: bool = True, may_continue: Callable[[], bool]) -> CaptureReport:
     """
-    Capture while ``may_go_on``; what is left out, or can't be captured, runs eagerly.
+    Capture graphs while ``may_continue()`` and enough device memory is free.
 
-    Without ``steps``, passes only: graphs of fine-tune layers hold what each layer keeps for
-    its backward. A part of the device's memory stays free. Call it when the adapters have
-    their slots: graphs replay on their addresses.
+    Shapes that are not captured run eagerly. Without ``steps``, only passes are captured:
+    graphs of training layers hold what each layer keeps for its backward. Call this after the
+    adapter slots were allocated, since graphs replay on their addresses.
     """
-    captured = Captured()
+    report = CaptureReport()
     for tokens in STEP_TOKENS if steps else ():
-        if not may_go_on() or not _has_room() or tokens > model.context_length:
+        if not may_continue() or not _has_free_memory() or tokens > model.context_length:
             break
         try:
             layers = GraphedLayers(model, tokens)
             layers.capture(model)
-        except RuntimeError as error:    # also when memory runs out
+        except RuntimeError as error:    # includes lack of memory
             torch.cuda.synchronize()
-            captured.failures.append(f'steps of {tokens} tokens: {error}')
+            report.failures.append(f'steps of {tokens} tokens: {error}')
             break
         model.graphed_layers.append(layers)
-        captured.steps.append(tokens)
-    for failure in model.static.capture(buckets(max_rows, max_tokens, max_context)):
+        report.steps.append(tokens)
+    runner = CudaGraphRunner(model)
+    for failure in runner.capture(batch_descriptors(max_rows, max_tokens, max_context)):
         if failure:
-            captured.failures.append(failure)
-        # A family that can't be captured fails for each bucket alike.
-        if not may_go_on() or not _has_room() or len(captured.failures) > 3:
+            report.failures.append(failure)
+        # A model family that can't be captured fails for every descriptor.
+        if not may_continue() or not _has_free_memory() or len(report.failures) > 3:
             break
-    captured.passes = len(model.static)
-    return captured
+    report.passes = len(runner)
+    model.graphs = runner if report.passes else None
+    return report
 
 
-def _has_room() -> bool:
+def _has_free_memory() -> bool:
     free, total = torch.cuda.mem_get_info()
-    return free > LEFT_FREE * total
+    return free > FREE_MEMORY_SHARE * total

@@ -1,118 +1,130 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Decoder layers for training rows of a fixed length, which device graphs can replay.
+Decoder layers for training passes of a fixed length, which CUDA graphs can replay.
 
-The layers are called on fixed addresses: the row, and what the model hands to each layer
-(such as rotary embeddings), are copied into what was there at the beginning. A shorter
-step is padded with a sequence of its own, which nobody else sees and nothing is learned
-from.
+The layers run on fixed addresses: the attention metadata, and the arguments that the model
+passes to each layer (such as rotary embeddings), are copied into the tensors of the first call.
+A shorter step is padded with a sequence of its own, to which no other sequence attends and
+which has no targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 import weakref
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mace_ros.model.attention import AttentionMetadata, whole_sequences
-from mace_ros.model.lora import MergedLinear
+from mace_ros.model.merged_linear import MergedLinear
 from mace_ros.model.model_shell import run_layer
-
-if TYPE_CHECKING:
-    from mace_ros.model.packed_model import PackedModel
-
-Layer = Callable[[Tensor], Tensor]
+from mace_ros.model.packed_model import PackedModel
 
 
 class GraphedLayers:
-    """All layers of a model for training rows of ``tokens`` tokens."""
+    """All decoder layers of a model for training passes of ``tokens`` tokens."""
 
     def __init__(self, model: PackedModel, tokens: int) -> None:
-        """Lay out the row and the layers' arguments; they are called eagerly at first."""
+        """Allocate the metadata and the layers' arguments; the layers run eagerly at first."""
         self.tokens = tokens
-        self.row = _masked((tokens,), model.device)
+        self.metadata = _masked((tokens,), model.device)
         ids = model.tensor([[0] * tokens])
-        with torch.no_grad(), model.training(self.row):
-            hidden, calls = model.skeleton.call_layers(ids, model.tensor([list(range(tokens))]))
-            # Once through all layers makes the masks that they ask for.
+        with torch.no_grad(), model.training(self.metadata):
+            hidden, calls = model.shell.call_layers(ids, model.tensor([list(range(tokens))]))
+            # One pass through all layers builds the masks that they need.
             for layer, call in zip(model.layers, calls, strict=True):
                 run_layer(layer, hidden, call)
         self._width = hidden.shape[-1]
         self._calls = _cloned(calls)
-        self._eager: list[Layer] = [
-            partial(_run, layer, call)
-            for layer, call in zip(model.layers, self._calls, strict=True)]
-        self._layers = self._eager
-        self._user: Callable[[], object] = lambda: None
+        self._layers = [_EagerLayer(layer, call)
+                        for layer, call in zip(model.layers, self._calls, strict=True)]
+        self._graphed: list[_GraphedLayer] = []
+        self._user: weakref.ref[object] | None = None
 
     def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]], *,
               shared: int = 0) -> None:
         """
-        Set sequences of these lengths, ``tokens`` in all, and what the model calls with.
+        Copy in sequences of these lengths, ``tokens`` in total, and the layers' arguments.
 
-        The first ``shared`` tokens are what all begin with. Does nothing while ``user`` stays
-        the same.
+        The first ``shared`` tokens are a prefix of all sequences. Does nothing if the last call
+        came from the same ``user``.
         """
-        if user is self._user():
+        if self._user is not None and self._user() is user:
             return
         self._user = weakref.ref(user)
-        assert self.row.query_sequence is not None
-        fresh = _masked(lengths, self.row.query_sequence.device, shared=shared)
-        for (kind, window), mask in self.row.masks.items():
+        assert self.metadata.query_sequence is not None
+        fresh = _masked(lengths, self.metadata.query_sequence.device, shared=shared)
+        for (kind, window), mask in self.metadata.masks.items():
             assert kind == 'block'
             mask.copy_(fresh.block_mask(window))
-        done = set()
+        copied = set()
         for old, new in zip(tree_leaves(self._calls), tree_leaves(list(calls)), strict=True):
-            if isinstance(old, Tensor) and id(old) not in done:
+            if isinstance(old, Tensor) and id(old) not in copied:
                 old.copy_(new)
-                done.add(id(old))
+                copied.add(id(old))
 
-    def run(self, index: int, x: Tensor, *, again: bool = False) -> Tensor:
+    def run(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:
         """
-        Return the output of a layer, ``[1, tokens, width]``, with a graph if ``x`` has one.
+        Return the output of a layer, ``[1, tokens, width]``.
 
-        ``again`` is a layer that is computed once more in its backward: eagerly, since the
-        graphs share memory that is laid out for all forwards before all backwards.
+        With ``recompute``, in a backward, the layer runs eagerly: the graphs share memory that
+        is valid only if all forwards precede all backwards.
         """
-        return (self._eager if again else self._layers)[index](x)
+        if self._graphed and not recompute:
+            return self._graphed[index](x)
+        return self._layers[index](x)
 
     def capture(self, model: PackedModel) -> None:
         """
-        Replay device graphs from now on, forward and backward.
+        Replay CUDA graphs from now on, forward and backward.
 
-        Raises RuntimeError if a layer can't be captured.
+        Raises ``RuntimeError`` if a layer can't be captured.
         """
         weights = [tuple(
-            p for group in layer.modules() if isinstance(group, MergedLinear)
-            for m in group.adapted for p in (m.a, m.b) if p is not None)
+            p for linear in layer.modules() if isinstance(linear, MergedLinear)
+            for s in linear.adapted for p in (s.a, s.b) if p is not None)
             for layer in model.layers]
         inputs = [torch.zeros(1, self.tokens, self._width, dtype=model.dtype,
                               device=model.device, requires_grad=True) for _ in model.layers]
-        with torch.enable_grad(), model.training(self.row):
+        with torch.enable_grad(), model.training(self.metadata):
             graphed = torch.cuda.make_graphed_callables(
-                # The gradients of weights are captured if they are arguments.
-                tuple(_taking_weights(run) for run in self._eager),
+                tuple(layer.with_weights for layer in self._layers),
                 tuple((x, *w) for x, w in zip(inputs, weights, strict=True)),
                 allow_unused_input=True)
-        self._layers = [_giving_weights(g, w) for g, w in zip(graphed, weights, strict=True)]
+        self._graphed = [_GraphedLayer(g, w) for g, w in zip(graphed, weights, strict=True)]
 
 
-def _taking_weights(run: Layer) -> Callable[..., Tensor]:
-    return lambda x, *weights: run(x)
+class _EagerLayer:
+    """A decoder layer with its arguments."""
+
+    def __init__(self, layer: nn.Module, call: dict[str, Any]) -> None:
+        self._layer, self._call = layer, call
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return run_layer(self._layer, x, self._call)
+
+    def with_weights(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """Run the layer; only the gradients of a function's arguments are captured."""
+        return self(x)
 
 
-def _giving_weights(graphed: Callable[..., Any], weights: tuple[Tensor, ...]) -> Layer:
-    return lambda x: graphed(x, *weights)
+class _GraphedLayer:
+    """A captured decoder layer with its trainable weights."""
+
+    def __init__(self, graphed: Any, weights: tuple[Tensor, ...]) -> None:
+        self._graphed, self._weights = graphed, weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._graphed(x, *self._weights)
+        return y
 
 
 def _cloned(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the same calls with tensors of their own; what layers share they go on sharing."""
+    """Return the same calls with cloned tensors; tensors that layers share stay shared."""
     clones: dict[int, Tensor] = {}
 
     def clone(x: Any) -> Any:
@@ -122,12 +134,8 @@ def _cloned(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _run(layer: torch.nn.Module, call: dict[str, Any], x: Tensor) -> Tensor:
-    return run_layer(layer, x, call)
-
-
 def _masked(lengths: Sequence[int], device: torch.device, *, shared: int = 0) -> AttentionMetadata:
-    """Return a row whose sequences are told apart by a mask alone."""
-    row = whole_sequences(lengths, device, shared=shared)
-    row.lengths = ()
-    return row
+    """Return metadata whose sequences are separated by a mask alone."""
+    metadata = whole_sequences(lengths, device, shared=shared)
+    metadata.lengths = ()
+    return metadata

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The device itself: what it is, and how it gets its memory back."""
+"""The device that runs the model: its identity and its memory."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from mace_ros.memory.budget import MB
 from mace_ros.model.heap import return_free_memory
 from mace_ros.telemetry.status import Hardware
 
-# Of the kernels that oneDNN makes for products on a CPU, one for each pair of shapes, so many are
-# kept. They take half a megabyte each and milliseconds to make; by default 1024 are kept, and
-# again by torch, which steps and passes of ever other sizes would fill: half a gigabyte.
-KERNELS_KEPT = 64
+# Kernels that oneDNN keeps per CPU product, one for each pair of shapes. A kernel takes half a
+# megabyte and milliseconds to build. oneDNN and torch keep 1024 each by default, which the
+# changing sizes of steps and passes would fill: half a gigabyte.
+CACHED_KERNELS = 64
 
 
 def limit_kernel_caches() -> None:
-    """Bound the memory of kernels, unless the environment says how; before the first product."""
+    """Bound the kernel caches, unless the environment does; call before the first product."""
     for name in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):
-        os.environ.setdefault(name, str(KERNELS_KEPT))
+        os.environ.setdefault(name, str(CACHED_KERNELS))
 
 
 def hardware(device: torch.device) -> Hardware:
-    """Return what telemetry needs to find the counters of a device."""
+    """Return the identity by which telemetry finds the counters of a device."""
     if device.type != 'cuda':
         return Hardware()
     properties = torch.cuda.get_device_properties(device)
-    uuid = getattr(properties, 'uuid', '')    # not with every build of torch
+    uuid = getattr(properties, 'uuid', '')    # missing in some builds of torch
     return Hardware('cuda', properties.name, f'GPU-{uuid}' if uuid else '')
 
 
 def free_memory(device: torch.device, counted_mb: float) -> float:
     """
-    Return the bytes of free memory, ``counted_mb`` by telemetry's counters; inf if unknown.
+    Return the free memory in bytes, or inf if unknown.
 
-    Where memory is unified they know better than CUDA, which takes the page cache for used.
+    ``counted_mb`` is the value of telemetry's counters in MB, or NaN. It has priority: with
+    unified memory, CUDA counts the page cache as used.
     """
     if not math.isnan(counted_mb):
         return counted_mb * MB
@@ -47,7 +48,7 @@ def free_memory(device: torch.device, counted_mb: float) -> float:
 
 
 def release_memory() -> None:
-    """Give back what an engine held that was closed and that nobody refers to any more."""
+    """Free the memory of a closed engine that is no longer referenced."""
     gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():

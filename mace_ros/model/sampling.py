@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Choose the next token of each row."""
+"""Sample the next token of each row of logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request's tokens are drawn; temperature 0 is greedy."""
+    """Sampling parameters of a request; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -24,8 +24,9 @@ def sample(logits: Tensor, rows: Sequence[tuple[Sampling, int]]) -> Tensor:
     """
     Return one token id for each row of ``logits`` (``[rows, vocabulary]``, fp32): ``[rows]``.
 
-    ``rows`` gives each row's sampling and how many tokens its answer has: a seed gives
-    the same answer again, whatever else shares the batch. Does not wait for the device.
+    ``rows`` holds each row's sampling parameters and the number of tokens that its response
+    has so far. A seed reproduces its response whatever else is in the batch. Does not wait for
+    the device.
     """
     chosen = logits.argmax(-1)
     for i, (sampling, position) in enumerate(rows):
@@ -35,11 +36,11 @@ def sample(logits: Tensor, rows: Sequence[tuple[Sampling, int]]) -> Tensor:
 
 
 def _draw(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
-    # From the best one down, so that no temperature is too small to divide by.
+    # Subtract the maximum first, so that a tiny temperature does not overflow.
     probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, -1)
     if sampling.top_p < 1.0:
         ordered, order = probabilities.sort(descending=True)
-        # Keep every token before which less than top_p is covered, and always the first.
+        # Keep each token that less than top_p precedes, and always the first.
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p
         outside[0] = False
         probabilities = torch.zeros_like(probabilities).scatter_(

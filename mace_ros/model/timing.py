@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""How long the device works at what it is given, whatever this thread does meanwhile."""
+"""Measure how long the device works, whatever the calling thread does meanwhile."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class DeviceTimer:
-    """Runs from its making to :meth:`stop`, on the device's own clock where it has one."""
+    """Measures from its creation to :meth:`stop`, by the device's own clock if it has one."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
-        """Begin; ``clock`` tells the seconds of a device that works in this thread."""
+        """Start; ``clock`` returns seconds, for a device that works in the calling thread."""
         self._clock = clock
         self._events = tuple(
             torch.cuda.Event(enable_timing=True) for _ in range(2 * (device.type == 'cuda')))
@@ -22,13 +22,13 @@ class DeviceTimer:
             self._events[0].record()
 
     def stop(self) -> None:
-        """End after what the device has been given so far; does not wait for it."""
+        """Stop after the work submitted so far; does not wait for it."""
         self._ended = self._clock()
         if self._events:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """Return the time; waits for its end."""
+        """Return the measured time in seconds; waits for the end of the work."""
         if not self._events:
             return self._ended - self._began
         first, last = self._events

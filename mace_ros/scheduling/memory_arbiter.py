@@ -28,15 +28,15 @@ class StepMemory(Protocol):
         """Whether the layers' autograd graphs are kept for the backward."""
 
     @property
-    def piece_tokens(self) -> int:
+    def chunk_tokens(self) -> int:
         """Tokens of a layer that are computed at once."""
 
     @property
     def blocks(self) -> Sequence[list[int]]:
         """KV block tables that it holds while its forward is piggybacked."""
 
-    def save_memory(self, piece_tokens: int) -> None:
-        """Keep no graphs, and compute ``piece_tokens`` tokens at once; only before it starts."""
+    def save_memory(self, chunk_tokens: int) -> None:
+        """Keep no graphs, and compute ``chunk_tokens`` tokens at once; only before it starts."""
 
     def restart(self) -> bool:
         """Discard what was computed, and piggyback no more; False if the step is almost done."""
@@ -83,7 +83,7 @@ class MemoryArbiter:
 
         A step that no longer fits is restarted.
         """
-        self.budget.total = max(total, self.budget.least)
+        self.budget.total = max(total, self.budget.minimum)
         self._limit_kv_cache()
         if self.budget.planned(self._kv_cache.pool.held_blocks) > self.budget.total:
             self._evict_step()
@@ -101,23 +101,23 @@ class MemoryArbiter:
                 overdue or not (self._yielded and self._kv_cache.state.has_requests)):
             grant = self.budget.grant(
                 step.lengths, held_blocks=self._claimed_blocks, keep_graphs=step.keep_graphs,
-                learns=step.learns, piece_tokens=step.piece_tokens, urgent=overdue)
+                learns=step.learns, chunk_tokens=step.chunk_tokens, urgent=overdue)
             if grant is not None:
                 if not grant.keep_graphs and (
-                        step.keep_graphs or grant.piece_tokens < step.piece_tokens):
-                    step.save_memory(grant.piece_tokens)
+                        step.keep_graphs or grant.chunk_tokens < step.chunk_tokens):
+                    step.save_memory(grant.chunk_tokens)
                 self._granted, self.budget.learning = step, grant.bytes
             elif overdue:
-                reserved = self.budget.footprint.least_step_bytes(
-                    step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
+                reserved = self.budget.footprint.min_step_bytes(
+                    step.lengths, learns=step.learns, chunk_tokens=step.chunk_tokens)
         self._limit_kv_cache(reserved)
         return self._granted is not None
 
     def shortage(self, step: StepMemory) -> str:
         """Return why a step cannot run even without any request; empty if it can."""
         budget = self.budget
-        needed = budget.fixed + budget.footprint.least_step_bytes(
-            step.lengths, learns=step.learns, piece_tokens=step.piece_tokens)
+        needed = budget.fixed + budget.footprint.min_step_bytes(
+            step.lengths, learns=step.learns, chunk_tokens=step.chunk_tokens)
         if step is self._granted or needed <= budget.total:
             return ''
         return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '

@@ -17,7 +17,7 @@ import math
 import random
 from typing import Protocol
 
-from mace_ros.memory.budget import LEAST_PIECE
+from mace_ros.memory.budget import MIN_CHUNK_TOKENS
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.simulation.arrival_trace import Arrival
 
@@ -40,19 +40,19 @@ class VirtualStep:
     def __init__(self, layers: int, tokens: int, *, learned: int | None = None,
                  oldest_correction_at: float = 0.0, may_piggyback: bool = True,
                  keep_graphs: bool = True, learns: bool = True, whole: int | None = None,
-                 piece_tokens: int | None = None) -> None:
+                 chunk_tokens: int | None = None) -> None:
         """
         Start with nothing computed.
 
         If a step accumulates gradients over several parts, the last part has the tokens of the
-        ``whole``, and the others have 0. A step of more than ``piece_tokens`` computes each
+        ``whole``, and the others have 0. A step of more than ``chunk_tokens`` computes each
         layer in chunks.
         """
         self.tokens = tokens
         self.oldest_correction_at = oldest_correction_at
         self.piggybacked_so_far = 0     # forward tokens
         self.done: list[Segment] = []
-        count = -(-tokens // (piece_tokens or tokens))
+        count = -(-tokens // (chunk_tokens or tokens))
         sizes = [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
         self._may_piggyback = may_piggyback and learns and count == 1
         heads, rest = divmod(tokens if learned is None else learned, HEAD_TOKENS)
@@ -288,7 +288,7 @@ class CorrectionLearning:
                     may_piggyback=self._recompute != 'never',
                     keep_graphs=self._recompute != 'always',
                     whole=sum(n for n, _ in parts) if k == len(parts) - 1 else 0,
-                    piece_tokens=max(most, LEAST_PIECE))
+                    chunk_tokens=max(most, MIN_CHUNK_TOKENS))
         yield from self._scores(oldest)
 
     def _scores(self, oldest: float) -> Iterator[VirtualStep]:

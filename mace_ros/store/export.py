@@ -172,11 +172,11 @@ def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = rang
         if name not in expected:
             raise ValueError(f'{name} is not a field of {kind.__name__}')
     states = VersionState if kind is VersionRecord else CorrectionState
-    checked: dict[str, Any] = {
+    converted: dict[str, Any] = {
         name: states[value] if name == 'state'
         else _field(name, str(expected[name].type), value, token_ids)
         for name, value in values.items()}
-    record = kind(**checked)
+    record = kind(**converted)
     _check(record)
     return record
 

@@ -16,12 +16,7 @@ from __future__ import annotations
 from mace_ros.api.events import VersionState
 from mace_ros.store.answers import AnswerTable
 from mace_ros.store.corrections import CorrectionTable
-from mace_ros.store.records import (
-    AnswerRecord as AnswerRecord,
-    CorrectionRecord as CorrectionRecord,
-    Messages as Messages,
-    VersionRecord as VersionRecord,
-)
+from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.versions import VersionTable
 
 

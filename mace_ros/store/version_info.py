@@ -7,7 +7,7 @@ from __future__ import annotations
 from peft import LoraConfig
 
 from mace_ros.api.events import AdapterVersion, VersionState
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.records import VersionRecord
 

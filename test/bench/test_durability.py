@@ -11,12 +11,14 @@ from support.graph import ENVIRONMENT
 from support.records import correction
 import torch
 
-from bench.durability import checks, run
-from bench.wreck import examine, lost, older
+from bench.durability.checks import checks
+from bench.durability.kills import kill_repeatedly
+from bench.durability.storage import inspect_storage, lost_corrections, outdated_profiles
 from mace_ros.api.events import CorrectionState
 from mace_ros.store.adapter_store import AdapterStore, WEIGHTS
-from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL
+from mace_ros.store.records import VersionRecord
 
 
 @pytest.mark.timeout(900)
@@ -26,8 +28,8 @@ def test_a_killed_node_has_lost_nothing(
     """Three kills; `python -m bench.durability` has fifty."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    samples = run(tmp_path, str(model_folder),
-                  ('saving', 'recording', 'publishing'), seed=1)
+    samples = kill_repeatedly(
+        tmp_path, str(model_folder), ('saving', 'recording', 'publishing'), seed=1)
     assert len(samples['kills']) == 3
     assert samples['kills'][-1]['acknowledged'] > 0 and samples['kills'][-1]['live']
     promised = [c for c in checks(samples) if c.target == '<= 0']
@@ -50,15 +52,17 @@ def test_what_a_kill_must_not_do_would_be_seen(tmp_path: Path) -> None:
             journal.set_correction(name, CorrectionState.LEARNED, adapter_version=version)
     sha256 = saved.sha256
     (tmp_path / 'adapters/_robot/.tmp-v000003').mkdir()
-    wreck = examine(tmp_path)
-    assert wreck.live == {'': (2, sha256)} and not wreck.damaged
-    assert wreck.leftovers == ['adapters/_robot/.tmp-v000003']
-    assert [path.split('/')[-1] for path in wreck.saved] == ['v000001']
+    snapshot = inspect_storage(tmp_path)
+    assert snapshot.live == {'': (2, sha256)} and not snapshot.damaged
+    assert snapshot.leftovers == ['adapters/_robot/.tmp-v000003']
+    assert [path.split('/')[-1] for path in snapshot.unrecorded] == ['v000001']
     assert (tmp_path / 'adapters/_robot/.tmp-v000003').exists()      # nothing was repaired
-    assert lost(wreck, {'k1', 'k2', 'held', 'not held'}) == ['k2', 'not held']
-    assert not older(wreck, {'': (2, sha256)}) and not older(wreck, {'': (1, 'another')})
-    assert older(wreck, {'': (3, 'new')}) and older(wreck, {'': (2, 'another')})
-    assert older(wreck, {'ann': (1, sha256)})
+    assert lost_corrections(snapshot, {'k1', 'k2', 'held', 'not held'}) == ['k2', 'not held']
+    for announced in ((2, sha256), (1, 'another')):
+        assert not outdated_profiles(snapshot, {'': announced})
+    for announced in ((3, 'new'), (2, 'another')):
+        assert outdated_profiles(snapshot, {'': announced})
+    assert outdated_profiles(snapshot, {'ann': (1, sha256)})
     for path in tmp_path.glob(f'adapters/*/v000001/{WEIGHTS}'):
         path.write_bytes(path.read_bytes()[:-1])
-    assert len(examine(tmp_path).damaged) == 2
+    assert len(inspect_storage(tmp_path).damaged) == 2

@@ -35,8 +35,9 @@ from mace_ros.scheduling.plan import Plan, State
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.waiting_queue import WaitingQueue
 from mace_ros.store.adapter_store import AdapterStore, OtherModel
-from mace_ros.store.journal import Journal, VersionRecord
+from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL
+from mace_ros.store.records import VersionRecord
 from mace_ros.store.version_info import OtherAdapter, peft_config
 
 

@@ -27,8 +27,8 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import InvalidSetting, Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.finetune.footprint import measure_footprint
-from mace_ros.memory.budget import LEAST_PIECE
-from mace_ros.model.heap import AFTER_LEARNING_S, HeapTrimmer, LOOK_S, NEAR
+from mace_ros.memory.budget import MIN_CHUNK_TOKENS
+from mace_ros.model.heap import AFTER_LEARNING_S, CHECK_S, HeapTrimmer, NEAR
 
 PROMPT = 'Tell me about number {}, and what it is good for.'
 
@@ -343,28 +343,28 @@ def test_free_memory_goes_back_near_the_budget(
     returned.clear()
     times = iter(range(10 ** 6))
 
-    def tended(budget: float, seconds: float = 2 * LOOK_S) -> int:
+    def tended(budget: float, seconds: float = 2 * CHECK_S) -> int:
         before = len(returned)
         now = next(times) * 60.0
-        heap.tend(now, budget)
-        heap.tend(now + LOOK_S / 2, budget)      # too soon to look again
-        heap.tend(now + seconds, budget)
+        heap.trim(now, budget)
+        heap.trim(now + CHECK_S / 2, budget)      # too soon to look again
+        heap.trim(now + seconds, budget)
         return len(returned) - before
 
     assert tended(301.0 / NEAR) == 0
     assert tended(299.0 / NEAR) == 2
     private[0] = math.nan
     assert tended(0.0) == 0
-    heap.left_gaps(next(times) * 60.0 - 59.0)
+    heap.step_ended(next(times) * 60.0 - 59.0)
     assert tended(0.0) == 1
     assert AFTER_LEARNING_S < 59.0
 
     now = next(times) * 60.0
-    heap.left_gaps(now)
-    heap.tend(now, math.inf)
+    heap.step_ended(now)
+    heap.trim(now, math.inf)
     assert len(returned) == 3
-    heap.tend(now, math.inf, idle=True)     # no request is waiting
-    heap.tend(now, math.inf, idle=True)
+    heap.trim(now, math.inf, idle=True)     # no request is waiting
+    heap.trim(now, math.inf, idle=True)
     assert len(returned) == 4
 
     def slow() -> None:
@@ -381,7 +381,7 @@ def test_the_engine_gives_memory_back_near_its_budget(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     returned = []
     with robot_with(settings, tmp_path) as one:
-        monkeypatch.setattr('mace_ros.model.heap.LOOK_S', 0.0)
+        monkeypatch.setattr('mace_ros.model.heap.CHECK_S', 0.0)
         monkeypatch.setattr(
             'mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
         one.ask('Who are you?')
@@ -398,7 +398,7 @@ def test_what_there_is_no_memory_to_learn_fails_by_name(
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
         footprint = measure_footprint(engine.model, engine.lora)
-        room = sum(footprint.step_bytes([n], keep_graphs=False, piece_tokens=LEAST_PIECE)
+        room = sum(footprint.step_bytes([n], keep_graphs=False, chunk_tokens=MIN_CHUNK_TOKENS)
                    for n in (100, 300)) / 2e6
         long, short = one.ask('word ' * 300, max_tokens=1), one.ask('Who are you?')
         engine.update(engine.settings.updated(
@@ -417,7 +417,7 @@ def test_what_does_not_fit_whole_is_learned_in_pieces(
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(large_head.updated(values), tmp_path) as one:
         engine = one.engine
-        room = measure_footprint(engine.model, engine.lora).most_step_bytes(150) / 1e6
+        room = measure_footprint(engine.model, engine.lora).max_step_bytes(150) / 1e6
         long = one.ask('word ' * 300, max_tokens=1)
         engine.update(engine.settings.updated(
             {'memory.budget_mb': engine.status().planned_mb + room}))
@@ -432,7 +432,7 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
         wrong = one.ask('Who are you?')
-        room = measure_footprint(engine.model, engine.lora).most_step_bytes(150) / 1e6
+        room = measure_footprint(engine.model, engine.lora).max_step_bytes(150) / 1e6
         engine.update(engine.settings.updated(
             {'memory.budget_mb': engine.status().planned_mb + room}))
         engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
@@ -456,7 +456,7 @@ def test_overdue_learning_gets_its_memory_however_many_ask(
         engine, memory = one.engine, one.engine.parts.memory
         first, wrong = one.ask('Who made you?'), one.ask('Who are you?')
         one.correct(Correction('My maker.', id='first', query_id=first.query_id))
-        room = memory.budget.footprint.least_step_bytes([100]) + 1e6
+        room = memory.budget.footprint.min_step_bytes([100]) + 1e6
         engine.update(engine.settings.updated(
             {'memory.budget_mb': (memory.budget.fixed + room) / 1e6}))
         numbers = count()

@@ -33,11 +33,14 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine import builder, model_runner
 from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
+from mace_ros.finetune import step as step_module
+from mace_ros.finetune.loss import HeadLoss
 from mace_ros.finetune.null_space import InputSubspace
-from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.model import loading
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.plan import Plan, State
 from mace_ros.store.adapter_store import AdapterStore
@@ -53,24 +56,25 @@ SERVING = {
 LEARNING = {
     'reading the live version': (LoRAManager, 'reset'),
     'optimizer state': (Trainer, '__init__'),
-    'the main directions': (InputSubspace, 'watch'),
-    'what is spared': (LoRAManager, 'spare'),
+    'the main directions': (InputSubspace, 'observe'),
+    'what is spared': (LoRAManager, 'protect'),
     'keeping clear of it': (LoRAManager, 'project_update'),
     'a step': (FinetuneStep, '__init__'),
-    'rows that ride': (FinetuneStep, 'rows'),
-    'a forward': (FinetuneStep, '_forward_layer'),
-    'the head': (FinetuneStep, '_head'),
-    'a backward': (FinetuneStep, '_backward_layer'),
+    'rows that ride': (FinetuneStep, 'piggyback_spans'),
+    'a forward': (step_module, 'run_layer'),
+    'the head': (HeadLoss, 'run_chunk'),
+    'a backward': (Trainer, 'zero_grad'),
     'the update': (Trainer, 'update'),
     'exporting the adapter': (LoRAManager, 'export'),
     'saving the adapter': (AdapterStore, 'save'),
     'publishing it in the journal': (Journal, 'publish'),
     'an adapter slot': (LoRAManager, 'write_slot'),
 }
+# What only the first job of a process does.
 FIRST_JOB = ('the main directions', 'what is spared')
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
-    'the KV cache': (PackedModel, '__init__'),
+    'the KV cache': (PackedModel, 'allocate_kv_cache'),
     'adapter slots': (LoRAManager, '__init__'),
     'measuring the device': (builder, 'measure'),
 }
@@ -256,12 +260,23 @@ def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine.scheduler, 'plan', riding)
 
 
-@pytest.mark.parametrize('where', LEARNING)
+@pytest.mark.parametrize('where', [where for where in LEARNING if where not in FIRST_JOB])
 def test_learning_breaks_off_alone_and_is_tried_again(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:
-    # An engine finds the directions to protect in its first job.
-    robot = request.getfixturevalue('fresh_robot' if where in FIRST_JOB else 'robot')
+    break_off(robot, monkeypatch, where)
+
+
+@pytest.mark.parametrize('where', FIRST_JOB)
+def test_the_first_job_breaks_off_alone_and_is_tried_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str,
+) -> None:
+    robot = Robot(build_engine(settings, storage=tmp_path))
+    break_off(robot, monkeypatch, where)
+    robot.engine.close()
+
+
+def break_off(robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     lesson = Lesson(robot)
     with monkeypatch.context() as patch:
         if where == 'rows that ride':

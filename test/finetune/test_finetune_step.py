@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A fine-tune step that is cut into pieces computes what PEFT and autograd compute at once."""
+"""The gradients of a suspendable fine-tune step are those of PEFT and autograd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from support.families import (
     with_reference,
 )
 from support.finetuning import (
-    alike,
     alone,
     as_peft,
     assert_same,
@@ -27,19 +26,21 @@ from support.finetuning import (
     DRIVES,
     gradients_of,
     loss_of,
-    ride_among_requests,
+    piggyback_on_requests,
     run_until_optimizer,
     samples,
+    samples_with_shared_prefix,
     TOLERANCE,
 )
 import torch
 from torch import Tensor
 
-from mace_ros.finetune import step as finetune_step
+from mace_ros.finetune import loss, step as step_module
 from mace_ros.finetune.sample import packed_tokens, Preference, Sample, shared_tokens
-from mace_ros.finetune.step import AccumulationWindow, FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import AccumulationWindow, Trainer
 from mace_ros.model.graphed_layers import GraphedLayers
-from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import SegmentKind
 
@@ -47,30 +48,30 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
-                    targets: str = 'all-linear', static: Sequence[int] = (),
-                    batch: Sequence[Sample] = (), piece_tokens: int | None = None) -> None:
+                    targets: str = 'all-linear', graphed: Sequence[int] = (),
+                    batch: Sequence[Sample] = (), chunk_tokens: int | None = None) -> None:
     batch = batch or samples()
-    model, bank, reference = with_reference(tiny_model(family), targets=targets)
-    model.graphed_layers += [GraphedLayers(model, tokens) for tokens in static]
+    model, lora, reference = with_reference(tiny_model(family), targets=targets)
+    model.graphed_layers += [GraphedLayers(model, tokens) for tokens in graphed]
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
-        random_adapter(bank, slot)
-        bank.write_slot(slot)
-    tensors = random_adapter(bank, 0)
-    step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=10, keep_graphs=keep_graphs,
-                        piece_tokens=piece_tokens)
+        random_adapter(lora, slot)
+        lora.write_slot(slot)
+    tensors = random_adapter(lora, 0)
+    step = FinetuneStep(model, Trainer(lora, 1e-3), batch, head_tokens=10, keep_graphs=keep_graphs,
+                        chunk_tokens=chunk_tokens)
     assert step.tokens == packed_tokens(batch)
-    if piece_tokens is not None:
+    if chunk_tokens is not None:
         layers = [s.tokens for s in step.segments()
                   if s.kind not in (SegmentKind.HEAD, SegmentKind.OPTIMIZER)]
-        assert max(layers) <= piece_tokens
+        assert max(layers) <= chunk_tokens
         assert sum(layers) == 2 * len(model.layers) * step.tokens
 
     drive(step)
     run_until_optimizer(step)
 
-    peft = as_peft(reference, bank, tensors)
+    peft = as_peft(reference, lora, tensors)
     loss_of(peft, batch).backward()
-    assert_same(gradients_of(bank), gradients(peft))
+    assert_same(gradients_of(lora), gradients(peft))
 
 
 # -- gradients ---------------------------------------------------------------------------
@@ -78,56 +79,56 @@ def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
 
 @pytest.mark.parametrize('way', DRIVES)
 @pytest.mark.parametrize('family', ['llama', 'gemma3', 'gpt-oss', 'opt'])
-def test_gradients_of_sequences_behind_one_mask(
+def test_sequences_behind_one_mask_have_the_gradients_of_peft(
         family: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 a CPU has few tokens attend so."""
-    monkeypatch.setattr(finetune_step, 'are_few', lambda *_: True)
+    """On a CPU in bfloat16, short batches attend behind one mask."""
+    monkeypatch.setattr(step_module, 'prefers_one_mask', lambda *_: True)
     drive, keep_graphs = DRIVES[way]
 
     def behind_one_mask(step: FinetuneStep) -> None:
-        assert not step._row.is_plain(None)
+        assert not step.metadata.attends_without_mask(None)
         drive(step)
 
-    for batch in (samples(), alike()):
+    for batch in (samples(), samples_with_shared_prefix()):
         check_gradients(family, behind_one_mask, keep_graphs=keep_graphs, batch=batch,
                         targets=TARGETS.get(family, 'all-linear'))
 
 
 @pytest.mark.parametrize('way', DRIVES)
-def test_gradients_are_those_of_peft(way: str) -> None:
+def test_each_way_to_run_the_forward_gives_the_gradients_of_peft(way: str) -> None:
     drive, keep_graphs = DRIVES[way]
     check_gradients('llama', drive, keep_graphs=keep_graphs)
 
 
-@pytest.mark.parametrize('way', ['alone, graphs kept', 'ridden among requests'])
+@pytest.mark.parametrize('way', ['alone, graphs kept', 'piggybacked on requests'])
 @pytest.mark.parametrize('tokens', [112, 150])
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'phi3', 'opt'])
-def test_gradients_of_layers_at_fixed_addresses(family: str, tokens: int, way: str) -> None:
-    check_gradients(family, DRIVES[way][0], static=[16, tokens])
+def test_layers_at_fixed_addresses_have_the_gradients_of_peft(
+        family: str, tokens: int, way: str) -> None:
+    check_gradients(family, DRIVES[way][0], graphed=[16, tokens])
 
 
-@pytest.mark.parametrize('way', ['alone, graphs kept', 'ridden among requests'])
+@pytest.mark.parametrize('way', ['alone, graphs kept', 'piggybacked on requests'])
 @pytest.mark.parametrize('family', [
     'gemma2', 'gemma3', 'mistral', 'phi3', 'phi3-longrope', 'olmo', 'olmo2', 'granite', 'cohere2',
     'gpt-neox', 'starcoder2', 'glm', 'qwen3-moe', 'gpt-oss', 'deepseek-v2', 'opt'])
-def test_gradients_are_those_of_peft_in_each_family(family: str, way: str) -> None:
+def test_each_model_family_has_the_gradients_of_peft(family: str, way: str) -> None:
     check_gradients(family, DRIVES[way][0], targets=TARGETS.get(family, 'all-linear'))
 
 
 @pytest.mark.parametrize('way', DRIVES)
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'gpt-oss', 'opt'])
-def test_gradients_of_prompts_that_begin_alike(family: str, way: str) -> None:
-    """What they have in common is computed once, and learned from as often as it is there."""
-    batch = alike()
+def test_a_shared_prefix_computed_once_gives_the_gradients_of_peft(family: str, way: str) -> None:
+    batch = samples_with_shared_prefix()
     assert packed_tokens(batch) == sum(len(s.tokens) for s in batch) - 4 * 19
     drive, keep_graphs = DRIVES[way]
     check_gradients(family, drive, keep_graphs=keep_graphs, batch=batch,
                     targets=TARGETS.get(family, 'all-linear'))
 
 
-@pytest.mark.parametrize('way', ['alone, graphs kept', 'ridden among requests'])
-def test_gradients_of_prompts_that_begin_alike_at_fixed_addresses(way: str) -> None:
-    check_gradients('gemma2', DRIVES[way][0], static=[110], batch=alike())
+@pytest.mark.parametrize('way', ['alone, graphs kept', 'piggybacked on requests'])
+def test_a_shared_prefix_at_fixed_addresses_gives_the_gradients_of_peft(way: str) -> None:
+    check_gradients('gemma2', DRIVES[way][0], graphed=[110], batch=samples_with_shared_prefix())
 
 
 FAMILIES = (
@@ -137,35 +138,35 @@ ONE = tuple(samples(lengths=(90,)))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('batch', [ONE, tuple(samples()), tuple(alike())],
-                         ids=['one', 'several', 'alike'])
-def test_gradients_of_layers_in_chunks(family: str, batch: Sequence[Sample]) -> None:
-    check_gradients(family, alone, batch=batch, piece_tokens=33, static=[150],
+@pytest.mark.parametrize('batch', [ONE, tuple(samples()), tuple(samples_with_shared_prefix())],
+                         ids=['one', 'several', 'shared prefix'])
+def test_chunked_layers_have_the_gradients_of_peft(family: str, batch: Sequence[Sample]) -> None:
+    check_gradients(family, alone, batch=batch, chunk_tokens=33, graphed=[150],
                     targets=TARGETS.get(family, 'all-linear'))
 
 
-@pytest.mark.parametrize('piece_tokens', [1, 7, 45, 89])
-def test_gradients_of_one_long_sample_in_chunks_of_any_size(piece_tokens: int) -> None:
-    check_gradients('llama', alone, batch=ONE, piece_tokens=piece_tokens)
+@pytest.mark.parametrize('chunk_tokens', [1, 7, 45, 89])
+def test_a_long_sample_has_the_same_gradients_in_chunks_of_any_size(chunk_tokens: int) -> None:
+    check_gradients('llama', alone, batch=ONE, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize('after', [1, 3, 5, 11, 16, 18])
-def test_a_step_in_chunks_begins_anew_wherever_it_was(after: int) -> None:
+def test_a_chunked_step_can_restart_after_any_segment(after: int) -> None:
     def interrupted(step: FinetuneStep) -> None:
         for _ in range(after):
             step.run_segment()
         assert step.restart()
 
-    check_gradients('llama', interrupted, batch=ONE, piece_tokens=33)
+    check_gradients('llama', interrupted, batch=ONE, chunk_tokens=33)
 
 
-def test_what_is_scored_in_chunks_has_the_same_scores() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
-    random_adapter(bank, 0)
+def test_chunked_scoring_gives_the_same_scores() -> None:
+    model, lora, _ = with_reference(tiny_model('llama'))
+    random_adapter(lora, 0)
     found = []
-    for piece_tokens in (None, 20):
-        step = FinetuneStep(model, Trainer(bank, 1e-3), samples(), learns=False,
-                            piece_tokens=piece_tokens)
+    for chunk_tokens in (None, 20):
+        step = FinetuneStep(model, Trainer(lora, 1e-3), samples(), learns=False,
+                            chunk_tokens=chunk_tokens)
         while not step.done:
             step.run_segment()
         found.append(step.scores())
@@ -174,7 +175,7 @@ def test_what_is_scored_in_chunks_has_the_same_scores() -> None:
         assert (chunked.tokens, chunked.exact) == (whole.tokens, whole.exact)
 
 
-def test_what_begins_alike_is_known_by_its_prompts_alone() -> None:
+def test_shared_tokens_are_the_common_prefix_of_prompts() -> None:
     one, two = (1,) * 20 + (2, 3), (1,) * 20 + (2, 4)
     late, early = (0.0,) * 20 + (1.0, 1.0), (0.0,) * 12 + (1.0,) * 10
     assert shared_tokens([Sample(one, late), Sample(two, late)]) == 20
@@ -182,27 +183,27 @@ def test_what_begins_alike_is_known_by_its_prompts_alone() -> None:
     assert shared_tokens([Sample(one, late), Sample(one, late)]) == 20
     assert shared_tokens([Sample(one, late)]) == 0
     assert shared_tokens([Sample(one, late), Sample((5, *two[1:]), late)]) == 0
-    nothing = Sample((1,) * 9, (0.0,) * 9)      # one token of each is computed
+    nothing = Sample((1,) * 9, (0.0,) * 9)      # at least one token of each is not shared
     assert shared_tokens([nothing, Sample(one, late)]) == 8
 
 
-@pytest.mark.parametrize('way', ['alone, recomputed', 'ridden by 7'])
+@pytest.mark.parametrize('way', ['alone, recomputed', 'piggybacked by 7'])
 @pytest.mark.parametrize('imitation', [0.0, 0.5])
-def test_gradients_of_preferences(way: str, imitation: float) -> None:
-    """Two couples of sequences, of which the first is preferred, beside one that is learned."""
+def test_preferences_have_the_gradients_of_dpo(way: str, imitation: float) -> None:
+    """Two pairs of sequences, whose first is preferred, beside one that is learned."""
     drive, keep_graphs = DRIVES[way]
-    model, bank, reference = with_reference(tiny_model('llama'))
-    tensors = random_adapter(bank, 0)
+    model, lora, reference = with_reference(tiny_model('llama'))
+    tensors = random_adapter(lora, 0)
     batch = [Sample(s.tokens, tuple(float(w > 0.0) for w in s.weights))
              for s in samples(3, [20, 30, 9, 12, 25])]
     pairs = [Preference(0, 1, reference=-3.0, beta=0.3), Preference(4, 2, reference=1.0, beta=0.3)]
-    step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=7, keep_graphs=keep_graphs,
+    step = FinetuneStep(model, Trainer(lora, 1e-3), batch, head_tokens=7, keep_graphs=keep_graphs,
                         preferences=pairs, imitation=imitation)
 
     drive(step)
     run_until_optimizer(step)
 
-    peft = as_peft(reference, bank, tensors)
+    peft = as_peft(reference, lora, tensors)
 
     def log_p(sample: Sample) -> Tensor:
         logits = peft(input_ids=torch.tensor([sample.tokens])).logits[0]
@@ -217,24 +218,24 @@ def test_gradients_of_preferences(way: str, imitation: float) -> None:
     learned = (sum(-weight * values[i] for i, weight in imitated)
                / sum(weight * sum(batch[i].weights[1:]) for i, weight in imitated))
     (preferred + learned).backward()
-    assert_same(gradients_of(bank), gradients(peft))
+    assert_same(gradients_of(lora), gradients(peft))
     assert [s.log_probability * s.tokens for s in step.scores()] == pytest.approx(
         [float(v.detach()) for v in values], rel=1e-4)
 
 
-def test_gradients_of_samples_with_a_teacher() -> None:
-    model, bank, reference = with_reference(tiny_model('llama'))
-    random_adapter(bank, 0)
-    teacher = FinetuneStep(model, Trainer(bank, 1e-3), samples(1), learns=False)
+def test_soft_targets_have_the_gradients_of_distillation() -> None:
+    model, lora, reference = with_reference(tiny_model('llama'))
+    random_adapter(lora, 0)
+    teacher = FinetuneStep(model, Trainer(lora, 1e-3), samples(1), learns=False)
     while not teacher.done:
         teacher.run_segment()
-    tensors = random_adapter(bank, 1)
+    tensors = random_adapter(lora, 1)
     hard, soft = samples(2, [20, 9]), teacher.soft_targets()
-    step = FinetuneStep(model, Trainer(bank, 1e-3), [hard[0], *soft, hard[1]], head_tokens=10)
+    step = FinetuneStep(model, Trainer(lora, 1e-3), [hard[0], *soft, hard[1]], head_tokens=10)
 
     run_until_optimizer(step)
 
-    peft = as_peft(reference, bank, tensors)
+    peft = as_peft(reference, lora, tensors)
     loss = torch.zeros(())
     for sample in step.samples:
         logits = peft(input_ids=torch.tensor([sample.tokens])).logits[0]
@@ -248,18 +249,18 @@ def test_gradients_of_samples_with_a_teacher() -> None:
                      * sample.soft_targets.probabilities).sum(1)
         loss = loss + (each * weights[rows]).sum()
     (loss / sum(sum(s.weights[1:]) for s in step.samples)).backward()
-    assert_same(gradients_of(bank), gradients(peft))
+    assert_same(gradients_of(lora), gradients(peft))
 
 
-def test_a_version_learns_nothing_from_itself() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
-    random_adapter(bank, 0)
-    trainer = Trainer(bank, 1e-3)
+def test_a_version_distilled_from_itself_has_no_gradient() -> None:
+    model, lora, _ = with_reference(tiny_model('llama'))
+    random_adapter(lora, 0)
+    trainer = Trainer(lora, 1e-3)
     teacher = FinetuneStep(model, trainer, samples(), learns=False)
     while not teacher.done:
         teacher.run_segment()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_step, 'SOFT_TARGET_TOKENS', VOCABULARY)     # nothing is left out
+        patch.setattr(loss, 'SOFT_TARGET_TOKENS', VOCABULARY)
         whole = FinetuneStep(model, trainer, samples(), learns=False)
         while not whole.done:
             whole.run_segment()
@@ -267,21 +268,21 @@ def test_a_version_learns_nothing_from_itself() -> None:
     for batch in (whole.soft_targets(), teacher.soft_targets(), samples()):
         step = FinetuneStep(model, trainer, batch)
         run_until_optimizer(step)
-        norms.append(float(torch.stack([g.norm() for g in gradients_of(bank).values()]).norm()))
+        norms.append(float(torch.stack([g.norm() for g in gradients_of(lora).values()]).norm()))
     assert norms[0] < 1e-4 * norms[2]
     assert norms[1] < norms[2]
 
 
 @pytest.mark.parametrize('targets', ['v_proj', 'k_proj,o_proj,down_proj', 'q_proj, up_proj'])
-def test_gradients_of_some_layers_only(targets: str) -> None:
-    check_gradients('llama', ride_among_requests, targets=targets)
+def test_adapters_of_some_layers_have_the_gradients_of_peft(targets: str) -> None:
+    check_gradients('llama', piggyback_on_requests, targets=targets)
 
 
-def test_other_passes_between_the_segments_change_nothing() -> None:
-    model, bank, reference = with_reference(tiny_model('gemma2'))
-    tensors = random_adapter(bank, 0)
+def test_passes_between_segments_change_neither_gradients_nor_logits() -> None:
+    model, lora, reference = with_reference(tiny_model('gemma2'))
+    tensors = random_adapter(lora, 0)
     batch = samples()
-    step = FinetuneStep(model, Trainer(bank, 1e-3), batch, head_tokens=7)
+    step = FinetuneStep(model, Trainer(lora, 1e-3), batch, head_tokens=7)
     ids = list(samples(5, (30,))[0].tokens)
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids])).logits[0, [9, 29]]
@@ -293,73 +294,73 @@ def test_other_passes_between_the_segments_change_nothing() -> None:
         second = model.run([Span(ids[10:], 10, [4, 1], BASE_SLOT, True)])
         assert relative_error(torch.cat([first, second]), expected) < TOLERANCE
 
-    peft = as_peft(reference, bank, tensors)
+    peft = as_peft(reference, lora, tensors)
     loss_of(peft, batch).backward()
-    assert_same(gradients_of(bank), gradients(peft))
+    assert_same(gradients_of(lora), gradients(peft))
 
 
-def test_a_step_given_up_halfway_leaves_nothing_behind() -> None:
-    model, bank, reference = with_reference(tiny_model('llama'))
-    tensors = random_adapter(bank, 0)
-    trainer = Trainer(bank, 1e-3)
+def test_an_abandoned_step_leaves_no_gradients() -> None:
+    model, lora, reference = with_reference(tiny_model('llama'))
+    tensors = random_adapter(lora, 0)
+    trainer = Trainer(lora, 1e-3)
     run_until_optimizer(FinetuneStep(model, trainer, samples(1)))
     step = FinetuneStep(model, trainer, samples(2))
 
     run_until_optimizer(step)
 
-    peft = as_peft(reference, bank, tensors)
+    peft = as_peft(reference, lora, tensors)
     loss_of(peft, samples(2)).backward()
-    assert_same(gradients_of(bank), gradients(peft))
+    assert_same(gradients_of(lora), gradients(peft))
 
 
-@pytest.mark.parametrize('static', [(), (64,)], ids=['eager', 'at fixed addresses'])
-def test_the_gradients_of_all_parts_are_those_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, static: Sequence[int],
+@pytest.mark.parametrize('graphed', [(), (64,)], ids=['eager', 'at fixed addresses'])
+def test_accumulated_gradients_of_parts_are_those_of_the_whole_step(
+    monkeypatch: pytest.MonkeyPatch, graphed: Sequence[int],
 ) -> None:
-    model, bank, reference = with_reference(tiny_model('llama'))
-    model.graphed_layers += [GraphedLayers(model, tokens) for tokens in static]
-    tensors = random_adapter(bank, 0)
-    trainer, batch = Trainer(bank, 1e-3), samples()
-    whole = AccumulationWindow(weight=math.fsum(w for s in batch for w in s.weights[1:]),
-                  tokens=sum(len(s.tokens) for s in batch))
+    model, lora, reference = with_reference(tiny_model('llama'))
+    model.graphed_layers += [GraphedLayers(model, tokens) for tokens in graphed]
+    tensors = random_adapter(lora, 0)
+    trainer, batch = Trainer(lora, 1e-3), samples()
+    window = AccumulationWindow(weight=math.fsum(w for s in batch for w in s.weights[1:]),
+                                tokens=sum(len(s.tokens) for s in batch))
 
     def part(k: int) -> FinetuneStep:
-        return FinetuneStep(model, trainer, [batch[k]], keep_graphs=k != 1, whole=replace(
-            whole, begins=k == 0, ends=k == len(batch) - 1))
+        return FinetuneStep(model, trainer, [batch[k]], keep_graphs=k != 1, window=replace(
+            window, begins=k == 0, ends=k == len(batch) - 1))
 
     def run(step: FinetuneStep) -> None:
         while not step.done:
             step.run_segment()
 
-    run(part(0))         # of a step that was given up
+    run(part(0))         # of an abandoned step
     parts = [part(k) for k in range(len(batch))]
     update, gathered = torch.optim.AdamW.step, {}
     monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self: (
-        gathered.update(gradients_of(bank)), update(self)))
+        gathered.update(gradients_of(lora)), update(self)))
     for k, step in enumerate(parts):
-        if k == 1:       # requests need its memory: it begins anew
+        if k == 1:       # requests need its memory
             for _ in range(len(list(step.segments())) - 1):
                 step.run_segment()
             assert step.restart()
         run(step)
 
-    peft = as_peft(reference, bank, tensors)
+    peft = as_peft(reference, lora, tensors)
     loss_of(peft, batch).backward()
     assert_same(gathered, gradients(peft))
 
 
-def test_bfloat16_weights_with_float32_masters() -> None:
-    model, bank, reference = with_reference(tiny_model('gemma2').to(torch.bfloat16))
-    tensors = random_adapter(bank, 0)
-    assert all(p.dtype == torch.float32 for p in bank.parameters())
-    step = FinetuneStep(model, Trainer(bank, 1e-3), samples())
+def test_bfloat16_weights_train_float32_master_weights() -> None:
+    model, lora, reference = with_reference(tiny_model('gemma2').to(torch.bfloat16))
+    tensors = random_adapter(lora, 0)
+    assert all(p.dtype == torch.float32 for p in lora.parameters())
+    step = FinetuneStep(model, Trainer(lora, 1e-3), samples())
 
-    ride_among_requests(step)
+    piggyback_on_requests(step)
     run_until_optimizer(step)
 
-    peft = as_peft(reference.float(), bank, tensors)
+    peft = as_peft(reference.float(), lora, tensors)
     loss_of(peft, samples()).backward()
-    ours, theirs = gradients_of(bank), gradients(peft)
+    ours, theirs = gradients_of(lora), gradients(peft)
     assert all(g.dtype == torch.float32 for g in ours.values())
     assert_same(ours, theirs, tolerance=0.2)
     assert relative_error(*(torch.cat([x[n].flatten() for n in theirs]) for x in (ours, theirs))

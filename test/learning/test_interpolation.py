@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was trained further than it had to be, with a small random model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 import gc
 from pathlib import Path
 from typing import Any
@@ -18,61 +19,66 @@ from transformers import AutoModelForCausalLM
 
 from mace_ros.api.events import AdapterVersion, Correction, CorrectionState, VersionState
 from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.learning import criteria, interpolation, learning_job
+from mace_ros.learning.criteria import LEARNED_MARGIN, learned_well, RIGHT_MARGIN
 from mace_ros.learning.gate import Gate, Verdict
-from mace_ros.learning.job import Job
-from mace_ros.learning.learner import LEARNED_MARGIN, learned_well, Learner, RIGHT_MARGIN
-from mace_ros.learning.training import CLOSE, Training
-from mace_ros.model.lora import LoRAManager
+from mace_ros.learning.interpolation import PRECISION
+from mace_ros.learning.training import Training
+from mace_ros.model.lora_manager import LoRAManager
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """What was interpolated between, and the samples that must stay right."""
+
+    start: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor]
+    samples: tuple[Sample, ...]
 
 
 @pytest.fixture
-def pulled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, dict[str, Tensor]]]:
-    """Return the jobs whose weights were pulled back, with what they had trained."""
-    found: list[tuple[Job, dict[str, Tensor]]] = []
-    original = Training.pull_back
+def interpolated(monkeypatch: pytest.MonkeyPatch) -> list[Interpolated]:
+    """Return what was interpolated so far."""
+    found: list[Interpolated] = []
+    original = interpolation.interpolate
 
-    def noted(self: Training, job: Job, *arguments: object) -> object:
-        found.append((job, self.bank.copies()))
-        return original(self, job, *arguments)      # type: ignore[arg-type]
+    def noted(training: Training, start: Mapping[str, Tensor], samples: Sequence[Sample],
+              *arguments: Any) -> Any:
+        found.append(Interpolated(start, training.lora.copies(), tuple(samples)))
+        monkeypatch.setattr(criteria, 'LEARNED_MARGIN', LEARNED_MARGIN)
+        return original(training, start, samples, *arguments)
 
-    monkeypatch.setattr(Training, 'pull_back', noted)
+    monkeypatch.setattr(learning_job, 'interpolate', noted)
     return found
 
 
 @pytest.mark.parametrize('from_disk', [False, True])
 def test_no_more_is_published_than_what_was_corrected_needs(
-        robot: Robot, model_folder: Path, pulled: list[tuple[Job, dict[str, Tensor]]],
+        robot: Robot, model_folder: Path, interpolated: list[Interpolated],
         monkeypatch: pytest.MonkeyPatch, from_disk: bool) -> None:
     """An eighth less of the way from the live version, and it would not lead clearly."""
     if from_disk:
         robot.correct(Correction('In the hall.', id='zeroth', prompt='Question zeroth?'))
-    begin = Learner._begin
-
-    def begin_long(*arguments: Any) -> Job:
-        job = begin(*arguments)
-        job.least_steps = 30
-        return job
-
-    monkeypatch.setattr(Learner, '_begin', begin_long)
+    monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 3.0)   # train further than that
     robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
-    job, trained = pulled[-1]
-    assert not all(torch.equal(job.began_with[name], end) for name, end in trained.items())
-    folder = robot.engine.learner._store.absolute(robot.engine.parts.journal.submit(
+    way = interpolated[-1]
+    assert not all(torch.equal(way.start[name], end) for name, end in way.trained.items())
+    folder = robot.engine.parts.store.absolute(robot.engine.parts.journal.submit(
         lambda j: max(j.versions(''), key=lambda v: v.version).path).result())
     published = load_file(folder / 'adapter_model.safetensors')
-    share = next(share for share in (i * CLOSE for i in range(1, round(1 / CLOSE) + 1))
-                 if same(published, between(job, trained, share)))
+    share = next(share for share in (i * PRECISION for i in range(1, round(1 / PRECISION) + 1))
+                 if same(published, between(way, share)))
     assert share < 1.0, 'nothing was pulled back'
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder)
-    assert lead(peft, job) >= LEARNED_MARGIN - 1e-3
-    set_peft_model_state_dict(peft, between(job, trained, share - CLOSE))
-    assert lead(peft, job) < LEARNED_MARGIN + 1e-3
+    assert lead(peft, way.samples[0]) >= LEARNED_MARGIN - 1e-3
+    set_peft_model_state_dict(peft, between(way, share - PRECISION))
+    assert lead(peft, way.samples[0]) < LEARNED_MARGIN + 1e-3
 
 
-def between(job: Job, trained: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+def between(way: Interpolated, share: float) -> dict[str, Tensor]:
     """Return what lies on the way from the live version to what was trained."""
-    return {name: begun + share * (trained[name] - begun)
-            for name, begun in job.began_with.items()}
+    return {name: begun + share * (way.trained[name] - begun)
+            for name, begun in way.start.items()}
 
 
 def same(published: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -80,9 +86,8 @@ def same(published: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
                for name, t in other.items())
 
 
-def lead(model: torch.nn.Module, job: Job) -> float:
-    """Return by how much the job's correction leads, by transformers and PEFT."""
-    only, = job.samples
+def lead(model: torch.nn.Module, only: Sample) -> float:
+    """Return by how much a corrected answer leads, by transformers and PEFT."""
     ids = torch.tensor(only.tokens)
     with torch.no_grad():
         logits = model(input_ids=ids[None]).logits[0, :-1]
@@ -102,32 +107,27 @@ def test_what_leads_by_too_little_is_still_to_be_learned() -> None:
 
 
 def test_what_was_learned_again_stays_so(
-        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]],
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        robot: Robot, interpolated: list[Interpolated]) -> None:
     """The live version had forgotten it, and so the gate would not miss it."""
-    robot.correct(Correction('In the hall.', id='first', prompt='Question first?'))
-    held: list[tuple[Sample, ...]] = []
-    noted = Training.pull_back
-
-    def look(self: Training, job: Job, samples: tuple[Sample, ...], *arguments: Any) -> Any:
-        held.append(samples)
-        return noted(self, job, samples, *arguments)
-
-    monkeypatch.setattr(Training, 'pull_back', look)
-    robot.correct(Correction('A robot.', id='second', prompt='Question second?'))
-    [(job, _)], [samples] = pulled[1:], held
-    assert [*samples] == [*job.samples, *job.kept]
+    corrections = (('In the hall.', 'Question first?'), ('A robot.', 'Question second?'))
+    for text, prompt in corrections:
+        robot.correct(Correction(text, id=text, prompt=prompt))
+    chat = robot.engine.chat
+    first, second = (
+        (*chat.prompt([{'role': 'user', 'content': prompt}]), *chat.answer(text))
+        for text, prompt in corrections)
+    assert [s.tokens for s in interpolated[1].samples] == [second, first]
 
 
 def test_what_was_rejected_is_not_pulled_back_to_again(
-        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]],
+        robot: Robot, interpolated: list[Interpolated],
         monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = [Verdict('injected', ())]
     judge = Gate.judge
     monkeypatch.setattr(Gate, 'judge', lambda *arguments: (
         verdicts.pop() if verdicts else judge(*arguments)))
     state = robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
-    assert (state.state, verdicts, len(pulled)) == (CorrectionState.LEARNED, [], 1)
+    assert (state.state, verdicts, len(interpolated)) == (CorrectionState.LEARNED, [], 1)
     assert [e.state for e in robot.events if isinstance(e, AdapterVersion)] == [
         VersionState.REJECTED, VersionState.PUBLISHED]
 
@@ -154,8 +154,8 @@ def test_nothing_keeps_the_weights_of_a_job_that_has_ended(
 
 @pytest.mark.parametrize('policy', ['continuous', 'periodic'])
 def test_the_baselines_publish_what_they_trained(
-        robot: Robot, pulled: list[tuple[Job, dict[str, Tensor]]], policy: str) -> None:
+        robot: Robot, interpolated: list[Interpolated], policy: str) -> None:
     robot.engine.update(robot.engine.settings.updated({
         'scheduler.policy': policy, 'finetune.period_s': 0.1}))
     robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
-    assert robot.engine.live_version('') and not pulled
+    assert robot.engine.live_version('') and not interpolated

@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine makes of corrections, with a small random model behind the real tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 import errno
 import math
 from pathlib import Path
 import threading
 import time
+from typing import Any
 
 import pytest
-from support.robot import correct, DONE, Robot
+from support.robot import correct, DONE, Robot, running, until_state
 import torch
 
 from mace_ros.api.events import (
@@ -28,12 +29,18 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
-from mace_ros.finetune.sample import SampleScore
-from mace_ros.finetune.step import FinetuneStep, Trainer
-from mace_ros.learning import backoff, gate, learner, selection
-from mace_ros.learning.drift import Drift, DriftState
-from mace_ros.learning.job import Job
-from mace_ros.model.lora import LoRAManager
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
+from mace_ros.learning import backoff, criteria, gate, learner, selection
+from mace_ros.learning.acceptance import Accepted
+from mace_ros.learning.disk import Disk
+from mace_ros.learning.drift import Drift, DriftState, OPEN
+from mace_ros.learning.job import JobKind, JobState
+from mace_ros.learning.task import Task
+from mace_ros.learning.training import Scored, Training
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
@@ -85,9 +92,9 @@ def test_a_slow_device_learns_in_parts_and_memory_goes_back(
     keep = Trainer.accumulate
     monkeypatch.setattr(Trainer, 'accumulate', lambda self: (kept.append(1), keep(self)))
     monkeypatch.setattr('mace_ros.model.heap.AFTER_LEARNING_S', 0.0)
-    monkeypatch.setattr('mace_ros.model.heap.LOOK_S', 0.0)
+    monkeypatch.setattr('mace_ros.model.heap.CHECK_S', 0.0)
     monkeypatch.setattr('mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
-    robot.engine.learner.training.tokens_within = lambda seconds: 1
+    monkeypatch.setattr(MemoryArbiter, 'step_tokens', lambda self, most: 1)
     wrong = robot.ask('Who are you?')
     assert not returned
     robot.correct(Correction('A robot.', query_id=wrong.query_id, id='c'))
@@ -109,7 +116,7 @@ def test_no_piece_of_a_long_correction_is_longer_than_there_is_time_for(
         return segment
 
     monkeypatch.setattr(FinetuneStep, 'run_segment', noted)
-    robot.engine.learner.training.tokens_within = lambda seconds: 24
+    monkeypatch.setattr(MemoryArbiter, 'step_tokens', lambda self, most: 24)
     wrong = robot.ask('Who are you, ' + 'my dear ' * 40 + 'robot?')
     assert wrong.prompt_tokens > 60
     robot.correct(Correction('A robot.', query_id=wrong.query_id, id='c'))
@@ -173,10 +180,15 @@ def test_which_of_many_is_learned_first(
         first: set[str]) -> None:
     """The newest, unless the oldest has waited too long; and each is scored once."""
     monkeypatch.setattr(selection, 'JOB_CANDIDATES', 4)
-    monkeypatch.setattr(learner, 'JOB_CORRECTIONS', 1)
-    choose, unknown = learner.Learner._choose, []
-    monkeypatch.setattr(learner.Learner, '_choose', lambda self, job, new, *rest: (
-        unknown.extend(new), choose(self, job, new, *rest))[1])
+    monkeypatch.setattr(selection, 'JOB_CORRECTIONS', 1)
+    score, scored = Training.score, []
+
+    def noted(self: Training, samples: Sequence[Sample], *rest: Any) -> Task[Scored]:
+        if running(robot).state is JobState.CHOOSING:
+            scored.extend(samples)
+        return score(self, samples, *rest)
+
+    monkeypatch.setattr(Training, 'score', noted)
     settings = robot.engine.settings.updated(
         {'finetune.max_steps': 2, 'finetune.replay_samples': 1, **changes})
     robot.engine.update(settings.updated({'finetune.budget': 0.0}))
@@ -194,21 +206,20 @@ def test_which_of_many_is_learned_first(
             trained.append(event.id)
         left -= {event.id} if event.state in DONE else set()
     assert trained[0] in first
-    assert len(unknown) == 6
+    assert len(scored) == 6
     if robot.engine.settings.finetune.order == 'arrival':
         assert trained == sorted(trained)
 
 
 def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    drift = robot.engine.learner.drift
-    for _ in range(20):
-        drift.outcome(0.0)
+    for i in range(20 + OPEN):
+        robot.engine.learner.answered(f'good {i}')
     robot.ask('Who are you?', max_tokens=2)
     calm = robot.engine.status().finetune_budget
     assert calm < 0.5
-    monkeypatch.setattr(robot.engine.learner, '_start', list)       # nothing is begun
-    for i in range(learner.JOB_CORRECTIONS):
+    monkeypatch.setattr(robot.engine.learner, 'poll', list)         # nothing is begun
+    for i in range(selection.JOB_CORRECTIONS):
         assert robot.engine.status().finetune_budget == calm
         robot.engine.correct(Correction('A robot.', id=str(i), prompt=f'Question {i}?'))
         robot.until(lambda e, i=i: isinstance(e, CorrectionStatus) and e.id == str(i))
@@ -224,7 +235,7 @@ def test_what_is_superseded_stays_so_whatever_its_job_writes_later(robot: Robot)
         robot.until(lambda e, name=name: isinstance(e, CorrectionStatus) and e.id == name)
     journal = engine.parts.journal
     older = journal.submit(lambda j: j.correction('older')).result()
-    engine.learner._set_state(older, CorrectionState.TRAINING)
+    Disk(journal, lambda: None).set_state(older, CorrectionState.TRAINING)
     after = journal.submit(lambda j: j.correction('older')).result()
     assert after.state is CorrectionState.SUPERSEDED
 
@@ -235,9 +246,16 @@ def resting(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     engine, jobs = robot.engine, []
     monkeypatch.setattr(Drift, 'state', DriftState.CALM)
     monkeypatch.setattr(Drift, 'level', 0.0)
-    begin = learner.Learner._begin
-    monkeypatch.setattr(learner.Learner, '_begin', lambda self, profile, chosen: (
-        jobs.append({w.record.id for w in chosen}), begin(self, profile, chosen))[1])
+    poll = learner.Learner.poll
+
+    def noted(self: learner.Learner) -> list[Event]:
+        events = poll(self)
+        job = self.status().job
+        if job is not None and job.number > len(jobs):
+            jobs.append(set(job.correction_ids))
+        return events
+
+    monkeypatch.setattr(learner.Learner, 'poll', noted)
     engine.update(engine.settings.updated({
         'drift.min_budget': 0.0, 'slo.freshness_s': 1e6, 'finetune.max_steps': 2}))
     correct(robot, 'first')
@@ -296,10 +314,10 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
     assert engine.live_version('') >= learned + 2
     assert not [e for e in told if isinstance(e, CorrectionStatus)]
     # Who says the same again is told, even if what is trained then breaks off.
-    while engine.learner._job is None or not engine.learner._job.rehearses:
+    while (job := engine.learner.status().job) is None or job.kind is not JobKind.REHEARSAL:
         engine.step()
     correct(robot, 'again', about='1')
-    engine.learner.drop('injected')
+    engine.learner.fail('injected')
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'again'
                 and e.state is CorrectionState.LEARNED)
 
@@ -349,9 +367,11 @@ def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
     wrong = robot.ask('Who are you?')
     engine.correct(Correction('A robot.', id='old', query_id=wrong.query_id))
     robot.until(is_trained('old'))
-    monkeypatch.setattr(engine.learner, 'stop', None)    # the job is not given up
+    job = running(robot)
     engine.correct(Correction('A robot.', id='new', query_id=wrong.query_id))
     robot.until(is_trained('new'))
+    assert (running(robot).number, running(robot).correction_ids) == (job.number, ('new',))
+    assert running(robot).steps >= job.steps        # the job was not given up
     engine.update(engine.settings.updated({'finetune.learning_rate': 0.01}))
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.LEARNED and e.id == 'new')
@@ -365,12 +385,10 @@ def test_a_correction_that_is_repeated_while_it_is_looked_at_is_not_begun_anew(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores that are on their way are those of the older one."""
     engine = robot.engine
-    monkeypatch.setattr(engine.learner, 'drop', None)    # the job is not given up
+    monkeypatch.setattr(engine.learner, 'fail', None)    # the job is not given up
     engine.correct(Correction('A robot.', id='old', prompt='Who are you?', rejected='A mouse.'))
-    while engine.learner._job is None or engine.learner._job.scoring is None or (
-            engine.learner._lessons.teachers is None):
-        robot.events += engine.step().events
-    assert not engine.learner._job.corrections[0].leads
+    until_state(robot, JobState.CHOOSING)
+    assert running(robot).corrections[0].score is None
     engine.correct(Correction('A robot.', id='new', prompt='Who are you?'))
     # It is accepted before the scores are known.
     engine.parts.journal.submit(lambda _: None).result()
@@ -385,8 +403,7 @@ def test_more_is_replayed_after_a_rejected_candidate(
     judge = gate.Gate.judge
 
     def worse(self: gate.Gate, *arguments: object) -> gate.Verdict:
-        job = robot.engine.learner._job
-        seen.append((job.rejections, len(job.lost)))
+        seen.append((running(robot).rejections, running(robot).lost))
         if not verdicts:
             return judge(self, *arguments)      # type: ignore[arg-type]
         verdicts.pop()
@@ -405,19 +422,23 @@ def test_more_is_replayed_after_a_rejected_candidate(
 def test_a_candidate_learns_what_it_lost_before_the_gate_is_asked(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
-    scored: list[list[tuple[int, ...]]] = []
-    weigh_exact = learner.Learner._weigh_exact
+    candidates: list[int] = []          # samples that those before it have lost
+    lost: list[list[Sample]] = []
+    score = Training.score
 
-    def lost(self: learner.Learner, job: Job, scores: list[SampleScore], *rest: object,
-             ) -> list[Event]:
-        scored.append([s.tokens for s in job.lost])
-        if len(scored) == 1:
-            scores = [replace(score, exact=False) for score in scores]
-        return weigh_exact(self, job, scores, *rest)    # type: ignore[arg-type]
+    def losing(self: Training, samples: Sequence[Sample], *rest: Any) -> Task[Scored]:
+        scored = yield from score(self, samples, *rest)
+        # Of each candidate, what must be exact is scored first.
+        if running(robot).state is JobState.JUDGING and len(candidates) == running(robot).lost:
+            candidates.append(running(robot).lost)
+            lost.append([*samples])
+            if len(candidates) == 1:
+                scored.scores = [replace(each, exact=False) for each in scored.scores]
+        return scored
 
     judged = []
     judge = gate.Gate.judge
-    monkeypatch.setattr(learner.Learner, '_weigh_exact', lost)
+    monkeypatch.setattr(Training, 'score', losing)
     monkeypatch.setattr(gate.Gate, 'judge', lambda self, *arguments: (
         judged.append(1), judge(self, *arguments))[1])
     robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
@@ -426,7 +447,8 @@ def test_a_candidate_learns_what_it_lost_before_the_gate_is_asked(
     chat = robot.engine.chat
     kept = (*chat.prompt([{'role': 'user', 'content': 'Where do you live?'}]),
             *chat.answer('In the hall.'))
-    assert scored == [[], [kept]]
+    assert candidates == [0, 1]
+    assert [[each.tokens for each in samples] for samples in lost] == [[kept], [kept]]
     assert len(judged) == 1
     assert robot.ask('Where do you live?').text == 'In the hall.'
 
@@ -492,13 +514,14 @@ def test_under_continuous_what_was_superseded_is_not_rehearsed(robot: Robot) -> 
     engine = robot.engine
     engine.update(engine.settings.updated({'scheduler.policy': 'continuous'}))
     correct(robot, 'old', about='this')
-    while engine.learner._job is None or engine.learner._job.saving is None:
-        engine.step()
+    until_state(robot, JobState.SAVING)
     engine.correct(Correction('Your friend.', id='new', prompt='Question this?'))
     engine.parts.journal.submit(lambda _: None).result(10)
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'new'
                 and e.state is CorrectionState.LEARNED)
-    assert [record.id for record in engine.learner._recent] == ['new']
+    while (job := engine.learner.status().job) is None or job.kind is not JobKind.REHEARSAL:
+        engine.step()
+    assert job.correction_ids == ('new',)
 
 
 def test_those_that_wait_keep_others_out_but_not_who_takes_their_place(robot: Robot) -> None:
@@ -569,7 +592,7 @@ def test_learning_that_cannot_begin_says_so(
         return []
 
     with monkeypatch.context() as patch:
-        patch.setattr(learning, '_start', fail)
+        patch.setattr(learning, 'poll', fail)
         if waits:
             robot.engine.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
             robot.until(lambda event: isinstance(event, CorrectionStatus))
@@ -655,8 +678,9 @@ def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
-    [trained] = robot.engine.learner._job.corrections
-    robot.engine.learner._queue.put_back([replace(trained, arrived=-5.0)])
+    record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(10)
+    robot.engine.learner.accepted(Accepted(
+        replace(record, id='older', profile='ann'), new=True, arrived=-5.0))
     step = robot.engine.learner.step
     while robot.engine.learner.step in (step, None):
         robot.engine.step()
@@ -667,7 +691,7 @@ def test_training_goes_on_until_what_is_taught_leads_clearly(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is right, and never leads by enough, is learned when finetune.max_steps end it."""
     robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 12}))
-    monkeypatch.setattr(learner, 'LEARNED_MARGIN', 1e9)
+    monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 1e9)
     state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     assert state.state is CorrectionState.LEARNED, state.reason
     assert robot.engine.scheduler.statistics(time.monotonic()).finetune_steps == 12

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from dataclasses import replace
 import math
 import random
@@ -14,14 +13,14 @@ import pytest
 
 from mace_ros.api.settings import Settings
 from mace_ros.finetune.sample import Sample
+from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, OPEN, surprise
 from mace_ros.learning.duty_cycle import DutyCycle, LULL_S
-from mace_ros.learning.job import Job
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import Candidate, gain, priority, resemble
 from mace_ros.learning.samples import interleaved, sample, turn, weighted
-from mace_ros.learning.training_set import TrainingSetBuilder
+from mace_ros.learning.training_set import TrainingSet, TrainingSetBuilder
 
 # -- priority ----------------------------------------------------------------------------
 
@@ -56,41 +55,49 @@ def test_resembling_questions_share_half_of_their_words() -> None:
 # -- what a step holds ----------------------------------------------------------------------
 
 
+def builder() -> TrainingSetBuilder:
+    """Return one that needs no tokenizer for what is tested here."""
+    return TrainingSetBuilder(None, AnchorReplay())     # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize('most', [0, 50, 130, 10**6])
 def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
     def some(kind: int, count: int) -> list[Sample]:
         return [sample([kind, i] * 5, [i] * 10) for i in range(count)]
 
-    job = Job('', [], Future(), samples=some(1, 1), kept=some(2, 3), variants=some(3, 2),
-              forgotten=some(4, 1), replayed=some(5, 9))
+    training_set = TrainingSet(
+        some(1, 1), earlier=some(2, 3), paraphrases=some(3, 2), forgotten=some(4, 1),
+        replayed=some(5, 9))
     finetune = Settings().finetune
     expected = [*some(1, 1), *some(2, 2), *some(3, 1), *some(4, 1),
                 *(weighted(s, finetune.replay_weight)
                   for s in some(5, finetune.replay_samples - 2))]
-    parts, _ = TrainingSetBuilder(None).step(job, finetune, most)     # type: ignore[arg-type]
-    assert sorted((s for part in parts for s in part), key=lambda s: s.tokens) == expected
-    assert all(len(part) == 1 or sum(len(s.tokens) for s in part) <= most for part in parts)
-    assert parts[0][:job.must_be_right] == [*some(1, 1), *some(2, 2)][:job.must_be_right]
-    assert job.must_be_right >= 1
+    plan = builder().step(training_set, [], finetune, most=most)
+    assert sorted((s for part in plan.parts for s in part), key=lambda s: s.tokens) == expected
+    assert all(len(part) == 1 or sum(len(s.tokens) for s in part) <= most for part in plan.parts)
+    assert plan.parts[0][:plan.must_be_right] == [
+        *some(1, 1), *some(2, 2)][:plan.must_be_right]
+    assert plan.must_be_right >= 1
 
 
 def test_what_is_replayed_counts_as_the_parameter_says() -> None:
-    job = Job('', [], Future(), samples=[sample([1, 1], [1, 2])], replayed=[sample([2, 2], [3])])
+    training_set = TrainingSet([sample([1, 1], [1, 2])], replayed=[sample([2, 2], [3])])
     finetune = Settings().updated(
         {'finetune.replay_weight': 5.0, 'finetune.replay_samples': 1}).finetune
-    (part,), _ = TrainingSetBuilder(None).step(job, finetune, 10**6)     # type: ignore[arg-type]
+    (part,) = builder().step(training_set, [], finetune, most=10**6).parts
     assert [s.weights for s in part] == [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 5.0)]
 
 
 def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
-    lessons, finetune = TrainingSetBuilder(None), Settings().finetune      # type: ignore[arg-type]
-    kept, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
+    steps, finetune = builder(), Settings().finetune
+    earlier, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
     seen: list[Sample] = []
     for _ in range(10):
-        job = Job('', [], Future(), samples=[sample([1, 1], [1])], kept=kept, replayed=replayed)
-        (part,), _ = lessons.step(job, finetune, 10**6)
+        training_set = TrainingSet(
+            [sample([1, 1], [1])], earlier=earlier, replayed=replayed)
+        (part,) = steps.step(training_set, [], finetune, most=10**6).parts
         seen += part
-    assert {*kept, *(weighted(s, finetune.replay_weight) for s in replayed)} <= {*seen}
+    assert {*earlier, *(weighted(s, finetune.replay_weight) for s in replayed)} <= {*seen}
 
 
 # -- drift -------------------------------------------------------------------------------

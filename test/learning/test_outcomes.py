@@ -10,7 +10,7 @@ import random
 
 import pytest
 from support.records import answer, correction
-from support.robot import DONE, RANDOM_MODEL, Robot
+from support.robot import DONE, RANDOM_MODEL, Robot, running
 import torch
 
 from mace_ros.api.events import (
@@ -23,6 +23,7 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.learning import regression_check
+from mace_ros.learning.job import JobKind
 from mace_ros.learning.outcomes import (
     FALSE_ALARM_PROBABILITY,
     got_worse,
@@ -36,6 +37,7 @@ from mace_ros.learning.outcomes import (
 )
 from mace_ros.learning.regression_check import MAX_TRIES, RegressionCheck
 from mace_ros.learning.rollback import roll_back
+from mace_ros.learning.training import Training
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL
@@ -222,10 +224,10 @@ def rolled_back(robot: Robot) -> list[AdapterVersion]:
     return [e for e in robot.events if isinstance(e, AdapterVersion) and e.state is ROLLED_BACK]
 
 
-def test_a_comparison_that_always_fails_is_given_up(tmp_path: Path) -> None:
+def test_a_comparison_that_always_fails_is_given_up() -> None:
     some = Outcomes(MIN_ANSWERS, MIN_ANSWERS)
     suspicion = SuspectedRegression('', 2, 1, some, some, (correction('k'),))
-    compares = RegressionCheck(AdapterStore(tmp_path))
+    compares = RegressionCheck()
     compares.suspect(suspicion)
     tries = 0
     while compares.suspicion is not None:
@@ -245,16 +247,16 @@ def test_a_bad_version_is_rolled_back_automatically(
     The device fails once while versions are compared.
     """
     failures: list[int] = []
-    unseen = RegressionCheck.unseen
+    robot, right = with_version(settings, tmp_path, 0.6)
+    load = Training.load
 
-    def fails_once(*args: object) -> object:
-        if not failures:
+    def fails_once(self: Training, tensors: dict[str, torch.Tensor] | None) -> None:
+        if running(robot).kind is JobKind.COMPARISON and not failures:
             failures.append(1)
             raise torch.OutOfMemoryError('injected')
-        return unseen(*args)
+        load(self, tensors)
 
-    monkeypatch.setattr(RegressionCheck, 'unseen', fails_once)
-    robot, right = with_version(settings, tmp_path, 0.6)
+    monkeypatch.setattr(Training, 'load', fails_once)
     asked = 0
     for text, corrected in right.items():
         if rolled_back(robot):
@@ -329,6 +331,6 @@ def test_a_version_that_is_not_worse_stays(
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
     robot.events += robot.engine.step().events
-    assert bool(robot.engine.learner.comparing.compared) == (case == 'taught')
+    assert bool(robot.engine.learner.status().compared) == (case == 'taught')
     assert not rolled_back(robot) and robot.engine.live_version('') == 1
     robot.engine.close()

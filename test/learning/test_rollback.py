@@ -7,11 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-import threading
 import time
 
 import pytest
-from support.robot import RANDOM_MODEL, Robot
+from support.robot import RANDOM_MODEL, Robot, until_state
 import torch
 
 from mace_ros.api.events import (
@@ -27,10 +26,11 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
+from mace_ros.learning.job import JobState
 from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
 from mace_ros.learning.rollback_queue import MAX_FAILURES
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
-from mace_ros.store.adapter_store import AdapterStore, CorruptVersion, SavedAdapter
+from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import CorrectionRecord, VersionRecord
 
@@ -292,10 +292,10 @@ def test_a_version_that_a_request_holds_is_not_loaded_again() -> None:
     assert slots.pin('') == first
     slots.publish('', 2, slots.reserve() or 0)
     assert slots.free == 1
-    held = slots.held('', 1)
+    held = slots.slot_of('', 1)
     assert held == first.slot
     assert slots.publish('', 1, held) == first
-    assert slots.free == 2 and slots.held('', 2) is None
+    assert slots.free == 2 and slots.slot_of('', 2) is None
     slots.unpin(first)
     assert slots.free == 2 and slots.live('') == first
     slots.withdraw('')
@@ -463,28 +463,15 @@ def test_a_rollback_may_take_the_last_slot(settings: Settings, tmp_path: Path) -
     robot.engine.close()
 
 
-def test_a_version_being_saved_keeps_its_slot(
-        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saving, requested = threading.Event(), threading.Event()
-    save = AdapterStore.save
-
-    def save_after_rollback_request(*arguments: object) -> SavedAdapter:
-        saving.set()
-        assert requested.wait(30.0)
-        return save(*arguments)  # type: ignore[arg-type]
-
+def test_a_version_being_saved_keeps_its_slot(settings: Settings, tmp_path: Path) -> None:
     robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
     teach(robot, 'A robot.')
     teach(robot, 'Your friend.', profile='ann')
     rolled_back(robot, 0, 'ann')
     robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
-    monkeypatch.setattr(AdapterStore, 'save', save_after_rollback_request)
-    while not saving.is_set():
-        robot.engine.step()
-    rollback = robot.engine.rollback('ann', 1, 'a test')
-    requested.set()
+    until_state(robot, JobState.SAVING)
     with pytest.raises(RollbackRefused, match=NO_SLOT):
-        stepped(robot, rollback)
+        rolled_back(robot, 1, 'ann')
     while robot.engine.live_version('bob') == 0:
         robot.engine.step()
     assert robot.ask('Who are you?', profile='bob').text == 'Your guest.'

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Paging, sharing and preemption change no answer, and lose no block."""
+"""Paging, prefix sharing and preemption change no response, and lose no block."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ from transformers import PreTrainedModel
 from mace_ros.api.settings import Settings
 from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.finetune.sample import Sample
-from mace_ros.finetune.step import FinetuneStep, Trainer
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory import block_hashes
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
-from mace_ros.memory.budget import Footprint, Grant, LEAST_PIECE, MemoryBudget
-from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.memory.budget import Footprint, Grant, MemoryBudget, MIN_CHUNK_TOKENS
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import Span
 from mace_ros.scheduling.cost_model import CostModel
@@ -53,23 +55,23 @@ from mace_ros.scheduling.request import Request, RequestState
 from mace_ros.scheduling.scheduler import Scheduler
 
 TOLERANCE = 1e-4
-TIE = 1e-4      # best logits closer than this may swap
-ANSWER = 6
+TIE = 1e-4      # logits closer than this may swap places
+RESPONSE_TOKENS = 6
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-# -- the pool by itself ------------------------------------------------------------------
+# -- block pool --------------------------------------------------------------------------
 
 
 @hypothesis_settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> None:
+def test_no_block_is_lost_and_a_hash_finds_its_content(data: st.DataObject) -> None:
     pool = BlockPool(10, 4)
     tables: list[list[int]] = []
-    written: dict[int, bytes] = {}     # what is in each block
-    names = [bytes([n]) for n in range(6)]
+    written: dict[int, bytes] = {}     # content of each block
+    hashes = [bytes([n]) for n in range(6)]
     for _ in range(data.draw(st.integers(1, 40))):
         action = data.draw(st.sampled_from(['take', 'grow', 'share', 'release', 'shrink']))
         if action == 'take' or not tables:
@@ -80,7 +82,7 @@ def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> Non
             table = data.draw(st.sampled_from(tables))
             fresh(pool, table, len(table) * 4 + data.draw(st.integers(0, 8)), written, data)
         elif action == 'share':
-            wanted = data.draw(st.lists(st.sampled_from(names), max_size=3, unique=True))
+            wanted = data.draw(st.lists(st.sampled_from(hashes), max_size=3, unique=True))
             found = pool.lookup(wanted)
             assert [written[b] for b in found] == wanted[:len(found)]
             if pool.held_among(found) + pool.free_blocks >= len(found):
@@ -92,7 +94,7 @@ def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> Non
             assert table == [] and pool.free_blocks == free + before
         else:
             pool.shrink(data.draw(st.integers(1, 10)))
-        moved = pool.moves()
+        moved = pool.compact()
         content = {new: written[old] for old, new in moved.items()}
         written |= content
         for table in tables:
@@ -109,7 +111,7 @@ def test_no_block_is_lost_and_names_tell_the_content(data: st.DataObject) -> Non
 
 def fresh(pool: BlockPool, table: list[int], tokens: int, written: dict[int, bytes],
           data: st.DataObject) -> None:
-    """Grow a table, write something into each new block, and perhaps name it."""
+    """Grow a table, write content into each new block, and perhaps cache it."""
     held, before = len(table), list(table)
     try:
         pool.grow(table, tokens)
@@ -122,14 +124,14 @@ def fresh(pool: BlockPool, table: list[int], tokens: int, written: dict[int, byt
             pool.cache(block, written[block])
 
 
-def test_what_was_used_least_recently_goes_first_and_beginnings_last() -> None:
+def test_eviction_takes_the_least_recently_used_block_and_prefixes_last() -> None:
     pool = BlockPool(4, 16)
     one, two = pool.allocate(32), pool.allocate(32)
-    for table, names in ((one, (b'a', b'b')), (two, (b'c', b'd'))):
-        for block, name in zip(table, names, strict=True):
-            pool.cache(block, name)
+    for table, hashes in ((one, (b'a', b'b')), (two, (b'c', b'd'))):
+        for block, block_hash in zip(table, hashes, strict=True):
+            pool.cache(block, block_hash)
         pool.release(table)
-    pool.release(pool.acquire(pool.lookup([b'a'])))     # used once more
+    pool.release(pool.acquire(pool.lookup([b'a'])))     # now most recently used
     held = [pool.allocate(16)]
     assert (pool.lookup([b'a']), pool.lookup([b'd'])) != ([], []) and not pool.lookup([b'b'])
     held.append(pool.allocate(16))
@@ -142,24 +144,24 @@ def test_what_was_used_least_recently_goes_first_and_beginnings_last() -> None:
         pool.allocate(1)
 
 
-def test_the_check_finds_a_leak_and_a_theft() -> None:
+def test_check_finds_leaked_and_doubly_used_blocks() -> None:
     pool = BlockPool(4, 16)
     table = pool.allocate(20)
     pool.check([table])
-    with pytest.raises(AssertionError, match='without a holder'):
+    with pytest.raises(AssertionError, match='without a table'):
         pool.check([])
-    with pytest.raises(AssertionError, match='held by more'):
+    with pytest.raises(AssertionError, match='in more tables'):
         pool.check([table, [table[0]]])
 
 
-# -- the budget by itself ----------------------------------------------------------------
+# -- memory budget -----------------------------------------------------------------------
 
 FOOTPRINT = Footprint(kv_block=900, adapters=5000, layers=9, hidden_token=10, logits_row=8,
                       graphs=((10, 1000), (20, 4000)))
 
 
-def test_answers_come_first_then_a_step_then_what_may_be_of_use() -> None:
-    budget = MemoryBudget(FOOTPRINT, 60_000, most_blocks=1000, pass_tokens=10, rows=1)
+def test_the_budget_serves_requests_first_then_a_step_then_the_prefix_cache() -> None:
+    budget = MemoryBudget(FOOTPRINT, 60_000, max_blocks=1000, pass_tokens=10, rows=1)
     free = 60_000 - budget.fixed
     assert budget.kv_capacity == budget.kv_limit == free // 1000
     graphs, again = (FOOTPRINT.step_bytes([10, 10], keep_graphs=k) for k in (True, False))
@@ -171,32 +173,32 @@ def test_answers_come_first_then_a_step_then_what_may_be_of_use() -> None:
     budget.learning = again
     assert budget.kv_limit == held[1] < budget.kv_capacity
     most = budget.step_tokens(10**6, held_blocks=held[1])
-    assert FOOTPRINT.most_step_bytes(most) <= free - held[1] * 1000
+    assert FOOTPRINT.max_step_bytes(most) <= free - held[1] * 1000
     assert FOOTPRINT.step_bytes([most + 1], keep_graphs=False) > free - held[1] * 1000
     budget.total = 1000.0
     assert budget.kv_capacity == 0 and budget.step_tokens(100, held_blocks=0) == 0
 
 
-def test_a_step_that_would_never_fit_whole_gets_smaller_pieces() -> None:
-    whole, pieces = (FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=n)
+def test_a_step_that_would_never_fit_whole_gets_smaller_chunks() -> None:
+    whole, chunked = (FOOTPRINT.step_bytes([80], keep_graphs=False, chunk_tokens=n)
                      for n in (None, 20))
-    budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
-    budget.total = budget.fixed + pieces + 1000
+    budget = MemoryBudget(FOOTPRINT, 0.0, max_blocks=1000, pass_tokens=10, rows=1)
+    budget.total = budget.fixed + chunked + 1000
 
-    def granted(blocks: int, piece_tokens: int | None = None, *,
+    def granted(blocks: int, chunk_tokens: int | None = None, *,
                 urgent: bool = False) -> Grant | None:
         return budget.grant([80], held_blocks=blocks, keep_graphs=True,
-                            piece_tokens=piece_tokens, urgent=urgent)
+                            chunk_tokens=chunk_tokens, urgent=urgent)
 
-    assert granted(0) == granted(1) == granted(0, 40) == Grant(pieces, False, 20)
-    assert granted(2) is None       # until the answers have gone
+    assert granted(0) == granted(1) == granted(0, 40) == Grant(chunked, False, 20)
+    assert granted(2) is None       # waits until blocks are released
     assert granted(0, 17) == Grant(
-        FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=17), False, 17)
+        FOOTPRINT.step_bytes([80], keep_graphs=False, chunk_tokens=17), False, 17)
     budget.total = budget.fixed + whole
     assert granted(0) == Grant(whole, False, 80)
-    assert granted(1) is None       # it is not divided for a moment's sake ...
+    assert granted(1) is None       # only an urgent step is divided further
     assert granted(1, urgent=True) == Grant(
-        FOOTPRINT.step_bytes([80], keep_graphs=False, piece_tokens=40), False, 40)
+        FOOTPRINT.step_bytes([80], keep_graphs=False, chunk_tokens=40), False, 40)
     assert granted(10**6, urgent=True) is None
     budget.total = budget.fixed
     assert granted(0) is None
@@ -204,16 +206,16 @@ def test_a_step_that_would_never_fit_whole_gets_smaller_pieces() -> None:
 
 @dataclass(eq=False)
 class Step:
-    """A fine-tune step as the keeper sees it."""
+    """A fine-tune step as the memory arbiter sees it."""
 
     lengths: tuple[int, ...] = (80,)
     learns: bool = True
     keep_graphs: bool = False
-    piece_tokens: int = 80
+    chunk_tokens: int = 80
     blocks: tuple[list[int], ...] = ()
 
-    def save_memory(self, piece_tokens: int) -> None:
-        self.piece_tokens = piece_tokens
+    def save_memory(self, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
 
     def restart(self) -> bool:
         return True
@@ -222,90 +224,90 @@ class Step:
         return []
 
 
-def test_those_that_end_make_room_for_what_is_overdue_and_nobody_else_does() -> None:
-    budget = MemoryBudget(FOOTPRINT, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
-    step, least = Step(), FOOTPRINT.least_step_bytes([80])
+def test_finished_requests_make_room_for_an_overdue_step_and_no_running_one_is_preempted() -> None:
+    budget = MemoryBudget(FOOTPRINT, 0.0, max_blocks=1000, pass_tokens=10, rows=1)
+    step, least = Step(), FOOTPRINT.min_step_bytes([80])
     budget.total = budget.fixed + least + 3000
     pool = BlockPool(1000, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool)
     state = kv_cache.state
-    keeper = MemoryArbiter(budget, kv_cache)
+    arbiter = MemoryArbiter(budget, kv_cache)
     whole = pool.limit
-    # One decodes and fills its blocks; of the other's prompt one half is computed.
+    # One request decodes in full blocks; half of the other's prompt is computed.
     for name, computed, output in (('a', 48, 9), ('b', 48, 0)):
         state.running.append(Request(
             name, 0.0, 40 if output else 96, 20, 1.0, 1.0, state=RequestState.RUNNING,
             computed_tokens=computed, output_tokens=output, blocks=pool.allocate(computed)))
-    assert not keeper.grant(step) and pool.limit == whole
-    assert not keeper.grant(step, overdue=True)
+    assert not arbiter.grant(step) and pool.limit == whole
+    assert not arbiter.grant(step, overdue=True)
     assert pool.limit == 4 + 7      # with the next token of each
-    assert not keeper.grant(None) and pool.limit == whole
-    assert not keeper.grant(step) and pool.limit == whole
+    assert not arbiter.grant(None) and pool.limit == whole
+    assert not arbiter.grant(step) and pool.limit == whole
     kv_cache.free(state.running[1])
-    assert not keeper.grant(step, overdue=True) and pool.limit == 4
+    assert not arbiter.grant(step, overdue=True) and pool.limit == 4
     state.running[0].dropped_tokens = 16
     pool.release([state.running[0].blocks.pop(0)])
-    assert keeper.grant(step, overdue=True) and pool.limit == 3
-    assert step.piece_tokens == LEAST_PIECE
-    # It keeps that, unless it is in the way and has become less urgent.
-    assert not keeper.reclaim(True, overdue=True) and keeper.grant(step)
-    assert keeper.reclaim(True) and not keeper.grant(step) and pool.limit == whole
+    assert arbiter.grant(step, overdue=True) and pool.limit == 3
+    assert step.chunk_tokens == MIN_CHUNK_TOKENS
+    # It keeps the memory, unless requests lack it and the step is no longer overdue.
+    assert not arbiter.reclaim(True, overdue=True) and arbiter.grant(step)
+    assert arbiter.reclaim(True) and not arbiter.grant(step) and pool.limit == whole
 
 
-def test_what_no_piece_fits_of_is_not_taken_to_fit_whole() -> None:
-    """Pieces are bounded by time, too: a step that would fit whole must not wait for ever."""
+def test_a_step_whose_chunks_do_not_fit_is_not_assumed_to_fit_whole() -> None:
+    """Chunks are bounded by time, too: a step that would fit whole must not wait for ever."""
     footprint = replace(FOOTPRINT, kv_block=9000)
-    step = Step(lengths=(20,), piece_tokens=LEAST_PIECE)
-    whole, pieces = (footprint.step_bytes([20], keep_graphs=False, piece_tokens=n)
-                     for n in (None, LEAST_PIECE))
-    assert whole < pieces
-    budget = MemoryBudget(footprint, 0.0, most_blocks=1000, pass_tokens=10, rows=1)
-    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS)))
-    for total, fits in ((whole, False), (pieces, True)):
+    step = Step(lengths=(20,), chunk_tokens=MIN_CHUNK_TOKENS)
+    whole, chunked = (footprint.step_bytes([20], keep_graphs=False, chunk_tokens=n)
+                     for n in (None, MIN_CHUNK_TOKENS))
+    assert whole < chunked
+    budget = MemoryBudget(footprint, 0.0, max_blocks=1000, pass_tokens=10, rows=1)
+    arbiter = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS)))
+    for total, fits in ((whole, False), (chunked, True)):
         budget.total = budget.fixed + total
-        assert (keeper.shortage(step) == '') is fits
-        assert keeper.grant(step, overdue=True) is fits
+        assert (arbiter.shortage(step) == '') is fits
+        assert arbiter.grant(step, overdue=True) is fits
 
 
 @pytest.mark.parametrize('shared', [0, 24])
-def test_where_there_is_room_graphs_are_kept(shared: int) -> None:
-    """Also if the samples begin alike, of which a copy for each takes memory."""
-    model, bank, _ = with_reference(tiny_model('llama'))
+def test_graphs_are_kept_if_memory_allows(shared: int) -> None:
+    """A shared prefix takes memory for a copy per sample."""
+    model, lora, _ = with_reference(tiny_model('llama'))
     rng = random.Random(0)
-    begin = tuple(random_ids(rng, shared))
-    step = FinetuneStep(model, Trainer(bank, 1e-3), [
-        Sample((*begin, *random_ids(rng, 10)), (0.0,) * (shared + 5) + (1.0,) * 5)
-        for _ in range(8)], piece_tokens=200)
-    footprint = measure_footprint(model, bank)
-    budget = MemoryBudget(footprint, 1e9, most_blocks=1000, pass_tokens=10, rows=1)
-    keeper = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS)))
-    assert keeper.grant(step) and step.keep_graphs
+    prefix = tuple(random_ids(rng, shared))
+    step = FinetuneStep(model, Trainer(lora, 1e-3), [
+        Sample((*prefix, *random_ids(rng, 10)), (0.0,) * (shared + 5) + (1.0,) * 5)
+        for _ in range(8)], chunk_tokens=200)
+    footprint = measure_footprint(model, lora)
+    budget = MemoryBudget(footprint, 1e9, max_blocks=1000, pass_tokens=10, rows=1)
+    arbiter = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS)))
+    assert arbiter.grant(step) and step.keep_graphs
     assert SegmentKind.BACKWARD in {s.kind for s in step.segments()}
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8),
        st.lists(st.integers(1, 5000), min_size=1, max_size=4), st.booleans())
-def test_no_way_to_cut_a_step_takes_more_than_was_planned(
+def test_max_step_bytes_bounds_every_split_into_sequences(
         lengths: list[int], sizes: list[int], packed: bool) -> None:
-    """Or a step that was cut to fit would wait for ever."""
+    """Otherwise a step that was cut to fit would wait for ever."""
     footprint = replace(FOOTPRINT, packed=packed, graphs=tuple(
         (8 * 2 ** i, size) for i, size in enumerate(sorted(sizes))))
     assert (footprint.step_bytes(lengths, keep_graphs=False)
-            <= footprint.most_step_bytes(sum(lengths)) * (1 + 1e-9))
+            <= footprint.max_step_bytes(sum(lengths)) * (1 + 1e-9))
 
 
-def test_graphs_of_lengths_that_were_not_counted_are_linear_between_and_quadratic_beyond() -> None:
-    assert [FOOTPRINT.graph(n) for n in (5, 10, 15, 20)] == [500, 1000, 2500, 4000]
-    assert FOOTPRINT.graph(40) == 16_000     # 10 n²
-    assert replace(FOOTPRINT, graphs=((10, 1000), (20, 2000))).graph(40) == 4000
+def test_graph_bytes_are_interpolated_linearly_and_extrapolated_quadratically() -> None:
+    assert [FOOTPRINT.graph_bytes(n) for n in (5, 10, 15, 20)] == [500, 1000, 2500, 4000]
+    assert FOOTPRINT.graph_bytes(40) == 16_000     # 10 n²
+    assert replace(FOOTPRINT, graphs=((10, 1000), (20, 2000))).graph_bytes(40) == 4000
 
 
-# -- answers in random schedules ---------------------------------------------------------
+# -- responses in random schedules -------------------------------------------------------
 
 
 @dataclass
 class Sequence:
-    """A prompt that is answered greedily under a version, and the logits of its answer."""
+    """A prompt with greedy decoding under a version, and the logits of its response."""
 
     ids: list[int]
     slot: int
@@ -315,14 +317,14 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.request = Request(
-            id=str(id(self)), arrival=0.0, prompt_tokens=len(self.ids), max_tokens=ANSWER,
+            id=str(id(self)), arrival=0.0, prompt_tokens=len(self.ids), max_tokens=RESPONSE_TOKENS,
             ttft_slo=1.0, tpot_slo=1.0,
             block_hashes=BlockHashes(self.version, self.ids, BLOCK_TOKENS),
             adapter_slot=self.slot)
 
     @property
     def done(self) -> bool:
-        return self.request.output_tokens == ANSWER
+        return self.request.output_tokens == RESPONSE_TOKENS
 
 
 @dataclass
@@ -340,7 +342,7 @@ class Schedule:
         self.computed = 0
 
     def serve(self, sequences: list[Sequence], between: Callable[[], None] = lambda: None) -> None:
-        """Answer all of them, which arrive one by one; ``between`` is called between passes."""
+        """Serve sequences that arrive one by one; call ``between`` between passes."""
         coming = list(sequences)
         by_request = {s.request: s for s in sequences}
         while coming or self.state.has_requests:
@@ -358,7 +360,7 @@ class Schedule:
         self.pool.check([])
 
     def _plan(self) -> Plan:
-        """Return anything that fits; who preempts admits nobody."""
+        """Return a random plan that fits; a plan that preempts admits no request."""
         rng, state = self.rng, self.state
         preempted = [r for r in state.running if rng.random() < 0.05]
         free = self.pool.free_blocks + sum(map(state.cache.blocks_freed_by, preempted))
@@ -402,23 +404,23 @@ class Schedule:
                     self.kv_cache.free(sequence.request)
 
 
-def assert_answers_like(model: PreTrainedModel, sequence: Sequence) -> None:
-    """Compare with ``generate``: every logit, and every token but where two are best."""
+def assert_response_of(model: PreTrainedModel, sequence: Sequence) -> None:
+    """Compare all logits with ``generate``, and all tokens up to a tie of the best two."""
     prompt = sequence.ids[:sequence.request.prompt_tokens]
     with torch.no_grad():
         output = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=ANSWER, output_logits=True,
-            return_dict_in_generate=True)
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=RESPONSE_TOKENS,
+            output_logits=True, return_dict_in_generate=True)
     expected = output.sequences[0, len(prompt):].tolist()
-    answer = sequence.ids[len(prompt):]
-    assert len(answer) == ANSWER
+    response = sequence.ids[len(prompt):]
+    assert len(response) == RESPONSE_TOKENS
     for ours, theirs, token, right in zip(
-            sequence.logits, output.logits, answer, expected, strict=True):
+            sequence.logits, output.logits, response, expected, strict=True):
         assert relative_error(ours, theirs[0]) < TOLERANCE
         if token != right:
             best, second = theirs[0].topk(2).values
             assert best - second < TIE
-            return   # from here on the texts differ
+            return   # after a tie the texts may differ
 
 
 def random_ids(rng: random.Random, count: int) -> list[int]:
@@ -426,10 +428,10 @@ def random_ids(rng: random.Random, count: int) -> list[int]:
 
 
 def prompts(rng: random.Random, count: int) -> list[list[int]]:
-    """Return prompts of which many begin alike, some to their end, or at a block's end."""
-    beginnings = list(accumulate(random_ids(rng, n) for n in (16, 7, 25)))
-    return [rng.choice(beginnings) + random_ids(rng, rng.choice((1, 5, 16, 21)))
-            for _ in range(count)] + [list(beginnings[1]), list(beginnings[1])]
+    """Return prompts, many with a common prefix, which may end at a block or with the prompt."""
+    prefixes = list(accumulate(random_ids(rng, n) for n in (16, 7, 25)))
+    return [rng.choice(prefixes) + random_ids(rng, rng.choice((1, 5, 16, 21)))
+            for _ in range(count)] + [list(prefixes[1]), list(prefixes[1])]
 
 
 @cache
@@ -441,18 +443,18 @@ def family_model(family: str) -> tuple[PackedModel, LoRAManager, PreTrainedModel
 @pytest.mark.parametrize('family', FAMILIES)
 @hypothesis_settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 10**6), blocks=st.sampled_from((6, 12)))
-def test_no_schedule_changes_an_answer(family: str, seed: int, blocks: int) -> None:
+def test_responses_do_not_depend_on_the_schedule(family: str, seed: int, blocks: int) -> None:
     model, _, reference = family_model(family)
     rng = random.Random(seed)
     schedule = Schedule(model, rng, blocks)
     sequences = [Sequence(ids, BASE_SLOT, '') for ids in prompts(rng, 4)]
     schedule.serve(sequences)
     for sequence in sequences:
-        assert_answers_like(reference, sequence)
+        assert_response_of(reference, sequence)
 
 
-def test_what_a_waiting_request_would_share_is_what_is_there_at_its_turn() -> None:
-    """What it shared when it was preempted may be gone by the time it is admitted."""
+def test_a_waiting_request_shares_the_blocks_that_are_cached_when_it_is_admitted() -> None:
+    """Blocks that it shared when it was preempted may have been evicted since."""
     kv_cache = KVCacheManager(BlockPool(20, BLOCK_TOKENS))
     state = kv_cache.state
     request = Request('0', 0.0, 170, 10, 1.0, 1.0,
@@ -466,8 +468,8 @@ def test_what_a_waiting_request_would_share_is_what_is_there_at_its_turn() -> No
     assert len(request.blocks) * BLOCK_TOKENS >= plan.prefill[0].tokens
 
 
-def test_schedules_do_preempt_and_share() -> None:
-    """What the test above is about does happen in it."""
+def test_random_schedules_preempt_and_share() -> None:
+    """Otherwise the test of schedules would protect nothing."""
     model = family_model('llama')[0]
     schedule = Schedule(model, random.Random(1), 6)
     sequences = [Sequence(ids, BASE_SLOT, '') for ids in prompts(random.Random(1), 12)]
@@ -476,52 +478,52 @@ def test_schedules_do_preempt_and_share() -> None:
     assert schedule.kv_cache.shared_tokens > 100
 
 
-# -- sharing is a matter of the adapter's version -----------------------------------------
+# -- blocks are shared only within an adapter version ------------------------------------
 
 
-def swapped_under_load(folder: Path) -> None:
-    """Publish version after version into one slot while requests run; raises if one is wrong."""
-    model, bank, reference = with_reference(
+def serve_swapped_versions(folder: Path) -> None:
+    """Publish versions in turn into two slots; raises if a response is not its version's."""
+    model, lora, reference = with_reference(
         random_model('Llama'), kv_tokens=20 * BLOCK_TOKENS, slots=2)
     rng = random.Random(0)
     schedule = Schedule(model, rng, 20)
-    beginning = random_ids(rng, 40)
+    prefix = random_ids(rng, 40)
     for number in range(1, 4):
-        # Two slots: the version before this one is still used, that before it no longer.
+        # Two slots: this version overwrites the one before the last.
         slot = FIRST_SERVED_SLOT + number % 2
-        path = publish(folder / str(number), bank, random_adapter(bank, number))
-        bank.write_slot(slot)
+        path = publish(folder / str(number), lora, random_adapter(lora, number))
+        lora.write_slot(slot)
         served = PeftModel.from_pretrained(copy.deepcopy(reference), str(path)).eval()
-        sequences = [Sequence(beginning + random_ids(rng, 5), slot, f'\n{number}')
+        sequences = [Sequence(prefix + random_ids(rng, 5), slot, f'\n{number}')
                      for _ in range(3)]
         before = schedule.kv_cache.shared_tokens
         schedule.serve(sequences)
         for sequence in sequences:
-            assert_answers_like(served, sequence)
-        assert schedule.kv_cache.shared_tokens > before     # among themselves they share
+            assert_response_of(served, sequence)
+        assert schedule.kv_cache.shared_tokens > before     # within the version
 
 
-def test_a_block_serves_only_the_version_that_made_it(tmp_path: Path) -> None:
-    swapped_under_load(tmp_path)
+def test_a_block_is_shared_only_within_the_version_that_computed_it(tmp_path: Path) -> None:
+    serve_swapped_versions(tmp_path)
 
 
-@pytest.mark.parametrize('name', [
-    lambda version: b'',                                        # no key
-    lambda version: bytes([int(version) % 2]),                  # the slot as a key
+@pytest.mark.parametrize('root_hash', [
+    lambda version: b'',                                        # no version
+    lambda version: bytes([int(version) % 2]),                  # the slot instead of the version
 ], ids=['none', 'slot'])
-def test_without_the_version_in_the_key_answers_would_be_wrong(
-        name: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above would see it."""
-    monkeypatch.setattr(block_hashes, 'root_hash', name)
+def test_hashes_without_the_version_give_wrong_responses(
+        root_hash: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above detects it."""
+    monkeypatch.setattr(block_hashes, 'root_hash', root_hash)
     with pytest.raises(AssertionError, match='relative_error'):
-        swapped_under_load(tmp_path)
+        serve_swapped_versions(tmp_path)
 
 
-# -- what is planned is what is taken ------------------------------------------------------
+# -- predicted memory --------------------------------------------------------------------
 
 
 class Peak(TorchDispatchMode):
-    """While open, counts the bytes of all tensors that operations make, and the most of them."""
+    """While open, counts the bytes of all tensors that operations create, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -551,8 +553,8 @@ class Peak(TorchDispatchMode):
         self.most = max(self.most, self.bytes)
 
 
-def test_counting_is_exact_and_leaves_nothing_behind() -> None:
-    model, bank, _ = with_reference(tiny_model('llama'))
+def test_measuring_the_footprint_is_repeatable_and_leaves_no_graphs() -> None:
+    model, lora, _ = with_reference(tiny_model('llama'))
 
     def graphs() -> int:
         gc.collect()
@@ -560,34 +562,34 @@ def test_counting_is_exact_and_leaves_nothing_behind() -> None:
                    for o in gc.get_objects())
 
     before = graphs()
-    counts = [measure_footprint(model, bank).graphs for _ in range(3)]
+    counts = [measure_footprint(model, lora).graphs for _ in range(3)]
     assert graphs() == before
     assert counts[1:] == counts[:-1]
-    # What a layer keeps of longer sequences grows with them: all of it was seen.
+    # A graph grows at least in proportion to its tokens, unless a part was not counted.
     each = [size / tokens for tokens, size in counts[0]]
     assert each[0] <= each[-1] and min(each) > 0.99 * each[0]
 
 
 @pytest.mark.parametrize('shared', [0, 24, 80])
-@pytest.mark.parametrize(('keep_graphs', 'piece_tokens'), [(True, None), (False, None), (True, 60)])
+@pytest.mark.parametrize(('keep_graphs', 'chunk_tokens'), [(True, None), (False, None), (True, 60)])
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'qwen3-moe'])
-def test_a_step_takes_the_memory_that_was_predicted(
-        family: str, keep_graphs: bool, piece_tokens: int | None, shared: int) -> None:
-    model, bank, _ = with_reference(tiny_model(family))
-    footprint = measure_footprint(model, bank)
+def test_a_step_takes_no_more_memory_than_predicted(
+        family: str, keep_graphs: bool, chunk_tokens: int | None, shared: int) -> None:
+    model, lora, _ = with_reference(tiny_model(family))
+    footprint = measure_footprint(model, lora)
     rng = random.Random(0)
-    begin = tuple(random_ids(rng, shared))
-    # Of what begins alike there are many short ones, as of corrections.
+    prefix = tuple(random_ids(rng, shared))
+    # With a shared prefix, many short samples, as corrections are.
     lengths = (30, 20, 25, 12, 18, 30, 40, 22, 35, 15, 9, 28, 17) if shared else (150, 120, 90)
-    samples = [Sample((*begin, *random_ids(rng, n)),
+    samples = [Sample((*prefix, *random_ids(rng, n)),
                       (0.0,) * (shared + n // 2) + (1.0,) * (n - n // 2)) for n in lengths]
-    trainer = Trainer(bank, 1e-3)
+    trainer = Trainer(lora, 1e-3)
     with Peak() as peak:
         step = FinetuneStep(
-            model, trainer, samples, keep_graphs=keep_graphs, piece_tokens=piece_tokens)
+            model, trainer, samples, keep_graphs=keep_graphs, chunk_tokens=chunk_tokens)
         while not step.done:
             step.run_segment()
     predicted = footprint.step_bytes(
-        step.lengths, keep_graphs=keep_graphs, piece_tokens=piece_tokens)
-    gradients = sum(p.nbytes for p in bank.parameters())     # those are the adapters'
+        step.lengths, keep_graphs=keep_graphs, chunk_tokens=chunk_tokens)
+    gradients = sum(p.nbytes for p in lora.parameters())     # counted with the adapters
     assert 0.4 * predicted <= peak.most - gradients <= predicted

@@ -1,21 +1,21 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Products in other forms are those of PyTorch."""
+"""Matrix products on a CPU give the results of PyTorch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mace_ros.engine.builder import best_weight_dtype
-from mace_ros.model.cpu_matmul import FEW_TOKENS, Int8Weight, linear, multiplies_int8
+from mace_ros.model.cpu_matmul import Int8Weight, linear, multiplies_int8, SMALL_BATCH
 
-SHAPES = [(), (0,), (1,), (2,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (1, 1), (1, 5), (2, 3)]
+SHAPES = [(), (0,), (1,), (2,), (SMALL_BATCH,), (SMALL_BATCH + 1,), (1, 1), (1, 5), (2, 3)]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_linear_is_that_of_pytorch(
+def test_linear_gives_the_result_of_pytorch(
         shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(*shape, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype)
@@ -27,7 +27,8 @@ def test_linear_is_that_of_pytorch(
 
 @pytest.mark.parametrize('inputs', [16, 24, 40, 48, 80, 100])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_a_weight_of_8_bits(dtype: torch.dtype, inputs: int) -> None:
+def test_an_int8_weight_is_rounded_in_place_and_multiplied_exactly(
+        dtype: torch.dtype, inputs: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(33, inputs, dtype=dtype)
     weight[5] = 0
@@ -53,7 +54,7 @@ def test_a_weight_of_8_bits(dtype: torch.dtype, inputs: int) -> None:
     ('x86_64', {'avx2': True}, 'float32'),
     ('x86_64', {'avx512_bf16': True}, 'int8'),
     ('aarch64', {}, 'int8')])
-def test_weights_have_8_bits_where_that_is_fast(
+def test_the_default_weight_dtype_is_int8_where_the_cpu_is_fast_with_it(
         machine: str, native: dict[str, bool], expected: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('platform.machine', lambda: machine)

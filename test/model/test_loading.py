@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which model files are read, and which are not."""
+"""Model files that are read, and files that are rejected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mace_ros.model.loading import (
 
 
 class Trap:
-    """Leaves a trace if it is unpickled."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -33,7 +33,7 @@ class Trap:
 
 @pytest.fixture
 def folder(model_folder: Path, tmp_path: Path) -> Path:
-    """Return a copy of the tiny model that a test may spoil."""
+    """Return a copy of the tiny model that a test may change."""
     copy = tmp_path / 'model'
     shutil.copytree(model_folder, copy)
     return copy
@@ -44,7 +44,7 @@ def test_a_model_in_safetensors_is_loaded(folder: Path) -> None:
 
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.pickle'])
-def test_a_pickle_is_refused_by_name_and_never_read(folder: Path, name: str) -> None:
+def test_a_pickle_is_rejected_by_name_and_never_read(folder: Path, name: str) -> None:
     (folder / 'model.safetensors').unlink()
     trace = folder / 'unpickled'
     (folder / name).write_bytes(pickle.dumps(Trap(trace)))
@@ -54,7 +54,7 @@ def test_a_pickle_is_refused_by_name_and_never_read(folder: Path, name: str) -> 
     assert not trace.exists()
 
 
-def test_code_of_a_repository_is_never_run(folder: Path) -> None:
+def test_code_in_a_model_folder_is_never_run(folder: Path) -> None:
     trace = folder / 'imported'
     (folder / 'trap.py').write_text(f"import pathlib; pathlib.Path({str(trace)!r}).touch()\n")
     config = json.loads((folder / 'config.json').read_text())
@@ -66,7 +66,7 @@ def test_code_of_a_repository_is_never_run(folder: Path) -> None:
     assert not trace.exists()
 
 
-def test_weights_that_were_cut_short_are_refused(folder: Path) -> None:
+def test_truncated_weights_are_rejected(folder: Path) -> None:
     weights = folder / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ModelNotFound, match=r'model\.source: .*damaged'):
@@ -74,7 +74,7 @@ def test_weights_that_were_cut_short_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize('size', [0, 3, 1000, 2 * 10**6])
-def test_a_gguf_file_that_was_cut_short_is_refused(tmp_path: Path, size: int) -> None:
+def test_a_truncated_gguf_file_is_rejected(tmp_path: Path, size: int) -> None:
     cut = tmp_path / 'cut.gguf'
     with packaged_gguf().open('rb') as file:
         cut.write_bytes(file.read(size))
@@ -83,8 +83,8 @@ def test_a_gguf_file_that_was_cut_short_is_refused(tmp_path: Path, size: int) ->
     assert list((tmp_path / 'cache').iterdir()) == []
 
 
-def test_other_weights_are_another_conversion(tmp_path: Path) -> None:
-    """Of a model that was trained on and saved again, only the last bytes may differ."""
+def test_gguf_files_with_different_weights_have_different_conversions(tmp_path: Path) -> None:
+    """If a model is fine-tuned and saved again, only the last bytes may differ."""
     names = set()
     for end in (b'0', b'1', b'0'):
         gguf = tmp_path / 'model.gguf'

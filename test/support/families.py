@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of many decoder families, and PEFT as the reference for adapters."""
+"""Tiny models of many decoder families, with PEFT as the reference for adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mace_ros.model.lora import LoRAManager
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.packing import pack
 
 VOCABULARY = 199
 CONTEXT = 160
@@ -33,7 +34,7 @@ _MLA = {'q_lora_rank': 24, 'kv_lora_rank': 16, 'qk_rope_head_dim': 8, 'qk_nope_h
         'v_head_dim': 12, 'num_key_value_heads': 4, 'rope_interleave': True}
 _MOE = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 32}
 
-# Whatever is special in a family is set so that ignoring it changes the logits.
+# Special features of a family are set such that ignoring them changes the logits.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     'llama': ('Llama', {}),
     'llama-tied-biased': ('Llama', {
@@ -71,18 +72,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     'opt': ('OPT', {'word_embed_proj_dim': 48, 'ffn_dim': 96, 'do_layer_norm_before': True}),
 }
 
-# PEFT takes MLPs of MoE families for experts, even those that are none.
+# PEFT takes all MLPs of an MoE family for experts, even dense ones.
 TARGETS = {'deepseek-v2': 'q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj'}
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
-    """Return a family's model of three layers, always with the same random weights."""
+    """Return a model of three layers of a family, with the same random weights each time."""
     name, special = FAMILIES[family]
     return random_model(name, **special | changes)
 
 
 def random_model(config_name: str, **settings: Any) -> PreTrainedModel:
-    """Return a model with weights so large that every part of it shows in the logits."""
+    """Return a model whose weights are large enough that every part affects the logits."""
     general = {
         'vocab_size': VOCABULARY, 'hidden_size': 64, 'intermediate_size': 96,
         'num_hidden_layers': 3, 'num_attention_heads': 4, 'num_key_value_heads': 2,
@@ -105,33 +106,33 @@ def random_model(config_name: str, **settings: Any) -> PreTrainedModel:
 def with_reference(model: PreTrainedModel, *, kv_tokens: int = 1024,
                    targets: str = 'all-linear', slots: int = 2, int8: bool = False,
                    ) -> tuple[PackedModel, LoRAManager, PreTrainedModel]:
-    """Convert ``model``; return it, its adapters, and an unconverted copy."""
+    """Convert ``model``; return it, its LoRA manager, and an unconverted copy."""
     reference = copy.deepcopy(model)
-    hybrid = PackedModel(model, kv_tokens=kv_tokens, int8=int8)
-    bank = LoRAManager(hybrid.groups, targets=targets, rank=RANK, alpha=ALPHA, slots=slots)
-    return hybrid, bank, reference
+    packed = pack(model, kv_tokens=kv_tokens, int8=int8)
+    lora = LoRAManager(packed.linears, targets=targets, rank=RANK, alpha=ALPHA, slots=slots)
+    return packed, lora, reference
 
 
-def random_adapter(bank: LoRAManager, seed: int, scale: float = 0.5) -> dict[str, Tensor]:
-    """Make random A and B (neither zero) the bank's master weights, and return them."""
+def random_adapter(lora: LoRAManager, seed: int, scale: float = 0.5) -> dict[str, Tensor]:
+    """Load random A and B (neither is zero) as master weights, and return them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(t.shape, generator=generator) * scale * t.shape[-1] ** -0.5
-               for name, t in bank.export().items()}
-    bank.load(tensors)
+               for name, t in lora.export().items()}
+    lora.load(tensors)
     return tensors
 
 
-def publish(path: Path, bank: LoRAManager, tensors: Mapping[str, Tensor]) -> Path:
+def publish(path: Path, lora: LoRAManager, tensors: Mapping[str, Tensor]) -> Path:
     """Write an adapter in PEFT's format."""
-    lora_config(bank).save_pretrained(str(path))
+    lora_config(lora).save_pretrained(str(path))
     save_file(dict(tensors), path / 'adapter_model.safetensors', metadata={'format': 'pt'})
     return path
 
 
-def lora_config(bank: LoRAManager) -> LoraConfig:
-    """Return PEFT's configuration of such adapters."""
-    return LoraConfig(r=bank.rank, lora_alpha=bank.alpha, lora_dropout=0.0,
-                      target_modules=bank.target_modules, task_type='CAUSAL_LM')
+def lora_config(lora: LoRAManager) -> LoraConfig:
+    """Return PEFT's configuration of these adapters."""
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0,
+                      target_modules=lora.target_modules, task_type='CAUSAL_LM')
 
 
 def gradients(peft: PeftModel) -> dict[str, Tensor]:

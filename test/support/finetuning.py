@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Samples to learn, the same loss by PEFT, and ways to do a step's forward."""
+"""Samples, PEFT's loss over them, and ways to run a step's forward."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from transformers import PreTrainedModel
 
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep
-from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
-from mace_ros.model.lora import BASE_SLOT, FIRST_SERVED_SLOT, LoRAManager
+from mace_ros.memory.block_pool import BLOCK_TOKENS
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import SegmentKind
 
 TOLERANCE = 1e-4
 
-Drive = Callable[[FinetuneStep], None]   # does a step's forward in some way
+Drive = Callable[[FinetuneStep], None]   # runs a step's forward in some way
 
 
 def samples(seed: int = 0, lengths: Sequence[int] = (40, 9, 2, 61)) -> list[Sample]:
-    """Return samples of several lengths, unweighted at first, then of different weights."""
+    """Return samples of several lengths: prompt tokens, then tokens of different weights."""
     rng = random.Random(seed)
     result = []
     for length in lengths:
@@ -43,17 +45,17 @@ def samples(seed: int = 0, lengths: Sequence[int] = (40, 9, 2, 61)) -> list[Samp
     return result
 
 
-def alike(*, shared: int = 19) -> list[Sample]:
-    """Return samples that begin with the same tokens, some of them with no other prompt."""
-    begin = tuple(random.Random(7).randrange(VOCABULARY) for _ in range(shared))
-    return [Sample((*begin, *s.tokens), (*(0.0 for _ in begin), *s.weights))
+def samples_with_shared_prefix(*, shared: int = 19) -> list[Sample]:
+    """Return samples with a common prefix, which is the whole prompt of some of them."""
+    prefix = tuple(random.Random(7).randrange(VOCABULARY) for _ in range(shared))
+    return [Sample((*prefix, *s.tokens), (*(0.0 for _ in prefix), *s.weights))
             for s in samples(lengths=(30, 9, 2, 41, 2))]
 
 
-def as_peft(reference: PreTrainedModel, bank: LoRAManager, tensors: dict[str, Tensor],
+def as_peft(reference: PreTrainedModel, lora: LoRAManager, tensors: dict[str, Tensor],
             ) -> PeftModel:
-    """Return PEFT's model with the same adapter, ready to be trained."""
-    peft = get_peft_model(copy.deepcopy(reference), lora_config(bank))
+    """Return PEFT's model with the same adapter, ready for training."""
+    peft = get_peft_model(copy.deepcopy(reference), lora_config(lora))
     loaded = set_peft_model_state_dict(peft, tensors)
     assert not loaded.unexpected_keys
     return peft
@@ -71,10 +73,10 @@ def loss_of(peft: PeftModel, batch: Sequence[Sample]) -> Tensor:
     return total / normaliser
 
 
-def gradients_of(bank: LoRAManager) -> dict[str, Tensor]:
-    """Return the gradients that the master weights hold."""
+def gradients_of(lora: LoRAManager) -> dict[str, Tensor]:
+    """Return the gradients of the master weights."""
     return {name: parameter.grad for name, parameter
-            in zip(bank.export(), bank.parameters(), strict=True) if parameter.grad is not None}
+            in zip(lora.export(), lora.parameters(), strict=True) if parameter.grad is not None}
 
 
 def run_until_optimizer(step: FinetuneStep) -> None:
@@ -90,36 +92,43 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor],
     assert errors[worst] < tolerance, f'{worst}: {errors[worst]:.2g}'
 
 
-# -- ways to do a step's forward ---------------------------------------------------------
+# -- ways to run a step's forward --------------------------------------------------------
 
 
 def alone(step: FinetuneStep) -> None:
-    """Leave it all to the segments."""
+    """Leave the forward to the segments."""
 
 
-def ride(*sizes: int) -> Drive:
-    """Ride alone, in chunks of these sizes by turns."""
+def scattered_tables(rng: random.Random, model: PackedModel,
+                     lengths: Sequence[int]) -> list[list[int]]:
+    """Return block tables for sequences of these lengths, with blocks in random order."""
+    blocks = list(range(model.kv_blocks))
+    rng.shuffle(blocks)
+    return [[blocks.pop() for _ in range(-(-n // BLOCK_TOKENS))] for n in lengths]
+
+
+def piggyback(*sizes: int) -> Drive:
+    """Piggyback on passes without requests, in chunks of these sizes in turn."""
     def drive(step: FinetuneStep) -> None:
-        pool = BlockPool(step.model.kv_blocks, BLOCK_TOKENS)
-        step.hold_blocks([pool.allocate(n) for n in step.kv_tokens])
+        step.hold_blocks(scattered_tables(random.Random(3), step.model, step.kv_tokens))
         turn = 0
         while step.piggyback_tokens:
-            rows = step.rows(min(sizes[turn % len(sizes)], step.piggyback_tokens))
-            step.model.run((), rows)
-            step.piggybacked(rows.tokens)
+            spans = step.piggyback_spans(min(sizes[turn % len(sizes)], step.piggyback_tokens))
+            step.model.run((), spans)
+            step.piggybacked(spans.tokens)
             turn += 1
         step.take_blocks()
     return drive
 
 
-def ride_among_requests(step: FinetuneStep) -> None:
-    """Ride beside prefill chunks and decode rows of requests under other adapters."""
+def piggyback_on_requests(step: FinetuneStep) -> None:
+    """Piggyback on prefill chunks and decode rows of requests under other adapters."""
     rng = random.Random(2)
-    pool = BlockPool(step.model.kv_blocks, BLOCK_TOKENS)
-    rng.shuffle(pool._empty)
-    step.hold_blocks([pool.allocate(n) for n in step.kv_tokens])
+    tables = scattered_tables(rng, step.model, [*step.kv_tokens, 60, 60, 60])
+    step.hold_blocks(tables[:-3])
+    tables = tables[-3:]
     texts = [[rng.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
-    tables, computed = [pool.allocate(60) for _ in texts], [0, 0, 0]
+    computed = [0, 0, 0]
     while step.piggyback_tokens:
         spans = []
         for i, slot in enumerate((BASE_SLOT, FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1)):
@@ -128,19 +137,19 @@ def ride_among_requests(step: FinetuneStep) -> None:
                 spans.append(Span(tokens, computed[i], tables[i], slot, True))
                 computed[i] += len(tokens)
         rng.shuffle(spans)
-        rows = step.rows(min(rng.choice((1, 7, 15)), step.piggyback_tokens))
-        step.model.run(spans, rows)
-        step.piggybacked(rows.tokens)
+        finetune = step.piggyback_spans(min(rng.choice((1, 7, 15)), step.piggyback_tokens))
+        step.model.run(spans, finetune)
+        step.piggybacked(finetune.tokens)
     step.take_blocks()
 
 
 DRIVES: dict[str, tuple[Drive, bool]] = {
     'alone, graphs kept': (alone, True),
     'alone, recomputed': (alone, False),
-    'ridden by 1': (ride(1), True),
-    'ridden by 7': (ride(7), True),
-    'ridden by 33': (ride(33), True),
-    'ridden whole': (ride(1000), True),
-    'ridden by 50, 1, 8': (ride(50, 1, 8), False),
-    'ridden among requests': (ride_among_requests, True),
+    'piggybacked by 1': (piggyback(1), True),
+    'piggybacked by 7': (piggyback(7), True),
+    'piggybacked by 33': (piggyback(33), True),
+    'piggybacked whole': (piggyback(1000), True),
+    'piggybacked by 50, 1, 8': (piggyback(50, 1, 8), False),
+    'piggybacked on requests': (piggyback_on_requests, True),
 }

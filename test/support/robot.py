@@ -19,7 +19,8 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
-from mace_ros.engine.engine import Engine
+from mace_ros.learning.job import JobState
+from mace_ros.learning.status import JobStatus
 
 # A random model has no answers to preserve: learn fast, with all layers, and accept any loss.
 RANDOM_MODEL = {
@@ -82,6 +83,25 @@ def correct(robot: Robot, name: str, *, about: str = '') -> None:
     """Correct the answer to the question of that name; wait until the correction is accepted."""
     robot.engine.correct(Correction('A robot.', id=name, prompt=f'Question {about or name}?'))
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == name)
+
+
+def running(robot: Robot) -> JobStatus:
+    """Return the status of the job that runs."""
+    job = robot.engine.learner.status().job
+    assert job is not None, 'no job runs'
+    return job
+
+
+def until_state(robot: Robot, state: JobState, seconds: float = 60.0) -> JobStatus:
+    """Step until a job is in a state, and return its status."""
+    deadline = time.monotonic() + seconds
+    while (job := robot.engine.learner.status().job) is None or job.state is not state:
+        assert time.monotonic() < deadline, f'no job is {state.value}'
+        iteration = robot.engine.step()
+        robot.events += iteration.events
+        if iteration.wake_at is None:
+            time.sleep(0.001)
+    return job
 
 
 @contextmanager

@@ -1,0 +1,371 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+A job of learning: from the corrections of one profile to a published version.
+
+:meth:`LearningJob.run` reads from top to bottom. Each yield names the event that the job waits
+for; requests are served meanwhile. Closing the generator cancels the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+from statistics import fmean
+import time
+
+from torch import Tensor
+
+from mace_ros.api.events import CorrectionState, CorrectionStatus
+from mace_ros.api.settings import FinetuneSettings
+from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.learning.correction_queue import PendingCorrection, texts
+from mace_ros.learning.criteria import learned_well, RIGHT_MARGIN, StepScores
+from mace_ros.learning.drift import surprise
+from mace_ros.learning.gate import Verdict
+from mace_ros.learning.interpolation import interpolate
+from mace_ros.learning.job import Job, JobKind, JobState
+from mace_ros.learning.job_context import JobContext
+from mace_ros.learning.job_inputs import read_inputs
+from mace_ros.learning.samples import sample
+from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
+from mace_ros.learning.step_plan import StepPlan
+from mace_ros.learning.task import Task
+from mace_ros.learning.training_set import TrainingSet
+from mace_ros.memory.adapter_slots import NO_SLOT
+from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
+
+MORE_STEPS = 4          # after a rejected candidate, at least
+# Corrections may join a job until this share of finetune.max_steps is spent: the rest suffices.
+JOIN_SHARE = 0.25
+
+
+class LearningJob(Job):
+    """Learns corrections of one profile together, or rehearses them."""
+
+    def __init__(self, context: JobContext, number: int, profile: str,
+                 corrections: Sequence[PendingCorrection], *, rehearsal: bool = False) -> None:
+        """Nothing is read or computed before :meth:`run` is resumed."""
+        super().__init__(
+            JobKind.REHEARSAL if rehearsal else JobKind.LEARNING, number, profile, corrections)
+        self._context = context
+        self._begun = context.clock()
+        self._least_steps = self._finetune.period_steps if rehearsal else 0
+        self._parent = 0
+        self._answers: tuple[AnswerRecord, ...] = ()
+        self._learned: tuple[CorrectionRecord, ...] = ()
+        self._start: dict[str, Tensor] = {}         # the live version's weights
+        self._set = TrainingSet([])
+        self._before: list[SampleScore] = []        # of the guarded samples, live version
+        self._after: dict[tuple[int, ...], SampleScore] = {}    # the same, candidate
+        self._repaired = False      # trained on once, for samples that a candidate had lost
+        self._score_before = self._score_after = math.nan
+
+    def run(self) -> Task[VersionRecord | None]:
+        """
+        Learn the corrections; return the published version, None if there is none.
+
+        Raises :class:`Unreadable`, and whatever the device raises.
+        """
+        yield from self._load_live_version()
+        yield from self._choose()
+        if not self.corrections:
+            return None
+        yield from self._build_training_set()
+        while True:
+            scores = yield from self._train()
+            if not (yield from self._has_candidate(scores)):
+                return None
+            # After a rejection, interpolation would lead back to the rejected weights.
+            if scores.learned_well and not self.rejections and self._context.scores_first:
+                yield from self._interpolate(scores.samples)
+            verdict = yield from self._judge()
+            if verdict is None:
+                continue
+            if not verdict.reason:
+                return (yield from self._publish())
+            self._context.publisher.reject(self._record(), verdict.reason)
+            if self.steps >= self._finetune.max_steps:
+                yield from self._fail(self.corrections, verdict.reason + self._after_steps)
+                return None
+            self.rejections += 1
+            self._least_steps = self.steps + MORE_STEPS
+            self._train_on(verdict.lost)
+
+    # -- before training -------------------------------------------------------------
+
+    def _load_live_version(self) -> Task[None]:
+        context = self._context
+        inputs = yield from read_inputs(
+            context.disk, context.store, self.profile, self._finetune.replay_samples)
+        context.backoff.succeeded()
+        self.state = JobState.PREPARING
+        yield from context.anchors.prepare(context.training)
+        live = inputs.live
+        if live is not None and live.profile == self.profile:
+            self._parent = live.version
+        context.baseline.begin(
+            (self.profile, '', 0) if live is None else (self.profile, live.profile, live.version))
+        context.training.load(inputs.tensors)
+        self._answers, self._learned = inputs.answers, inputs.learned
+        self._start = context.training.lora.copies()
+
+    def _choose(self) -> Task[None]:
+        """
+        Score corrections under the live version, and keep the most useful ones that fit.
+
+        Corrections that it answers right already are LEARNED, the others wait again.
+        """
+        context, prefers = self._context, self._finetune.objective == 'dpo'
+        if self.kind is JobKind.REHEARSAL or not (context.scores_first or prefers):
+            return
+        self.state = JobState.CHOOSING
+        # Scores stay valid, except that a preference needs those of the live version.
+        unscored = [w for w in self.corrections if prefers or not w.log_probabilities]
+        scored = yield from context.training.score([
+            sample(w.record.prompt_ids, context.chat.answer(text))
+            for w in unscored for text in texts(w.record)])
+        right = self._note_scores(unscored, scored.scores)
+        trained = [w for w in self.corrections if w.record.id in self.announced]
+        wrong = [w for w in self.corrections if w not in right and w not in trained]
+        if self._finetune.order == 'priority':
+            wrong = ordered(
+                wrong, context.queue.of(self.profile), now=context.clock(),
+                freshness_s=context.settings.slo.freshness_s,
+                step_s=lambda w: context.training.cost.step_s(
+                    len(w.record.prompt_ids) + len(context.chat.answer(w.record.corrected))))
+        chosen = self._fitting([*trained, *wrong])
+        self.corrections = [*trained, *(w for w in wrong if w in chosen)]
+        context.queue.put_back(w for w in wrong if w not in chosen)
+        yield from self._already_learned(right)
+
+    def _note_scores(self, corrections: Sequence[PendingCorrection],
+                     scores: Sequence[SampleScore]) -> list[PendingCorrection]:
+        """Note the scores of all texts; return the corrections that are right already."""
+        remaining, right = iter(scores), []
+        for correction in corrections:
+            own = [next(remaining) for _ in texts(correction.record)]
+            if not correction.log_probabilities:
+                self._context.drift.outcome(surprise(own[0].log_probability))
+                self._context.regression_check.scored(
+                    correction.record.id, own[0].log_probability)
+            correction.log_probabilities = tuple(s.log_probability for s in own)
+            if len(own) > 1:
+                correction.reference = (own[0].log_probability * own[0].tokens
+                                        - own[1].log_probability * own[1].tokens)
+            # A correction that joins is learned in any case: the live version may answer it
+            # right, and the one in training no longer.
+            if own[0].margin >= RIGHT_MARGIN and not self.announced:
+                right.append(correction)
+        return right
+
+    def _build_training_set(self) -> Task[None]:
+        """Gather the samples, and score the guarded ones under the live version."""
+        context = self._context
+        self.state = JobState.SCORING
+        self._set = context.builder.build(
+            self.corrections, self._learned, self._answers,
+            max_sample_tokens=self._finetune.max_sample_tokens, number=self.number)
+        guarded, answers = self._set.gate.samples, self._set.answers
+        # Replay of the robot's answers needs the live version's predictions.
+        unknown = [s for s in guarded if s not in context.baseline or s in answers]
+        scored = yield from context.training.score(unknown)
+        context.baseline.add(unknown, scored.scores)
+        self._before = context.baseline.of(guarded)
+        self._set.add_baseline(self._before, scored.soft_targets)
+
+    # -- training --------------------------------------------------------------------
+
+    def _train(self) -> Task[StepScores]:
+        """Run optimizer steps; return the scores of the forward after which they end."""
+        while True:
+            self.state = JobState.TRAINING
+            plan = self._context.builder.step(
+                self._set, self.corrections, self._finetune,
+                most=self._context.training.step_tokens, steps=self.steps,
+                rejections=self.rejections)
+            result = yield from self._optimizer_step(plan)
+            if isinstance(result, StepScores):
+                return result
+            if result:
+                yield from self._join(result)
+
+    def _optimizer_step(self, plan: StepPlan) -> Task[StepScores | list[PendingCorrection]]:
+        """Run a step; return its scores if training ends, else the corrections that join now."""
+        scores: StepScores | None = None
+        for part in self._context.training.steps(plan):
+            yield from self._announce()
+            joining = yield from self._run(part, until_scored=scores is None)
+            if scores is None and not joining:
+                scores = self._assess(part, plan.must_be_right)
+                if self._ends_training(scores):
+                    return scores
+                joining = yield from self._run(part)
+            if joining:
+                return joining
+        self.steps += 1
+        return self._joining()
+
+    def _run(self, step: FinetuneStep, *, until_scored: bool = False,
+             ) -> Task[list[PendingCorrection]]:
+        """
+        Run a part of a step; return corrections that join now instead, giving it up.
+
+        That is possible before the first update, unless the part piggybacks on inference.
+        """
+        while not step.done:
+            joining = [] if self.steps or step.holds_blocks else self._joining()
+            if joining or (until_scored and step.scored):
+                return joining
+            yield step
+        return []
+
+    def _assess(self, step: FinetuneStep, must_be_right: int) -> StepScores:
+        scores = StepScores(step.samples[:must_be_right], tuple(step.scores()[:must_be_right]),
+                            len(self.corrections))
+        if self.steps == 0:
+            self._score_before = scores.mean
+        return scores
+
+    def _ends_training(self, scores: StepScores) -> bool:
+        return self.steps >= self._finetune.max_steps or (
+            self.steps >= self._least_steps and scores.learned_well)
+
+    def _joining(self) -> list[PendingCorrection]:
+        """Return corrections that came since the job began and may be learned in it."""
+        context, finetune = self._context, self._finetune
+        if (not context.scores_first or self.kind is JobKind.REHEARSAL
+                or len(self.corrections) >= JOB_CORRECTIONS or self._repaired or self.rejections
+                or self.steps > JOIN_SHARE * finetune.max_steps):
+            return []
+        # Corrections that were scored before did not fit.
+        came = [w for w in context.queue.of(self.profile)
+                if w.arrived >= self._begun and not w.log_probabilities
+                and w in self._fitting([*self.corrections, w])]
+        return candidates(came, by_priority=finetune.order == 'priority')
+
+    def _join(self, joining: list[PendingCorrection]) -> Task[None]:
+        """Score more corrections under the live version, and continue training with them."""
+        context = self._context
+        context.queue.remove(joining)
+        self.corrections = [*self.corrections, *joining]
+        trained = context.training.swap_out(self._start) if self.steps else None
+        self.swapped_out = trained is not None
+        yield from self._choose()
+        yield from self._build_training_set()
+        if trained is not None:
+            context.training.swap_in(trained)
+            self.swapped_out = False
+            new = [w.log_probabilities[0] for w in self.corrections
+                   if w.record.id not in self.announced]
+            earlier = len(self.corrections) - len(new)
+            self._score_before = (
+                earlier * self._score_before + sum(new)) / len(self.corrections)
+
+    def _has_candidate(self, scores: StepScores) -> Task[bool]:
+        """Drop the corrections that are not learned; return whether any was."""
+        learned: list[PendingCorrection] = []
+        reason = 'not learned without losing what was right before'
+        if all(scores.right[scores.corrections:]):
+            reason = 'not learned'
+            learned = [w for w, right in zip(self.corrections, scores.right, strict=False)
+                       if right]
+        yield from self._fail([w for w in self.corrections if w not in learned],
+                              reason + self._after_steps)
+        if not learned or not self.steps:
+            yield from self._already_learned(learned)
+            return False
+        self._set.corrected = [
+            s for s, w in zip(self._set.corrected, self.corrections, strict=True) if w in learned]
+        self.corrections, self._score_after = learned, scores.mean
+        return True
+
+    def _train_on(self, lost: Sequence[Sample]) -> None:
+        """Train on until the samples that a candidate has lost are right as well."""
+        self._set.add_lost(lost)
+        self.lost = len(self._set.lost)
+
+    # -- the candidate ---------------------------------------------------------------
+
+    def _interpolate(self, samples: Sequence[Sample]) -> Task[None]:
+        self.state, count = JobState.INTERPOLATING, len(self.corrections)
+        scores = yield from interpolate(
+            self._context.training, self._start, samples, lambda s: learned_well(s, count))
+        if scores is not None:
+            self._score_after = fmean(s.log_probability for s in scores[:count])
+
+    def _judge(self) -> Task[Verdict | None]:
+        """
+        Let the gate compare the candidate with the live version.
+
+        Returns None, once per job, if the candidate has lost exact samples: a few more steps
+        mostly restore them.
+        """
+        self.state = JobState.JUDGING
+        gate, training = self._set.gate, self._context.training
+        exact = gate.exact
+        before = {s.tokens: score for s, score in zip(gate.samples, self._before, strict=True)}
+        scores = (yield from training.score(exact)).scores
+        lost = [s for s, score in zip(exact, scores, strict=True)
+                if before[s.tokens].exact and not score.exact]
+        if lost and not self._repaired and self.steps < self._finetune.max_steps:
+            self._repaired = True
+            self._train_on(lost)
+            return None
+        after = {s.tokens: score for s, score in zip(exact, scores, strict=True)}
+        others = [s for s in gate.samples if s.tokens not in after]
+        scores = (yield from training.score(others)).scores
+        self._after = after | {s.tokens: score for s, score in zip(others, scores, strict=True)}
+        return gate.judge(self._before, [self._after[s.tokens] for s in gate.samples],
+                          self._context.settings.gate.tolerance)
+
+    def _publish(self) -> Task[VersionRecord | None]:
+        context = self._context
+        version = yield from context.publisher.publish(self, self._record)
+        if version is None:
+            yield from self._fail(self.corrections, NO_SLOT)
+            return None
+        context.baseline.replace((self.profile, self.profile, version.version), self._after)
+        return version
+
+    # -- helpers ---------------------------------------------------------------------
+
+    @property
+    def _finetune(self) -> FinetuneSettings:
+        return self._context.settings.finetune
+
+    @property
+    def _after_steps(self) -> str:
+        return f' after {self.steps} steps (finetune.max_steps)'
+
+    def _fitting(self, corrections: Sequence[PendingCorrection]) -> list[PendingCorrection]:
+        return fitting(corrections, self._context.chat, self._context.training.step_tokens)
+
+    def _announce(self) -> list[CorrectionStatus]:
+        """Report corrections as TRAINING, each one once."""
+        if self.kind is JobKind.REHEARSAL:
+            return []
+        return [self._context.disk.set_state(r, CorrectionState.TRAINING)
+                for r in self.unannounced([w.record for w in self.corrections])]
+
+    def _fail(self, corrections: Sequence[PendingCorrection],
+              reason: str) -> list[CorrectionStatus]:
+        """Report corrections as FAILED; a rehearsal reports nothing."""
+        if self.kind is JobKind.REHEARSAL:
+            return []
+        return [self._context.disk.set_state(w.record, CorrectionState.FAILED, reason)
+                for w in corrections]
+
+    def _already_learned(self, corrections: Sequence[PendingCorrection]) -> list[CorrectionStatus]:
+        return [self._context.disk.set_state(
+            w.record, CorrectionState.LEARNED, 'the live version already answers so', self._parent)
+            for w in corrections]
+
+    def _record(self) -> VersionRecord:
+        return VersionRecord(
+            profile=self.profile, version=0, parent=self._parent,
+            correction_ids=tuple(w.record.id for w in self.corrections),
+            score_before=self._score_before, score_after=self._score_after,
+            train_tokens=self.train_tokens, train_seconds=self.train_seconds,
+            created=time.time())

@@ -1,0 +1,78 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The padded shapes of passes for which device graphs are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mace_ros.memory.block_pool import BLOCK_TOKENS
+from mace_ros.model.spans import PiggybackSpans, Span
+
+CHUNK_LOGITS = 4    # chunks of a pass whose last token may want logits
+
+
+@dataclass(frozen=True)
+class BatchDescriptor:
+    """The shape to which all passes of at most this size are padded."""
+
+    decode: int     # decode rows
+    blocks: int     # KV blocks of each decode row
+    block: int      # tokens of prefill chunks, then fine-tune tokens
+    keys: int       # keys that the block attends to
+    saves: bool     # whether the block's layer inputs are kept, for fine-tune tokens
+
+    @property
+    def logits(self) -> int:
+        """Tokens for which the head is computed."""
+        return self.decode + (CHUNK_LOGITS if self.block else 0)
+
+    @staticmethod
+    def of(spans: Sequence[Span], piggyback: PiggybackSpans | None) -> BatchDescriptor:
+        """Return the smallest descriptor that holds a pass."""
+        finetune = list(piggyback.spans) if piggyback else []
+        decode = [s for s in spans if len(s.tokens) == 1]
+        block = [s for s in spans if len(s.tokens) > 1] + finetune
+        tokens = sum(len(s.tokens) for s in block)
+        longest = max((s.cache_position + 1 for s in decode), default=0)
+        size = _round_up(tokens, 16, 2)
+        keys = sum(s.cache_position + len(s.tokens) for s in block)
+        return BatchDescriptor(
+            # Beside a block, decode rows are the smaller part: coarser steps need fewer graphs.
+            decode=_round_up(len(decode), *((4, 4) if block else (1, 2))),
+            blocks=_round_up(-(-longest // BLOCK_TOKENS), *((32, 4) if block else (8, 2))),
+            # A padding token needs a padding key, or its softmax would be NaN.
+            block=size, keys=_round_up(keys + (size > tokens), 256, 4), saves=bool(finetune))
+
+
+def batch_descriptors(max_rows: int, max_tokens: int,
+                      max_context: int) -> Iterator[BatchDescriptor]:
+    """Yield the descriptors of all passes within these limits, the most frequent first."""
+    max_blocks = -(-max_context // BLOCK_TOKENS)
+    for blocks in _sizes(8, 2, max_blocks):
+        for rows in _sizes(1, 2, max_rows):
+            yield BatchDescriptor(rows, blocks, 0, 0, False)
+    for keys in _sizes(256, 4, max_context + 1):
+        for block in _sizes(16, 2, max_tokens):
+            if block > keys:
+                continue
+            yield BatchDescriptor(0, 0, block, keys, False)
+            yield BatchDescriptor(0, 0, block, keys, True)
+            for blocks in _sizes(32, 4, max_blocks):
+                for rows in _sizes(4, 4, max_rows):
+                    yield BatchDescriptor(rows, blocks, block, keys, False)
+                    yield BatchDescriptor(rows, blocks, block, keys, True)
+
+
+def _sizes(minimum: int, factor: int, limit: int) -> list[int]:
+    """Return ``minimum``, ``minimum * factor``, ... up to the first size that holds ``limit``."""
+    found = [minimum]
+    while found[-1] < limit:
+        found.append(found[-1] * factor)
+    return found
+
+
+def _round_up(n: int, minimum: int, factor: int) -> int:
+    """Return the first of :func:`_sizes` that holds ``n``; 0 stays 0."""
+    return _sizes(minimum, factor, n)[-1] if n else 0

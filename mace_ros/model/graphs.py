@@ -1,0 +1,34 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What replays device graphs for a :class:`mace_ros.model.packed_model.PackedModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mace_ros.model.attention import AttentionMetadata
+from mace_ros.model.spans import PiggybackSpans, Span
+
+
+class PassGraphs(Protocol):
+    """Passes of some shapes on fixed addresses."""
+
+    def run(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> Tensor | None:
+        """Compute a pass as the model does, or return None if its shape is not covered."""
+
+
+class LayerGraphs(Protocol):
+    """All decoder layers on fixed addresses, for training passes of a fixed length."""
+
+    tokens: int
+    metadata: AttentionMetadata
+
+    def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]], *,
+              shared: int = 0) -> None:
+        """Copy in a packed batch of ``lengths`` and the layers' arguments for it."""
+
+    def run(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:
+        """Return the output of a layer, ``[1, tokens, width]``."""

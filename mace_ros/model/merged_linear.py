@@ -1,0 +1,277 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Linear layers that apply to each token of a packed pass the LoRA adapter of its slot.
+
+Adapters live in a fixed number of slots that are overwritten in place, because device graphs
+replay on their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn, Tensor
+
+from mace_ros.model.cpu_matmul import Int8Weight, is_small_batch, linear
+from mace_ros.model.lora_mapping import BASE_SLOT, LoRAMapping, TRAINING_SLOT
+
+
+@dataclass(eq=False)
+class LoRAShard:
+    """One of the original layers in a :class:`MergedLinear`, with its LoRA master weights."""
+
+    name: str
+    start: int      # of its outputs among those of the merged layer
+    size: int       # number of outputs
+    a: nn.Parameter | None = None   # [rank, in], fp32; None: the layer is not adapted
+    b: nn.Parameter | None = None   # [out, rank], fp32
+
+
+class MergedLinear(nn.Module):
+    """
+    Linear layers with a common input, computed as one product, with LoRA slots.
+
+    ``weight`` is ``[sum of out, in]``. For each slot, ``slots_a`` holds the stacked A of
+    all adapted shards (``[slots * width, in]`` with width = adapted shards * rank), and
+    ``slots_b`` the block-diagonal, scaled B (``[slots * width, sum of out]``). ``weight`` and
+    ``slots_a`` are the two parts of ``extended``, so that a pass that mixes adapters still
+    takes one product over its input. ``exact_a`` and ``exact_b`` hold the same in fp32.
+    """
+
+    extended: Tensor
+    extended_bias: Tensor | None
+    slots_b: Tensor
+    exact_a: Tensor
+    exact_b: Tensor
+
+    def __init__(self, names: list[str], linears: list[nn.Linear], mapping: LoRAMapping) -> None:
+        super().__init__()
+        self.mapping = mapping
+        # A single layer keeps its tensor, which a head may share with the embedding.
+        weight = (linears[0].weight.detach() if len(linears) == 1
+                  else torch.cat([x.weight.detach() for x in linears]))
+        bias = None
+        if any(x.bias is not None for x in linears):
+            bias = torch.cat([
+                weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach()
+                for x in linears])
+        self.register_buffer('extended', weight, persistent=False)
+        self.register_buffer('extended_bias', bias, persistent=False)
+        for name in ('slots_b', 'exact_a', 'exact_b'):
+            self.register_buffer(name, weight.new_empty(0), persistent=False)
+        start = 0
+        self.shards = []
+        for name, layer in zip(names, linears, strict=True):
+            self.shards.append(LoRAShard(name, start, layer.out_features))
+            start += layer.out_features
+        self.out_features = start
+        self.scaling = 1.0
+        self.rank = 0
+        self.width = 0
+        self.int8: Int8Weight | None = None
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def round_to_int8(self) -> None:
+        """Round the weight in place to 8 bits; use the 8-bit kernel for small batches if any."""
+        rounded = Int8Weight(self.weight)
+        self.int8 = rounded if rounded.has_kernel else None
+
+    def adapt(self, targets: set[str], rank: int, scaling: float, slots: int) -> None:
+        """Add LoRA of the given rank to the shards named in ``targets``."""
+        adapted = [s for s in self.shards if s.name in targets]
+        if not adapted:
+            return
+        device, in_features = self.weight.device, self.weight.shape[1]
+        for shard in adapted:
+            shard.a = nn.Parameter(torch.empty(rank, in_features, device=device))
+            shard.b = nn.Parameter(torch.empty(shard.size, rank, device=device))
+        self.rank, self.scaling, self.width = rank, scaling, rank * len(adapted)
+        self.slots_b = self.weight.new_zeros(slots * self.width, self.out_features)
+        self.extended = torch.cat([
+            self.weight, self.weight.new_zeros(slots * self.width, in_features)])
+        if self.extended_bias is not None:
+            self.extended_bias = torch.cat([
+                self.extended_bias, self.weight.new_zeros(slots * self.width)])
+        # Only small batches on a CPU use them. With fp32 weights, float() makes no copy.
+        if device.type == 'cpu':
+            self.exact_a, self.exact_b = self.slots_a.float(), self.slots_b.float()
+
+    @property
+    def weight(self) -> Tensor:
+        """The original layers' weights, stacked."""
+        return self.extended[:self.out_features]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The original layers' biases."""
+        return None if self.extended_bias is None else self.extended_bias[:self.out_features]
+
+    @property
+    def slots_a(self) -> Tensor:
+        """A of all slots."""
+        return self.extended[self.out_features:]
+
+    @property
+    def slots_nbytes(self) -> int:
+        """Memory of the slots, in bytes."""
+        storages = {t.data_ptr(): t.nbytes for t in (
+            self.slots_a, self.slots_b, self.exact_a, self.exact_b) if t.numel()}
+        return sum(storages.values())
+
+    @property
+    def adapted(self) -> list[LoRAShard]:
+        """Shards that carry LoRA."""
+        return [s for s in self.shards if s.a is not None]
+
+    def slot(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return A ``[width, in]`` and scaled B ``[width, sum of out]`` of a slot."""
+        rows = slice(slot * self.width, (slot + 1) * self.width)
+        return self.slots_a[rows], self.slots_b[rows]
+
+    def shard_rows(self) -> Iterator[tuple[LoRAShard, slice]]:
+        """Yield each adapted shard with its rows in a slot."""
+        for i, shard in enumerate(self.adapted):
+            yield shard, slice(i * self.rank, (i + 1) * self.rank)
+
+    def slot_views(self, slot: int) -> Iterator[tuple[LoRAShard, Tensor, Tensor]]:
+        """Yield each adapted shard with every copy of its A and scaled B.T in a slot."""
+        first = slot * self.width
+        copies = [(self.slots_a, self.slots_b)]
+        if self.exact_a.numel() and self.exact_a.dtype != self.slots_a.dtype:
+            copies.append((self.exact_a, self.exact_b))
+        for shard, rows in self.shard_rows():
+            rows = slice(first + rows.start, first + rows.stop)
+            columns = slice(shard.start, shard.start + shard.size)
+            for a, b in copies:
+                yield shard, a[rows], b[rows, columns]
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """
+        Return the output of shard ``index`` for ``x`` (``[..., in]`` to ``[..., out]``).
+
+        A model calls the shards one after the other with the same tensor. The first call
+        computes the outputs of all shards.
+        """
+        if len(self.shards) == 1:
+            return self.compute(x)
+        if self._input is not x or index not in self._outputs:
+            y = self.compute(x)
+            self._input = x
+            sizes = [s.size for s in self.shards]
+            parts = _Split.apply(y, sizes) if y.requires_grad else y.split(sizes, -1)
+            self._outputs = dict(enumerate(parts))
+        result = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return result
+
+    def clear(self) -> None:
+        """Drop the outputs left by a pass that did not call every shard."""
+        if self._input is not None:     # seldom true, and setting an attribute of a Module is slow
+            self._input, self._outputs = None, {}
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the outputs of all shards side by side, each token under its adapter."""
+        mapping = self.mapping
+        if mapping.training and self.width:
+            if mapping.observer is not None:
+                mapping.observer.observe(self, x)
+            parameters = [p for s in self.adapted for p in (s.a, s.b)]
+            y: Tensor = _TrainingProduct.apply(x, self, *parameters)
+            return y
+        small = is_small_batch(x) and not torch.is_grad_enabled()
+        unadapted = not self.width or (mapping.one_hot is None and mapping.slot == BASE_SLOT)
+        if small or unadapted:
+            y = (self.int8.linear(x, self.bias) if small and self.int8 is not None
+                 else linear(x, self.weight, self.bias))
+            return y if unadapted else self._add_exact(y, x)
+        if mapping.one_hot is not None:
+            both = linear(x, self.extended, self.extended_bias)
+            y, low = both.split([self.out_features, both.shape[-1] - self.out_features], dim=-1)
+            low = low.reshape(*mapping.one_hot.shape, self.width) * mapping.one_hot.unsqueeze(-1)
+            b = self.slots_b
+        else:
+            y = linear(x, self.weight, self.bias)
+            a, b = self.slot(mapping.slot)
+            low = linear(x, a)
+        y.view(-1, self.out_features).addmm_(low.reshape(-1, b.shape[0]), b)
+        return y
+
+    def _add_exact(self, y: Tensor, x: Tensor) -> Tensor:
+        """
+        Add the adapters' updates to ``y`` in place, computed in fp32.
+
+        For small batches, a CPU spends more time on starting a bfloat16 kernel than on running
+        it.
+        """
+        one_hot, slot = self.mapping.one_hot, self.mapping.slot
+        x = x.view(-1, x.shape[-1]).float()
+        if one_hot is None:
+            rows = slice(slot * self.width, (slot + 1) * self.width)
+            update = torch.mm(torch.mm(x, self.exact_a[rows].t()), self.exact_b[rows])
+        else:
+            low = torch.mm(x, self.exact_a.t()).view(*one_hot.shape, self.width)
+            low = low * one_hot.unsqueeze(-1)
+            update = torch.mm(low.view(x.shape[0], -1), self.exact_b)
+        y.view(-1, self.out_features).add_(update)
+        return y
+
+
+class _TrainingProduct(torch.autograd.Function):
+    """
+    The product under the training slot, with gradients of ``x`` and the master weights.
+
+    Autograd over the separate shards would run twice as many small products. Here the A of all
+    shards are one matrix, and so are their B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: MergedLinear, *_: Tensor) -> Tensor:
+        """Return all outputs side by side; the parameters' values are read from the slot."""
+        a, b = layer.slot(TRAINING_SLOT)
+        y = linear(x, layer.weight, layer.bias)
+        low = linear(x, a)
+        y.view(-1, layer.out_features).addmm_(low.view(-1, layer.width), b)
+        ctx.save_for_backward(x, low)
+        ctx.layer = layer
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``x`` and of each adapted shard's A and B."""
+        layer: MergedLinear = ctx.layer
+        x, low = (t.view(-1, t.shape[-1]) for t in ctx.saved_tensors)
+        gradient = gradients[0].reshape(-1, layer.out_features)
+        a, b = layer.slot(TRAINING_SLOT)
+        grad_low = gradient @ b.t()
+        grad_a = grad_low.t() @ x
+        grad_b = low.t() @ gradient
+        grad_x = (gradient @ layer.weight).addmm_(grad_low, a)
+        parts: list[Tensor] = []
+        for shard, rows in layer.shard_rows():
+            columns = slice(shard.start, shard.start + shard.size)
+            parts.append(grad_a[rows].float())
+            parts.append(grad_b[rows, columns].t().float() * layer.scaling)
+        return grad_x.view(ctx.saved_tensors[0].shape), None, *parts
+
+
+class _Split(torch.autograd.Function):
+    """
+    The outputs of the shards as separate tensors.
+
+    The gradient of each view would be padded with zeros and added to the others. Copies also
+    may be changed in place, as OLMo does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return tuple(part.contiguous() for part in y.split(sizes, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.cat(gradients, -1), None
