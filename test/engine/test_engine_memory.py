@@ -41,6 +41,12 @@ def settings(model_folder: Path) -> Settings:
         'model.weight_dtype': 'float32', 'finetune.budget': 0.0})
 
 
+@pytest.fixture(scope='module')
+def large_head(settings: Settings, all_tokens: Path) -> Settings:
+    """Return those of a model whose head takes most of the memory of a fine-tune step."""
+    return settings.updated({'model.source': str(all_tokens)})
+
+
 def answer(robot: Robot, query_id: str) -> Response:
     """Return the response to a query, which may be among the recorded events already."""
     return next((e for e in robot.events if isinstance(e, Response) and e.query_id == query_id),
@@ -407,9 +413,9 @@ def test_what_there_is_no_memory_to_learn_fails_by_name(
 
 
 def test_what_does_not_fit_whole_is_learned_in_pieces(
-        settings: Settings, tmp_path: Path) -> None:
+        large_head: Settings, tmp_path: Path) -> None:
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
-    with robot_with(settings.updated(values), tmp_path) as one:
+    with robot_with(large_head.updated(values), tmp_path) as one:
         engine = one.engine
         room = measure_footprint(engine.model, engine.lora).max_step_bytes(150) / 1e6
         long = one.ask('word ' * 300, max_tokens=1)
@@ -441,12 +447,12 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
 
 
 def test_overdue_learning_gets_its_memory_however_many_ask(
-        settings: Settings, tmp_path: Path) -> None:
+        large_head: Settings, tmp_path: Path) -> None:
     """Admission reserves the memory of a step, so no running request is preempted for it."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL,
               'slo.freshness_s': 1.0, 'finetune.min_share': 0.9, 'drift.min_budget': 1.0,
               'scheduler.max_requests': 4}
-    with robot_with(settings.updated(values), tmp_path) as one:
+    with robot_with(large_head.updated(values), tmp_path) as one:
         engine, memory = one.engine, one.engine.parts.memory
         first, wrong = one.ask('Who made you?'), one.ask('Who are you?')
         one.correct(Correction('My maker.', id='first', query_id=first.query_id))
