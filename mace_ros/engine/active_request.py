@@ -95,7 +95,11 @@ class ActiveRequest:
 
     def last_chunk(self) -> ResponseChunk:
         """Return the chunk that closes the stream of an aborted answer."""
-        return self._chunk(self.stream.finish(), last=True)
+        try:
+            text = self.stream.finish()
+        except Exception:    # a tokenizer that can't decode its own tokens: the stream ends anyway
+            text = ''
+        return self._chunk(text, last=True)
 
     def _chunk(self, text: str, *, last: bool = False) -> ResponseChunk:
         self.chunks += 1

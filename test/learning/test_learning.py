@@ -733,18 +733,21 @@ def test_no_version_is_published_that_changes_what_is_guarded(
     if learned.state is CorrectionState.LEARNED:
         assert learned.adapter_version > max(e.version for e in rejected)
     else:     # it may be too much for a small random model
-        assert learned.state is CorrectionState.FAILED and 'gate.tolerance' in learned.reason
+        assert learned.state is CorrectionState.FAILED and 'would become' in learned.reason
         assert robot.ask('Who are you?').text == wrong.text
 
 
-def test_a_correction_that_always_fails_the_gate_fails(settings: Settings, tmp_path: Path) -> None:
-    """It gives up after finetune.max_steps, says why, and serves what it served."""
-    robot = Robot(build_engine(settings.updated({
-        'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 3,
-        'finetune.learning_rate': 0.1}), storage=tmp_path))
+def test_a_correction_that_always_fails_the_gate_fails(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It FAILS after finetune.max_steps with the gate's reason, and the answer stays."""
+    reason = 'probes: 1.00 would become 0.00'
+    monkeypatch.setattr(gate.Gate, 'judge', lambda *_: gate.Verdict(reason))
+    robot = Robot(build_engine(
+        settings.updated({'finetune.max_steps': 12}), storage=tmp_path))
     before = robot.ask('Who are you?')
 
     failed = robot.correct(Correction('I am Rover.', id='k', query_id=before.query_id))
 
     assert failed.state is CorrectionState.FAILED
+    assert failed.reason.startswith(reason) and 'finetune.max_steps' in failed.reason
     assert robot.ask('Who are you?').text == before.text
