@@ -57,6 +57,7 @@ class ActiveRequest:
     kind: RequestKind = RequestKind.USER
     version: LiveVersion | None = None    # pinned at admission
     chunks: int = 0
+    closed: bool = False          # its last chunk was built
     finish: FinishReason | None = None
     # While KV pruning observes the prompt: the attention that each of its tokens receives.
     attention: Tensor | None = None
@@ -103,8 +104,9 @@ class ActiveRequest:
 
     def _chunk(self, text: str, *, last: bool = False) -> ResponseChunk:
         self.chunks += 1
-        return ResponseChunk(self.query.id, self.chunks - 1, text,
-                             last or self.finish is not None, self.query.origin)
+        self.closed = last or self.finish is not None
+        return ResponseChunk(
+            self.query.id, self.chunks - 1, text, self.closed, self.query.origin)
 
     def response(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
                  error: str = '') -> Response:

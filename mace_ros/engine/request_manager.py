@@ -218,7 +218,7 @@ class RequestManager:
             return []
         if active.request.output_tokens:
             self._record(active, complete=complete)
-        closed = active.finish is not None or reason is FinishReason.REJECTED
+        closed = active.closed or reason is FinishReason.REJECTED
         closing = [] if closed else [active.last_chunk()]
         return [*closing, active.response(reason, self._clock(), code, error)]
 
