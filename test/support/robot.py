@@ -19,6 +19,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
+from mace_ros.engine.engine import Engine
 from mace_ros.learning.job import JobState
 from mace_ros.learning.status import JobStatus
 
