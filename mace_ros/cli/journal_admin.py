@@ -71,16 +71,9 @@ def save_files(folder: Path, record: VersionRecord, weights: bytes,
                config: dict[str, Any]) -> VersionRecord:
     """Save a version in a locked folder; return its record with path and checksum."""
     # Imported here, since torch takes seconds to load and other commands don't need it.
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     from mace_ros.store.adapter_store import AdapterStore
 
-    try:
-        tensors = load(weights)
-    except SafetensorError as error:
-        raise ValueError(f'weights: {error}') from error
-    saved = AdapterStore(folder).save(record.profile, record.version, tensors, config)
+    saved = AdapterStore(folder).save_bytes(record.profile, record.version, weights, config)
     return replace(record, path=saved.path, sha256=saved.sha256)
 
 

@@ -20,6 +20,7 @@ from typing import TypeAlias
 
 import torch
 
+from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
 from mace_ros.engine.engine import Engine
 from mace_ros.engine.learner_port import LearnerPort
@@ -34,7 +35,12 @@ from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.cpu_matmul import multiplies_int8
 from mace_ros.model.graph_capture import capture
-from mace_ros.model.hardware import free_memory, hardware, limit_kernel_caches
+from mace_ros.model.hardware import (
+    free_memory,
+    hardware,
+    limit_kernel_caches,
+    release_memory as release_memory,  # after an engine was closed, or failed to load
+)
 from mace_ros.model.heap import limit_heap
 from mace_ros.model.loading import (
     best_device,
@@ -55,9 +61,8 @@ from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.store.adapter_store import AdapterStore, check_same_model
 from mace_ros.store.journal_writer import JournalWriter
-from mace_ros.store.layout import JOURNAL
+from mace_ros.store.layout import JOURNAL, model_note
 from mace_ros.telemetry.device_counters import DeviceCounters
-from mace_ros.telemetry.status import Hardware
 
 CUDA_KV_SHARE = 0.5        # largest share of the budget for a KV cache that can't shrink
 CAPTURE_S = 45.0           # longest time for graph capture; the rest runs eagerly
@@ -103,7 +108,10 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
     memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
-    check_same_model(folder, loaded.model)
+    config = loaded.model.config.get_text_config()
+    check_same_model(folder, model_note(
+        config.model_type, layers=config.num_hidden_layers, width=config.hidden_size,
+        vocabulary=config.vocab_size))
     longest = min(model.context_length, memory.max_request_tokens)
     _capture_graphs(settings, model, longest, progress, clock)
     cost = _calibrate(settings, model, lora, progress, clock)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 import gc
 import time
 import uuid
@@ -47,6 +47,7 @@ from mace_ros.engine.inbox import (
     RollBack,
     SubmitQuery,
 )
+from mace_ros.engine.iteration import Iteration
 from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.engine.model_runner import ModelRunner, PassResult
 from mace_ros.engine.parts import budget_bytes, Parts
@@ -62,18 +63,6 @@ from mace_ros.store.retention import tidy
 from mace_ros.telemetry.observer import IterationObserver, Observers
 from mace_ros.telemetry.status import Status
 from mace_ros.telemetry.trace import Record, Trace
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """
-    The outcome of :meth:`Engine.step`: events to publish, and when to call it again.
-
-    ``wake_at`` is a time on the engine's clock; None waits for the ``wake`` function.
-    """
-
-    events: list[Event]
-    wake_at: float | None
 
 
 class Engine:

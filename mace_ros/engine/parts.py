@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import Settings
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.memory.adapter_slots import AdapterSlots
@@ -20,7 +21,6 @@ from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import State
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal_writer import JournalWriter
-from mace_ros.telemetry.status import Hardware
 
 
 @dataclass(frozen=True)

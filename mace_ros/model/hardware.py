@@ -10,9 +10,9 @@ import os
 
 import torch
 
+from mace_ros.api.hardware import Hardware
 from mace_ros.memory.budget import MB
 from mace_ros.model.heap import return_free_memory
-from mace_ros.telemetry.status import Hardware
 
 # Kernels that oneDNN keeps per CPU product, one for each pair of shapes. A kernel takes half a
 # megabyte and milliseconds to build. oneDNN and torch keep 1024 each by default, which the

@@ -31,6 +31,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from mace_ros.api.events import Event
+from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
 import mace_ros.msg as msg
 from mace_ros.ros.conversion import correction_from, query_from
@@ -46,7 +47,6 @@ from mace_ros.ros.status_publisher import StatusPublisher
 from mace_ros.ros.stop_signal import StopSignal
 from mace_ros.store.layout import default_folder
 from mace_ros.telemetry.health import ACTIVE, Health
-from mace_ros.telemetry.status import Hardware
 
 if TYPE_CHECKING:
     from mace_ros.engine.engine import Engine
@@ -258,7 +258,7 @@ class MaceNode(LifecycleNodeMixin, Node):
             self._status.watch(Hardware())
             del engine
         if 'torch' in sys.modules:    # also after a load that failed half-way
-            from mace_ros.model.hardware import release_memory
+            from mace_ros.engine.builder import release_memory
             release_memory()
 
     # -- incoming messages, in the thread that serves ROS --------------------------------

@@ -16,6 +16,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from mace_ros.api.events import Event, Response
+from mace_ros.api.hardware import Hardware
 import mace_ros.msg as msg
 from mace_ros.ros.conversion import latency_from
 from mace_ros.ros.engine_thread import EngineThread
@@ -23,7 +24,7 @@ from mace_ros.ros.parameters import ParameterServer
 from mace_ros.telemetry.device_counters import DeviceCounters
 from mace_ros.telemetry.health import Finding, Health
 from mace_ros.telemetry.latency import Attainment
-from mace_ros.telemetry.status import Hardware, Status
+from mace_ros.telemetry.status import Status
 
 DIAGNOSTICS_PERIOD_S = 1.0
 ATTAINMENT_PERIOD_S = 1.0

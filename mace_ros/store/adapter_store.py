@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 import re
 import shutil
-from typing import TYPE_CHECKING
 import unicodedata
 
 from safetensors import SafetensorError
@@ -25,10 +24,7 @@ from safetensors.torch import load, save
 import torch
 
 from mace_ros.store.journal_file import make_folder, sync_folder
-from mace_ros.store.layout import CONFIG, MODEL, model_note, WEIGHTS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from mace_ros.store.layout import CONFIG, MODEL, WEIGHTS
 
 _TEMPORARY = '.tmp-'
 
@@ -101,6 +97,15 @@ class AdapterStore:
         return SavedAdapter(
             target.relative_to(self._folder).as_posix(), hashlib.sha256(weights).hexdigest())
 
+    def save_bytes(self, profile: str, version: int, weights: bytes,
+                   config: Mapping[str, object]) -> SavedAdapter:
+        """Save a version as :meth:`save`, from a safetensors file; raises ``ValueError`` if bad."""
+        try:
+            tensors = load(weights)
+        except SafetensorError as error:
+            raise ValueError(f'weights: {error}') from error
+        return self.save(profile, version, tensors, config)
+
     def load(self, path: str, sha256: str) -> dict[str, torch.Tensor]:
         """
         Return the tensors of a saved version, in CPU memory.
@@ -152,26 +157,24 @@ class AdapterStore:
             'an earlier version')
 
 
-def check_same_model(folder: Path, model: PreTrainedModel) -> None:
+def check_same_model(folder: Path, model: str) -> None:
     """
     Raise :class:`OtherModel` unless the storage folder is new or belongs to this base model.
 
-    The journal's token ids and the adapters are meaningless for another model.
+    ``model`` is the model's :func:`model_note`. The journal's token ids and the adapters are
+    meaningless for another model.
     """
-    config = model.config.get_text_config()
-    name = model_note(config.model_type, layers=config.num_hidden_layers,
-                      width=config.hidden_size, vocabulary=config.vocab_size)
     note = folder / MODEL
     known = note.read_text().strip() if note.exists() else ''
     if not known:
         make_folder(folder)
         temporary = folder / f'{_TEMPORARY}{MODEL}'
-        _write(temporary, f'{name}\n'.encode())
+        _write(temporary, f'{model}\n'.encode())
         os.replace(temporary, note)
         sync_folder(folder)
-    elif known != name:
+    elif known != model:
         raise OtherModel(
-            f'{folder} holds what another model learned ({known}; this one is {name}); set '
+            f'{folder} holds what another model learned ({known}; this one is {model}); set '
             'storage.folder to another folder, or model.source back')
 
 

@@ -4,12 +4,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from peft import LoraConfig
 
 from mace_ros.api.events import AdapterVersion, VersionState
-from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.records import VersionRecord
+
+
+class AdapterShape(Protocol):
+    """The properties of a LoRA adapter that its versions share."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Names of the adapted modules, as PEFT matches them."""
 
 
 class OtherAdapter(ValueError):
@@ -29,23 +41,23 @@ def version_event(record: VersionRecord, store: AdapterStore,
         sha256=record.sha256)
 
 
-def peft_config(lora: LoRAManager, model_name: str) -> dict[str, object]:
-    """Return the ``adapter_config.json`` of the adapters that ``lora`` trains."""
+def peft_config(adapter: AdapterShape, model_name: str) -> dict[str, object]:
+    """Return the ``adapter_config.json`` of adapters of this shape."""
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules,
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=adapter.target_modules,
         task_type='CAUSAL_LM', base_model_name_or_path=model_name,
         inference_mode=True).to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 
-def check_same_adapter(record: VersionRecord, store: AdapterStore, lora: LoRAManager) -> None:
+def check_same_adapter(record: VersionRecord, store: AdapterStore, adapter: AdapterShape) -> None:
     """
-    Raise :class:`OtherAdapter` unless a saved version has the adapter shape of ``lora``.
+    Raise :class:`OtherAdapter` unless a saved version has this shape.
 
     A version of another rank could be neither served nor trained on; with another alpha its
     answers would differ from those that passed the gate. Raises ``CorruptVersion``.
     """
-    saved, config = store.config(record.path), peft_config(lora, '')
+    saved, config = store.config(record.path), peft_config(adapter, '')
     for key, parameter in (('r', 'adapter.rank'), ('lora_alpha', 'adapter.alpha'),
                            ('target_modules', 'adapter.target_modules')):
         if saved.get(key) != config[key]:

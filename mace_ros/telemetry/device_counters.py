@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mace_ros.telemetry.status import Hardware
+from mace_ros.api.hardware import Hardware
 
 # Files with the GPU's load in per mille, by generation of Jetson.
 JETSON_LOADS = (

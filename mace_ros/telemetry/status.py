@@ -10,15 +10,6 @@ from mace_ros.scheduling.scheduler import Statistics
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """The device that the engine runs on."""
-
-    kind: str = 'cpu'       # or 'cuda'
-    name: str = ''
-    uuid: str = ''          # of a CUDA device, in NVML's format
-
-
-@dataclass(frozen=True)
 class Status:
     """
     A snapshot between two iterations.

@@ -24,6 +24,7 @@ from mace_ros.api.events import (
     Response,
     VersionState,
 )
+from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import Settings
 from mace_ros.ros.status_publisher import diagnostic_status, scheduler_message
 from mace_ros.scheduling.plan import PassShape
@@ -31,7 +32,7 @@ from mace_ros.scheduling.scheduler import Statistics
 from mace_ros.telemetry.device_counters import DeviceCounters, JETSON_LOADS, Reading
 from mace_ros.telemetry.health import Health, Level
 from mace_ros.telemetry.latency import Attainment, LatencyWindow, percentile
-from mace_ros.telemetry.status import Hardware, Status
+from mace_ros.telemetry.status import Status
 
 GPU = Hardware('cuda', 'a GPU', 'GPU-1234')
 CONFIG = Path(__file__).resolve().parents[2] / 'config'
