@@ -253,12 +253,23 @@ def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine.scheduler, 'plan', riding)
 
 
-@pytest.mark.parametrize('where', LEARNING)
+@pytest.mark.parametrize('where', [where for where in LEARNING if where not in FIRST_JOB])
 def test_learning_breaks_off_alone_and_is_tried_again(
     robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:
-    # An engine finds the directions to protect in its first job.
-    robot = request.getfixturevalue('fresh_robot' if where in FIRST_JOB else 'robot')
+    break_off(robot, monkeypatch, where)
+
+
+@pytest.mark.parametrize('where', FIRST_JOB)
+def test_the_first_job_breaks_off_alone_and_is_tried_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str,
+) -> None:
+    robot = Robot(build_engine(settings, storage=tmp_path))
+    break_off(robot, monkeypatch, where)
+    robot.engine.close()
+
+
+def break_off(robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     lesson = Lesson(robot)
     with monkeypatch.context() as patch:
         if where == 'rows that ride':
