@@ -25,8 +25,8 @@ from support.graph import ENVIRONMENT, wait_until
 from support.robot import RANDOM_MODEL
 from support.ros_graph import call, NodeProcess, set_parameters
 
+from mace_ros.engine import builder
 from mace_ros.engine.engine import Engine
-from mace_ros.model import hardware
 from mace_ros.ros.client import MaceClient
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.node import MaceNode
@@ -274,7 +274,7 @@ def test_a_node_ends_even_if_its_shutdown_fails(
     def fails() -> None:
         raise OSError('injected')
 
-    monkeypatch.setattr(hardware, 'release_memory', fails)
+    monkeypatch.setattr(builder, 'release_memory', fails)
     new = Managed(NodeHere(**{'storage.folder': tmp_path}))
     assert not new.change('shutdown')
     assert new.state == State.PRIMARY_STATE_FINALIZED
