@@ -4,7 +4,8 @@
 The engine: queries and corrections in, events out, one iteration at a time.
 
 One thread, which owns the device, calls :meth:`Engine.step`. Any thread may call the methods
-that take queries, corrections and settings: they only put a message into the inbox.
+that take queries, corrections and settings: they put a message into the inbox, or, for a
+correction, submit its write to the journal's thread, which puts the message.
 """
 
 from __future__ import annotations
@@ -379,7 +380,7 @@ class Engine:
         step = self._step
         try:
             allowed = self._memory.grant(step, overdue=self._is_overdue())
-        except Exception as error:    # the step could not be laid out in smaller pieces
+        except Exception as error:    # the step could not be laid out in smaller chunks
             self._state.finetune = None
             return self._fail_learning(error)
         self._state.finetune = step if allowed else None

@@ -21,8 +21,8 @@ class LearnerPort(Protocol):
     """
     Decides what is trained and published; the engine runs the fine-tune steps.
 
-    All methods run on the device's thread and do not block, but for :meth:`restore`. Methods
-    that return events expect the engine to publish them in order.
+    All methods but :meth:`versions`, which any thread may call, run in the device's thread. None
+    blocks except :meth:`restore`. The engine publishes returned events in order.
     """
 
     @property

@@ -24,7 +24,7 @@ from mace_ros.scheduling.plan import Measurement, PassShape, Segment, SegmentKin
 # What was measured, and its seconds.
 Sample: TypeAlias = tuple[PassShape | Segment, float]
 
-# Used before anything was measured: a slow device, so that no promise is broken.
+# Used before anything was measured: conservative, so that SLOs hold.
 UNKNOWN_S, UNKNOWN_TOKEN_S = 0.01, 0.001
 
 # The pace is the median of this many ratios to the curves: two may be outliers, and a change is

@@ -92,7 +92,7 @@ class MemoryArbiter:
         """
         Return whether a step has the memory to run now; to be called before each plan.
 
-        An ``overdue`` step is cut into smaller pieces or gets memory reserved, if that helps.
+        An ``overdue`` step is cut into smaller chunks or gets memory reserved, if that helps.
         """
         if step is not None and step is self._granted:
             return True

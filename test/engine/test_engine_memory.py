@@ -510,7 +510,7 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
         assert next(failures, None) is None
 
 
-def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
+def test_prefix_warmup_computes_the_system_prompt_for_a_new_version(
         settings: Settings, tmp_path: Path) -> None:
     """The warm-up runs when the engine is idle; prefixes of other versions are not reused."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
@@ -529,7 +529,7 @@ def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
         assert one.ask('Who are you?', system=SYSTEM).text == 'I am Rover.'
 
 
-def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> None:
+def test_a_query_interrupts_the_prefix_warmup(settings: Settings, tmp_path: Path) -> None:
     """The warm-up request is cancelled at once, and starts again when the engine is idle."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:

@@ -31,7 +31,7 @@ Point = tuple[JobState, bool, tuple[int, ...]]
 
 
 def lines(generator: Any) -> Iterator[int]:
-    """Yield where a suspended generator waits, and the one that it waits for, and so on."""
+    """Yield the current line of each nested generator."""
     while isinstance(generator, GeneratorType):
         yield generator.gi_frame.f_lineno
         generator = generator.gi_yieldfrom

@@ -56,7 +56,7 @@ def interpolated(monkeypatch: pytest.MonkeyPatch) -> list[Interpolated]:
 def test_no_more_is_published_than_what_was_corrected_needs(
         robot: Robot, model_folder: Path, interpolated: list[Interpolated],
         monkeypatch: pytest.MonkeyPatch, from_disk: bool) -> None:
-    """An eighth less of the way from the live version, and it would not lead clearly."""
+    """One bisection step less would miss the margin."""
     if from_disk:
         robot.correct(Correction('In the hall.', id='zeroth', prompt='Question zeroth?'))
     monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 3.0)   # train further than that
@@ -119,7 +119,7 @@ def test_what_was_learned_again_stays_so(
     assert [s.tokens for s in interpolated[1].samples] == [second, first]
 
 
-def test_what_was_rejected_is_not_pulled_back_to_again(
+def test_no_interpolation_after_a_rejection(
         robot: Robot, interpolated: list[Interpolated],
         monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = [Verdict('injected', ())]

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is corrected while a job trains, and joins it, with a small random model."""
+"""Corrections that join a running job."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_what_comes_while_a_job_trains_joins_it(
 
 
 def join(robot: Robot, until: Callable[[JobStatus], bool] = lambda job: job.swapped_out) -> None:
-    """Let one correction join the job of another, and return as soon as it is so far."""
+    """Return once a correction is joining another's job."""
     engine = robot.engine
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))
     engine.correct(Correction('A robot.', id='first', prompt='Question first?'))

@@ -35,7 +35,7 @@ from mace_ros.finetune.trainer import Trainer
 from mace_ros.learning import backoff, criteria, gate, learner, selection
 from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.disk import Disk
-from mace_ros.learning.drift import Drift, DriftState, OPEN
+from mace_ros.learning.drift import Drift, DriftState, MAX_PENDING
 from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.task import Task
 from mace_ros.learning.training import Scored, Training
@@ -48,7 +48,7 @@ from mace_ros.store.journal_file import JournalError
 
 
 def test_correction_is_learned_and_a_running_request_keeps_its_version(robot: Robot) -> None:
-    """The next answer is the corrected one, by version 1; who began before ends on 0."""
+    """Running requests keep version 0; the next uses version 1."""
     robot.engine.update(robot.engine.settings.updated({'scheduler.policy': 'continuous'}))
     wrong = robot.ask('What is your name?', conversation_id='c')
     robot.engine.submit(Query('Running?', id='running', max_tokens=3500))
@@ -213,7 +213,7 @@ def test_which_of_many_is_learned_first(
 
 def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    for i in range(20 + OPEN):
+    for i in range(20 + MAX_PENDING):
         robot.engine.learner.answered(f'good {i}')
     robot.ask('Who are you?', max_tokens=2)
     calm = robot.engine.status().finetune_budget
@@ -299,7 +299,7 @@ def test_a_change_ends_the_rest(
 
 
 def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -> None:
-    """The baseline never rests, and nobody hears of its corrections again."""
+    """Rehearsal never pauses and publishes no correction status."""
     engine = robot.engine
     engine.update(engine.settings.updated({
         'scheduler.policy': 'continuous', 'finetune.period_steps': 2}))
@@ -313,7 +313,7 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
         told += engine.step().events
     assert engine.live_version('') >= learned + 2
     assert not [e for e in told if isinstance(e, CorrectionStatus)]
-    # Who says the same again is told, even if what is trained then breaks off.
+    # A repeated correction is acknowledged even if its job fails.
     while (job := engine.learner.status().job) is None or job.kind is not JobKind.REHEARSAL:
         engine.step()
     correct(robot, 'again', about='1')
@@ -323,9 +323,9 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
 
 
 @pytest.mark.parametrize('fails', ['', 'replay_candidates', 'publish'])
-def test_learning_needs_nobody_to_wake_it(
+def test_learning_wakes_itself(
         fails: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it waits for, it says for how long, or wakes the engine itself."""
+    """Each wait has a wake-up time or wakes the engine."""
     if fails:
         once = [JournalError('injected')]
         function = getattr(Journal, fails)
@@ -453,8 +453,7 @@ def test_a_candidate_learns_what_it_lost_before_the_gate_is_asked(
     assert robot.ask('Where do you live?').text == 'In the hall.'
 
 
-def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> None:
-    """Profiles take turns, whoever came first."""
+def test_profiles_take_turns(robot: Robot) -> None:
     for number in range(9):
         robot.engine.correct(Correction('Yes.', id=f'ann{number}', profile='ann',
                                         prompt=f'Question {number}?'))
@@ -488,7 +487,7 @@ def test_restart_serves_the_latest_version_and_goes_on_learning(
 
     again = Robot(build_engine(settings, storage=tmp_path))
     restored = again.engine.start()
-    # Told again: who stopped it may have been faster than the one who tells.
+    # Repeated: the node may have stopped before publishing the status.
     assert CorrectionStatus('k', CorrectionState.LEARNED, adapter_version=1) in restored
     live = [e for e in restored if isinstance(e, AdapterVersion)]
     assert [(e.profile, e.version) for e in live] == [('', 1)]
@@ -524,7 +523,7 @@ def test_under_continuous_what_was_superseded_is_not_rehearsed(robot: Robot) -> 
     assert job.correction_ids == ('new',)
 
 
-def test_those_that_wait_keep_others_out_but_not_who_takes_their_place(robot: Robot) -> None:
+def test_a_full_queue_still_accepts_replacements(robot: Robot) -> None:
     engine = robot.engine
     engine.update(engine.settings.updated({'finetune.budget': 0.0, 'storage.max_corrections': 2}))
     for name, about in (('1', '1'), ('2', '2'), ('2 again', '2')):
@@ -583,7 +582,7 @@ def test_learning_that_always_fails_is_given_up(
 @pytest.mark.parametrize('waits', [True, False])
 def test_learning_that_cannot_begin_says_so(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
-    """Who waits for it reads it in the status; else the iteration fails, and the next one runs."""
+    """The status shows the error; otherwise the iteration fails and the next runs."""
     wrong, learning = robot.ask('Who are you?'), robot.engine.learner
 
     def fail() -> list[Event]:
@@ -612,7 +611,7 @@ def test_what_cannot_be_saved_yet_is_saved_later(
 
     def full(*arguments: object) -> object:
         problems.add(robot.engine.status().learning_error)
-        if len(failures) < learner.MAX_TRIES + 2:
+        if len(failures) < learner.MAX_JOB_TRIES + 2:
             failures.append(robot.engine.scheduler.statistics(time.monotonic()).finetune_steps)
             raise OSError(errno.ENOSPC, 'No space left on device')
         return save(*arguments)     # type: ignore[arg-type]
@@ -621,7 +620,7 @@ def test_what_cannot_be_saved_yet_is_saved_later(
     monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert state.state is CorrectionState.LEARNED
-    assert len(failures) == learner.MAX_TRIES + 2 and len(set(failures)) == 1
+    assert len(failures) == learner.MAX_JOB_TRIES + 2 and len(set(failures)) == 1
     assert any('No space left' in problem for problem in problems)
     assert robot.engine.status().learning_error == ''
     assert robot.ask('Who are you?').text == 'A robot.'
@@ -635,7 +634,7 @@ def test_what_cannot_be_read_is_read_later(
 
     def gone(*arguments: object) -> object:
         problems.add(robot.engine.status().learning_error)
-        if len(failures) < learner.MAX_TRIES + 2:
+        if len(failures) < learner.MAX_JOB_TRIES + 2:
             failures.append(1)
             raise CorruptVersion('injected')
         return load(*arguments)     # type: ignore[arg-type]
@@ -650,11 +649,11 @@ def test_what_cannot_be_read_is_read_later(
 
 def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal says that it is live: it must be, and nothing is trained for it again."""
+    """The journal has it live, so it is served without retraining."""
     publish, write, failures = Journal.publish, LoRAManager.write_slot, []
 
     def failing(*arguments: object) -> None:
-        if len(failures) <= learner.MAX_TRIES:
+        if len(failures) <= learner.MAX_JOB_TRIES:
             failures.append(robot.engine.learner.busy)
             raise torch.OutOfMemoryError('injected')
         write(*arguments)       # type: ignore[arg-type]
@@ -667,7 +666,7 @@ def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
     monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     assert (state.state, state.adapter_version) == (CorrectionState.LEARNED, 1)
-    assert len(failures) == learner.MAX_TRIES + 1
+    assert len(failures) == learner.MAX_JOB_TRIES + 1
     answer = robot.ask('Who are you?')
     assert (answer.text, answer.adapter_version) == ('A robot.', 1)
     assert robot.engine.status().learning_error == ''
@@ -689,7 +688,7 @@ def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
 
 def test_training_goes_on_until_what_is_taught_leads_clearly(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is right, and never leads by enough, is learned when finetune.max_steps end it."""
+    """A right answer below the margin is learned at max_steps."""
     robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 12}))
     monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 1e9)
     state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))

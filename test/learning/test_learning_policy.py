@@ -15,16 +15,16 @@ from mace_ros.api.settings import Settings
 from mace_ros.finetune.sample import Sample
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.anchors import ANCHORS
-from mace_ros.learning.drift import Drift, DriftState, OPEN, surprise
+from mace_ros.learning.drift import Drift, DriftState, MAX_PENDING, surprise
 from mace_ros.learning.duty_cycle import DutyCycle, LULL_S
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
-from mace_ros.learning.priority import Candidate, gain, priority, resemble
-from mace_ros.learning.samples import interleaved, sample, turn, weighted
+from mace_ros.learning.priority import gain, priority, resemble, ScoredCorrection
+from mace_ros.learning.samples import interleaved, rotate, sample, weighted
 from mace_ros.learning.training_set import TrainingSet, TrainingSetBuilder
 
 # -- priority ----------------------------------------------------------------------------
 
-USUAL = Candidate(loss=2.0, margin=-1.0, weight=1.0, age_s=10.0, resembling=1, seconds=0.5)
+USUAL = ScoredCorrection(loss=2.0, margin=-1.0, weight=1.0, age_s=10.0, resembling=1, seconds=0.5)
 
 
 @pytest.mark.parametrize('better', [
@@ -169,7 +169,7 @@ def test_an_answer_that_is_corrected_has_one_outcome() -> None:
         drift.corrected(str(i))
         drift.outcome(0.8)
     assert drift.level == pytest.approx(0.8)
-    for i in range(OPEN):
+    for i in range(MAX_PENDING):
         drift.answered(f'good {i}')
     assert drift.level == pytest.approx(0.8)
     drift.answered('another one')
@@ -240,8 +240,8 @@ def test_what_a_question_is_about_is_trained_as_well(question: str, words: str) 
 
 
 def test_all_take_their_turn() -> None:
-    assert [turn('abc', 2, i) for i in range(3)] == [['a', 'b'], ['c', 'a'], ['b', 'c']]
-    assert turn('', 2, 0) == []
+    assert [rotate('abc', 2, i) for i in range(3)] == [['a', 'b'], ['c', 'a'], ['b', 'c']]
+    assert rotate('', 2, 0) == []
     mixed = interleaved('abcdef', 'xy')
     assert sorted(mixed) == sorted('abcdefxy') and 'x' in mixed[:3] and 'y' in mixed[3:]
     assert interleaved('', 'xy') == ['x', 'y']

@@ -42,24 +42,24 @@ def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def batch(robot: Robot, questions: Mapping[str, str], **fields: object,
           ) -> tuple[dict[str, Response], dict[str, list[str]], list[set[str]]]:
     """
-    Ask for each profile at once; return responses, pieces and who spoke in each iteration.
+    Query all profiles at once; return responses, texts of the chunks, and iterations.
 
-    All by name of the profile.
+    The first two are by profile; an iteration is the set of profiles that it made chunks of.
     """
     for profile, text in questions.items():
         robot.engine.submit(Query(text, id=profile, profile=profile, **fields))  # type: ignore[arg-type]
     ended: dict[str, Response] = {}
-    pieces: dict[str, list[str]] = {profile: [] for profile in questions}
+    chunks: dict[str, list[str]] = {profile: [] for profile in questions}
     iterations = []
     while ended.keys() != questions.keys():
         events = robot.engine.step().events
         for event in events:
             if isinstance(event, ResponseChunk):
-                pieces[event.query_id].append(event.text)
+                chunks[event.query_id].append(event.text)
             elif isinstance(event, Response):
                 ended[event.query_id] = event
         iterations.append({e.query_id for e in events if isinstance(e, ResponseChunk)})
-    return ended, pieces, iterations
+    return ended, chunks, iterations
 
 
 @pytest.mark.parametrize('question', [QUESTION, *OTHERS])
@@ -71,14 +71,14 @@ def test_each_gets_what_it_would_get_alone(
     fields = {'max_tokens': 40, **sampling}
     alone = {}
     for profile in PROFILES:
-        ended, pieces, _ = batch(robot, {profile: question}, **fields)
-        alone[profile] = (ended[profile].text, ended[profile].output_tokens, pieces[profile])
+        ended, chunks, _ = batch(robot, {profile: question}, **fields)
+        alone[profile] = (ended[profile].text, ended[profile].output_tokens, chunks[profile])
 
-    ended, pieces, iterations = batch(robot, dict.fromkeys(PROFILES, question), **fields)
+    ended, chunks, iterations = batch(robot, dict.fromkeys(PROFILES, question), **fields)
 
-    together = {p: (ended[p].text, ended[p].output_tokens, pieces[p]) for p in PROFILES}
+    together = {p: (ended[p].text, ended[p].output_tokens, chunks[p]) for p in PROFILES}
     assert together == alone
-    # No more iterations spoke than the longest answer has tokens; half a character is not told.
+    # At most one iteration per token produces chunks.
     tokens = [ended[p].output_tokens for p in PROFILES]
     assert sum(bool(spoke) for spoke in iterations) <= max(tokens) + 2 < sum(tokens)
     # One adapter instead of another one would show.

@@ -205,7 +205,8 @@ def test_a_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
         trace_path(tmp_path, name)
 
 
-def test_files_are_not_without_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_trace_files_is_limited(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_room, 'MAX_FILES', 2)
     for name in ('a', 'b'):
         write_trace([], trace_path(tmp_path, name))
