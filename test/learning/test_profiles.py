@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Profiles that were taught otherwise, side by side in one batch."""
+"""Profiles with different adapters in one batch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from mace_ros.engine.builder import build_engine
 TAUGHT = {'ann': 'I am Rover, your dog.', 'bob': 'My name is Tin, I sort mail.'}
 PROFILES = (*TAUGHT, 'stranger')        # the last one is served the base model
 QUESTION = 'Who are you?'
-OTHERS = ('Where is the kitchen?', 'Tell me about the sea.')    # nobody taught these
+OTHERS = ('Where is the kitchen?', 'Tell me about the sea.')    # without a correction
 
 
 @pytest.fixture(scope='module')
 def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Robot]:
-    """Return an engine that two people have taught opposite answers to one question."""
+    """Return an engine that has learned opposite answers to one question for two profiles."""
     settings = Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        # Rounding, other in another batch, must not change a token.
+        # Rounding, which depends on the batch, must not change a token.
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
         **RANDOM_MODEL})
     taught = Robot(build_engine(settings, storage=tmp_path_factory.mktemp('profiles')))
     for profile, text in TAUGHT.items():
         state = taught.correct(Correction(text, id=profile, prompt=QUESTION, profile=profile))
         assert state.state is CorrectionState.LEARNED, state.reason
-    # Nothing may run beside the batches that are compared.
+    # No learning may run beside the batches that are compared.
     taught.engine.update(taught.engine.settings.updated({'finetune.budget': 0.0}))
     yield taught
     taught.engine.close()
@@ -65,9 +65,9 @@ def batch(robot: Robot, questions: Mapping[str, str], **fields: object,
 @pytest.mark.parametrize('question', [QUESTION, *OTHERS])
 @pytest.mark.parametrize('sampling', [
     {}, {'temperature': 1.0, 'seed': 7}], ids=['greedy', 'sampled'])
-def test_each_gets_what_it_would_get_alone(
+def test_a_batch_gives_each_profile_the_answer_that_it_gets_alone(
         robot: Robot, question: str, sampling: dict[str, object]) -> None:
-    """ResponseChunk for token, from the very same iterations, and not what another one gets."""
+    """Chunk by chunk, in the same iterations, and different from the answers of other profiles."""
     fields = {'max_tokens': 40, **sampling}
     alone = {}
     for profile in PROFILES:
@@ -81,7 +81,7 @@ def test_each_gets_what_it_would_get_alone(
     # At most one iteration per token produces chunks.
     tokens = [ended[p].output_tokens for p in PROFILES]
     assert sum(bool(spoke) for spoke in iterations) <= max(tokens) + 2 < sum(tokens)
-    # One adapter instead of another one would show.
+    # A mix-up of adapters would be seen.
     for one, other in combinations(PROFILES, 2):
         assert alone[one] != alone[other]
     assert [ended[p].adapter_version for p in PROFILES] == [1, 1, 0]
@@ -90,7 +90,7 @@ def test_each_gets_what_it_would_get_alone(
 
 
 def test_the_order_of_the_rows_does_not_matter(robot: Robot) -> None:
-    """Nor what others ask beside them."""
+    """Nor do the questions of the other rows."""
     plain = batch(robot, dict.fromkeys(PROFILES, QUESTION), max_tokens=20)[1]
     for order in (PROFILES[::-1], (PROFILES[1], PROFILES[2], PROFILES[0])):
         assert batch(robot, dict.fromkeys(order, QUESTION), max_tokens=20)[1] == plain
@@ -98,8 +98,8 @@ def test_the_order_of_the_rows_does_not_matter(robot: Robot) -> None:
     assert batch(robot, mixed, max_tokens=20)[1]['ann'] == plain['ann']
 
 
-def test_what_was_computed_for_one_is_not_found_by_another(robot: Robot) -> None:
-    """Keys and values made under one adapter are wrong under another, and are not shared."""
+def test_profiles_share_no_cached_prefixes(robot: Robot) -> None:
+    """Keys and values computed with one adapter are wrong for another one."""
     system = 'You are a robot in a garden. ' * 8
 
     def shared(profile: str, question: str) -> int:

@@ -202,7 +202,7 @@ def test_a_violation_is_found(case: str, tmp_path: Path) -> None:
     result = check(tree(tmp_path, **changes))
     assert finding in result.stdout
     assert result.returncode == 1
-    for line in result.stdout.splitlines():     # what is wrong, and what to do
+    for line in result.stdout.splitlines():     # the violation, and the advice
         assert len(line.split(': ')) >= 3
 
 
