@@ -61,7 +61,7 @@ MAX_JOB_TRIES = 3       # of a job that the device or the disk fails
 
 
 class Learner:
-    """Decides what is trained and published; the engine runs the steps that it asks for."""
+    """Chooses what to train and publish; the engine runs the steps that it offers."""
 
     def __init__(self, *, model: PackedModel, model_name: str, lora: LoRAManager,
                  chat: ChatTokenizer, slots: AdapterSlots, journal: JournalWriter,
