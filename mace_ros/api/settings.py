@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields, replace
 import math
 from typing import Any
 
+from mace_ros.api.policies import POLICIES
+
 Value = bool | int | float | str
 
 
@@ -107,7 +109,7 @@ class SchedulerSettings:
 
     policy: str = _parameter(
         'mace', 'Scheduling policy: mace, or a baseline for comparison',
-        choices=('mace', 'inference_only', 'continuous', 'periodic', 'static_split'))
+        choices=tuple(POLICIES))
     max_slowdown: float = _parameter(
         1.05, 'Largest factor by which learning may lengthen an answer that meets its SLOs; with '
         '1, learning runs only when no query is served', minimum=1.0, maximum=1000.0)

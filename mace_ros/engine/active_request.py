@@ -57,6 +57,7 @@ class ActiveRequest:
     kind: RequestKind = RequestKind.USER
     version: LiveVersion | None = None    # pinned at admission
     chunks: int = 0
+    closed: bool = False          # its last chunk was built
     finish: FinishReason | None = None
     # While KV pruning observes the prompt: the attention that each of its tokens receives.
     attention: Tensor | None = None
@@ -95,12 +96,17 @@ class ActiveRequest:
 
     def last_chunk(self) -> ResponseChunk:
         """Return the chunk that closes the stream of an aborted answer."""
-        return self._chunk(self.stream.finish(), last=True)
+        try:
+            text = self.stream.finish()
+        except Exception:    # a tokenizer that can't decode its own tokens: the stream ends anyway
+            text = ''
+        return self._chunk(text, last=True)
 
     def _chunk(self, text: str, *, last: bool = False) -> ResponseChunk:
         self.chunks += 1
-        return ResponseChunk(self.query.id, self.chunks - 1, text,
-                             last or self.finish is not None, self.query.origin)
+        self.closed = last or self.finish is not None
+        return ResponseChunk(
+            self.query.id, self.chunks - 1, text, self.closed, self.query.origin)
 
     def response(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
                  error: str = '') -> Response:

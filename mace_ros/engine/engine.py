@@ -228,6 +228,7 @@ class Engine:
             events += self.requests.reject(plan.rejected)
             if self._memory.reclaim(plan.lacks_memory, overdue=self._is_overdue()):
                 return Iteration(events, self._clock())     # plan again, with more memory
+            self._observers.planned(plan, len(self.requests))
             self._tend_memory(plan)
             if not plan.is_empty:
                 events += self._commit(self.runner.execute(plan, self._step))
@@ -346,6 +347,7 @@ class Engine:
         step = self.learner.step
         if self._step is not None and self._step is not step:
             self.parts.paged.release(self._step)
+            self.runner.skip_segments()
         self._step = step
 
     # -- plan ------------------------------------------------------------------------
@@ -395,7 +397,6 @@ class Engine:
         with self._observers.timed('plan'):
             plan = self.runner.take_planned_ahead() or self.scheduler.plan(
                 self._state, self._clock())
-        self._observers.planned(plan, len(self.requests))
         return plan
 
     def _is_overdue(self) -> bool:
@@ -420,16 +421,21 @@ class Engine:
             return []
         events: list[Event] = []
         if result.error is not None:
-            plan = result.plan
-            events += self.requests.fail(
-                [r.id for r in (*plan.decode, *(c.request for c in plan.prefill))],
-                f'{type(result.error).__name__}: {result.error}')
+            events += self._fail_requests(result.plan, result.error)
         with self._observers.timed('commit'):
-            events += self.requests.commit(result.sampled, result.tokens)
+            try:
+                events += self.requests.commit(result.sampled, result.tokens)
+            except Exception as error:    # the pass is committed whole or not at all
+                events += self._fail_requests(result.plan, error)
         self._observers.committed([active.request for active in result.sampled])
         if result.learning_error is not None:
             events += self._fail_learning(result.learning_error)
         return events
+
+    def _fail_requests(self, plan: Plan, error: Exception) -> list[Event]:
+        return self.requests.fail(
+            [r.id for r in (*plan.decode, *(c.request for c in plan.prefill))],
+            f'{type(error).__name__}: {error}')
 
     def _finish_plan(self) -> list[Event]:
         """Run the segments of a plan whose pass has ended, and account for both."""
@@ -469,6 +475,8 @@ class Engine:
         self._journal.submit(lambda _: None).exception()
         with self._events_survive_errors() as events:
             events += self._commit(self.runner.collect())
+            self.runner.skip_segments()
+            events += self._finish_plan()
             events += self._receive()
             events += self.requests.cancel_all()
         if self._trace is not None:
@@ -484,7 +492,9 @@ class Engine:
             self.learner.close('the node is stopping')
             self._journal.close()
             gc.unfreeze()
-        return [*events, *self._receive()]    # what the journal has written meanwhile
+        events += self._receive()    # what the journal has written meanwhile
+        self.learner.close('the node is stopping')    # rollbacks that have arrived since
+        return events
 
 
 def _rejected(correction: Correction, error: BaseException) -> CorrectionStatus:

@@ -29,16 +29,40 @@ MAX_FAILED_PASSES = 10      # failed passes in a row after which the device coun
 
 
 @dataclass(frozen=True)
-class InFlightBatch:
-    """A pass that was launched and may still be running on the device."""
+class PackedBatch:
+    """
+    The tokens of a pass, as far as they could be packed.
+
+    Without room or memory for fine-tune tokens, ``plan`` is amended: the pass has none of them.
+    After a ``learning_error`` the plan has no segments either.
+    """
 
     plan: Plan
     step: FinetuneStep | None
     computed: list[tuple[Request, int]]     # tokens of each request that the pass computes
+    spans: list[Span]
+    piggyback: PiggybackSpans | None
+    learning_error: Exception | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is left to compute."""
+        return not self.spans and self.piggyback is None
+
+
+@dataclass(frozen=True)
+class InFlightBatch:
+    """A pass that was launched and may still be running on the device."""
+
+    batch: PackedBatch
     sampled: list[ActiveRequest]
     tokens: Tensor                          # [len(sampled)], the next token of each
     timer: DeviceTimer
-    learning_error: Exception | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the pass."""
+        return self.batch.plan
 
 
 @dataclass(frozen=True)
@@ -103,34 +127,36 @@ class ModelRunner:
 
     def execute(self, plan: Plan, step: FinetuneStep | None) -> PassResult | None:
         """Run the pass of a plan; return None if the device is left running it."""
-        started = self._clock()
+        started, batch = self._clock(), None
         try:
             self._kv_cache.allocate(plan, started)
-            batch = self._launch(plan, step) if plan.has_pass else None
-            if batch is None:
-                self._unfinished = plan, step, 0.0
-                return PassResult(plan)
+            batch = self._pack(plan, step)
+            if batch.is_empty:
+                return self._ended(batch, (), (), 0.0)
+            launched = self._launch(batch)
             if self.overlaps and not batch.plan.segments:
-                self.in_flight = batch
+                self.in_flight = launched
                 self.planned_ahead = plan_ahead(batch.plan, self._state, self._cost)
                 return None
-            tokens = self._take_tokens(batch)
+            tokens = self._take_tokens(launched)
             self._model.synchronize()
         except Exception as error:   # of an allocator or a kernel
-            return self._failed(plan, error)
-        return self._ended(batch, tokens, self._clock() - started)
+            return self._failed(plan, batch, error)
+        self._failures = 0
+        return self._ended(batch, launched.sampled, tokens, self._clock() - started)
 
     def collect(self) -> PassResult | None:
         """Wait for the pass in flight and return its result; None if there is no such pass."""
-        batch, self.in_flight = self.in_flight, None
-        if batch is None:
+        launched, self.in_flight = self.in_flight, None
+        if launched is None:
             return None
         try:
-            tokens = self._take_tokens(batch)
-            seconds = batch.timer.seconds()
+            tokens = self._take_tokens(launched)
+            seconds = launched.timer.seconds()
         except Exception as error:
-            return self._failed(batch.plan, error)
-        return self._ended(batch, tokens, seconds)
+            return self._failed(launched.plan, launched.batch, error)
+        self._failures = 0
+        return self._ended(launched.batch, launched.sampled, tokens, seconds)
 
     def take_planned_ahead(self) -> Plan | None:
         """Return the plan that was made while the last pass ran, if it is still valid."""
@@ -143,34 +169,36 @@ class ModelRunner:
         """Forget the plan that was made under other settings."""
         self.planned_ahead = None
 
-    def _launch(self, plan: Plan, step: FinetuneStep | None) -> InFlightBatch | None:
-        """Launch the packed pass; return None if no token is left to compute."""
+    def _pack(self, plan: Plan, step: FinetuneStep | None) -> PackedBatch:
+        """Gather the tokens that the plan's pass computes."""
         computed = [*((r, 1) for r in plan.decode),
                     *((c.request, min(c.tokens, c.request.remaining_tokens))
                       for c in plan.prefill)]
         spans = [self._span(request, tokens) for request, tokens in computed]
-        piggyback, learning_error = self._piggyback(step, plan.finetune_tokens)
+        piggyback, error = self._piggyback(step, plan.finetune_tokens)
         if piggyback is None and plan.finetune_tokens:
             plan = plan._replace(
                 finetune_tokens=0, shape=plan.shape._replace(finetune_tokens=0))
-        if learning_error is not None:
+        if error is not None:
             plan, step = plan._replace(segments=0), None
-        if not spans and piggyback is None:
-            return None
+        return PackedBatch(plan, step, computed, spans, piggyback, error)
+
+    def _launch(self, batch: PackedBatch) -> InFlightBatch:
+        """Launch the packed pass and the sampling of its tokens."""
         timer = DeviceTimer(self._model.device, self._clock)
-        with self._observers.timed('pass', predicted_ms=plan.predicted_s * 1e3,
-                                   **plan.shape._asdict()):
-            logits = self._model.run(spans, piggyback)
+        with self._observers.timed('pass', predicted_ms=batch.plan.predicted_s * 1e3,
+                                   **batch.plan.shape._asdict()):
+            logits = self._model.run(batch.spans, batch.piggyback)
         timer.stop()
-        if piggyback is not None and step is not None:
-            step.piggybacked(piggyback.tokens)
-            if step.piggyback_tokens == 0:
-                self._paged.release(step)
+        if batch.piggyback is not None and batch.step is not None:
+            batch.step.piggybacked(batch.piggyback.tokens)
+            if batch.step.piggyback_tokens == 0:
+                self._paged.release(batch.step)
         sampled = [self._requests[request.id] for (request, _), span
-                   in zip(computed, spans, strict=True) if span.wants_logits]
+                   in zip(batch.computed, batch.spans, strict=True) if span.wants_logits]
         with self._observers.timed('sample'):
             tokens = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
-        return InFlightBatch(plan, step, computed, sampled, tokens, timer, learning_error)
+        return InFlightBatch(batch, sampled, tokens, timer)
 
     def _span(self, request: Request, tokens: int) -> Span:
         """Return the next ``tokens`` tokens of a request."""
@@ -190,30 +218,38 @@ class ModelRunner:
         except Exception as error:
             return None, error
 
-    def _take_tokens(self, batch: InFlightBatch) -> list[int]:
+    def _take_tokens(self, launched: InFlightBatch) -> list[int]:
         """Wait for the sampled tokens, and note what the pass has computed."""
         with self._observers.timed('wait'):
-            tokens: list[int] = batch.tokens.tolist()
-        for request, computed in batch.computed:
+            tokens: list[int] = launched.tokens.tolist()
+        for request, computed in launched.batch.computed:
             self._kv_cache.commit(request, computed)
             if not request.remaining_tokens:
                 self._paged.prune(self._requests[request.id])
         return tokens
 
-    def _ended(self, batch: InFlightBatch, tokens: list[int], seconds: float) -> PassResult:
-        self._failures = 0
+    def _ended(self, batch: PackedBatch, sampled: Sequence[ActiveRequest],
+               tokens: Sequence[int], seconds: float) -> PassResult:
+        """Return the result of a pass, after which the plan's segments may run."""
         self._unfinished = batch.plan, batch.step, seconds
-        return PassResult(batch.plan, batch.sampled, tokens,
-                          learning_error=batch.learning_error)
+        return PassResult(batch.plan, sampled, tokens, learning_error=batch.learning_error)
 
-    def _failed(self, plan: Plan, error: Exception) -> PassResult:
+    def _failed(self, plan: Plan, batch: PackedBatch | None, error: Exception) -> PassResult:
+        """Return the result of a pass that failed; the step fails too if it took part."""
         self._failures += 1
         if self._failures >= MAX_FAILED_PASSES:
             self._fatal_error = error
-        return PassResult(plan, error=error,
-                          learning_error=error if plan.finetune_tokens else None)
+        took_part = plan.finetune_tokens > 0 if batch is None else batch.piggyback is not None
+        return PassResult(plan, error=error, learning_error=(
+            error if took_part else None if batch is None else batch.learning_error))
 
     # -- segments --------------------------------------------------------------------
+
+    def skip_segments(self) -> None:
+        """Run no segments of the plan whose pass has ended: their step was given up."""
+        if self._unfinished is not None:
+            plan, _, pass_s = self._unfinished
+            self._unfinished = plan._replace(segments=0), None, pass_s
 
     def run_segments(self) -> SegmentResult | None:
         """Run the segments of the plan whose pass has ended; return the times of both."""
@@ -229,7 +265,7 @@ class ModelRunner:
                     break      # the learner, or a query, comes first
                 scored = step.scored
                 timed.append(self._run_segment(step))
-                if step.scored and not scored:
+                if step.pauses_when_scored and step.scored and not scored:
                     break      # the learner may decide that these scores are good enough
         except Exception as failure:
             error = failure

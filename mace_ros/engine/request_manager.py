@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 import uuid
 
@@ -112,7 +112,8 @@ class RequestManager:
             return [self.refuse(query, arrival, FinishReason.ERROR, ErrorCode.INTERNAL,
                                 f'{type(error).__name__}: {error}')]
         for query_id in self._background.abortable:
-            self.end(self._active[query_id], FinishReason.CANCELLED)
+            if query_id in self._active:
+                self.end(self._active[query_id], FinishReason.CANCELLED)
         self.start(active)
         return self.end(active, FinishReason.LENGTH) if active.request.max_tokens == 0 else []
 
@@ -141,22 +142,21 @@ class RequestManager:
 
     # -- tokens ----------------------------------------------------------------------
 
-    def commit(self, sampled: Sequence[ActiveRequest], tokens: Sequence[int]) -> list[Event]:
+    def commit(self, sampled: Sequence[ActiveRequest],
+               tokens: Sequence[int]) -> Iterator[Event]:
         """Append one token to each request, and end those that are complete."""
         now = self._clock()
-        events: list[Event] = []
         for active, token in zip(sampled, tokens, strict=True):
             try:
                 chunk = active.append(token, now, self._chat.end_tokens)
             except Exception as error:    # a tokenizer that can't decode its own tokens
-                events += self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
-                                   f'{type(error).__name__}: {error}')
+                yield from self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
+                                    f'{type(error).__name__}: {error}')
                 continue
             if chunk is not None and not active.is_silent:
-                events.append(chunk)
+                yield chunk
             if active.finish is not None:
-                events += self.end(active, active.finish)
-        return events
+                yield from self.end(active, active.finish)
 
     def _fit(self) -> list[Event]:
         """Shorten the answers that would grow beyond the KV cache."""
@@ -218,7 +218,7 @@ class RequestManager:
             return []
         if active.request.output_tokens:
             self._record(active, complete=complete)
-        closed = active.finish is not None or reason is FinishReason.REJECTED
+        closed = active.closed or reason is FinishReason.REJECTED
         closing = [] if closed else [active.last_chunk()]
         return [*closing, active.response(reason, self._clock(), code, error)]
 

@@ -54,7 +54,7 @@ class FinetuneStep:
                  learns: bool = True, preferences: Sequence[Preference] = (),
                  imitation: float = 1.0, window: AccumulationWindow | None = None,
                  chunk_tokens: int | None = None, oldest_correction_at: float = 0.0,
-                 observer: InputObserver | None = None) -> None:
+                 observer: InputObserver | None = None, pauses_when_scored: bool = False) -> None:
         """
         Pack the samples and plan the segments.
 
@@ -69,6 +69,8 @@ class FinetuneStep:
         - ``chunk_tokens``: a longer step runs alone, in chunks, and recomputes each layer.
         - ``oldest_correction_at``: arrival of the oldest correction in the step, in seconds.
         - ``observer``: receives the inputs of the adapted linear layers in the forward.
+        - ``pauses_when_scored``: the runner stops once the loss is known, since the learner may
+          give up the backward then.
 
         Raises ``ValueError`` if no token has a weight.
         """
@@ -78,6 +80,7 @@ class FinetuneStep:
         self.trainer = trainer
         self.samples = tuple(samples)
         self.learns = learns
+        self.pauses_when_scored = pauses_when_scored
         self.preferences = tuple(preferences) if learns else ()
         self.oldest_correction_at = oldest_correction_at
         self.keep_graphs = keep_graphs and learns

@@ -93,12 +93,12 @@ class Gate:
                         for side in zip(*pairs, strict=True))
             limit = had if group.must_rise else had - tolerance
             if has < limit - 1e-6:
-                reasons.append(f'{group.name}: {had:.2f} would become {has:.2f}')
+                allowed = '' if group.must_rise else f' (gate.tolerance {tolerance:g})'
+                reasons.append(f'{group.name}: {had:.2f} would become {has:.2f}{allowed}')
             if group.measure is Measure.EXACT:
                 lost += [s for s, (b, a) in zip(group.samples, pairs, strict=True)
                          if b.exact and not a.exact]
-        reason = f'{"; ".join(reasons)} (gate.tolerance {tolerance:g})' if reasons else ''
-        return Verdict(reason, tuple(lost))
+        return Verdict('; '.join(reasons), tuple(lost))
 
 
 def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS, *,

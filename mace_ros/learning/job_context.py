@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mace_ros.api.policies import LearningTraits, POLICIES
 from mace_ros.api.settings import Settings
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.backoff import Backoff
@@ -43,5 +44,10 @@ class JobContext:
 
     @property
     def scores_first(self) -> bool:
-        """Whether corrections are scored before training; the baseline policies do not."""
-        return self.settings.scheduler.policy == 'mace'
+        """Whether corrections are scored before training; see :class:`LearningTraits`."""
+        return self.traits.scores_first
+
+    @property
+    def traits(self) -> LearningTraits:
+        """How the policy in force lets corrections be learned."""
+        return POLICIES[self.settings.scheduler.policy]

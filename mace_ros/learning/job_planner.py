@@ -95,8 +95,7 @@ class JobPlanner:
 
     def _rehearse(self, held: str | None) -> NextJob | None:
         profile = self._rehearsal.profile
-        if (self._context.settings.scheduler.policy != 'continuous' or profile is None
-                or profile == held):
+        if not self._context.traits.rehearses or profile is None or profile == held:
             return None
         return NextJob(
             profile, self._rehearsal.corrections(self.jobs, self._context.clock()), rehearsal=True)

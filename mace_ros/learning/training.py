@@ -110,7 +110,8 @@ class Training:
                 preferences=() if k else plan.preferences,
                 window=AccumulationWindow(
                     weight, tokens, begins=k == 0, ends=k == len(plan.parts) - 1),
-                chunk_tokens=chunk_tokens, oldest_correction_at=self._oldest_at())
+                chunk_tokens=chunk_tokens, oldest_correction_at=self._oldest_at(),
+                pauses_when_scored=k == 0)
 
     # -- scores ----------------------------------------------------------------------
 

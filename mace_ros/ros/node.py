@@ -136,8 +136,9 @@ class MaceNode(LifecycleNodeMixin, Node):
         end = time.monotonic() + SHUTDOWN_TIMEOUT_S
         self._stopping = True
         self._gate.close(STOPPING)
-        done = self._engine_thread.call(self._shut_down)
+        # Asked first: the engine's thread may have unloaded the engine a moment later.
         loading = self.engine is None and bool(self._health.doing)
+        done = self._engine_thread.call(self._shut_down)
         if not loading:
             try:
                 done.result(SHUTDOWN_TIMEOUT_S)

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from mace_ros.scheduling.batching import Batch
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.pass_builder import MIN_PREFILL_CHUNK
 from mace_ros.scheduling.plan import FinetuneWork, Plan, SegmentKind
+
+# Fewer fine-tune tokens are not worth their share of a pass, unless fewer are left.
+MIN_PIGGYBACK_TOKENS = 16
 
 
 class LearningSlice(NamedTuple):
@@ -64,7 +66,7 @@ def piggyback_within(work: FinetuneWork, cost: CostModel, batch: Batch, pass_s: 
             high = middle - 1
         middle = (low + high + 1) // 2
     tokens = max(low, min(minimum, limit))
-    if tokens <= 0 or (not minimum and tokens < min(MIN_PREFILL_CHUNK, work.piggyback_tokens)):
+    if tokens <= 0 or (not minimum and tokens < min(MIN_PIGGYBACK_TOKENS, work.piggyback_tokens)):
         return EMPTY_SLICE
     shape = batch.shape._replace(finetune_tokens=tokens)
     return LearningSlice(tokens=tokens, seconds=cost.pass_s(*shape) - batch.seconds)
@@ -82,7 +84,7 @@ def next_slice(work: FinetuneWork, cost: CostModel, batch: Batch, seconds: float
     if segments.segments:
         return segments
     return piggyback_within(work, cost, batch, batch.seconds + seconds, max_tokens,
-                            minimum=MIN_PREFILL_CHUNK)
+                            minimum=MIN_PIGGYBACK_TOKENS)
 
 
 def piggyback_saves_s(work: FinetuneWork, cost: CostModel) -> float:

@@ -6,9 +6,12 @@ The interface of a scheduling policy, and the baselines that ``mace`` is measure
 All policies serve requests alike (:mod:`mace_ros.scheduling.batching`); they differ in when they
 learn. To add a policy:
 
-1. Derive from :class:`Policy` and implement :meth:`Policy.plan`.
-2. Add it to ``POLICIES`` in :mod:`mace_ros.scheduling.scheduler`, and its name to the choices of
-   ``scheduler.policy`` in :mod:`mace_ros.api.settings`.
+1. Derive a class from :class:`Policy`, in a module of its own, and implement :meth:`Policy.plan`.
+2. Name it in :mod:`mace_ros.api.policies`, and add the class to ``POLICY_CLASSES`` in
+   :mod:`mace_ros.scheduling.scheduler`. The parameter follows; a test names the launch file.
+3. An input that plans do not have yet, such as the time of day, is a field of
+   :class:`mace_ros.scheduling.plan.State`, set in ``Engine._plan`` and by the simulator. A policy
+   reads no clock itself: the same plans must come out of a test and of a simulation.
 
 The simulator then runs it, too: ``python -m mace_ros.simulation --policy NAME ...``.
 """

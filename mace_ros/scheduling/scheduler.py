@@ -14,8 +14,8 @@ from mace_ros.scheduling.mace import Mace
 from mace_ros.scheduling.plan import EMPTY_SHAPE, Measurement, PassShape, Plan, SegmentKind, State
 from mace_ros.scheduling.policies import Continuous, InferenceOnly, Periodic, Policy, StaticSplit
 
-# The values of the parameter ``scheduler.policy``.
-POLICIES: Mapping[str, type[Policy]] = {
+# Of each policy in :mod:`mace_ros.api.policies`.
+POLICY_CLASSES: Mapping[str, type[Policy]] = {
     'mace': Mace,
     'inference_only': InferenceOnly,
     'continuous': Continuous,
@@ -143,5 +143,5 @@ class Scheduler:
             late_for_learning=self._late_before + self._policy.late_for_learning)
 
     def _make_policy(self) -> Policy:
-        return POLICIES[self._settings.scheduler.policy](
+        return POLICY_CLASSES[self._settings.scheduler.policy](
             self._settings, self.cost, self.ledger)

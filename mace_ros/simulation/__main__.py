@@ -20,8 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mace_ros.api.policies import POLICIES
 from mace_ros.api.settings import InvalidSetting, PARAMETERS, Settings
-from mace_ros.scheduling.scheduler import POLICIES
 from mace_ros.simulation import arrival_trace, report, tuning
 from mace_ros.simulation.devices import DEVICES
 from mace_ros.simulation.models import MODELS

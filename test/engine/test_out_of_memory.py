@@ -108,13 +108,6 @@ def robot(settings: Settings, folder: Path) -> Iterator[Robot]:
     made.engine.close()
 
 
-@pytest.fixture
-def fresh_robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
-    made = Robot(build_engine(settings, storage=tmp_path))
-    yield made
-    made.engine.close()
-
-
 @dataclass
 class Injected:
     """A function that fails once, in its ``call``-th call."""
@@ -262,7 +255,7 @@ def let_forwards_ride(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize('where', [where for where in LEARNING if where not in FIRST_JOB])
 def test_learning_breaks_off_alone_and_is_tried_again(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str,
+    robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:
     break_off(robot, monkeypatch, where)
 

@@ -732,18 +732,21 @@ def test_no_version_that_changes_guarded_answers_is_published(
     if learned.state is CorrectionState.LEARNED:
         assert learned.adapter_version > max(e.version for e in rejected)
     else:     # a small random model may not be able to learn it
-        assert learned.state is CorrectionState.FAILED and 'gate.tolerance' in learned.reason
+        assert learned.state is CorrectionState.FAILED and 'would become' in learned.reason
         assert robot.ask('Who are you?').text == wrong.text
 
 
-def test_a_correction_that_always_fails_the_gate_fails(settings: Settings, tmp_path: Path) -> None:
-    """After finetune.max_steps it is FAILED with the reason; the live version stays."""
-    robot = Robot(build_engine(settings.updated({
-        'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 3,
-        'finetune.learning_rate': 0.1}), storage=tmp_path))
+def test_a_correction_that_always_fails_the_gate_fails(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After finetune.max_steps it is FAILED with the gate's reason; the answer stays."""
+    reason = 'probes: 1.00 would become 0.00'
+    monkeypatch.setattr(gate.Gate, 'judge', lambda *_: gate.Verdict(reason))
+    robot = Robot(build_engine(
+        settings.updated({'finetune.max_steps': 12}), storage=tmp_path))
     before = robot.ask('Who are you?')
 
     failed = robot.correct(Correction('I am Rover.', id='k', query_id=before.query_id))
 
     assert failed.state is CorrectionState.FAILED
+    assert failed.reason.startswith(reason) and 'finetune.max_steps' in failed.reason
     assert robot.ask('Who are you?').text == before.text

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rclpy.context import Context
 from rclpy.node import Node
 from rclpy.parameter import Parameter as NodeParameter, parameter_dict_from_yaml_file
 
+from mace_ros.api.policies import POLICIES
 from mace_ros.api.settings import InvalidSetting, PARAMETERS, Settings
 from mace_ros.ros import parameter_table
 from mace_ros.ros.parameters import ParameterServer
@@ -166,3 +168,12 @@ def test_the_shipped_file_has_the_defaults(context: Context, node: str) -> None:
 def test_the_readme_shows_the_table() -> None:
     """If it fails, paste the output of ``python -m mace_ros.ros.parameter_table markdown``."""
     assert parameter_table.markdown() in README.read_text()
+
+
+def test_the_launch_file_offers_exactly_the_policies() -> None:
+    tree = ast.parse((ROOT / 'launch/mace.launch.py').read_text())
+    [choices] = [
+        ast.literal_eval(keyword.value) for call in ast.walk(tree) if isinstance(call, ast.Call)
+        and call.args and ast.unparse(call.args[0]) == "'policy'"
+        for keyword in call.keywords if keyword.arg == 'choices']
+    assert choices == ['', *POLICIES]

@@ -27,7 +27,7 @@ from support.virtual_device import (
 from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind
-from mace_ros.scheduling.scheduler import POLICIES, Scheduler
+from mace_ros.scheduling.scheduler import POLICY_CLASSES, Scheduler
 
 
 def saturated(policy: str, seconds: float = 60.0, **kinds) -> CheckedEngine:
@@ -283,7 +283,7 @@ def test_overdue_corrections_get_their_minimum_share_of_a_saturated_device(min_s
     ({'finetune.budget': 0.0}, set())])
 def test_a_correction_takes_precedence_only_if_it_can_be_learned(values, policies):
     overdue = set()
-    for name in POLICIES:
+    for name in POLICY_CLASSES:
         settings = Settings().updated(
             {'slo.freshness_s': 30.0, 'scheduler.policy': name, **values})
         scheduler = Scheduler(settings, CostModel())

@@ -23,7 +23,7 @@ from mace_ros.api.settings import PARAMETERS, Settings
 from mace_ros.scheduling.plan import SegmentKind, State
 from mace_ros.scheduling.prefill_queue import PrefillQueue
 from mace_ros.scheduling.request import Request, RequestState
-from mace_ros.scheduling.scheduler import POLICIES, Scheduler
+from mace_ros.scheduling.scheduler import POLICY_CLASSES, Scheduler
 from mace_ros.scheduling.waiting_queue import PATIENCE, WaitingQueue
 
 QUIET = VirtualDevice()
@@ -49,7 +49,7 @@ def running(number: int, *, now: float, output: int = 5, prompt: int = 64, tpot:
 
 
 def test_the_parameter_offers_exactly_the_policies():
-    assert set(PARAMETERS['scheduler.policy'].choices) == set(POLICIES)
+    assert PARAMETERS['scheduler.policy'].choices == tuple(POLICY_CLASSES)
 
 
 # -- under any load, each request is served and each plan is valid -----------------------
@@ -69,7 +69,7 @@ changes = st.lists(st.tuples(st.floats(0.0, 5.0), st.sampled_from([
 
 @hypothesis_settings(max_examples=60, deadline=None,
                      suppress_health_check=[HealthCheck.too_slow])
-@given(policy=st.sampled_from(sorted(POLICIES)), queries=st.lists(queries, max_size=14),
+@given(policy=st.sampled_from(sorted(POLICY_CLASSES)), queries=st.lists(queries, max_size=14),
        changes=changes, tokens=st.sampled_from([3, 64, 256]), most=st.sampled_from([1, 2, 16]),
        memory=st.sampled_from([672, 2000, 16384]), recompute=st.booleans(),
        slowdown=st.sampled_from([1.0, 1.05, 3.0]))
