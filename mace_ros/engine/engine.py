@@ -3,9 +3,8 @@
 """
 The engine: queries and corrections in, events out, one iteration at a time.
 
-One thread, which owns the device, calls :meth:`Engine.step`. Any thread may call the methods
-that take queries, corrections and settings: they put a message into the inbox, or, for a
-correction, submit its write to the journal's thread, which puts the message.
+One thread, which owns the device, calls :meth:`Engine.step`. Any thread may put messages into the
+inbox by the methods that take them; a correction's comes from the journal's thread, once written.
 """
 
 from __future__ import annotations
