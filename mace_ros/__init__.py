@@ -3,7 +3,8 @@
 """
 A language model for robots that answers and learns on one GPU.
 
-``mace_ros.ros`` speaks ROS 2; ``mace_ros.engine.engine`` does the same work without it.
+``mace_ros.ros`` is the ROS 2 node; ``mace_ros.engine.builder.build_engine`` returns the same engine
+without ROS.
 """
 
 from pkgutil import extend_path

@@ -9,7 +9,8 @@ there is any. The rules: all modules lie in rooms; no import circle, also none t
 TYPE_CHECKING or functions; imports follow the table "Rooms" of docs/architecture.md;
 functions of at most 80 lines and files of at most 500; no function is assigned to another
 object's attribute; SQL only in mace_ros/store; the hops of the two walks of
-docs/architecture.md exist and lead from one to the next, over at most 26 files each.
+docs/architecture.md exist and lead from one to the next, over at most 26 files each; the
+Python files that README, CONTRIBUTING and docs name exist.
 Tests read at most 20 private attributes of other classes, and patch at most 20.
 """
 
@@ -30,6 +31,7 @@ from structure_code import (
     sizes,
 )
 from structure_imports import circles, layering, loose_modules, PAGE, wrong_layers
+from structure_pages import missing_paths
 from structure_sources import Finding, PACKAGE, sources
 from structure_walks import walks
 
@@ -48,6 +50,7 @@ LIMITS = {       # of each figure: how many findings are allowed
     'private attributes read in tests': MAX_IN_TESTS,
     'private attributes patched in tests': MAX_IN_TESTS,
     'patches in tests, private or not': NO_LIMIT,
+    'paths in the docs that lead to no file': 0,
     'hops of the walks that are not true': 0,
     'files on the way of a query': MAX_WALK_FILES,
     'files on the way of a correction': MAX_WALK_FILES,
@@ -66,6 +69,7 @@ def findings(root: Path) -> Iterator[Finding]:
     yield from private_reads(tests)
     yield from private_patches(tests)
     yield from patches(tests)
+    yield from missing_paths(root)
     yield from walks((root / PAGE).read_text(encoding='utf-8'), package)
 
 

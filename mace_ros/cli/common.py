@@ -70,7 +70,7 @@ def cancelled_on_leaving(answer: AnswerHandle, timeout_s: float) -> Iterator[Non
         yield
     except (KeyboardInterrupt, TimeoutError, BrokenPipeError):
         answer.cancel()
-        with suppress(ConnectionError):    # the node has gone
+        with suppress(ConnectionError):    # the node has ended
             answer.result(timeout_s)
         raise
 

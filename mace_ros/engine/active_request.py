@@ -183,7 +183,7 @@ def build_warmup(ids: Sequence[int], profile: str, now: float,
 
 @lru_cache
 def _seconds(ms: float) -> float:
-    """Return the same float object for equal objectives: each plan reads that of each request."""
+    """Convert to seconds; cached so that equal SLOs share one float."""
     return ms / 1e3
 
 

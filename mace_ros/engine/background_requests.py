@@ -26,7 +26,7 @@ from mace_ros.scheduling.plan import State
 
 
 class BackgroundRequests:
-    """Builds the requests that nobody has sent; the request manager starts and ends them."""
+    """Builds silent internal requests."""
 
     def __init__(self, *, chat: ChatTokenizer, state: State, kv_cache: KVCacheManager,
                  slots: AdapterSlots, anchors: AnchorRequests,

@@ -125,7 +125,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         journal=journal, store=AdapterStore(folder))
 
 
-class StepCost:
+class EngineStepCost:
     """The cost of fine-tune steps, from the cost model and the free memory."""
 
     def __init__(self, cost: CostModel, memory: MemoryArbiter, layers: int) -> None:
@@ -153,7 +153,7 @@ def default_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
     return Learner(
         model=parts.model, model_name=parts.model_name, lora=parts.lora, chat=parts.chat,
         slots=parts.slots, journal=parts.journal, store=parts.store,
-        cost=StepCost(parts.cost, parts.memory, len(parts.model.layers)),
+        cost=EngineStepCost(parts.cost, parts.memory, len(parts.model.layers)),
         settings=settings, wake=wake, clock=clock)
 
 

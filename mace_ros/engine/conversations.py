@@ -62,7 +62,7 @@ class Conversations:
             self._conversations.popitem(last=False)
 
     def correct(self, query_id: str, answer: str) -> None:
-        """Replace a wrong answer by the corrected one, so that it is no context any more."""
+        """Replace a wrong answer by the corrected one, so that later prompts omit it."""
         for conversation in self._conversations.values():
             for turn in conversation.turns:
                 if turn.query_id == query_id:

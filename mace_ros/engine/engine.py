@@ -3,8 +3,8 @@
 """
 The engine: queries and corrections in, events out, one iteration at a time.
 
-One thread, which owns the device, calls :meth:`Engine.step`. Any thread may call the methods
-that take queries, corrections and settings: they only put a message into the inbox.
+One thread, which owns the device, calls :meth:`Engine.step`. Any thread may put messages into the
+inbox by the methods that take them; a correction's comes from the journal's thread, once written.
 """
 
 from __future__ import annotations
@@ -381,7 +381,7 @@ class Engine:
         step = self._step
         try:
             allowed = self._memory.grant(step, overdue=self._is_overdue())
-        except Exception as error:    # the step could not be laid out in smaller pieces
+        except Exception as error:    # the step could not be laid out in smaller chunks
             self._state.finetune = None
             return self._fail_learning(error)
         self._state.finetune = step if allowed else None

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What other threads send to the engine."""
+"""Messages from other threads to the engine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine needs of a learner."""
+"""The interface between the engine and a learner."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mace_ros.scheduling.plan import Segment
 
 class LearnerPort(Protocol):
     """
-    Decides what is trained and published; the engine runs the fine-tune steps.
+    Chooses what to train and publish; the engine runs the fine-tune steps.
 
-    All methods run on the device's thread and do not block, but for :meth:`restore`. Methods
-    that return events expect the engine to publish them in order.
+    All methods but :meth:`versions`, which any thread may call, run in the device's thread. None
+    blocks except :meth:`restore`. The engine publishes returned events in order.
     """
 
     @property

@@ -25,7 +25,7 @@ from mace_ros.scheduling.plan_ahead import plan_ahead, still_valid
 from mace_ros.scheduling.request import Request
 from mace_ros.telemetry.observer import Observers
 
-MAX_FAILURES = 10      # failed passes in a row after which the device counts as broken
+MAX_FAILED_PASSES = 10      # failed passes in a row after which the device counts as broken
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ModelRunner:
         return self._unfinished is not None and self._unfinished[0].segments > 0
 
     def check(self) -> None:
-        """Raise the last error of a device that has failed :data:`MAX_FAILURES` times in a row."""
+        """Raise the last error once :data:`MAX_FAILED_PASSES` passes in a row have failed."""
         if self._fatal_error is not None:
             raise self._fatal_error
 
@@ -237,7 +237,7 @@ class ModelRunner:
     def _failed(self, plan: Plan, batch: PackedBatch | None, error: Exception) -> PassResult:
         """Return the result of a pass that failed; the step fails too if it took part."""
         self._failures += 1
-        if self._failures >= MAX_FAILURES:
+        if self._failures >= MAX_FAILED_PASSES:
             self._fatal_error = error
         took_part = plan.finetune_tokens > 0 if batch is None else batch.piggyback is not None
         return PassResult(plan, error=error, learning_error=(

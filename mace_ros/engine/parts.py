@@ -35,7 +35,7 @@ class Parts:
     free_bytes: float           # beside the base model, when it was loaded
     lora: LoRAManager
     slots: AdapterSlots
-    state: State                # what the scheduler decides from
+    state: State                # the scheduler's input
     pool: BlockPool
     kv_cache: KVCacheManager
     memory: MemoryArbiter

@@ -33,5 +33,5 @@ def take_status(parts: Parts, scheduler: Scheduler, requests: RequestManager,
         journal_error=recorder.journal_error, drift_state=learning.drift_state,
         drift_level=learning.drift_level, finetune_budget=learning.budget,
         journal_backlog=parts.journal.backlog, unrecorded=recorder.unrecorded,
-        learning_error=learning.trouble,
+        learning_error=learning.last_error,
         base_questions_left=background.anchors_remaining if learner.wants_anchors else 0)

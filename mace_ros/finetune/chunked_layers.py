@@ -93,9 +93,9 @@ class ChunkedLayers:
         """
         Run the backward of a layer's last remaining chunk.
 
-        ``gradient`` is that of the layer's output, ``[tokens, width]``. For chunks that are
-        done, it is overwritten by that of the input ``x``. Returns whether this was the
-        layer's first chunk, that is the last one to run.
+        ``gradient`` is that of the layer's output, ``[tokens, width]``. It is overwritten
+        in place by the input gradient. Returns whether this was the layer's first chunk, that is
+        the last one to run.
         """
         kv = self._kv[layer]
         index = len(kv) - 1

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from mace_ros.finetune.sample import Sample
 from mace_ros.learning.anchors import PROBE_EVERY
-from mace_ros.learning.null_space import input_subspace, protect
+from mace_ros.learning.protected_directions import input_subspace, protect
 from mace_ros.learning.samples import sample
 from mace_ros.learning.task import Pause, Task
 from mace_ros.learning.training import Training

@@ -3,7 +3,7 @@
 """
 The anchors: questions whose answers by the base model learning must not change.
 
-They are short and of many kinds, and stand for everything that nobody corrects. The base model
+They are short, of many kinds, and represent all questions without a correction. The base model
 answers them once. None of them is measured by bench.learning.
 """
 
@@ -49,5 +49,5 @@ ANCHORS = (
 ANCHOR_TOKENS = 24
 
 # One anchor in this many is a probe that the gate guards; the others are replayed. A probe must
-# not be replayed: it would be memorised, and say nothing about other answers.
+# not be replayed: it would be memorised, and no longer represent other answers.
 PROBE_EVERY = 4

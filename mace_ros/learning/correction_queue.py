@@ -66,7 +66,7 @@ class CorrectionQueue:
             since=min((w.waits_since for w in older), default=math.inf)))
 
     def put_back(self, again: Iterable[PendingCorrection]) -> None:
-        """Return corrections that had been removed to their places."""
+        """Reinsert corrections in order of arrival."""
         self._waiting = sorted([*again, *self._waiting], key=lambda w: w.arrived)
 
     def remove(self, chosen: Collection[PendingCorrection]) -> None:

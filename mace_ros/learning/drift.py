@@ -19,11 +19,11 @@ from river.drift import ADWIN
 # False-alarm probability of the detector.
 FALSE_ALARMS = 0.05
 # Outcomes before the state is known; until then, learning may use its whole budget.
-ENOUGH = 5
+MIN_OUTCOMES = 5
 # A rise ends when the mean has fallen to this share of its peak.
-OVER = 0.5
-# An answer counts as right when this many more were given and it was not corrected.
-OPEN = 8
+RECOVERY_SHARE = 0.5
+# Maximum of answers without an outcome; beyond it the oldest counts as right.
+MAX_PENDING = 8
 
 
 class DriftState(IntEnum):
@@ -40,17 +40,17 @@ class Drift:
     def __init__(self) -> None:
         """Begin without an outcome."""
         # The default tests every 32nd outcome only, and corrections are rarer.
-        self._window = ADWIN(delta=FALSE_ALARMS, clock=1, grace_period=ENOUGH)
+        self._window = ADWIN(delta=FALSE_ALARMS, clock=1, grace_period=MIN_OUTCOMES)
         self._count = 0
         self._open: dict[str, None] = {}   # query ids without an outcome yet, oldest first
         self._peak: float | None = None    # mean surprise since the rise; None: calm
         self.rises = 0
 
     def answered(self, query_id: str) -> None:
-        """Note an answer; it is right unless corrected before :data:`OPEN` more are given."""
+        """Note an answer; it counts as right unless corrected within :data:`MAX_PENDING` more."""
         self.corrected(query_id)        # the id may have been used before
         self._open[query_id] = None
-        if len(self._open) > OPEN:
+        if len(self._open) > MAX_PENDING:
             del self._open[next(iter(self._open))]
             self.outcome(0.0)
 
@@ -67,23 +67,23 @@ class Drift:
         if self._window.drift_detected and mean > before:
             self.rises += 1
             self._peak = mean
-        elif self._peak is not None and self._window.width >= 2 * ENOUGH:
+        elif self._peak is not None and self._window.width >= 2 * MIN_OUTCOMES:
             # Not before: the mean of fewer outcomes is unreliable.
             self._peak = max(self._peak, mean)
-            if mean < OVER * self._peak:
+            if mean < RECOVERY_SHARE * self._peak:
                 self._peak = None
 
     @property
     def state(self) -> DriftState:
         """Whether the questions are changing."""
-        if self._count < ENOUGH:
+        if self._count < MIN_OUTCOMES:
             return DriftState.UNKNOWN
         return DriftState.CALM if self._peak is None else DriftState.DRIFTING
 
     @property
     def level(self) -> float:
         """Mean of the outcomes since the last change; 1 while it is unknown."""
-        return float(self._window.estimation) if self._count >= ENOUGH else 1.0
+        return float(self._window.estimation) if self._count >= MIN_OUTCOMES else 1.0
 
     def budget(self, least: float, most: float, *, backlog: bool = False) -> float:
         """

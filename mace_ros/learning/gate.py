@@ -42,10 +42,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a candidate must not be published, '' if it may be, and the samples that it lost."""
+    """The gate's decision; an empty reason approves publication."""
 
     reason: str
-    lost: tuple[Sample, ...] = ()
+    lost: tuple[Sample, ...] = ()   # exact under the live version, not under the candidate
 
 
 class Gate:

@@ -3,9 +3,9 @@
 """
 Learning as the engine sees it: corrections in, fine-tune steps and events out.
 
-One job runs at a time, as a generator that :meth:`Learner.poll` resumes. Everything here runs
-in the device's thread and never blocks, except :meth:`Learner.restore`: disk work goes to the
-journal's thread.
+One job runs at a time, as a generator that :meth:`Learner.poll` resumes. All methods but
+:meth:`Learner.versions`, which any thread may call, run in the device's thread. None blocks except
+:meth:`Learner.restore`: disk work goes to the journal's thread.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
 from mace_ros.learning.status import job_status, LearningStatus, tracked
-from mace_ros.learning.task import Pause, Task, Trouble, Until, Wait
+from mace_ros.learning.task import Pause, RetryNotice, Task, Until, Wait
 from mace_ros.learning.training import StepCost, Training
 from mace_ros.learning.training_set import TrainingSetBuilder
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
@@ -57,11 +57,11 @@ from mace_ros.store.journal_file import JournalError
 from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.records import VersionRecord
 
-MAX_TRIES = 3           # of a job that the device or the disk fails
+MAX_JOB_TRIES = 3       # of a job that the device or the disk fails
 
 
 class Learner:
-    """Decides what is trained and published; the engine runs the steps that it asks for."""
+    """Chooses what to train and publish; the engine runs the steps that it offers."""
 
     def __init__(self, *, model: PackedModel, model_name: str, lora: LoRAManager,
                  chat: ChatTokenizer, slots: AdapterSlots, journal: JournalWriter,
@@ -93,7 +93,7 @@ class Learner:
         self._waits_for: Wait | None = None
         self._suspicions: list[Future[SuspectedRegression | None]] = []
         self._events: list[Event] = []      # not returned yet
-        self._trouble = ''      # why the device or the disk broke a job off
+        self._last_error = ''      # why the device or the disk broke a job off
         self.wants_anchors = False
 
     def restore(self) -> list[Event]:
@@ -132,7 +132,7 @@ class Learner:
             *(self._disk.set_state(r, CorrectionState.TRAINING) for r in renewed or ())]
 
     def answered(self, query_id: str) -> None:
-        """Note an answer that learning may use: drift is measured by which are corrected."""
+        """Note an answer; drift is the rate of corrected answers."""
         self._context.drift.answered(query_id)
 
     def suspect(self, suspicion: SuspectedRegression) -> None:
@@ -196,13 +196,13 @@ class Learner:
     def fail(self, reason: str) -> list[Event]:
         """Give up the job because the device or the disk failed; try it again a few times."""
         job = self._job
-        self._trouble = reason
+        self._last_error = reason
         # Saving needs no device, and the version may be in the journal already.
         if job is None or (self._running is not None and job.state is JobState.SAVING):
             return self._take_events()
         failed: list[PendingCorrection] = []
         if job.kind is JobKind.LEARNING:
-            failed = [w for w in job.on_trial if w.tries >= MAX_TRIES]
+            failed = [w for w in job.on_trial if w.tries >= MAX_JOB_TRIES]
             self._queue.put_back(
                 replace(w, tries=w.tries + 1) if w in job.on_trial else w
                 for w in job.corrections if w not in failed)
@@ -240,7 +240,7 @@ class Learner:
             job=None if self._job is None else job_status(self._job),
             drift_state=drift.state, drift_level=drift.level, budget=self._planner.budget,
             compared=self._context.regression_check.compared,
-            trouble=self._trouble if self.busy else '')
+            last_error=self._last_error if self.busy else '')
 
     def close(self, reason: str) -> None:
         """Refuse waiting rollbacks and cancel the job; its corrections stay in the journal."""
@@ -283,8 +283,8 @@ class Learner:
         try:
             while self._waits_for is None:
                 item = next(self._running)
-                if isinstance(item, Trouble):
-                    self._trouble = item.reason
+                if isinstance(item, RetryNotice):
+                    self._last_error = item.reason
                 elif isinstance(item, (CorrectionStatus, AdapterVersion)):
                     self._events.append(item)
                 else:
@@ -292,7 +292,7 @@ class Learner:
         except StopIteration as end:
             self._finish(job, end.value)
         except Unreadable as error:
-            self._trouble = str(error)
+            self._last_error = str(error)
             self._try_later(job)
             self._put_back()
         except BaseException:
@@ -307,7 +307,7 @@ class Learner:
         if isinstance(result, SuspectedRegression):
             self.rollback(result.profile, result.better, result.reason, Future())
         elif isinstance(result, VersionRecord):
-            self._trouble = ''
+            self._last_error = ''
             if job.kind is JobKind.LEARNING:
                 superseded = {w.record.prompt_ids for w in self._queue.of(job.profile)}
                 self._rehearsal.learned(w.record for w in job.corrections
@@ -354,7 +354,7 @@ class Learner:
         """Begin no job for a while; a comparison that broke off is requested again."""
         self._context.backoff.failed(self._context.clock())
         if isinstance(job, ComparisonJob):
-            self._context.regression_check.broke_off(job.suspicion)
+            self._context.regression_check.requeue(job.suspicion)
 
     # -- helpers -------------------------------------------------------------------
 
@@ -364,7 +364,8 @@ class Learner:
             answer = journal.answer(query_id)
             return None if answer is None else suspected_regression(journal, answer.lineage)
 
-        with suppress(JournalError):    # closed: corrections after the next start will do
+        # The journal is closed; a later correction repeats the test.
+        with suppress(JournalError):
             self._suspicions.append(self._disk.submit(test))
 
     def _take_suspicions(self) -> None:

@@ -210,9 +210,9 @@ class LearningJob(Job):
     def _run(self, step: FinetuneStep, *, until_scored: bool = False,
              ) -> Task[list[PendingCorrection]]:
         """
-        Run a part of a step; return corrections that join now instead, giving it up.
+        Run part of a step; abandon it and return corrections that can join.
 
-        That is possible before the first update, unless the part piggybacks on inference.
+        Corrections can join before the first update, unless the part piggybacks on inference.
         """
         while not step.done:
             joining = [] if self.steps or step.holds_blocks else self._joining()

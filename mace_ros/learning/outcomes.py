@@ -31,7 +31,7 @@ MAX_ANSWERS = 100
 MAX_SUSPECTS = 8
 # The older version must be better by this much (mean log p per token) on a corrected text, ...
 MIN_LEAD = 0.1
-# ... on so many texts that the probability of chance is at most this.
+# ... on enough texts that the probability of chance is at most this.
 SIGNIFICANCE = 0.05
 MAX_COMPARED = 32       # corrections
 

@@ -15,7 +15,7 @@ import re
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ScoredCorrection:
     """
     A correction that could be learned, scored under the live version.
 
@@ -32,7 +32,7 @@ class Candidate:
     seconds: float = 1.0
 
 
-def gain(candidate: Candidate, freshness_s: float) -> float:
+def gain(candidate: ScoredCorrection, freshness_s: float) -> float:
     """
     Return the expected gain of learning a correction.
 
@@ -45,7 +45,7 @@ def gain(candidate: Candidate, freshness_s: float) -> float:
     return candidate.weight * wrong * often / (1.0 + candidate.age_s / freshness_s)
 
 
-def priority(candidate: Candidate, freshness_s: float) -> float:
+def priority(candidate: ScoredCorrection, freshness_s: float) -> float:
     """Return the gain per device second."""
     return gain(candidate, freshness_s) / max(candidate.seconds, 1e-9)
 

@@ -19,7 +19,7 @@ from mace_ros.api.events import (
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.job import Job, JobState
-from mace_ros.learning.task import Pause, Task, Trouble, Until
+from mace_ros.learning.task import Pause, RetryNotice, Task, Until
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
@@ -96,7 +96,7 @@ class Publisher:
     def publish(self, job: Job, record: Callable[[], VersionRecord],
                 ) -> Task[VersionRecord | None]:
         """
-        Save the weights in training and put them live, for as long as disk or device refuse.
+        Save and publish, retrying while the disk or device fails.
 
         ``record`` describes the version, without its number. Returns its record; None if no
         slot is left for the profile. From ``JobState.SAVING`` on, a version may be in the
@@ -126,7 +126,7 @@ class Publisher:
                 return saved.record
             self._give_back(job.profile, slot)
             retry.failed(self._clock())
-            yield Trouble(f'the new version could not be saved: {error}')
+            yield RetryNotice(f'the new version could not be saved: {error}')
 
     def _reserve_slot(self, profile: str, retry: Backoff) -> Task[int | None]:
         """Wait for a slot; return None if a rollback has taken the profile's last one."""
@@ -168,9 +168,9 @@ class Publisher:
             try:
                 return self._put_live(saved.record, saved.learned, slot)
             except Exception as broken:
-                trouble = f'the new version could not be put into its slot: {broken}'
+                error = f'the new version could not be put into its slot: {broken}'
             retry.failed(self._clock())
-            yield Trouble(trouble)
+            yield RetryNotice(error)
             while self._clock() < retry.until:
                 yield Until(retry.until)
 

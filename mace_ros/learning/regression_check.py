@@ -3,8 +3,8 @@
 """
 The regression check: whether the live version is worse than an earlier one.
 
-The corrected texts are scored under both versions. For the live one, the scores of the time at
-which the corrections came count, because it may have learned them since.
+The corrected texts are scored under both versions. For the live version, use scores recorded when
+corrections arrived. It may have learned them since.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mace_ros.store.journal import Journal
 from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import CorrectionRecord
 
-MAX_SCORES = 1000       # first scores, and compared corrections, that are kept
-MAX_TRIES = 3           # of a comparison that the device or the disk breaks off
+MAX_SCORES = 1000           # first scores, and compared corrections, that are kept
+MAX_COMPARISON_TRIES = 3    # of a comparison that the device or the disk fails
 
 
 class RegressionCheck:
@@ -74,17 +74,18 @@ class RegressionCheck:
         self._compared.extend(
             r.id for r in suspicion.corrections if r.id not in self._compared)
 
-    def broke_off(self, suspicion: SuspectedRegression) -> None:
+    def requeue(self, suspicion: SuspectedRegression) -> None:
         """Request the comparison again, a few times: the device or the disk has failed."""
-        if self.suspicion is None and self._tries < MAX_TRIES:
+        if self.suspicion is None and self._tries < MAX_COMPARISON_TRIES:
             self.suspicion = suspicion
 
     def unseen(self, suspicion: SuspectedRegression) -> list[CorrectionRecord]:
         """Return the corrections without a first score."""
         return [r for r in suspicion.corrections if r.id not in self._first_scores]
 
-    def blames(self, suspicion: SuspectedRegression, better: Sequence[SampleScore],
-               unseen: Sequence[tuple[CorrectionRecord, SampleScore]]) -> bool:
+    def confirms_regression(
+            self, suspicion: SuspectedRegression, better: Sequence[SampleScore],
+            unseen: Sequence[tuple[CorrectionRecord, SampleScore]]) -> bool:
         """
         Return whether the earlier version would have done better.
 
@@ -93,7 +94,7 @@ class RegressionCheck:
         """
         live = self._first_scores | {r.id: s.log_probability for r, s in unseen}
         return older_is_better([s.log_probability - live[r.id]
-                         for r, s in zip(suspicion.corrections, better, strict=True)])
+                                for r, s in zip(suspicion.corrections, better, strict=True)])
 
 
 @dataclass
@@ -125,7 +126,7 @@ class ComparisonJob(Job):
         except RollbackRefused:
             return None
         except Exception as error:
-            raise Unreadable(f'the live version could not be read: {error}') from error
+            raise Unreadable(f'the versions to compare could not be read: {error}') from error
         del reading     # and with it, the tensors as soon as they are loaded
         self._backoff.succeeded()
         self.state = JobState.COMPARING
@@ -136,9 +137,9 @@ class ComparisonJob(Job):
         versions.live = None
         unseen = check.unseen(suspicion)
         live = yield from training.score(self._samples(unseen))
-        blamed = check.blames(
+        confirmed = check.confirms_regression(
             suspicion, better.scores, list(zip(unseen, live.scores, strict=True)))
-        return suspicion if blamed else None
+        return suspicion if confirmed else None
 
     def _read(self, journal: Journal) -> _Versions:
         """

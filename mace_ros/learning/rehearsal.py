@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from mace_ros.learning.correction_queue import PendingCorrection
-from mace_ros.learning.samples import turn
+from mace_ros.learning.samples import rotate
 from mace_ros.learning.selection import JOB_CANDIDATES, JOB_CORRECTIONS
 from mace_ros.store.records import CorrectionRecord
 
@@ -44,7 +44,7 @@ class Rehearsal:
 
     def corrections(self, number: int, now: float) -> list[PendingCorrection]:
         """Return the corrections of the profile for one job, in rotation by its number."""
-        again = turn([r for r in self._recent if r.profile == self.profile],
+        again = rotate([r for r in self._recent if r.profile == self.profile],
                      min(JOB_CORRECTIONS, len(self._recent)), number)
         return [PendingCorrection(r, now) for r in {r.id: r for r in again}.values()]
 

@@ -32,7 +32,7 @@ from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.version_info import check_same_adapter, version_event
 
-MAX_FAILURES = 3        # of the device in one rollback
+MAX_DEVICE_FAILURES = 3        # of the device in one rollback
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class RollbackQueue:
                 wait = Pause.SLOT
             except Exception as error:      # of the device
                 failures += 1
-                if failures >= MAX_FAILURES:
+                if failures >= MAX_DEVICE_FAILURES:
                     # It is recorded: only this process keeps serving the other version.
                     live = decided.outcome.live
                     raise RollbackRefused(

@@ -34,11 +34,11 @@ def own_tokens(sample: Sample, shared: int) -> int:
     return len(sample.tokens) - shared + copied_tokens(shared)
 
 
-def turn(samples: Sequence[T], count: int, turn: int) -> list[T]:
-    """Return ``count`` samples of a rotation in which each one comes equally often."""
+def rotate(samples: Sequence[T], count: int, offset: int) -> list[T]:
+    """Return batch ``offset`` of ``count`` samples; over all batches each comes equally often."""
     if not samples:
         return []
-    return [samples[i % len(samples)] for i in range(turn * count, (turn + 1) * count)]
+    return [samples[i % len(samples)] for i in range(offset * count, (offset + 1) * count)]
 
 
 def sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int],

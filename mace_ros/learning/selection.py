@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from mace_ros.finetune.sample import shared_tokens
 from mace_ros.learning.correction_queue import PendingCorrection
-from mace_ros.learning.priority import Candidate, priority, resemble
+from mace_ros.learning.priority import priority, resemble, ScoredCorrection
 from mace_ros.learning.samples import first_within, sample
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import CorrectionRecord
@@ -60,9 +60,9 @@ def fitting(waiting: Sequence[PendingCorrection], chat: ChatTokenizer,
 
 
 def _candidate(waiting: PendingCorrection, every: Sequence[PendingCorrection], age_s: float,
-               seconds: float) -> Candidate:
+               seconds: float) -> ScoredCorrection:
     scores, question = waiting.log_probabilities, _question(waiting.record)
-    return Candidate(
+    return ScoredCorrection(
         loss=-scores[0], margin=scores[0] - scores[1] if len(scores) > 1 else 0.0,
         weight=waiting.record.weight, age_s=age_s,
         resembling=waiting.repeats + sum(

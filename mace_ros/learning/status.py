@@ -53,7 +53,7 @@ class LearningStatus:
 
     ``waiting`` counts corrections that are not learned, those in the job included, and
     ``oldest_at`` is the arrival of the oldest one on the engine's clock, infinity if there is
-    none. ``trouble`` says why the device or the disk broke a job off that is tried again.
+    none. ``last_error`` says why the job to be retried failed: the device or the disk.
     """
 
     waiting: int
@@ -64,7 +64,7 @@ class LearningStatus:
     drift_level: float
     budget: float               # share of device time
     compared: int               # corrections by which versions were compared
-    trouble: str
+    last_error: str
 
 
 def tracked(correction: PendingCorrection) -> TrackedCorrection:

@@ -38,14 +38,18 @@ class Pause(Enum):
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Report why the device or the disk delays a job; shown until a version is published."""
+class RetryNotice:
+    """
+    Report why the device or the disk delays a job.
+
+    The status shows it until a version is published or the learner is idle.
+    """
 
     reason: str
 
 
 Wait: TypeAlias = FinetuneStep | Future[Any] | Until | Pause
-Report: TypeAlias = CorrectionStatus | AdapterVersion | Trouble
+Report: TypeAlias = CorrectionStatus | AdapterVersion | RetryNotice
 # A generator that returns a T.
 Task: TypeAlias = Generator[Wait | Report, None, T]
 

@@ -32,7 +32,7 @@ class StepCost(Protocol):
     """The cost of a fine-tune step on this device."""
 
     def tokens_within(self, seconds: float) -> int:
-        """Return the tokens of a step whose pieces take this long at most and fit into memory."""
+        """Return the tokens of a step whose segments take this long at most and fit into memory."""
 
     def step_s(self, tokens: int) -> float:
         """Return the device time of a step, in seconds."""
@@ -59,7 +59,7 @@ class Training:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step: one layer of all of them is the longest piece that may run."""
+        """Tokens of a step: one layer of all of them is the longest segment that may run."""
         return self.cost.tokens_within(self.settings.max_blocking_ms / 1e3)
 
     # -- weights ---------------------------------------------------------------------

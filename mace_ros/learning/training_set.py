@@ -14,7 +14,14 @@ from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.gate import batches, Gate, Group, Measure
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
-from mace_ros.learning.samples import first_within, interleaved, own_tokens, sample, turn, weighted
+from mace_ros.learning.samples import (
+    first_within,
+    interleaved,
+    own_tokens,
+    rotate,
+    sample,
+    weighted,
+)
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
@@ -84,7 +91,7 @@ class TrainingSetBuilder:
                     s for w in corrections for s in self._paraphrased(w.record, JUDGED)),
                     Measure.PROBABILITY, must_rise=True),
                 Group('earlier corrections', tuple(
-                    turn(earlier, min(GUARDED, len(earlier)), number)), Measure.EXACT),
+                    rotate(earlier, min(GUARDED, len(earlier)), number)), Measure.EXACT),
                 Group('probes', self._probes(prompts), Measure.PROBABILITY),
                 Group('good answers', tuple(own), Measure.PROBABILITY)]))
 
@@ -100,7 +107,7 @@ class TrainingSetBuilder:
         count = finetune.replay_samples * (2 if rejections else 1)
         now, self._steps = self._steps, self._steps + 1
         # Up to a quarter of the replayed samples are earlier corrections, in rotation.
-        earlier = turn(
+        earlier = rotate(
             training_set.earlier, min((count + 3) // 4, len(training_set.earlier)), now)
         needed = [*training_set.corrected, *training_set.lost,
                   *(s for s in earlier if s not in training_set.lost)]
@@ -128,12 +135,12 @@ class TrainingSetBuilder:
     def _others(training_set: TrainingSet, needed: Sequence[Sample], finetune: FinetuneSettings,
                 *, replayed: int, now: int, steps: int) -> list[Sample]:
         """Return the samples of a step that need not be right before the job may end."""
-        forgotten = turn(
+        forgotten = rotate(
             training_set.forgotten, min(RELEARNED, len(training_set.forgotten)), now)
-        return [*turn(training_set.paraphrases, 1, steps),
+        return [*rotate(training_set.paraphrases, 1, steps),
                 *(s for s in forgotten if s not in needed),
                 *(weighted(s, finetune.replay_weight)
-                  for s in turn(training_set.replayed, max(replayed, 0), now))]
+                  for s in rotate(training_set.replayed, max(replayed, 0), now))]
 
     def _rejected(self, corrections: Sequence[PendingCorrection],
                   ) -> list[tuple[int, PendingCorrection, Sample]]:

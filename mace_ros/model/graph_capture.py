@@ -21,7 +21,7 @@ FREE_MEMORY_SHARE = 0.15    # of the device's memory that capturing leaves free 
 
 @dataclass
 class CaptureReport:
-    """What was captured, and why the rest was not."""
+    """The captured graphs, and why others were not captured."""
 
     passes: int = 0
     steps: list[int] = field(default_factory=list)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What replays device graphs for a :class:`mace_ros.model.packed_model.PackedModel`."""
+"""The interface that replays device graphs for a packed model."""
 
 from __future__ import annotations
 

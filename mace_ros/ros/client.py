@@ -140,7 +140,7 @@ class MaceClient:
         Send a query; ``fields`` are other fields of ``Query.msg``.
 
         Raises ValueError if this client waits for an answer to the same id. If a connected node
-        has gone, the handle raises ConnectionError.
+        has ended, the handle raises ConnectionError.
         """
         query = Query(id=query_id or str(uuid.uuid4()), text=text, **fields)
         query.header.stamp = self.node.get_clock().now().to_msg()
@@ -239,7 +239,7 @@ class MaceClient:
                 self._changed.notify_all()
 
     def _on_timer(self) -> None:
-        """Give up the handles of a node that had gone at the last poll, then poll again."""
+        """Give up the handles of a node that had ended at the last poll, then poll again."""
         with self._changed:
             for handle in self._leaving:
                 handle.lost = f'{self._name} has disappeared'

@@ -30,7 +30,7 @@ class AnswerHandle:
         self.first_text_at: float | None = None
         self.chunks: list[ResponseChunk] = []
         self.response: Response | None = None
-        self.lost = ''      # why no response will arrive, if the node has gone
+        self.lost = ''      # why no response will arrive, if the node has ended
         self._changed, self._cancel = changed, cancel
 
     def __iter__(self) -> Iterator[str]:
@@ -41,7 +41,7 @@ class AnswerHandle:
         Yield pieces of the text as they arrive.
 
         Raises TimeoutError if none arrives for ``timeout_s``, and ConnectionError if the node
-        has gone (see :meth:`result`).
+        has ended (see :meth:`result`).
         """
         yielded = ''
         while True:
@@ -70,7 +70,7 @@ class AnswerHandle:
         """
         Wait for the response and return it.
 
-        Raises TimeoutError after ``timeout_s``, and ConnectionError if the node has gone. A
+        Raises TimeoutError after ``timeout_s``, and ConnectionError if the node has ended. A
         node that ends announces it; one that was killed is noticed by the middleware after
         about 20 s, or when it is started again.
         """
@@ -98,7 +98,7 @@ class CorrectionHandle:
     def __init__(self, correction_id: str, changed: threading.Condition) -> None:
         self.id = correction_id
         self.statuses: list[CorrectionStatus] = []
-        self.lost = ''      # why the node may not have received it, if the node has gone
+        self.lost = ''      # why the node may not have received it, if the node has ended
         self._changed = changed
 
     @property
@@ -115,7 +115,7 @@ class CorrectionHandle:
         """
         Wait for a state, or for a final one, and return the status.
 
-        Raises TimeoutError after ``timeout_s``, and ConnectionError if the node has gone before
+        Raises TimeoutError after ``timeout_s``, and ConnectionError if the node has ended before
         its first status. An ACCEPTED correction is on disk: a node that is started again
         continues with it, and so does this wait.
         """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar('T')
 
-MAX_FAILURES = 3        # of iterations in a row
+MAX_FAILED_ITERATIONS = 3        # of iterations in a row
 RETRY_S = 0.1
 
 
@@ -153,9 +153,9 @@ class EngineThread:
         """Retry a few times, since the failure may concern only a part of the work."""
         self._failures += 1
         self._owner.get_logger().error(f'iteration failed: {traceback.format_exc()}')
-        if self._failures < MAX_FAILURES:
+        if self._failures < MAX_FAILED_ITERATIONS:
             self._wake_in(RETRY_S)
         else:
             self.idle()
-            self._on_failure(f'{MAX_FAILURES} iterations in a row failed, the last one with '
-                             f'{type(error).__name__}: {error}')
+            self._on_failure(f'{MAX_FAILED_ITERATIONS} iterations in a row failed, the last one '
+                             f'with {type(error).__name__}: {error}')

@@ -36,7 +36,7 @@ class NodePresence:
         self._announced_at = now
 
     def poll(self, endpoints: Iterable[TopicEndpointInfo], now: float) -> bool:
-        """Take the publishers in the graph; return whether the earlier node has gone."""
+        """Take the publishers in the graph; return whether the earlier node has ended."""
         names = {bytes(e.endpoint_gid): f'{e.node_namespace.rstrip("/")}/{e.node_name}'
                  for e in endpoints}
         named = {gid for gid, name in names.items() if name == self._name}

@@ -35,7 +35,7 @@ ROLLBACK_TIMEOUT_S = 60.0
 # A trace that ends with the node is written within a second.
 WRITE_TIMEOUT_S = 2.0
 
-# Extent of a trace whose request leaves it open.
+# Defaults for a trace request without limits.
 TRACE_ITERATIONS, TRACE_SECONDS = 200, 10.0
 
 

@@ -22,7 +22,7 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.pass_builder import PassBuilder
 from mace_ros.scheduling.plan import EMPTY_SHAPE, PassShape, PrefillChunk, Rejection, State
-from mace_ros.scheduling.prefill_queue import Candidate, PrefillQueue
+from mace_ros.scheduling.prefill_queue import PrefillCandidate, PrefillQueue
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.waiting_queue import is_impatient
 
@@ -234,7 +234,8 @@ class Batcher:
         return -request.priority, min(slack, 0.0), known
 
     def _unreachable(
-        self, queue: list[Candidate], state: State, free: int, builder: PassBuilder, now: float,
+        self, queue: list[PrefillCandidate], state: State, free: int, builder: PassBuilder,
+        now: float,
     ) -> dict[Request, str]:
         """Return the waiting requests that would miss their TTFT objective, with the reason."""
         found: dict[Request, str] = {}

@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Predicts the time of passes and segments from what the same device took before.
+Predicts the time of passes and segments from earlier measurements on the same device.
 
 A hybrid pass takes ``pace * (curve(tokens) + a * decode context + b * prefill context)``, a
 segment ``pace * its kind's curve(tokens)``. The curves describe the device and move slowly. The
@@ -21,10 +21,10 @@ from typing import TypeAlias
 from mace_ros.scheduling.cost_curve import Curve, Ratios
 from mace_ros.scheduling.plan import Measurement, PassShape, Segment, SegmentKind
 
-# What was measured, and its seconds.
+# A measured pass or segment, and its seconds.
 Sample: TypeAlias = tuple[PassShape | Segment, float]
 
-# Used before anything was measured: a slow device, so that no promise is broken.
+# Used before anything was measured: conservative, so that SLOs hold.
 UNKNOWN_S, UNKNOWN_TOKEN_S = 0.01, 0.001
 
 # The pace is the median of this many ratios to the curves: two may be outliers, and a change is
@@ -51,7 +51,7 @@ class CostModel:
                  segment_ratios: Mapping[SegmentKind, Ratios] | None = None,
                  recent: Iterable[float] = (), errors: Iterable[float] = ()) -> None:
         """
-        Start without measurements, or from what another model has learned.
+        Start without measurements, or from the state of another model.
 
         ``recent`` are its latest ratios of measured time to the curves, ``errors`` its latest
         relative errors, oldest first.

@@ -31,7 +31,7 @@ class KVCacheManager:
         self.pruned_tokens = 0
         self._sharing = sharing
 
-    # -- what the scheduler asks ---------------------------------------------------------
+    # -- the scheduler's view ------------------------------------------------------------
 
     @property
     def free_tokens(self) -> int:

@@ -156,7 +156,7 @@ class Mace(Policy):
             self._forget(chain(state.running, state.waiting))
 
     def _forget(self, but: Iterable[Request] = ()) -> None:
-        """Drop what is kept of all requests ``but`` these."""
+        """Drop the accounts of all requests ``but`` these."""
         kept = set(but)
         self._accrued_at_start = {
             r: accrued for r, accrued in self._accrued_at_start.items() if r in kept}

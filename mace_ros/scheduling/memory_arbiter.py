@@ -13,7 +13,7 @@ from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 
 
 class StepMemory(Protocol):
-    """What the arbiter knows of a fine-tune step."""
+    """The arbiter's view of a fine-tune step."""
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -39,7 +39,7 @@ class StepMemory(Protocol):
         """Keep no graphs, and compute ``chunk_tokens`` tokens at once; only before it starts."""
 
     def restart(self) -> bool:
-        """Discard what was computed, and piggyback no more; False if the step is almost done."""
+        """Discard all results, and piggyback no more; False if the step is almost done."""
 
     def take_blocks(self) -> list[list[int]]:
         """Hand over its KV block tables."""
@@ -92,7 +92,7 @@ class MemoryArbiter:
         """
         Return whether a step has the memory to run now; to be called before each plan.
 
-        An ``overdue`` step is cut into smaller pieces or gets memory reserved, if that helps.
+        An ``overdue`` step is cut into smaller chunks or gets memory reserved, if that helps.
         """
         if step is not None and step is self._granted:
             return True
@@ -157,7 +157,7 @@ class MemoryArbiter:
             for r in self._kv_cache.state.running)
 
     def _limit_kv_cache(self, reserved: float = 0.0) -> None:
-        """Limit the KV cache to what is left, less the unclaimed part of ``reserved`` bytes."""
+        """Limit the KV cache to the rest of the budget, less unclaimed ``reserved`` bytes."""
         limit = self.budget.kv_limit
         if reserved:
             limit = min(limit, max(self.budget.kv_beside(reserved), self._claimed_blocks))

@@ -8,7 +8,7 @@ from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import PassShape, PrefillChunk
 from mace_ros.scheduling.request import Request
 
-# Minimum prefill chunk in tokens, unless less of the prompt is left.
+# Minimum prefill chunk, in tokens; the last chunk of a prompt may be smaller.
 MIN_PREFILL_CHUNK = 16
 
 
@@ -62,7 +62,7 @@ class PassBuilder:
                 self.is_full = True
                 if self.chunks or self._now - latest_start < request.ttft_slo:
                     return 0
-                # The request is so late that it shares the device with the rows.
+                # It is late by its whole TTFT objective: let the pass take twice the time.
                 tokens = max(self._max_tokens_within(2.0 * self.seconds, request, limit), minimum)
             shape = self._shape_with(request, tokens)
             seconds = self._cost.pass_s(*shape)

@@ -32,7 +32,7 @@ class Segment:
 
 
 class FinetuneWork(Protocol):
-    """What the scheduler knows of the current fine-tune step."""
+    """The scheduler's view of the current fine-tune step."""
 
     @property
     def piggyback_tokens(self) -> int:
@@ -51,7 +51,7 @@ class FinetuneWork(Protocol):
 
 
 class CacheView(Protocol):
-    """What the scheduler asks of the KV cache."""
+    """The scheduler's view of the KV cache."""
 
     @property
     def free_tokens(self) -> int:
@@ -74,7 +74,7 @@ class CacheView(Protocol):
 
 @dataclass(slots=True)
 class State:
-    """What the scheduler decides from; ``running`` is in order of arrival."""
+    """The input of a plan; ``running`` is in order of arrival."""
 
     cache: CacheView
     waiting: WaitingQueue = field(default_factory=WaitingQueue)

@@ -15,7 +15,7 @@ from mace_ros.scheduling.waiting_queue import PATIENCE, WaitingQueue
 
 # Rank, latest start, insertion number, request, and whether the request waits for admission.
 # A tuple: the heap compares candidates far more often than the batcher reads one.
-Candidate: TypeAlias = tuple[float, float, int, Request, bool]
+PrefillCandidate: TypeAlias = tuple[float, float, int, Request, bool]
 
 
 class PrefillQueue:
@@ -43,7 +43,7 @@ class PrefillQueue:
         decrease as tokens are added.
         """
         self._cache, self._prefill_s, self._now = cache, prefill_s, now
-        self._heap: list[Candidate] = []
+        self._heap: list[PrefillCandidate] = []
         self._pushed = 0
         self.remaining = len(started) + len(waiting)
         for request in started:
@@ -54,14 +54,14 @@ class PrefillQueue:
         self._max_prefill_s = (
             prefill_s(waiting.longest) if waiting.are_patient(now) else math.inf)
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[PrefillCandidate]:
         """Return all remaining candidates in order."""
         while self._next_waiting is not None:
             self._pull(self._next_waiting)
         self._heap.sort()
         return self._heap
 
-    def pop(self, *, admit: bool) -> Candidate | None:
+    def pop(self, *, admit: bool) -> PrefillCandidate | None:
         """Remove and return the most urgent candidate; waiting ones only if ``admit``."""
         heap = self._heap
         while admit and (request := self._next_waiting) is not None:

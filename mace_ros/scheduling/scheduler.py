@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler: plans each iteration, and accounts for what it took."""
+"""The scheduler: plans each iteration, and accounts for its time."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def study_of(args: argparse.Namespace) -> Study:
             f'--power-mode: {args.device} has {", ".join(modes)}, not {args.power_mode!r}')
     for name in ('scale', 'rate', 'requests', 'load_requests', 'weight_bytes'):
         if not getattr(args, name) > 0:
-            raise InvalidSetting(f'--{name.replace("_", "-")}: more than 0, please')
+            raise InvalidSetting(f'--{name.replace("_", "-")}: must be greater than 0')
     if args.trace is not None:
         source = Source('trace', args.trace.name, tuple(arrival_trace.read(args.trace)),
                         scale=args.scale)

@@ -22,7 +22,7 @@ def quiet_until(scheduler: Scheduler, state: State, settings: Settings, now: flo
     Return a time until which plans of the same decode rows contain no learning.
 
     To be called right after ``scheduler`` planned decode rows without learning. Holds as long as
-    the same rows decode and no request arrives. An earlier time than possible is never wrong.
+    the same rows decode and no request arrives. The time may be too early, never too late.
     """
     work, policy, ledger = state.finetune, scheduler.policy, scheduler.ledger
     if work is None or isinstance(policy, InferenceOnly):

@@ -47,7 +47,7 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Load:
-    """Arrivals, and what is learned: ``learning`` is 'corrections', 'always' or 'none'."""
+    """Arrivals and learning: ``learning`` is 'corrections', 'always' or 'none'."""
 
     arrivals: Sequence[Arrival]
     learning: str = 'corrections'

@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Study:
-    """What to simulate; the results depend on these fields only."""
+    """The parameters of a study; the results depend on these fields only."""
 
     target: Target
     source: Source

@@ -32,7 +32,7 @@ class Stuck(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class IterationRecord:
-    """What ran from ``began`` on: ``count`` passes of one plan, which took ``pass_s`` in all."""
+    """``count`` passes of one plan from ``began`` on, which took ``pass_s`` in all."""
 
     began: float
     plan: Plan

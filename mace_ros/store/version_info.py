@@ -25,7 +25,7 @@ class AdapterShape(Protocol):
 
 
 class OtherAdapter(ValueError):
-    """A version has another adapter shape than the configured one; the message says what to do."""
+    """A version has another adapter shape than the configured one; the message has advice."""
 
 
 def version_event(record: VersionRecord, store: AdapterStore,

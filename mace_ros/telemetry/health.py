@@ -74,7 +74,7 @@ class Health:
         self.fault = ''                 # why a transition, or the engine, failed
         self.frozen = False             # whether ~/freeze_learning stopped learning
         self._lock = threading.Lock()
-        self._setbacks: list[tuple[float, str]] = []      # time and text
+        self._problems: list[tuple[float, str]] = []      # time and text
         self._unreadable: dict[str, str] = {}             # by profile
 
     def note(self, event: Event, now: float) -> None:
@@ -83,11 +83,11 @@ class Health:
             self.window.add(event, now)
         elif isinstance(event, CorrectionStatus):
             if event.state is CorrectionState.FAILED:
-                self._add_setback(f'a correction failed: {event.reason}', now)
+                self._add_problem(f'a correction failed: {event.reason}', now)
         elif isinstance(event, AdapterVersion):
             what = f'version {event.version} of profile {event.profile!r}: {event.reason}'
             if event.state is VersionState.ROLLED_BACK:
-                self._add_setback(f'rolled back: {what}', now)
+                self._add_problem(f'rolled back: {what}', now)
             if event.state is not VersionState.REJECTED:
                 if event.version:      # the base model may stand in for an unreadable version
                     with self._lock:
@@ -96,11 +96,11 @@ class Health:
                 with self._lock:
                     self._unreadable[event.profile] = what
             else:
-                self._add_setback(f'rejected by the gate: {what}', now)
+                self._add_problem(f'rejected by the gate: {what}', now)
 
-    def _add_setback(self, text: str, now: float) -> None:
+    def _add_problem(self, text: str, now: float) -> None:
         with self._lock:
-            self._setbacks.append((now, text))
+            self._problems.append((now, text))
 
     def findings(self, status: Status | None, reading: Reading, settings: Settings,
                  now: float) -> Iterator[Finding]:
@@ -167,12 +167,13 @@ class Health:
                           f'for {status.freshness_s:.0f} s'
                           + (': learning is frozen' if self.frozen else ''))
         with self._lock:
-            self._setbacks = [
-                s for s in self._setbacks if s[0] > now - settings.monitor.window_s]
-            setbacks = [text for _, text in self._setbacks]
+            self._problems = [
+                s for s in self._problems if s[0] > now - settings.monitor.window_s]
+            problems = [text for _, text in self._problems]
             unreadable = list(self._unreadable.values())
-        if setbacks:
-            found.add(Level.WARN, f'{len(setbacks)} setbacks, the latest: {setbacks[-1]}')
+        if problems:
+            found.add(Level.WARN, f'{len(problems)} failed corrections or rejected or rolled-back '
+                                  f'versions, the latest: {problems[-1]}')
         for text in unreadable:
             found.add(Level.ERROR, text)
         return found

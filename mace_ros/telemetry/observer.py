@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine reports of each iteration: to a trace, a benchmark, or a test."""
+"""Reports of each iteration, from the engine to a trace, a benchmark, or a test."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class IterationObserver:
     """
     Reports of one iteration, in the order of its phases, on the device's thread.
 
-    All times are seconds on the engine's clock. Subclasses override what they need; the
-    methods of this class do nothing.
+    All times are seconds on the engine's clock. Subclasses override the methods that they
+    need; those of this class do nothing.
     """
 
     def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:

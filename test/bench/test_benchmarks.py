@@ -102,7 +102,8 @@ def test_check_compares_value_and_target() -> None:
 
 
 @pytest.mark.parametrize(('value', 'code'), [(1.0, 0), (2.0, 1)])
-def test_report_exits_by_what_holds(tmp_path: Path, value: float, code: int) -> None:
+def test_the_exit_code_of_the_report_tells_if_all_checks_hold(
+        tmp_path: Path, value: float, code: int) -> None:
     result = {'bench': 'x', 'checks': [asdict(check('a', value, '<= 1.5'))], 'reported': [],
               'tables': []}
     (tmp_path / 'x.json').write_text(json.dumps(result))
@@ -221,7 +222,7 @@ def test_a_short_soak_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(('leak', 'holds'), [(0.0, True), (0.05, False)])
-def test_temporary_memory_is_no_growth_and_a_leak_is(leak: float, holds: bool) -> None:
+def test_a_leak_counts_as_growth_and_temporary_memory_does_not(leak: float, holds: bool) -> None:
     """After the warm-up, in which caches fill, fine-tune steps hold memory temporarily."""
     rows = [{'at_s': float(t), 'memory_mb': min(t, 100) + 1000.0 + 400.0 * (t % 7 > 2) + leak * t}
             for t in range(1800)]
@@ -238,7 +239,7 @@ def test_no_schedule_needs_fewer_passes_than_the_bound() -> None:
 
 
 def test_recorded_samples_of_learning_give_the_recorded_checks() -> None:
-    """Otherwise a run of one part could not be combined with the samples of the others."""
+    """So a run of one part can be combined with recorded samples of the other parts."""
     found = json.loads((FOLDER / 'learning.json').read_text())
     again = json.loads(dumps(asdict(evaluate(found['samples']))))
     # Samples are rounded when they are written.

@@ -37,7 +37,7 @@ def test_a_killed_node_has_lost_nothing(
     assert not [(c.name, c.note) for c in promised if not c.holds]
 
 
-def test_what_a_kill_must_not_do_would_be_seen(tmp_path: Path) -> None:
+def test_the_checks_find_damage_by_a_kill(tmp_path: Path) -> None:
     """A lost correction, an older version and a half-written version are each found."""
     store = AdapterStore(tmp_path)
     with Journal(tmp_path / JOURNAL) as journal:

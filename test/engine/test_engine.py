@@ -120,7 +120,7 @@ def test_events_of_an_iteration_that_fails_are_published_by_the_next_one(
     monkeypatch.setattr(engine.scheduler, 'plan', fail_once)
     engine.submit(Query('Hm?', id='fine'))
     engine.submit(Query('', id='empty'))
-    engine._published_first = True       # so that this iteration goes on to the pass
+    engine._published_first = True       # so that this iteration runs the pass
     with pytest.raises(RuntimeError, match='injected'):
         engine.step()
     assert robot.response('empty').error_code is ErrorCode.EMPTY_TEXT
@@ -197,7 +197,7 @@ def test_duplicate_and_overload_are_rejected(robot: Robot) -> None:
     assert ('a', ErrorCode.NONE) in outcomes and ('b', ErrorCode.NONE) in outcomes
 
 
-def test_what_comes_during_an_iteration_is_bounded(robot: Robot) -> None:
+def test_queries_that_arrive_during_an_iteration_are_bounded(robot: Robot) -> None:
     """The inbox holds at most max_queue queries; other messages do not count."""
     robot.engine.update(robot.engine.settings.updated({'scheduler.max_queue': 2}))
     assert robot.ask('Hm?').error_code is ErrorCode.NONE     # the new limit is in force
@@ -218,7 +218,7 @@ def test_zero_is_a_value(robot: Robot) -> None:
     assert (answer.finish_reason, answer.output_tokens) == (FinishReason.LENGTH, 0)
 
 
-def test_seed_decides_a_sampled_answer_whatever_runs_beside_it(robot: Robot) -> None:
+def test_a_seed_reproduces_an_answer_in_any_batch(robot: Robot) -> None:
     """The same seed gives the same answer, alone or in a batch; another seed gives another."""
     alone = robot.ask('Sing.', temperature=1.0, seed=7, top_p=0.9)
     for i in range(3):
@@ -241,7 +241,7 @@ def test_stop_string_ends_the_answer_before_it(robot: Robot) -> None:
     assert ''.join(t.text for t in robot.tokens(cut.query_id)) == cut.text
 
 
-def test_follow_up_has_its_context(robot: Robot) -> None:
+def test_the_prompt_of_a_follow_up_has_the_conversation(robot: Robot) -> None:
     """The prompt of the second turn contains the first; reset_conversation removes it."""
     first = robot.ask('One?', conversation_id='c')
     second = robot.ask('One?', conversation_id='c')
@@ -292,7 +292,7 @@ def test_a_busy_engine_runs_anchor_requests_one_by_one() -> None:
     assert base.next(full, overdue=False) == []
     several = base.next(idle, overdue=False)
     assert len(several) > 1 and base.abortable == [q.id for q in several[1:]]
-    assert base.next(idle, overdue=True) == []     # the others must end first
+    assert base.next(idle, overdue=True) == []     # the running ones must end first
     for query in several:
         base.ended(query.id, [1], [2] * (MIN_TOKENS - 1), complete=False)
     few = base.next(State(cache, running=[one]), overdue=False)
@@ -310,7 +310,7 @@ def test_a_busy_engine_runs_anchor_requests_one_by_one() -> None:
     assert recorded == base.answers
 
 
-def test_what_the_base_model_answered_is_known_after_a_restart(
+def test_anchor_answers_survive_a_restart(
         settings: Settings, tmp_path: Path) -> None:
     """Answers of another model of the same shape are not used."""
     def learn(name: str) -> int:
@@ -338,7 +338,7 @@ def test_what_the_base_model_answered_is_known_after_a_restart(
     assert tuple(models) == (len(anchor_requests.ANCHORS), 1)
 
 
-def test_tokens_that_found_no_room_to_piggyback_are_not_counted(
+def test_tokens_that_found_no_memory_to_piggyback_are_not_counted(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost model must not learn from passes that never ran."""
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))

@@ -43,7 +43,7 @@ def settings(model_folder: Path) -> Settings:
 
 @pytest.fixture(scope='module')
 def large_head(settings: Settings, all_tokens: Path) -> Settings:
-    """Return those of a model whose head takes most of the memory of a fine-tune step."""
+    """Return settings for a model whose head takes most of the memory of a fine-tune step."""
     return settings.updated({'model.source': str(all_tokens)})
 
 
@@ -91,7 +91,7 @@ def test_a_query_that_cannot_fit_is_rejected_by_name(settings: Settings, tmp_pat
         assert cut.prompt_tokens + cut.output_tokens <= 256
 
 
-def test_a_conversation_is_computed_once(settings: Settings, tmp_path: Path) -> None:
+def test_a_conversations_prefix_is_computed_once(settings: Settings, tmp_path: Path) -> None:
     """The prefix cache holds the system prompt and earlier turns, if sharing is on."""
     computed, texts = {}, {}
     for sharing in (True, False):
@@ -107,7 +107,7 @@ def test_a_conversation_is_computed_once(settings: Settings, tmp_path: Path) -> 
     assert computed[True] <= 0.3 * computed[False]
 
 
-def test_a_long_conversation_forgets_seldom_and_much(settings: Settings, tmp_path: Path) -> None:
+def test_a_long_conversation_drops_many_turns_at_once(settings: Settings, tmp_path: Path) -> None:
     """If turns were dropped one by one, no prompt would share a prefix with the one before."""
     with robot_with(settings, tmp_path, conversation__max_turns=6) as one:
         prompts, computed = [], []
@@ -116,11 +116,11 @@ def test_a_long_conversation_forgets_seldom_and_much(settings: Settings, tmp_pat
             prompts.append(one.ask(
                 f'Question {n}?', conversation_id='c', max_tokens=20).prompt_tokens)
             computed.append(one.engine.status().statistics.prefill_tokens - before)
-    assert max(prompts[7:]) < 1.1 * max(prompts[:7])    # there is a limit
+    assert max(prompts[7:]) < 1.1 * max(prompts[:7])    # up to the limit
     assert 2 * sum(computed[7:]) < sum(prompts[7:])
 
 
-def test_sharing_ends_and_begins_while_serving(settings: Settings, tmp_path: Path) -> None:
+def test_prefix_sharing_can_be_switched_while_serving(settings: Settings, tmp_path: Path) -> None:
     """A change of the parameter is in force at the next query."""
     with robot_with(settings, tmp_path) as one:
         def shared() -> int:
@@ -149,7 +149,7 @@ def test_preempted_requests_can_be_cancelled(settings: Settings, tmp_path: Path)
         assert len(ended) + sum(isinstance(e, Response) for e in tight.events) == 4
 
 
-def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
+def test_a_smaller_budget_is_kept_while_serving_and_changes_no_answer(
         settings: Settings, tmp_path: Path) -> None:
     """Requests are preempted until it holds; after it has grown again, no limit remains."""
     with robot_with(settings, tmp_path / 'a') as roomy:
@@ -178,7 +178,7 @@ def test_a_budget_that_shrinks_while_serving_holds_and_changes_no_answer(
         assert engine.free_kv_tokens == everything
 
 
-def test_a_cache_that_can_not_be_moved_is_computed_again(
+def test_blocks_that_cannot_be_moved_are_computed_again(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moving blocks may fail for lack of memory; the answers stay the same."""
     with robot_with(settings, tmp_path / 'a') as roomy:
@@ -205,7 +205,7 @@ def test_a_cache_that_can_not_be_moved_is_computed_again(
         engine.step()
 
 
-def test_a_budget_below_the_least_is_the_least(settings: Settings, tmp_path: Path) -> None:
+def test_a_budget_below_the_minimum_is_raised_to_it(settings: Settings, tmp_path: Path) -> None:
     """No request waits for memory that never becomes free."""
     with robot_with(settings, tmp_path) as one:
         engine = one.engine
@@ -219,7 +219,7 @@ def test_a_budget_below_the_least_is_the_least(settings: Settings, tmp_path: Pat
         engine.step()
 
 
-def test_a_long_answer_ends_where_the_memory_ends(settings: Settings, tmp_path: Path) -> None:
+def test_a_long_answer_ends_when_the_memory_is_full(settings: Settings, tmp_path: Path) -> None:
     """A request whose tokens fill the rest of the budget ends with LENGTH."""
     with robot_with(settings, tmp_path) as one:
         engine = one.engine
@@ -269,7 +269,7 @@ def test_learning_and_answers_share_a_small_budget(settings: Settings, tmp_path:
         engine.step()
 
 
-def test_products_of_ever_other_sizes_do_not_fill_the_memory() -> None:
+def test_matrix_products_of_many_sizes_do_not_fill_the_memory() -> None:
     """The kernel cache is bounded; without a bound it would take several hundred MB."""
     script = """
 from pathlib import Path
@@ -295,7 +295,7 @@ print(resident_mb() - before)
     assert float(ran.stdout) < 150.0
 
 
-def test_what_is_freed_between_others_goes_back_to_the_system() -> None:
+def test_gaps_in_the_heap_are_returned_to_the_system() -> None:
     script = """
 from pathlib import Path
 import re
@@ -308,7 +308,7 @@ def resident_mb():
     return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3
 
 def gaps(megabytes, count):
-    'Return what resident memory gains by tensors that are freed, each before one that stays.'
+    'Return the growth of resident memory by freed tensors between ones that stay.'
     before, large = resident_mb(), []
     for _ in range(count):
         large.append(torch.ones(int(megabytes * 250_000)))
@@ -318,7 +318,7 @@ def gaps(megabytes, count):
 
 stays = []
 limit_heap()
-for megabytes in (8, 16, 30):     # by default glibc would map no others from now on
+for megabytes in (8, 16, 30):     # by default glibc would map none of these sizes from now on
     torch.ones(megabytes * 250_000)
 print(gaps(2, 50), gaps(0.5, 200))
 before = resident_mb()
@@ -333,13 +333,13 @@ print(before - resident_mb())
     assert returned > 80.0
 
 
-def test_free_memory_goes_back_near_the_budget(
+def test_free_memory_is_returned_near_the_budget(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also some time after a fine-tune step, but not again and again without effect."""
+    """Also some time after a fine-tune step, but not repeatedly without effect."""
     private, returned = [1000.0], []
     monkeypatch.setattr('mace_ros.model.heap.private_bytes', lambda: private[0])
     monkeypatch.setattr('mace_ros.model.heap.return_free_memory', lambda: returned.append(1))
-    heap = HeapTrimmer(300.0, 0.0)      # the other 700 do not count towards the budget
+    heap = HeapTrimmer(300.0, 0.0)      # the remaining 700 do not count towards the budget
     returned.clear()
     times = iter(range(10 ** 6))
 
@@ -347,7 +347,7 @@ def test_free_memory_goes_back_near_the_budget(
         before = len(returned)
         now = next(times) * 60.0
         heap.trim(now, budget)
-        heap.trim(now + CHECK_S / 2, budget)      # too soon to look again
+        heap.trim(now + CHECK_S / 2, budget)      # too soon to measure again
         heap.trim(now + seconds, budget)
         return len(returned) - before
 
@@ -377,7 +377,7 @@ def test_free_memory_goes_back_near_the_budget(
     assert tended(299.0, 3.0) == 2
 
 
-def test_the_engine_gives_memory_back_near_its_budget(
+def test_the_engine_returns_memory_near_its_budget(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     returned = []
     with robot_with(settings, tmp_path) as one:
@@ -391,7 +391,7 @@ def test_the_engine_gives_memory_back_near_its_budget(
         assert returned
 
 
-def test_what_there_is_no_memory_to_learn_fails_by_name(
+def test_a_correction_too_large_for_the_memory_fails_by_name(
         settings: Settings, tmp_path: Path) -> None:
     """Also without queries; a shorter correction is learned afterwards."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
@@ -412,7 +412,7 @@ def test_what_there_is_no_memory_to_learn_fails_by_name(
         engine.step()
 
 
-def test_what_does_not_fit_whole_is_learned_in_pieces(
+def test_a_step_that_does_not_fit_whole_runs_in_chunks(
         large_head: Settings, tmp_path: Path) -> None:
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(large_head.updated(values), tmp_path) as one:
@@ -426,7 +426,7 @@ def test_what_does_not_fit_whole_is_learned_in_pieces(
         assert one.ask('word ' * 300).text == 'I am Rover.'
 
 
-def test_learning_that_gave_way_goes_on_when_nobody_asks(
+def test_evicted_learning_resumes_when_idle(
         settings: Settings, tmp_path: Path) -> None:
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
@@ -446,7 +446,7 @@ def test_learning_that_gave_way_goes_on_when_nobody_asks(
         engine.step()
 
 
-def test_overdue_learning_gets_its_memory_however_many_ask(
+def test_overdue_learning_gets_its_memory_under_any_load(
         large_head: Settings, tmp_path: Path) -> None:
     """Admission reserves the memory of a step, so no running request is preempted for it."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL,
@@ -490,7 +490,7 @@ def test_overdue_learning_gets_its_memory_however_many_ask(
         engine.step()
 
 
-def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
+def test_a_step_layout_error_fails_the_job_and_not_the_engine(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
@@ -510,7 +510,7 @@ def test_what_can_not_be_laid_out_fails_the_job_and_not_the_engine(
         assert next(failures, None) is None
 
 
-def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
+def test_prefix_warmup_computes_the_system_prompt_for_a_new_version(
         settings: Settings, tmp_path: Path) -> None:
     """The warm-up runs when the engine is idle; prefixes of other versions are not reused."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
@@ -529,7 +529,7 @@ def test_a_new_version_has_read_the_system_prompt_before_it_is_asked(
         assert one.ask('Who are you?', system=SYSTEM).text == 'I am Rover.'
 
 
-def test_a_query_interrupts_the_reading(settings: Settings, tmp_path: Path) -> None:
+def test_a_query_interrupts_the_prefix_warmup(settings: Settings, tmp_path: Path) -> None:
     """The warm-up request is cancelled at once, and starts again when the engine is idle."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:

@@ -57,10 +57,10 @@ LEARNING = {
     'reading the live version': (LoRAManager, 'reset'),
     'optimizer state': (Trainer, '__init__'),
     'the main directions': (InputSubspace, 'observe'),
-    'what is spared': (LoRAManager, 'protect'),
-    'keeping clear of it': (LoRAManager, 'project_update'),
+    'protecting directions': (LoRAManager, 'protect'),
+    'projecting an update': (LoRAManager, 'project_update'),
     'a step': (FinetuneStep, '__init__'),
-    'rows that ride': (FinetuneStep, 'piggyback_spans'),
+    'piggybacked tokens': (FinetuneStep, 'piggyback_spans'),
     'a forward': (step_module, 'run_layer'),
     'the head': (HeadLoss, 'run_chunk'),
     'a backward': (Trainer, 'zero_grad'),
@@ -71,7 +71,7 @@ LEARNING = {
     'an adapter slot': (LoRAManager, 'write_slot'),
 }
 # What only the first job of a process does.
-FIRST_JOB = ('the main directions', 'what is spared')
+FIRST_JOB = ('the main directions', 'protecting directions')
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
     'the KV cache': (PackedModel, 'allocate_kv_cache'),
@@ -272,7 +272,7 @@ def test_the_first_job_breaks_off_alone_and_is_tried_again(
 def break_off(robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     lesson = Lesson(robot)
     with monkeypatch.context() as patch:
-        if where == 'rows that ride':
+        if where == 'piggybacked tokens':
             let_forwards_ride(robot.engine, patch)
         injected = inject(patch, LEARNING[where])
         lesson.correct()

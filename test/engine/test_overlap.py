@@ -53,7 +53,7 @@ def engine(settings: Settings, tmp_path: Path) -> Iterator[Engine]:
 
 
 def answers(engine: Engine, count: int, **fields: object) -> list[str]:
-    """Submit some questions at once; return the answers."""
+    """Submit ``count`` questions at once; return the answers."""
     for text in QUESTIONS[:count]:
         engine.submit(Query(text, id=text, **fields))  # type: ignore[arg-type]
     found: dict[str, str] = {}
@@ -62,7 +62,7 @@ def answers(engine: Engine, count: int, **fields: object) -> list[str]:
     return [found[text] for text in QUESTIONS[:count]]
 
 
-def test_answers_are_the_same_and_most_passes_were_planned_before(
+def test_answers_are_the_same_and_most_passes_are_planned_ahead(
     engine: Engine, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plans: list[Plan] = []
@@ -81,20 +81,20 @@ def test_answers_are_the_same_and_most_passes_were_planned_before(
     assert len(plans) - before < before / 2
 
 
-def test_tokens_are_told_while_the_next_pass_runs(engine: Engine) -> None:
+def test_tokens_are_published_while_the_next_pass_runs(engine: Engine) -> None:
     engine.submit(Query('Sing.', id='song', max_tokens=20))
-    flying = told = 0
+    in_flight = chunks = 0
     while True:
         events = engine.step().events
-        told += sum(isinstance(e, ResponseChunk) for e in events)
-        flying += engine.runner.in_flight is not None and any(
+        chunks += sum(isinstance(e, ResponseChunk) for e in events)
+        in_flight += engine.runner.in_flight is not None and any(
             isinstance(e, ResponseChunk) for e in events)
         if any(isinstance(e, Response) for e in events):
             break
-    assert flying >= told - 2 > 5
+    assert in_flight >= chunks - 2 > 5
 
 
-def test_what_is_set_is_in_force_though_the_next_pass_was_planned(engine: Engine) -> None:
+def test_new_settings_discard_the_plan_made_ahead(engine: Engine) -> None:
     for i, text in enumerate(QUESTIONS):
         engine.submit(Query(text, id=f'{i}', max_tokens=200))
     while (engine.runner.planned_ahead is None
@@ -106,7 +106,7 @@ def test_what_is_set_is_in_force_though_the_next_pass_was_planned(engine: Engine
     assert len(engine.runner.in_flight.plan.decode) == 2
 
 
-def test_what_is_cancelled_in_flight_ends_and_others_go_on(engine: Engine) -> None:
+def test_cancelling_a_request_in_flight_leaves_others_running(engine: Engine) -> None:
     [expected] = answers(engine, 1, max_tokens=20)
     for name in ('kept', 'cancelled'):
         engine.submit(Query(QUESTIONS[0], id=name, max_tokens=20))

@@ -18,10 +18,10 @@ pytestmark = [pytest.mark.dtype, pytest.mark.usefixtures('one_thread')]
 
 @pytest.mark.parametrize(('dtype', 'capabilities'), [
     ('float32', WITHOUT_BFLOAT16), ('bfloat16', WITH_BFLOAT16),
-    # Beside 8 bits, the rest of the model has the dtype that the CPU multiplies fastest.
+    # With int8, the rest of the model has the dtype that the CPU multiplies fastest.
     ('int8', WITHOUT_BFLOAT16), ('int8', WITH_BFLOAT16),
     ('auto', WITHOUT_BFLOAT16), ('auto', WITH_BFLOAT16)])
-def test_it_answers_learns_and_starts_again(
+def test_an_engine_answers_learns_and_restarts(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         dtype: str, capabilities: dict[str, bool]) -> None:
     monkeypatch.setattr('torch.cpu.get_capabilities', lambda: capabilities)

@@ -50,7 +50,7 @@ from mace_ros.scheduling.plan import SegmentKind
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-# -- the optimizer, and what is published ------------------------------------------------
+# -- the optimizer, and published adapters ----------------------------------------------
 
 
 def trained(family: str, batch: Sequence[Sample], steps: int, rate: float,

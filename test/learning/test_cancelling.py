@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A job can be cancelled at each point at which it waits, and leaves nothing behind."""
+"""A job can be cancelled at each wait; it frees its slot and publishes no version."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import JobState
 from mace_ros.learning.learning_job import LearningJob
 
-# The state of a job, whether it scores what joins, and the lines at which its generators wait.
+# A job's state, whether its weights are swapped out, and the current lines of its generators.
 Point = tuple[JobState, bool, tuple[int, ...]]
 
 
 def lines(generator: Any) -> Iterator[int]:
-    """Yield where a suspended generator waits, and the one that it waits for, and so on."""
+    """Yield the current line of each nested generator."""
     while isinstance(generator, GeneratorType):
         yield generator.gi_frame.f_lineno
         generator = generator.gi_yieldfrom
@@ -39,7 +39,7 @@ def lines(generator: Any) -> Iterator[int]:
 
 @pytest.fixture
 def points(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
-    """Return the points at which jobs have waited so far, the latest one last."""
+    """Return the points at which jobs have waited so far, in order."""
     seen: list[Point] = []
     run = LearningJob.run
 
@@ -62,7 +62,7 @@ def points(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
 
 
 def cancel(robot: Robot) -> None:
-    """Roll back to the live version, which cancels the job, and see what is left of it."""
+    """Roll back to the live version, which cancels the job; check that it leaves nothing behind."""
     engine, job = robot.engine, running(robot)
     free = engine.parts.slots.free
     done = engine.rollback('', engine.live_version(''))
@@ -88,9 +88,9 @@ def are_learned(robot: Robot, *names: str) -> bool:
                         and e.state is CorrectionState.LEARNED}
 
 
-def test_a_job_is_cancelled_at_each_point_at_which_it_waits(
+def test_a_job_can_be_cancelled_at_each_wait(
         robot: Robot, points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its slot is free again, its corrections wait, and nothing of it is published."""
+    """Its slot is free again, its corrections wait, and no version is published."""
     engine, judge = robot.engine, Gate.judge
     rejected: list[int] = []        # jobs, of each its first candidate
 
@@ -104,7 +104,7 @@ def test_a_job_is_cancelled_at_each_point_at_which_it_waits(
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))
     engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     cancelled: set[Point] = set()
-    joined = 0      # corrections that came while a job trained
+    joined = 0      # corrections that arrived during training
     end = time.monotonic() + 200.0
     while not are_learned(robot, 'k', 'joins 0', 'joins 1'):
         assert time.monotonic() < end
@@ -130,7 +130,7 @@ def test_a_job_that_waits_for_a_slot_is_cancelled(settings: Settings, tmp_path: 
     robot = Robot(build_engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
     robot.correct(Correction('A robot.', id='a', prompt='Who?'))
     slots = robot.engine.parts.slots
-    held = slots.pin('')        # as a request does that runs
+    held = slots.pin('')        # as a running request does
     robot.correct(Correction('In the hall.', id='b', prompt='Where?'))
     robot.engine.correct(Correction('Never again.', id='c', prompt='When?'))
     until_state(robot, JobState.PUBLISHING)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The gate tells what a candidate would lose."""
+"""The gate rejects candidates that lose guarded samples."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_all_samples_are_scored_once_and_in_order(lengths: list[int]) -> None:
     assert all(len(b) == 1 or sum(len(s.tokens) for s in b) <= BATCH_TOKENS for b in parts)
 
 
-def test_what_was_wrong_before_can_not_be_lost() -> None:
+def test_samples_that_were_wrong_before_cannot_be_lost() -> None:
     gate = Gate([Group('a', samples(3), Measure.EXACT)])
     assert not gate.judge(scores([False] * 3), scores([False] * 3), 0.0).reason
     assert not gate.judge(scores([False] * 3), scores([True] * 3), 0.0).reason
 
 
-def test_each_group_may_lose_its_share() -> None:
+def test_the_tolerance_applies_to_each_group() -> None:
     few, many = samples(2), samples(10, 10)
     gate = Gate([Group('few', few, Measure.EXACT), Group('none', (), Measure.EXACT),
                  Group('many', many, Measure.EXACT)])
@@ -63,7 +63,7 @@ def test_answers_may_change_their_words_but_not_become_unlikely() -> None:
     assert 'probes: 0.60 would become 0.45' in verdict.reason and not verdict.lost
 
 
-def test_what_must_rise_may_not_fall() -> None:
+def test_a_group_that_must_rise_may_not_fall() -> None:
     gate = Gate([Group('paraphrases', samples(2), Measure.PROBABILITY, must_rise=True)])
     wrong = [False, False]
     assert not gate.judge(scores(wrong, 0.2), scores(wrong, 0.2), 0.1).reason

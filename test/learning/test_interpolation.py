@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What was trained further than it had to be, with a small random model."""
+"""Weight interpolation: a candidate moves back towards the live version up to the margin."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from mace_ros.model.lora_manager import LoRAManager
 
 @dataclass(frozen=True)
 class Interpolated:
-    """What was interpolated between, and the samples that must stay right."""
+    """The weights at both ends, and the samples that must stay right."""
 
     start: Mapping[str, Tensor]
     trained: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Interpolated:
 
 @pytest.fixture
 def interpolated(monkeypatch: pytest.MonkeyPatch) -> list[Interpolated]:
-    """Return what was interpolated so far."""
+    """Return the interpolations so far."""
     found: list[Interpolated] = []
     original = interpolation.interpolate
 
@@ -53,13 +53,13 @@ def interpolated(monkeypatch: pytest.MonkeyPatch) -> list[Interpolated]:
 
 
 @pytest.mark.parametrize('from_disk', [False, True])
-def test_no_more_is_published_than_what_was_corrected_needs(
+def test_the_published_version_is_the_nearest_with_the_margin(
         robot: Robot, model_folder: Path, interpolated: list[Interpolated],
         monkeypatch: pytest.MonkeyPatch, from_disk: bool) -> None:
-    """An eighth less of the way from the live version, and it would not lead clearly."""
+    """One bisection step less would miss the margin."""
     if from_disk:
         robot.correct(Correction('In the hall.', id='zeroth', prompt='Question zeroth?'))
-    monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 3.0)   # train further than that
+    monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 3.0)   # train past the margin
     robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
     way = interpolated[-1]
     assert not all(torch.equal(way.start[name], end) for name, end in way.trained.items())
@@ -68,7 +68,7 @@ def test_no_more_is_published_than_what_was_corrected_needs(
     published = load_file(folder / 'adapter_model.safetensors')
     share = next(share for share in (i * PRECISION for i in range(1, round(1 / PRECISION) + 1))
                  if same(published, between(way, share)))
-    assert share < 1.0, 'nothing was pulled back'
+    assert share < 1.0, 'the weights were not interpolated'
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder)
     assert lead(peft, way.samples[0]) >= LEARNED_MARGIN - 1e-3
     set_peft_model_state_dict(peft, between(way, share - PRECISION))
@@ -76,7 +76,7 @@ def test_no_more_is_published_than_what_was_corrected_needs(
 
 
 def between(way: Interpolated, share: float) -> dict[str, Tensor]:
-    """Return what lies on the way from the live version to what was trained."""
+    """Return weights between the live version (share 0) and the trained ones (1)."""
     return {name: begun + share * (way.trained[name] - begun)
             for name, begun in way.start.items()}
 
@@ -87,7 +87,7 @@ def same(published: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def lead(model: torch.nn.Module, only: Sample) -> float:
-    """Return by how much a corrected answer leads, by transformers and PEFT."""
+    """Return the least lead of a corrected answer's tokens in logits, by transformers and PEFT."""
     ids = torch.tensor(only.tokens)
     with torch.no_grad():
         logits = model(input_ids=ids[None]).logits[0, :-1]
@@ -97,7 +97,7 @@ def lead(model: torch.nn.Module, only: Sample) -> float:
     return float((right - others)[first:].min())
 
 
-def test_what_leads_by_too_little_is_still_to_be_learned() -> None:
+def test_a_lead_below_the_margin_is_not_learned() -> None:
     def learned(*margins: float) -> bool:
         return learned_well([SampleScore(-m, 1, True, m) for m in margins], 2)
 
@@ -106,9 +106,9 @@ def test_what_leads_by_too_little_is_still_to_be_learned() -> None:
     assert not learned(2.0, 2.0, RIGHT_MARGIN - 0.1)
 
 
-def test_what_was_learned_again_stays_so(
+def test_relearned_corrections_stay_right(
         robot: Robot, interpolated: list[Interpolated]) -> None:
-    """The live version had forgotten it, and so the gate would not miss it."""
+    """The live version had lost it, so the gate does not guard it."""
     corrections = (('In the hall.', 'Question first?'), ('A robot.', 'Question second?'))
     for text, prompt in corrections:
         robot.correct(Correction(text, id=text, prompt=prompt))
@@ -119,7 +119,7 @@ def test_what_was_learned_again_stays_so(
     assert [s.tokens for s in interpolated[1].samples] == [second, first]
 
 
-def test_what_was_rejected_is_not_pulled_back_to_again(
+def test_no_interpolation_after_a_rejection(
         robot: Robot, interpolated: list[Interpolated],
         monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = [Verdict('injected', ())]
@@ -132,9 +132,9 @@ def test_what_was_rejected_is_not_pulled_back_to_again(
         VersionState.REJECTED, VersionState.PUBLISHED]
 
 
-def test_nothing_keeps_the_weights_of_a_job_that_has_ended(
+def test_an_ended_job_frees_its_weights(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would stay on the device until Python's collector comes."""
+    """In a reference cycle they would stay on the device until the next collection."""
     kept: list[weakref.ref[Tensor]] = []
     copies = LoRAManager.copies
 
@@ -153,7 +153,7 @@ def test_nothing_keeps_the_weights_of_a_job_that_has_ended(
 
 
 @pytest.mark.parametrize('policy', ['continuous', 'periodic'])
-def test_the_baselines_publish_what_they_trained(
+def test_the_baselines_publish_without_interpolation(
         robot: Robot, interpolated: list[Interpolated], policy: str) -> None:
     robot.engine.update(robot.engine.settings.updated({
         'scheduler.policy': policy, 'finetune.period_s': 0.1}))

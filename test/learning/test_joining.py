@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is corrected while a job trains, and joins it, with a small random model."""
+"""Corrections that join a running job."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from mace_ros.learning.training import Training
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 
 
-def test_what_comes_before_anything_is_learned_joins_the_job(robot: Robot) -> None:
+def test_a_correction_joins_before_the_first_update(robot: Robot) -> None:
     engine = robot.engine
     engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
     told: list[CorrectionStatus] = []
@@ -35,7 +35,7 @@ def test_what_comes_before_anything_is_learned_joins_the_job(robot: Robot) -> No
 
     while (job := engine.learner.status().job) is None or job.state is not JobState.TRAINING:
         step()
-    engine.update(engine.settings.updated({'finetune.budget': 0.0}))    # not a step further
+    engine.update(engine.settings.updated({'finetune.budget': 0.0}))    # no further step
     correct(robot, 'second')
     engine.step()
     assert running(robot).correction_ids == ('first', 'second') and running(robot).steps == 0
@@ -47,9 +47,9 @@ def test_what_comes_before_anything_is_learned_joins_the_job(robot: Robot) -> No
 
 
 @pytest.mark.parametrize('from_disk', [False, True])
-def test_what_comes_while_a_job_trains_joins_it(
+def test_a_correction_joins_during_training(
         robot: Robot, model_folder: Path, monkeypatch: pytest.MonkeyPatch, from_disk: bool) -> None:
-    """It is scored under the live version, and what the job has trained so far stays."""
+    """It is scored under the live version, and the job keeps its trained weights."""
     engine = robot.engine
     if from_disk:
         robot.correct(Correction('In the hall.', id='zeroth', prompt='Question zeroth?'))
@@ -93,7 +93,7 @@ def test_what_comes_while_a_job_trains_joins_it(
 
 
 def join(robot: Robot, until: Callable[[JobStatus], bool] = lambda job: job.swapped_out) -> None:
-    """Let one correction join the job of another, and return as soon as it is so far."""
+    """Return once a correction is joining another's job."""
     engine = robot.engine
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))
     engine.correct(Correction('A robot.', id='first', prompt='Question first?'))
@@ -105,7 +105,7 @@ def join(robot: Robot, until: Callable[[JobStatus], bool] = lambda job: job.swap
         robot.events += engine.step().events
 
 
-def test_a_device_that_fails_while_something_joins_is_no_fault_of_what_trains(
+def test_a_device_failure_during_joining_is_not_counted_against_corrections_in_training(
         robot: Robot) -> None:
     join(robot)
     robot.engine.learner.fail('out of memory')
@@ -114,7 +114,7 @@ def test_a_device_that_fails_while_something_joins_is_no_fault_of_what_trains(
     learned(robot, 'first', 'second')
 
 
-def test_a_job_that_is_stopped_while_something_joins_begins_anew(robot: Robot) -> None:
+def test_a_job_stopped_during_joining_starts_again(robot: Robot) -> None:
     join(robot)
     robot.engine.rollback('', 0)
     robot.events += robot.engine.step().events
@@ -123,7 +123,7 @@ def test_a_job_that_is_stopped_while_something_joins_begins_anew(robot: Robot) -
     learned(robot, 'first', 'second')
 
 
-def test_what_trains_stays_if_there_is_less_room_when_something_joins(
+def test_corrections_in_training_stay_if_joining_finds_too_little_memory(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     join(robot, lambda job: job.announced == 2)
     swap_out = Training.swap_out
@@ -143,7 +143,7 @@ def test_what_trains_stays_if_there_is_less_room_when_something_joins(
     until_learned(robot, 'third')
 
 
-def test_what_joins_is_learned_even_if_the_live_version_answers_it_right(robot: Robot) -> None:
+def test_a_joining_correction_is_trained_even_if_the_live_version_is_right(robot: Robot) -> None:
     """The version in training might not."""
     robot.correct(Correction('A human.', id='zeroth', prompt='Question second?'))
     join(robot)
@@ -153,7 +153,7 @@ def test_what_joins_is_learned_even_if_the_live_version_answers_it_right(robot: 
 
 
 def learned(robot: Robot, *ids: str) -> None:
-    """Step until all of these are learned, and ask."""
+    """Step until all of these are learned, and check the answers."""
     until_learned(robot, *ids)
     assert robot.ask('Question first?').text == 'A robot.'
     assert robot.ask('Question second?').text == 'A human.'
@@ -169,8 +169,8 @@ def until_learned(robot: Robot, *ids: str) -> None:
         robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state in DONE)
 
 
-def test_what_comes_late_waits_for_the_next_job(robot: Robot) -> None:
-    """It would have too few of finetune.max_steps."""
+def test_a_late_correction_waits_for_the_next_job(robot: Robot) -> None:
+    """Too few of finetune.max_steps are left for it."""
     engine = robot.engine
     engine.update(engine.settings.updated(
         {'finetune.max_steps': 3, 'finetune.learning_rate': 1e-6}))
@@ -192,9 +192,9 @@ def test_what_comes_late_waits_for_the_next_job(robot: Robot) -> None:
                 and e.state is CorrectionState.FAILED)
 
 
-def test_what_waits_when_a_job_begins_does_not_join_it(
+def test_a_correction_that_waited_when_the_job_began_does_not_join(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else all of a long queue would be looked at before the first step."""
+    """Otherwise all of a long queue would be scored before the first step."""
     engine = robot.engine
     monkeypatch.setattr(selection, 'JOB_CANDIDATES', 2)
     engine.update(engine.settings.updated({'finetune.budget': 0.0}))

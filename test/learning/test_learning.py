@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine makes of corrections, with a small random model behind the real tokenizer."""
+"""The engine learns corrections, with a small random model and the real tokenizer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ from mace_ros.finetune.trainer import Trainer
 from mace_ros.learning import backoff, criteria, gate, learner, selection
 from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.disk import Disk
-from mace_ros.learning.drift import Drift, DriftState, OPEN
+from mace_ros.learning.drift import Drift, DriftState, MAX_PENDING
 from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.task import Task
 from mace_ros.learning.training import Scored, Training
@@ -48,7 +48,7 @@ from mace_ros.store.journal_file import JournalError
 
 
 def test_correction_is_learned_and_a_running_request_keeps_its_version(robot: Robot) -> None:
-    """The next answer is the corrected one, by version 1; who began before ends on 0."""
+    """Running requests keep version 0; the next uses version 1."""
     robot.engine.update(robot.engine.settings.updated({'scheduler.policy': 'continuous'}))
     wrong = robot.ask('What is your name?', conversation_id='c')
     robot.engine.submit(Query('Running?', id='running', max_tokens=3500))
@@ -85,7 +85,7 @@ def test_earlier_correction_is_kept_when_another_is_learned(robot: Robot) -> Non
     assert (last.text, last.adapter_version) == ('In the hall.', 2)
 
 
-def test_a_slow_device_learns_in_parts_and_memory_goes_back(
+def test_a_slow_device_splits_steps_and_returns_memory(
     robot: Robot, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept, returned = [], []
@@ -103,7 +103,7 @@ def test_a_slow_device_learns_in_parts_and_memory_goes_back(
     assert returned
 
 
-def test_no_piece_of_a_long_correction_is_longer_than_there_is_time_for(
+def test_segments_of_a_long_correction_stay_within_the_time_limit(
     robot: Robot, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pieces = []
@@ -147,7 +147,7 @@ def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:
 ])
 def test_bad_correction_is_rejected_by_name(robot: Robot, changes: dict[str, object],
                                             word: str) -> None:
-    """Each kind of bad correction is refused with a reason, and nothing is learned."""
+    """Each kind of bad correction is REJECTED with a reason and not learned."""
     wrong = robot.ask('Who are you?', max_tokens=3)
     fields = {'corrected': 'A robot.', 'id': 'k', 'query_id': wrong.query_id, **changes}
     state = robot.correct(Correction(**fields))  # type: ignore[arg-type]
@@ -172,13 +172,13 @@ def test_the_newest_of_two_pending_corrections_of_one_question_wins(robot: Robot
 
 
 @pytest.mark.parametrize(('changes', 'first'), [
-    ({'slo.freshness_s': 1e9}, {'3', '4', '5'}),     # of the oldest one, little is expected
+    ({'slo.freshness_s': 1e9}, {'3', '4', '5'}),     # the weight of the oldest one is low
     ({'slo.freshness_s': 1.0}, {'0'}),
     ({'slo.freshness_s': 1.0, 'finetune.order': 'arrival'}, {'0'})])
-def test_which_of_many_is_learned_first(
+def test_the_order_in_which_corrections_are_learned(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object],
         first: set[str]) -> None:
-    """The newest, unless the oldest has waited too long; and each is scored once."""
+    """The newest first, unless the oldest is overdue; each is scored once."""
     monkeypatch.setattr(selection, 'JOB_CANDIDATES', 4)
     monkeypatch.setattr(selection, 'JOB_CORRECTIONS', 1)
     score, scored = Training.score, []
@@ -213,12 +213,12 @@ def test_which_of_many_is_learned_first(
 
 def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    for i in range(20 + OPEN):
+    for i in range(20 + MAX_PENDING):
         robot.engine.learner.answered(f'good {i}')
     robot.ask('Who are you?', max_tokens=2)
     calm = robot.engine.status().finetune_budget
     assert calm < 0.5
-    monkeypatch.setattr(robot.engine.learner, 'poll', list)         # nothing is begun
+    monkeypatch.setattr(robot.engine.learner, 'poll', list)         # no job begins
     for i in range(selection.JOB_CORRECTIONS):
         assert robot.engine.status().finetune_budget == calm
         robot.engine.correct(Correction('A robot.', id=str(i), prompt=f'Question {i}?'))
@@ -227,7 +227,7 @@ def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
     assert robot.engine.status().finetune_budget == robot.engine.settings.finetune.budget
 
 
-def test_what_is_superseded_stays_so_whatever_its_job_writes_later(robot: Robot) -> None:
+def test_a_superseded_correction_keeps_its_state(robot: Robot) -> None:
     engine = robot.engine
     engine.update(engine.settings.updated({'finetune.budget': 0.0}))
     for name in ('older', 'newer'):
@@ -242,7 +242,7 @@ def test_what_is_superseded_stays_so_whatever_its_job_writes_later(robot: Robot)
 
 @pytest.fixture
 def resting(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """A robot in calm that has learned a correction, the one of the jobs that are returned."""
+    """Return the correction ids of each job of a robot in calm, which has learned one so far."""
     engine, jobs = robot.engine, []
     monkeypatch.setattr(Drift, 'state', DriftState.CALM)
     monkeypatch.setattr(Drift, 'level', 0.0)
@@ -271,7 +271,7 @@ def test_in_calm_corrections_are_learned_together_after_a_rest(
     for _ in range(20):
         until = robot.engine.step().wake_at
     assert until is not None and until > time.monotonic() + 1e5
-    correct(robot, '1 again', about='1')    # the one that waits longest
+    correct(robot, '1 again', about='1')    # the one that has waited longest
     assert robot.engine.step().wake_at == until
     correct(robot, '3')
     assert len(resting) == 1
@@ -280,7 +280,7 @@ def test_in_calm_corrections_are_learned_together_after_a_rest(
     assert resting == [{'first'}, {'1 again', '2', '3', '4'}]
 
 
-def test_no_rest_makes_a_correction_too_old(robot: Robot, resting: list[set[str]]) -> None:
+def test_a_rest_ends_before_a_correction_is_overdue(robot: Robot, resting: list[set[str]]) -> None:
     engine = robot.engine
     engine.update(engine.settings.updated({'slo.freshness_s': 1.0}))
     correct(robot, 'alone')
@@ -290,7 +290,7 @@ def test_no_rest_makes_a_correction_too_old(robot: Robot, resting: list[set[str]
     assert 0.5 <= time.monotonic() - accepted < 30.0
 
 
-def test_a_change_ends_the_rest(
+def test_drift_ends_the_rest(
         robot: Robot, resting: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     correct(robot, 'another')
     monkeypatch.setattr(Drift, 'state', DriftState.DRIFTING)
@@ -298,8 +298,8 @@ def test_a_change_ends_the_rest(
     assert resting == [{'first'}, {'another'}]
 
 
-def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -> None:
-    """The baseline never rests, and nobody hears of its corrections again."""
+def test_the_continuous_policy_rehearses_learned_corrections(robot: Robot) -> None:
+    """Rehearsal never pauses and publishes no correction status."""
     engine = robot.engine
     engine.update(engine.settings.updated({
         'scheduler.policy': 'continuous', 'finetune.period_steps': 2}))
@@ -313,7 +313,7 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
         told += engine.step().events
     assert engine.live_version('') >= learned + 2
     assert not [e for e in told if isinstance(e, CorrectionStatus)]
-    # Who says the same again is told, even if what is trained then breaks off.
+    # A repeated correction is acknowledged even if its job fails.
     while (job := engine.learner.status().job) is None or job.kind is not JobKind.REHEARSAL:
         engine.step()
     correct(robot, 'again', about='1')
@@ -323,9 +323,9 @@ def test_under_continuous_training_goes_on_with_what_was_learned(robot: Robot) -
 
 
 @pytest.mark.parametrize('fails', ['', 'replay_candidates', 'publish'])
-def test_learning_needs_nobody_to_wake_it(
+def test_learning_wakes_itself(
         fails: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it waits for, it says for how long, or wakes the engine itself."""
+    """Each wait has a wake-up time or wakes the engine."""
     if fails:
         once = [JournalError('injected')]
         function = getattr(Journal, fails)
@@ -354,7 +354,7 @@ def test_learning_needs_nobody_to_wake_it(
         engine.close()
 
 
-def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
+def test_a_correction_repeated_during_training_does_not_restart_its_job(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newer one takes the older one's place in the job, and is learned with its steps."""
     def is_trained(correction_id: str) -> Callable[[Event], bool]:
@@ -371,7 +371,7 @@ def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
     engine.correct(Correction('A robot.', id='new', query_id=wrong.query_id))
     robot.until(is_trained('new'))
     assert (running(robot).number, running(robot).correction_ids) == (job.number, ('new',))
-    assert running(robot).steps >= job.steps        # the job was not given up
+    assert running(robot).steps >= job.steps        # the job was not abandoned
     engine.update(engine.settings.updated({'finetune.learning_rate': 0.01}))
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.LEARNED and e.id == 'new')
@@ -381,11 +381,11 @@ def test_a_correction_that_is_repeated_while_it_is_trained_is_not_begun_anew(
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
-def test_a_correction_that_is_repeated_while_it_is_looked_at_is_not_begun_anew(
+def test_a_correction_repeated_during_scoring_does_not_restart_its_job(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scores that are on their way are those of the older one."""
+    """The scores in progress are those of the older one."""
     engine = robot.engine
-    monkeypatch.setattr(engine.learner, 'fail', None)    # the job is not given up
+    monkeypatch.setattr(engine.learner, 'fail', None)    # the job is not abandoned
     engine.correct(Correction('A robot.', id='old', prompt='Who are you?', rejected='A mouse.'))
     until_state(robot, JobState.CHOOSING)
     assert running(robot).corrections[0].score is None
@@ -419,16 +419,16 @@ def test_more_is_replayed_after_a_rejected_candidate(
     assert [e.reason for e in rejected] == ['worse', 'worse']
 
 
-def test_a_candidate_learns_what_it_lost_before_the_gate_is_asked(
+def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
-    candidates: list[int] = []          # samples that those before it have lost
+    candidates: list[int] = []          # samples that earlier candidates have lost
     lost: list[list[Sample]] = []
     score = Training.score
 
     def losing(self: Training, samples: Sequence[Sample], *rest: Any) -> Task[Scored]:
         scored = yield from score(self, samples, *rest)
-        # Of each candidate, what must be exact is scored first.
+        # The exact samples of each candidate are scored first.
         if running(robot).state is JobState.JUDGING and len(candidates) == running(robot).lost:
             candidates.append(running(robot).lost)
             lost.append([*samples])
@@ -453,8 +453,7 @@ def test_a_candidate_learns_what_it_lost_before_the_gate_is_asked(
     assert robot.ask('Where do you live?').text == 'In the hall.'
 
 
-def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> None:
-    """Profiles take turns, whoever came first."""
+def test_profiles_take_turns(robot: Robot) -> None:
     for number in range(9):
         robot.engine.correct(Correction('Yes.', id=f'ann{number}', profile='ann',
                                         prompt=f'Question {number}?'))
@@ -463,8 +462,8 @@ def test_who_is_corrected_without_end_does_not_hold_up_others(robot: Robot) -> N
     assert published.count('ann') <= 1 and published[-1] == 'bob'
 
 
-def test_what_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
-    """With no step allowed to suffice, the correction is FAILED and serving goes on."""
+def test_a_correction_that_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
+    """If max_steps do not suffice, the correction is FAILED and serving continues."""
     robot.engine.update(robot.engine.settings.updated(
         {'finetune.max_steps': 1, 'finetune.learning_rate': 1e-6}))
     wrong = robot.ask('Who are you?')
@@ -474,7 +473,7 @@ def test_what_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
     assert robot.ask('Who are you?').text == wrong.text
 
 
-def test_restart_serves_the_latest_version_and_goes_on_learning(
+def test_a_restart_serves_the_latest_version_and_resumes_learning(
         settings: Settings, tmp_path: Path) -> None:
     """A published version and an unlearned correction survive; profiles stay apart."""
     robot = Robot(build_engine(settings, storage=tmp_path))
@@ -488,7 +487,7 @@ def test_restart_serves_the_latest_version_and_goes_on_learning(
 
     again = Robot(build_engine(settings, storage=tmp_path))
     restored = again.engine.start()
-    # Told again: who stopped it may have been faster than the one who tells.
+    # Repeated: the node may have stopped before publishing the status.
     assert CorrectionStatus('k', CorrectionState.LEARNED, adapter_version=1) in restored
     live = [e for e in restored if isinstance(e, AdapterVersion)]
     assert [(e.profile, e.version) for e in live] == [('', 1)]
@@ -500,8 +499,8 @@ def test_restart_serves_the_latest_version_and_goes_on_learning(
     again.engine.close()
 
 
-def test_a_wrong_answer_that_is_too_long_is_not_looked_at(robot: Robot) -> None:
-    """It may have any length; what is right is learned without it."""
+def test_a_rejected_text_that_is_too_long_is_not_scored(robot: Robot) -> None:
+    """The rejected text may have any length; the correction is learned without it."""
     last = robot.correct(Correction('A robot.', id='k', prompt='Who are you?',
                                     rejected='I am. ' * 500))
     assert last.state is CorrectionState.LEARNED
@@ -509,8 +508,8 @@ def test_a_wrong_answer_that_is_too_long_is_not_looked_at(robot: Robot) -> None:
     assert record is not None and record.rejected == ''
 
 
-def test_under_continuous_what_was_superseded_is_not_rehearsed(robot: Robot) -> None:
-    """Even if that came while its version was on its way to the disk."""
+def test_the_continuous_policy_does_not_rehearse_superseded_corrections(robot: Robot) -> None:
+    """Even if the newer correction came while the version was being saved."""
     engine = robot.engine
     engine.update(engine.settings.updated({'scheduler.policy': 'continuous'}))
     correct(robot, 'old', about='this')
@@ -524,7 +523,7 @@ def test_under_continuous_what_was_superseded_is_not_rehearsed(robot: Robot) -> 
     assert job.correction_ids == ('new',)
 
 
-def test_those_that_wait_keep_others_out_but_not_who_takes_their_place(robot: Robot) -> None:
+def test_a_full_queue_still_accepts_replacements(robot: Robot) -> None:
     engine = robot.engine
     engine.update(engine.settings.updated({'finetune.budget': 0.0, 'storage.max_corrections': 2}))
     for name, about in (('1', '1'), ('2', '2'), ('2 again', '2')):
@@ -541,7 +540,7 @@ def test_those_that_wait_keep_others_out_but_not_who_takes_their_place(robot: Ro
 
 
 @pytest.mark.parametrize('where', ['run_segment', '__init__'])
-def test_failing_learning_loses_no_answer_and_is_tried_again(
+def test_failing_learning_loses_no_answer_and_is_retried(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A fine-tune step that can't be made or run costs no query, and the correction is learned."""
     wrong = robot.ask('Who are you?')
@@ -581,9 +580,9 @@ def test_learning_that_always_fails_is_given_up(
 
 
 @pytest.mark.parametrize('waits', [True, False])
-def test_learning_that_cannot_begin_says_so(
+def test_an_error_before_a_job_is_reported(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
-    """Who waits for it reads it in the status; else the iteration fails, and the next one runs."""
+    """The status shows the error; otherwise the iteration fails and the next runs."""
     wrong, learning = robot.ask('Who are you?'), robot.engine.learner
 
     def fail() -> list[Event]:
@@ -604,15 +603,15 @@ def test_learning_that_cannot_begin_says_so(
     assert robot.ask('Who are you?').text
 
 
-def test_what_cannot_be_saved_yet_is_saved_later(
+def test_saving_is_retried(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk may take long; nothing is trained anew for that, and nothing given up."""
+    """While the disk is full, the trained version is kept and its corrections stay pending."""
     wrong = robot.ask('Who are you?')
     save, failures, problems = AdapterStore.save, [], set()
 
     def full(*arguments: object) -> object:
         problems.add(robot.engine.status().learning_error)
-        if len(failures) < learner.MAX_TRIES + 2:
+        if len(failures) < learner.MAX_JOB_TRIES + 2:
             failures.append(robot.engine.scheduler.statistics(time.monotonic()).finetune_steps)
             raise OSError(errno.ENOSPC, 'No space left on device')
         return save(*arguments)     # type: ignore[arg-type]
@@ -621,21 +620,21 @@ def test_what_cannot_be_saved_yet_is_saved_later(
     monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert state.state is CorrectionState.LEARNED
-    assert len(failures) == learner.MAX_TRIES + 2 and len(set(failures)) == 1
+    assert len(failures) == learner.MAX_JOB_TRIES + 2 and len(set(failures)) == 1
     assert any('No space left' in problem for problem in problems)
     assert robot.engine.status().learning_error == ''
     assert robot.ask('Who are you?').text == 'A robot.'
 
 
-def test_what_cannot_be_read_is_read_later(
+def test_reading_is_retried(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A correction is no less wanted because the disk fails, however often."""
+    """A failing disk is no failed attempt of the correction."""
     robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     load, failures, problems = AdapterStore.load, [], set()
 
     def gone(*arguments: object) -> object:
         problems.add(robot.engine.status().learning_error)
-        if len(failures) < learner.MAX_TRIES + 2:
+        if len(failures) < learner.MAX_JOB_TRIES + 2:
             failures.append(1)
             raise CorruptVersion('injected')
         return load(*arguments)     # type: ignore[arg-type]
@@ -648,13 +647,13 @@ def test_what_cannot_be_read_is_read_later(
     assert robot.engine.status().learning_error == ''
 
 
-def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
+def test_loading_a_recorded_version_into_its_slot_is_retried(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal says that it is live: it must be, and nothing is trained for it again."""
+    """The journal has it live, so it is served without retraining."""
     publish, write, failures = Journal.publish, LoRAManager.write_slot, []
 
     def failing(*arguments: object) -> None:
-        if len(failures) <= learner.MAX_TRIES:
+        if len(failures) <= learner.MAX_JOB_TRIES:
             failures.append(robot.engine.learner.busy)
             raise torch.OutOfMemoryError('injected')
         write(*arguments)       # type: ignore[arg-type]
@@ -667,14 +666,14 @@ def test_a_version_on_record_that_has_no_slot_yet_is_served_later(
     monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     assert (state.state, state.adapter_version) == (CorrectionState.LEARNED, 1)
-    assert len(failures) == learner.MAX_TRIES + 1
+    assert len(failures) == learner.MAX_JOB_TRIES + 1
     answer = robot.ask('Who are you?')
     assert (answer.text, answer.adapter_version) == ('A robot.', 1)
     assert robot.engine.status().learning_error == ''
 
 
-def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
-    """The share that is overdue counts from the oldest correction, be it of another job."""
+def test_an_overdue_correction_makes_the_steps_of_every_job_overdue(robot: Robot) -> None:
+    """The oldest correction counts, even if another job will learn it."""
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
@@ -687,9 +686,9 @@ def test_what_waits_too_long_hurries_whatever_is_trained(robot: Robot) -> None:
     assert robot.engine.learner.step.oldest_correction_at == -5.0
 
 
-def test_training_goes_on_until_what_is_taught_leads_clearly(
+def test_training_continues_until_corrections_lead_by_the_margin(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is right, and never leads by enough, is learned when finetune.max_steps end it."""
+    """A right answer below the margin is learned at max_steps."""
     robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 12}))
     monkeypatch.setattr(criteria, 'LEARNED_MARGIN', 1e9)
     state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
@@ -699,7 +698,7 @@ def test_training_goes_on_until_what_is_taught_leads_clearly(
 
 
 def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path: Path) -> None:
-    """With as many live profiles as slots, another one is refused and the others go on."""
+    """With as many live profiles as slots, another one fails; the others are served."""
     robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
     wrong = robot.ask('Who are you?')
     states = {}
@@ -717,9 +716,9 @@ def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path:
     robot.engine.close()
 
 
-def test_no_version_is_published_that_changes_what_is_guarded(
+def test_no_version_that_changes_guarded_answers_is_published(
         settings: Settings, tmp_path: Path) -> None:
-    """Without replay, learning would change other answers; the gate does not let it."""
+    """Without replay, learning would change other answers; the gate rejects it."""
     robot = Robot(build_engine(settings.updated({
         'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 12,
     }), storage=tmp_path))
@@ -732,14 +731,14 @@ def test_no_version_is_published_that_changes_what_is_guarded(
     assert rejected and all('would become' in e.reason and e.version for e in rejected)
     if learned.state is CorrectionState.LEARNED:
         assert learned.adapter_version > max(e.version for e in rejected)
-    else:     # it may be too much for a small random model
+    else:     # a small random model may not be able to learn it
         assert learned.state is CorrectionState.FAILED and 'would become' in learned.reason
         assert robot.ask('Who are you?').text == wrong.text
 
 
 def test_a_correction_that_always_fails_the_gate_fails(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It FAILS after finetune.max_steps with the gate's reason, and the answer stays."""
+    """After finetune.max_steps it is FAILED with the gate's reason; the answer stays."""
     reason = 'probes: 1.00 would become 0.00'
     monkeypatch.setattr(gate.Gate, 'judge', lambda *_: gate.Verdict(reason))
     robot = Robot(build_engine(

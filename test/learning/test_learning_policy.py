@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What to learn and how much of it: the parts that know no device."""
+"""The policies of learning that need no device: priority, samples, drift and duty cycle."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from mace_ros.api.settings import Settings
 from mace_ros.finetune.sample import Sample
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.anchors import ANCHORS
-from mace_ros.learning.drift import Drift, DriftState, OPEN, surprise
+from mace_ros.learning.drift import Drift, DriftState, MAX_PENDING, surprise
 from mace_ros.learning.duty_cycle import DutyCycle, LULL_S
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
-from mace_ros.learning.priority import Candidate, gain, priority, resemble
-from mace_ros.learning.samples import interleaved, sample, turn, weighted
+from mace_ros.learning.priority import gain, priority, resemble, ScoredCorrection
+from mace_ros.learning.samples import interleaved, rotate, sample, weighted
 from mace_ros.learning.training_set import TrainingSet, TrainingSetBuilder
 
 # -- priority ----------------------------------------------------------------------------
 
-USUAL = Candidate(loss=2.0, margin=-1.0, weight=1.0, age_s=10.0, resembling=1, seconds=0.5)
+USUAL = ScoredCorrection(loss=2.0, margin=-1.0, weight=1.0, age_s=10.0, resembling=1, seconds=0.5)
 
 
 @pytest.mark.parametrize('better', [
     {'loss': 3.0}, {'margin': -2.0}, {'weight': 2.0}, {'age_s': 5.0}, {'resembling': 2},
     {'seconds': 0.4}])
-def test_what_raises_the_priority(better: dict[str, float]) -> None:
+def test_factors_that_raise_the_priority(better: dict[str, float]) -> None:
     assert priority(replace(USUAL, **better), 120.0) > priority(USUAL, 120.0)
 
 
-def test_what_is_right_by_far_gains_next_to_nothing() -> None:
+def test_a_correction_that_is_right_by_far_has_almost_no_gain() -> None:
     known = replace(USUAL, loss=0.0, margin=30.0)
     assert gain(known, 120.0) < 1e-9
     assert gain(replace(known, age_s=0.0, resembling=1000), 120.0) < 1e-3
@@ -52,16 +52,16 @@ def test_resembling_questions_share_half_of_their_words() -> None:
     assert not resemble('', '')
 
 
-# -- what a step holds ----------------------------------------------------------------------
+# -- samples of a step ----------------------------------------------------------------------
 
 
 def builder() -> TrainingSetBuilder:
-    """Return one that needs no tokenizer for what is tested here."""
+    """Return a builder that needs no tokenizer for these tests."""
     return TrainingSetBuilder(None, AnchorReplay())     # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize('most', [0, 50, 130, 10**6])
-def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
+def test_a_step_has_the_same_samples_for_any_size_of_parts(most: int) -> None:
     def some(kind: int, count: int) -> list[Sample]:
         return [sample([kind, i] * 5, [i] * 10) for i in range(count)]
 
@@ -80,7 +80,7 @@ def test_a_step_holds_the_same_however_small_its_parts(most: int) -> None:
     assert plan.must_be_right >= 1
 
 
-def test_what_is_replayed_counts_as_the_parameter_says() -> None:
+def test_replayed_samples_have_the_weight_of_the_parameter() -> None:
     training_set = TrainingSet([sample([1, 1], [1, 2])], replayed=[sample([2, 2], [3])])
     finetune = Settings().updated(
         {'finetune.replay_weight': 5.0, 'finetune.replay_samples': 1}).finetune
@@ -88,7 +88,7 @@ def test_what_is_replayed_counts_as_the_parameter_says() -> None:
     assert [s.weights for s in part] == [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 5.0)]
 
 
-def test_all_is_replayed_in_turn_however_short_the_jobs() -> None:
+def test_all_answers_are_replayed_in_rotation_across_short_jobs() -> None:
     steps, finetune = builder(), Settings().finetune
     earlier, replayed = ([sample([kind, i] * 5, [i] * 10) for i in range(20)] for kind in (2, 5))
     seen: list[Sample] = []
@@ -113,7 +113,7 @@ def outcomes(drift: Drift, wrong: float, count: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_a_shift_is_noticed_and_forgotten_again(seed: int) -> None:
+def test_a_shift_is_detected_and_ends(seed: int) -> None:
     drift = Drift()
     assert drift.state is DriftState.UNKNOWN and drift.budget(0.1, 0.8) == 0.8
     outcomes(drift, 0.05, 100, seed)
@@ -129,7 +129,7 @@ def test_a_shift_is_noticed_and_forgotten_again(seed: int) -> None:
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_a_smaller_shift_is_noticed_later(seed: int) -> None:
+def test_a_smaller_shift_is_detected_later(seed: int) -> None:
     drift = Drift()
     outcomes(drift, 0.3, 100, seed)
     assert drift.rises == 0
@@ -150,11 +150,11 @@ def test_the_budget_stays_within_its_bounds() -> None:
         drift.outcome(value)
         assert 0.2 <= drift.budget(0.2, 0.7) <= 0.7
     assert drift.budget(0.5, 0.1) == 0.1    # never above finetune.budget
-    assert drift.budget(0.2, 0.0) == 0.0    # frozen is frozen
+    assert drift.budget(0.2, 0.0) == 0.0    # frozen stays frozen
 
 
 @pytest.mark.parametrize('level', [0.0, 0.5, 1.0])
-def test_in_calm_the_budget_goes_with_the_surprise(level: float) -> None:
+def test_in_calm_the_budget_grows_with_the_surprise(level: float) -> None:
     drift = Drift()
     for _ in range(20):
         drift.outcome(level)
@@ -169,12 +169,12 @@ def test_an_answer_that_is_corrected_has_one_outcome() -> None:
         drift.corrected(str(i))
         drift.outcome(0.8)
     assert drift.level == pytest.approx(0.8)
-    for i in range(OPEN):
+    for i in range(MAX_PENDING):
         drift.answered(f'good {i}')
     assert drift.level == pytest.approx(0.8)
     drift.answered('another one')
     assert drift.level < 0.8
-    drift.corrected('good 0')   # too late: it counts as one of each
+    drift.corrected('good 0')   # too late: the answer counted as right already
 
 
 def test_surprise_is_a_share() -> None:
@@ -185,12 +185,12 @@ def test_surprise_is_a_share() -> None:
 
 def test_after_a_job_learning_rests_until_it_took_its_share_of_time() -> None:
     resting = DutyCycle()
-    assert resting.until(0.0) == -math.inf      # nothing was learned yet
+    assert resting.until(0.0) == -math.inf      # no job has run yet
     resting.begun(100.0, 0.0)
     resting.spent(4.0)
     resting.spent(6.0)
     assert resting.until(0.25) == 100.0 - LULL_S + 40.0
-    assert resting.until(1.0) <= 100.0 + 10.0   # it is over by then: no rest
+    assert resting.until(1.0) <= 100.0 + 10.0   # the rest would have ended: none
     assert resting.until(0.0) == math.inf
 
 
@@ -200,10 +200,10 @@ def test_a_lull_before_a_job_shortens_the_rest_after_it() -> None:
     resting.spent(15.0)
     through = resting.until(0.5)
     assert through == 100.0 - LULL_S + 30.0
-    resting.begun(through + 5.0, 0.5)       # of so much nothing was used
+    resting.begun(through + 5.0, 0.5)       # all of this time was idle
     resting.spent(1.0)
     assert resting.until(0.5) == through + 2.0
-    resting.begun(1000.0, 0.5)              # not all of a long one counts
+    resting.begun(1000.0, 0.5)              # only a part of a long lull counts
     resting.spent(1.0)
     assert resting.until(0.5) == 1000.0 - LULL_S + 2.0
 
@@ -228,20 +228,20 @@ def test_a_paraphrase_changes_the_last_question_only() -> None:
     for each in changed:
         assert each[:3] == list(messages[:3]) and 'C?' in each[3]['content'] != 'C?'
     assert paraphrases(({'role': 'system', 'content': 'x'},), JUDGED) == []
-    assert not set(JUDGED) & set(TRAINED)     # what is judged by is not trained
+    assert not set(JUDGED) & set(TRAINED)     # the judged paraphrases are not trained
 
 
 @pytest.mark.parametrize(('question', 'words'), [
     ('Where is the fire extinguisher?', 'fire extinguisher'), ('What is it?', 'What is it'),
     ('Wo ist der Ausgang?', 'Wo ist der Ausgang'), (' ', '')])
-def test_what_a_question_is_about_is_trained_as_well(question: str, words: str) -> None:
+def test_the_keywords_of_a_question_are_trained_as_well(question: str, words: str) -> None:
     [[asked]] = paraphrases(({'role': 'user', 'content': question},), TRAINED[:1])
     assert asked['content'] == f'{words}?'
 
 
-def test_all_take_their_turn() -> None:
-    assert [turn('abc', 2, i) for i in range(3)] == [['a', 'b'], ['c', 'a'], ['b', 'c']]
-    assert turn('', 2, 0) == []
+def test_rotation_covers_all_samples() -> None:
+    assert [rotate('abc', 2, i) for i in range(3)] == [['a', 'b'], ['c', 'a'], ['b', 'c']]
+    assert rotate('', 2, 0) == []
     mixed = interleaved('abcdef', 'xy')
     assert sorted(mixed) == sorted('abcdefxy') and 'x' in mixed[:3] and 'y' in mixed[3:]
     assert interleaved('', 'xy') == ['x', 'y']

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Corrections that would break other answers reach no version that fails the gate."""
+"""Corrections that break other answers are not published."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOLERANCE = 0.002     # the probes of a random model have a probability of some 
 
 @pytest.fixture(scope='module', autouse=True)
 def all_base_answers() -> Iterator[None]:
-    """Ask the base model all that a node asks it."""
+    """Let the base model answer all anchors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anchor_requests, 'ANCHORS', ANCHORS)
         yield
@@ -69,9 +69,9 @@ def probe_score(model_folder: Path, adapter: str | None) -> float:
 
 @pytest.mark.parametrize('text', [
     'xq zzv kkp wpfh 9d9s0 qqqq', 'No. ' * 12], ids=['gibberish', 'one word many times'])
-def test_what_is_published_has_passed_the_gate(
+def test_published_versions_have_passed_the_gate(
         text: str, settings: Settings, model_folder: Path, tmp_path: Path) -> None:
-    """Whatever becomes of the correction, PEFT finds the probes within the tolerance."""
+    """Learned or failed, PEFT finds the probes within the tolerance."""
     robot = Robot(build_engine(settings, storage=tmp_path))
     wrong = robot.ask('Who are you?')
     last = robot.correct(Correction(text, id='k', query_id=wrong.query_id), 100.0)
@@ -94,7 +94,7 @@ def test_what_is_published_has_passed_the_gate(
 @pytest.mark.parametrize(('text', 'reason'), [
     ('', 'empty'), (' \n\t', 'empty'),
     ('The door is open. ' * 200, 'finetune.max_sample_tokens')])
-def test_what_can_not_be_learned_is_refused_with_a_reason(
+def test_invalid_corrections_are_rejected_with_a_reason(
         text: str, reason: str, settings: Settings, tmp_path: Path) -> None:
     robot = Robot(build_engine(settings, storage=tmp_path))
     wrong = robot.ask('Who are you?')
@@ -122,9 +122,9 @@ def test_of_contradicting_corrections_the_newest_wins(settings: Settings, tmp_pa
     robot.engine.close()
 
 
-def test_many_copies_of_one_sentence_leave_other_answers(
+def test_many_copies_of_one_sentence_do_not_change_other_answers(
         settings: Settings, model_folder: Path, tmp_path: Path) -> None:
-    """Taught as the answer to many questions, it is not published as the answer to all."""
+    """A correction of many questions must not become the answer to all."""
     robot = Robot(build_engine(settings, storage=tmp_path))
     for i in range(8):
         robot.engine.correct(Correction('The door is open.', id=f'k{i}', prompt=f'{i}?'))

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Profiles that were taught otherwise, side by side in one batch."""
+"""Profiles with different adapters in one batch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from mace_ros.engine.builder import build_engine
 TAUGHT = {'ann': 'I am Rover, your dog.', 'bob': 'My name is Tin, I sort mail.'}
 PROFILES = (*TAUGHT, 'stranger')        # the last one is served the base model
 QUESTION = 'Who are you?'
-OTHERS = ('Where is the kitchen?', 'Tell me about the sea.')    # nobody taught these
+OTHERS = ('Where is the kitchen?', 'Tell me about the sea.')    # without a correction
 
 
 @pytest.fixture(scope='module')
 def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Robot]:
-    """Return an engine that two people have taught opposite answers to one question."""
+    """Return an engine that has learned opposite answers to one question for two profiles."""
     settings = Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        # Rounding, other in another batch, must not change a token.
+        # Rounding, which depends on the batch, must not change a token.
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
         **RANDOM_MODEL})
     taught = Robot(build_engine(settings, storage=tmp_path_factory.mktemp('profiles')))
     for profile, text in TAUGHT.items():
         state = taught.correct(Correction(text, id=profile, prompt=QUESTION, profile=profile))
         assert state.state is CorrectionState.LEARNED, state.reason
-    # Nothing may run beside the batches that are compared.
+    # No learning may run beside the batches that are compared.
     taught.engine.update(taught.engine.settings.updated({'finetune.budget': 0.0}))
     yield taught
     taught.engine.close()
@@ -42,46 +42,46 @@ def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def batch(robot: Robot, questions: Mapping[str, str], **fields: object,
           ) -> tuple[dict[str, Response], dict[str, list[str]], list[set[str]]]:
     """
-    Ask for each profile at once; return responses, pieces and who spoke in each iteration.
+    Query all profiles at once; return responses, texts of the chunks, and iterations.
 
-    All by name of the profile.
+    The first two are by profile; an iteration is the set of profiles that it made chunks of.
     """
     for profile, text in questions.items():
         robot.engine.submit(Query(text, id=profile, profile=profile, **fields))  # type: ignore[arg-type]
     ended: dict[str, Response] = {}
-    pieces: dict[str, list[str]] = {profile: [] for profile in questions}
+    chunks: dict[str, list[str]] = {profile: [] for profile in questions}
     iterations = []
     while ended.keys() != questions.keys():
         events = robot.engine.step().events
         for event in events:
             if isinstance(event, ResponseChunk):
-                pieces[event.query_id].append(event.text)
+                chunks[event.query_id].append(event.text)
             elif isinstance(event, Response):
                 ended[event.query_id] = event
         iterations.append({e.query_id for e in events if isinstance(e, ResponseChunk)})
-    return ended, pieces, iterations
+    return ended, chunks, iterations
 
 
 @pytest.mark.parametrize('question', [QUESTION, *OTHERS])
 @pytest.mark.parametrize('sampling', [
     {}, {'temperature': 1.0, 'seed': 7}], ids=['greedy', 'sampled'])
-def test_each_gets_what_it_would_get_alone(
+def test_a_batch_gives_each_profile_the_answer_that_it_gets_alone(
         robot: Robot, question: str, sampling: dict[str, object]) -> None:
-    """ResponseChunk for token, from the very same iterations, and not what another one gets."""
+    """Chunk by chunk, in the same iterations, and different from the answers of other profiles."""
     fields = {'max_tokens': 40, **sampling}
     alone = {}
     for profile in PROFILES:
-        ended, pieces, _ = batch(robot, {profile: question}, **fields)
-        alone[profile] = (ended[profile].text, ended[profile].output_tokens, pieces[profile])
+        ended, chunks, _ = batch(robot, {profile: question}, **fields)
+        alone[profile] = (ended[profile].text, ended[profile].output_tokens, chunks[profile])
 
-    ended, pieces, iterations = batch(robot, dict.fromkeys(PROFILES, question), **fields)
+    ended, chunks, iterations = batch(robot, dict.fromkeys(PROFILES, question), **fields)
 
-    together = {p: (ended[p].text, ended[p].output_tokens, pieces[p]) for p in PROFILES}
+    together = {p: (ended[p].text, ended[p].output_tokens, chunks[p]) for p in PROFILES}
     assert together == alone
-    # No more iterations spoke than the longest answer has tokens; half a character is not told.
+    # At most one iteration per token produces chunks.
     tokens = [ended[p].output_tokens for p in PROFILES]
     assert sum(bool(spoke) for spoke in iterations) <= max(tokens) + 2 < sum(tokens)
-    # One adapter instead of another one would show.
+    # A mix-up of adapters would be seen.
     for one, other in combinations(PROFILES, 2):
         assert alone[one] != alone[other]
     assert [ended[p].adapter_version for p in PROFILES] == [1, 1, 0]
@@ -90,7 +90,7 @@ def test_each_gets_what_it_would_get_alone(
 
 
 def test_the_order_of_the_rows_does_not_matter(robot: Robot) -> None:
-    """Nor what others ask beside them."""
+    """Nor do the questions of the other rows."""
     plain = batch(robot, dict.fromkeys(PROFILES, QUESTION), max_tokens=20)[1]
     for order in (PROFILES[::-1], (PROFILES[1], PROFILES[2], PROFILES[0])):
         assert batch(robot, dict.fromkeys(order, QUESTION), max_tokens=20)[1] == plain
@@ -98,8 +98,8 @@ def test_the_order_of_the_rows_does_not_matter(robot: Robot) -> None:
     assert batch(robot, mixed, max_tokens=20)[1]['ann'] == plain['ann']
 
 
-def test_what_was_computed_for_one_is_not_found_by_another(robot: Robot) -> None:
-    """Keys and values made under one adapter are wrong under another, and are not shared."""
+def test_profiles_share_no_cached_prefixes(robot: Robot) -> None:
+    """Keys and values computed with one adapter are wrong for another one."""
     system = 'You are a robot in a garden. ' * 8
 
     def shared(profile: str, question: str) -> int:

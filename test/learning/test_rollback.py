@@ -28,7 +28,7 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.learning.job import JobState
 from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
-from mace_ros.learning.rollback_queue import MAX_FAILURES
+from mace_ros.learning.rollback_queue import MAX_DEVICE_FAILURES
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.journal import Journal
@@ -512,14 +512,14 @@ def test_a_slot_that_can_not_be_written_is_retried_and_then_refused(
     """The device may be short of memory for a while; serving continues."""
     teach(robot, 'A robot.', 'Your friend.')
     with monkeypatch.context() as patch:
-        fail_to_write(robot, patch, MAX_FAILURES - 1)
+        fail_to_write(robot, patch, MAX_DEVICE_FAILURES - 1)
         assert rolled_back(robot, 1).changed
     assert robot.ask('Who are you?').text == 'A robot.'
 
     start = len(robot.events)
     for _ in range(Settings().adapter.slots + 1):       # a failure must not leak a slot
         with monkeypatch.context() as patch:
-            fail_to_write(robot, patch, MAX_FAILURES)
+            fail_to_write(robot, patch, MAX_DEVICE_FAILURES)
             with pytest.raises(
                     RollbackRefused, match=r'version 2 serves from the next start on.*injected'):
                 rolled_back(robot, 2)

@@ -94,7 +94,7 @@ def test_gguf_files_with_different_weights_have_different_conversions(tmp_path: 
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_models_of_the_same_shape_are_told_apart(model_folder: Path, dtype: str) -> None:
+def test_models_of_the_same_shape_have_different_digests(model_folder: Path, dtype: str) -> None:
     model = load_model(str(model_folder), device='cpu', dtype=dtype).model
     before = weights_digest(model)
     again = load_model(str(model_folder), device='cpu', dtype=dtype).model

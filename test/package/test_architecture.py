@@ -165,6 +165,13 @@ BAD = {
     'a condition in SQL': (
         {IN_ENGINE: "x = query + ' WHERE number = ?'\n"}, f'{IN_ENGINE}:1: SQL outside'),
 
+    'a path in the docs that leads to no file': (
+        {'README.md': 'See `engine/engine.py`\nand `engine/motor.py`.\n'},
+        'README.md:2: engine/motor.py is neither below the root nor below mace_ros/'),
+    'a file that the docs name without its folder': (
+        {'docs/learning.md': 'See `engine.py`.\n'},
+        'docs/learning.md:1: engine.py is neither below the root nor below mace_ros/'),
+
     'a hop that does not exist': (
         {'docs/architecture.md': PAGE.replace('Engine.submit', 'Engine.take')},
         f'docs/architecture.md:{PAGE[:WALK].count(chr(10)) + 2}: '
@@ -195,7 +202,7 @@ def test_a_violation_is_found(case: str, tmp_path: Path) -> None:
     result = check(tree(tmp_path, **changes))
     assert finding in result.stdout
     assert result.returncode == 1
-    for line in result.stdout.splitlines():     # what is wrong, and what to do
+    for line in result.stdout.splitlines():     # the violation, and the advice
         assert len(line.split(': ')) >= 3
 
 

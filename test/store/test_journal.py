@@ -348,7 +348,7 @@ def test_an_error_undoes_only_its_own_function(path: Path) -> None:
         assert [record.id for record in pending] == ['good', 'late']
 
 
-def test_close_finishes_what_was_submitted(path: Path) -> None:
+def test_close_finishes_submitted_functions(path: Path) -> None:
     """Later submissions are refused; closing again does nothing."""
     writer = JournalWriter(path)
     futures = [writer.submit(accepting(f'k{number}')) for number in range(200)]
@@ -379,7 +379,7 @@ def test_functions_of_each_thread_run_in_its_order(path: Path) -> None:
 
 # Failures
 
-def test_a_full_disk_says_what_to_do(journal: Journal) -> None:
+def test_the_error_of_a_full_disk_has_advice(journal: Journal) -> None:
     """Nothing is half-written, and the journal works again once there is space."""
     journal.accept(correction('k1'))
     fill_disk(journal)

@@ -120,7 +120,7 @@ def test_files_are_deleted_after_the_commit_that_forgot_them(tmp_path: Path) -> 
     assert on_disk(tmp_path) == ['_robot/v000003', '_robot/v000099']
 
 
-def test_a_rollback_knows_what_is_learned_after_old_version_records_are_deleted(
+def test_a_rollback_after_old_version_records_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr('mace_ros.store.versions.VERSION_RECORDS', 3)

@@ -92,7 +92,7 @@ def wait_until_known(client: MaceClient) -> None:
     """
     Return once the active node knows all subscriptions of the client's node.
 
-    A subscription misses what is published before it is matched, and can't tell whether it is.
+    A subscription misses messages published before it is matched, and can't tell whether it is.
     But the middleware announces subscriptions in order: once a last one has received the
     latched version, the node knows the earlier ones as well.
     """

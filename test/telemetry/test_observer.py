@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What observers are told of an iteration, and that they can come and go."""
+"""Observers get the reports of an iteration, and can be added and removed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_phase_is_timed_also_if_it_fails() -> None:
     assert recorder.phases == [('pass', 0, 1, {'rows': 2})]
 
 
-def test_an_observer_that_was_removed_is_told_nothing() -> None:
+def test_a_removed_observer_gets_no_reports() -> None:
     observers, stays, leaves = Observers(lambda: 0.0), Recorder(), Recorder()
     observers.add(stays)
     observers.add(leaves)

@@ -69,7 +69,7 @@ def records(engine: Engine) -> list[Record]:
     for _ in range(3):
         engine.step()
     assert found == []
-    engine.pause()       # the node is deactivated: what there is, is handed over
+    engine.pause()       # the node is deactivated: the records so far are written
     assert found
     return found
 
@@ -102,7 +102,7 @@ def test_slices_of_the_device_are_nested(records: list[Record]) -> None:
             'fine-tune head', 'fine-tune backward'} <= names
 
 
-def test_a_pass_says_what_was_in_it(records: list[Record]) -> None:
+def test_a_pass_is_recorded_with_its_token_counts(records: list[Record]) -> None:
     passes = [r['args'] for r in records if r['name'] == 'pass']
     assert any(p['prefill_tokens'] > 1 for p in passes)
     assert any(p['decode_rows'] == 2 for p in passes)
@@ -140,7 +140,7 @@ def test_corrections_and_versions_are_marked(records: list[Record]) -> None:
     assert any(m.startswith('version 1: PUBLISHED') for m in marks)
 
 
-def test_it_ends_after_so_many_iterations(engine: Engine) -> None:
+def test_a_trace_ends_after_its_iterations(engine: Engine) -> None:
     found: list[Record] = []
     engine.submit(Query('Long?', id='long', max_tokens=4000))
     engine.trace(5, 60.0, found.extend)
@@ -148,22 +148,22 @@ def test_it_ends_after_so_many_iterations(engine: Engine) -> None:
     assert sum(r['name'] == 'pass' for r in found) == 5
     before = len(found)
     engine.step()
-    assert len(found) == before     # nothing is recorded any more
+    assert len(found) == before     # recording has ended
     engine.cancel('long')
     engine.step()
 
 
-def test_it_ends_in_time_where_nothing_happens(engine: Engine) -> None:
+def test_a_trace_of_an_idle_engine_ends_in_time(engine: Engine) -> None:
     found: list[Record] = []
     while engine.step().wake_at is not None:
         pass
     engine.trace(5, 0.05, found.extend)
     wakes = [engine.step().wake_at]
-    assert wakes[0] is not None      # so that somebody looks at the clock again
+    assert wakes[0] is not None      # so that an iteration checks the time
     run(engine, lambda _: found, seconds=60.0)
 
 
-def test_it_ends_before_it_is_too_large(
+def test_a_trace_ends_at_its_maximum_size(
     engine: Engine, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(trace_room, 'MAX_RECORDS', 50)
@@ -200,12 +200,13 @@ def test_a_file_that_can_not_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('name', ['../mine', '/tmp/mine', '..', '.hidden', 'a/b', 'a b', 'a\n',
                                   'ä', 'x' * 101])
-def test_a_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
+def test_the_name_of_a_trace_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidTrace, match='name'):
         trace_path(tmp_path, name)
 
 
-def test_files_are_not_without_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_trace_files_is_limited(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_room, 'MAX_FILES', 2)
     for name in ('a', 'b'):
         write_trace([], trace_path(tmp_path, name))
@@ -216,6 +217,6 @@ def test_files_are_not_without_number(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(('iterations', 'seconds'), [
     (0, 1.0), (trace_room.MAX_ITERATIONS + 1, 1.0), (1, 0.0), (1, -1.0), (1, math.nan),
     (1, math.inf)])
-def test_a_trace_has_an_end(iterations: int, seconds: float) -> None:
+def test_a_trace_needs_valid_limits(iterations: int, seconds: float) -> None:
     with pytest.raises(InvalidTrace):
         check_extent(iterations, seconds)
