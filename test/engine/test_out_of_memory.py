@@ -70,7 +70,7 @@ LEARNING = {
     'publishing it in the journal': (Journal, 'publish'),
     'an adapter slot': (LoRAManager, 'write_slot'),
 }
-# What only the first job of a process does.
+# Steps of the first job of a process only.
 FIRST_JOB = ('the main directions', 'protecting directions')
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),

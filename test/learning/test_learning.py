@@ -632,14 +632,14 @@ def test_reading_is_retried(
     robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     load, failures, problems = AdapterStore.load, [], set()
 
-    def gone(*arguments: object) -> object:
+    def damaged(*arguments: object) -> object:
         problems.add(robot.engine.status().learning_error)
         if len(failures) < learner.MAX_JOB_TRIES + 2:
             failures.append(1)
             raise CorruptVersion('injected')
         return load(*arguments)     # type: ignore[arg-type]
 
-    monkeypatch.setattr(AdapterStore, 'load', gone)
+    monkeypatch.setattr(AdapterStore, 'load', damaged)
     monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
     state = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
     assert state.state is CorrectionState.LEARNED

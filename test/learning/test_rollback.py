@@ -451,13 +451,13 @@ def test_a_rollback_may_take_the_last_slot(settings: Settings, tmp_path: Path) -
                 and e.state is CorrectionState.TRAINING)
     rolled_back(robot, 1, 'ann')
 
-    def told() -> list[str]:
+    def reasons() -> list[str]:
         return [e.reason for e in robot.events if isinstance(e, CorrectionStatus)
                 and e.id == 'bob' and e.state is FAILED]
 
-    if not told():
+    if not reasons():
         robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state is FAILED)
-    assert told() == [NO_SLOT]
+    assert reasons() == [NO_SLOT]
     assert robot.ask('Who are you?', profile='ann').text == 'Your friend.'
     teach(robot, 'A tin can.')
     robot.engine.close()

@@ -469,7 +469,7 @@ def test_a_waiting_request_shares_the_blocks_that_are_cached_when_it_is_admitted
 
 
 def test_random_schedules_preempt_and_share() -> None:
-    """Otherwise the test of schedules would protect nothing."""
+    """Otherwise the test of schedules would not test preemption and sharing."""
     model = family_model('llama')[0]
     schedule = Schedule(model, random.Random(1), 6)
     sequences = [Sequence(ids, BASE_SLOT, '') for ids in prompts(random.Random(1), 12)]

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class ScriptedNode:
-    """A node in a context of its own that publishes what a test tells it to."""
+    """A node in a context of its own that publishes messages for a test."""
 
     def __init__(self, name: str = 'mace') -> None:
         self._context = Context()

@@ -39,7 +39,7 @@ GPU_SEGMENT = {
 
 @dataclass
 class FixedCache:
-    """A KV cache of a fixed size that shares nothing, and records what is looked up in it."""
+    """A KV cache of a fixed size that shares no blocks, and records the lookups."""
 
     free_tokens: int = 0
     capacity_tokens: int = 65536
@@ -98,7 +98,7 @@ class VirtualDevice:
 
 
 def seconds_of_context(curve, shape: PassShape) -> float:
-    """Return what attention adds: for 1000 tokens, a tenth of a pass of one token."""
+    """Return the time that attention adds: for 1000 tokens, a tenth of a pass of one token."""
     return curve[0][1] / 1e3 * 1e-4 * (shape.decode_context + 0.1 * shape.prefill_context)
 
 
