@@ -122,7 +122,7 @@ def test_a_browser_shows_the_report_without_requests(report, tmp_path):
     (('--arrivals', 'poisson', '--device', 'this-machine'), '--calibration belongs to'),
     (('--arrivals', 'poisson', '--power-mode', '30w'), 'has maxn, maxq, not'),
     (('--arrivals', 'poisson', '--set', 'slo.ttft=3'), 'no such parameter'),
-    (('--arrivals', 'poisson', '--requests', '0'), 'more than 0'),
+    (('--arrivals', 'poisson', '--requests', '0'), 'must be greater than 0'),
     (('--arrivals', 'poisson', '--device', 'orin-nano-8', '--model', 'llama-3-8b'),
      'llama-3-8b takes'),
     (('--trace', '/nowhere/trace.csv'), 'No such file')])
