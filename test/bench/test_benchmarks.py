@@ -211,7 +211,7 @@ def test_probe_does_not_record_steps_that_run_nothing() -> None:
 def test_a_short_soak_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
     """A few seconds of bench.soak; they are too short to judge the growth of memory."""
     done = subprocess.run(
-        [sys.executable, '-m', 'bench.soak', '--minutes', '0.25', '--model', str(model_folder),
+        [sys.executable, '-m', 'bench.soak', '--minutes', '0.12', '--model', str(model_folder),
          '--results', str(tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     [result] = [json.loads(path.read_text()) for path in tmp_path.rglob('soak.json')]
