@@ -460,9 +460,10 @@ INTEGERS = (-1, 0, 1, 2, -5, -2**31, 2**31 - 1)
 class Fuzzer:
     """Makes messages that are mostly invalid, the same ones in each run."""
 
-    def __init__(self, answered: Response) -> None:
+    def __init__(self, answered: Response, name: str) -> None:
         self._random = random.Random(4)
         self._answered = answered
+        self._name = name       # in its ids: a test's cancellations must not reach another's
 
     def text(self) -> str:
         # Few are of the maximum length, or longer.
@@ -474,8 +475,8 @@ class Fuzzer:
         if kind == 0:
             return ''
         if kind == 1:
-            return self.text()[:200]
-        return f'fuzz {self._random.randrange(300)}'     # often used twice
+            return (self._name + self.text())[:200]
+        return f'{self._name} {self._random.randrange(300)}'     # often used twice
 
     def query(self) -> msg.Query:
         pick = self._random.choice
@@ -506,7 +507,7 @@ def test_two_thousand_messages_on_every_input(
     assert taught.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
     before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
-    fuzzer = Fuzzer(before)
+    fuzzer = Fuzzer(before, 'message')
     with Recorder(client, response=Response, correction_status=CorrectionStatus) as recorder:
         for wave in range(1, 21):      # a wave fits into the depth of the topics
             for _ in range(100):
@@ -550,7 +551,7 @@ def test_goals_and_service_calls_with_any_content_are_answered(
     client: MaceClient, generator: Generator, node: NodeProcess,
 ) -> None:
     before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
-    fuzzer, reasons = Fuzzer(before), []
+    fuzzer, reasons = Fuzzer(before, 'goal'), []
     for _ in range(150):
         query = fuzzer.query()
         goal = generator.send(**{name: getattr(query, name)
