@@ -24,6 +24,7 @@ from mace_ros.finetune.trainer import Trainer
 from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.learner import LearningStatus
 from mace_ros.learning.rollback import RolledBack
+from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.scheduling.plan import Segment, SegmentKind
 
 
@@ -35,6 +36,7 @@ class PendingLearner:
     """
 
     wants_anchors = False
+    wants_prefix: tuple[int, ...] | None = None
     busy = True
     wake_at: float | None = None
     oldest_unlearned_at = math.inf
@@ -114,6 +116,9 @@ class PendingLearner:
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Ignore answers of the base model; they are never requested."""
+
+    def give_prefix(self, ids: tuple[int, ...], prefix: PrefixKV) -> None:
+        """Ignore a prefix; none is ever requested."""
 
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Return the versions of a profile."""

@@ -29,7 +29,9 @@ from mace_ros.scheduling.request import Request
 # Background requests have no deadline and the lowest priority.
 BACKGROUND_SLO_S = 1e9
 BACKGROUND_PRIORITY = -2**31
-WARMUP_ID = '\n'    # not printable, so that no query can have this id
+PREFILL_ID = '\n'    # followed by the kind; not printable, so that no query can have this id
+
+COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class RequestKind(Enum):
@@ -37,7 +39,8 @@ class RequestKind(Enum):
 
     USER = auto()
     ANCHOR = auto()    # a question to the base model, whose answer learning must preserve
-    WARMUP = auto()    # fills the prefix cache of a new adapter version
+    HISTORY = auto()   # computes a conversation again that an adapter version has continued
+    PREFIX = auto()    # computes the prefix of a training sample
 
 
 @dataclass(eq=False)
@@ -61,6 +64,7 @@ class ActiveRequest:
     finish: FinishReason | None = None
     # While KV pruning observes the prompt: the attention that each of its tokens receives.
     attention: Tensor | None = None
+    adapted_from: int = 0         # position from which an adapter acts
 
     @property
     def is_silent(self) -> bool:
@@ -166,19 +170,23 @@ def build_request(query: Query, arrival: float, conversation: Conversation, chat
     return ActiveRequest(
         query=query, messages=messages, ids=ids, request=request,
         sampling=Sampling(query.temperature, query.top_p, query.seed),
-        stream=TextStream(chat, query.stop), kind=kind)
+        stream=TextStream(chat, query.stop), kind=kind, adapted_from=chat.adapted_from(ids))
 
 
-def build_warmup(ids: Sequence[int], profile: str, now: float,
-                 chat: ChatTokenizer) -> ActiveRequest:
-    """Build a request that only computes the keys and values of ``ids``."""
+def build_prefill(kind: RequestKind, ids: Sequence[int], now: float, chat: ChatTokenizer, *,
+                  urgent: bool = False) -> ActiveRequest:
+    """
+    Build a request that only computes the base model's keys and values of ``ids``.
+
+    Unless it is ``urgent``, it yields to all others.
+    """
     request = Request(
-        id=WARMUP_ID, arrival=now, prompt_tokens=len(ids), max_tokens=1,
-        ttft_slo=BACKGROUND_SLO_S, tpot_slo=BACKGROUND_SLO_S, priority=BACKGROUND_PRIORITY)
+        id=f'{PREFILL_ID}{kind.name}', arrival=now, prompt_tokens=len(ids), max_tokens=1,
+        ttft_slo=BACKGROUND_SLO_S, tpot_slo=BACKGROUND_SLO_S,
+        priority=0 if urgent else BACKGROUND_PRIORITY)
     return ActiveRequest(
-        query=Query('', id=WARMUP_ID, profile=profile), messages=(), ids=list(ids),
-        request=request, sampling=Sampling(0.0, 1.0, 0), stream=TextStream(chat),
-        kind=RequestKind.WARMUP)
+        query=Query('', id=request.id), messages=(), ids=list(ids), request=request,
+        sampling=Sampling(0.0, 1.0, 0), stream=TextStream(chat), kind=kind)
 
 
 @lru_cache

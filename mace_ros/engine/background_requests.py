@@ -1,26 +1,31 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Silent requests of the engine itself: anchors for learning, and prefix warm-up."""
+"""Silent requests of the engine itself, all of them to the base model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
+from mace_ros.api.events import FinishReason
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_query
 from mace_ros.engine.active_request import (
     ActiveRequest,
+    build_prefill,
     build_request,
-    build_warmup,
+    COMPLETE,
+    PREFILL_ID,
     RequestKind,
 )
 from mace_ros.engine.anchor_requests import AnchorRequests
 from mace_ros.engine.conversations import Conversation
-from mace_ros.engine.prefix_warmup import PrefixWarmup
-from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.engine.history_prefill import HistoryPrefill
+from mace_ros.engine.paged_kv_cache import PagedKVCache
+from mace_ros.memory.adapter_slots import BASE_IDENTITY
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.plan import State
 
@@ -29,14 +34,15 @@ class BackgroundRequests:
     """Builds silent internal requests."""
 
     def __init__(self, *, chat: ChatTokenizer, state: State, kv_cache: KVCacheManager,
-                 slots: AdapterSlots, anchors: AnchorRequests,
+                 paged: PagedKVCache, anchors: AnchorRequests,
                  clock: Callable[[], float]) -> None:
         """Begin without a request."""
-        self._chat, self._state, self._kv_cache, self._slots = chat, state, kv_cache, slots
+        self._chat, self._state, self._kv_cache, self._paged = chat, state, kv_cache, paged
         self._clock = clock
         self._anchors = anchors
-        self._prefixes = PrefixWarmup()
-        self._warmup: ActiveRequest | None = None
+        self._history = HistoryPrefill()
+        # A prefix that was computed, or why it could not be.
+        self._prefix: tuple[tuple[int, ...], PrefixKV | str] | None = None
 
     # -- anchors ---------------------------------------------------------------------
 
@@ -63,44 +69,62 @@ class BackgroundRequests:
                 return unknown
         return []
 
-    # -- prefix warm-up --------------------------------------------------------------
+    # -- conversations ---------------------------------------------------------------
 
-    def note_prefix(self, active: ActiveRequest, system: str) -> None:
-        """Remember how the prompt of an answered query begins."""
-        query = active.query
-        self._prefixes.note(
-            query.profile, system, query.conversation_id, active.prompt, active.ids)
+    def answered(self, active: ActiveRequest) -> None:
+        """Plan to compute the conversation of an answer again, if an adapter gave it."""
+        conversation_id = active.query.conversation_id
+        assert active.version is not None
+        if conversation_id and active.version.version and active.adapted_from:
+            self._history.note(conversation_id, active.ids)
+        else:
+            self._history.drop(conversation_id)
 
-    def published(self, profile: str) -> None:
-        """Plan the warm-up of a profile's new version."""
-        self._prefixes.begin(
-            lambda other: self._slots.live(other).profile == profile,
-            self._kv_cache.capacity_tokens // 2)
-
-    def next_warmup(self, *, sharing: bool) -> ActiveRequest | None:
-        """Return a warm-up request to start, if the engine is idle and one is planned."""
+    def next_history(self, *, sharing: bool) -> ActiveRequest | None:
+        """Return a request that computes some of a conversation, if the engine is idle."""
         if self._state.has_requests:
             return None
         if not sharing:
-            self._prefixes.stop()
-        chunk = self._prefixes.next(lambda profile, ids: self._kv_cache.cached_tokens(BlockHashes(
-            self._slots.live(profile).identity, ids, BLOCK_TOKENS), len(ids)))
-        if chunk is not None:
-            self._warmup = build_warmup(chunk.ids, chunk.profile, self._clock(), self._chat)
-        return self._warmup if chunk is not None else None
+            self._history.clear()
+        ids = self._history.next(lambda ids: self._kv_cache.cached_tokens(
+            BlockHashes(BASE_IDENTITY, ids, BLOCK_TOKENS), len(ids)))
+        if ids is None:
+            return None
+        return build_prefill(RequestKind.HISTORY, ids, self._clock(), self._chat)
+
+    # -- prefixes of training samples ------------------------------------------------
+
+    def prefix(self, ids: tuple[int, ...], active: Container[str], *,
+               urgent: bool) -> PrefixKV | ActiveRequest | None:
+        """
+        Return a prefix of a training sample, the request that computes it, or None meanwhile.
+
+        ``active`` holds the ids of the active requests. Raises ``RuntimeError`` if the prefix
+        could not be computed.
+        """
+        computed, self._prefix = self._prefix, None
+        if computed is not None and computed[0] == ids:
+            if isinstance(computed[1], PrefixKV):
+                return computed[1]
+            raise RuntimeError(computed[1])
+        request = build_prefill(
+            RequestKind.PREFIX, ids, self._clock(), self._chat, urgent=urgent)
+        return None if request.query.id in active else request
 
     # -- ends ------------------------------------------------------------------------
 
     @property
     def abortable(self) -> list[str]:
         """The ids of the requests that an arriving query aborts."""
-        warmup = [self._warmup.query.id] if self._warmup is not None else []
-        return [*warmup, *self._anchors.abortable]
+        return [f'{PREFILL_ID}{RequestKind.HISTORY.name}', *self._anchors.abortable]
 
-    def ended(self, active: ActiveRequest, *, complete: bool) -> None:
-        """Take the outcome of a silent request."""
-        if active.kind is RequestKind.WARMUP:
-            self._warmup = None
-        else:
+    def ended(self, active: ActiveRequest, reason: FinishReason, error: str) -> None:
+        """Take the outcome of a silent request, which still has its KV blocks."""
+        complete = reason in COMPLETE
+        if active.kind is RequestKind.ANCHOR:
             self._anchors.ended(
                 active.query.id, active.prompt, active.output, complete=complete)
+        elif active.kind is RequestKind.PREFIX and reason is not FinishReason.CANCELLED:
+            ids = tuple(active.prompt)
+            self._prefix = ids, (
+                self._paged.read_prefix(active.request.blocks, len(ids)) if complete else error)

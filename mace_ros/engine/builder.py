@@ -101,10 +101,14 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     device = _load_model(settings, progress)
     loaded, model = device.loaded, device.model
     adapter = settings.adapter
+    chat = ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
+    if not chat.invocation:
+        progress('the chat template has no recognisable user turn: adapters act on whole prompts')
     slots = adapter.slots + 1    # one more than may be live, for the version to be published
     lora = LoRAManager(
         model.linears, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
-        slots=slots, protected_directions=settings.finetune.spared_directions)
+        slots=slots, protected_directions=settings.finetune.spared_directions,
+        invocation=chat.invocation)
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
     memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
@@ -117,7 +121,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     cost = _calibrate(settings, model, lora, progress, clock)
     return Parts(
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
-        chat=ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id),
+        chat=chat,
         hardware=device.hardware, free_bytes=device.free_bytes, lora=lora,
         slots=AdapterSlots(base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=slots),
         state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,

@@ -27,7 +27,6 @@ from mace_ros.api.events import (
     FinishReason,
     InvalidCorrection,
     Query,
-    VersionState,
 )
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_correction, MAX_ID
@@ -57,6 +56,7 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import accept, Accepted
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.model.heap import HeapTrimmer
+from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.scheduling.plan import Plan
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.store.retention import tidy
@@ -84,7 +84,7 @@ class Engine:
         self._inbox, self._observers = Inbox(wake), Observers(clock)
         self._recorder = AnswerRecorder(journal=parts.journal, inbox=self._inbox)
         self._background = BackgroundRequests(
-            chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache, slots=parts.slots,
+            chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache, paged=parts.paged,
             anchors=recorded_anchors(parts.journal, parts.weights_digest), clock=clock)
         self.requests = RequestManager(
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
@@ -328,9 +328,6 @@ class Engine:
                     raise                 # no failure of a job, and nothing else would report it
                 events = self._fail_learning(error)
             self._follow_step()
-        for event in events:
-            if isinstance(event, AdapterVersion) and event.state is VersionState.PUBLISHED:
-                self._background.published(event.profile)
         if any(isinstance(event, AdapterVersion) for event in events):
             tidy(self._journal, self.parts.store, self._settings.storage.max_versions)
         return events
@@ -353,12 +350,12 @@ class Engine:
 
     def _prepare(self) -> list[Event]:
         """Start background requests, and give the scheduler what it may plan."""
-        warmup = self._background.next_warmup(sharing=self._settings.memory.prefix_sharing)
-        if warmup is not None:
-            self.requests.start(warmup)
+        history = self._background.next_history(sharing=self._settings.memory.prefix_sharing)
+        if history is not None:
+            self.requests.start(history)
         if self.learner.wants_anchors:
             self._ask_anchors()
-        events = self._offer_step()
+        events = self._compute_prefix(self.learner.wants_prefix) + self._offer_step()
         try:
             self.parts.paged.move(self._step)
         except Exception as error:    # requests are computed again
@@ -368,13 +365,32 @@ class Engine:
     def _ask_anchors(self) -> None:
         """Ask the base model what learning must preserve; give the learner all answers at once."""
         for active in self._background.next_anchors(
-                self._settings, self.requests.max_length, overdue=self.scheduler.is_overdue(
-                    self.learner.oldest_unlearned_at, self._clock())):
+                self._settings, self.requests.max_length, overdue=self._learning_is_overdue()):
             self.requests.start(active)
         answers = self._background.anchor_answers
         if answers is not None:
             self.learner.give_anchors(answers)
             self._inbox.wake()    # poll the learner again
+
+    def _compute_prefix(self, ids: tuple[int, ...] | None) -> list[Event]:
+        """Compute the prefix of a training sample, and give it to the learner."""
+        if ids is None:
+            return []
+        try:
+            prefix = self._background.prefix(
+                ids, self.requests, urgent=self._learning_is_overdue())
+        except RuntimeError as error:
+            return self._fail_learning(error)
+        if isinstance(prefix, PrefixKV):
+            self.learner.give_prefix(ids, prefix)
+            self._inbox.wake()    # poll the learner again
+        elif prefix is not None:
+            self.requests.start(prefix)
+        return []
+
+    def _learning_is_overdue(self) -> bool:
+        """Return whether any correction has waited too long."""
+        return self.scheduler.is_overdue(self.learner.oldest_unlearned_at, self._clock())
 
     def _offer_step(self) -> list[Event]:
         """Let the scheduler plan the learner's step if there is memory for it."""

@@ -14,6 +14,7 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.status import LearningStatus
+from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.scheduling.plan import Segment
 
 
@@ -42,6 +43,10 @@ class LearnerPort(Protocol):
         """Whether a job waits for the base model's answers; see :meth:`give_anchors`."""
 
     @property
+    def wants_prefix(self) -> tuple[int, ...] | None:
+        """Token ids that come before what a job trains; see :meth:`give_prefix`."""
+
+    @property
     def oldest_unlearned_at(self) -> float:
         """When the oldest correction arrived that is not learned; infinity without one."""
 
@@ -59,6 +64,9 @@ class LearnerPort(Protocol):
 
     def give_anchors(self, anchors: list[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to the anchors, as (prompt ids, output ids)."""
+
+    def give_prefix(self, ids: tuple[int, ...], prefix: PrefixKV) -> None:
+        """Take the base model's keys and values for ``ids``."""
 
     def poll(self) -> list[Event]:
         """Advance as far as possible without waiting."""

@@ -206,7 +206,7 @@ class ModelRunner:
         return Span(
             active.ids[first:first + tokens], first, request.blocks, request.adapter_slot,
             wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
-            attention=self._paged.attention(active, tokens))
+            attention=self._paged.attention(active, tokens), adapted_from=active.adapted_from)
 
     def _piggyback(self, step: FinetuneStep | None, tokens: int,
                    ) -> tuple[PiggybackSpans | None, Exception | None]:

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from mace_ros.engine.active_request import ActiveRequest
+from mace_ros.engine.active_request import ActiveRequest, RequestKind
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool, OutOfBlocks
 from mace_ros.memory.pruning import blocks_to_drop, LONG_TOKENS
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.model.spans import OBSERVATION_TOKENS, PiggybackSpans
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 
@@ -39,7 +42,8 @@ class PagedKVCache:
         """
         request, known = active.request, active.request.known_tokens
         if (not self._prune_share or known < LONG_TOKENS or request.is_decoding
-                or request.computed_tokens + tokens <= known - OBSERVATION_TOKENS):
+                or request.computed_tokens + tokens <= known - OBSERVATION_TOKENS
+                or active.kind is RequestKind.PREFIX):
             return None
         attention = active.attention
         if attention is None or len(attention) != known:
@@ -74,6 +78,10 @@ class PagedKVCache:
                 return None
             step.hold_blocks(held)
         return step.piggyback_spans(tokens)
+
+    def read_prefix(self, blocks: Sequence[int], tokens: int) -> PrefixKV:
+        """Copy the first ``tokens`` tokens of a block table, which begin a sequence."""
+        return self._model.kv_cache.read(self._model.cache_slots(blocks, tokens))
 
     def release(self, step: FinetuneStep) -> None:
         """Release the blocks that a step holds."""

@@ -19,8 +19,8 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_query, MAX_ID
-from mace_ros.engine.active_request import ActiveRequest, build_request, RequestKind
-from mace_ros.engine.answer_recorder import AnswerRecorder, system_prompt
+from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE, RequestKind
+from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
 from mace_ros.engine.early_aborts import EarlyAborts
 from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
@@ -32,9 +32,6 @@ from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
 from mace_ros.scheduling.request import RequestState
-
-COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
-
 
 class RequestManager:
     """Admits queries, appends their tokens, and ends them; on the device's thread."""
@@ -133,10 +130,10 @@ class RequestManager:
     def start(self, active: ActiveRequest) -> None:
         """Queue a request for scheduling; it keeps the adapter version that is live now."""
         active.version = self._slots.pin(active.query.profile)
-        base = active.kind is RequestKind.ANCHOR
-        active.request.adapter_slot = BASE_SLOT if base else active.version.slot
+        active.request.adapter_slot = BASE_SLOT if active.is_silent else active.version.slot
         active.request.block_hashes = BlockHashes(
-            BASE_IDENTITY if base else active.version.identity, active.ids, BLOCK_TOKENS)
+            BASE_IDENTITY if active.is_silent else active.version.identity, active.ids,
+            BLOCK_TOKENS, active.adapted_from)
         self._active[active.query.id] = active
         self._state.waiting.add(active.request)
 
@@ -209,12 +206,13 @@ class RequestManager:
         query = active.query
         del self._active[query.id]
         self._early_aborts.ended(query.id)
+        complete = reason in COMPLETE
+        if active.is_silent:    # while it has its blocks, which may be read
+            self._background.ended(active, reason, error)
         self._kv_cache.free(active.request)
         assert active.version is not None
         self._slots.unpin(active.version)
-        complete = reason in COMPLETE
         if active.is_silent:
-            self._background.ended(active, complete=complete)
             return []
         if active.request.output_tokens:
             self._record(active, complete=complete)
@@ -223,7 +221,7 @@ class RequestManager:
         return [*closing, active.response(reason, self._clock(), code, error)]
 
     def _record(self, active: ActiveRequest, *, complete: bool) -> None:
-        self._background.note_prefix(active, system_prompt(active))
+        self._background.answered(active)
         if self._recorder.record(active, self._settings, complete=complete):
             self._answered(active.query.id)
 

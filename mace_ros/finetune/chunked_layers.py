@@ -147,10 +147,15 @@ class ChunkedLayers:
 
 def _of_chunk(metadata: AttentionMetadata, chunk: slice) -> AttentionMetadata:
     """Return the metadata of a chunk, whose keys are all tokens up to its own."""
-    sequence, position = metadata.query_sequence, metadata.query_position
-    assert sequence is not None and position is not None
+    assert metadata.query_sequence is not None and metadata.query_position is not None
+    assert metadata.key_sequence is not None and metadata.key_position is not None
     alone = len(metadata.lengths) == 1
+    prefixes, prefix = metadata.prefixes, metadata.query_prefix
+    before = 0 if prefixes is None else sum(prefixes.lengths)
     return AttentionMetadata(
-        query_sequence=sequence[chunk], query_position=position[chunk],
-        key_sequence=sequence[:chunk.stop], key_position=position[:chunk.stop],
-        shared=metadata.shared, lengths=(chunk.stop - chunk.start,) if alone else ())
+        query_sequence=metadata.query_sequence[chunk],
+        query_position=metadata.query_position[chunk],
+        query_prefix=None if prefix is None else prefix[chunk],
+        key_sequence=metadata.key_sequence[:before + chunk.stop],
+        key_position=metadata.key_position[:before + chunk.stop],
+        prefixes=prefixes, lengths=(chunk.stop - chunk.start,) if alone else ())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.memory.budget import Footprint
+from mace_ros.memory.budget import Footprint, PREFIX_TOKENS
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.cpu_attention import MAX_TOKENS, prefers_one_mask
 from mace_ros.model.lora_manager import LoRAManager
@@ -30,7 +30,8 @@ def measure_footprint(model: PackedModel, lora: LoRAManager) -> Footprint:
         kv_block=model.kv_cache.slot_bytes * BLOCK_TOKENS,
         # Six copies of the master weights: AdamW's two moments, the weights at the job's start,
         # gradients, accumulated gradients or swapped-out weights, and what the first job adds.
-        adapters=lora.nbytes + 6 * masters + lora.null_space_nbytes,
+        adapters=(lora.nbytes + 6 * masters + lora.null_space_nbytes
+                  + PREFIX_TOKENS * model.kv_cache.slot_bytes),
         layers=len(model.layers), hidden_token=config.hidden_size * model.dtype.itemsize,
         logits_row=config.vocab_size * 4,
         graphs=tuple((n, _graph_bytes(model, n)) for n in lengths),

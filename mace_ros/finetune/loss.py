@@ -96,10 +96,10 @@ class HeadLoss:
         for sample, factor in zip(self._samples, imitated, strict=True):
             for i in range(1, len(sample.tokens)):
                 if sample.weights[i]:
-                    rows.append(i - 1 + (start if i > packed.shared else 0))
+                    rows.append(start + i - 1 - sample.adapted_from)
                     tokens.append(sample.tokens[i])
                     weights.append(sample.weights[i] * factor)
-            start += len(sample.tokens) - packed.shared
+            start += sample.own_tokens
         total = math.fsum(weights) if total_weight is None else total_weight
         shares = torch.tensor(weights) / (total or 1.0)
         device = self._model.device
@@ -154,8 +154,7 @@ class HeadLoss:
         assert hidden.grad is not None
         if self._gradient is None:
             self._gradient = torch.zeros_like(last_hidden)
-        # Added, since the last token of a shared prefix may predict the first of several responses.
-        self._gradient.index_add_(0, rows, hidden.grad)
+        self._gradient[rows] = hidden.grad
         self._learned += 1
 
     def _score(self, log_p: Tensor, tokens: Tensor) -> None:

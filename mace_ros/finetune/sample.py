@@ -9,10 +9,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-# Length from which a common prefix of all prompts is computed only once.
-MIN_SHARED_TOKENS = 8
-
-
 @dataclass(frozen=True)
 class SoftTargets:
     """
@@ -32,17 +28,31 @@ class Sample:
     A training sequence, with a weight for the prediction of each token.
 
     ``weights[i]`` belongs to ``tokens[i]`` and is 0 for prompt tokens; the first token is never
-    predicted. With ``soft_targets``, these are learned instead of the tokens.
+    predicted. With ``soft_targets``, these are learned instead of the tokens. The adapter acts
+    on the tokens from ``adapted_from`` on; those before it are the base model's.
     """
 
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
     soft_targets: SoftTargets | None = field(default=None, compare=False)
+    adapted_from: int = 0
 
     def __post_init__(self) -> None:
         """Check that the lengths match."""
         if len(self.tokens) != len(self.weights) or len(self.tokens) < 2:
             raise ValueError('a sample needs two or more tokens and a weight for each')
+        if any(self.weights[:self.adapted_from + 1]):
+            raise ValueError('the adapter must act on the token before the first weighted one')
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Tokens before those that the adapter acts on."""
+        return self.tokens[:self.adapted_from]
+
+    @property
+    def own_tokens(self) -> int:
+        """Number of tokens that a step computes for the sample."""
+        return len(self.tokens) - self.adapted_from
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -82,48 +92,30 @@ class SampleScore:
     margin: float            # smallest lead of a target's logit over the best other logit
 
 
-def shared_tokens(samples: Sequence[Sample]) -> int:
-    """Return the length of the common prefix of all prompts, or 0 if it is too short to share."""
-    if len(samples) < 2:
-        return 0
-    # Each sample keeps at least one token of its own, so that there is something to compute.
-    prompts = [s.prompt[:len(s.tokens) - 1] for s in samples]
-    first, last = min(prompts), max(prompts)    # their common prefix is that of all prompts
-    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-                 min(len(first), len(last)))
-    return count if count >= MIN_SHARED_TOKENS else 0
-
-
-def copied_tokens(shared: int) -> int:
-    """Return the tokens whose memory equals a sequence's copy of a ``shared`` prefix."""
+def attended_tokens(prefix: int) -> int:
+    """Return the tokens whose memory equals what a sequence needs to attend to its prefix."""
     # Keys and values of one layer, and the attention of its own tokens to them.
-    return 1 + shared // 32 if shared else 0
-
-
-def packed_tokens(samples: Sequence[Sample]) -> int:
-    """Return the number of tokens that a step over these samples computes."""
-    return sum(len(s.tokens) for s in samples) - shared_tokens(samples) * (len(samples) - 1)
+    return 1 + prefix // 32 if prefix else 0
 
 
 class PackedSamples:
-    """Samples packed one after the other; a shared prefix is a sequence of its own before them."""
+    """The adapted tokens of samples, packed one after the other, and the prefixes before them."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = tuple(samples)
-        self.shared = shared_tokens(samples)
-        # The tokens of each packed sequence, and the position of its first token.
-        self.sequences = [(s.tokens[self.shared:], self.shared) for s in samples]
-        if self.shared:
-            self.sequences.insert(0, (samples[0].tokens[:self.shared], 0))
-        self.lengths = tuple(len(tokens) for tokens, _ in self.sequences)
+        # Each prefix once, in order of appearance; and the index of each sample's, -1 for none.
+        self.prefixes = list(dict.fromkeys(s.prefix for s in samples if s.prefix))
+        self.prefix_of = tuple(
+            self.prefixes.index(s.prefix) if s.prefix else -1 for s in samples)
+        self.lengths = tuple(s.own_tokens for s in samples)
         self.tokens = sum(self.lengths)
 
     @property
     def ids(self) -> list[int]:
         """Token ids, ``[tokens]``."""
-        return [t for tokens, _ in self.sequences for t in tokens]
+        return [t for s in self.samples for t in s.tokens[s.adapted_from:]]
 
     @property
     def positions(self) -> list[int]:
         """Position of each token in its sequence, ``[tokens]``."""
-        return [first + i for tokens, first in self.sequences for i in range(len(tokens))]
+        return [i for s in self.samples for i in range(s.adapted_from, len(s.tokens))]

@@ -11,7 +11,7 @@ undivided step, because the backward of a layer needs nothing but the layer's in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from mace_ros.finetune.chunked_layers import ChunkedLayers, split_evenly
 from mace_ros.finetune.loss import HeadLoss
 from mace_ros.finetune.sample import (
-    copied_tokens,
+    attended_tokens,
     PackedSamples,
     Preference,
     Sample,
@@ -33,6 +33,7 @@ from mace_ros.model.cpu_attention import prefers_one_mask
 from mace_ros.model.lora_mapping import InputObserver, TRAINING_SLOT
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.prefix_kv import PackedPrefixes, PrefixKV
 from mace_ros.model.spans import PiggybackSpans, Span
 from mace_ros.scheduling.plan import Segment, SegmentKind
 
@@ -43,8 +44,9 @@ class FinetuneStep:
 
     Implements :class:`mace_ros.scheduling.plan.FinetuneWork`.
 
-    A common prefix of all prompts, such as a system prompt, is computed only once; the gradients
-    are the same. A segment takes as long as the packed sequences: a large step is therefore
+    Only the tokens that the adapter acts on are computed: keys and values of the tokens before
+    them are the base model's. A segment takes as long as the packed sequences: a large step is
+    therefore
     done in parts, each a FinetuneStep, whose gradients accumulate in the trainer. If a part has
     more than ``chunk_tokens`` nevertheless, such as one long sequence, each layer runs in chunks.
     """
@@ -54,7 +56,8 @@ class FinetuneStep:
                  learns: bool = True, preferences: Sequence[Preference] = (),
                  imitation: float = 1.0, window: AccumulationWindow | None = None,
                  chunk_tokens: int | None = None, oldest_correction_at: float = 0.0,
-                 observer: InputObserver | None = None, pauses_when_scored: bool = False) -> None:
+                 observer: InputObserver | None = None, pauses_when_scored: bool = False,
+                 prefixes: Mapping[tuple[int, ...], PrefixKV] | None = None) -> None:
         """
         Pack the samples and plan the segments.
 
@@ -71,8 +74,9 @@ class FinetuneStep:
         - ``observer``: receives the inputs of the adapted linear layers in the forward.
         - ``pauses_when_scored``: the runner stops once the loss is known, since the learner may
           give up the backward then.
+        - ``prefixes``: keys and values for each sample's prefix, by its token ids.
 
-        Raises ``ValueError`` if no token has a weight.
+        Raises ``ValueError`` if no token has a weight, and ``KeyError`` if a prefix is missing.
         """
         if not any(w for s in samples for w in s.weights[1:]):
             raise ValueError('a fine-tune step needs a token to learn: all weights are 0')
@@ -87,6 +91,7 @@ class FinetuneStep:
         self._window = window
         self._observer = observer
         self._packed = PackedSamples(samples)
+        self._prefixes = [(prefixes or {})[ids] for ids in self._packed.prefixes]
         self.tokens = self._packed.tokens
         self._blocks: list[list[int]] = []
         self._piggybacked = 0       # forward tokens that ran in inference passes
@@ -107,14 +112,18 @@ class FinetuneStep:
         if chunked:
             self._alone, self.keep_graphs = True, False
         # Captured layers can't call an observer.
+        prefix_tokens = sum(p.tokens for p in self._prefixes)
         self._graphed = None if chunked or self._observer is not None else next(
-            (x for x in model.graphed_layers if x.tokens >= self.tokens), None)
+            (x for x in model.graphed_layers
+             if x.tokens >= self.tokens and x.prefix_tokens >= prefix_tokens), None)
         padding = self._graphed.tokens - self.tokens if self._graphed is not None else 0
         self._padded_lengths = (*packed.lengths, padding) if padding else packed.lengths
-        # `lengths` counts the copies of the shared prefix; a chunk of that size divides nothing.
+        self._packed_prefixes = PackedPrefixes.pack(
+            self._prefixes, packed.prefix_of + (-1,) * bool(padding)) if self._prefixes else None
+        # `lengths` counts copies of the prefixes; a chunk of that size divides nothing.
         self.chunk_tokens = chunk_tokens if chunked else sum(self.lengths)
         self.metadata = (whole_sequences(
-            packed.lengths, model.device, shared=packed.shared,
+            packed.lengths, model.device, prefixes=self._packed_prefixes,
             one_mask=prefers_one_mask(self.tokens, model.dtype, model.device))
             if self._graphed is None else self._graphed.metadata)
         ids = model.tensor([packed.ids + [0] * padding])
@@ -142,11 +151,18 @@ class FinetuneStep:
 
     @property
     def kv_tokens(self) -> tuple[int, ...]:
-        """KV cache tokens that each sequence needs for piggybacking; empty if it is over."""
-        return self._packed.lengths if self.piggyback_tokens else ()
+        """
+        KV cache tokens of each prefix and of each sequence after its prefix, for piggybacking.
+
+        Empty if it is over.
+        """
+        prefixes = (p.tokens for p in self._prefixes)
+        return (*prefixes, *self._packed.lengths) if self.piggyback_tokens else ()
 
     def hold_blocks(self, blocks: list[list[int]]) -> None:
-        """Hold KV blocks for piggybacking, one table per sequence."""
+        """Hold KV blocks for piggybacking, one table for each of :attr:`kv_tokens`."""
+        for prefix, table in zip(self._prefixes, blocks, strict=False):
+            self.model.kv_cache.write(self.model.cache_slots(table, prefix.tokens), prefix)
         self._blocks = blocks
 
     @property
@@ -172,14 +188,18 @@ class FinetuneStep:
         if len(self._hidden) == 1:
             self._hidden += [torch.zeros_like(self._hidden[0]) for _ in self.model.layers]
         first, last = self._piggybacked, self._piggybacked + tokens
+        own_blocks = self._blocks[len(self._prefixes):]
         spans, start = [], 0
-        for (own, position), blocks in zip(self._packed.sequences, self._blocks, strict=True):
-            begin, end = max(first - start, 0), min(last - start, len(own))
+        for sample, prefix, blocks in zip(
+                self.samples, self._packed.prefix_of, own_blocks, strict=True):
+            before, length = sample.adapted_from, sample.own_tokens
+            begin, end = max(first - start, 0), min(last - start, length)
             if begin < end:
                 spans.append(Span(
-                    own[begin:end], position + begin, blocks, TRAINING_SLOT, False,
-                    shared=position, shared_blocks=self._blocks[0] if position else ()))
-            start += len(own)
+                    sample.tokens[before + begin:before + end], before + begin, blocks,
+                    TRAINING_SLOT, False, prefix=before,
+                    prefix_blocks=self._blocks[prefix] if before else ()))
+            start += length
         return PiggybackSpans(spans, [h[first:last] for h in self._hidden])
 
     def piggybacked(self, tokens: int) -> None:
@@ -194,9 +214,9 @@ class FinetuneStep:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence that determine its memory, padding and copies included."""
-        copied = copied_tokens(self._packed.shared)
-        return tuple(n + copied for n in self._padded_lengths)
+        """Tokens of each sequence that determine its memory, padding and prefixes included."""
+        padding = self._padded_lengths[len(self.samples):]
+        return (*(s.own_tokens + attended_tokens(s.adapted_from) for s in self.samples), *padding)
 
     def save_memory(self, chunk_tokens: int) -> None:
         """Keep no graphs and compute ``chunk_tokens`` at once; only before the step has begun."""
@@ -289,8 +309,7 @@ class FinetuneStep:
         """Return a layer's output for ``x``, ``[1, tokens and padding, width]``."""
         if self._graphed is None:
             return run_layer(self.model.layers[index], x, self._calls[index])
-        self._graphed.begin(
-            self, self._padded_lengths, self._calls, shared=self._packed.shared)
+        self._graphed.begin(self, self._padded_lengths, self._calls, self._packed_prefixes)
         return self._graphed.run(index, x, recompute=recompute)
 
     def _forward(self, index: int) -> None:

@@ -17,13 +17,15 @@ from mace_ros.learning.protected_directions import input_subspace, protect
 from mace_ros.learning.samples import sample
 from mace_ros.learning.task import Pause, Task
 from mace_ros.learning.training import Training
+from mace_ros.model.chat import ChatTokenizer
 
 
 class AnchorReplay:
     """Keeps the answers to the anchors and their soft targets."""
 
-    def __init__(self) -> None:
+    def __init__(self, chat: ChatTokenizer) -> None:
         """Begin without the answers."""
+        self._chat = chat
         self._answers: list[Sample] | None = None
         self._replayed: list[Sample] | None = None
 
@@ -34,7 +36,7 @@ class AnchorReplay:
 
     def give(self, answers: Iterable[tuple[list[int], list[int]]]) -> None:
         """Set the answers, as (prompt, output) ids in the order of the anchors."""
-        self._answers = [sample(prompt, output) for prompt, output in answers]
+        self._answers = [sample(self._chat, prompt, output) for prompt, output in answers]
 
     @property
     def probes(self) -> list[Sample]:

@@ -17,7 +17,6 @@ import math
 from statistics import fmean
 
 from mace_ros.finetune.sample import Sample, SampleScore
-from mace_ros.learning.samples import own_tokens
 
 # Tokens that are scored at once: a query waits for one layer of them at most.
 BATCH_TOKENS = 256
@@ -101,22 +100,16 @@ class Gate:
         return Verdict('; '.join(reasons), tuple(lost))
 
 
-def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS, *,
-            shared: int = 0) -> Iterator[list[Sample]]:
-    """
-    Yield samples in order, in batches of ``most`` tokens if possible.
-
-    The ``shared`` tokens with which all samples begin count once per batch.
-    """
+def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS) -> Iterator[list[Sample]]:
+    """Yield samples in order, in batches of ``most`` tokens if possible."""
     batch: list[Sample] = []
-    tokens = shared
+    tokens = 0
     for sample in samples:
-        own = own_tokens(sample, shared)
-        if batch and tokens + own > most:
+        if batch and tokens + sample.own_tokens > most:
             yield batch
-            batch, tokens = [], shared
+            batch, tokens = [], 0
         batch.append(sample)
-        tokens += own
+        tokens += sample.own_tokens
     if batch:
         yield batch
 

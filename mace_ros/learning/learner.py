@@ -50,6 +50,7 @@ from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.scheduling.plan import Segment, SegmentKind
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
@@ -77,7 +78,7 @@ class Learner:
         self._rollbacks = RollbackQueue(
             lora=lora, slots=slots, disk=self._disk, store=store, cancel_job=self._cancel_job,
             wake=wake)
-        anchors = AnchorReplay()
+        anchors = AnchorReplay(chat)
         self._context = JobContext(
             settings=settings, chat=chat,
             training=Training(
@@ -144,6 +145,15 @@ class Learner:
         """Take the base model's answers to the anchors, as (prompt, output) ids."""
         self._context.anchors.give(anchors)
         self.wants_anchors = False
+
+    @property
+    def wants_prefix(self) -> tuple[int, ...] | None:
+        """The prefix that the job waits for; see :meth:`give_prefix`."""
+        return self._context.training.prefixes.wanted
+
+    def give_prefix(self, ids: tuple[int, ...], prefix: PrefixKV) -> None:
+        """Take the base model's keys and values for a prefix of samples."""
+        self._context.training.prefixes.give(ids, prefix)
 
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile from the journal, oldest first."""

@@ -124,7 +124,7 @@ class LearningJob(Job):
         # Scores stay valid, except that a preference needs those of the live version.
         unscored = [w for w in self.corrections if prefers or not w.log_probabilities]
         scored = yield from context.training.score([
-            sample(w.record.prompt_ids, context.chat.answer(text))
+            sample(context.chat, w.record.prompt_ids, context.chat.answer(text))
             for w in unscored for text in texts(w.record)])
         right = self._note_scores(unscored, scored.scores)
         trained = [w for w in self.corrections if w.record.id in self.announced]
@@ -194,6 +194,7 @@ class LearningJob(Job):
     def _optimizer_step(self, plan: StepPlan) -> Task[StepScores | list[PendingCorrection]]:
         """Run a step; return its scores if training ends, else the corrections that join now."""
         scores: StepScores | None = None
+        yield from self._context.training.prefixes.prepare(s for p in plan.parts for s in p)
         for part in self._context.training.steps(plan):
             yield from self._announce()
             joining = yield from self._run(part, until_scored=scores is None)

@@ -160,4 +160,4 @@ class ComparisonJob(Job):
             self._store.load(r.path, r.sha256) if r else None for r in (live, older)))
 
     def _samples(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
-        return [sample(r.prompt_ids, self._chat.answer(r.corrected)) for r in records]
+        return [sample(self._chat, r.prompt_ids, self._chat.answer(r.corrected)) for r in records]

@@ -8,30 +8,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from mace_ros.finetune.sample import copied_tokens, Sample
+from mace_ros.finetune.sample import Sample
+from mace_ros.model.chat import ChatTokenizer
 
 T = TypeVar('T')
 
 
-def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0,
-                 shared: int = 0) -> list[Sample]:
-    """
-    Return the first samples that fit into ``tokens``, and ``at_least`` this many of them.
-
-    The ``shared`` tokens with which all samples begin do not count.
-    """
+def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
+    """Return the first samples that fit into ``tokens``, and ``at_least`` this many of them."""
     count = total = 0
     for sample in samples:
-        total += own_tokens(sample, shared)
+        total += sample.own_tokens
         if total > tokens and count >= at_least:
             break
         count += 1
     return samples[:count]
-
-
-def own_tokens(sample: Sample, shared: int) -> int:
-    """Return the tokens that a sample adds to a step whose samples share ``shared`` tokens."""
-    return len(sample.tokens) - shared + copied_tokens(shared)
 
 
 def rotate(samples: Sequence[T], count: int, offset: int) -> list[T]:
@@ -41,10 +32,16 @@ def rotate(samples: Sequence[T], count: int, offset: int) -> list[T]:
     return [samples[i % len(samples)] for i in range(offset * count, (offset + 1) * count)]
 
 
-def sample(prompt: tuple[int, ...] | list[int], answer: tuple[int, ...] | list[int],
+def sample(chat: ChatTokenizer, prompt: Sequence[int], answer: Sequence[int],
            weight: float = 1.0) -> Sample:
-    """Return a sample whose loss is on the answer only; ``weight`` is that of each token."""
-    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
+    """
+    Return a sample of an answer to a prompt, given by their token ids.
+
+    Its loss is on the answer only; ``weight`` is that of each token. The adapter acts from the
+    last user turn of the prompt on.
+    """
+    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer),
+                  adapted_from=chat.adapted_from(prompt))
 
 
 def weighted(sample: Sample, factor: float) -> Sample:

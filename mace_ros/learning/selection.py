@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mace_ros.finetune.sample import shared_tokens
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.priority import priority, resemble, ScoredCorrection
 from mace_ros.learning.samples import first_within, sample
@@ -53,9 +52,8 @@ def fitting(waiting: Sequence[PendingCorrection], chat: ChatTokenizer,
             step_tokens: int) -> list[PendingCorrection]:
     """Return the first corrections that one step can learn together; at least one."""
     chosen = list(waiting[:JOB_CORRECTIONS])
-    samples = [sample(w.record.prompt_ids, chat.answer(w.record.corrected)) for w in chosen]
-    shared = shared_tokens(samples)
-    together = first_within(samples, step_tokens - shared, at_least=1, shared=shared)
+    samples = [sample(chat, w.record.prompt_ids, chat.answer(w.record.corrected)) for w in chosen]
+    together = first_within(samples, step_tokens, at_least=1)
     return chosen[:len(together)]
 
 

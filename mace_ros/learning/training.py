@@ -17,10 +17,11 @@ from torch import Tensor
 
 from mace_ros.api.settings import FinetuneSettings
 from mace_ros.finetune.null_space import InputSubspace
-from mace_ros.finetune.sample import packed_tokens, Sample, SampleScore, shared_tokens
+from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import AccumulationWindow, Trainer
 from mace_ros.learning.gate import BATCH_TOKENS, batches
+from mace_ros.learning.prefixes import Prefixes
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
 from mace_ros.memory.budget import MIN_CHUNK_TOKENS
@@ -55,6 +56,7 @@ class Training:
         self.lora, self.cost = lora, cost
         self.settings = settings        # replaced when the parameters change
         self._model, self._oldest_at = model, oldest_at
+        self.prefixes = Prefixes()
         self._loaded: Trainer | None = None     # the optimizer of the version that was loaded
 
     @property
@@ -95,11 +97,15 @@ class Training:
     # -- steps -----------------------------------------------------------------------
 
     def steps(self, plan: StepPlan) -> Iterator[FinetuneStep]:
-        """Yield the parts of an optimizer step; each is made when the one before it is done."""
+        """
+        Yield the parts of an optimizer step; each is made when the one before it is done.
+
+        :attr:`prefixes` must be prepared for the samples.
+        """
         worse = {pair.worse for pair in plan.preferences}
         weight = math.fsum(w for k, part in enumerate(plan.parts) for i, s in enumerate(part)
                            if k or i not in worse for w in s.weights[1:])
-        tokens = sum(map(packed_tokens, plan.parts))
+        tokens = sum(s.own_tokens for part in plan.parts for s in part)
         chunk_tokens = max(self.step_tokens, MIN_CHUNK_TOKENS)
         self._trainer.set_learning_rate(self.settings.learning_rate)
         for k, samples in enumerate(plan.parts):
@@ -111,7 +117,7 @@ class Training:
                 window=AccumulationWindow(
                     weight, tokens, begins=k == 0, ends=k == len(plan.parts) - 1),
                 chunk_tokens=chunk_tokens, oldest_correction_at=self._oldest_at(),
-                pauses_when_scored=k == 0)
+                pauses_when_scored=k == 0, prefixes=self.prefixes)
 
     # -- scores ----------------------------------------------------------------------
 
@@ -124,12 +130,12 @@ class Training:
         """
         step_tokens = self.step_tokens
         result = Scored()
-        for batch in batches(samples, min(step_tokens, BATCH_TOKENS),
-                             shared=shared_tokens(samples)):
+        for batch in batches(samples, min(step_tokens, BATCH_TOKENS)):
+            yield from self.prefixes.prepare(batch)
             step = FinetuneStep(
                 self._model, self._trainer, batch, learns=False,
                 chunk_tokens=max(step_tokens, MIN_CHUNK_TOKENS), observer=subspace,
-                oldest_correction_at=self._oldest_at())
+                oldest_correction_at=self._oldest_at(), prefixes=self.prefixes)
             while not step.done:
                 yield step
             result.scores += step.scores()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from mace_ros.api.settings import FinetuneSettings
-from mace_ros.finetune.sample import Preference, Sample, SampleScore, shared_tokens
+from mace_ros.finetune.sample import Preference, Sample, SampleScore
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.gate import batches, Gate, Group, Measure
@@ -17,7 +17,6 @@ from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.samples import (
     first_within,
     interleaved,
-    own_tokens,
     rotate,
     sample,
     weighted,
@@ -76,7 +75,7 @@ class TrainingSetBuilder:
         newest = {r.prompt_ids: r for r in learned if r.prompt_ids not in prompts}
         earlier = [self._corrected(r) for r in newest.values()]
         prompts |= newest.keys()
-        own = [sample(a.prompt_ids, a.output_ids) for a in answers
+        own = [sample(self._chat, a.prompt_ids, a.output_ids) for a in answers
                if a.prompt_ids not in prompts and a.output_ids
                and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]
         # The first paraphrase of each correction comes before the second one of any.
@@ -115,20 +114,17 @@ class TrainingSetBuilder:
                               now=now, steps=steps)
         rejected = self._rejected(corrections) if finetune.objective == 'dpo' else []
         worse = [s for _, _, s in rejected]
-        shared = shared_tokens([*needed, *worse, *others])
-        room = most - shared
         must_be_right = first_within(
-            needed, room - sum(own_tokens(s, shared) for s in worse),
-            at_least=len(training_set.corrected), shared=shared)
+            needed, most - sum(s.own_tokens for s in worse),
+            at_least=len(training_set.corrected))
         preferences = [
             Preference(i, len(must_be_right) + k, correction.reference, finetune.dpo_beta)
             for k, (i, correction, _) in enumerate(rejected)]
         others = [*needed[len(must_be_right):], *others]
         first = [*must_be_right, *worse]
-        beside = first_within(
-            others, room - sum(own_tokens(s, shared) for s in first), shared=shared)
+        beside = first_within(others, most - sum(s.own_tokens for s in first))
         return StepPlan(
-            ([*first, *beside], *batches(others[len(beside):], most, shared=shared)),
+            ([*first, *beside], *batches(others[len(beside):], most)),
             len(must_be_right), tuple(preferences))
 
     @staticmethod
@@ -145,14 +141,14 @@ class TrainingSetBuilder:
     def _rejected(self, corrections: Sequence[PendingCorrection],
                   ) -> list[tuple[int, PendingCorrection, Sample]]:
         """Return the rejected answers with their corrections, and the indices of these."""
-        return [(i, w, sample(w.record.prompt_ids, self._chat.answer(text)))
+        return [(i, w, sample(self._chat, w.record.prompt_ids, self._chat.answer(text)))
                 for i, w in enumerate(corrections) for text in texts(w.record)[1:]]
 
     def _corrected(self, record: CorrectionRecord, weight: float = 1.0) -> Sample:
-        return sample(record.prompt_ids, self._chat.answer(record.corrected), weight)
+        return sample(self._chat, record.prompt_ids, self._chat.answer(record.corrected), weight)
 
     def _paraphrased(self, record: CorrectionRecord, templates: Sequence[str]) -> list[Sample]:
-        return [sample(self._chat.prompt(messages), self._chat.answer(record.corrected))
+        return [sample(self._chat, self._chat.prompt(messages), self._chat.answer(record.corrected))
                 for messages in paraphrases(record.messages, templates)]
 
     def _probes(self, prompts: Collection[tuple[int, ...]]) -> tuple[Sample, ...]:

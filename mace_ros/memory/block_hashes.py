@@ -11,32 +11,38 @@ from hashlib import blake2b
 HASH_BYTES = 16
 
 
-def root_hash(version: str) -> bytes:
+def next_hash(parent: bytes, tokens: Sequence[int], version: str = '') -> bytes:
     """
-    Return the hash of an empty sequence under an adapter version.
+    Return the hash of the block that holds ``tokens`` after the block with hash ``parent``.
 
-    Keys and values depend on the version. ``version`` must identify it for ever; a slot number
-    does not, since slots are overwritten.
+    ``version`` identifies for ever the adapter version that acts on some of the tokens; a slot
+    number does not, since slots are overwritten.
     """
-    return blake2b(version.encode(), digest_size=HASH_BYTES).digest()
-
-
-def next_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Return the hash of the block that holds ``tokens`` after the block with hash ``parent``."""
-    return blake2b(parent + array('q', tokens).tobytes(), digest_size=HASH_BYTES).digest()
+    content = parent + array('q', tokens).tobytes() + version.encode()
+    return blake2b(content, digest_size=HASH_BYTES).digest()
 
 
 class BlockHashes:
     """The hashes of one sequence's blocks, computed on demand."""
 
-    def __init__(self, version: str, ids: Sequence[int], block_size: int) -> None:
-        """``ids`` may be appended to; tokens of hashed blocks must not change."""
+    def __init__(self, version: str, ids: Sequence[int], block_size: int,
+                 adapted_from: int = 0) -> None:
+        """
+        Begin a sequence on which ``version`` acts from position ``adapted_from`` on.
+
+        Blocks before it are the base model's, and shared under all versions. ``ids`` may be
+        appended to; tokens of hashed blocks must not change.
+        """
+        self._version, self._adapted_from = version, adapted_from
         self._ids, self._size = ids, block_size
-        self._hashes = [root_hash(version)]
+        self._hashes = [b'']
 
     def first(self, blocks: int) -> list[bytes]:
         """Return the hashes of the first ``blocks`` blocks, which must be full."""
         while len(self._hashes) <= blocks:
             start = (len(self._hashes) - 1) * self._size
-            self._hashes.append(next_hash(self._hashes[-1], self._ids[start:start + self._size]))
+            end = start + self._size
+            self._hashes.append(next_hash(
+                self._hashes[-1], self._ids[start:end],
+                self._version if end > self._adapted_from else ''))
         return self._hashes[1:blocks + 1]

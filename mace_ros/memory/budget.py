@@ -15,6 +15,7 @@ MB = 1_000_000
 MIN_KV_TOKENS = 256        # the smallest KV cache that can serve a request
 KV_COPIES = 8              # of one layer's keys and values, while a chunk of it is trained
 MIN_CHUNK_TOKENS = 16      # the smallest chunk in which a layer is trained
+PREFIX_TOKENS = 256        # of prefixes that are kept for training
 HEAD_ROWS = 16             # tokens of a fine-tune step's HEAD segment
 
 

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from mace_ros.model import cpu_attention
 from mace_ros.model.kv_cache import KVCache
+from mace_ros.model.prefix_kv import PackedPrefixes
 
 NAME = 'mace_packed'
 
@@ -91,11 +92,12 @@ class AttentionMetadata:
 
     The keys are one of:
 
-    - the block's own (``key_slots`` is None), after those of ``past`` if given;
+    - the block's own (``key_slots`` is None), after those of ``prefixes`` and then of ``past``
+      if given;
     - those at the cache slots ``key_slots``: the block's own and the ones before them.
 
-    Without ``write_slots`` the cache is not accessed. If the keys are the block's own, the
-    first ``shared`` tokens may be a prefix that all sequences of the block attend to.
+    Without ``write_slots`` the cache is not accessed. With ``prefixes``, ``query_prefix`` holds
+    for each token what ``key_sequence`` is for the keys of its prefix: a negative number.
 
     Masks are built on first use and shared by the layers.
     """
@@ -105,13 +107,14 @@ class AttentionMetadata:
     decode_lengths: Tensor | None = None  # [decode rows]
     query_sequence: Tensor | None = None  # [block tokens]
     query_position: Tensor | None = None  # [block tokens]
+    query_prefix: Tensor | None = None    # [block tokens]
     key_sequence: Tensor | None = None    # [keys]
     key_position: Tensor | None = None    # [keys]
     key_slots: Tensor | None = None       # [keys]
     # Set if the block is only whole sequences, or one chunk after ``past``: their lengths. Each
     # then attends in a call of its own without a mask, unless a window is shorter.
     lengths: tuple[int, ...] = ()
-    shared: int = 0
+    prefixes: PackedPrefixes | None = None
     past: PastKV | None = None
     masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
     observation_windows: Sequence[ObservationWindow] = ()
@@ -133,8 +136,11 @@ class AttentionMetadata:
         """Return whether each sequence of the block attends causally in a call of its own."""
         if not self.lengths or self.key_sequence is None:
             return False
-        longest = (self.shared + max(self.lengths) if self.past is None
-                   else self.key_sequence.shape[0])
+        if self.past is not None:
+            longest = self.key_sequence.shape[0]
+        else:
+            prefix = max(self.prefixes.lengths) if self.prefixes is not None else 0
+            longest = prefix + max(self.lengths)
         return window is None or window >= longest
 
     def block_mask(self, window: int | None) -> Tensor:
@@ -145,7 +151,8 @@ class AttentionMetadata:
             assert self.key_sequence is not None and self.key_position is not None
             distance = self.query_position[:, None] - self.key_position[None]
             mask = self.query_sequence[:, None] == self.key_sequence[None]
-            mask[:, :self.shared] = True
+            if self.query_prefix is not None:
+                mask |= self.query_prefix[:, None] == self.key_sequence[None]
             mask &= distance >= 0
             if window is not None:
                 mask &= distance < window
@@ -153,23 +160,37 @@ class AttentionMetadata:
         return self.masks[key]
 
 
-def whole_sequences(lengths: Sequence[int], device: torch.device, *, shared: int = 0,
+def whole_sequences(lengths: Sequence[int], device: torch.device, *,
+                    prefixes: PackedPrefixes | None = None,
                     one_mask: bool = False) -> AttentionMetadata:
     """
     Return the metadata of whole sequences packed one after the other, without KV cache.
 
-    The first sequence, of ``shared`` tokens, is a prefix of all others (0: there is none). With
-    ``one_mask``, all sequences attend in one call behind a mask on a CPU as well.
+    ``prefixes`` come before them. With ``one_mask``, all sequences attend in one call behind a
+    mask on a CPU as well.
     """
-    sequence = torch.repeat_interleave(
-        torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    counts = torch.tensor(lengths, device=device)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts)
     position = torch.cat([torch.arange(n, device=device) for n in lengths])
-    position[shared:] += shared
     # On other devices one kernel with a mask is faster than one kernel per sequence.
     separate = len(lengths) == 1 or (device.type == 'cpu' and not one_mask)
-    return AttentionMetadata(
+    metadata = AttentionMetadata(
         query_sequence=sequence, query_position=position, key_sequence=sequence,
-        key_position=position, lengths=tuple(lengths) if separate else (), shared=shared)
+        key_position=position, lengths=tuple(lengths) if separate else ())
+    if prefixes is not None:
+        metadata.prefixes = prefixes
+        numbers = torch.tensor(
+            [-1 - p if p >= 0 else i for i, p in enumerate(prefixes.of_sequence)], device=device)
+        metadata.query_prefix = torch.repeat_interleave(numbers, counts)
+        first = torch.tensor(
+            [prefixes.lengths[p] if p >= 0 else 0 for p in prefixes.of_sequence], device=device)
+        metadata.query_position = position + torch.repeat_interleave(first, counts)
+        metadata.key_sequence = torch.cat([*(
+            torch.full((n,), -1 - p, device=device) for p, n in enumerate(prefixes.lengths)),
+            sequence])
+        metadata.key_position = torch.cat([
+            *(torch.arange(n, device=device) for n in prefixes.lengths), metadata.query_position])
+    return metadata
 
 
 class ForwardContext:
@@ -228,22 +249,27 @@ def packed_attention(
             # A layer with a shorter window does not see dropped tokens in any case.
             if sliding_window is None or sliding_window >= window.target.shape[0]:
                 window.accumulate(q, k, scaling, softcap, s_aux)
-        outs = _attend_block(q, k, v, metadata, scaling, sliding_window, softcap, s_aux)
+        outs = _attend_block(
+            q, k, v, metadata, layer, scaling, sliding_window, softcap, s_aux)
         parts += [out[0].transpose(0, 1) for out in outs]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-                  scaling: float | None, window: int | None, softcap: float | None,
+                  layer: int, scaling: float | None, window: int | None, softcap: float | None,
                   sinks: Tensor | None) -> list[Tensor]:
     """Attend for the block; returns ``[1, heads, tokens, value size]`` for each call."""
+    prefixes = metadata.prefixes
     if not metadata.attends_without_mask(window):
+        if prefixes is not None:
+            key = torch.cat([prefixes.keys[layer], key], 2)
+            value = torch.cat([prefixes.values[layer], value], 2)
         return [attend(query, key, value, metadata.block_mask(window), scaling, softcap, sinks)]
     lengths = metadata.lengths if metadata.past is None else (key.shape[2],)
-    keys, values = (list(x.split(lengths, 2)) for x in (key, value))
-    if metadata.shared:
-        keys, values = (
-            [prefix, *(torch.cat([prefix, x], 2) for x in own)] for prefix, *own in (keys, values))
+    keys, values = key.split(lengths, 2), value.split(lengths, 2)
+    if prefixes is not None:
+        keys = prefixes.before_each(prefixes.keys[layer], keys)
+        values = prefixes.before_each(prefixes.values[layer], values)
     return [attend(q, k, v, None, scaling, softcap, sinks)
             for q, k, v in zip(query.split(metadata.lengths, 2), keys, values, strict=True)]
 

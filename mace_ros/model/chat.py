@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import takewhile
 import re
 
 from jinja2 import TemplateError
@@ -28,6 +30,8 @@ class ChatTokenizer:
         self._plain = deepcopy(tokenizer.backend_tokenizer)
         self._plain.encode_special_tokens = True
         self.end_of_turn = self._find_end_of_turn()
+        # The tokens that begin a user turn; empty if the template has no recognisable ones.
+        self.invocation = self._find_invocation()
         listed = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids or ())
         ends = {*listed, self.end_of_turn, tokenizer.eos_token_id}
         self.end_tokens = frozenset(e for e in ends if e is not None)
@@ -62,6 +66,17 @@ class ChatTokenizer:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids if self.end_of_turn is None else [*ids, self.end_of_turn]
 
+    def adapted_from(self, prompt: Sequence[int]) -> int:
+        """
+        Return the position in a prompt from which an adapter acts: its last user turn.
+
+        0, the whole prompt, if the template has no recognisable user turn. As in activated LoRA
+        (arXiv 2504.12397) and PEFT's ``alora_invocation_tokens``.
+        """
+        header = self.invocation
+        starts = range(len(prompt) - len(header), -1, -1) if header else ()
+        return next((i for i in starts if tuple(prompt[i:i + len(header)]) == header), 0)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a response's ids, without special tokens."""
         text: str = self.tokenizer.decode(
@@ -79,6 +94,44 @@ class ChatTokenizer:
         special = set(self.tokenizer.all_special_ids)
         ids = self.tokenizer.encode(tail, add_special_tokens=False)
         return next((i for i in ids if i in special), eos)
+
+    def _find_invocation(self) -> tuple[int, ...]:
+        """
+        Return the tokens that begin a user's turn and no other.
+
+        They begin with a special token, which no text can contain. White space at their end is
+        left out, because a text that begins with white space merges with it.
+        """
+        if self.tokenizer.chat_template is None:
+            return ()
+        texts = ('Wxyz?', 'Qrst?')
+        turns = [{'role': 'user', 'content': texts[0]}, {'role': 'assistant', 'content': 'Yes.'},
+                 {'role': 'user', 'content': texts[1]}]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False)
+        except TemplateError:
+            return ()
+        encoded = self.tokenizer(
+            rendered, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = encoded['input_ids'], [end for _, end in encoded['offset_mapping']]
+        before = [ids[:bisect_right(ends, rendered.find(text))] for text in texts]
+        common = list(takewhile(
+            lambda pair: pair[0] == pair[1], zip(*map(reversed, before), strict=False)))
+        header = [token for token, _ in reversed(common)]
+        special = set(self.tokenizer.all_special_ids)
+        while header and header[-1] not in special and not self.tokenizer.decode(
+                header[-1]).strip():
+            header.pop()
+        for start in reversed([i for i, token in enumerate(header) if token in special]):
+            if _count(ids, header[start:]) == len(texts):
+                return tuple(header[start:])
+        return ()
+
+
+def _count(ids: Sequence[int], part: Sequence[int]) -> int:
+    """Return how often ``part`` occurs in ``ids``."""
+    return sum(list(ids[i:i + len(part)]) == list(part) for i in range(len(ids)))
 
 
 class TextStream:

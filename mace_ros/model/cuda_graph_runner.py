@@ -160,7 +160,7 @@ class CapturedPass:
             host['decode_lengths'][row] = position + 1
             host['ids'][row], host['positions'][row] = span.tokens[0], span.position
             host['write'][row] = used[-1] * BLOCK_TOKENS + position % BLOCK_TOKENS
-            host['slots'][row] = span.slot
+            host['slots'][row] = span.adapter_slots[0]
             last[id(span)] = row
 
     def _write_block(self, spans: Sequence[Span], last: dict[int, int]) -> int:
@@ -170,7 +170,7 @@ class CapturedPass:
             tokens, total = len(span.tokens), span.cache_position + len(span.tokens)
             slots, positions = span.slots(), np.arange(total)
             rows, keys = slice(row, row + tokens), slice(key, key + total)
-            host['ids'][rows], host['slots'][rows] = span.tokens, span.slot
+            host['ids'][rows], host['slots'][rows] = span.tokens, span.adapter_slots
             host['positions'][rows] = positions[span.cache_position:] + span.dropped
             host['write'][rows] = slots[span.cache_position:]
             in_block = slice(row - decode, row - decode + tokens)

@@ -6,7 +6,7 @@ Decoder layers for training passes of a fixed length, which CUDA graphs can repl
 The layers run on fixed addresses: the attention metadata, and the arguments that the model
 passes to each layer (such as rotary embeddings), are copied into the tensors of the first call.
 A shorter step is padded with a sequence of its own, to which no other sequence attends and
-which has no targets.
+which has no targets. Shorter prefixes are padded with keys to which no token attends.
 """
 
 from __future__ import annotations
@@ -19,19 +19,27 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mace_ros.model.attention import AttentionMetadata, whole_sequences
+from mace_ros.model.attention import whole_sequences
 from mace_ros.model.merged_linear import MergedLinear
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.prefix_kv import PackedPrefixes
+
+
+PREFIX_TOKENS = 128     # of all prefixes of a step; with longer ones, a step runs eagerly
 
 
 class GraphedLayers:
     """All decoder layers of a model for training passes of ``tokens`` tokens."""
 
+    prefix_tokens = PREFIX_TOKENS
+
     def __init__(self, model: PackedModel, tokens: int) -> None:
         """Allocate the metadata and the layers' arguments; the layers run eagerly at first."""
         self.tokens = tokens
-        self.metadata = _masked((tokens,), model.device)
+        self._prefixes = _empty_prefixes(model)
+        self.metadata = whole_sequences((tokens,), model.device, prefixes=self._prefixes)
+        self.metadata.lengths = ()      # the sequences are separated by a mask alone
         ids = model.tensor([[0] * tokens])
         with torch.no_grad(), model.training(self.metadata):
             hidden, calls = model.shell.call_layers(ids, model.tensor([list(range(tokens))]))
@@ -45,22 +53,30 @@ class GraphedLayers:
         self._graphed: list[_GraphedLayer] = []
         self._user: weakref.ref[object] | None = None
 
-    def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]], *,
-              shared: int = 0) -> None:
+    def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]],
+              prefixes: PackedPrefixes | None = None) -> None:
         """
         Copy in sequences of these lengths, ``tokens`` in total, and the layers' arguments.
 
-        The first ``shared`` tokens are a prefix of all sequences. Does nothing if the last call
-        came from the same ``user``.
+        ``prefixes`` have at most ``prefix_tokens`` tokens. Does nothing if the last call came
+        from the same ``user``.
         """
         if self._user is not None and self._user() is user:
             return
         self._user = weakref.ref(user)
         assert self.metadata.query_sequence is not None
-        fresh = _masked(lengths, self.metadata.query_sequence.device, shared=shared)
+        fresh = whole_sequences(
+            lengths, self.metadata.query_sequence.device, prefixes=prefixes)
+        before = 0 if prefixes is None else sum(prefixes.lengths)
         for (kind, window), mask in self.metadata.masks.items():
             assert kind == 'block'
-            mask.copy_(fresh.block_mask(window))
+            own = fresh.block_mask(window)
+            mask[:, :before], mask[:, before:self.prefix_tokens] = own[:, :before], False
+            mask[:, self.prefix_tokens:] = own[:, before:]
+        if prefixes is not None:
+            for old, new in zip((*self._prefixes.keys, *self._prefixes.values),
+                                (*prefixes.keys, *prefixes.values), strict=True):
+                old[:, :, :before] = new
         copied = set()
         for old, new in zip(tree_leaves(self._calls), tree_leaves(list(calls)), strict=True):
             if isinstance(old, Tensor) and id(old) not in copied:
@@ -134,8 +150,9 @@ def _cloned(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _masked(lengths: Sequence[int], device: torch.device, *, shared: int = 0) -> AttentionMetadata:
-    """Return metadata whose sequences are separated by a mask alone."""
-    metadata = whole_sequences(lengths, device, shared=shared)
-    metadata.lengths = ()
-    return metadata
+def _empty_prefixes(model: PackedModel) -> PackedPrefixes:
+    """Return one prefix of zeros, of :data:`PREFIX_TOKENS` tokens."""
+    keys, values = (
+        tuple(x.new_zeros(1, x.shape[1], PREFIX_TOKENS, x.shape[2]) for x in cached)
+        for cached in (model.kv_cache.keys, model.kv_cache.values))
+    return PackedPrefixes((PREFIX_TOKENS,), (0,), keys, values)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mace_ros.model.attention import AttentionMetadata
+from mace_ros.model.prefix_kv import PackedPrefixes
 from mace_ros.model.spans import PiggybackSpans, Span
 
 
@@ -24,10 +25,11 @@ class LayerGraphs(Protocol):
     """All decoder layers on fixed addresses, for training passes of a fixed length."""
 
     tokens: int
+    prefix_tokens: int      # of all prefixes together, at most
     metadata: AttentionMetadata
 
-    def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]], *,
-              shared: int = 0) -> None:
+    def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]],
+              prefixes: PackedPrefixes | None = None) -> None:
         """Copy in a packed batch of ``lengths`` and the layers' arguments for it."""
 
     def run(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:

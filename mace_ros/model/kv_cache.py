@@ -10,6 +10,8 @@ import mmap
 import torch
 from torch import Tensor
 
+from mace_ros.model.prefix_kv import PrefixKV
+
 
 class KVCache:
     """
@@ -52,6 +54,21 @@ class KVCache:
             first = -(-slot * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
             if first < len(pages):
                 pages.madvise(mmap.MADV_DONTNEED, first, len(pages) - first)
+
+    @torch.no_grad()
+    def read(self, slots: Tensor) -> PrefixKV:
+        """Copy the content of ``slots``, ``[tokens]``."""
+        keys, values = (
+            tuple(x.index_select(0, slots).transpose(0, 1)[None].contiguous() for x in tensors)
+            for tensors in (self.keys, self.values))
+        return PrefixKV(keys, values)
+
+    @torch.no_grad()
+    def write(self, slots: Tensor, prefix: PrefixKV) -> None:
+        """Copy a prefix into ``slots``, ``[tokens]``."""
+        for target, source in zip((*self.keys, *self.values), (*prefix.keys, *prefix.values),
+                                  strict=True):
+            target.index_copy_(0, slots, source[0].transpose(0, 1))
 
     @torch.no_grad()
     def move(self, old: Tensor, new: Tensor) -> None:

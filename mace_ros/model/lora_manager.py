@@ -26,18 +26,21 @@ class LoRAManager:
     """
 
     def __init__(self, linears: list[MergedLinear], *, targets: str, rank: int, alpha: float,
-                 slots: int, protected_directions: int = 0) -> None:
+                 slots: int, protected_directions: int = 0,
+                 invocation: tuple[int, ...] = ()) -> None:
         """
         Add LoRA to the target layers; the master weights are a fresh adapter.
 
         ``targets`` is ``all-linear`` (as in PEFT), ``output-linear``, or a comma-separated list
         of layer names. ``slots`` is the number of served slots. ``protected_directions`` bounds
-        the number of directions per layer for :meth:`protect`.
+        the number of directions per layer for :meth:`protect`. ``invocation`` are the tokens
+        from whose last occurrence in a prompt on the adapters are to act.
 
         Raises ``ValueError`` if no layer matches ``targets``.
         """
         names = _targeted(linears, targets)
         self.rank, self.alpha, self.slots = rank, alpha, FIRST_SERVED_SLOT + slots
+        self.invocation = invocation
         self.linears = linears
         linears[0].mapping.slots = self.slots
         for layer in linears:

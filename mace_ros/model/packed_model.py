@@ -91,10 +91,14 @@ class PackedModel:
             shapes, (blocks + 1) * BLOCK_TOKENS, self.dtype, self.device)
         self.kv_blocks = self.scratch_block = blocks
 
+    def cache_slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
+        """Return the cache slots of the first ``tokens`` tokens of a block table, ``[tokens]``."""
+        return torch.from_numpy(cache_slots(blocks, tokens)).to(self.device)
+
     def move_blocks(self, moved: Mapping[int, int]) -> None:
         """Copy the content of KV blocks; ``moved`` maps old to new block numbers."""
-        old, new = (torch.from_numpy(cache_slots(list(x), len(moved) * BLOCK_TOKENS)).to(
-            self.device) for x in (moved.keys(), moved.values()))
+        old, new = (self.cache_slots(list(x), len(moved) * BLOCK_TOKENS)
+                    for x in (moved.keys(), moved.values()))
         self.kv_cache.move(old, new)
 
     def drop_blocks(self, first: int) -> None:
@@ -127,12 +131,11 @@ class PackedModel:
             positions.extend(range(span.position, span.position + len(span.tokens)))
             if span.wants_logits:
                 last[id(span)] = len(ids) - 1
-        used = {s.slot for s in packed}
-        slots = used.pop() if len(used) == 1 else self.tensor(
-            [s.slot for s in packed for _ in s.tokens])
+        slots = [slot for span in packed for slot in span.adapter_slots]
         return self.forward_packed(
             self._metadata(decode, packed[len(decode):]), self.tensor(ids),
-            self.tensor(positions), slots,
+            self.tensor(positions),
+            slots[0] if len(set(slots)) == 1 else self.tensor(slots),
             self.tensor([last[id(s)] for s in spans if s.wants_logits]),
             piggyback.hidden if piggyback else ())
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
+from mace_ros.model.lora_mapping import BASE_SLOT
 
 # Tokens at the end of a prompt whose attention predicts which blocks the response will need.
 OBSERVATION_TOKENS = 32
@@ -35,8 +36,9 @@ class Span:
     wants_logits: bool        # of the last token
     dropped: int = 0          # tokens before this span that are not in the KV cache
     attention: Tensor | None = None
-    shared: int = 0           # tokens at the start of the sequence that are in shared_blocks
-    shared_blocks: Sequence[int] = ()
+    prefix: int = 0           # tokens at the start of the sequence that are in prefix_blocks
+    prefix_blocks: Sequence[int] = ()
+    adapted_from: int = 0     # position from which the adapter acts
 
     @property
     def cache_position(self) -> int:
@@ -45,10 +47,21 @@ class Span:
 
     def slots(self) -> np.ndarray:
         """Return the cache slots of the sequence up to the last token of this span."""
-        own = cache_slots(self.blocks, self.cache_position + len(self.tokens) - self.shared)
-        if not self.shared:
+        own = cache_slots(self.blocks, self.cache_position + len(self.tokens) - self.prefix)
+        if not self.prefix:
             return own
-        return np.concatenate([cache_slots(self.shared_blocks, self.shared), own])
+        return np.concatenate([cache_slots(self.prefix_blocks, self.prefix), own])
+
+    @property
+    def base_tokens(self) -> int:
+        """Number of first tokens of this span that the base model computes."""
+        return min(max(self.adapted_from - self.position, 0), len(self.tokens))
+
+    @property
+    def adapter_slots(self) -> list[int]:
+        """The adapter slot of each token."""
+        base = self.base_tokens
+        return [BASE_SLOT] * base + [self.slot] * (len(self.tokens) - base)
 
 
 def is_decode(span: Span) -> bool:

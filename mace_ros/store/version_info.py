@@ -18,6 +18,7 @@ class AdapterShape(Protocol):
 
     rank: int
     alpha: float
+    invocation: tuple[int, ...]     # tokens from which it acts; empty: on all tokens
 
     @property
     def target_modules(self) -> list[str]:
@@ -45,6 +46,7 @@ def peft_config(adapter: AdapterShape, model_name: str) -> dict[str, object]:
     """Return the ``adapter_config.json`` of adapters of this shape."""
     config = LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, target_modules=adapter.target_modules,
+        alora_invocation_tokens=list(adapter.invocation) or None,
         task_type='CAUSAL_LM', base_model_name_or_path=model_name,
         inference_mode=True).to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
@@ -65,6 +67,10 @@ def check_same_adapter(record: VersionRecord, store: AdapterStore, adapter: Adap
                 f'{store.absolute(record.path)} was learned with {parameter} '
                 f'{_as_text(saved.get(key))}, not {_as_text(config[key])}; set that back, or give '
                 'storage.folder another folder')
+    if saved.get('alora_invocation_tokens') != config['alora_invocation_tokens']:
+        raise OtherAdapter(
+            f'{store.absolute(record.path)} was learned by an adapter that acts on other tokens '
+            'of a prompt; give storage.folder another folder, and import the corrections there')
 
 
 def _as_text(value: object) -> str:

@@ -510,33 +510,50 @@ def test_a_step_layout_error_fails_the_job_and_not_the_engine(
         assert next(failures, None) is None
 
 
-def test_prefix_warmup_computes_the_system_prompt_for_a_new_version(
-        settings: Settings, tmp_path: Path) -> None:
-    """The warm-up runs when the engine is idle; prefixes of other versions are not reused."""
+def test_a_publication_leaves_the_prefix_cache_warm(settings: Settings, tmp_path: Path) -> None:
+    """What comes before the last user turn is the base model's under every version."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
-        wrong = one.ask('Who are you?', system=SYSTEM, conversation_id='c')
-        one.ask('Where are you?', system=SYSTEM, max_tokens=1)
+        wrong = one.ask('Who are you?', system=SYSTEM)
         learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
         assert learned.state is CorrectionState.LEARNED
+        before = one.engine.status()
+        answered = one.ask('Who are you?', system=SYSTEM)
+        after = one.engine.status()
+        assert answered.adapter_version == learned.adapter_version == 1
+        assert answered.text == 'I am Rover.'
+        assert after.shared_tokens - before.shared_tokens > 80
+
+
+def learned_conversation(one: Robot) -> None:
+    """Correct an answer in a conversation, and ask the question again there."""
+    wrong = one.ask('Who are you?', system=SYSTEM, conversation_id='c')
+    learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+    assert learned.state is CorrectionState.LEARNED
+    one.ask('Hm?', conversation_id='d')     # ends the idle time
+    again = one.ask('Who are you?', system=SYSTEM, conversation_id='c', reset_conversation=True)
+    assert again.text == 'I am Rover.' and again.adapter_version == 1
+
+
+def test_history_that_an_adapter_wrote_is_computed_again_in_idle_time(
+        settings: Settings, tmp_path: Path) -> None:
+    values = {'finetune.budget': 1.0, **RANDOM_MODEL}
+    with robot_with(settings.updated(values), tmp_path) as one:
+        learned_conversation(one)
         while one.engine.step().wake_at is not None:
             pass
         before = one.engine.status()
-        answered = one.ask('How are you?', system=SYSTEM, max_tokens=1)
-        after = one.engine.status()
-        assert answered.adapter_version == learned.adapter_version == 1
-        assert after.shared_tokens - before.shared_tokens > 80
-        assert one.ask('Who are you?', system=SYSTEM).text == 'I am Rover.'
+        followed = one.ask('And you?', conversation_id='c', max_tokens=1)
+        shared = one.engine.status().shared_tokens - before.shared_tokens
+        assert followed.prompt_tokens - shared < 48      # the last turn and a partial block
 
 
-def test_a_query_interrupts_the_prefix_warmup(settings: Settings, tmp_path: Path) -> None:
-    """The warm-up request is cancelled at once, and starts again when the engine is idle."""
+def test_a_query_interrupts_the_computing_of_history(settings: Settings, tmp_path: Path) -> None:
+    """The request is cancelled at once, and starts again when the engine is idle."""
     values = {'finetune.budget': 1.0, **RANDOM_MODEL}
     with robot_with(settings.updated(values), tmp_path) as one:
         engine = one.engine
-        wrong = one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
-        assert learned.state is CorrectionState.LEARNED
+        learned_conversation(one)
         engine.step()
         assert engine.status().queue_depth == 0
         computed = engine.status().statistics.prefill_tokens
@@ -545,5 +562,5 @@ def test_a_query_interrupts_the_prefix_warmup(settings: Settings, tmp_path: Path
         while engine.step().wake_at is not None:
             pass
         before = engine.status().shared_tokens
-        one.ask('Hm?', system=SYSTEM, max_tokens=1)
-        assert engine.status().shared_tokens - before > 80
+        followed = one.ask('And you?', conversation_id='c', max_tokens=1)
+        assert followed.prompt_tokens - (engine.status().shared_tokens - before) < 48

@@ -25,18 +25,20 @@ from support.finetuning import (
     Drive,
     DRIVES,
     gradients_of,
+    INVOCATION,
     loss_of,
     piggyback_on_requests,
+    prefixes_of,
     run_until_optimizer,
     samples,
-    samples_with_shared_prefix,
+    samples_with_prefixes,
     TOLERANCE,
 )
 import torch
 from torch import Tensor
 
 from mace_ros.finetune import loss, step as step_module
-from mace_ros.finetune.sample import packed_tokens, Preference, Sample, shared_tokens
+from mace_ros.finetune.sample import Preference, Sample
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import AccumulationWindow, Trainer
 from mace_ros.model.graphed_layers import GraphedLayers
@@ -51,15 +53,17 @@ def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
                     targets: str = 'all-linear', graphed: Sequence[int] = (),
                     batch: Sequence[Sample] = (), chunk_tokens: int | None = None) -> None:
     batch = batch or samples()
-    model, lora, reference = with_reference(tiny_model(family), targets=targets)
+    invocation = INVOCATION if any(s.adapted_from for s in batch) else ()
+    model, lora, reference = with_reference(
+        tiny_model(family), targets=targets, invocation=invocation)
     model.graphed_layers += [GraphedLayers(model, tokens) for tokens in graphed]
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
         random_adapter(lora, slot)
         lora.write_slot(slot)
     tensors = random_adapter(lora, 0)
     step = FinetuneStep(model, Trainer(lora, 1e-3), batch, head_tokens=10, keep_graphs=keep_graphs,
-                        chunk_tokens=chunk_tokens)
-    assert step.tokens == packed_tokens(batch)
+                        chunk_tokens=chunk_tokens, prefixes=prefixes_of(model, batch))
+    assert step.tokens == sum(s.own_tokens for s in batch)
     if chunk_tokens is not None:
         layers = [s.tokens for s in step.segments()
                   if s.kind not in (SegmentKind.HEAD, SegmentKind.OPTIMIZER)]
@@ -89,7 +93,7 @@ def test_sequences_behind_one_mask_have_the_gradients_of_peft(
         assert not step.metadata.attends_without_mask(None)
         drive(step)
 
-    for batch in (samples(), samples_with_shared_prefix()):
+    for batch in (samples(), samples_with_prefixes()):
         check_gradients(family, behind_one_mask, keep_graphs=keep_graphs, batch=batch,
                         targets=TARGETS.get(family, 'all-linear'))
 
@@ -118,17 +122,17 @@ def test_each_model_family_has_the_gradients_of_peft(family: str, way: str) -> N
 
 @pytest.mark.parametrize('way', DRIVES)
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'gpt-oss', 'opt'])
-def test_a_shared_prefix_computed_once_gives_the_gradients_of_peft(family: str, way: str) -> None:
-    batch = samples_with_shared_prefix()
-    assert packed_tokens(batch) == sum(len(s.tokens) for s in batch) - 4 * 19
+def test_activated_lora_after_base_prefixes_has_the_gradients_of_peft(family: str, way: str) -> None:
+    batch = samples_with_prefixes()
+    assert sum(s.own_tokens for s in batch) == sum(len(s.tokens) for s in batch) - 3 * 19 - 7
     drive, keep_graphs = DRIVES[way]
     check_gradients(family, drive, keep_graphs=keep_graphs, batch=batch,
                     targets=TARGETS.get(family, 'all-linear'))
 
 
 @pytest.mark.parametrize('way', ['alone, graphs kept', 'piggybacked on requests'])
-def test_a_shared_prefix_at_fixed_addresses_gives_the_gradients_of_peft(way: str) -> None:
-    check_gradients('gemma2', DRIVES[way][0], graphed=[110], batch=samples_with_shared_prefix())
+def test_base_prefixes_at_fixed_addresses_give_the_gradients_of_peft(way: str) -> None:
+    check_gradients('gemma2', DRIVES[way][0], graphed=[110], batch=samples_with_prefixes())
 
 
 FAMILIES = (
@@ -138,8 +142,8 @@ ONE = tuple(samples(lengths=(90,)))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('batch', [ONE, tuple(samples()), tuple(samples_with_shared_prefix())],
-                         ids=['one', 'several', 'shared prefix'])
+@pytest.mark.parametrize('batch', [ONE, tuple(samples()), tuple(samples_with_prefixes())],
+                         ids=['one', 'several', 'prefixes'])
 def test_chunked_layers_have_the_gradients_of_peft(family: str, batch: Sequence[Sample]) -> None:
     check_gradients(family, alone, batch=batch, chunk_tokens=33, graphed=[150],
                     targets=TARGETS.get(family, 'all-linear'))
@@ -173,18 +177,6 @@ def test_chunked_scoring_gives_the_same_scores() -> None:
     for whole, chunked in zip(*found, strict=True):
         assert chunked.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
         assert (chunked.tokens, chunked.exact) == (whole.tokens, whole.exact)
-
-
-def test_shared_tokens_are_the_common_prefix_of_prompts() -> None:
-    one, two = (1,) * 20 + (2, 3), (1,) * 20 + (2, 4)
-    late, early = (0.0,) * 20 + (1.0, 1.0), (0.0,) * 12 + (1.0,) * 10
-    assert shared_tokens([Sample(one, late), Sample(two, late)]) == 20
-    assert shared_tokens([Sample(one, late), Sample(two, early)]) == 12
-    assert shared_tokens([Sample(one, late), Sample(one, late)]) == 20
-    assert shared_tokens([Sample(one, late)]) == 0
-    assert shared_tokens([Sample(one, late), Sample((5, *two[1:]), late)]) == 0
-    nothing = Sample((1,) * 9, (0.0,) * 9)      # at least one token of each is not shared
-    assert shared_tokens([nothing, Sample(one, late)]) == 8
 
 
 @pytest.mark.parametrize('way', ['alone, recomputed', 'piggybacked by 7'])

@@ -19,7 +19,7 @@ from mace_ros.learning.drift import Drift, DriftState, MAX_PENDING, surprise
 from mace_ros.learning.duty_cycle import DutyCycle, LULL_S
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import gain, priority, resemble, ScoredCorrection
-from mace_ros.learning.samples import interleaved, rotate, sample, weighted
+from mace_ros.learning.samples import interleaved, rotate, weighted
 from mace_ros.learning.training_set import TrainingSet, TrainingSetBuilder
 
 # -- priority ----------------------------------------------------------------------------
@@ -55,9 +55,13 @@ def test_resembling_questions_share_half_of_their_words() -> None:
 # -- samples of a step ----------------------------------------------------------------------
 
 
+def sample(prompt: list[int], answer: list[int]) -> Sample:
+    return Sample((*prompt, *answer), (0.0,) * len(prompt) + (1.0,) * len(answer))
+
+
 def builder() -> TrainingSetBuilder:
     """Return a builder that needs no tokenizer for these tests."""
-    return TrainingSetBuilder(None, AnchorReplay())     # type: ignore[arg-type]
+    return TrainingSetBuilder(None, AnchorReplay(None))     # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize('most', [0, 50, 130, 10**6])

@@ -28,6 +28,7 @@ from support.families import (
     VOCABULARY,
     with_reference,
 )
+from support.finetuning import prefixes_of
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,15 +270,16 @@ def test_a_step_whose_chunks_do_not_fit_is_not_assumed_to_fit_whole() -> None:
         assert arbiter.grant(step, overdue=True) is fits
 
 
-@pytest.mark.parametrize('shared', [0, 24])
-def test_graphs_are_kept_if_memory_allows(shared: int) -> None:
-    """A shared prefix takes memory for a copy per sample."""
+@pytest.mark.parametrize('before', [0, 24])
+def test_graphs_are_kept_if_memory_allows(before: int) -> None:
+    """A prefix takes memory for a copy per sample."""
     model, lora, _ = with_reference(tiny_model('llama'))
     rng = random.Random(0)
-    prefix = tuple(random_ids(rng, shared))
-    step = FinetuneStep(model, Trainer(lora, 1e-3), [
-        Sample((*prefix, *random_ids(rng, 10)), (0.0,) * (shared + 5) + (1.0,) * 5)
-        for _ in range(8)], chunk_tokens=200)
+    prefix = tuple(random_ids(rng, before))
+    samples = [Sample((*prefix, *random_ids(rng, 10)), (0.0,) * (before + 5) + (1.0,) * 5,
+                      adapted_from=before) for _ in range(8)]
+    step = FinetuneStep(model, Trainer(lora, 1e-3), samples, chunk_tokens=200,
+                        prefixes=prefixes_of(model, samples))
     footprint = measure_footprint(model, lora)
     budget = MemoryBudget(footprint, 1e9, max_blocks=1000, pass_tokens=10, rows=1)
     arbiter = MemoryArbiter(budget, KVCacheManager(BlockPool(1000, BLOCK_TOKENS)))
@@ -312,6 +314,7 @@ class Sequence:
     ids: list[int]
     slot: int
     version: str
+    adapted_from: int = 0
     request: Request = field(init=False)
     logits: list[Tensor] = field(default_factory=list)
 
@@ -319,7 +322,8 @@ class Sequence:
         self.request = Request(
             id=str(id(self)), arrival=0.0, prompt_tokens=len(self.ids), max_tokens=RESPONSE_TOKENS,
             ttft_slo=1.0, tpot_slo=1.0,
-            block_hashes=BlockHashes(self.version, self.ids, BLOCK_TOKENS),
+            block_hashes=BlockHashes(
+                self.version, self.ids, BLOCK_TOKENS, self.adapted_from),
             adapter_slot=self.slot)
 
     @property
@@ -391,7 +395,8 @@ class Schedule:
             request = sequence.request
             first = request.computed_tokens
             spans.append(Span(sequence.ids[first:first + tokens], first, request.blocks,
-                              sequence.slot, tokens == request.remaining_tokens))
+                              sequence.slot, tokens == request.remaining_tokens,
+                              adapted_from=sequence.adapted_from))
             self.computed += tokens
         logits = iter(self.model.run(spans))
         for (sequence, tokens), span in zip(work, spans, strict=True):
@@ -478,43 +483,56 @@ def test_random_schedules_preempt_and_share() -> None:
     assert schedule.kv_cache.shared_tokens > 100
 
 
-# -- blocks are shared only within an adapter version ------------------------------------
+# -- blocks that an adapter acts on are shared only within its version -------------------
 
 
-def serve_swapped_versions(folder: Path) -> None:
-    """Publish versions in turn into two slots; raises if a response is not its version's."""
+def serve_swapped_versions(folder: Path, invocation: tuple[int, ...] = ()) -> list[int]:
+    """
+    Publish versions in turn into two slots; raises if a response is not its version's.
+
+    Returns the tokens that each version found in the prefix cache.
+    """
     model, lora, reference = with_reference(
-        random_model('Llama'), kv_tokens=20 * BLOCK_TOKENS, slots=2)
+        random_model('Llama'), kv_tokens=20 * BLOCK_TOKENS, slots=2, invocation=invocation)
     rng = random.Random(0)
-    schedule = Schedule(model, rng, 20)
+    schedule, shared = Schedule(model, rng, 20), []
     prefix = random_ids(rng, 40)
+    adapted_from = len(prefix) if invocation else 0
     for number in range(1, 4):
         # Two slots: this version overwrites the one before the last.
         slot = FIRST_SERVED_SLOT + number % 2
         path = publish(folder / str(number), lora, random_adapter(lora, number))
         lora.write_slot(slot)
         served = PeftModel.from_pretrained(copy.deepcopy(reference), str(path)).eval()
-        sequences = [Sequence(prefix + random_ids(rng, 5), slot, f'\n{number}')
-                     for _ in range(3)]
+        sequences = [Sequence([*prefix, *invocation, *random_ids(rng, 5)], slot, f'\n{number}',
+                              adapted_from) for _ in range(3)]
         before = schedule.kv_cache.shared_tokens
         schedule.serve(sequences)
         for sequence in sequences:
             assert_response_of(served, sequence)
-        assert schedule.kv_cache.shared_tokens > before     # within the version
+        shared.append(schedule.kv_cache.shared_tokens - before)
+    return shared
 
 
 def test_a_block_is_shared_only_within_the_version_that_computed_it(tmp_path: Path) -> None:
-    serve_swapped_versions(tmp_path)
+    assert all(shared > 0 for shared in serve_swapped_versions(tmp_path))
 
 
-@pytest.mark.parametrize('root_hash', [
-    lambda version: b'',                                        # no version
-    lambda version: bytes([int(version) % 2]),                  # the slot instead of the version
+def test_blocks_before_the_last_turn_are_shared_by_all_versions(tmp_path: Path) -> None:
+    first, *later = serve_swapped_versions(tmp_path, invocation=(0, 1))
+    assert first < 3 * 32 and later == [3 * 32] * 2      # the full blocks of 40 tokens
+
+
+@pytest.mark.parametrize('identity', [
+    lambda version: '',                           # no version
+    lambda version: str(int(version) % 2),        # the slot instead of the version
 ], ids=['none', 'slot'])
 def test_hashes_without_the_version_give_wrong_responses(
-        root_hash: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        identity: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above detects it."""
-    monkeypatch.setattr(block_hashes, 'root_hash', root_hash)
+    hashed = block_hashes.next_hash
+    monkeypatch.setattr(block_hashes, 'next_hash', lambda parent, tokens, version: hashed(
+        parent, tokens, identity(version)))
     with pytest.raises(AssertionError, match='relative_error'):
         serve_swapped_versions(tmp_path)
 
@@ -570,23 +588,25 @@ def test_measuring_the_footprint_is_repeatable_and_leaves_no_graphs() -> None:
     assert each[0] <= each[-1] and min(each) > 0.99 * each[0]
 
 
-@pytest.mark.parametrize('shared', [0, 24, 80])
+@pytest.mark.parametrize('before', [0, 24, 80])
 @pytest.mark.parametrize(('keep_graphs', 'chunk_tokens'), [(True, None), (False, None), (True, 60)])
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'qwen3-moe'])
 def test_a_step_takes_no_more_memory_than_predicted(
-        family: str, keep_graphs: bool, chunk_tokens: int | None, shared: int) -> None:
+        family: str, keep_graphs: bool, chunk_tokens: int | None, before: int) -> None:
     model, lora, _ = with_reference(tiny_model(family))
     footprint = measure_footprint(model, lora)
     rng = random.Random(0)
-    prefix = tuple(random_ids(rng, shared))
-    # With a shared prefix, many short samples, as corrections are.
-    lengths = (30, 20, 25, 12, 18, 30, 40, 22, 35, 15, 9, 28, 17) if shared else (150, 120, 90)
+    prefix = tuple(random_ids(rng, before))
+    # After a prefix, many short samples, as corrections are.
+    lengths = (30, 20, 25, 12, 18, 30, 40, 22, 35, 15, 9, 28, 17) if before else (150, 120, 90)
     samples = [Sample((*prefix, *random_ids(rng, n)),
-                      (0.0,) * (shared + n // 2) + (1.0,) * (n - n // 2)) for n in lengths]
-    trainer = Trainer(lora, 1e-3)
+                      (0.0,) * (before + n // 2) + (1.0,) * (n - n // 2), adapted_from=before)
+               for n in lengths]
+    trainer, prefixes = Trainer(lora, 1e-3), prefixes_of(model, samples)
     with Peak() as peak:
         step = FinetuneStep(
-            model, trainer, samples, keep_graphs=keep_graphs, chunk_tokens=chunk_tokens)
+            model, trainer, samples, keep_graphs=keep_graphs, chunk_tokens=chunk_tokens,
+            prefixes=prefixes)
         while not step.done:
             step.run_segment()
     predicted = footprint.step_bytes(

@@ -105,11 +105,13 @@ def random_model(config_name: str, **settings: Any) -> PreTrainedModel:
 
 def with_reference(model: PreTrainedModel, *, kv_tokens: int = 1024,
                    targets: str = 'all-linear', slots: int = 2, int8: bool = False,
+                   invocation: tuple[int, ...] = (),
                    ) -> tuple[PackedModel, LoRAManager, PreTrainedModel]:
     """Convert ``model``; return it, its LoRA manager, and an unconverted copy."""
     reference = copy.deepcopy(model)
     packed = pack(model, kv_tokens=kv_tokens, int8=int8)
-    lora = LoRAManager(packed.linears, targets=targets, rank=RANK, alpha=ALPHA, slots=slots)
+    lora = LoRAManager(packed.linears, targets=targets, rank=RANK, alpha=ALPHA, slots=slots,
+                       invocation=invocation)
     return packed, lora, reference
 
 
@@ -132,7 +134,8 @@ def publish(path: Path, lora: LoRAManager, tensors: Mapping[str, Tensor]) -> Pat
 def lora_config(lora: LoRAManager) -> LoraConfig:
     """Return PEFT's configuration of these adapters."""
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0,
-                      target_modules=lora.target_modules, task_type='CAUSAL_LM')
+                      target_modules=lora.target_modules, task_type='CAUSAL_LM',
+                      alora_invocation_tokens=list(lora.invocation) or None)
 
 
 def gradients(peft: PeftModel) -> dict[str, Tensor]:

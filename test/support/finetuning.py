@@ -25,6 +25,7 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import SegmentKind
 
@@ -45,11 +46,27 @@ def samples(seed: int = 0, lengths: Sequence[int] = (40, 9, 2, 61)) -> list[Samp
     return result
 
 
-def samples_with_shared_prefix(*, shared: int = 19) -> list[Sample]:
-    """Return samples with a common prefix, which is the whole prompt of some of them."""
-    prefix = tuple(random.Random(7).randrange(VOCABULARY) for _ in range(shared))
-    return [Sample((*prefix, *s.tokens), (*(0.0 for _ in prefix), *s.weights))
-            for s in samples(lengths=(30, 9, 2, 41, 2))]
+INVOCATION = (5, 3)     # tokens from which activated LoRA acts
+
+
+def samples_with_prefixes() -> list[Sample]:
+    """Return samples after one of two prefixes or none, which begin with the invocation."""
+    rng = random.Random(7)
+    long, short = (tuple(rng.randrange(6, VOCABULARY) for _ in range(n)) for n in (19, 7))
+    return [Sample((*prefix, *INVOCATION, *s.tokens),
+                   (*(0.0 for _ in (*prefix, *INVOCATION)), *s.weights), adapted_from=len(prefix))
+            for prefix, s in zip((long, short, long, (), long),
+                                 samples(lengths=(30, 9, 2, 41, 2)), strict=True)]
+
+
+def prefixes_of(model: PackedModel, batch: Sequence[Sample]) -> dict[tuple[int, ...], PrefixKV]:
+    """Compute the prefixes of samples under the base model, in the first KV blocks."""
+    result = {}
+    for ids in {s.prefix for s in batch if s.prefix}:
+        blocks = range(-(-len(ids) // BLOCK_TOKENS))
+        model.run([Span(ids, 0, blocks, BASE_SLOT, True)])
+        result[ids] = model.kv_cache.read(model.cache_slots(blocks, len(ids)))
+    return result
 
 
 def as_peft(reference: PreTrainedModel, lora: LoRAManager, tensors: dict[str, Tensor],

@@ -1,0 +1,56 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which conversations to compute under the base model in idle time.
+
+An adapter acts on the last user turn only. Once an answer of an adapter version has become
+history, its turn is the base model's: its keys and values must be computed again. In idle
+time that costs no query anything.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+CONVERSATIONS = 16    # that are remembered, the latest ones
+CHUNK_TOKENS = 32     # computed at once; an arriving query waits for one chunk at most
+
+
+class HistoryPrefill:
+    """Remembers conversations whose last turn an adapter version answered."""
+
+    def __init__(self) -> None:
+        """Begin without a conversation."""
+        self._todo: OrderedDict[str, Sequence[int]] = OrderedDict()
+        self._cached = -1     # tokens of the first conversation that were cached at the last look
+
+    def note(self, conversation_id: str, ids: Sequence[int]) -> None:
+        """Plan to compute a conversation, given by its last prompt with the answer."""
+        self._todo[conversation_id] = ids
+        if len(self._todo) > CONVERSATIONS:
+            self._todo.popitem(last=False)
+
+    def drop(self, conversation_id: str) -> None:
+        """Compute a conversation no more: it has gone on without an adapter."""
+        self._todo.pop(conversation_id, None)
+
+    def clear(self) -> None:
+        """Compute nothing."""
+        self._todo.clear()
+
+    def next(self, cached_tokens: Callable[[Sequence[int]], int]) -> Sequence[int] | None:
+        """
+        Return the beginning of a conversation to compute now, a chunk longer than is cached.
+
+        ``cached_tokens`` returns how much of a sequence is cached. None if nothing is left.
+        """
+        while self._todo:
+            conversation_id, ids = next(iter(self._todo.items()))
+            tokens = cached_tokens(ids)
+            if self._cached < tokens < len(ids):
+                self._cached = tokens
+                return ids[:tokens + CHUNK_TOKENS]
+            del self._todo[conversation_id]  # complete, or the last chunk found no room
+            self._cached = -1
+        return None
