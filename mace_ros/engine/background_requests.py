@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 
 from mace_ros.api.events import FinishReason
 from mace_ros.api.settings import Settings

@@ -19,7 +19,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_query, MAX_ID
-from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE, RequestKind
+from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
 from mace_ros.engine.early_aborts import EarlyAborts
@@ -32,6 +32,7 @@ from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
 from mace_ros.scheduling.request import RequestState
+
 
 class RequestManager:
     """Admits queries, appends their tokens, and ends them; on the device's thread."""

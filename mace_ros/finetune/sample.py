@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class SoftTargets:
     """
@@ -41,7 +42,7 @@ class Sample:
         """Check that the lengths match."""
         if len(self.tokens) != len(self.weights) or len(self.tokens) < 2:
             raise ValueError('a sample needs two or more tokens and a weight for each')
-        if any(self.weights[:self.adapted_from + 1]):
+        if self.adapted_from and any(self.weights[:self.adapted_from + 1]):
             raise ValueError('the adapter must act on the token before the first weighted one')
 
     @property

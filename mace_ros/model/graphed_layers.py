@@ -25,7 +25,6 @@ from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.prefix_kv import PackedPrefixes
 
-
 PREFIX_TOKENS = 128     # of all prefixes of a step; with longer ones, a step runs eagerly
 
 

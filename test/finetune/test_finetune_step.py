@@ -122,7 +122,7 @@ def test_each_model_family_has_the_gradients_of_peft(family: str, way: str) -> N
 
 @pytest.mark.parametrize('way', DRIVES)
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'gpt-oss', 'opt'])
-def test_activated_lora_after_base_prefixes_has_the_gradients_of_peft(family: str, way: str) -> None:
+def test_activated_lora_has_the_gradients_of_peft(family: str, way: str) -> None:
     batch = samples_with_prefixes()
     assert sum(s.own_tokens for s in batch) == sum(len(s.tokens) for s in batch) - 3 * 19 - 7
     drive, keep_graphs = DRIVES[way]
