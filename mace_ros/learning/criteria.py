@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+import math
 from statistics import fmean
 
 from mace_ros.finetune.sample import Sample, SampleScore
@@ -15,6 +16,8 @@ from mace_ros.finetune.sample import Sample, SampleScore
 RIGHT_MARGIN = 0.5
 # The lead up to which a correction is trained: with it, paraphrases are answered right, too.
 LEARNED_MARGIN = 1.0
+# The score of an answer that is known to be right.
+RIGHT = SampleScore(log_probability=0.0, tokens=0, exact=True, margin=math.inf)
 
 
 def learned_well(scores: Sequence[SampleScore], count: int) -> bool:
@@ -25,11 +28,16 @@ def learned_well(scores: Sequence[SampleScore], count: int) -> bool:
 
 @dataclass(frozen=True)
 class StepScores:
-    """Scores of a step's forward: of the samples that must be right, the corrections first."""
+    """
+    Scores of a step's forward: of the samples that must be right.
+
+    The corrections come first, and ``wordings`` of their questions last.
+    """
 
     samples: tuple[Sample, ...]
     scores: tuple[SampleScore, ...]
     corrections: int
+    wordings: int = 0
 
     @property
     def learned_well(self) -> bool:
@@ -38,8 +46,14 @@ class StepScores:
 
     @property
     def right(self) -> list[bool]:
-        """Which of the samples are right."""
-        return [s.margin >= RIGHT_MARGIN for s in self.scores]
+        """Which of the corrections are right."""
+        return [s.margin >= RIGHT_MARGIN for s in self.scores[:self.corrections]]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the samples between corrections and wordings are right: what was right before."""
+        others = self.scores[self.corrections:len(self.scores) - self.wordings]
+        return all(s.margin >= RIGHT_MARGIN for s in others)
 
     @property
     def mean(self) -> float:

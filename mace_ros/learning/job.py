@@ -19,6 +19,8 @@ class JobKind(Enum):
 
     LEARNING = 'learning'           # corrections
     REHEARSAL = 'rehearsal'         # of corrections that are learned already
+    REPAIR = 'repair'               # of corrections that a version has lost
+    VERIFICATION = 'verification'   # that a version still knows what was learned
     COMPARISON = 'comparison'       # of two versions: the regression check
 
 

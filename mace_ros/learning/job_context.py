@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mace_ros.api.policies import LearningTraits, POLICIES
-from mace_ros.api.settings import Settings
+from mace_ros.api.settings import EVERYWHERE, Settings
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.baseline import BaselineScores
@@ -17,10 +17,13 @@ from mace_ros.learning.disk import Disk
 from mace_ros.learning.drift import Drift
 from mace_ros.learning.publishing import Publisher
 from mace_ros.learning.regression_check import RegressionCheck
+from mace_ros.learning.scope import Scopes
+from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
 from mace_ros.learning.training import Training
 from mace_ros.learning.training_set import TrainingSetBuilder
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.records import CorrectionRecord
 
 
 @dataclass
@@ -32,6 +35,8 @@ class JobContext:
     training: Training
     anchors: AnchorReplay
     builder: TrainingSetBuilder
+    scoped_builder: ScopedTrainingSetBuilder
+    scopes: Scopes
     baseline: BaselineScores
     queue: CorrectionQueue
     disk: Disk
@@ -46,6 +51,13 @@ class JobContext:
     def scores_first(self) -> bool:
         """Whether corrections are scored before training; see :class:`LearningTraits`."""
         return self.traits.scores_first
+
+    def answers_everything(self, profile: str,
+                           corrections: Sequence[CorrectionRecord] = ()) -> bool:
+        """Return whether a profile's version answers all queries once it has learned these."""
+        default = self.settings.adapter.scope
+        return (self.scopes.of(profile).answers_everything(default)
+                or any((c.scope or default) == EVERYWHERE for c in corrections))
 
     @property
     def traits(self) -> LearningTraits:

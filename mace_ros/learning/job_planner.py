@@ -8,26 +8,30 @@ from dataclasses import dataclass
 
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.duty_cycle import DutyCycle
+from mace_ros.learning.job import JobKind
 from mace_ros.learning.job_context import JobContext
 from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS
+from mace_ros.learning.verification import Verification
 
 
 @dataclass(frozen=True)
 class NextJob:
-    """The corrections of one profile that a job is to learn, or to rehearse."""
+    """The corrections of one profile that a job is to learn, to repair or to rehearse."""
 
     profile: str
     corrections: list[PendingCorrection]
-    rehearsal: bool = False
+    kind: JobKind = JobKind.LEARNING
 
 
 class JobPlanner:
     """Plans one job after the other."""
 
-    def __init__(self, context: JobContext, rehearsal: Rehearsal) -> None:
+    def __init__(self, context: JobContext, rehearsal: Rehearsal,
+                 verification: Verification) -> None:
         """Plan from the queue in ``context``."""
         self._context, self._rehearsal = context, rehearsal
+        self._verification = verification
         self._duty_cycle = DutyCycle()
         self.jobs = 0                       # begun so far
         self.wake_at: float | None = None   # when a job may begin, if that is a matter of time
@@ -61,7 +65,7 @@ class JobPlanner:
         context = self._context
         ready = [w for w in context.queue if w.record.profile != held]
         if not ready:
-            return self._rehearse(held)
+            return self._repair(held) or self._rehearse(held)
         if context.scores_first and self._rests(min(w.waits_since for w in ready)):
             return None
         profile = context.queue.next_profile(ready, self.jobs + 1)
@@ -93,9 +97,13 @@ class JobPlanner:
         self.wake_at = until
         return True
 
+    def _repair(self, held: str | None) -> NextJob | None:
+        profile, lost = self._verification.next_repair(held, self._context.clock())
+        return NextJob(profile, lost, JobKind.REPAIR) if lost else None
+
     def _rehearse(self, held: str | None) -> NextJob | None:
         profile = self._rehearsal.profile
         if not self._context.traits.rehearses or profile is None or profile == held:
             return None
-        return NextJob(
-            profile, self._rehearsal.corrections(self.jobs, self._context.clock()), rehearsal=True)
+        again = self._rehearsal.corrections(self.jobs, self._context.clock())
+        return NextJob(profile, again, JobKind.REHEARSAL)

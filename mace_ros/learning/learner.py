@@ -42,10 +42,12 @@ from mace_ros.learning.regression_check import ComparisonJob, RegressionCheck
 from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
+from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
 from mace_ros.learning.status import job_status, LearningStatus, tracked
 from mace_ros.learning.task import Pause, RetryNotice, Task, Until, Wait
 from mace_ros.learning.training import StepCost, Training
 from mace_ros.learning.training_set import TrainingSetBuilder
+from mace_ros.learning.verification import Verification, VerificationJob
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.lora_manager import LoRAManager
@@ -84,11 +86,13 @@ class Learner:
             training=Training(
                 model, lora, cost, settings.finetune, lambda: self.oldest_unlearned_at),
             anchors=anchors, builder=TrainingSetBuilder(chat, anchors),
+            scoped_builder=ScopedTrainingSetBuilder(chat), scopes=scopes,
             baseline=BaselineScores(), queue=self._queue, disk=self._disk, store=store,
             publisher=self._publisher, drift=Drift(), regression_check=RegressionCheck(),
             backoff=Backoff(), clock=clock)
         self._rehearsal = Rehearsal()
-        self._planner = JobPlanner(self._context, self._rehearsal)
+        self._verification = Verification()
+        self._planner = JobPlanner(self._context, self._rehearsal, self._verification)
         self._job: Job | None = None
         self._running: Task[object] | None = None   # the job's generator
         self._waits_for: Wait | None = None
@@ -274,14 +278,23 @@ class Learner:
             return
         job = self._planner.next(held)
         if job is None:
+            self._begin_verification(held)
             return
-        if not job.rehearsal and not self._slots.has_room(job.profile):
+        if job.kind is JobKind.LEARNING and not self._slots.has_room(job.profile):
             self._events += [self._disk.set_state(w.record, CorrectionState.FAILED, NO_SLOT)
                              for w in job.corrections]
             return
-        self._start(LearningJob(context, self._planner.begun(), job.profile, job.corrections,
-                                rehearsal=job.rehearsal))
-        self.wants_anchors = context.anchors.is_missing
+        learning = LearningJob(
+            context, self._planner.begun(), job.profile, job.corrections, kind=job.kind)
+        self._start(learning)
+        self.wants_anchors = learning.everywhere and context.anchors.is_missing
+
+    def _begin_verification(self, held: str | None) -> None:
+        """Check what the last versions may have lost, since no correction waits."""
+        profile = self._verification.next_check(held)
+        if profile is not None and self._context.scores_first:
+            self._start(VerificationJob(
+                self._context, self._planner.begun(), profile, self._verification))
 
     def _start(self, job: Job) -> None:
         self._job, self._running = job, job.run()
@@ -314,10 +327,18 @@ class Learner:
     def _finish(self, job: Job, result: object) -> None:
         """End a job that has returned its result."""
         self._end_job()
+        if job.kind is JobKind.REPAIR and result is None:
+            self._verification.give_up(job.profile, job.corrections)
         if isinstance(result, SuspectedRegression):
             self.rollback(result.profile, result.better, result.reason, Future())
         elif isinstance(result, VersionRecord):
             self._last_error = ''
+            assert isinstance(job, LearningJob)
+            if not job.everywhere:
+                self._verification.published(
+                    job.profile,
+                    [known.correction_id for known in self._context.scopes.of(job.profile)],
+                    job.checked, repaired=job.kind is JobKind.REPAIR)
             if job.kind is JobKind.LEARNING:
                 superseded = {w.record.prompt_ids for w in self._queue.of(job.profile)}
                 self._rehearsal.learned(w.record for w in job.corrections
@@ -351,6 +372,7 @@ class Learner:
         """
         # The corrections of a version that is rolled back must not be rehearsed.
         self._rehearsal.forget(profile)
+        self._verification.forget(profile)
         self._context.regression_check.forget(profile)
         job = self._job
         if job is None or profile not in (job.profile, self._slots.live(job.profile).profile):

@@ -21,7 +21,7 @@ from mace_ros.api.settings import FinetuneSettings
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.correction_queue import PendingCorrection, texts
-from mace_ros.learning.criteria import learned_well, RIGHT_MARGIN, StepScores
+from mace_ros.learning.criteria import learned_well, RIGHT, RIGHT_MARGIN, StepScores
 from mace_ros.learning.drift import surprise
 from mace_ros.learning.gate import Verdict
 from mace_ros.learning.interpolation import interpolate
@@ -45,13 +45,21 @@ class LearningJob(Job):
     """Learns corrections of one profile together, or rehearses them."""
 
     def __init__(self, context: JobContext, number: int, profile: str,
-                 corrections: Sequence[PendingCorrection], *, rehearsal: bool = False) -> None:
-        """Nothing is read or computed before :meth:`run` is resumed."""
-        super().__init__(
-            JobKind.REHEARSAL if rehearsal else JobKind.LEARNING, number, profile, corrections)
+                 corrections: Sequence[PendingCorrection], *,
+                 kind: JobKind = JobKind.LEARNING) -> None:
+        """
+        Nothing is read or computed before :meth:`run` is resumed.
+
+        Only a job of the kind LEARNING reports the states of its corrections, which the
+        others have learned before.
+        """
+        super().__init__(kind, number, profile, corrections)
         self._context = context
         self._begun = context.clock()
-        self._least_steps = self._finetune.period_steps if rehearsal else 0
+        self._least_steps = self._finetune.period_steps if kind is JobKind.REHEARSAL else 0
+        # Whether the version is to answer all queries of its profile.
+        self.everywhere = context.answers_everything(
+            profile, [w.record for w in self.corrections])
         self._parent = 0
         self._answers: tuple[AnswerRecord, ...] = ()
         self._learned: tuple[CorrectionRecord, ...] = ()
@@ -78,7 +86,8 @@ class LearningJob(Job):
             if not (yield from self._has_candidate(scores)):
                 return None
             # After a rejection, interpolation would lead back to the rejected weights.
-            if scores.learned_well and not self.rejections and self._context.scores_first:
+            if (scores.learned_well and not self.rejections and self._context.scores_first
+                    and self.everywhere):
                 yield from self._interpolate(scores.samples)
             verdict = yield from self._judge()
             if verdict is None:
@@ -100,8 +109,9 @@ class LearningJob(Job):
         inputs = yield from read_inputs(
             context.disk, context.store, self.profile, self._finetune.replay_samples)
         context.backoff.succeeded()
-        self.state = JobState.PREPARING
-        yield from context.anchors.prepare(context.training)
+        if self.everywhere:
+            self.state = JobState.PREPARING
+            yield from context.anchors.prepare(context.training)
         live = inputs.live
         if live is not None and live.profile == self.profile:
             self._parent = live.version
@@ -118,6 +128,10 @@ class LearningJob(Job):
         Corrections that it answers right already are LEARNED, the others wait again.
         """
         context, prefers = self._context, self._finetune.objective == 'dpo'
+        if self.kind is JobKind.REPAIR:
+            learned = {r.id for r in self._learned}
+            self.corrections = [w for w in self.corrections if w.record.id in learned]
+            return
         if self.kind is JobKind.REHEARSAL or not (context.scores_first or prefers):
             return
         self.state = JobState.CHOOSING
@@ -163,6 +177,12 @@ class LearningJob(Job):
     def _build_training_set(self) -> Task[None]:
         """Gather the samples, and score the guarded ones under the live version."""
         context = self._context
+        if not self.everywhere:
+            self._set = context.scoped_builder.build(
+                self.corrections, self._nearest_first(), number=self.number)
+            # They are LEARNED: what the live version has lost is to be repaired as well.
+            self._before = [RIGHT] * len(self._set.gate.samples)
+            return
         self.state = JobState.SCORING
         self._set = context.builder.build(
             self.corrections, self._learned, self._answers,
@@ -181,15 +201,20 @@ class LearningJob(Job):
         """Run optimizer steps; return the scores of the forward after which they end."""
         while True:
             self.state = JobState.TRAINING
-            plan = self._context.builder.step(
-                self._set, self.corrections, self._finetune,
-                most=self._context.training.step_tokens, steps=self.steps,
-                rejections=self.rejections)
-            result = yield from self._optimizer_step(plan)
+            result = yield from self._optimizer_step(self._plan_step())
             if isinstance(result, StepScores):
                 return result
             if result:
                 yield from self._join(result)
+
+    def _plan_step(self) -> StepPlan:
+        context, most = self._context, self._context.training.step_tokens
+        if not self.everywhere:
+            return context.scoped_builder.step(
+                self._set, self.corrections, self._finetune, most=most)
+        return context.builder.step(
+            self._set, self.corrections, self._finetune, most=most, steps=self.steps,
+            rejections=self.rejections)
 
     def _optimizer_step(self, plan: StepPlan) -> Task[StepScores | list[PendingCorrection]]:
         """Run a step; return its scores if training ends, else the corrections that join now."""
@@ -199,7 +224,7 @@ class LearningJob(Job):
             yield from self._announce()
             joining = yield from self._run(part, until_scored=scores is None)
             if scores is None and not joining:
-                scores = self._assess(part, plan.must_be_right)
+                scores = self._assess(part, plan)
                 if self._ends_training(scores):
                     return scores
                 joining = yield from self._run(part)
@@ -222,9 +247,10 @@ class LearningJob(Job):
             yield step
         return []
 
-    def _assess(self, step: FinetuneStep, must_be_right: int) -> StepScores:
-        scores = StepScores(step.samples[:must_be_right], tuple(step.scores()[:must_be_right]),
-                            len(self.corrections))
+    def _assess(self, step: FinetuneStep, plan: StepPlan) -> StepScores:
+        scores = StepScores(
+            step.samples[:plan.must_be_right], tuple(step.scores()[:plan.must_be_right]),
+            len(self.corrections), plan.wordings)
         if self.steps == 0:
             self._score_before = scores.mean
         return scores
@@ -236,13 +262,14 @@ class LearningJob(Job):
     def _joining(self) -> list[PendingCorrection]:
         """Return corrections that came since the job began and may be learned in it."""
         context, finetune = self._context, self._finetune
-        if (not context.scores_first or self.kind is JobKind.REHEARSAL
+        if (not context.scores_first or self.kind is not JobKind.LEARNING
                 or len(self.corrections) >= JOB_CORRECTIONS or self._repaired or self.rejections
                 or self.steps > JOIN_SHARE * finetune.max_steps):
             return []
         # Corrections that were scored before did not fit.
         came = [w for w in context.queue.of(self.profile)
                 if w.arrived >= self._begun and not w.log_probabilities
+                and (self.everywhere or not context.answers_everything(self.profile, [w.record]))
                 and w in self._fitting([*self.corrections, w])]
         return candidates(came, by_priority=finetune.order == 'priority')
 
@@ -268,9 +295,9 @@ class LearningJob(Job):
         """Drop the corrections that are not learned; return whether any was."""
         learned: list[PendingCorrection] = []
         reason = 'not learned without losing what was right before'
-        if all(scores.right[scores.corrections:]):
+        if scores.keeps:
             reason = 'not learned'
-            learned = [w for w, right in zip(self.corrections, scores.right, strict=False)
+            learned = [w for w, right in zip(self.corrections, scores.right, strict=True)
                        if right]
         yield from self._fail([w for w in self.corrections if w not in learned],
                               reason + self._after_steps)
@@ -300,8 +327,8 @@ class LearningJob(Job):
         """
         Let the gate compare the candidate with the live version.
 
-        Returns None, once per job, if the candidate has lost exact samples: a few more steps
-        mostly restore them.
+        Returns None if the candidate has lost exact samples, and a few more steps may restore
+        them.
         """
         self.state = JobState.JUDGING
         gate, training = self._set.gate, self._context.training
@@ -310,7 +337,8 @@ class LearningJob(Job):
         scores = (yield from training.score(exact)).scores
         lost = [s for s, score in zip(exact, scores, strict=True)
                 if before[s.tokens].exact and not score.exact]
-        if lost and not self._repaired and self.steps < self._finetune.max_steps:
+        may_repair = not self._repaired or not self.everywhere
+        if lost and may_repair and self.steps < self._finetune.max_steps:
             self._repaired = True
             self._train_on(lost)
             return None
@@ -332,6 +360,22 @@ class LearningJob(Job):
 
     # -- helpers ---------------------------------------------------------------------
 
+    def _nearest_first(self) -> list[CorrectionRecord]:
+        """Return the profile's earlier corrections, the most similar ones first."""
+        similarity = self._context.scopes.of(self.profile).similarities(
+            [w.record for w in self.corrections])
+        return sorted((r for r in self._learned if r.profile == self.profile),
+                      key=lambda record: -similarity.get(record.id, 0.0))
+
+    @property
+    def checked(self) -> list[str]:
+        """Ids of the corrections that the published version is known to have right."""
+        known = {s.tokens for s in self._set.gate.exact}
+        chat = self._context.chat
+        return [*(w.record.id for w in self.corrections), *(
+            r.id for r in self._learned
+            if (*r.prompt_ids, *chat.answer(r.corrected)) in known)]
+
     @property
     def _finetune(self) -> FinetuneSettings:
         return self._context.settings.finetune
@@ -345,15 +389,15 @@ class LearningJob(Job):
 
     def _announce(self) -> list[CorrectionStatus]:
         """Report corrections as TRAINING, each one once."""
-        if self.kind is JobKind.REHEARSAL:
+        if self.kind is not JobKind.LEARNING:
             return []
         return [self._context.disk.set_state(r, CorrectionState.TRAINING)
                 for r in self.unannounced([w.record for w in self.corrections])]
 
     def _fail(self, corrections: Sequence[PendingCorrection],
               reason: str) -> list[CorrectionStatus]:
-        """Report corrections as FAILED; a rehearsal reports nothing."""
-        if self.kind is JobKind.REHEARSAL:
+        """Report corrections as FAILED."""
+        if self.kind is not JobKind.LEARNING:
             return []
         return [self._context.disk.set_state(w.record, CorrectionState.FAILED, reason)
                 for w in corrections]
