@@ -327,8 +327,6 @@ class Learner:
     def _finish(self, job: Job, result: object) -> None:
         """End a job that has returned its result."""
         self._end_job()
-        if job.kind is JobKind.REPAIR and result is None:
-            self._verification.give_up(job.profile, job.corrections)
         if isinstance(result, SuspectedRegression):
             self.rollback(result.profile, result.better, result.reason, Future())
         elif isinstance(result, VersionRecord):

@@ -10,7 +10,6 @@ no correction waits, and what was lost is learned again.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.job import Job, JobKind, JobState
@@ -49,11 +48,6 @@ class Verification:
         self._unchecked.pop(profile, None)
         self._lost.pop(profile, None)
 
-    def give_up(self, profile: str, corrections: Iterable[PendingCorrection]) -> None:
-        """Repair these corrections no more: it failed."""
-        for correction in corrections:
-            self._lost.get(profile, {}).pop(correction.record.id, None)
-
     def checked(self, profile: str, record: CorrectionRecord, *, right: bool) -> None:
         """Note the outcome for a correction."""
         self._unchecked.get(profile, {}).pop(record.id, None)
@@ -73,11 +67,16 @@ class Verification:
         return next((p for p, ids in self._unchecked.items() if ids and p != held), None)
 
     def next_repair(self, held: str | None, now: float) -> tuple[str, list[PendingCorrection]]:
-        """Return a profile and lost corrections to learn again in one job; '' and [] if none."""
+        """
+        Take lost corrections of a profile, to learn them again in one job.
+
+        Returns '' and [] if there are none. If the job fails, the corrections are checked again
+        under the next version.
+        """
         for profile, lost in self._lost.items():
             if lost and profile != held:
-                return profile, [PendingCorrection(record, now) for record
-                                 in islice(lost.values(), JOB_CORRECTIONS)]
+                return profile, [PendingCorrection(lost.pop(i), now) for i
+                                 in list(lost)[:JOB_CORRECTIONS]]
         return '', []
 
 
