@@ -108,6 +108,7 @@ class Correction:
     profile: str = ''
     weight: float = 1.0
     source: str = ''
+    scope: str = ''
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Response:
     error_code: ErrorCode = ErrorCode.NONE
     error: str = ''
     adapter_version: int = 0
+    matched_correction_id: str = ''
+    similarity: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
     queue_ms: float = math.nan

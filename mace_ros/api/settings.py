@@ -19,6 +19,9 @@ from mace_ros.api.policies import POLICIES
 
 Value = bool | int | float | str
 
+# Which questions a version answers: those that resemble a correction, or all.
+SIMILAR, EVERYWHERE = SCOPES = 'similar', 'everywhere'
+
 
 class InvalidSetting(ValueError):
     """A parameter has a wrong name, type or value; the message says what is allowed."""
@@ -151,7 +154,7 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Shape and number of the LoRA adapters."""
+    """Shape and number of the LoRA adapters, and which questions they answer."""
 
     rank: int = _parameter(8, 'LoRA rank', minimum=1, maximum=256, read_only=True)
     alpha: float = _parameter(
@@ -163,6 +166,14 @@ class AdapterSettings:
     slots: int = _parameter(
         4, 'Maximum number of profiles with a live adapter version', minimum=1, maximum=64,
         read_only=True)
+    scope: str = _parameter(
+        'similar', 'Questions that an adapter version answers: those that resemble a correction '
+        'it has learned (similar), while the base model answers all others; or every question '
+        '(everywhere). A correction may have a scope of its own', choices=SCOPES)
+    scope_threshold: float = _parameter(
+        0.6, 'Similarity, 0 to 1, from which a question resembles a correction: a higher one '
+        'draws in fewer questions about something else, and leaves out more paraphrases',
+        minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)

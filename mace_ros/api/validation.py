@@ -9,7 +9,7 @@ import math
 import uuid
 
 from mace_ros.api.events import Correction, ErrorCode, InvalidCorrection, InvalidQuery, Query
-from mace_ros.api.settings import Settings
+from mace_ros.api.settings import SCOPES, Settings
 
 MAX_ID = 128            # characters of an id or profile
 MAX_TEXT = 65536        # characters of any text
@@ -63,6 +63,9 @@ def checked_correction(correction: Correction) -> Correction:
     if not (correction.query_id or correction.conversation_id or correction.prompt.strip()):
         raise InvalidCorrection(
             'query_id, conversation_id or prompt: one of them must name what is corrected')
+    if correction.scope not in ('', *SCOPES):
+        raise InvalidCorrection(
+            f'scope: {correction.scope!r} is not one of {", ".join(SCOPES)}, or empty')
     if not 0 < correction.weight <= MAX_WEIGHT:   # also refuses NaN
         raise InvalidCorrection(f'weight: {correction.weight} is not above 0 and at most '
                                 f'{MAX_WEIGHT:g}')

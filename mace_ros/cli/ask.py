@@ -22,8 +22,10 @@ def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient)
     if response.finish_reason not in (Response.STOP, Response.LENGTH):
         print(f'no answer: {response.error or "cancelled"}', file=sys.stderr)
         return 1
-    print(f'query {response.query_id}: adapter version {response.adapter_version}, first token '
-          f'after {response.ttft_ms:.0f} ms, {response.output_tokens} tokens at '
+    learned = (f' (correction {response.matched_correction_id})'
+               if response.matched_correction_id else '')
+    print(f'query {response.query_id}: adapter version {response.adapter_version}{learned}, '
+          f'first token after {response.ttft_ms:.0f} ms, {response.output_tokens} tokens at '
           f'{response.tpot_ms:.0f} ms each', file=sys.stderr)
     return 0
 

@@ -8,6 +8,7 @@ from functools import partial
 import sys
 from typing import Any
 
+from mace_ros.api.settings import SCOPES
 from mace_ros.api.validation import MAX_WEIGHT
 from mace_ros.cli.common import parser, run, STATES
 from mace_ros.msg import CorrectionStatus
@@ -57,13 +58,16 @@ def main() -> int:
                            help='the wrong answer (default: the recorded one)')
     arguments.add_argument('--weight', type=weight, default=1.0,
                            help=f'importance, above 0 and up to {MAX_WEIGHT:g} (default: 1)')
+    arguments.add_argument('--scope', choices=SCOPES, default='',
+                           help='questions that it is for: similar ones, or every one (default: '
+                           'the parameter adapter.scope)')
     arguments.add_argument('--source', default='mace_correct', help='origin of the correction')
     arguments.add_argument('--no-wait', action='store_true',
                            help='return once the correction is on disk')
     given = arguments.parse_args()
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'prompt': given.prompt, 'profile': given.profile, 'rejected': given.rejected,
-              'weight': given.weight, 'source': given.source}
+              'weight': given.weight, 'source': given.source, 'scope': given.scope}
     return run(partial(correct, given.corrected, fields, given.timeout, not given.no_wait),
                given.node)
 

@@ -81,20 +81,29 @@ def format_record(record: AnswerRecord | CorrectionRecord | VersionRecord,
                   live: bool = False) -> str:
     """Return one line for a record, its fields separated by tabs."""
     if isinstance(record, VersionRecord):
-        cells = [record.version, record.state.name, record.profile, f'parent {record.parent}',
-                 f'{len(record.correction_ids)} corrections',
-                 'live' if live else 'on disk' if record.sha256 else 'no files', record.reason]
+        cells: list[object] = [
+            record.version, record.state.name, record.profile, f'parent {record.parent}',
+            f'{len(record.correction_ids)} corrections',
+            'live' if live else 'on disk' if record.sha256 else 'no files', record.reason]
+    elif isinstance(record, AnswerRecord):
+        cells = [record.query_id, f'version {record.adapter_version}', record.profile,
+                 last_question(record), record.text, record.matched_correction_id]
     else:
-        question = next(
-            (m['content'] for m in reversed(record.messages) if m['role'] == 'user'), '')
-        if isinstance(record, AnswerRecord):
-            cells = [record.query_id, f'version {record.adapter_version}', record.profile,
-                     question, record.text]
-        else:
-            cells = [record.id, record.state.name, record.profile, question, record.corrected,
-                     f'version {record.adapter_version}' if record.adapter_version else '',
-                     record.reason]
+        cells = [record.id, record.state.name, record.profile, last_question(record),
+                 record.corrected,
+                 f'version {record.adapter_version}' if record.adapter_version else '',
+                 record.reason, record.scope]
+    return format_line(*cells)
+
+
+def format_line(*cells: object) -> str:
+    """Return a line of these cells, separated by tabs."""
     return '\t'.join(' '.join(str(cell).split()) for cell in cells)
+
+
+def last_question(record: AnswerRecord | CorrectionRecord) -> str:
+    """Return the last question of a prompt."""
+    return next((m['content'] for m in reversed(record.messages) if m['role'] == 'user'), '')
 
 
 def list_records(given: argparse.Namespace) -> None:
@@ -103,6 +112,25 @@ def list_records(given: argparse.Namespace) -> None:
         live = journal.live_versions()
         for record in getattr(journal, given.what)(given.profile):
             print(format_record(record, record in live))
+
+
+def show_scope(given: argparse.Namespace) -> None:
+    """Print one line for each correction in the scope of the live versions, or of one."""
+    with opened(given.folder) as journal, journal.snapshot():
+        if given.version is None:
+            versions = [v for v in journal.live_versions()
+                        if given.profile is None or v.profile == given.profile]
+        else:
+            profile = given.profile or ''
+            versions = [v for v in journal.versions(profile) if v.version == given.version]
+            if not versions:
+                raise Refused(f'profile {profile!r} has no version {given.version} on record')
+        for version in versions:
+            for correction in journal.scope_of(version):
+                print(format_line(
+                    version.profile, f'version {version.version}', correction.id,
+                    correction.scope or 'adapter.scope', last_question(correction),
+                    correction.corrected, correction.source))
 
 
 def export_records(given: argparse.Namespace) -> None:
@@ -185,6 +213,13 @@ def parser() -> argparse.ArgumentParser:
     list_.add_argument('what', choices=RECORDS)
     list_.set_defaults(run=list_records)
 
+    scope = commands.add_parser('scope', help='print what versions have learned', description=(
+        'Print one line for each correction in the scope of a version: profile, version, id, '
+        'scope, question, answer and source. Questions that resemble none of them are answered by '
+        'the base model (see adapter.scope).'))
+    scope.add_argument('--version', type=int, help='default: the live ones')
+    scope.set_defaults(run=show_scope)
+
     export_ = commands.add_parser('export', help='write records as lines of JSON', description=(
         'Write corrections, answers and versions as lines of JSON.'))
     export_.add_argument('file', nargs='?', default='-', help='default: stdout')
@@ -203,19 +238,20 @@ def parser() -> argparse.ArgumentParser:
 
     delete = commands.add_parser('delete', help='delete records for good', description=(
         'Delete records for good, all or none. Deleting a correction also deletes all answers to '
-        'its question; what a version has learned from it stays until that version is rolled '
-        'back and deleted. Deleting a version deletes its files; its record stays.'))
+        'its question, which the base model answers from then on (unless a version answers '
+        'everything: adapter.scope); the weights keep what they have learned from it until that '
+        'version is rolled back and deleted. Deleting a version deletes its files; its record stays.'))
     delete.add_argument('what', choices=RECORDS)
     delete.add_argument('id', nargs='+', help='id of a correction or query; number of a version')
     delete.set_defaults(run=delete_records)
 
     made.set_defaults(node='/mace', folder=None)
-    for each in (made, list_, export_, import_, delete):    # before or after the command
+    for each in (made, list_, scope, export_, import_, delete):    # before or after the command
         each.add_argument('--node', default=argparse.SUPPRESS,
                           help='full name of the node (default: /mace)')
         each.add_argument('--folder', type=Path, default=argparse.SUPPRESS,
                           help="the storage folder, if the node's storage.folder is set")
-    for command in (list_, export_, delete):
+    for command in (list_, scope, export_, delete):
         command.add_argument(
             '--profile', help="default: all profiles; for versions to delete, the robot's own")
     return made

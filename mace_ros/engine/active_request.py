@@ -21,6 +21,7 @@ from mace_ros.api.events import (
     ResponseChunk,
 )
 from mace_ros.engine.conversations import Conversation
+from mace_ros.engine.router import Route
 from mace_ros.memory.adapter_slots import LiveVersion
 from mace_ros.model.chat import ChatTokenizer, TextStream
 from mace_ros.model.sampling import Sampling
@@ -58,7 +59,7 @@ class ActiveRequest:
     sampling: Sampling
     stream: TextStream
     kind: RequestKind = RequestKind.USER
-    version: LiveVersion | None = None    # pinned at admission
+    route: Route | None = None    # to the version that is pinned at admission
     chunks: int = 0
     closed: bool = False          # its last chunk was built
     finish: FinishReason | None = None
@@ -70,6 +71,12 @@ class ActiveRequest:
     def is_silent(self) -> bool:
         """Whether its events are not published."""
         return self.kind is not RequestKind.USER
+
+    @property
+    def version(self) -> LiveVersion:
+        """The version that answers; to be read after admission."""
+        assert self.route is not None
+        return self.route.version
 
     @property
     def prompt(self) -> list[int]:
@@ -115,15 +122,16 @@ class ActiveRequest:
     def response(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
                  error: str = '') -> Response:
         """Return the outcome with its latencies in milliseconds."""
-        request = self.request
-        tpot = math.nan
+        request, route, tpot = self.request, self.route, math.nan
+        assert route is not None
         if request.output_tokens > 1:
             assert request.first_token_at is not None and request.last_token_at is not None
             tpot = (request.last_token_at - request.first_token_at) / (request.output_tokens - 1)
         return Response(
             query_id=self.query.id, conversation_id=self.query.conversation_id,
             text=self.stream.text, finish_reason=reason, error_code=code, error=error,
-            adapter_version=self.version.version if self.version else 0,
+            adapter_version=route.version.version, matched_correction_id=route.correction_id,
+            similarity=route.similarity,
             prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens,
             queue_ms=_ms(request.arrival, request.started_at),
             ttft_ms=_ms(request.arrival, request.first_token_at), tpot_ms=tpot * 1e3,

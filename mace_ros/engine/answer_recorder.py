@@ -36,12 +36,14 @@ class AnswerRecorder:
         if self._journal.backlog >= MAX_UNWRITTEN:
             self.unrecorded += 1
             return False
-        assert active.version is not None
+        route = active.route
+        assert route is not None
         answer = AnswerRecord(
             query_id=query.id, prompt_ids=tuple(active.prompt), messages=active.messages,
             text=text, output_ids=tuple(active.output), conversation_id=query.conversation_id,
-            profile=query.profile, lineage=active.version.profile,
-            adapter_version=active.version.version,
+            profile=query.profile, lineage=route.version.profile,
+            adapter_version=route.version.version,
+            matched_correction_id=route.correction_id, out_of_scope=route.out_of_scope,
             no_learn=query.no_learn or not complete, time=time.time())
         self._journal.submit(
             lambda journal: journal.record_answer(answer)).add_done_callback(self._on_written)

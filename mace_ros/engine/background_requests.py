@@ -74,7 +74,6 @@ class BackgroundRequests:
     def answered(self, active: ActiveRequest) -> None:
         """Plan to compute the conversation of an answer again, if an adapter gave it."""
         conversation_id = active.query.conversation_id
-        assert active.version is not None
         if conversation_id and active.version.version and active.adapted_from:
             self._history.note(conversation_id, active.ids)
         else:

@@ -88,7 +88,7 @@ class Engine:
             anchors=recorded_anchors(parts.journal, parts.weights_digest), clock=clock)
         self.requests = RequestManager(
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
-            slots=parts.slots, recorder=self._recorder, background=self._background,
+            router=parts.router, recorder=self._recorder, background=self._background,
             memory=parts.memory, context_length=parts.model.context_length,
             answered=learner.answered, clock=clock)
         self.runner = ModelRunner(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import Settings
 from mace_ros.engine.paged_kv_cache import PagedKVCache
+from mace_ros.engine.router import Router
+from mace_ros.learning.scope import Scopes
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.memory.budget import MB
@@ -35,6 +37,8 @@ class Parts:
     free_bytes: float           # beside the base model, when it was loaded
     lora: LoRAManager
     slots: AdapterSlots
+    scopes: Scopes              # what the versions in the slots have learned
+    router: Router              # which of them answers a query
     state: State                # the scheduler's input
     pool: BlockPool
     kv_cache: KVCacheManager

@@ -23,11 +23,10 @@ from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLET
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
 from mace_ros.engine.early_aborts import EarlyAborts
-from mace_ros.memory.adapter_slots import AdapterSlots, BASE_IDENTITY
+from mace_ros.engine.router import Route, Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.lora_mapping import BASE_SLOT
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
@@ -38,7 +37,7 @@ class RequestManager:
     """Admits queries, appends their tokens, and ends them; on the device's thread."""
 
     def __init__(self, settings: Settings, *, chat: ChatTokenizer, state: State,
-                 kv_cache: KVCacheManager, slots: AdapterSlots, recorder: AnswerRecorder,
+                 kv_cache: KVCacheManager, router: Router, recorder: AnswerRecorder,
                  background: BackgroundRequests, memory: MemoryArbiter, context_length: int,
                  answered: Callable[[str], None], clock: Callable[[], float]) -> None:
         """
@@ -48,7 +47,7 @@ class RequestManager:
         learning may use.
         """
         self._settings, self._chat, self._state = settings, chat, state
-        self._kv_cache, self._slots, self._recorder = kv_cache, slots, recorder
+        self._kv_cache, self._router, self._recorder = kv_cache, router, recorder
         self._background, self._memory, self._context_length = background, memory, context_length
         self._answered, self._clock = answered, clock
         self._active: dict[str, ActiveRequest] = {}
@@ -129,14 +128,19 @@ class RequestManager:
             e2e_ms=(self._clock() - arrival) * 1e3, origin=query.origin)
 
     def start(self, active: ActiveRequest) -> None:
-        """Queue a request for scheduling; it keeps the adapter version that is live now."""
-        active.version = self._slots.pin(active.query.profile)
-        active.request.adapter_slot = BASE_SLOT if active.is_silent else active.version.slot
+        """Queue a request for scheduling; it keeps the version in whose scope it is now."""
+        active.route = self._route(active)
+        active.request.adapter_slot = active.version.slot
         active.request.block_hashes = BlockHashes(
-            BASE_IDENTITY if active.is_silent else active.version.identity, active.ids,
-            BLOCK_TOKENS, active.adapted_from)
+            active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
         self._active[active.query.id] = active
         self._state.waiting.add(active.request)
+
+    def _route(self, active: ActiveRequest) -> Route:
+        if active.is_silent:
+            return self._router.base()
+        return self._router.route(
+            active.query.profile, active.messages, self._settings.adapter)
 
     # -- tokens ----------------------------------------------------------------------
 
@@ -211,8 +215,7 @@ class RequestManager:
         if active.is_silent:    # while it has its blocks, which may be read
             self._background.ended(active, reason, error)
         self._kv_cache.free(active.request)
-        assert active.version is not None
-        self._slots.unpin(active.version)
+        self._router.release(active.version)
         if active.is_silent:
             return []
         if active.request.output_tokens:

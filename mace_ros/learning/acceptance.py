@@ -20,13 +20,15 @@ class Accepted:
     A correction that is in the journal; ``new`` is False if its id was on record before.
 
     ``arrived`` is its arrival in seconds on the engine's clock; ``superseded`` are the ids of
-    the corrections that it replaces.
+    the corrections that it replaces, and ``deleted`` are those that had to make room
+    (``storage.max_corrections``).
     """
 
     record: CorrectionRecord
     new: bool
     arrived: float
     superseded: tuple[str, ...] = ()
+    deleted: tuple[CorrectionRecord, ...] = ()
 
 
 def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, settings: Settings,
@@ -43,8 +45,8 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, set
     record = _with_prompt(correction, journal, chat, settings, longest)
     journal.accept(record)
     superseded = journal.supersede(record)
-    journal.limit_corrections(settings.storage.max_corrections)
-    return Accepted(record, True, arrived, superseded)
+    deleted = journal.limit_corrections(settings.storage.max_corrections)
+    return Accepted(record, True, arrived, superseded, deleted)
 
 
 def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
@@ -71,7 +73,8 @@ def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
         id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
         corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,
         conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
-        weight=correction.weight, source=correction.source, received=time.time())
+        weight=correction.weight, source=correction.source, received=time.time(),
+        scope=correction.scope)
 
 
 def _corrected_answer(correction: Correction, journal: Journal) -> AnswerRecord | None:

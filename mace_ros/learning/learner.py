@@ -42,6 +42,7 @@ from mace_ros.learning.regression_check import ComparisonJob, RegressionCheck
 from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
+from mace_ros.learning.scope import Scopes
 from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
 from mace_ros.learning.status import job_status, LearningStatus, tracked
 from mace_ros.learning.task import Pause, RetryNotice, Task, Until, Wait
@@ -67,19 +68,19 @@ class Learner:
     """Chooses what to train and publish; the engine runs the steps that it offers."""
 
     def __init__(self, *, model: PackedModel, model_name: str, lora: LoRAManager,
-                 chat: ChatTokenizer, slots: AdapterSlots, journal: JournalWriter,
-                 store: AdapterStore, cost: StepCost, settings: Settings,
+                 chat: ChatTokenizer, slots: AdapterSlots, scopes: Scopes,
+                 journal: JournalWriter, store: AdapterStore, cost: StepCost, settings: Settings,
                  wake: Callable[[], None], clock: Callable[[], float]) -> None:
         """``wake``, called from any thread, requests a :meth:`poll`."""
-        self._slots, self._wake = slots, wake
+        self._slots, self._scopes, self._wake = slots, scopes, wake
         self._disk = Disk(journal, wake)
         self._queue = CorrectionQueue()
         self._publisher = Publisher(
-            model_name=model_name, lora=lora, slots=slots, disk=self._disk, store=store,
-            clock=clock)
+            model_name=model_name, lora=lora, slots=slots, scopes=scopes, disk=self._disk,
+            store=store, clock=clock)
         self._rollbacks = RollbackQueue(
-            lora=lora, slots=slots, disk=self._disk, store=store, cancel_job=self._cancel_job,
-            wake=wake)
+            lora=lora, slots=slots, scopes=scopes, disk=self._disk, store=store,
+            cancel_job=self._cancel_job, wake=wake)
         anchors = AnchorReplay(chat)
         self._context = JobContext(
             settings=settings, chat=chat,
@@ -122,6 +123,7 @@ class Learner:
             return [CorrectionStatus(
                 record.id, record.state, record.reason, record.adapter_version)]
         self._context.drift.corrected(record.query_id)
+        self._scopes.forget(accepted.deleted)
         renewed = None if self._job is None else self._job.renew(record)
         if renewed is None:
             if self._job is not None and self._job.trains(accepted.superseded):
@@ -223,8 +225,7 @@ class Learner:
         else:
             self._try_later(job)
         self._end_job()
-        self._events += [
-            self._disk.set_state(w.record, CorrectionState.FAILED, reason) for w in failed]
+        self._events += [self._publisher.failed(w.record, reason) for w in failed]
         return self._take_events()
 
     @property
@@ -281,8 +282,7 @@ class Learner:
             self._begin_verification(held)
             return
         if job.kind is JobKind.LEARNING and not self._slots.has_room(job.profile):
-            self._events += [self._disk.set_state(w.record, CorrectionState.FAILED, NO_SLOT)
-                             for w in job.corrections]
+            self._events += [self._publisher.failed(w.record, NO_SLOT) for w in job.corrections]
             return
         learning = LearningJob(
             context, self._planner.begun(), job.profile, job.corrections, kind=job.kind)

@@ -399,13 +399,11 @@ class LearningJob(Job):
         """Report corrections as FAILED."""
         if self.kind is not JobKind.LEARNING:
             return []
-        return [self._context.disk.set_state(w.record, CorrectionState.FAILED, reason)
-                for w in corrections]
+        return [self._context.publisher.failed(w.record, reason) for w in corrections]
 
     def _already_learned(self, corrections: Sequence[PendingCorrection]) -> list[CorrectionStatus]:
-        return [self._context.disk.set_state(
-            w.record, CorrectionState.LEARNED, 'the live version already answers so', self._parent)
-            for w in corrections]
+        return [self._context.publisher.already_learned(w.record, self._parent)
+                for w in corrections]
 
     def _record(self) -> VersionRecord:
         return VersionRecord(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -19,12 +19,13 @@ from mace_ros.api.events import (
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.job import Job, JobState
+from mace_ros.learning.scope import Scopes
 from mace_ros.learning.task import Pause, RetryNotice, Task, Until
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
-from mace_ros.store.records import VersionRecord
+from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.version_info import (
     check_same_adapter,
     OtherAdapter,
@@ -38,16 +39,22 @@ class SavedVersion:
     """A version on disk and in the journal, and the corrections that it learned."""
 
     record: VersionRecord
-    learned: tuple[str, ...]
+    learned: tuple[CorrectionRecord, ...]
 
 
 class Publisher:
-    """Saves versions and puts them live; only :meth:`restore` blocks."""
+    """
+    Saves versions, and puts them live together with their scopes; only :meth:`restore` blocks.
 
-    def __init__(self, *, model_name: str, lora: LoRAManager, slots: AdapterSlots, disk: Disk,
-                 store: AdapterStore, clock: Callable[[], float]) -> None:
+    A version's slot and its scope change between the same two queries.
+    """
+
+    def __init__(self, *, model_name: str, lora: LoRAManager, slots: AdapterSlots,
+                 scopes: Scopes, disk: Disk, store: AdapterStore,
+                 clock: Callable[[], float]) -> None:
         """``model_name`` is written into the configuration of each version."""
-        self._model_name, self._lora, self._slots = model_name, lora, slots
+        self._model_name, self._lora = model_name, lora
+        self._slots, self._scopes = slots, scopes
         self._disk, self._store, self._clock = disk, store, clock
         self._rejections: deque[Future[VersionRecord]] = deque()
 
@@ -60,11 +67,9 @@ class Publisher:
         come before the report. Blocks; for configuration only. Raises ``OtherAdapter``.
         """
         events: list[Event] = []
-        lives = self._disk.submit(lambda j: [
-            (record, [c.id for c in j.learned(record.profile)
-                      if c.adapter_version == record.version])
-            for record in j.live_versions()]).result()
-        for record, learned in lives:
+        lives, scopes = self._disk.submit(lambda j: (j.live_versions(), j.scopes())).result()
+        for record in lives:
+            scope = scopes.pop(record.profile, ())
             slot = self._slots.reserve() if self._slots.has_room(record.profile) else None
             if slot is None:
                 events.append(version_event(
@@ -81,7 +86,11 @@ class Publisher:
                 events.append(version_event(
                     record, self._store, VersionState.REJECTED, str(error)))
                 continue
-            events += self._put_live(record, learned, slot)
+            self._scopes.replace(record.profile, scope)
+            events += self._put_live(record, [c for c in scope if (
+                c.adapter_version, c.state) == (record.version, CorrectionState.LEARNED)], slot)
+        for profile, scope in scopes.items():       # which have no version of their own
+            self._scopes.replace(profile, scope)
         if not self._slots.live('').version:
             events.append(AdapterVersion('', 0, 0, VersionState.PUBLISHED))
         return events
@@ -157,7 +166,8 @@ class Publisher:
                 except FileExistsError:   # left by a crash before it was recorded
                     continue
                 done = replace(record, version=version, path=files.path, sha256=files.sha256)
-                return SavedVersion(done, journal.publish(done))
+                learned = [journal.correction(i) for i in journal.publish(done)]
+                return SavedVersion(done, tuple(c for c in learned if c is not None))
 
         return self._disk.submit(save)
 
@@ -174,14 +184,28 @@ class Publisher:
             while self._clock() < retry.until:
                 yield Until(retry.until)
 
-    def _put_live(self, record: VersionRecord, learned: Iterable[str], slot: int,
+    def _put_live(self, record: VersionRecord, learned: Sequence[CorrectionRecord], slot: int,
                   ) -> list[AdapterVersion | CorrectionStatus]:
         """Put the weights in training into a slot and serve them; return the events."""
         self._lora.write_slot(slot)
         self._slots.publish(record.profile, record.version, slot)
+        self._scopes.learned(record.profile, learned)
         return [version_event(record, self._store), *(
-            CorrectionStatus(i, CorrectionState.LEARNED, adapter_version=record.version)
-            for i in learned)]
+            CorrectionStatus(c.id, CorrectionState.LEARNED, adapter_version=record.version)
+            for c in learned)]
+
+    # -- corrections without a version of their own ----------------------------------
+
+    def already_learned(self, record: CorrectionRecord, version: int) -> CorrectionStatus:
+        """Let the live version answer the question of a correction, since it does so right."""
+        self._scopes.learned(record.profile, [record])
+        return self._disk.set_state(
+            record, CorrectionState.LEARNED, 'the live version already answers so', version)
+
+    def failed(self, record: CorrectionRecord, reason: str) -> CorrectionStatus:
+        """Give up a correction."""
+        self._scopes.failed(record)
+        return self._disk.set_state(record, CorrectionState.FAILED, reason)
 
     # -- and one that did not --------------------------------------------------------
 

@@ -25,11 +25,13 @@ from mace_ros.learning.rollback import (
     RollbackRefused,
     RolledBack,
 )
+from mace_ros.learning.scope import Scopes
 from mace_ros.learning.task import on_disk, Pause, Task
 from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
+from mace_ros.store.records import CorrectionRecord
 from mace_ros.store.version_info import check_same_adapter, version_event
 
 MAX_DEVICE_FAILURES = 3        # of the device in one rollback
@@ -45,16 +47,21 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Decided:
-    """A rollback that is in the journal; ``tensors`` are None for the base model."""
+    """
+    A rollback that is in the journal; ``tensors`` are None for the base model.
+
+    ``scope`` are the corrections that the version has learned.
+    """
 
     outcome: RolledBack
     tensors: Mapping[str, Tensor] | None
+    scope: tuple[CorrectionRecord, ...]
 
 
 class RollbackQueue:
     """Rolls back one request after the other; running requests keep their version."""
 
-    def __init__(self, *, lora: LoRAManager, slots: AdapterSlots, disk: Disk,
+    def __init__(self, *, lora: LoRAManager, slots: AdapterSlots, scopes: Scopes, disk: Disk,
                  store: AdapterStore, cancel_job: Callable[[str], bool],
                  wake: Callable[[], None]) -> None:
         """
@@ -63,7 +70,8 @@ class RollbackQueue:
         It returns False while such a job saves a version: the rollback waits for that.
         ``wake`` requests another poll.
         """
-        self._lora, self._slots, self._disk, self._store = lora, slots, disk, store
+        self._lora, self._slots, self._scopes = lora, slots, scopes
+        self._disk, self._store = disk, store
         self._cancel_job, self._wake = cancel_job, wake
         self._requests: deque[_Request] = deque()
         self._running: Task[RolledBack] | None = None      # the first request's
@@ -142,8 +150,8 @@ class RollbackQueue:
             tensors = self._store.load(record.path, record.sha256)
             check_same_adapter(record, self._store, self._lora)
             self._lora.checked(tensors)
-        return _Decided(
-            roll_back(journal, request.profile, request.version, request.reason), tensors)
+        outcome = roll_back(journal, request.profile, request.version, request.reason)
+        return _Decided(outcome, tensors, journal.scope(request.profile))
 
     def _put_live(self, decided: _Decided) -> Task[None]:
         """Serve the version from the next query on; wait for a slot, retry a few failures."""
@@ -170,6 +178,7 @@ class RollbackQueue:
         profile, live = decided.outcome.profile, decided.outcome.live
         if live is None:
             self._slots.withdraw(profile)
+            self._scopes.replace(profile, decided.scope)
             return True
         assert decided.tensors is not None
         # A request that began with the version may still hold it.
@@ -184,6 +193,7 @@ class RollbackQueue:
                 self._slots.give_back(slot)
                 raise
         self._slots.publish(profile, live.version, slot)
+        self._scopes.replace(profile, decided.scope)
         return True
 
     def _events(self, outcome: RolledBack) -> list[Event]:

@@ -31,8 +31,8 @@ class AdapterSlots:
     Assigns the slots ``first .. first + count - 1`` to adapter versions.
 
     A request pins the version that it started with. A slot becomes free when its version is
-    neither live nor pinned. Queries of a profile without a version of its own use the robot's
-    version (profile ''), or else the base model in ``base_slot``.
+    neither live nor pinned. A profile without a version of its own has the robot's version
+    (profile ''), or else the base model in ``base_slot``.
     """
 
     def __init__(self, *, base_slot: int, first: int, count: int) -> None:
@@ -71,9 +71,13 @@ class AdapterSlots:
         """Return the version that a query of the profile uses now."""
         return self._live.get(profile) or self._live.get('') or self._base
 
-    def pin(self, profile: str) -> LiveVersion:
-        """Return the live version and keep it in its slot until :meth:`unpin`."""
-        version = self.live(profile)
+    def pin(self, profile: str | None) -> LiveVersion:
+        """
+        Return the live version and keep it in its slot until :meth:`unpin`.
+
+        None is no profile, but the base model.
+        """
+        version = self._base if profile is None else self.live(profile)
         self._pins[version] += 1
         return version
 

@@ -67,7 +67,8 @@ def correction_from(message: msg.Correction) -> Correction:
         rejected=message.rejected,
         profile=message.profile,
         weight=message.weight,
-        source=message.source)
+        source=message.source,
+        scope=message.scope)
 
 
 def message_from(event: Event, stamp: Time) -> Any:

@@ -49,7 +49,9 @@ class AnswerTable(JournalFile):
                 profile=answer.profile, prompt_ids=as_json(answer.prompt_ids),
                 messages=as_json(answer.messages), text=answer.text,
                 output_ids=as_json(answer.output_ids), lineage=answer.lineage,
-                adapter_version=answer.adapter_version, no_learn=answer.no_learn, time=answer.time,
+                adapter_version=answer.adapter_version,
+                matched_correction_id=answer.matched_correction_id,
+                out_of_scope=answer.out_of_scope, no_learn=answer.no_learn, time=answer.time,
                 question=question_key(answer.messages, answer.prompt_ids))
             self.execute(
                 'DELETE FROM answers WHERE number <= ? AND query_id NOT IN ('
@@ -105,13 +107,15 @@ class AnswerTable(JournalFile):
         Return whether each of the newest ``limit`` answers was corrected, oldest first.
 
         These are the answers of the profile's own versions, and those that the robot's
-        version gave to this profile. Answers with ``no_learn`` are excluded.
+        version gave to this profile. Answers with ``no_learn`` are excluded, and so are those to
+        questions outside the scope of the profile's version: they say nothing about it.
         """
         rows = self.rows(
             'SELECT query_id, question, lineage, adapter_version, EXISTS ('
             'SELECT 1 FROM corrections AS c WHERE c.query_id = a.query_id) AS corrected '
             "FROM answers AS a WHERE no_learn = 0 AND (lineage = ?1 OR (lineage = '' "
-            'AND profile = ?1)) ORDER BY number DESC LIMIT ?2', profile, limit)
+            'AND profile = ?1)) AND (out_of_scope = 0 OR (lineage = ?1 AND adapter_version > 0)) '
+            'ORDER BY number DESC LIMIT ?2', profile, limit)
         return tuple(
             AnswerOutcome(row['query_id'], row['question'], row['lineage'],
                           row['adapter_version'], bool(row['corrected']))
@@ -135,4 +139,5 @@ class AnswerTable(JournalFile):
 
 def _answer(row: sqlite3.Row) -> AnswerRecord:
     values = record_fields(row)
-    return AnswerRecord(**values | {'no_learn': bool(values['no_learn'])})
+    return AnswerRecord(**values | {
+        name: bool(values[name]) for name in ('no_learn', 'out_of_scope')})

@@ -32,7 +32,7 @@ class CorrectionTable(JournalFile):
                 messages=as_json(record.messages), rejected=record.rejected,
                 corrected=record.corrected, weight=record.weight, source=record.source,
                 received=record.received, state=int(record.state), reason=record.reason,
-                adapter_version=record.adapter_version,
+                adapter_version=record.adapter_version, scope=record.scope,
                 question=question_key(record.messages, record.prompt_ids))
             if record.profile:
                 # A new profile's lineage starts from the robot's live version. It starts anew
@@ -119,6 +119,14 @@ class CorrectionTable(JournalFile):
         """Return the corrections that are live in the profile's version, oldest first."""
         return self._select('state = ? AND profile = ?', int(CorrectionState.LEARNED), profile)
 
+    def replaced_later(self, profile: str) -> tuple[CorrectionRecord, ...]:
+        """Return the trained corrections that a pending one is to replace, oldest first."""
+        return self._select(
+            'profile = ? AND state = ? AND adapter_version > 0 AND EXISTS ('
+            'SELECT 1 FROM corrections AS p WHERE p.profile = corrections.profile '
+            'AND p.question = corrections.question AND p.prompt_ids = corrections.prompt_ids '
+            f'AND p.state IN {PENDING_SQL})', profile, int(CorrectionState.SUPERSEDED))
+
     def trained(self, profile: str) -> tuple[CorrectionRecord, ...]:
         """Return the corrections that some version was trained on, live or not, oldest first."""
         return self._select(
@@ -129,9 +137,9 @@ class CorrectionTable(JournalFile):
         return self._select(
             'query_id IN (SELECT value FROM json_each(?))', as_json(list(query_ids)))
 
-    def limit_corrections(self, max_corrections: int) -> None:
+    def limit_corrections(self, max_corrections: int) -> tuple[CorrectionRecord, ...]:
         """
-        Delete the oldest finished corrections above ``max_corrections``.
+        Delete the oldest finished corrections above ``max_corrections``; return them.
 
         Those in no live version go first, then the learned ones. Raises
         :class:`InvalidCorrection` if too many are pending: these are never deleted.
@@ -139,14 +147,15 @@ class CorrectionTable(JournalFile):
         row = self.one('SELECT count(*) FROM corrections')
         surplus = (row[0] if row is not None else 0) - max_corrections
         if surplus <= 0:
-            return
-        finished = [row['id'] for row in self.rows(
-            f'SELECT id FROM corrections WHERE state NOT IN {PENDING_SQL} '
-            'ORDER BY state = ?, number LIMIT ?', int(CorrectionState.LEARNED), surplus)]
+            return ()
+        finished = tuple(map(_correction, self.rows(
+            f'SELECT * FROM corrections WHERE state NOT IN {PENDING_SQL} '
+            'ORDER BY state = ?, number LIMIT ?', int(CorrectionState.LEARNED), surplus)))
         if len(finished) < surplus:
             raise InvalidCorrection(
                 f'{max_corrections} corrections wait already (storage.max_corrections)')
-        self.forget_corrections(finished, keep_pending_answers=True)
+        self.forget_corrections([record.id for record in finished], keep_pending_answers=True)
+        return finished
 
     def forget_corrections(
             self, ids: Collection[str], *, keep_pending_answers: bool = False) -> int:

@@ -111,7 +111,9 @@ def _import_record(
         if journal.answer(answer.query_id) is not None:
             return 'known'
         # Its version is not in this journal.
-        journal.record_answer(replace(answer, lineage='', adapter_version=0), given_now=False)
+        journal.record_answer(
+            replace(answer, lineage='', adapter_version=0, matched_correction_id=''),
+            given_now=False)
         return 'answers'
     if kind == 'correction':
         correction = _record(CorrectionRecord, values, token_ids)
@@ -214,7 +216,8 @@ def _check(record: AnswerRecord | CorrectionRecord | VersionRecord) -> None:
     if isinstance(record, CorrectionRecord):
         correction = Correction(
             record.corrected, id=record.id, prompt='.', profile=record.profile,
-            weight=record.weight, rejected=record.rejected, source=record.source)
+            weight=record.weight, rejected=record.rejected, source=record.source,
+            scope=record.scope)
     elif isinstance(record, AnswerRecord):
         correction = Correction(
             '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,

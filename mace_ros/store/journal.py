@@ -16,6 +16,7 @@ from __future__ import annotations
 from mace_ros.api.events import VersionState
 from mace_ros.store.answers import AnswerTable
 from mace_ros.store.corrections import CorrectionTable
+from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.versions import VersionTable
 
@@ -48,6 +49,33 @@ class Journal(AnswerTable, CorrectionTable, VersionTable):
             self.record_version(record)
             self.make_live(record)
             return self.mark_learned(record.correction_ids, record.version)
+
+    def scope(self, profile: str) -> tuple[CorrectionRecord, ...]:
+        """
+        Return the corrections that define the scope of the profile's live version.
+
+        These are the profile's learned ones, not those that its lineage took over from the
+        robot. One that is superseded stays until its replacement is learned.
+        """
+        live = self.live(profile)
+        lineage = Lineage(self.versions(profile), live.version if live is not None else 0)
+        return *(c for c in self.replaced_later(profile) if lineage.holds(c.adapter_version)), *(
+            self.learned(profile))
+
+    def scope_of(self, version: VersionRecord) -> tuple[CorrectionRecord, ...]:
+        """Return what the scope of a version is, or would be after a rollback to it."""
+        profile, live = version.profile, self.live(version.profile)
+        if live is not None and live.version == version.version:
+            return self.scope(profile)
+        lineage = Lineage(self.versions(profile), version.version)
+        newest = {c.prompt_ids: c for c in self.trained(profile)
+                  if lineage.holds(c.adapter_version)}
+        return tuple(newest.values())
+
+    def scopes(self) -> dict[str, tuple[CorrectionRecord, ...]]:
+        """Return the scope of each profile that has one."""
+        scopes = {profile: self.scope(profile) for profile in self.profiles()}
+        return {profile: scope for profile, scope in scopes.items() if scope}
 
     def held_by(self, version: VersionRecord | None) -> tuple[CorrectionRecord, ...]:
         """

@@ -26,7 +26,10 @@ class AnswerRecord:
     An answer that the node gave.
 
     ``lineage`` is the profile whose adapter version answered: the query's own profile, or ''
-    where the robot's version served it. ``time`` is wall-clock seconds since the epoch.
+    where the robot's version served it. ``matched_correction_id`` is the learned correction whose
+    scope the question was in. ``out_of_scope`` tells that it was outside the scope of a version
+    that was live: its own profile's, or the robot's. ``time`` is wall-clock seconds since the
+    epoch.
     """
 
     query_id: str
@@ -38,6 +41,8 @@ class AnswerRecord:
     profile: str = ''
     lineage: str = ''
     adapter_version: int = 0
+    matched_correction_id: str = ''
+    out_of_scope: bool = False
     no_learn: bool = False
     time: float = 0.0
 
@@ -49,6 +54,7 @@ class CorrectionRecord:
 
     ``received`` is wall-clock seconds since the epoch. ``adapter_version`` is set with
     LEARNED, and stays when the correction is superseded or its version rolled back later.
+    ``scope`` is 'similar', 'everywhere', or '' for what the parameter ``adapter.scope`` says.
     """
 
     id: str
@@ -65,6 +71,7 @@ class CorrectionRecord:
     state: CorrectionState = CorrectionState.ACCEPTED
     reason: str = ''
     adapter_version: int = 0
+    scope: str = ''
 
 
 @dataclass(frozen=True)

@@ -96,5 +96,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         'UPDATE versions SET fork = '
         '(SELECT fork FROM profiles WHERE profiles.profile = versions.profile)',
     ),
+    (
+        # '': that of the parameter adapter.scope.
+        "ALTER TABLE corrections ADD COLUMN scope TEXT NOT NULL DEFAULT ''",
+        # The learned correction that an answer drew on.
+        "ALTER TABLE answers ADD COLUMN matched_correction_id TEXT NOT NULL DEFAULT ''",
+        # Whether a live version of the answer's profile, or the robot's, was passed over.
+        'ALTER TABLE answers ADD COLUMN out_of_scope INTEGER NOT NULL DEFAULT 0',
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

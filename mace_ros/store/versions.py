@@ -104,6 +104,11 @@ class VersionTable(JournalFile):
                 # version of that time.
                 self.execute('UPDATE profiles SET fork = NULL WHERE profile = ?', profile)
 
+    def profiles(self) -> tuple[str, ...]:
+        """Return all profiles that have had a correction or a version; '' is the robot."""
+        return tuple(row['profile'] for row in self.rows(
+            "SELECT profile FROM profiles UNION SELECT '' ORDER BY 1"))
+
     def live(self, profile: str) -> VersionRecord | None:
         """Return the live version of a profile, None if it has none."""
         return next((record for record in self.live_versions() if record.profile == profile), None)

@@ -1,0 +1,108 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The words of a question, in any language, and which question a conversation ends with.
+
+Scripts without spaces between words (Chinese, Japanese, Thai and others) are cut into pairs of
+characters. Case, accents and punctuation make no difference.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from mace_ros.store.records import Messages
+
+# Of a longer text, the first and the last half of this many characters are looked at.
+MAX_CHARACTERS = 4000
+# Questions of a conversation that are put together at most.
+MAX_TURNS = 4
+# A question of more words speaks for itself; so does one of more than two that begins otherwise.
+FOLLOW_UP_WORDS = 6
+# Words that a question begins with if it carries on from the one before it: "and on Sundays?".
+FOLLOW_UP_BEGINNINGS = frozenset({
+    'and', 'but', 'or', 'also', 'then',                     # English
+    'und', 'aber', 'oder', 'auch', 'maar', 'ook',           # German, Dutch
+    'et', 'mais', 'ou', 'aussi', 'y', 'pero', 'tambien',    # French, Spanish
+    'anche', 'poi', 'mas', 'tambem', 'och', 'og',           # Italian, Portuguese, Nordic
+    'ale', '\u0430', '\u0438', '\u043d\u043e',               # Polish, Russian
+    've', 'ama', '\u0648', '\u0914\u0930'})                 # Turkish, Arabic, Hindi
+_ABOUT = ('what about', 'how about', 'was ist mit', 'et pour', 'que tal', 'e per')
+
+_SENTENCE_ENDS = re.compile(r'[.!?;\n\u0964\u061f\u06d4\u3002]+')
+# Thai, Lao, Burmese, Khmer, kana and Han; in any plane.
+_UNSPACED = re.compile(
+    '[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff'
+    '\U00020000-\U0003ffff]+')
+
+
+class _Characters(dict[int, int | str | None]):
+    """What becomes of each character: letters, digits and their marks stay, others separate."""
+
+    def __missing__(self, code: int) -> int | str | None:
+        kept = unicodedata.category(chr(code))[0] in 'LNM'
+        # The accents of Latin, Greek and Cyrillic letters; the marks of other scripts are letters.
+        value: int | str | None = None if 0x300 <= code < 0x370 else code if kept else ' '
+        self[code] = value
+        return value
+
+
+_CHARACTERS = _Characters()
+
+
+def sentences(text: str) -> list[list[str]]:
+    """Return the words of each sentence that has any."""
+    if len(text) > MAX_CHARACTERS:
+        text = f'{text[:MAX_CHARACTERS // 2]} {text[-MAX_CHARACTERS // 2:]}'
+    text = text.lower() if text.isascii() else unicodedata.normalize('NFKD', text).casefold()
+    split = [_words(part) for part in _SENTENCE_ENDS.split(text)]
+    return [words for words in split if words] or [text.split()]
+
+
+def _words(text: str) -> list[str]:
+    words = text.translate(_CHARACTERS).split()
+    if text.isascii():
+        return words
+    return [part for word in words for part in _parts(unicodedata.normalize('NFC', word))]
+
+
+def _parts(word: str) -> list[str]:
+    """Return a word as it is, and text without spaces as pairs of characters."""
+    parts, end = [], 0
+    for run in _UNSPACED.finditer(word):
+        if run.start() > end:
+            parts.append(word[end:run.start()])
+        characters, end = run[0], run.end()
+        parts += [characters[i:i + 2] for i in range(max(len(characters) - 1, 1))]
+    return [*parts, word[end:]] if end < len(word) else parts
+
+
+def is_follow_up(text: str) -> bool:
+    """
+    Return whether a question needs the one before it: "and on Sundays?", "Why?".
+
+    It is one of up to two words, or one of up to six that begins like a continuation.
+    """
+    words = [word for sentence in sentences(text) for word in sentence]
+    pairs = sum(_UNSPACED.match(word) is not None for word in words)
+    count = len(words) - pairs + (pairs + 1) // 2      # a word has about two characters
+    return count <= 2 or (count <= FOLLOW_UP_WORDS and (
+        words[0] in FOLLOW_UP_BEGINNINGS or ' '.join(words).startswith(_ABOUT)))
+
+
+def questions(messages: Messages) -> list[str]:
+    """
+    Return the readings of a conversation's last question, the shortest first.
+
+    The first is the last user turn alone. If that follows up an earlier one, the second is both
+    together, with all the turns between them.
+    """
+    asked = [message['content'] for message in messages if message['role'] == 'user']
+    if not asked:
+        return []
+    first = len(asked) - 1
+    while first and len(asked) - first < MAX_TURNS and is_follow_up(asked[first]):
+        first -= 1
+    alone = asked[-1]
+    return [alone] if first == len(asked) - 1 else [alone, '\n'.join(asked[first:])]

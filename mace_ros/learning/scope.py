@@ -1,0 +1,301 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The scope of an adapter version: which questions it may answer.
+
+A version has learned corrections. A question is in its scope if it resembles one of their
+questions; every other question is answered as if nothing had been learned. The decision takes
+no device: it compares words, and rare words count most, since they name what a question is about.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from math import log
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mace_ros.api.settings import AdapterSettings, EVERYWHERE
+from mace_ros.learning.question import questions, sentences
+from mace_ros.store.records import CorrectionRecord
+
+# The weight of a word is the third power of its information, so that a subject outweighs all
+# the words around it. Chosen by measurement, as the other constants; see docs/scope.md.
+POWER = 3.0
+# How much it counts that the question is about nothing else: 0 not at all, 1 as much as that it
+# has the words of the corrected one.
+FOCUS = 0.25
+# Weight of the corrections' own word frequencies: as if there were this many others.
+PRIOR_TEXTS = 50
+# Two words count as forms of one if they share a beginning of this length and this share.
+MIN_STEM, STEM_SHARE = 4, 0.75
+# Similarities that differ by less are equal.
+TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class Match:
+    """The learned correction that a question resembles most; ``similarity`` is 0 to 1."""
+
+    correction_id: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A learned correction: the readings of its question, and its scope ('' is the default)."""
+
+    correction_id: str
+    prompt_ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    scope: str = ''
+
+
+def entry(record: CorrectionRecord) -> Entry:
+    """Return the entry of a correction; a follow-up is known by what it follows as well."""
+    readings = questions(record.messages)
+    return Entry(record.id, record.prompt_ids, tuple(readings[-1:]), record.scope)
+
+
+class Scope:
+    """
+    What one live version has learned, as an inverted index of words.
+
+    A correction replaces an earlier one of the same prompt. With 1,000 corrections,
+    :meth:`match` takes about a tenth of a millisecond.
+    """
+
+    def __init__(self, frequency: Callable[[str], float]) -> None:
+        """``frequency`` returns the share of texts that have a word, above 0."""
+        self._frequency = frequency
+        self._entries: dict[tuple[int, ...], Entry] = {}
+        self._index = _Index(frequency)
+
+    def __len__(self) -> int:
+        """Return the number of corrections."""
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Iterate over the corrections, the oldest first."""
+        return iter(self._entries.values())
+
+    def add(self, new: Entry) -> None:
+        """Add a correction; it replaces one of the same prompt."""
+        self.discard(new.prompt_ids)
+        self._entries[new.prompt_ids] = new
+        self._index.add(new)
+
+    def discard(self, prompt_ids: tuple[int, ...]) -> None:
+        """Forget the correction of a prompt, if there is one."""
+        known = self._entries.pop(prompt_ids, None)
+        if known is None:
+            return
+        self._index.discard(known)
+        if self._index.discarded > len(self._entries):
+            self._index = _Index(self._frequency)
+            for kept in self:
+                self._index.add(kept)
+
+    def answers_everything(self, default: str) -> bool:
+        """Return whether a correction's scope, or the default one, is everywhere."""
+        scopes = [known.scope or default for known in self] or [default]
+        return EVERYWHERE in scopes
+
+    def get(self, prompt_ids: tuple[int, ...]) -> Entry | None:
+        """Return the correction of a prompt."""
+        return self._entries.get(prompt_ids)
+
+    def match(self, text: str) -> Match | None:
+        """Return the correction that a question resembles most, None if none has a common word."""
+        return self._index.match(text)
+
+    def similarities(self, records: Iterable[CorrectionRecord]) -> dict[str, float]:
+        """Return how much each learned correction resembles the nearest of other corrections."""
+        result: dict[str, float] = {}
+        for record in records:
+            for text in entry(record).texts:
+                for correction_id, similarity in self._index.similarities(text):
+                    result[correction_id] = max(similarity, result.get(correction_id, 0.0))
+        return result
+
+
+class _Index:
+    """The words of texts, and for each word the texts that have it."""
+
+    def __init__(self, frequency: Callable[[str], float]) -> None:
+        self._frequency = frequency
+        self._ids: list[str] = []               # correction of each text
+        self._numbers: dict[str, int] = {}      # of each word
+        self._sorted: list[str] = []            # the words, for common beginnings
+        self._postings: list[array[int]] = []   # texts that have a word
+        self._background = array('d')           # frequency of each word in general
+        self._words, self._texts = array('q'), array('q')    # each word of each text
+        self._weights: NDArray[np.float64] | None = None     # of each word; None: to be computed
+        self._totals: NDArray[np.float64] = np.zeros(0)      # weight of each text's words
+        self._discarded: list[int] = []         # texts
+
+    def add(self, new: Entry) -> None:
+        """Add the texts of a correction."""
+        for text in new.texts:
+            number = len(self._ids)
+            self._ids.append(new.correction_id)
+            for word in {word for sentence in sentences(text) for word in sentence}:
+                found = self._number(word)
+                self._postings[found].append(number)
+                self._words.append(found)
+                self._texts.append(number)
+        self._weights = None
+
+    def discard(self, known: Entry) -> None:
+        """Find the texts of a correction no more; they stay in the index."""
+        self._discarded += [n for n, i in enumerate(self._ids) if i == known.correction_id]
+        self._weights = None
+
+    @property
+    def discarded(self) -> int:
+        """Number of texts that are not found any more."""
+        return len(self._discarded)
+
+    def _number(self, word: str) -> int:
+        number = self._numbers.get(word)
+        if number is None:
+            number = self._numbers[word] = len(self._numbers)
+            self._sorted.insert(bisect_left(self._sorted, word), word)
+            self._postings.append(array('q'))
+            self._background.append(self._frequency(word))
+        return number
+
+    def match(self, text: str) -> Match | None:
+        """See :meth:`Scope.match`."""
+        if not self._ids:
+            return None
+        similarity = self._compare(text)
+        best = float(similarity.max())
+        if best <= 0.0:
+            return None
+        newest = int(np.flatnonzero(similarity >= best - TIE)[-1])
+        return Match(self._ids[newest], best)
+
+    def similarities(self, text: str) -> Iterator[tuple[str, float]]:
+        """Yield the correction of each text that has a common word, and their similarity."""
+        if self._ids:
+            similarity = self._compare(text)
+            for number in np.flatnonzero(similarity):
+                yield self._ids[number], float(similarity[number])
+
+    def _compare(self, text: str) -> NDArray[np.float64]:
+        """Return the similarity to each text."""
+        weights = self._current_weights()
+        covered = np.zeros(len(self._ids))      # weight of the words in common, of each text
+        focus = np.zeros(len(self._ids))        # share of a sentence that they are
+        seen: set[str] = set()
+        for words in sentences(text):
+            common, total = np.zeros(len(self._ids)), 0.0
+            for word in set(words):
+                total += self._weight(word, weights)
+                for number, share in self._forms(word):
+                    texts = np.frombuffer(self._postings[number], dtype=np.int64)
+                    common[texts] += share * weights[number]
+                    if word not in seen:
+                        covered[texts] += share * weights[number]
+            seen.update(words)
+            np.maximum(focus, common / total, out=focus)
+        result: NDArray[np.float64] = (
+            np.minimum(covered / self._totals, 1.0) * np.minimum(focus, 1.0) ** FOCUS)
+        return result
+
+    def _current_weights(self) -> NDArray[np.float64]:
+        if self._weights is None:
+            others = np.array([len(texts) - 1 for texts in self._postings])
+            frequency = np.frombuffer(self._background) + others / (len(self._ids) + PRIOR_TEXTS)
+            self._weights = -np.log(np.minimum(frequency, 0.9))
+            self._weights **= POWER
+            self._totals = np.bincount(
+                np.frombuffer(self._texts, dtype=np.int64),
+                weights=self._weights[np.frombuffer(self._words, dtype=np.int64)],
+                minlength=len(self._ids))
+            self._totals[self._discarded] = np.inf
+        return self._weights
+
+    def _weight(self, word: str, weights: NDArray[np.float64]) -> float:
+        number = self._numbers.get(word)
+        if number is not None:
+            return float(weights[number])
+        return float(-log(min(self._frequency(word), 0.9))) ** POWER
+
+    def _forms(self, word: str) -> list[tuple[int, float]]:
+        """Return the known word, or those with the same stem, each with its share in common."""
+        number = self._numbers.get(word)
+        if number is not None:
+            return [(number, 1.0)]
+        place, forms = bisect_left(self._sorted, word), []
+        for other in self._sorted[max(place - 1, 0):place + 1]:     # its neighbours
+            stem = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
+                                            zip(word, other, strict=False)))
+            share = stem / max(len(word), len(other))
+            if stem >= MIN_STEM and share >= STEM_SHARE:
+                forms.append((self._numbers[other], share))
+        return forms[:1]
+
+
+class Scopes:
+    """The scope of each profile's live version; on the device's thread only."""
+
+    def __init__(self, frequency: Callable[[str], float]) -> None:
+        """Begin without a correction; see :class:`Scope`."""
+        self._frequency = frequency
+        self._scopes: dict[str, Scope] = {}
+        self._nothing = Scope(frequency)
+
+    def of(self, profile: str) -> Scope:
+        """Return the scope of a profile's own version, empty without one."""
+        return self._scopes.get(profile, self._nothing)
+
+    def replace(self, profile: str, learned: Iterable[CorrectionRecord]) -> None:
+        """Serve another version of the profile, which has learned these corrections."""
+        self._scopes[profile] = Scope(self._frequency)
+        self.learned(profile, learned)
+
+    def learned(self, profile: str, learned: Iterable[CorrectionRecord]) -> None:
+        """Add corrections that the version now answers right."""
+        scope = self._scopes.setdefault(profile, Scope(self._frequency))
+        for record in learned:
+            scope.add(entry(record))
+
+    def failed(self, record: CorrectionRecord) -> None:
+        """Forget the correction that this one was to replace: it was wrong, too."""
+        scope = self.of(record.profile)
+        replaced = scope.get(record.prompt_ids)
+        if replaced is not None and replaced.correction_id != record.id:
+            scope.discard(record.prompt_ids)
+
+    def forget(self, records: Sequence[CorrectionRecord]) -> None:
+        """Forget deleted corrections."""
+        for record in records:
+            scope = self.of(record.profile)
+            known = scope.get(record.prompt_ids)
+            if known is not None and known.correction_id == record.id:
+                scope.discard(record.prompt_ids)
+
+    def match(self, profile: str, readings: Sequence[str],
+              settings: AdapterSettings) -> tuple[bool, Match | None]:
+        """
+        Return whether a question is in the scope of the profile's version, and what it resembles.
+
+        ``readings`` are those of :func:`questions`: the question alone decides if it resembles
+        something, otherwise the question with those before it.
+        """
+        scope, best = self.of(profile), None
+        for reading in readings:
+            match = scope.match(reading)
+            if match is not None and (best is None or match.similarity > best.similarity):
+                best = match
+            if best is not None and best.similarity >= settings.scope_threshold:
+                return True, best
+        return scope.answers_everything(settings.scope), best
