@@ -240,7 +240,8 @@ def parser() -> argparse.ArgumentParser:
         'Delete records for good, all or none. Deleting a correction also deletes all answers to '
         'its question, which the base model answers from then on (unless a version answers '
         'everything: adapter.scope); the weights keep what they have learned from it until that '
-        'version is rolled back and deleted. Deleting a version deletes its files; its record stays.'))
+        'version is rolled back and deleted. Deleting a version deletes its files; its record '
+        'stays.'))
     delete.add_argument('what', choices=RECORDS)
     delete.add_argument('id', nargs='+', help='id of a correction or query; number of a version')
     delete.set_defaults(run=delete_records)

@@ -10,6 +10,7 @@ characters. Case, accents and punctuation make no difference.
 from __future__ import annotations
 
 import re
+from typing import TypeAlias
 import unicodedata
 
 from mace_ros.store.records import Messages
@@ -29,6 +30,10 @@ FOLLOW_UP_BEGINNINGS = frozenset({
     'ale', '\u0430', '\u0438', '\u043d\u043e',               # Polish, Russian
     've', 'ama', '\u0648', '\u0914\u0930'})                 # Turkish, Arabic, Hindi
 _ABOUT = ('what about', 'how about', 'was ist mit', 'et pour', 'que tal', 'e per')
+
+# The words of a sentence in their order, and whether each looks like a name: it has a capital
+# letter, but not because it is the first one, or a digit.
+Sentence: TypeAlias = dict[str, bool]
 
 _SENTENCE_ENDS = re.compile(r'[.!?;\n\u0964\u061f\u06d4\u3002]+')
 # Thai, Lao, Burmese, Khmer, kana and Han; in any plane.
@@ -51,20 +56,24 @@ class _Characters(dict[int, int | str | None]):
 _CHARACTERS = _Characters()
 
 
-def sentences(text: str) -> list[list[str]]:
-    """Return the words of each sentence that has any."""
+def sentences(text: str) -> list[Sentence]:
+    """Return the sentences of a text; there is at least one, with at least one word."""
     if len(text) > MAX_CHARACTERS:
         text = f'{text[:MAX_CHARACTERS // 2]} {text[-MAX_CHARACTERS // 2:]}'
-    text = text.lower() if text.isascii() else unicodedata.normalize('NFKD', text).casefold()
+    if not text.isascii():
+        text = unicodedata.normalize('NFKD', text)
     split = [_words(part) for part in _SENTENCE_ENDS.split(text)]
-    return [words for words in split if words] or [text.split()]
+    return [words for words in split if words] or [{text.strip(): False}]
 
 
-def _words(text: str) -> list[str]:
-    words = text.translate(_CHARACTERS).split()
-    if text.isascii():
-        return words
-    return [part for word in words for part in _parts(unicodedata.normalize('NFC', word))]
+def _words(text: str) -> Sentence:
+    words: Sentence = {}
+    for place, word in enumerate(text.translate(_CHARACTERS).split()):
+        named = (place > 0 and word[0].isupper()) or any(map(str.isdigit, word))
+        for part in (word.lower(),) if word.isascii() else _parts(
+                unicodedata.normalize('NFC', word.casefold())):
+            words[part] = words.get(part, False) or named
+    return words
 
 
 def _parts(word: str) -> list[str]:

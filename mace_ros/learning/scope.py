@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mace_ros.api.settings import AdapterSettings, EVERYWHERE
-from mace_ros.learning.question import questions, sentences
+from mace_ros.learning.question import questions, Sentence, sentences
 from mace_ros.store.records import CorrectionRecord
 
 # The weight of a word is the third power of its information, so that a subject outweighs all
@@ -31,6 +31,8 @@ POWER = 3.0
 # How much it counts that the question is about nothing else: 0 not at all, 1 as much as that it
 # has the words of the corrected one.
 FOCUS = 0.25
+# Words that look like names count as many times as others.
+NAME_FACTOR = 1.0
 # Weight of the corrections' own word frequencies: as if there were this many others.
 PRIOR_TEXTS = 50
 # Two words count as forms of one if they share a beginning of this length and this share.
@@ -133,28 +135,32 @@ class _Index:
         self._ids: list[str] = []               # correction of each text
         self._numbers: dict[str, int] = {}      # of each word
         self._sorted: list[str] = []            # the words, for common beginnings
-        self._postings: list[array[int]] = []   # texts that have a word
+        self._postings: list[array[int]] = []   # texts that have a word ...
+        self._factors: list[array[float]] = []  # ... and how much more it counts there
         self._background = array('d')           # frequency of each word in general
-        self._words, self._texts = array('q'), array('q')    # each word of each text
+        # Each word of each text: number, text and factor.
+        self._words, self._texts, self._flat_factors = array('q'), array('q'), array('d')
         self._weights: NDArray[np.float64] | None = None     # of each word; None: to be computed
         self._totals: NDArray[np.float64] = np.zeros(0)      # weight of each text's words
-        self._discarded: list[int] = []         # texts
+        self._discarded: set[int] = set()       # texts
 
     def add(self, new: Entry) -> None:
         """Add the texts of a correction."""
         for text in new.texts:
             number = len(self._ids)
             self._ids.append(new.correction_id)
-            for word in {word for sentence in sentences(text) for word in sentence}:
-                found = self._number(word)
+            for word, named in _merged(sentences(text)).items():
+                found, factor = self._number(word), NAME_FACTOR if named else 1.0
                 self._postings[found].append(number)
+                self._factors[found].append(factor)
                 self._words.append(found)
                 self._texts.append(number)
+                self._flat_factors.append(factor)
         self._weights = None
 
     def discard(self, known: Entry) -> None:
         """Find the texts of a correction no more; they stay in the index."""
-        self._discarded += [n for n, i in enumerate(self._ids) if i == known.correction_id]
+        self._discarded.update(n for n, i in enumerate(self._ids) if i == known.correction_id)
         self._weights = None
 
     @property
@@ -168,6 +174,7 @@ class _Index:
             number = self._numbers[word] = len(self._numbers)
             self._sorted.insert(bisect_left(self._sorted, word), word)
             self._postings.append(array('q'))
+            self._factors.append(array('d'))
             self._background.append(self._frequency(word))
         return number
 
@@ -197,13 +204,16 @@ class _Index:
         seen: set[str] = set()
         for words in sentences(text):
             common, total = np.zeros(len(self._ids)), 0.0
-            for word in set(words):
-                total += self._weight(word, weights)
+            for word, named in words.items():
+                factor = NAME_FACTOR if named else 1.0
+                weight = self._weight(word, weights) * factor
+                total += weight
                 for number, share in self._forms(word):
                     texts = np.frombuffer(self._postings[number], dtype=np.int64)
-                    common[texts] += share * weights[number]
+                    common[texts] += share * weight
                     if word not in seen:
-                        covered[texts] += share * weights[number]
+                        covered[texts] += (share * weights[number]
+                                           * np.frombuffer(self._factors[number]))
             seen.update(words)
             np.maximum(focus, common / total, out=focus)
         result: NDArray[np.float64] = (
@@ -218,9 +228,10 @@ class _Index:
             self._weights **= POWER
             self._totals = np.bincount(
                 np.frombuffer(self._texts, dtype=np.int64),
-                weights=self._weights[np.frombuffer(self._words, dtype=np.int64)],
+                weights=(self._weights[np.frombuffer(self._words, dtype=np.int64)]
+                         * np.frombuffer(self._flat_factors)),
                 minlength=len(self._ids))
-            self._totals[self._discarded] = np.inf
+            self._totals[list(self._discarded)] = np.inf
         return self._weights
 
     def _weight(self, word: str, weights: NDArray[np.float64]) -> float:
@@ -242,6 +253,14 @@ class _Index:
             if stem >= MIN_STEM and share >= STEM_SHARE:
                 forms.append((self._numbers[other], share))
         return forms[:1]
+
+
+def _merged(parts: Sequence[Sentence]) -> Sentence:
+    words: Sentence = {}
+    for sentence in parts:
+        for word, named in sentence.items():
+            words[word] = words.get(word, False) or named
+    return words
 
 
 class Scopes:

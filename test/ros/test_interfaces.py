@@ -271,6 +271,8 @@ def test_a_rollback_under_load_loses_nothing(
     client: MaceClient, operator: SimpleNamespace,
 ) -> None:
     """The next query is served by the older version; running ones end on the newer one."""
+    # So that the newer version has long answers on their way, to questions that it was not taught.
+    assert set_parameters(client, {'adapter.scope': 'everywhere'}) == [(True, '')]
     question, answers = 'Where do you live?', ('In the hall.', 'In the kitchen.')
     learned = [client.correct(corrected, prompt=question) for corrected in answers[:1]]
     assert learned[0].wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED

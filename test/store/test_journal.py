@@ -64,10 +64,11 @@ def test_all_records_survive_a_restart(path: Path) -> None:
     """Ids, texts of any language, states and times survive; unknown scores stay NaN."""
     given = answer(
         'q1', 'Wer hat dich gebaut? 你好 \N{ROBOT FACE} \0 "', conversation_id='c', profile='Zoë',
-        adapter_version=3, no_learn=True, time=1753.25)
+        adapter_version=3, matched_correction_id='k0', out_of_scope=True, no_learn=True,
+        time=1753.25)
     record = correction(
         'k1', query_id='q1', conversation_id='c', profile='Zoë', weight=2.5, source='Ann',
-        received=1754.5)
+        received=1754.5, scope='everywhere')
     version = VersionRecord(
         profile='Zoë', version=1, parent=0, correction_ids=('k1',), score_before=-2.5,
         train_tokens=2**40, train_seconds=1.5, path='adapters/zoe/v000001', sha256='ab', created=3)
@@ -91,7 +92,7 @@ def test_the_file_is_set_up_for_power_failures(journal: Journal, path: Path) -> 
     """WAL with synchronous=FULL, which kill -9 can't tell from NORMAL."""
     settings = {name: journal.rows(f'PRAGMA {name}')[0][0]
                 for name in ('journal_mode', 'synchronous', 'user_version')}
-    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 5}
+    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 6}
 
 
 def test_a_journal_of_schema_1_is_migrated(path: Path) -> None:

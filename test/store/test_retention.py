@@ -165,7 +165,9 @@ def storage(tmp_path: Path) -> Path:
         journal.record_answer(answer('q1', 'Where do I live?', text='In a house.'))
         journal.record_answer(answer('q2', 'What is 1 + 1?', text='2'))
         journal.record_answer(answer('q3', 'Where do  I LIVE?', text='In a flat.', profile='ann'))
-        journal.accept(correction('k1', 'Where do I live?', query_id='q1', corrected=SECRET))
+        journal.accept(correction(
+            'k1', 'Where do I live?', query_id='q1', corrected=SECRET, scope='everywhere',
+            source='Ann'))
         publish(journal, store, '', 'k1')
         journal.accept(correction('k2', 'Who am I?', corrected='Ann.', profile='ann'))
         publish(journal, store)
@@ -184,14 +186,25 @@ def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
 def test_list_prints_one_line_per_record(storage: Path) -> None:
     """Oldest first, of all profiles or of one."""
     assert run(storage, 'list', 'corrections') == (
-        f'k1\tLEARNED\t\tWhere do I live?\t{SECRET}\tversion 1\t\n'
-        'k2\tACCEPTED\tann\tWho am I?\tAnn.\t\t\n')
+        f'k1\tLEARNED\t\tWhere do I live?\t{SECRET}\tversion 1\t\teverywhere\n'
+        'k2\tACCEPTED\tann\tWho am I?\tAnn.\t\t\t\n')
     assert run(storage, 'list', 'corrections', '--profile', 'ann').startswith('k2')
     assert [line.split('\t')[0] for line in run(storage, 'list', 'answers').splitlines()] == [
         'q1', 'q2', 'q3']
     assert run(storage, 'list', 'versions') == (
         '1\tPUBLISHED\t\tparent 0\t1 corrections\ton disk\t\n'
         '2\tPUBLISHED\t\tparent 1\t0 corrections\tlive\t\n')
+
+
+def test_scope_prints_what_versions_have_learned(storage: Path) -> None:
+    """Of the live versions, or of one to roll back to."""
+    line = f'\tversion 2\tk1\teverywhere\tWhere do I live?\t{SECRET}\tAnn\n'
+    assert run(storage, 'scope') == run(storage, 'scope', '--version', '2') == line
+    assert run(storage, 'scope', '--version', '1') == line.replace('version 2', 'version 1')
+    assert run(storage, 'scope', '--profile', 'ann') == ''
+    assert 'no version 7' in run(storage, 'scope', '--version', '7', code=1)
+    run(storage, 'delete', 'corrections', 'k1')
+    assert run(storage, 'scope') == ''
 
 
 def test_a_command_that_fails_says_why_and_changes_nothing(storage: Path) -> None:
@@ -268,6 +281,7 @@ def test_an_export_is_imported_by_another_robot_to_be_learned(
         '0 corrections, 0 answers and 0 versions imported, 5 known already\n')
     with Journal(storage / JOURNAL) as journal, Journal(other / JOURNAL) as new:
         assert new.answers() == journal.answers()
+        assert [c.scope for c in new.corrections()] == ['', 'everywhere', '']
         assert [c.id for c in new.pending()] == ['k1', 'k2']
         # The imported correction is not older than the one it contradicts.
         mine, theirs = new.correction('mine'), new.correction('k1')

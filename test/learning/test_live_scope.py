@@ -1,0 +1,247 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""A live version and its scope change together: whatever is learned, taken back or deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.robot import Robot, robot_with
+
+from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus, Query, Response
+from mace_ros.api.settings import EVERYWHERE, Settings
+from mace_ros.store.journal import Journal
+from mace_ros.store.layout import JOURNAL
+
+NAME, PARAPHRASE, COLOUR = 'What is your name?', 'Tell me your name.', 'Which colour is the door?'
+OTHERS = ('Tell me about the sea.', 'How many days are in a week?', 'Sing a song, please.')
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Return settings without rests between jobs."""
+    return settings.updated({'drift.min_budget': 1.0})
+
+
+def learn(robot: Robot, text: str, about: str, name: str, **fields: object) -> None:
+    """Correct the answer to a question; wait until it is learned."""
+    state = robot.correct(Correction(text, id=name, prompt=about, **fields))  # type: ignore[arg-type]
+    assert state.state is CorrectionState.LEARNED, state.reason
+
+
+def told(response: Response) -> tuple[str, int, str]:
+    """Return the answer and its explanation."""
+    return response.text, response.adapter_version, response.matched_correction_id
+
+
+def base_answers(robot: Robot, *texts: str) -> dict[str, str]:
+    """Return the base model's answers."""
+    responses = {text: robot.ask(text) for text in texts}
+    assert {r.adapter_version for r in responses.values()} == {0}
+    return {text: response.text for text, response in responses.items()}
+
+
+def roll_back(robot: Robot, version: int, profile: str = '') -> None:
+    """Make a version live."""
+    done = robot.engine.rollback(profile, version)
+    while not done.done():
+        robot.engine.step()
+    done.result()
+
+
+def test_other_questions_are_answered_as_before(robot: Robot) -> None:
+    """Byte by byte, while paraphrases reach the version that learned."""
+    before = base_answers(robot, *OTHERS)
+    learn(robot, 'Rover.', NAME, 'k')
+    assert base_answers(robot, *OTHERS) == before
+    assert told(robot.ask(NAME)) == ('Rover.', 1, 'k')
+    answer = robot.ask(PARAPHRASE)
+    assert (answer.adapter_version, answer.matched_correction_id) == (1, 'k')
+    assert robot.engine.settings.adapter.scope_threshold <= answer.similarity <= 1.0
+
+
+def test_a_profile_follows_the_robot_outside_its_own_scope(robot: Robot) -> None:
+    """Also in what the robot has learned since the profile got a version of its own."""
+    before = base_answers(robot, *OTHERS)
+    learn(robot, 'Bella.', NAME, 'ann', profile='ann')
+    learn(robot, 'Green.', COLOUR, 'robot')
+    assert told(robot.ask(NAME, profile='ann')) == ('Bella.', 1, 'ann')
+    assert told(robot.ask(COLOUR, profile='ann')) == ('Green.', 1, 'robot')
+    assert {text: robot.ask(text, profile='ann').text for text in OTHERS} == before
+    assert robot.ask(NAME).adapter_version == 0
+
+
+def test_scopes_are_restored(settings: Settings, tmp_path: Path) -> None:
+    with robot_with(settings, tmp_path) as robot:
+        before = base_answers(robot, *OTHERS)
+        learn(robot, 'Rover.', NAME, 'k')
+    with robot_with(settings, tmp_path) as robot:
+        robot.engine.start()
+        assert base_answers(robot, *OTHERS) == before
+        assert told(robot.ask(NAME)) == ('Rover.', 1, 'k')
+
+
+def test_rollback_takes_the_scope_back_and_returns_it(robot: Robot) -> None:
+    before = base_answers(robot, NAME, COLOUR)
+    learn(robot, 'Rover.', NAME, 'name')
+    learn(robot, 'Green.', COLOUR, 'colour')
+    roll_back(robot, 1)
+    assert told(robot.ask(NAME)) == ('Rover.', 1, 'name')
+    assert base_answers(robot, COLOUR) == {COLOUR: before[COLOUR]}
+    roll_back(robot, 0)
+    assert base_answers(robot, NAME, COLOUR) == before
+    roll_back(robot, 2)
+    assert told(robot.ask(COLOUR)) == ('Green.', 2, 'colour')
+    assert robot.ask(NAME).adapter_version == 2
+
+
+@pytest.mark.parametrize('restarts', [False, True])
+def test_a_superseded_correction_answers_until_the_newer_one_is_learned(
+        settings: Settings, tmp_path: Path, restarts: bool) -> None:
+    """Otherwise a question that is corrected again would get the base model's answer meanwhile."""
+    with robot_with(settings, tmp_path) as robot:
+        learn(robot, 'Rover.', NAME, 'older')
+        if not restarts:
+            robot.engine.update(settings.updated({'finetune.budget': 0.0}))
+            newer(robot)
+            assert told(robot.ask(NAME)) == ('Rover.', 1, 'older')
+            robot.engine.update(settings)
+            until_learned(robot)
+            assert told(robot.ask(NAME)) == ('Bella.', 2, 'newer')
+            return
+        robot.engine.update(settings.updated({'finetune.budget': 0.0}))
+        newer(robot)
+    with robot_with(settings, tmp_path, finetune__budget=0.0) as robot:
+        assert told(robot.ask(NAME)) == ('Rover.', 1, 'older')
+        robot.engine.update(settings)
+        until_learned(robot)
+        assert told(robot.ask(NAME)) == ('Bella.', 2, 'newer')
+
+
+def newer(robot: Robot) -> None:
+    robot.engine.correct(Correction('Bella.', id='newer', prompt=NAME))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'older')
+
+
+def until_learned(robot: Robot) -> None:
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'newer'
+                and e.state is CorrectionState.LEARNED)
+
+
+def test_a_correction_sent_again_is_in_scope_all_the_time(robot: Robot) -> None:
+    """The live version answers it right already; the newer id explains the answer then."""
+    learn(robot, 'Rover.', NAME, 'first')
+    robot.engine.correct(Correction('Rover.', id='again', prompt=NAME))
+    while not any(isinstance(e, CorrectionStatus) and e.id == 'again'
+                  and e.state is CorrectionState.LEARNED for e in robot.events):
+        assert robot.ask(NAME, no_learn=True).text == 'Rover.'
+    assert told(robot.ask(NAME)) == ('Rover.', 1, 'again')
+
+
+def test_a_failed_correction_takes_what_it_was_to_replace_out_of_scope(robot: Robot) -> None:
+    before = base_answers(robot, NAME)
+    learn(robot, 'Rover.', NAME, 'older')
+    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 1}))
+    state = robot.correct(Correction('Quite another name, which takes many steps.', id='newer',
+                                     prompt=NAME))
+    assert state.state is CorrectionState.FAILED
+    assert base_answers(robot, NAME) == before
+
+
+def test_a_deleted_correction_is_out_of_scope(settings: Settings, tmp_path: Path) -> None:
+    """Without training: its question gets the base model's answer, byte by byte."""
+    with robot_with(settings, tmp_path) as robot:
+        before = base_answers(robot, NAME, PARAPHRASE)
+        learn(robot, 'Rover.', NAME, 'name')
+        learn(robot, 'Green.', COLOUR, 'colour')
+    with Journal(tmp_path / JOURNAL) as journal:
+        assert journal.forget_corrections(['name']) == 1
+    with robot_with(settings, tmp_path) as robot:
+        assert base_answers(robot, NAME, PARAPHRASE) == before
+        assert told(robot.ask(COLOUR)) == ('Green.', 2, 'colour')
+
+
+def test_a_correction_that_has_to_make_room_is_out_of_scope_at_once(
+        settings: Settings, tmp_path: Path) -> None:
+    with robot_with(settings, tmp_path, storage__max_corrections=1) as robot:
+        before = base_answers(robot, NAME)
+        learn(robot, 'Rover.', NAME, 'name')
+        learn(robot, 'Green.', COLOUR, 'colour')
+        assert base_answers(robot, NAME) == before
+        assert told(robot.ask(COLOUR)) == ('Green.', 2, 'colour')
+
+
+def test_scope_and_threshold_are_live_parameters(robot: Robot) -> None:
+    learn(robot, 'Rover.', NAME, 'k')
+    plain = robot.engine.settings
+
+    def versions(**values: object) -> list[int]:
+        robot.engine.update(plain.updated({
+            f'adapter.{name}': value for name, value in values.items()}))  # type: ignore[misc]
+        return [robot.ask(text).adapter_version for text in (NAME, PARAPHRASE, OTHERS[0])]
+
+    assert versions() == [1, 1, 0]
+    assert versions(scope=EVERYWHERE) == [1, 1, 1]
+    assert versions(scope_threshold=1.0) == [1, 0, 0]
+    assert versions(scope_threshold=0.0) == [1, 1, 0]    # without a common word, still not
+
+
+def test_a_correction_of_style_is_for_every_question(robot: Robot) -> None:
+    learn(robot, 'Arr!', 'Talk like a pirate.', 'style', scope=EVERYWHERE)
+    answer = robot.ask(OTHERS[0])
+    assert (answer.adapter_version, answer.matched_correction_id) == (1, '')
+
+
+def test_an_unknown_scope_is_refused(robot: Robot) -> None:
+    state = robot.correct(Correction('Rover.', id='k', prompt=NAME, scope='nearby'))
+    assert state.state is CorrectionState.REJECTED
+    assert state.reason == "scope: 'nearby' is not one of similar, everywhere, or empty"
+
+
+@pytest.mark.parametrize('first', ['A question before.', NAME])
+def test_a_follow_up_is_answered_by_the_version_that_answered_before(
+        robot: Robot, first: str) -> None:
+    learn(robot, 'Rover.', NAME, 'k')
+    said = [robot.ask(text, conversation_id='c') for text in (first, 'And the cat?', OTHERS[0])]
+    in_scope = first == NAME
+    assert [r.adapter_version for r in said] == [in_scope, in_scope, 0]
+    assert said[1].matched_correction_id == ('k' if in_scope else '')
+
+
+def test_a_correction_amid_a_conversation_is_known_by_its_own_question(robot: Robot) -> None:
+    for text in ('Hello there, robot.', NAME):
+        robot.ask(text, conversation_id='c', id=f'c {text}')
+    state = robot.correct(Correction('Rover.', id='k', query_id=f'c {NAME}'))
+    assert state.state is CorrectionState.LEARNED
+    assert robot.ask(NAME).matched_correction_id == 'k'
+    assert robot.ask('Hello there, robot.').adapter_version == 0
+
+
+def test_answers_on_record_say_what_they_drew_on(
+        settings: Settings, tmp_path: Path) -> None:
+    """Those outside a version's scope do not count for or against it."""
+    with robot_with(settings, tmp_path) as robot:
+        robot.ask(OTHERS[0], id='before')
+        learn(robot, 'Rover.', NAME, 'k')
+        robot.ask(NAME, id='in scope')
+        robot.ask(OTHERS[1], id='out of scope')
+        robot.ask(NAME, id='of ann', profile='ann')
+    with Journal(tmp_path / JOURNAL) as journal:
+        record = {a.query_id: (a.matched_correction_id, a.out_of_scope)
+                  for a in journal.answers()}
+        counted = [(o.query_id, o.version) for o in journal.answer_outcomes('', 10)]
+    assert record == {'before': ('', False), 'in scope': ('k', False),
+                      'out of scope': ('', True), 'of ann': ('k', False)}
+    assert counted == [('before', 0), ('in scope', 1), ('of ann', 1)]
+
+
+def test_a_query_on_its_way_keeps_its_version(robot: Robot) -> None:
+    """The decision is made once, when it arrives."""
+    learn(robot, 'Rover. ' * 4, NAME, 'k')
+    robot.engine.submit(Query(NAME, id='q', max_tokens=12))
+    robot.engine.step()
+    roll_back(robot, 0)
+    response = robot.response('q')
+    assert (response.adapter_version, response.matched_correction_id) == (1, 'k')
+    assert robot.ask(NAME).adapter_version == 0

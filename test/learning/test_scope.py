@@ -1,0 +1,227 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001 (characters of several scripts look alike)
+"""
+Which questions resemble a learned one: what holds, and what does not.
+
+Words are rare or common as the packaged model's tokenizer says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import random
+import time
+
+import pytest
+from support.records import correction
+
+from mace_ros.api.settings import AdapterSettings, EVERYWHERE, SIMILAR
+from mace_ros.learning.scope import entry, Match, Scope, Scopes
+from mace_ros.model.loading import LoadedModel
+from mace_ros.model.token_ranks import token_ranks
+
+SETTINGS = AdapterSettings()
+NAME, CUPS, HOURS = 'What is your name?', 'Where are the cups?', 'When does the library open?'
+LEARNED = (NAME, CUPS, HOURS, 'Who repairs you when you are broken?',
+           'What is the password for guests?', 'In which year was Ed Brandenburg born?')
+
+
+@pytest.fixture(scope='module')
+def frequency(base_model: LoadedModel) -> Callable[[str], float]:
+    """Return how common a word is."""
+    return token_ranks(base_model.tokenizer).frequency
+
+
+def scopes_with(frequency: Callable[[str], float], *questions: str, profile: str = '',
+                **fields: object) -> Scopes:
+    """Return scopes in which a profile has learned these questions; each is its own id."""
+    scopes = Scopes(frequency)
+    scopes.replace(profile, [
+        correction(text, text, profile=profile, **fields) for text in questions])
+    return scopes
+
+
+def match(scopes: Scopes, *readings: str, settings: AdapterSettings = SETTINGS,
+          profile: str = '') -> tuple[bool, str]:
+    """Return whether a question is in scope, and what it resembles most."""
+    in_scope, found = scopes.match(profile, readings, settings)
+    return in_scope, found.correction_id if found is not None else ''
+
+
+@pytest.mark.parametrize(('text', 'resembles'), [
+    (NAME, NAME),
+    ('WHAT IS YOUR NAME', NAME),
+    ('Tell me your name.', NAME),
+    ('Hi there! Could you help me? What is your name?', NAME),
+    ('Where can I find the cups?', CUPS),
+    ('Where is the cup?', CUPS),
+    ('At what time does the library open?', HOURS),
+    ('Please tell me the password for guests.', 'What is the password for guests?'),
+    ('When was Ed Brandenburg born?', 'In which year was Ed Brandenburg born?'),
+    # Other languages are reached by names alone.
+    ('In welchem Jahr wurde Ed Brandenburg geboren?', 'In which year was Ed Brandenburg born?'),
+])
+def test_paraphrases_are_in_scope(
+        frequency: Callable[[str], float], text: str, resembles: str) -> None:
+    """They name what the corrected question is about, in the same or an inflected form."""
+    assert match(scopes_with(frequency, *LEARNED), text) == (True, resembles)
+
+
+@pytest.mark.parametrize('text', [
+    'What is the capital of Italy?', 'Who are you?', 'How are you today?', 'Tell me a joke.',
+    'What is the name of the largest ocean?', 'Where are the forks?',
+    'In which year was Karl Benz born?', 'When does the pharmacy open?',
+    'Write a poem about the sea.', '???', '你好'])
+def test_other_questions_are_out_of_scope(
+        frequency: Callable[[str], float], text: str) -> None:
+    """So are near misses: the same question about something else."""
+    assert match(scopes_with(frequency, *LEARNED), text)[0] is False
+
+
+@pytest.mark.parametrize('text', [
+    'What is not your name?', "What isn't your name?"])
+def test_negation_is_not_seen(frequency: Callable[[str], float], text: str) -> None:
+    """A negated question is about the same thing: the version answers it, for better or worse."""
+    assert match(scopes_with(frequency, *LEARNED), text) == (True, NAME)
+
+
+@pytest.mark.parametrize('text', [
+    'Wie heißt du?', 'Comment tu t’appelles ?', 'How do people call you?'])
+def test_without_a_common_word_nothing_is_recognised(
+        frequency: Callable[[str], float], text: str) -> None:
+    """Another language and other words are answered by the base model."""
+    assert match(scopes_with(frequency, *LEARNED), text)[0] is False
+
+
+@pytest.mark.parametrize(('learned', 'asked', 'other'), [
+    ('你叫什么名字？', '你的名字叫什么？', '今天天气怎么样？'),
+    ('Wo steht die Ladestation?', 'Wo finde ich die Ladestation?', 'Wo steht der Schrank?'),
+    ('Где находится зарядная станция?', 'Где зарядная станция?', 'Где находится кухня?'),
+    ('充電ステーションはどこですか', '充電ステーションはどこにありますか', '台所はどこですか'),
+])
+def test_other_languages(
+        frequency: Callable[[str], float], learned: str, asked: str, other: str) -> None:
+    """With and without spaces between words."""
+    scopes = scopes_with(frequency, learned, NAME)
+    assert match(scopes, asked) == (True, learned)
+    assert match(scopes, other)[0] is False
+
+
+def test_a_question_about_two_corrections_names_the_nearer_one(
+        frequency: Callable[[str], float]) -> None:
+    in_scope, resembles = match(
+        scopes_with(frequency, *LEARNED), 'What is your name, and where are the cups?')
+    assert in_scope and resembles in (NAME, CUPS)
+
+
+def test_a_follow_up_is_in_the_scope_of_what_it_follows(
+        frequency: Callable[[str], float]) -> None:
+    """Alone it is not; what it resembles alone comes first."""
+    scopes = scopes_with(frequency, *LEARNED)
+    assert match(scopes, 'And on Sundays?')[0] is False
+    assert match(scopes, 'And on Sundays?', f'{HOURS}\nAnd on Sundays?') == (True, HOURS)
+    assert match(scopes, 'The cups?', f'{HOURS}\nThe cups?')[1] == CUPS
+
+
+def test_a_corrected_follow_up_is_known_with_what_it_follows() -> None:
+    messages = ({'role': 'user', 'content': HOURS}, {'role': 'assistant', 'content': 'At 9.'},
+                {'role': 'user', 'content': 'And on Sundays?'})
+    assert entry(correction('k', messages=messages)).texts == (f'{HOURS}\nAnd on Sundays?',)
+    own = (*messages[:2], {'role': 'user', 'content': NAME})
+    assert entry(correction('k', messages=own)).texts == (NAME,)
+
+
+def test_the_threshold_decides(frequency: Callable[[str], float]) -> None:
+    scopes = scopes_with(frequency, *LEARNED)
+    asked = 'When did the library in Bremen open?'
+    _, found = scopes.match('', [asked], SETTINGS)
+    assert found is not None and found.similarity < 1.0
+    for threshold, in_scope in ((found.similarity - 0.01, True), (found.similarity + 0.01, False)):
+        assert match(scopes, asked, settings=AdapterSettings(
+            scope_threshold=threshold)) == (in_scope, HOURS)
+    # The corrected question itself is in scope whatever the threshold.
+    assert match(scopes, HOURS, settings=AdapterSettings(scope_threshold=1.0))[0]
+
+
+def test_everywhere(frequency: Callable[[str], float]) -> None:
+    """As the default, or of one correction; a correction of its own scope overrides the default."""
+    asked = 'What is the capital of Italy?'
+    everywhere = AdapterSettings(scope=EVERYWHERE)
+    style = scopes_with(frequency, 'Talk like a pirate.', scope=EVERYWHERE)
+    plain = scopes_with(frequency, NAME)
+    narrow = scopes_with(frequency, NAME, scope=SIMILAR)
+    assert match(style, asked)[0] and match(plain, asked, settings=everywhere)[0]
+    assert not match(plain, asked)[0] and not match(narrow, asked, settings=everywhere)[0]
+    assert match(narrow, NAME, settings=everywhere)[0]
+    # A profile without a scope of its own leaves the choice to the slots.
+    assert match(plain, asked, settings=everywhere, profile='ann')[0]
+    assert not match(plain, NAME, profile='ann')[0]
+
+
+def test_corrections_come_and_go(frequency: Callable[[str], float]) -> None:
+    scopes = scopes_with(frequency, NAME, CUPS)
+    newer = correction('newer', NAME)
+    scopes.failed(newer)        # it was to replace the first one, which was wrong, too
+    assert not match(scopes, NAME)[0] and match(scopes, CUPS)[0]
+    scopes.learned('', [newer])
+    assert match(scopes, NAME) == (True, 'newer')
+    scopes.failed(newer)        # nothing else was learned of its prompt
+    assert match(scopes, NAME)[0]
+    scopes.forget([correction('older', NAME), correction(CUPS, CUPS)])
+    assert match(scopes, NAME)[0] and not match(scopes, CUPS)[0]
+    scopes.replace('', [])
+    assert not match(scopes, NAME)[0]
+
+
+def test_of_equal_similarity_the_newest_counts(frequency: Callable[[str], float]) -> None:
+    scopes = scopes_with(frequency, NAME)
+    again = correction('newest', NAME, prompt_ids=(1, 2))       # another system prompt
+    scopes.learned('', [again])
+    assert match(scopes, NAME) == (True, 'newest')
+
+
+def test_an_index_with_changes_equals_a_new_one(frequency: Callable[[str], float]) -> None:
+    draw = random.Random(1)
+    words = [f'{a}{b}' for a in ('gar', 'kit', 'door', 'lam', 'rob') for b in ('den', 'chen', 's')]
+    changed, kept = Scope(frequency), {}
+    for number in range(60):
+        record = correction(str(number), ' '.join(draw.choices(words, k=4)),
+                            prompt_ids=(draw.randrange(15),))
+        changed.add(entry(record))
+        kept.pop(record.prompt_ids, None)
+        kept[record.prompt_ids] = entry(record)
+        if draw.random() < 0.2:
+            gone = draw.choice(list(kept))
+            changed.discard(gone)
+            del kept[gone]
+    fresh = Scope(frequency)
+    for item in kept.values():
+        fresh.add(item)
+    assert list(changed) == list(kept.values())
+    for item in kept.values():
+        found = changed.match(item.texts[0])
+        assert isinstance(found, Match) and found.similarity == pytest.approx(1.0)
+        again = fresh.match(item.texts[0])
+        assert again is not None and found.correction_id == again.correction_id
+
+
+def test_a_thousand_corrections_take_less_than_a_millisecond(
+        frequency: Callable[[str], float]) -> None:
+    """A generous bound: it is a tenth of that on one core."""
+    draw = random.Random(2)
+    scopes = Scopes(frequency)
+    scopes.replace('', [correction(str(n), f'In which year was {_name(draw)} {_name(draw)} built?')
+                        for n in range(1000)])
+    asked = f'When was {_name(draw)} opened, and in which city is it?'
+    scopes.match('', [asked], SETTINGS)        # the first one computes the weights
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        scopes.match('', [asked], SETTINGS)
+        times.append(time.perf_counter() - began)
+    assert sorted(times)[len(times) // 2] < 1e-3
+
+
+def _name(draw: random.Random) -> str:
+    return ''.join(draw.choices('abdegiklmnorstu', k=7)).capitalize()
