@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Knowledge-editing benchmarks: does a correction change what it is about, and nothing else?
+Knowledge editing: a correction changes what it is about, and nothing else.
 
 The questions and answers are those of others (--data: ZsRE, CounterFact, WikiBigEdit, QAEdit and
 files like them). Answers are decoded freely: greedy, 32 tokens, cut at "." or newline, normalised

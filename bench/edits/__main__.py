@@ -15,8 +15,8 @@ from bench.common.results import Result
 from bench.common.running import Run, run_benchmark, Samples
 import bench.edits
 from bench.edits.checks import checks, reported, tables
+from bench.edits.earlier import commit_of, earlier_robot
 from bench.edits.edit_set import EditSet, read_edits
-from bench.edits.earlier import earlier_robot
 from bench.edits.scope_plot import draw
 from bench.edits.systems import EARLIER, MACE, opened, SYSTEMS
 from bench.edits.unrelated import Unrelated, unrelated_questions
@@ -28,7 +28,7 @@ QUICK_FACTS, QUICK_CHAT = 2, 2
 def options() -> Options:
     """Return the options."""
     result = Options('edits', bench.edits.__doc__, quick='a few edits of each set')
-    result.add('--data', type=Path, nargs='+', required=True, metavar='FILE',
+    result.add('--data', nargs='+', required=True, metavar='FILE',
                help='edit sets, as JSON')
     result.add('--modes', nargs='+', choices=list(MODES), default=[m for m in MODES if m != 'long'],
                help='parts to run (default: all but long); the samples of other parts and systems '
@@ -64,19 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Read the edit sets; end the program if one of them cannot be used."""
+    """Fill in a default; end the program if one of the edit sets cannot be used."""
+    if args.restart_after is None:
+        args.restart_after = args.corrections // 2
+    most = max([args.corrections, *(getattr(args, mode) for mode in ('burst', 'deletion', 'long')
+                                    if mode in args.modes)])
     try:
-        args.sets = [read_edits(path) for path in args.data]
-        most = max(args.corrections, *(getattr(args, mode) for mode in ('burst', 'deletion', 'long')
-                                       if mode in args.modes))
-        for each in args.sets:
+        found = edit_sets(args)
+        for each in found:
             each.part(args.offset, most)
     except (OSError, ValueError) as error:
         raise SystemExit(f'--data: {error}') from error
-    if len({each.name for each in args.sets}) < len(args.sets):
+    if len({each.name for each in found}) < len(found):
         raise SystemExit('--data: the names of two files begin alike, up to the first "_"')
-    if args.restart_after is None:
-        args.restart_after = args.corrections // 2
+
+
+def edit_sets(args: argparse.Namespace) -> list[EditSet]:
+    """Read the edit sets; raises ``OSError`` or ``ValueError``."""
+    return [read_edits(Path(path)) for path in args.data]
 
 
 def measure(run: Run) -> Samples:
@@ -88,9 +93,11 @@ def measure(run: Run) -> Samples:
     if samples.get('conditions') != conditions:
         samples = {}
     samples = {'conditions': conditions, 'runs': [], **samples}
-    for edit_set in args.sets:
+    for path, edit_set in zip(args.data, edit_sets(args), strict=True):
         for mode in args.modes:
             MODES[mode](run, samples, edit_set)
+        if 'sequential' in args.modes and args.earlier is not None:
+            measure_earlier(run, samples, edit_set, path)
     return samples
 
 
@@ -100,15 +107,18 @@ def evaluate(samples: Mapping[str, Any]) -> Result:
 
 
 def record(run: Run, samples: Samples, edit_set: EditSet, system: str,
-           found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+           found: Mapping[str, Sequence[Mapping[str, Any]]], commit: str | None = None) -> None:
     """Put samples in the place of earlier ones, and write what there is: a run takes long."""
+    def is_new(row: Mapping[str, Any]) -> bool:
+        return (row['set'], row['system']) == (edit_set.name, system)
+
     labels = {'set': edit_set.name, 'system': system}
-    found = {**found, 'runs': [{'commit': run.recorder.commit, 'parts': list(found)}]}
-    for kind, rows in found.items():
-        kept = [row for row in samples.get(kind, ())
-                if any(row[label] != value for label, value in labels.items())
-                or (kind == 'runs' and row['parts'] != list(found)[:-1])]
-        samples[kind] = [*kept, *({**labels, **row} for row in rows)]
+    for part, rows in found.items():
+        samples[part] = [*(row for row in samples.get(part, ()) if not is_new(row)),
+                         *({**labels, **row} for row in rows)]
+        samples['runs'] = [
+            *(row for row in samples['runs'] if not (is_new(row) and row['part'] == part)),
+            {**labels, 'part': part, 'commit': commit or run.recorder.commit}]
     run.record(evaluate(samples))
 
 
@@ -129,10 +139,14 @@ def measure_sequential(run: Run, samples: Samples, edit_set: EditSet) -> None:
                 model, edits, _unrelated(args, edit_set, args.corrections),
                 at_once=SYSTEMS[system].at_once, restart_after=args.restart_after, say=run.say)
         record(run, samples, edit_set, system, {'edits': rows, 'unrelated': others})
-    if args.earlier is not None:
-        run.say(f'{edit_set.name}: the robot in {args.earlier}')
-        record(run, samples, edit_set, EARLIER, earlier_robot(
-            args, args.data[args.sets.index(edit_set)], run.folder / f'{edit_set.name}-earlier'))
+
+
+def measure_earlier(run: Run, samples: Samples, edit_set: EditSet, path: str) -> None:
+    """Teach one edit after the other to the robot of an earlier commit."""
+    args = run.args
+    run.say(f'{edit_set.name}: the robot in {args.earlier}')
+    record(run, samples, edit_set, EARLIER, earlier_robot(
+        args, path, run.folder / f'{edit_set.name}-earlier'), commit_of(args.earlier))
 
 
 def measure_burst(run: Run, samples: Samples, edit_set: EditSet) -> None:
@@ -153,10 +167,10 @@ def measure_scope(run: Run, samples: Samples, edit_set: EditSet) -> None:
 
     args = run.args
     run.say(f'{edit_set.name}: scope')
-    count = min(args.remembered, len(edit_set.edits) - args.offset)
+    count = min(args.remembered, len({edit.prompt for edit in edit_set.edits[args.offset:]}))
     rows = scope_curve.measure(
         settings_from(args.set), edit_set.part(args.offset, count).edits,
-        _unrelated(args, edit_set, count), [args.corrections, count])
+        _unrelated(args, edit_set, count), {min(args.corrections, count), count})
     record(run, samples, edit_set, MACE, {'scope': rows})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def earlier_robot(args: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
+def earlier_robot(args: argparse.Namespace, data: str, folder: Path) -> dict[str, Any]:
     """
     Teach the edits in ``data`` to the robot in the checkout ``args.earlier``; return the samples.
 
@@ -27,7 +27,7 @@ def earlier_robot(args: argparse.Namespace, data: Path, folder: Path) -> dict[st
     """
     subprocess.run(
         [sys.executable, str(Path(__file__).resolve()), str(args.earlier.resolve()),
-         '--data', str(data), '--modes', 'sequential', '--systems', 'mace',
+         '--data', data, '--modes', 'sequential', '--systems', 'mace',
          '--corrections', str(args.corrections), '--offset', str(args.offset),
          '--seed', str(args.seed), '--restart-after', str(args.restart_after),
          '--results', str(folder), *(['--quick'] if args.quick else []),
@@ -37,11 +37,17 @@ def earlier_robot(args: argparse.Namespace, data: Path, folder: Path) -> dict[st
                    for row in samples[kind]] for kind in ('edits', 'unrelated')}
 
 
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout, abbreviated as in the results."""
+    return subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], cwd=checkout, check=True,
+                          capture_output=True, text=True).stdout.strip()
+
+
 def main(checkout: str, *options: str) -> None:
     """Run the benchmark with the engine of a checkout."""
     # The folder of this file is the first of sys.path.
     sys.path[0] = checkout
-    import mace_ros     # its modules come from the checkout from now on
+    import mace_ros  # its modules come from the checkout from now on
 
     if Path(mace_ros.__file__).parents[1] != Path(checkout):
         raise SystemExit(f'{checkout} has no mace_ros')

@@ -24,7 +24,7 @@ def measure(settings: Settings, edits: Sequence[Edit], unrelated: Sequence[Unrel
     tokenizer = load_model(settings.model.source, device='cpu', dtype='float32',
                            cache=settings.storage.model_cache).tokenizer
     rows: list[Row] = []
-    for size in sorted(set(sizes)):
+    for size in sorted(sizes):
         remembered, memory = edits[:size], EditMemory(tokenizer)
         for edit in remembered:
             memory.add(edit)

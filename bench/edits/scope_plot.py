@@ -55,7 +55,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw a curve per kind of question over the threshold; needs matplotlib."""
     found = groups(rows)
-    with figure(path, columns=len(found), size=(4.2 * len(found), 3.6)) as (pyplot, drawn):
+    with figure(path, columns=len(found), size=(4.2 * len(found), 3.6)) as (_, drawn):
         for axes, ((name, size), kinds) in zip(
                 [drawn] if len(found) == 1 else drawn, found.items(), strict=True):
             for kind, (title, colour) in KINDS.items():
@@ -63,6 +63,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                     axes.plot(THRESHOLDS, [share(kinds[kind], t) for t in THRESHOLDS],
                               label=title, color=colour)
             axes.axvline(kinds['rephrase']['threshold'], color='0.6', linestyle='--', zorder=0)
-            axes.set(title=f'{name}, {size} edits', xlabel='threshold of similarity', ylim=(0, 1.02))
+            axes.set(title=f'{name}, {size} edits', xlabel='threshold of similarity',
+                     ylim=(0, 1.02))
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
