@@ -87,9 +87,8 @@ def _sequential_checks(samples: Mapping[str, Any]) -> Iterator[Check]:
         if found.near_kept('end') == found.near_kept('end') and name != NOISY_WORDINGS:
             yield check(f'{name}: near misses with the same answer', found.near_kept('end'),
                         '>= 0.85', 'byte for byte')
-        firsts = ', '.join(f'{found.first_s(of):.3g} s for the first of a {of}'
-                           if of == 'new robot' else f'{found.first_s(of):.3g} s after a {of}'
-                           for of in ('new robot', 'restart'))
+        firsts = (f'{found.first_s("new robot"):.3g} s for the first one of a new robot, '
+                  f'{found.first_s("restart"):.3g} s for the first one after a restart')
         yield check(f'{name}: median s until a correction is live', found.median_s, '<= 4', firsts)
         yield check(f'{name}: p95 of it', found.p95_s, '<= 10')
         before = earlier.get(name)

@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from bench.edits.edit_set import Edit
 from bench.edits.robot import Robot
-from bench.edits.sequential import ask_all, Row, sample
+from bench.edits.sequential import ask_all, learn_one, Row, sample
 
 
 def measure(robot: Robot, edits: Sequence[Edit]) -> list[Row]:
@@ -19,8 +18,7 @@ def measure(robot: Robot, edits: Sequence[Edit]) -> list[Row]:
         row = sample(edit, {}) | {
             f'{column}_before': robot.ask(text).text
             for column, text in (('prompt', edit.prompt), ('rephrase', edit.rephrase)) if text}
-        [learned] = robot.learn([edit])
-        row |= asdict(learned)
+        learn_one(robot, edit, row, '')
         row['now'] = robot.ask(edit.prompt).text
         rows.append(row)
     live = [row for row in rows if row['correction_id'] and row['state'] == 'LEARNED']

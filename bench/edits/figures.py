@@ -68,8 +68,7 @@ class Figures:
 
     def first_s(self, of: str) -> float:
         """Seconds of the first edit of a ``new robot`` or after a ``restart``."""
-        return next((row['seconds'] for row in self.rows
-                     if row.get('first_of') == of and row['seconds'] is not None), NAN)
+        return next((row['seconds'] for row in self.rows if row.get('first_of') == of), NAN)
 
     def per_edit(self, column: str) -> float:
         """Mean of a cost over the edits that were not known before."""

@@ -10,7 +10,6 @@ run can be stopped at any time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 import json
 from pathlib import Path
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from bench.edits.edit_set import Edit
 from bench.edits.edited_model import EditedModel
-from bench.edits.sequential import ask_all, Row, sample, told
+from bench.edits.sequential import ask_all, learn_one, Row, sample, told
 from bench.edits.unrelated import Unrelated
 
 
@@ -83,13 +82,11 @@ def _remaining(model: EditedModel, samples: SampleFile, edits: Sequence[Edit],
         samples.add('before', {
             'kind': kind, 'question': question, 'before': model.ask(question).text})
         yield
-    restarted = bool(samples.of('edit'))
+    first_of = 'restart' if samples.of('edit') else 'new robot'
     for number in range(len(samples.of('edit')), len(edits)):
         row = sample(edits[number], {}) | {'number': number}
-        row['first_of'] = 'restart' if restarted else 'new robot' if not number else ''
-        restarted = False
-        [learned] = model.learn([edits[number]])
-        row |= asdict(learned)
+        learned = learn_one(model, edits[number], row, first_of)
+        first_of = first_of if learned.seconds is None else ''
         row['now'] = model.ask(edits[number].prompt).text
         samples.add('edit', row)
         say(f'{number + 1}/{len(edits)} {told(learned)} {row["now"]!r}')

@@ -7,8 +7,8 @@ from __future__ import annotations
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from bench.edits.edit_set import Edit
-from mace_ros.learning.rarity import token_ranks
 from mace_ros.learning.scope import Entry, Scope
+from mace_ros.model.token_ranks import token_ranks
 
 
 class EditMemory:

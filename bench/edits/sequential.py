@@ -38,13 +38,13 @@ def measure(model: EditedModel, edits: Sequence[Edit], unrelated: Sequence[Unrel
         for row, learned in zip(rows, model.learn(edits), strict=True):
             row |= asdict(learned)
     else:
+        first_of = 'new robot'
         for number, (edit, row) in enumerate(zip(edits, rows, strict=True)):
-            row['first_of'] = '' if number else 'new robot'
             if number and number == restart_after:
                 model.restart()
-                row['first_of'] = 'restart'
-            [learned] = model.learn([edit])
-            row |= asdict(learned)
+                first_of = 'restart'
+            learned = learn_one(model, edit, row, first_of)
+            first_of = first_of if learned.seconds is None else ''
             ask_all(model, row, 'now')
             say(f'{number + 1}/{len(edits)} {told(learned)} {row["now"]!r}')
     for row in rows:
@@ -58,6 +58,13 @@ def sample(edit: Edit, before: dict[str, str]) -> Row:
     """Return the sample of an edit that was not learned yet."""
     return {'prompt': edit.prompt, 'target': edit.target, 'rephrase': edit.rephrase,
             'near_miss': edit.near_miss, 'near_before': before.get(edit.near_miss, '')}
+
+
+def learn_one(model: EditedModel, edit: Edit, row: Row, first_of: str) -> Learned:
+    """Teach an edit and complete its sample; ``first_of`` says what it is the first edit of."""
+    [learned] = model.learn([edit])
+    row |= {'first_of': '' if learned.seconds is None else first_of, **asdict(learned)}
+    return learned
 
 
 def ask_all(model: EditedModel, row: Row, when: str) -> None:
