@@ -276,6 +276,8 @@ def test_an_earlier_checkout_provides_the_engine(tmp_path: Path) -> None:
     assert 'python -m bench.edits' in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures('one_thread')
 def test_a_quick_run_measures_all_systems_and_modes(tmp_path: Path, model_folder: Path) -> None:
     """A random model learns nothing sensible, but every part runs and is recorded."""
