@@ -35,18 +35,24 @@ class InteractiveEngine:
     """An engine and a client that waits for each response before it continues."""
 
     def __init__(self, settings: Settings, storage: Path,
-                 progress: Callable[[str], None] = lambda text: None) -> None:
-        """Load the model and the live adapter versions in ``storage``."""
+                 progress: Callable[[str], None] = lambda text: None, *,
+                 max_tokens: int = MAX_TOKENS, prefix: str = '') -> None:
+        """
+        Load the model and the live adapter versions in ``storage``.
+
+        Responses have up to ``max_tokens`` tokens. The ids of queries begin with ``prefix``, which
+        must be another one each time that the same storage is opened.
+        """
         self.engine = build_engine(settings, storage=storage, progress=progress)
-        self._count = 0
+        self._max_tokens, self._prefix, self._count = max_tokens, prefix, 0
 
     def close(self) -> None:
         """Stop the engine."""
         self.engine.close()
 
-    def wait_for(self, happened: Callable[[Any], bool]) -> Any:
+    def wait_for(self, happened: Callable[[Any], bool], timeout_s: float = TIMEOUT_S) -> Any:
         """Run iterations until an event satisfies the condition; return the event."""
-        end = time.monotonic() + TIMEOUT_S
+        end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             iteration = self.engine.step()
             for event in iteration.events:
@@ -54,14 +60,14 @@ class InteractiveEngine:
                     return event
             if iteration.wake_at is None:
                 time.sleep(0.001)
-        raise TimeoutError(f'the expected event did not come within {TIMEOUT_S:g} s')
+        raise TimeoutError(f'the expected event did not come within {timeout_s:g} s')
 
     def ask(self, text: str, *, no_learn: bool = True) -> Response:
         """Return the response, decoded greedily."""
         self._count += 1
-        name = f'q{self._count}'
+        name = f'{self._prefix}q{self._count}'
         self.engine.submit(Query(
-            text, id=name, max_tokens=MAX_TOKENS, temperature=0.0, no_learn=no_learn))
+            text, id=name, max_tokens=self._max_tokens, temperature=0.0, no_learn=no_learn))
         response: Response = self.wait_for(
             lambda e: isinstance(e, Response) and e.query_id == name)
         return response

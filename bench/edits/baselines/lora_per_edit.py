@@ -1,0 +1,63 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Plain LoRA fine-tuning of one edit after the other, all on one adapter, by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import get_peft_model, LoraConfig
+import torch
+
+from bench.edits.baselines.plain_model import LEARNED_LOSS, PlainModel, Stopwatch
+from bench.edits.edit_set import Edit
+from bench.edits.edited_model import Learned, Reply
+from mace_ros.api.settings import Settings
+
+# The layers that 'output-linear' stands for in most families.
+OUTPUT_LINEAR = ('o_proj', 'down_proj')
+
+
+class LoraPerEdit:
+    """
+    Trains each edit until its loss is low, with an optimizer of its own.
+
+    Rank, layers, learning rate and the limit of steps are those of the node.
+    """
+
+    def __init__(self, settings: Settings, seed: int) -> None:
+        """Load the model and attach a fresh adapter."""
+        self._plain, self._finetune = PlainModel(settings, seed), settings.finetune
+        adapter = settings.adapter
+        targets: str | list[str] = adapter.target_modules
+        if targets == 'output-linear':
+            targets = list(OUTPUT_LINEAR)
+        elif targets != 'all-linear':
+            targets = [name.strip() for name in targets.split(',')]
+        self._plain.model = get_peft_model(self._plain.model, LoraConfig(
+            r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets,
+            task_type='CAUSAL_LM'))
+
+    def ask(self, question: str) -> Reply:
+        """Return the answer to a question."""
+        return Reply(self._plain.answer(question))
+
+    def learn(self, edits: Sequence[Edit]) -> list[Learned]:
+        """Learn one edit after the other."""
+        return [self._learn(edit) for edit in edits]
+
+    def _learn(self, edit: Edit) -> Learned:
+        watch = Stopwatch(self._plain)
+        optimizer = torch.optim.AdamW(
+            [p for p in self._plain.model.parameters() if p.requires_grad],
+            lr=self._finetune.learning_rate, weight_decay=0.0)
+        learned = any(self._plain.step(optimizer, [edit]) < LEARNED_LOSS
+                      for _ in range(self._finetune.max_steps))
+        seconds, tokens = watch.read()
+        return Learned('', 'LEARNED' if learned else 'FAILED', seconds, seconds, tokens)
+
+    def restart(self) -> None:
+        """Do nothing: only the robot is measured after a restart."""
+
+    def close(self) -> None:
+        """Do nothing: the model is freed with this object."""

@@ -1,0 +1,31 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Corrections that are deleted: their questions get the base model's answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.edits.edit_set import Edit
+from bench.edits.robot import Robot
+from bench.edits.sequential import ask_all, learn_one, Row, sample
+
+
+def measure(robot: Robot, edits: Sequence[Edit]) -> list[Row]:
+    """Teach the edits, delete every other one of them; return a sample of each."""
+    rows = []
+    for edit in edits:
+        row = sample(edit, {}) | {
+            f'{column}_before': robot.ask(text).text
+            for column, text in (('prompt', edit.prompt), ('rephrase', edit.rephrase)) if text}
+        learn_one(robot, edit, row, '')
+        row['now'] = robot.ask(edit.prompt).text
+        rows.append(row)
+    live = [row for row in rows if row['correction_id'] and row['state'] == 'LEARNED']
+    deleted = [row['correction_id'] for row in live[::2]]
+    robot.forget(deleted)
+    for row in rows:
+        row['deleted'] = row['correction_id'] in deleted
+        row['near_miss'] = ''
+        ask_all(robot, row, 'end')
+    return rows
