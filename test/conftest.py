@@ -12,9 +12,10 @@ from pathlib import Path
 import signal
 
 import pytest
-from support.graph import use_another_domain
+from support.graph import ENVIRONMENT, use_another_domain
 from support.precision import CAPABILITIES
 from support.robot import RANDOM_MODEL, Robot
+from support.ros_graph import NodeProcess
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -158,6 +159,21 @@ def all_tokens(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel
     base_model.tokenizer.save_pretrained(folder)
     tiny_model(folder, len(base_model.tokenizer), seed=0)
     return folder
+
+
+@pytest.fixture(scope='module')
+def tiny_node(
+        tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
+    """Yield a node whose tiny model learns any correction quickly; clients here see it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        node = NodeProcess(tmp_path_factory.mktemp('tiny_node'), **{
+            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
+            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
+        node.start()
+        yield node
+        node.kill()
 
 
 @pytest.fixture(scope='module')
