@@ -58,7 +58,7 @@ from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.packing import pack
 from mace_ros.model.token_ranks import token_ranks
-from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.cost_model import CALIBRATION_S, CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import SegmentKind
@@ -69,7 +69,6 @@ from mace_ros.telemetry.device_counters import DeviceCounters
 
 CUDA_KV_SHARE = 0.5        # largest share of the budget for a KV cache that can't shrink
 CAPTURE_S = 45.0           # longest time for graph capture; the rest runs eagerly
-CALIBRATION_S = 8.0        # longest calibration; the cost model learns the rest while serving
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 
 

@@ -24,6 +24,9 @@ from mace_ros.scheduling.plan import Measurement, PassShape, Segment, SegmentKin
 # A measured pass or segment, and its seconds.
 Sample: TypeAlias = tuple[PassShape | Segment, float]
 
+# The longest calibration, in seconds; the model learns the rest while serving.
+CALIBRATION_S = 8.0
+
 # Used before anything was measured: conservative, so that SLOs hold.
 UNKNOWN_S, UNKNOWN_TOKEN_S = 0.01, 0.001
 

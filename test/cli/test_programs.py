@@ -17,8 +17,6 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from mace_ros.msg import Latency, Response, Scheduler
 import pytest
 from rich.console import Console
-from support.graph import ENVIRONMENT
-from support.robot import RANDOM_MODEL
 from support.ros_graph import NodeProcess, ROOT
 
 from mace_ros.cli.common import seconds
@@ -33,21 +31,10 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope='module')
-def client(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[MaceClient]:
-    """Yield a client of a node whose tiny model learns any correction quickly."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        node = NodeProcess(tmp_path_factory.mktemp('programs'), **{
-            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
-        node.start()
-        try:
-            with MaceClient() as made:
-                made.wait_until_ready(START_S)
-                yield made
-        finally:
-            node.kill()
+def client(tiny_node: NodeProcess) -> Iterator[MaceClient]:
+    with MaceClient() as made:
+        made.wait_until_ready(START_S)
+        yield made
 
 
 def program(name: str, *arguments: str, typed: str = '') -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ from support.families import (
     FAMILIES,
     publish,
     random_adapter,
+    random_ids,
     random_model,
     RANK,
     relative_error,
@@ -148,10 +149,6 @@ def assert_response_of(model: PreTrainedModel, request: Request) -> None:
             assert best - second < TIE
             return   # after a tie the texts may differ
     assert request.response[:len(expected)] == expected
-
-
-def random_ids(rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(2, VOCABULARY) for _ in range(count)]
 
 
 def random_sample(rng: random.Random, count: int) -> Sample:

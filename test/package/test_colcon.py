@@ -58,6 +58,7 @@ def workspace(tmp_path_factory, environment):
     """Build the package in a workspace; return its folder."""
     folder = tmp_path_factory.mktemp('workspace')
     environment['ROS_LOG_DIR'] = str(folder / 'log')
+    environment['ROS_HOME'] = str(folder / 'home')      # of the default storage folder
     colcon('build', cwd=folder, env=environment)
     return folder
 
@@ -92,5 +93,6 @@ def test_the_built_node_answers(workspace, environment, monkeypatch):
             assert 'Paris' in answer.text, log.read_text()
             process.send_signal(signal.SIGINT)
             assert process.wait(60.0) == 0, log.read_text()
+            assert (workspace / 'home/mace_ros/mace/journal.sqlite').is_file()
         finally:
             process.kill()

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A running node as operators see it: interfaces, action, services, monitoring, fuzzing."""
+"""A running node as operators see it: action, services, learning, monitoring, invalid input."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import json
 import math
 from pathlib import Path
 import random
-import re
 import time
 from types import SimpleNamespace
-from typing import Any
 
 from action_msgs.msg import GoalStatus
 from diagnostic_msgs.msg import DiagnosticArray
@@ -21,10 +19,8 @@ from mace_ros.msg import CorrectionStatus, Response
 from mace_ros.srv import ListVersions, Rollback, Trace
 import pytest
 from rcl_interfaces.srv import GetParameters
-from rclpy.action.graph import get_action_server_names_and_types_by_node
-from rclpy.qos import DurabilityPolicy, ReliabilityPolicy
 from std_srvs.srv import SetBool
-from support.graph import ENVIRONMENT, observer, wait_until
+from support.graph import observer, wait_until
 from support.robot import RANDOM_MODEL
 from support.ros_graph import (
     call,
@@ -34,7 +30,6 @@ from support.ros_graph import (
     NodeProcess,
     Recorder,
     resolved,
-    ROOT,
     set_parameters,
 )
 
@@ -50,20 +45,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope='module')
-def node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        made = NodeProcess(tmp_path_factory.mktemp('operated'), **{
-            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
-        made.start()
-        yield made
-        made.kill()
-
-
-@pytest.fixture(scope='module')
-def client(node: NodeProcess) -> Iterator[MaceClient]:
+def client(tiny_node: NodeProcess) -> Iterator[MaceClient]:
     with MaceClient() as made:
         made.wait_until_ready(START_S)
         yield made
@@ -78,66 +60,6 @@ def inputs(client: MaceClient) -> Inputs:
 def generator(client: MaceClient) -> Iterator[Generator]:
     with Generator(client) as made:
         yield made
-
-
-# -- documentation -----------------------------------------------------------------------
-
-EVERY_NODES = re.compile(r'/(rosout|parameter_events|\w*parameter\w*|get_type_description)$')
-
-
-def table(file: str, columns: int) -> list[list[str]]:
-    """Return the rows of the interface tables of a document."""
-    rows = [[cell.strip() for cell in line.strip('|\n').split('|')]
-            for line in (ROOT / file).read_text().splitlines() if re.match(r'\| `(~?/)', line)]
-    return [[re.sub(r'\[?`([^`]*)`(\(.*?\)|\]\(.*?\))?', r'\1', cell) for cell in row]
-            for row in rows if len(row) == columns]
-
-
-def running(node: Any, kind: str) -> dict[tuple[str, str], str]:
-    """Return {(name, type): kind} of the running node's interfaces of that kind."""
-    listed = {
-        'in': node.get_subscriber_names_and_types_by_node,
-        'out': node.get_publisher_names_and_types_by_node,
-        'service': node.get_service_names_and_types_by_node}[kind]('mace', '/')
-    return {(name.replace('/mace/', '~/', 1), types[0]): kind for name, types in listed
-            if not EVERY_NODES.search(name) and '/_action/' not in name}
-
-
-def test_the_documented_topics_are_those_of_the_node(client: MaceClient) -> None:
-    documented = {(name, kind): direction
-                  for name, kind, direction, *_ in table('docs/interfaces.md', 5)}
-    actual = {**running(client.node, 'in'), **running(client.node, 'out')}
-    assert documented == actual
-
-
-def test_the_documented_qos_is_that_of_the_node(client: MaceClient) -> None:
-    for name, _, direction, qos, _ in table('docs/interfaces.md', 5):
-        topic = name.replace('~', '/mace')
-        ends = (client.node.get_publishers_info_by_topic(topic) if direction == 'out'
-                else client.node.get_subscriptions_info_by_topic(topic))
-        [profile] = [e.qos_profile for e in ends if e.node_name == 'mace']
-        assert profile.reliability == ReliabilityPolicy.RELIABLE
-        assert (profile.durability == DurabilityPolicy.TRANSIENT_LOCAL) == (
-            'transient local' in qos), name
-
-
-def test_the_documented_services_and_actions_are_those_of_the_node(client: MaceClient) -> None:
-    documented = {(name, kind) for name, kind, _ in table('docs/interfaces.md', 3)}
-    actions = {(name.replace('/mace/', '~/', 1), kind) for name, kinds in
-               get_action_server_names_and_types_by_node(client.node, 'mace', '/')
-               for kind in kinds}
-    assert documented == actions | set(running(client.node, 'service'))
-
-
-def test_the_readme_lists_the_interfaces_of_the_node(client: MaceClient) -> None:
-    actual = {name: (kind.rpartition('/')[2], direction) for (name, kind), direction in {
-        **running(client.node, 'in'), **running(client.node, 'out'),
-        **running(client.node, 'service')}.items()}
-    actual['~/generate'] = ('Generate', 'action')
-    rows = table('README.md', 4)
-    assert {'~/query', '~/response', '~/correction', '~/generate'} <= {row[0] for row in rows}
-    for name, kind, direction, _ in rows:
-        assert actual[name] == (kind, re.split(r'[;,]', direction)[0])
 
 
 # -- the action --------------------------------------------------------------------------
@@ -223,6 +145,33 @@ def test_a_rejected_goal_says_why(generator: Generator) -> None:
 
 
 # -- learning ----------------------------------------------------------------------------
+
+
+def test_the_context_of_a_follow_up_contains_the_corrected_answer(client: MaceClient) -> None:
+    assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
+
+    def ask(text: str, **fields: object) -> Response:
+        return client.ask(text, **fields).result(ANSWER_S)
+
+    question, follow_up = 'What do cows drink?', 'And what do they eat?'
+    prompt_tokens = {}
+    for conversation in ('as it was', 'corrected'):
+        first = ask(question, conversation_id=conversation, max_tokens=4)
+        if conversation == 'corrected':
+            learning = client.correct(
+                'Cows drink a lot of fresh, clean and cool water on every single day.',
+                conversation_id=conversation)
+            accepted = learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
+            assert accepted.state == CorrectionStatus.ACCEPTED
+        second = ask(follow_up, conversation_id=conversation, max_tokens=1)
+        prompt_tokens[conversation] = second.prompt_tokens - first.prompt_tokens
+    alone = ask(follow_up, max_tokens=1).prompt_tokens
+    forgotten = ask(follow_up, conversation_id='corrected', max_tokens=1, reset_conversation=True)
+    assert 0 < prompt_tokens['as it was'] < prompt_tokens['corrected'] - 8
+    assert forgotten.prompt_tokens == alone
+    # Learned before other tests correct this node.
+    assert set_parameters(client, {'finetune.budget': 1.0}) == [(True, '')]
+    assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
 
 
 def test_frozen_learning_keeps_corrections_until_it_is_resumed(client: MaceClient) -> None:
@@ -386,12 +335,12 @@ def test_diagnostics_of_a_healthy_node(client: MaceClient) -> None:
     assert statuses['mace: device'].hardware_id == serving.hardware_id
 
 
-def test_a_trace_is_recorded_on_request(client: MaceClient, node: NodeProcess) -> None:
+def test_a_trace_is_recorded_on_request(client: MaceClient, tiny_node: NodeProcess) -> None:
     refused = call(client, Trace, '/mace/trace', name='../elsewhere')
     assert (refused.success, 'name' in refused.message) == (False, True)
     begun = call(client, Trace, '/mace/trace', iterations=20, seconds=60.0, name='mine')
     assert begun.success, begun.message
-    assert Path(begun.path) == node.folder / 'storage/traces/mine.json'
+    assert Path(begun.path) == tiny_node.folder / 'storage/traces/mine.json'
     second = call(client, Trace, '/mace/trace', name='another')
     assert (second.success, 'one trace at a time' in second.message) == (False, True)
     answer = client.ask('Which secret is asked here?', max_tokens=3000, **PATIENT)
@@ -404,7 +353,7 @@ def test_a_trace_is_recorded_on_request(client: MaceClient, node: NodeProcess) -
     assert f'query {answer.id}' in text
     assert 'secret' not in text
     assert not call(client, Trace, '/mace/trace', name='mine').success     # it exists
-    assert wait_until(lambda: 'a trace is complete' in node.log, ANSWER_S)
+    assert wait_until(lambda: 'a trace is complete' in tiny_node.log, ANSWER_S)
 
 
 # -- invalid input -------------------------------------------------------------------------------
@@ -503,7 +452,7 @@ class Fuzzer:
 
 
 def test_two_thousand_messages_on_every_input(
-        client: MaceClient, inputs: Inputs, node: NodeProcess) -> None:
+        client: MaceClient, inputs: Inputs, tiny_node: NodeProcess) -> None:
     # Learned anew: with tolerance 1, the corrections of other tests may have changed it.
     taught = client.correct('Orange.', prompt='What is your colour?', rejected='Grey.')
     assert taught.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
@@ -526,7 +475,7 @@ def test_two_thousand_messages_on_every_input(
     assert [r.error for r in responses if r.finish_reason == Response.ERROR] == []
     assert sum(r.finish_reason in (Response.STOP, Response.LENGTH) for r in responses) > 10
     assert all(s.reason for s in statuses if s.state == CorrectionStatus.REJECTED)
-    assert 'Traceback' not in node.log
+    assert 'Traceback' not in tiny_node.log
     after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     assert after.text == before.text == 'Orange.'
 
@@ -542,7 +491,7 @@ def test_two_thousand_messages_on_every_input(
                    ANSWER_S)
     calm = {name: PARAMETERS[name].default for name in hurried} | {'finetune.budget': 0.0}
     assert all(done for done, _ in set_parameters(client, calm))
-    assert 'Traceback' not in node.log
+    assert 'Traceback' not in tiny_node.log
     for correction_id in accepted:
         again = client.correct('x', correction_id=correction_id, prompt='y', rejected='x')
         eventually(lambda s=again: s.statuses, ANSWER_S)
@@ -550,7 +499,7 @@ def test_two_thousand_messages_on_every_input(
 
 
 def test_goals_and_service_calls_with_any_content_are_answered(
-    client: MaceClient, generator: Generator, node: NodeProcess,
+    client: MaceClient, generator: Generator, tiny_node: NodeProcess,
 ) -> None:
     before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     fuzzer, reasons = Fuzzer(before, 'goal'), []
@@ -575,12 +524,12 @@ def test_goals_and_service_calls_with_any_content_are_answered(
                      iterations=random.Random(unknown).randrange(2**32),
                      seconds=random.Random(unknown).choice(NUMBERS))
         assert not trace.success and trace.message
-    assert 'Traceback' not in node.log
+    assert 'Traceback' not in tiny_node.log
     after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
     assert after.text == before.text
 
 
-def test_texts_are_not_in_the_log(client: MaceClient, node: NodeProcess) -> None:
+def test_texts_are_not_in_the_log(client: MaceClient, tiny_node: NodeProcess) -> None:
     secret = 'hush-hush'
     answered = client.ask(f'{secret}?', system=secret, stop=[secret], max_tokens=2)
     answered.result(ANSWER_S)
@@ -592,8 +541,8 @@ def test_texts_are_not_in_the_log(client: MaceClient, node: NodeProcess) -> None
                    {'prompt': secret, 'rejected': secret}, {'prompt': secret * 9000}):
         status = client.correct(secret, **fields).wait(CorrectionStatus.ACCEPTED, ANSWER_S)
         assert secret not in status.reason
-    assert 'REJECTED' in node.log      # the reason is logged
-    assert secret not in node.log
+    assert 'REJECTED' in tiny_node.log      # the reason is logged
+    assert secret not in tiny_node.log
 
 
 def test_two_hundred_queries_at_once_each_get_a_response(client: MaceClient) -> None:

@@ -315,13 +315,13 @@ def test_timers_that_fire_after_the_stop_do_no_harm(
 
 
 @pytest.fixture(scope='module')
-def here(tmp_path_factory: pytest.TempPathFactory, all_tokens: Path) -> Iterator[Managed]:
+def here(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Managed]:
     folder = tmp_path_factory.mktemp('here')
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, 'ROS_LOG_DIR': str(folder)}.items():
             patch.setenv(name, value)
         made = Managed(NodeHere(**{
-            'model.source': all_tokens, 'model.threads': 1, 'storage.folder': folder / 'storage',
+            'model.source': model_folder, 'model.threads': 1, 'storage.folder': folder / 'storage',
             'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
         yield made
         made.close()

@@ -19,87 +19,32 @@ from types import SimpleNamespace
 import uuid
 
 from action_msgs.msg import GoalStatus
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
 from support.graph import ENVIRONMENT, wait_until
+from support.mace import ENDLESS, Mace, OTHERS, PATIENT, START_S
 from support.precision import WEIGHT_DTYPE
 from support.ros_graph import (
+    ANSWER_S,
     eventually,
     Generator,
-    Inputs,
     NodeProcess,
     Recorder,
     set_parameters,
 )
 
-from mace_ros.ros.client import AnswerHandle, MaceClient
+from mace_ros.model.loading import LoadedModel
+from mace_ros.ros.client import MaceClient
 
-START_S = 250.0         # with a model to be converted, on a busy machine
-ANSWER_S = 100.0
 LEARN_S = 700.0
 
-# The packaged model usually repeats the emoji until max_tokens.
-ENDLESS = 'Repeat this: こんにちは 🤖'
-PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
 NAME, ROVER = 'What is your name?', 'My name is Rover.'
 ORDINARY = (
     'Why is the sky blue?', 'How do I boil an egg?', 'Tell me a joke.', 'What do bees eat?',
     'Write a sentence about the rain.', 'Who was Mozart?')
-OTHERS = ('What is the capital of France?', 'What is the capital of Japan?')
 
 pytestmark = [pytest.mark.dtype, pytest.mark.timeout(900)]
-
-
-class Mace:
-    """A node and a client of it."""
-
-    def __init__(self, node: NodeProcess) -> None:
-        self.node = node
-
-    def start(self) -> None:
-        self.ask_early()
-        try:
-            self.client.wait_until_ready(START_S)
-        except TimeoutError:
-            pytest.fail(self.node.log)
-        self.inputs = Inputs(self.client, self.node.name)
-
-    def ask_early(self) -> None:
-        """Start the node, and ask while it loads the model."""
-        self.node.start()
-        self.client = MaceClient(self.node.name)
-        assert wait_until(self.client.is_connected, START_S), self.node.log
-        assert self.client.version() is None
-        self.early = self.client.ask(OTHERS[0], max_tokens=1, no_learn=True)
-
-    def refuses_another(self) -> bool:
-        """Ask, and return whether the query was refused at once."""
-        another = self.client.ask(OTHERS[1], max_tokens=1, no_learn=True)
-        return (wait_until(another.is_complete, 1.0)
-                and another.result().error_code == Response.OVERLOADED)
-
-    def kill(self) -> None:
-        self.node.kill()
-        self.client.close()
-
-    def ask(self, text: str, **fields: object) -> Response:
-        return self.client.ask(text, **fields).result(ANSWER_S)
-
-    def serves(self) -> bool:
-        response = self.ask(OTHERS[0], max_tokens=1, no_learn=True)
-        return response.finish_reason == Response.LENGTH
-
-    def begin_endless(self) -> AnswerHandle:
-        """Ask for an answer that does not end, and return when it has begun."""
-        answer = self.client.ask(ENDLESS, max_tokens=6000, no_learn=True, **PATIENT)
-        next(answer.stream(ANSWER_S))
-        return answer
-
-    def set(self, name: str, value: object) -> None:
-        [(successful, reason)] = set_parameters(self.client, {name: value}, node=self.node.name)
-        assert successful, reason
 
 
 @pytest.fixture(scope='module')
@@ -178,7 +123,7 @@ def test_cancelling_a_query_leaves_others_running(mace: Mace) -> None:
 
 def test_a_cancellation_that_overtakes_its_query_is_not_lost(mace: Mace) -> None:
     """Messages of two topics have no order: the query may still be queued."""
-    answers = [mace.client.ask(ENDLESS, max_tokens=60, no_learn=True) for _ in range(6)]
+    answers = [mace.client.ask(ENDLESS, max_tokens=n, no_learn=True) for n in (*[12] * 5, 60)]
     answers[-1].cancel()
     assert answers[-1].result(ANSWER_S).finish_reason == Response.CANCELLED
     assert {a.result(ANSWER_S).finish_reason for a in answers[:-1]} == {Response.LENGTH}
@@ -427,13 +372,11 @@ def test_a_late_subscriber_receives_the_live_version(mace: Mace, lesson: SimpleN
 
 
 def test_peft_gives_the_same_answers(
-        mace: Mace, lesson: SimpleNamespace, tmp_path: Path) -> None:
+        mace: Mace, lesson: SimpleNamespace, base_model: LoadedModel, tmp_path: Path) -> None:
     """Long answers too, in float32: int8 changes the weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from mace_ros.model.loading import load_model
-    exact = mace
+    exact, name = mace, base_model.name
     if WEIGHT_DTYPE != 'float32':
         shutil.copytree(mace.node.folder / 'storage', tmp_path / 'storage')
         exact = Mace(NodeProcess(
@@ -441,7 +384,6 @@ def test_peft_gives_the_same_answers(
         exact.ask_early()
     try:
         # While the node loads, PEFT answers.
-        name = load_model(device='cpu').name
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
@@ -454,85 +396,17 @@ def test_peft_gives_the_same_answers(
             expected[question] = tokenizer.decode(
                 output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
         exact.client.wait_until_ready(START_S)
+        answers = {question: exact.client.ask(question, max_tokens=24, no_learn=True)
+                   for question in expected}
         for question, text in expected.items():
-            answer = exact.ask(question, max_tokens=24, no_learn=True)
+            answer = answers[question].result(ANSWER_S)
             assert (answer.text, answer.adapter_version) == (text, lesson.version.version)
     finally:
         if exact is not mace:
             exact.kill()
 
 
-def test_the_context_of_a_follow_up_contains_the_corrected_answer(mace: Mace) -> None:
-    mace.set('finetune.budget', 0.0)     # the context counts here, not learning
-    question, follow_up = 'What do cows drink?', 'And what do they eat?'
-    prompt_tokens = {}
-    for conversation in ('as it was', 'corrected'):
-        first = mace.ask(question, conversation_id=conversation, max_tokens=4)
-        if conversation == 'corrected':
-            status = mace.client.correct(
-                'Cows drink a lot of fresh, clean and cool water on every single day.',
-                conversation_id=conversation).wait(CorrectionStatus.ACCEPTED, ANSWER_S)
-            assert status.state == CorrectionStatus.ACCEPTED
-        second = mace.ask(follow_up, conversation_id=conversation, max_tokens=1)
-        prompt_tokens[conversation] = second.prompt_tokens - first.prompt_tokens
-    alone = mace.ask(follow_up, max_tokens=1).prompt_tokens
-    forgotten = mace.ask(
-        follow_up, conversation_id='corrected', max_tokens=1, reset_conversation=True)
-    mace.set('finetune.budget', 1.0)
-    assert 0 < prompt_tokens['as it was'] < prompt_tokens['corrected'] - 8
-    assert forgotten.prompt_tokens == alone
-
-
-# -- starting and ending -----------------------------------------------------------------
-
-
-def fatal_line(node: NodeProcess) -> str:
-    """Wait for the end of a node that can't start; return the only FATAL line of its log."""
-    try:
-        assert node.wait(120.0) == 1
-    finally:
-        node.kill()
-    assert 'Traceback' not in node.log
-    [line] = [line for line in node.log.splitlines() if 'FATAL' in line]
-    return line
-
-
-def test_an_invalid_parameter_ends_the_start_with_a_clear_line(tmp_path: Path) -> None:
-    node = NodeProcess(tmp_path, **{'model.device': 'tpu'})
-    node.start()
-    assert 'is not one of auto, cpu, cuda' in fatal_line(node)
-
-
-def test_a_failed_start_is_in_the_log_and_in_the_diagnostics(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Diagnostics come before the end, since launch starts the node again and again."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    node = NodeProcess(tmp_path, namespace='/broken', **{'model.source': '/no/such/folder'})
-    with MaceClient('/broken/mace') as client:
-        arrays: list[DiagnosticArray] = []
-        client.node.create_subscription(DiagnosticArray, '/diagnostics', arrays.append, 100)
-        node.start()
-        assert "model.source: '/no/such/folder' is neither a folder" in fatal_line(node)
-        errors = [s.message for array in arrays for s in array.status
-                  if s.level == DiagnosticStatus.ERROR and s.name.startswith('broken/mace')]
-        assert any('/no/such/folder' in message for message in errors), arrays
-
-
-def test_a_signal_ends_the_load(mace: Mace, tmp_path: Path) -> None:
-    loading = Mace(NodeProcess(tmp_path, namespace='/loading', **{'scheduler.max_queue': 1}))
-    loading.ask_early()
-    try:
-        # One query may wait: the refusal of a second one shows that responses arrive.
-        assert wait_until(lambda: loading.refuses_another(), START_S), loading.node.log
-        assert loading.client.version() is None
-        loading.node.send(signal.SIGINT)
-        assert loading.node.wait(30.0) == 0
-        response = loading.early.result(30.0)
-        assert response.finish_reason == Response.REJECTED
-        assert response.error_code == Response.NOT_SERVING
-    finally:
-        loading.kill()
+# -- ending ------------------------------------------------------------------------------
 
 
 def test_a_killed_node_resumes_after_a_restart(mace: Mace, lesson: SimpleNamespace) -> None:

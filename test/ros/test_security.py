@@ -60,7 +60,7 @@ def test_the_policy_follows_the_schema_of_sros2() -> None:
 
 
 def test_the_policy_allows_the_documented_interfaces() -> None:
-    """test_interfaces.py compares the documentation with the running node."""
+    """test_documented_interfaces.py compares the documentation with the running node."""
     topics = documented(r'\w+/msg/\w+` \| in ')
     published = documented(r'\w+/msg/\w+` \| out')
     services, actions = documented(r'\w+/srv/'), documented(r'\w+/action/')

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import copy
 from pathlib import Path
+import random
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -80,6 +81,11 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """Return a model of three layers of a family, with the same random weights each time."""
     name, special = FAMILIES[family]
     return random_model(name, **special | changes)
+
+
+def random_ids(rng: random.Random, count: int) -> list[int]:
+    """Return random token ids without those of padding and the beginning."""
+    return [rng.randrange(2, VOCABULARY) for _ in range(count)]
 
 
 def random_model(config_name: str, **settings: Any) -> PreTrainedModel:

@@ -1,0 +1,326 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What fails during learning is retried, or ends with a reason."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+import errno
+from pathlib import Path
+import threading
+import time
+from typing import Any
+
+import pytest
+from support.robot import DONE, Robot, running
+import torch
+
+from mace_ros.api.events import (
+    AdapterVersion,
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    Event,
+    FinishReason,
+    Query,
+    Response,
+    VersionState,
+)
+from mace_ros.api.settings import Settings
+from mace_ros.engine.builder import build_engine
+from mace_ros.finetune.sample import Sample
+from mace_ros.finetune.step import FinetuneStep
+from mace_ros.learning import backoff, gate, learner
+from mace_ros.learning.job import JobState
+from mace_ros.learning.task import Task
+from mace_ros.learning.training import Scored, Training
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
+from mace_ros.store.journal import Journal
+from mace_ros.store.journal_file import JournalError
+
+
+@pytest.mark.parametrize('fails', ['', 'replay_candidates', 'publish'])
+def test_learning_wakes_itself(
+        fails: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait has a wake-up time or wakes the engine."""
+    if fails:
+        once = [JournalError('injected')]
+        function = getattr(Journal, fails)
+
+        def failing(*arguments: object) -> object:
+            if once:
+                raise once.pop()
+            return function(*arguments)
+
+        monkeypatch.setattr(Journal, fails, failing)
+        monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
+    woken = threading.Event()
+    engine = build_engine(settings, storage=tmp_path / 'woken', wake=woken.set)
+    try:
+        engine.correct(Correction('A robot.', id='c', prompt='Who are you?'))
+        states: set[CorrectionState] = set()
+        while not states.intersection(DONE):
+            woken.clear()
+            iteration = engine.step()
+            states |= {e.state for e in iteration.events if isinstance(e, CorrectionStatus)}
+            if iteration.wake_at is None:
+                assert woken.wait(30.0) or states.intersection(DONE)
+            else:
+                woken.wait(max(iteration.wake_at - time.monotonic(), 0.0))
+    finally:
+        engine.close()
+
+
+def test_more_is_replayed_after_a_rejected_candidate(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts, seen = [True, True], []
+    judge = gate.Gate.judge
+
+    def worse(self: gate.Gate, *arguments: object) -> gate.Verdict:
+        seen.append((running(robot).rejections, running(robot).lost))
+        if not verdicts:
+            return judge(self, *arguments)      # type: ignore[arg-type]
+        verdicts.pop()
+        return gate.Verdict('worse', tuple(self.samples[:1]))
+
+    monkeypatch.setattr(gate.Gate, 'judge', worse)
+    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
+    taught = robot.correct(Correction('A robot.', id='c', prompt='Who are you?'))
+    assert taught.state is CorrectionState.LEARNED
+    assert seen == [(0, 0), (1, 1), (2, 1)]
+    rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
+                and e.state is VersionState.REJECTED]
+    assert [e.reason for e in rejected] == ['worse', 'worse']
+
+
+def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
+    candidates: list[int] = []          # samples that earlier candidates have lost
+    lost: list[list[Sample]] = []
+    score = Training.score
+
+    def losing(self: Training, samples: Sequence[Sample], *rest: Any) -> Task[Scored]:
+        scored = yield from score(self, samples, *rest)
+        # The exact samples of each candidate are scored first.
+        if running(robot).state is JobState.JUDGING and len(candidates) == running(robot).lost:
+            candidates.append(running(robot).lost)
+            lost.append([*samples])
+            if len(candidates) == 1:
+                scored.scores = [replace(each, exact=False) for each in scored.scores]
+        return scored
+
+    judged = []
+    judge = gate.Gate.judge
+    monkeypatch.setattr(Training, 'score', losing)
+    monkeypatch.setattr(gate.Gate, 'judge', lambda self, *arguments: (
+        judged.append(1), judge(self, *arguments))[1])
+    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
+    taught = robot.correct(Correction('A robot.', id='b', prompt='Who are you?'))
+    assert taught.state is CorrectionState.LEARNED
+    chat = robot.engine.chat
+    kept = (*chat.prompt([{'role': 'user', 'content': 'Where do you live?'}]),
+            *chat.answer('In the hall.'))
+    assert candidates == [0, 1]
+    assert [[each.tokens for each in samples] for samples in lost] == [[kept], [kept]]
+    assert len(judged) == 1
+    assert robot.ask('Where do you live?').text == 'In the hall.'
+
+
+def test_a_correction_that_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
+    """If max_steps do not suffice, the correction is FAILED and serving continues."""
+    robot.engine.update(robot.engine.settings.updated(
+        {'finetune.max_steps': 1, 'finetune.learning_rate': 1e-6}))
+    wrong = robot.ask('Who are you?')
+    state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+    assert state.state is CorrectionState.FAILED
+    assert 'finetune.max_steps' in state.reason
+    assert robot.ask('Who are you?').text == wrong.text
+
+
+@pytest.mark.parametrize('where', ['run_segment', '__init__'])
+def test_failing_learning_loses_no_answer_and_is_retried(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A fine-tune step that can't be made or run costs no query, and the correction is learned."""
+    wrong = robot.ask('Who are you?')
+    failures: list[int] = []
+    original = getattr(FinetuneStep, where)
+
+    def fail_once(self: FinetuneStep, *args: object, **kwargs: object) -> object:
+        if not failures:
+            failures.append(1)
+            raise torch.OutOfMemoryError('injected')
+        return original(self, *args, **kwargs)
+
+    robot.engine.update(robot.engine.settings.updated({'scheduler.policy': 'continuous'}))
+    robot.engine.submit(Query('Long?', id='long', max_tokens=300))
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneStep, where, fail_once)
+        state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+    assert failures and state.state is CorrectionState.LEARNED
+    long = next((e for e in robot.events if isinstance(e, Response) and e.query_id == 'long'),
+                None) or robot.response('long')
+    assert long.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def test_learning_that_always_fails_is_given_up(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a few tries the correction is FAILED with the reason."""
+    wrong = robot.ask('Who are you?')
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError('injected')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneStep, 'run_segment', fail)
+        state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+    assert state.state is CorrectionState.FAILED and 'injected' in state.reason
+    assert robot.ask('Who are you?').text == wrong.text
+
+
+@pytest.mark.parametrize('waits', [True, False])
+def test_an_error_before_a_job_is_reported(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """The status shows the error; otherwise the iteration fails and the next runs."""
+    wrong, learning = robot.ask('Who are you?'), robot.engine.learner
+
+    def fail() -> list[Event]:
+        if learning.busy or not waits:
+            raise TypeError('injected')
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, 'poll', fail)
+        if waits:
+            robot.engine.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+            robot.until(lambda event: isinstance(event, CorrectionStatus))
+            assert robot.ask('Who are you?').text == wrong.text
+            assert 'injected' in robot.engine.status().learning_error
+        else:
+            with pytest.raises(TypeError, match='injected'):
+                robot.engine.step()
+    assert robot.ask('Who are you?').text
+
+
+def test_saving_is_retried(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk is full, the trained version is kept and its corrections stay pending."""
+    wrong = robot.ask('Who are you?')
+    save, failures, problems = AdapterStore.save, [], set()
+
+    def full(*arguments: object) -> object:
+        problems.add(robot.engine.status().learning_error)
+        if len(failures) < learner.MAX_JOB_TRIES + 2:
+            failures.append(robot.engine.scheduler.statistics(time.monotonic()).finetune_steps)
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return save(*arguments)     # type: ignore[arg-type]
+
+    monkeypatch.setattr(AdapterStore, 'save', full)
+    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
+    state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
+    assert state.state is CorrectionState.LEARNED
+    assert len(failures) == learner.MAX_JOB_TRIES + 2 and len(set(failures)) == 1
+    assert any('No space left' in problem for problem in problems)
+    assert robot.engine.status().learning_error == ''
+    assert robot.ask('Who are you?').text == 'A robot.'
+
+
+def test_reading_is_retried(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing disk is no failed attempt of the correction."""
+    robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    load, failures, problems = AdapterStore.load, [], set()
+
+    def damaged(*arguments: object) -> object:
+        problems.add(robot.engine.status().learning_error)
+        if len(failures) < learner.MAX_JOB_TRIES + 2:
+            failures.append(1)
+            raise CorruptVersion('injected')
+        return load(*arguments)     # type: ignore[arg-type]
+
+    monkeypatch.setattr(AdapterStore, 'load', damaged)
+    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
+    state = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
+    assert state.state is CorrectionState.LEARNED
+    assert any('injected' in problem for problem in problems)
+    assert robot.engine.status().learning_error == ''
+
+
+def test_loading_a_recorded_version_into_its_slot_is_retried(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal has it live, so it is served without retraining."""
+    publish, write, failures = Journal.publish, LoRAManager.write_slot, []
+
+    def failing(*arguments: object) -> None:
+        if len(failures) <= learner.MAX_JOB_TRIES:
+            failures.append(robot.engine.learner.busy)
+            raise torch.OutOfMemoryError('injected')
+        write(*arguments)       # type: ignore[arg-type]
+
+    def recorded(*arguments: object) -> object:
+        monkeypatch.setattr(LoRAManager, 'write_slot', failing)
+        return publish(*arguments)      # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, 'publish', recorded)
+    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
+    state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    assert (state.state, state.adapter_version) == (CorrectionState.LEARNED, 1)
+    assert len(failures) == learner.MAX_JOB_TRIES + 1
+    answer = robot.ask('Who are you?')
+    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
+    assert robot.engine.status().learning_error == ''
+
+
+def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path: Path) -> None:
+    """With as many live profiles as slots, another one fails; the others are served."""
+    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
+    wrong = robot.ask('Who are you?')
+    states = {}
+    for profile in ('anna', 'ben'):
+        states[profile] = robot.correct(Correction(
+            f'The robot of {profile}.', id=profile, query_id=wrong.query_id, profile=profile))
+    assert {s.state for s in states.values()} == {CorrectionState.LEARNED}
+    last = robot.correct(Correction(
+        'The robot of dora.', id='dora', query_id=wrong.query_id, profile='dora'))
+    assert last.state is CorrectionState.FAILED and 'adapter.slots' in last.reason
+    other = robot.ask('Where are you?', profile='ben')
+    again = robot.correct(Correction('Here I am.', id='ben2', query_id=other.query_id))
+    assert (again.state, again.adapter_version) == (CorrectionState.LEARNED, 2), again
+    assert robot.ask('Who are you?', profile='ben').text == 'The robot of ben.'
+    robot.engine.close()
+
+
+def test_no_version_that_changes_guarded_answers_is_published(
+        settings: Settings, tmp_path: Path) -> None:
+    """Without replay, learning would change other answers; the gate rejects it."""
+    robot = Robot(build_engine(settings.updated({
+        'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 12,
+    }), storage=tmp_path))
+    wrong = robot.ask('Who are you?')
+
+    learned = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+
+    rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
+                and e.state is VersionState.REJECTED]
+    assert rejected and all('would become' in e.reason and e.version for e in rejected)
+    if learned.state is CorrectionState.LEARNED:
+        assert learned.adapter_version > max(e.version for e in rejected)
+    else:     # a small random model may not be able to learn it
+        assert learned.state is CorrectionState.FAILED and 'would become' in learned.reason
+        assert robot.ask('Who are you?').text == wrong.text
+
+
+def test_a_correction_that_always_fails_the_gate_fails(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After finetune.max_steps it is FAILED with the gate's reason; the answer stays."""
+    reason = 'probes: 1.00 would become 0.00'
+    monkeypatch.setattr(gate.Gate, 'judge', lambda *_: gate.Verdict(reason))
+    robot = Robot(build_engine(
+        settings.updated({'finetune.max_steps': 12}), storage=tmp_path))
+    before = robot.ask('Who are you?')
+
+    failed = robot.correct(Correction('I am Rover.', id='k', query_id=before.query_id))
+
+    assert failed.state is CorrectionState.FAILED
+    assert failed.reason.startswith(reason) and 'finetune.max_steps' in failed.reason
+    assert robot.ask('Who are you?').text == before.text
