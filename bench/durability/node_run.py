@@ -145,7 +145,7 @@ class NodeRun:
     def unknown_versions(self, snapshot: StorageSnapshot) -> list[str]:
         """Return the versions that have answered and are not in the journal."""
         return [f'{profile!r}: {version}' for profile, version in sorted(self._used_versions)
-                if version and not {(profile, version), ('', version)} & set(snapshot.versions)]
+                if version and (profile, version) not in snapshot.versions]
 
     # -- the client ------------------------------------------------------------------
 
