@@ -145,7 +145,7 @@ class NodeRun:
     def unknown_versions(self, snapshot: StorageSnapshot) -> list[str]:
         """Return the versions that have answered and are not in the journal."""
         return [f'{profile!r}: {version}' for profile, version in sorted(self._used_versions)
-                if version and not {(profile, version), ('', version)} & set(snapshot.versions)]
+                if version and (profile, version) not in snapshot.versions]
 
     # -- the client ------------------------------------------------------------------
 
@@ -196,8 +196,8 @@ class NodeRun:
 
     def _collect(self) -> None:
         """Note the versions of complete responses."""
-        self._used_versions |= {(profile, query.response.adapter_version)
-                                for profile, query in self._queries if query.is_complete()}
+        responses = [query.response for _, query in self._queries if query.is_complete()]
+        self._used_versions |= {(r.adapter_profile, r.adapter_version) for r in responses}
 
     def _first_version(self, profile: str) -> tuple[int, str] | None:
         """Return version and checksum of the first announcement for a profile."""

@@ -133,6 +133,7 @@ class Response:
     error_code: ErrorCode = ErrorCode.NONE
     error: str = ''
     adapter_version: int = 0
+    adapter_profile: str = ''
     matched_correction_id: str = ''
     similarity: float = 0.0
     prompt_tokens: int = 0

@@ -130,8 +130,8 @@ class ActiveRequest:
         return Response(
             query_id=self.query.id, conversation_id=self.query.conversation_id,
             text=self.stream.text, finish_reason=reason, error_code=code, error=error,
-            adapter_version=route.version.version, matched_correction_id=route.correction_id,
-            similarity=route.similarity,
+            adapter_version=route.version.version, adapter_profile=route.version.profile,
+            matched_correction_id=route.correction_id, similarity=route.similarity,
             prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens,
             queue_ms=_ms(request.arrival, request.started_at),
             ttft_ms=_ms(request.arrival, request.first_token_at), tpot_ms=tpot * 1e3,

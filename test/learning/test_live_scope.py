@@ -68,6 +68,8 @@ def test_a_profile_follows_the_robot_outside_its_own_scope(robot: Robot) -> None
     learn(robot, 'Green.', COLOUR, 'robot')
     assert told(robot.ask(NAME, profile='ann')) == ('Bella.', 1, 'ann')
     assert told(robot.ask(COLOUR, profile='ann')) == ('Green.', 1, 'robot')
+    assert [robot.ask(text, profile='ann').adapter_profile for text in (NAME, COLOUR)] == [
+        'ann', '']
     assert {text: robot.ask(text, profile='ann').text for text in OTHERS} == before
     assert robot.ask(NAME).adapter_version == 0
 

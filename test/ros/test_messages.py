@@ -73,8 +73,8 @@ def test_every_field_of_a_message_is_converted(
 
 @pytest.mark.parametrize('event', [
     ResponseChunk('q', 3, 'ä', True),
-    Response('q', 'c', 'text', FinishReason.ERROR, ErrorCode.INTERNAL, 'why', 7, 'k', 0.75, 1, 2,
-             0.5, 1.5, 2.5, 3.5, True),
+    Response('q', 'c', 'text', FinishReason.ERROR, ErrorCode.INTERNAL, 'why', 7, 'ann', 'k', 0.75,
+             1, 2, 0.5, 1.5, 2.5, 3.5, True),
     CorrectionStatus('c', CorrectionState.FAILED, 'why', 7),
     AdapterVersion('ann', 2, 1, VersionState.ROLLED_BACK, 'why', ('a', 'b'), -3.5, -0.5, 10, 1.5,
                  '/path', 'abc')], ids=lambda event: type(event).__name__)
