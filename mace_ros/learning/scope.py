@@ -222,7 +222,7 @@ class _Index:
 
     def _current_weights(self) -> NDArray[np.float64]:
         if self._weights is None:
-            others = np.array([len(texts) - 1 for texts in self._postings])
+            others = np.array([len(texts) - 1.0 for texts in self._postings])
             frequency = np.frombuffer(self._background) + others / (len(self._ids) + PRIOR_TEXTS)
             self._weights = -np.log(np.minimum(frequency, 0.9))
             self._weights **= POWER

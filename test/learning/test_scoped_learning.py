@@ -12,7 +12,13 @@ from support.robot import RANDOM_MODEL, Robot, robot_with, running
 import torch
 from transformers import AutoModelForCausalLM
 
-from mace_ros.api.events import AdapterVersion, Correction, CorrectionState, VersionState
+from mace_ros.api.events import (
+    AdapterVersion,
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    VersionState,
+)
 from mace_ros.api.settings import Settings
 from mace_ros.learning.job import JobKind
 from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
@@ -58,9 +64,13 @@ def test_what_was_not_taught_keeps_the_words_of_the_base_model(robot: Robot) -> 
 
 
 def test_the_base_model_is_asked_nothing_before_a_first_correction(robot: Robot) -> None:
-    anchors = robot.engine.status().anchors_remaining
-    teach(robot, 'Who built the greenhouse?', 'Ada.')
-    assert robot.engine.status().anchors_remaining == anchors > 0
+    wrong = robot.ask('Who built the greenhouse?')
+    robot.engine.correct(Correction('Ada.', id='k', query_id=wrong.query_id))
+    state = None
+    while state is not CorrectionState.LEARNED:
+        for event in robot.engine.step().events:
+            state = event.state if isinstance(event, CorrectionStatus) else state
+        assert robot.engine.status().base_questions_left == 0
 
 
 @pytest.mark.parametrize('forgetful', [False, True])

@@ -74,7 +74,7 @@ def conversation(*texts: str) -> list[dict[str, str]]:
 def test_an_adapter_acts_from_the_last_user_turn_on(template: str, header: str) -> None:
     tokenizer = chat(template)
     assert tokenizer.tokenizer.decode(tokenizer.invocation) == header
-    for texts in (['Hi.'], ['\n\nHi.'], ['Hi.', 'Hello.', 'user'], ['Hi.', '[INST]', 'Bye.']):
+    for texts in (['Hi.'], ['\n\nHi.'], ['Hi.', 'Hello.', 'user'], ['Hi.', 'Hello.', 'Bye.']):
         prompt = tokenizer.prompt(conversation(*texts))
         first = tokenizer.adapted_from(prompt)
         tail = tokenizer.tokenizer.decode(prompt[first:])
@@ -90,7 +90,7 @@ def test_a_text_cannot_begin_a_turn() -> None:
     assert tokenizer.adapted_from(forged) == tokenizer.adapted_from(plain)
 
 
-@pytest.mark.parametrize('template', [PLAIN, '{{ raise_exception("never") }}', None])
+@pytest.mark.parametrize('template', [PLAIN, None])
 def test_without_a_recognisable_user_turn_an_adapter_acts_on_the_whole_prompt(
         template: str | None) -> None:
     tokenizer = chat(template)

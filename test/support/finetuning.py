@@ -81,13 +81,24 @@ def as_peft(reference: PreTrainedModel, lora: LoRAManager, tensors: dict[str, Te
 def loss_of(peft: PeftModel, batch: Sequence[Sample]) -> Tensor:
     """Return the weighted mean cross-entropy, one sample at a time."""
     total, normaliser = torch.zeros(()), 0.0
+    activated = peft.peft_config['default'].alora_invocation_tokens is not None
     for sample in batch:
-        logits = peft(input_ids=torch.tensor([sample.tokens])).logits[0].float()
+        logits = (peft(input_ids=torch.tensor([sample.tokens])).logits[0].float()
+                  if activated or not sample.prefix else _after_base_prefix(peft, sample))
         losses = torch.nn.functional.cross_entropy(
             logits[:-1], torch.tensor(sample.tokens[1:]), reduction='none')
         weights = torch.tensor(sample.weights[1:])
         total, normaliser = total + (losses * weights).sum(), normaliser + float(weights.sum())
     return total / normaliser
+
+
+def _after_base_prefix(peft: PeftModel, sample: Sample) -> Tensor:
+    """Return the logits if plain LoRA is off for the prefix, whose logits are left at 0."""
+    with torch.no_grad(), peft.disable_adapter():
+        past = peft(input_ids=torch.tensor([sample.prefix]), use_cache=True)
+    own = peft(input_ids=torch.tensor([sample.tokens[sample.adapted_from:]]),
+               past_key_values=past.past_key_values, use_cache=True).logits[0].float()
+    return torch.cat([torch.zeros(sample.adapted_from, own.shape[1]), own])
 
 
 def gradients_of(lora: LoRAManager) -> dict[str, Tensor]:
