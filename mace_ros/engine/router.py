@@ -61,5 +61,6 @@ class Router:
                 drew_on = match is not None and match.similarity >= settings.scope_threshold
                 return Route(version, match.correction_id if drew_on and version.version else '',
                              nearest, passed)
-            passed = passed or self._slots.live(owner).version > 0
+            live = self._slots.live(owner)
+            passed = passed or (live.profile == owner and live.version > 0)
         return Route(self._slots.pin(None), similarity=nearest, out_of_scope=passed)
