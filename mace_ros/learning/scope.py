@@ -212,7 +212,7 @@ class _Index:
                 np.frombuffer(self._texts, dtype=np.int64),
                 weights=(self._weights[np.frombuffer(self._words, dtype=np.int64)]
                          * np.frombuffer(self._flat_factors)),
-                minlength=len(self._ids))
+                minlength=len(self._ids)).astype(np.float64)
             self._totals[list(self._discarded)] = np.inf
         return self._weights
 
