@@ -171,7 +171,7 @@ class AdapterSettings:
         'it has learned (similar), while the base model answers all others; or every question '
         '(everywhere). A correction may have a scope of its own', choices=SCOPES)
     scope_threshold: float = _parameter(
-        0.6, 'Similarity, 0 to 1, from which a question resembles a correction: a higher one '
+        0.55, 'Similarity, 0 to 1, from which a question resembles a correction: a higher one '
         'draws in fewer questions about something else, and leaves out more paraphrases',
         minimum=0.0, maximum=1.0)
 

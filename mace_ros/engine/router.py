@@ -53,9 +53,11 @@ class Router:
             if match is not None:
                 nearest = max(nearest, match.similarity)
             if in_scope:
-                version = self._slots.pin(owner)
-                drew_on = match is not None and match.similarity >= settings.scope_threshold
-                return Route(version, match.correction_id if drew_on and version.version else '',
-                             nearest, passed)
-            passed = passed or self._slots.live(owner).version > 0
+                version, drew_on = self._slots.pin(owner), ''
+                if version.version and match is not None and (
+                        match.similarity >= settings.scope_threshold):
+                    drew_on = match.correction_id
+                return Route(version, drew_on, nearest, passed)
+            live = self._slots.live(owner)
+            passed = passed or (live.profile == owner and live.version > 0)
         return Route(self._slots.pin(None), similarity=nearest, out_of_scope=passed)

@@ -3,8 +3,8 @@
 """
 The words of a question, in any language, and which question a conversation ends with.
 
-Scripts without spaces between words (Chinese, Japanese, Thai and others) are cut into pairs of
-characters. Case, accents and punctuation make no difference.
+Scripts without spaces between words (Chinese, Japanese, Thai and others) are cut into characters
+and pairs of them. Case, accents and punctuation make no difference.
 """
 
 from __future__ import annotations
@@ -29,6 +29,20 @@ FOLLOW_UP_BEGINNINGS = frozenset({
     'anche', 'poi', 'mas', 'tambem', 'och', 'og',           # Italian, Portuguese, Nordic
     'ale', '\u0430', '\u0438', '\u043d\u043e',               # Polish, Russian
     've', 'ama', '\u0648', '\u0914\u0930'})                 # Turkish, Arabic, Hindi
+# Words that questions are asked with. They are rarer in the texts that a tokenizer was made from.
+_ASKING = (
+    'what who whos whom whose which where when why how is are was were be do does did can could',
+    'would will should tell me please know say give the a an of to in for',             # English
+    'was wer wen wem wo wann warum welche welcher welches welchem wie ist sind kannst bitte sag',
+    'mir der die das dem den wat waar wanneer waarom welke hoe zeg mij',        # German, Dutch
+    'que qu quoi qui ou quand pourquoi quel quelle quels quelles comment combien est sont dis moi',
+    'quien donde cuando cual cuales como cuanto por es son dime',               # French, Spanish
+    'che cosa chi dove quando perche quale come quanto sono dimmi quem onde qual diga',
+    '\u0447\u0442\u043e \u043a\u0442\u043e \u0433\u0434\u0435 \u043a\u043e\u0433\u0434\u0430',
+    '\u043f\u043e\u0447\u0435\u043c\u0443 \u043a\u0430\u043a',                     # Russian
+    '\u4ec0\u4e48 \u4ec0 \u4e48 \u54ea\u91cc \u54ea \u600e\u4e48 \u591a\u5c11',
+    '\u3069\u3053 \u3067\u3059 \u3059\u304b \u306f \u306b \u3067 \u3059 \u304b')   # Japanese
+ASKING = frozenset(word for line in _ASKING for word in line.split())
 _ABOUT = ('what about', 'how about', 'was ist mit', 'et pour', 'que tal', 'e per')
 
 # The words of a sentence in their order, and whether each looks like a name: it has a capital
@@ -77,13 +91,13 @@ def _words(text: str) -> Sentence:
 
 
 def _parts(word: str) -> list[str]:
-    """Return a word as it is, and text without spaces as pairs of characters."""
+    """Return a word as it is, and text without spaces as characters and pairs of them."""
     parts, end = [], 0
     for run in _UNSPACED.finditer(word):
         if run.start() > end:
             parts.append(word[end:run.start()])
         characters, end = run[0], run.end()
-        parts += [characters[i:i + 2] for i in range(max(len(characters) - 1, 1))]
+        parts += [*characters, *(characters[i:i + 2] for i in range(len(characters) - 1))]
     return [*parts, word[end:]] if end < len(word) else parts
 
 
@@ -94,8 +108,9 @@ def is_follow_up(text: str) -> bool:
     It is one of up to two words, or one of up to six that begins like a continuation.
     """
     words = [word for sentence in sentences(text) for word in sentence]
-    pairs = sum(_UNSPACED.match(word) is not None for word in words)
-    count = len(words) - pairs + (pairs + 1) // 2      # a word has about two characters
+    unspaced = [word for word in words if _UNSPACED.match(word)]
+    characters = sum(len(word) == 1 for word in unspaced)
+    count = len(words) - len(unspaced) + characters // 2    # a word has about two of them
     return count <= 2 or (count <= FOLLOW_UP_WORDS and (
         words[0] in FOLLOW_UP_BEGINNINGS or ' '.join(words).startswith(_ABOUT)))
 

@@ -22,21 +22,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mace_ros.api.settings import AdapterSettings, EVERYWHERE
-from mace_ros.learning.question import questions, Sentence, sentences
+from mace_ros.learning.question import ASKING, questions, Sentence, sentences
 from mace_ros.store.records import CorrectionRecord
 
-# The weight of a word is the third power of its information, so that a subject outweighs all
-# the words around it. Chosen by measurement, as the other constants; see docs/scope.md.
-POWER = 3.0
-# How much it counts that the question is about nothing else: 0 not at all, 1 as much as that it
-# has the words of the corrected one.
-FOCUS = 0.25
+# Chosen by measurement; docs/scope.md has the figures.
+# The weight of a word is this power of its information, so that a subject outweighs the words
+# around it.
+POWER = 2.0
+# Power of the share of the query that the corrected question has: 0 would ignore it.
+FOCUS = 0.4
 # Words that look like names count as many times as others.
-NAME_FACTOR = 1.0
-# Weight of the corrections' own word frequencies: as if there were this many others.
+NAME_FACTOR = 2.0
+# Frequency of the words that questions are asked with.
+ASKING_FREQUENCY = 0.25
+# The frequency of a word among the corrections counts as if there were this many more of them.
 PRIOR_TEXTS = 50
-# Two words count as forms of one if they share a beginning of this length and this share.
-MIN_STEM, STEM_SHARE = 4, 0.75
+# Two words are forms of one if they differ in at most one letter at the end, or in up to three
+# more that one of them has (with a shorter stem, in one more). They count less than equal words.
+MIN_STEM, MAX_ENDING, MAX_SUFFIX, FORM_SHARE = 4, 1, 3, 0.9
 # Similarities that differ by less are equal.
 TIE = 1e-6
 
@@ -175,7 +178,7 @@ class _Index:
             self._sorted.insert(bisect_left(self._sorted, word), word)
             self._postings.append(array('q'))
             self._factors.append(array('d'))
-            self._background.append(self._frequency(word))
+            self._background.append(self._general(word))
         return number
 
     def match(self, text: str) -> Match | None:
@@ -230,7 +233,7 @@ class _Index:
                 np.frombuffer(self._texts, dtype=np.int64),
                 weights=(self._weights[np.frombuffer(self._words, dtype=np.int64)]
                          * np.frombuffer(self._flat_factors)),
-                minlength=len(self._ids))
+                minlength=len(self._ids)).astype(np.float64)
             self._totals[list(self._discarded)] = np.inf
         return self._weights
 
@@ -238,7 +241,10 @@ class _Index:
         number = self._numbers.get(word)
         if number is not None:
             return float(weights[number])
-        return float(-log(min(self._frequency(word), 0.9))) ** POWER
+        return float(-log(min(self._general(word), 0.9))) ** POWER
+
+    def _general(self, word: str) -> float:
+        return ASKING_FREQUENCY if word in ASKING else self._frequency(word)
 
     def _forms(self, word: str) -> list[tuple[int, float]]:
         """Return the known word, or those with the same stem, each with its share in common."""
@@ -249,9 +255,10 @@ class _Index:
         for other in self._sorted[max(place - 1, 0):place + 1]:     # its neighbours
             stem = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
                                             zip(word, other, strict=False)))
-            share = stem / max(len(word), len(other))
-            if stem >= MIN_STEM and share >= STEM_SHARE:
-                forms.append((self._numbers[other], share))
+            rests = len(word) - stem, len(other) - stem
+            suffix = MAX_SUFFIX if stem >= MIN_STEM else 1
+            if stem >= MIN_STEM - 1 and max(rests) <= (MAX_ENDING if min(rests) else suffix):
+                forms.append((self._numbers[other], FORM_SHARE))
         return forms[:1]
 
 

@@ -28,7 +28,8 @@ def robot(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         # Rounding, which depends on the batch, must not change a token.
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        **RANDOM_MODEL})
+        # Each profile's version answers questions that it was not taught, too.
+        **RANDOM_MODEL, 'adapter.scope': 'everywhere'})
     taught = Robot(build_engine(settings, storage=tmp_path_factory.mktemp('profiles')))
     for profile, text in TAUGHT.items():
         state = taught.correct(Correction(text, id=profile, prompt=QUESTION, profile=profile))
