@@ -57,6 +57,11 @@ class Figures:
                 for row in self.rows if row['state'] != 'KNOWN']
 
     @property
+    def live(self) -> list[float]:
+        """Those of :attr:`seconds` that are finite."""
+        return [seconds for seconds in self.seconds if math.isfinite(seconds)]
+
+    @property
     def median_s(self) -> float:
         """The median of :attr:`seconds`."""
         return statistics.median(self.seconds) if self.seconds else NAN

@@ -276,14 +276,21 @@ def test_an_earlier_checkout_provides_the_engine(tmp_path: Path) -> None:
     assert 'python -m bench.edits' in done.stdout
 
 
+# What the tiny model of the tests, whose tokenizer has common words only, tells apart.
+TOWERS = (
+    ('Who built the harbour tower?', 'Ada', 'Who built the northern bridge?'),
+    ('In which year did Rome fall?', '476', 'In which year did Paris fall?'),
+    ('What do elephants eat at night?', 'grass', 'What do tigers eat at night?'),
+    ('Where is the library of Boston?', 'downtown', 'Where is the airport of London?'))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures('one_thread')
 def test_a_quick_run_measures_all_systems_and_modes(tmp_path: Path, model_folder: Path) -> None:
     """A random model learns nothing sensible, but every part runs and is recorded."""
-    rows = [{'prompt': f'Who built the {name} tower?', 'target_new': f'{name}s', 'rephrase_prompt':
-             f'The {name} tower was built by whom?', 'locality_prompt': f'Who likes {name}?'}
-            for name in ('red', 'old', 'big', 'new', 'wet', 'dry', 'hot', 'odd')]
+    rows = [{'prompt': prompt, 'target_new': target, 'rephrase_prompt': f'Tell me: {prompt}',
+             'locality_prompt': near} for prompt, target, near in TOWERS]
     (tmp_path / 'towers.json').write_text(json.dumps(rows))
     values = {'model.source': model_folder, 'model.device': 'cpu', 'model.threads': 1,
               'model.weight_dtype': 'float32', **RANDOM_MODEL}
