@@ -37,10 +37,11 @@ CALIBRATION_S = 0.5
 # The longest test files, in the order in which workers start them. A long file that starts last
 # would keep one worker busy while the others are idle.
 LONGEST = (
-    'ros/test_node.py', 'package/test_colcon.py', 'ros/test_lifecycle.py',
-    'engine/test_engine_memory.py', 'ros/test_interfaces.py', 'learning/test_learning.py',
-    'bench/test_durability.py', 'engine/test_engine.py', 'bench/test_benchmarks.py',
-    'finetune/test_finetune_step.py', 'learning/test_rollback.py', 'cli/test_programs.py')
+    'ros/test_node.py', 'package/test_colcon.py', 'engine/test_engine_memory.py',
+    'ros/test_lifecycle.py', 'bench/test_durability.py', 'ros/test_interfaces.py',
+    'bench/test_benchmarks.py', 'engine/test_engine.py', 'learning/test_rollback.py',
+    'cli/test_programs.py', 'finetune/test_finetune_step.py', 'learning/test_learning.py',
+    'learning/test_learning_failures.py', 'learning/test_outcomes.py')
 
 
 def tiny_model(folder: Path, tokens: int, seed: int) -> None:
