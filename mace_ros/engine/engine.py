@@ -48,6 +48,7 @@ from mace_ros.engine.inbox import (
 )
 from mace_ros.engine.iteration import Iteration
 from mace_ros.engine.learner_port import LearnerPort
+from mace_ros.engine.learner_requests import LearnerRequests
 from mace_ros.engine.model_runner import ModelRunner, PassResult
 from mace_ros.engine.parts import budget_bytes, Parts
 from mace_ros.engine.request_manager import queue_full, RequestManager
@@ -56,7 +57,6 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import accept, Accepted
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.model.heap import HeapTrimmer
-from mace_ros.model.prefix_kv import PrefixKV
 from mace_ros.scheduling.plan import Plan
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.store.retention import tidy
@@ -91,6 +91,8 @@ class Engine:
             router=parts.router, recorder=self._recorder, background=self._background,
             memory=parts.memory, context_length=parts.model.context_length,
             answered=learner.answered, clock=clock)
+        self._learner_requests = LearnerRequests(
+            learner, self.requests, self._background, self._inbox.wake)
         self.runner = ModelRunner(
             model=parts.model, state=parts.state, paged=parts.paged, kv_cache=parts.kv_cache,
             cost=parts.cost, requests=self.requests, inbox=self._inbox,
@@ -353,44 +355,20 @@ class Engine:
         history = self._background.next_history(sharing=self._settings.memory.prefix_sharing)
         if history is not None:
             self.requests.start(history)
-        if self.learner.wants_anchors:
-            self._ask_anchors()
-        events = self._compute_prefix(self.learner.wants_prefix) + self._offer_step()
+        events = self._start_learner_requests() + self._offer_step()
         try:
             self.parts.paged.move(self._step)
         except Exception as error:    # requests are computed again
             events += self._fail_learning(error)
         return events
 
-    def _ask_anchors(self) -> None:
-        """Ask the base model what learning must preserve; give the learner all answers at once."""
-        for active in self._background.next_anchors(
-                self._settings, self.requests.max_length, overdue=self._learning_is_overdue()):
-            self.requests.start(active)
-        answers = self._background.anchor_answers
-        if answers is not None:
-            self.learner.give_anchors(answers)
-            self._inbox.wake()    # poll the learner again
-
-    def _compute_prefix(self, ids: tuple[int, ...] | None) -> list[Event]:
-        """Compute the prefix of a training sample, and give it to the learner."""
-        if ids is None:
-            return []
+    def _start_learner_requests(self) -> list[Event]:
         try:
-            prefix = self._background.prefix(
-                ids, self.requests, urgent=self._learning_is_overdue())
+            self._learner_requests.start(self._settings, overdue=self.scheduler.is_overdue(
+                self.learner.oldest_unlearned_at, self._clock()))
         except RuntimeError as error:
             return self._fail_learning(error)
-        if isinstance(prefix, PrefixKV):
-            self.learner.give_prefix(ids, prefix)
-            self._inbox.wake()    # poll the learner again
-        elif prefix is not None:
-            self.requests.start(prefix)
         return []
-
-    def _learning_is_overdue(self) -> bool:
-        """Return whether any correction has waited too long."""
-        return self.scheduler.is_overdue(self.learner.oldest_unlearned_at, self._clock())
 
     def _offer_step(self) -> list[Event]:
         """Let the scheduler plan the learner's step if there is memory for it."""
