@@ -100,7 +100,7 @@ def test_corrections_that_a_version_has_lost_are_learned_again_in_idle_time(
             ScopedTrainingSetBuilder, 'build',
             lambda self, corrections, learned, **values: build(self, corrections, [], **values))
     values = {**RANDOM_MODEL, 'finetune.budget': 1.0, 'drift.min_budget': 1.0}
-    with guarding(5, 1), robot_with(settings.updated(values), tmp_path) as robot:
+    with guarding(4, 1), robot_with(settings.updated(values), tmp_path) as robot:
         for question, answer in LESSONS.items():
             teach(robot, question, answer)
         kinds = until_idle(robot)
@@ -135,6 +135,29 @@ def test_a_correction_interrupts_a_verification(
     teach(robot, last, LESSONS[last])       # a job that guards the others restores them as well
     for question in (*first, interrupting, last):
         assert robot.ask(question).text == LESSONS[question]
+
+
+def test_nothing_is_verified_while_a_correction_waits(robot: Robot) -> None:
+    """Otherwise jobs that find nothing to do would read the disk for as long as learning rests."""
+    with guarding(0, 0):
+        for question in list(LESSONS)[:3]:
+            teach(robot, question, LESSONS[question])
+    settings = robot.engine.settings
+
+    def budget(share: float) -> None:
+        robot.engine.update(settings.updated(
+            {'finetune.budget': share, 'drift.min_budget': share}))
+
+    budget(0.0)     # learning is off
+    robot.engine.correct(Correction('Apples.', id='k', prompt='What is in the cellar?'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'k')
+    budget(1e-4)    # learning rests
+    for _ in range(10):
+        robot.engine.step()
+        assert robot.engine.learner.status().job is None
+    budget(1.0)
+    with guarding(0, 0):
+        assert until_idle(robot) >= {JobKind.LEARNING, JobKind.VERIFICATION}
 
 
 def test_peft_gives_the_answers_of_the_node_in_scope(
