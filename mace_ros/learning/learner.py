@@ -290,8 +290,8 @@ class Learner:
         self.wants_anchors = learning.everywhere and context.anchors.is_missing
 
     def _begin_verification(self, held: str | None) -> None:
-        """Check what the last versions may have lost, since no correction waits."""
-        profile = self._verification.next_check(held)
+        """Check what the last versions may have lost, unless a correction waits."""
+        profile = None if self._queue else self._verification.next_check(held)
         if profile is not None and self._context.scores_first:
             self._start(VerificationJob(
                 self._context, self._planner.begun(), profile, self._verification))

@@ -37,6 +37,7 @@ from mace_ros.memory.adapter_slots import NO_SLOT
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
 MORE_STEPS = 4          # after a rejected candidate, at least
+REPAIR_STEPS = 1        # after one that has lost exact samples, at least
 # Corrections may join a job until this share of finetune.max_steps is spent: the rest suffices.
 JOIN_SHARE = 0.25
 
@@ -99,8 +100,7 @@ class LearningJob(Job):
                 yield from self._fail(self.corrections, verdict.reason + self._after_steps)
                 return None
             self.rejections += 1
-            self._least_steps = self.steps + MORE_STEPS
-            self._train_on(verdict.lost)
+            self._train_on(verdict.lost, MORE_STEPS)
 
     # -- before training -------------------------------------------------------------
 
@@ -309,10 +309,15 @@ class LearningJob(Job):
         self.corrections, self._score_after = learned, scores.mean
         return True
 
-    def _train_on(self, lost: Sequence[Sample]) -> None:
-        """Train on until the samples that a candidate has lost are right as well."""
+    def _train_on(self, lost: Sequence[Sample], at_least: int) -> None:
+        """
+        Train on until the samples that a candidate has lost are right as well.
+
+        Where the first part of a step has no room for them, ``at_least`` this many steps.
+        """
         self._set.add_lost(lost)
         self.lost = len(self._set.lost)
+        self._least_steps = self.steps + at_least
 
     # -- the candidate ---------------------------------------------------------------
 
@@ -340,7 +345,7 @@ class LearningJob(Job):
         may_repair = not self._repaired or not self.everywhere
         if lost and may_repair and self.steps < self._finetune.max_steps:
             self._repaired = True
-            self._train_on(lost)
+            self._train_on(lost, REPAIR_STEPS)
             return None
         after = {s.tokens: score for s, score in zip(exact, scores, strict=True)}
         others = [s for s in gate.samples if s.tokens not in after]
@@ -402,6 +407,8 @@ class LearningJob(Job):
         return [self._context.publisher.failed(w.record, reason) for w in corrections]
 
     def _already_learned(self, corrections: Sequence[PendingCorrection]) -> list[CorrectionStatus]:
+        if self.kind is not JobKind.LEARNING:
+            return []
         return [self._context.publisher.already_learned(w.record, self._parent)
                 for w in corrections]
 

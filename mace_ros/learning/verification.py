@@ -31,6 +31,8 @@ class Verification:
         """Begin with nothing to check: a version that was restored was checked when it was made."""
         self._unchecked: dict[str, dict[str, None]] = {}
         self._lost: dict[str, dict[str, CorrectionRecord]] = {}
+        # Repaired since the profile learned something new, and how often.
+        self._repaired: dict[str, dict[str, CorrectionRecord]] = {}
         self._rounds: dict[str, int] = {}
 
     def published(self, profile: str, learned: Iterable[str], checked: Iterable[str], *,
@@ -42,11 +44,14 @@ class Verification:
             i for i in learned if i not in done) if rounds < MAX_ROUNDS else {}
         for correction_id in done:
             self._lost.get(profile, {}).pop(correction_id, None)
+        if not repaired:
+            self._repaired.pop(profile, None)
 
     def forget(self, profile: str) -> None:
         """Check and repair nothing: the profile's version is being rolled back."""
         self._unchecked.pop(profile, None)
         self._lost.pop(profile, None)
+        self._repaired.pop(profile, None)
 
     def checked(self, profile: str, record: CorrectionRecord, *, right: bool) -> None:
         """Note the outcome for a correction."""
@@ -70,13 +75,18 @@ class Verification:
         """
         Take lost corrections of a profile, to learn them again in one job.
 
-        Returns '' and [] if there are none. If the job fails, the corrections are checked again
-        under the next version.
+        What was repaired before is learned together with what that repair has lost: one by one,
+        each would destroy the other. Returns '' and [] if nothing is lost. If the job fails, the
+        corrections are checked again under the next version.
         """
         for profile, lost in self._lost.items():
             if lost and profile != held:
-                return profile, [PendingCorrection(lost.pop(i), now) for i
-                                 in list(lost)[:JOB_CORRECTIONS]]
+                taken = {i: lost.pop(i) for i in list(lost)[:JOB_CORRECTIONS]}
+                together = self._repaired[profile] = {
+                    i: r for i, r in self._repaired.get(profile, {}).items()
+                    if i not in taken} | taken
+                return profile, [PendingCorrection(r, now) for r
+                                 in list(together.values())[-JOB_CORRECTIONS:]]
         return '', []
 
 

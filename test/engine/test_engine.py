@@ -265,6 +265,7 @@ def test_a_failing_pass_ends_its_queries_and_later_ones_are_served(
 
 def test_no_query_waits_for_anchor_requests(robot: Robot) -> None:
     """A query aborts the anchor requests that run before the first training."""
+    robot.engine.update(robot.engine.settings.updated({'adapter.scope': 'everywhere'}))
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     while len(robot.engine.parts.state.running) < 2:     # anchor requests run
         robot.engine.step()
@@ -315,7 +316,8 @@ def test_anchor_answers_survive_a_restart(
     """Answers of another model of the same shape are not used."""
     def learn(name: str) -> int:
         """Return the number of anchor requests before training."""
-        robot = Robot(build_engine(settings, storage=tmp_path))
+        robot = Robot(build_engine(
+            settings.updated({'adapter.scope': 'everywhere'}), storage=tmp_path))
         began = []
         try:
             start = robot.engine.requests.start

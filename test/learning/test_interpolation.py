@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mace_ros.api.events import AdapterVersion, Correction, CorrectionState, VersionState
+from mace_ros.api.settings import Settings
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning import criteria, interpolation, learning_job
 from mace_ros.learning.criteria import LEARNED_MARGIN, learned_well, RIGHT_MARGIN
@@ -34,6 +35,12 @@ class Interpolated:
     start: Mapping[str, Tensor]
     trained: Mapping[str, Tensor]
     samples: tuple[Sample, ...]
+
+
+@pytest.fixture(scope='module')
+def settings(settings: Settings) -> Settings:
+    """Return settings with which a version answers everything, so it must change little."""
+    return settings.updated({'adapter.scope': 'everywhere'})
 
 
 @pytest.fixture
@@ -132,8 +139,9 @@ def test_no_interpolation_after_a_rejection(
         VersionState.REJECTED, VersionState.PUBLISHED]
 
 
+@pytest.mark.parametrize('scope', ['similar', 'everywhere'])
 def test_an_ended_job_frees_its_weights(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
     """In a reference cycle they would stay on the device until the next collection."""
     kept: list[weakref.ref[Tensor]] = []
     copies = LoRAManager.copies
@@ -144,6 +152,7 @@ def test_an_ended_job_frees_its_weights(
         return result
 
     monkeypatch.setattr(LoRAManager, 'copies', noted)
+    robot.engine.update(robot.engine.settings.updated({'adapter.scope': scope}))
     gc.disable()
     try:
         robot.correct(Correction('A robot.', id='k', prompt='What are you?'))

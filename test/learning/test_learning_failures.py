@@ -71,8 +71,12 @@ def test_learning_wakes_itself(
         engine.close()
 
 
-def test_more_is_replayed_after_a_rejected_candidate(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('scope', ['similar', 'everywhere'])
+def test_what_a_rejected_candidate_has_lost_is_trained(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    robot.engine.update(robot.engine.settings.updated(
+        {'adapter.scope': scope, 'finetune.max_steps': 200}))
+    robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
     verdicts, seen = [True, True], []
     judge = gate.Gate.judge
 
@@ -84,7 +88,6 @@ def test_more_is_replayed_after_a_rejected_candidate(
         return gate.Verdict('worse', tuple(self.samples[:1]))
 
     monkeypatch.setattr(gate.Gate, 'judge', worse)
-    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
     taught = robot.correct(Correction('A robot.', id='c', prompt='Who are you?'))
     assert taught.state is CorrectionState.LEARNED
     assert seen == [(0, 0), (1, 1), (2, 1)]
@@ -93,8 +96,11 @@ def test_more_is_replayed_after_a_rejected_candidate(
     assert [e.reason for e in rejected] == ['worse', 'worse']
 
 
+@pytest.mark.parametrize('scope', ['similar', 'everywhere'])
 def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    robot.engine.update(robot.engine.settings.updated(
+        {'adapter.scope': scope, 'finetune.max_steps': 200}))
     robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
     candidates: list[int] = []          # samples that earlier candidates have lost
     lost: list[list[Sample]] = []
@@ -115,7 +121,6 @@ def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
     monkeypatch.setattr(Training, 'score', losing)
     monkeypatch.setattr(gate.Gate, 'judge', lambda self, *arguments: (
         judged.append(1), judge(self, *arguments))[1])
-    robot.engine.update(robot.engine.settings.updated({'finetune.max_steps': 200}))
     taught = robot.correct(Correction('A robot.', id='b', prompt='Who are you?'))
     assert taught.state is CorrectionState.LEARNED
     chat = robot.engine.chat
@@ -295,7 +300,7 @@ def test_no_version_that_changes_guarded_answers_is_published(
     """Without replay, learning would change other answers; the gate rejects it."""
     robot = Robot(build_engine(settings.updated({
         'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 12,
-    }), storage=tmp_path))
+        'adapter.scope': 'everywhere'}), storage=tmp_path))
     wrong = robot.ask('Who are you?')
 
     learned = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))

@@ -48,6 +48,12 @@ def settings(model_folder: Path) -> Settings:
         'finetune.replay_weight': 3.0, 'gate.tolerance': TOLERANCE})
 
 
+@pytest.fixture(scope='module')
+def everywhere(settings: Settings) -> Settings:
+    """Return the settings with which the gate guards the probes."""
+    return settings.updated({'adapter.scope': 'everywhere'})
+
+
 def probe_score(model_folder: Path, adapter: str | None) -> float:
     """Return the mean probability per token of the base model's answers, by PEFT."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -70,9 +76,9 @@ def probe_score(model_folder: Path, adapter: str | None) -> float:
 @pytest.mark.parametrize('text', [
     'xq zzv kkp wpfh 9d9s0 qqqq', 'No. ' * 12], ids=['gibberish', 'one word many times'])
 def test_published_versions_have_passed_the_gate(
-        text: str, settings: Settings, model_folder: Path, tmp_path: Path) -> None:
+        text: str, everywhere: Settings, model_folder: Path, tmp_path: Path) -> None:
     """Learned or failed, PEFT finds the probes within the tolerance."""
-    robot = Robot(build_engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(everywhere, storage=tmp_path))
     wrong = robot.ask('Who are you?')
     last = robot.correct(Correction(text, id='k', query_id=wrong.query_id), 100.0)
     robot.engine.close()
@@ -123,9 +129,9 @@ def test_of_contradicting_corrections_the_newest_wins(settings: Settings, tmp_pa
 
 
 def test_many_copies_of_one_sentence_do_not_change_other_answers(
-        settings: Settings, model_folder: Path, tmp_path: Path) -> None:
+        everywhere: Settings, model_folder: Path, tmp_path: Path) -> None:
     """A correction of many questions must not become the answer to all."""
-    robot = Robot(build_engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(everywhere, storage=tmp_path))
     for i in range(8):
         robot.engine.correct(Correction('The door is open.', id=f'k{i}', prompt=f'{i}?'))
     ends = (CorrectionState.LEARNED, CorrectionState.FAILED)
@@ -146,11 +152,12 @@ def test_many_copies_of_one_sentence_do_not_change_other_answers(
         before = after
 
 
-def test_preferences_are_learned(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize('scope', ['similar', 'everywhere'])
+def test_preferences_are_learned(settings: Settings, tmp_path: Path, scope: str) -> None:
     """With dpo, the corrected text becomes the answer, and leads over the rejected one."""
     robot = Robot(build_engine(settings.updated({
         'finetune.objective': 'dpo', 'gate.tolerance': 1.0, 'finetune.max_steps': 60,
-    }), storage=tmp_path))
+        'adapter.scope': scope}), storage=tmp_path))
     wrong = robot.ask('Who are you?')
     last = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
     assert last.state is CorrectionState.LEARNED

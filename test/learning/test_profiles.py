@@ -14,6 +14,7 @@ from support.robot import RANDOM_MODEL, Robot
 from mace_ros.api.events import Correction, CorrectionState, Query, Response, ResponseChunk
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
+from mace_ros.memory.block_pool import BLOCK_TOKENS
 
 TAUGHT = {'ann': 'I am Rover, your dog.', 'bob': 'My name is Tin, I sort mail.'}
 PROFILES = (*TAUGHT, 'stranger')        # the last one is served the base model
@@ -99,14 +100,19 @@ def test_the_order_of_the_rows_does_not_matter(robot: Robot) -> None:
     assert batch(robot, mixed, max_tokens=20)[1]['ann'] == plain['ann']
 
 
-def test_profiles_share_no_cached_prefixes(robot: Robot) -> None:
-    """Keys and values computed with one adapter are wrong for another one."""
-    system = 'You are a robot in a garden. ' * 8
+def test_profiles_share_cached_prefixes_up_to_the_question(robot: Robot) -> None:
+    """From there on, keys and values computed with one adapter are wrong for another one."""
+    system, question = 'You are a robot in a garden. ' * 8, 'And how are you now? ' * 8
+    chat = robot.engine.chat
+    prompt = chat.prompt([{'role': 'system', 'content': system},
+                          {'role': 'user', 'content': question}])
+    prefix = chat.adapted_from(prompt) // BLOCK_TOKENS * BLOCK_TOKENS
 
     def shared(profile: str, question: str) -> int:
         before = robot.engine.status().shared_tokens
         batch(robot, {profile: question}, system=system, max_tokens=1)
         return robot.engine.status().shared_tokens - before
 
-    assert [shared(profile, 'Hm?') for profile in PROFILES] == [0, 0, 0]
-    assert all(shared(profile, 'And now?') > 50 for profile in PROFILES)
+    assert 50 < prefix < len(prompt) - 2 * BLOCK_TOKENS
+    assert [shared(profile, question) for profile in PROFILES] == [0, prefix, prefix]
+    assert all(shared(profile, question) >= prefix + BLOCK_TOKENS for profile in PROFILES)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
@@ -20,6 +22,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
+from mace_ros.learning import scoped_training_set
 from mace_ros.learning.job import JobKind
 from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
 from mace_ros.learning.training import Training
@@ -38,16 +41,29 @@ def teach(robot: Robot, question: str, answer: str) -> None:
     assert done.state is CorrectionState.LEARNED, done.reason
 
 
+@contextmanager
+def guarding(nearest: int, others: int) -> Iterator[None]:
+    """Let jobs guard fewer of the earlier corrections."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoped_training_set, 'NEAREST', nearest)
+        patch.setattr(scoped_training_set, 'OTHERS', others)
+        yield
+
+
 def until_idle(robot: Robot) -> set[JobKind]:
     """Step until nothing is left to do; return the kinds of the jobs that ran."""
     kinds = set()
-    while True:
+    idle = 0        # iterations; the one that ends a job asks for another one
+    while idle < 2:
         iteration = robot.engine.step()
         robot.events += iteration.events
+        idle += 1
         if robot.engine.learner.status().job is not None:
             kinds.add(running(robot).kind)
-        elif iteration.wake_at is None:
-            return kinds
+            idle = 0
+        elif iteration.wake_at is not None:
+            idle = 0
+    return kinds
 
 
 def test_what_was_not_taught_keeps_the_words_of_the_base_model(robot: Robot) -> None:
@@ -84,7 +100,7 @@ def test_corrections_that_a_version_has_lost_are_learned_again_in_idle_time(
             ScopedTrainingSetBuilder, 'build',
             lambda self, corrections, learned, **values: build(self, corrections, [], **values))
     values = {**RANDOM_MODEL, 'finetune.budget': 1.0, 'drift.min_budget': 1.0}
-    with robot_with(settings.updated(values), tmp_path) as robot:
+    with guarding(4, 1), robot_with(settings.updated(values), tmp_path) as robot:
         for question, answer in LESSONS.items():
             teach(robot, question, answer)
         kinds = until_idle(robot)
@@ -97,11 +113,7 @@ def test_corrections_that_a_version_has_lost_are_learned_again_in_idle_time(
 
 def test_a_correction_interrupts_a_verification(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('mace_ros.learning.scoped_training_set.NEAREST', 0)
-    monkeypatch.setattr('mace_ros.learning.scoped_training_set.OTHERS', 0)
     monkeypatch.setattr('mace_ros.learning.verification.BATCH', 1)
-    for question, answer in list(LESSONS.items())[:4]:
-        teach(robot, question, answer)
     scored: list[int] = []
     score = Training.score
 
@@ -109,13 +121,43 @@ def test_a_correction_interrupts_a_verification(
         scored.append(1)
         return score(self, samples)     # type: ignore[arg-type]
 
-    monkeypatch.setattr(Training, 'score', counted)
-    while not scored:
+    *first, interrupting, last = list(LESSONS)[:6]
+    with guarding(0, 0):        # so that everything is left to the verification
+        for question in first:
+            teach(robot, question, LESSONS[question])
+        monkeypatch.setattr(Training, 'score', counted)
+        while not scored:
+            robot.engine.step()
+        assert running(robot).kind is JobKind.VERIFICATION
+        teach(robot, interrupting, LESSONS[interrupting])
+        assert robot.ask(interrupting).text == LESSONS[interrupting]
+        assert until_idle(robot) >= {JobKind.VERIFICATION}
+    teach(robot, last, LESSONS[last])       # a job that guards the others restores them as well
+    for question in (*first, interrupting, last):
+        assert robot.ask(question).text == LESSONS[question]
+
+
+def test_nothing_is_verified_while_a_correction_waits(robot: Robot) -> None:
+    """Otherwise jobs that find nothing to do would read the disk for as long as learning rests."""
+    with guarding(0, 0):
+        for question in list(LESSONS)[:3]:
+            teach(robot, question, LESSONS[question])
+    settings = robot.engine.settings
+
+    def budget(share: float) -> None:
+        robot.engine.update(settings.updated(
+            {'finetune.budget': share, 'drift.min_budget': share}))
+
+    budget(0.0)     # learning is off
+    robot.engine.correct(Correction('Apples.', id='k', prompt='What is in the cellar?'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'k')
+    budget(1e-4)    # learning rests
+    for _ in range(10):
         robot.engine.step()
-    assert running(robot).kind is JobKind.VERIFICATION
-    teach(robot, 'What is in the cellar?', 'Apples.')
-    assert until_idle(robot) >= {JobKind.VERIFICATION}
-    assert robot.ask('What is in the cellar?').text == 'Apples.'
+        assert robot.engine.learner.status().job is None
+    budget(1.0)
+    with guarding(0, 0):
+        assert until_idle(robot) >= {JobKind.LEARNING, JobKind.VERIFICATION}
 
 
 def test_peft_gives_the_answers_of_the_node_in_scope(
