@@ -9,6 +9,7 @@ The tests share one node, which learns during the file, and is killed and restar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 import math
 from pathlib import Path
@@ -373,7 +374,11 @@ def test_a_late_subscriber_receives_the_live_version(mace: Mace, lesson: SimpleN
 
 def test_peft_gives_the_same_answers(
         mace: Mace, lesson: SimpleNamespace, base_model: LoadedModel, tmp_path: Path) -> None:
-    """Long answers too, in float32: int8 changes the weights."""
+    """
+    Long answers too, in float32: int8 changes the weights.
+
+    Questions out of scope are answered without the adapter, unless it is to answer everything.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     exact, name = mace, base_model.name
@@ -387,20 +392,28 @@ def test_peft_gives_the_same_answers(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
-        expected = {}
+        expected, plain = {}, {}
         for question in (NAME, *OTHERS, *ORDINARY):
             prompt = tokenizer.apply_chat_template(
                 [{'role': 'user', 'content': question}], add_generation_prompt=True,
                 return_tensors='pt', return_dict=True)
-            output = model.generate(**prompt, do_sample=False, max_new_tokens=24)
-            expected[question] = tokenizer.decode(
-                output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
+            for texts, adapter in ((expected, nullcontext()), (plain, model.disable_adapter())):
+                with adapter:
+                    output = model.generate(**prompt, do_sample=False, max_new_tokens=24)
+                texts[question] = tokenizer.decode(
+                    output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
         exact.client.wait_until_ready(START_S)
-        answers = {question: exact.client.ask(question, max_tokens=24, no_learn=True)
-                   for question in expected}
-        for question, text in expected.items():
-            answer = answers[question].result(ANSWER_S)
-            assert (answer.text, answer.adapter_version) == (text, lesson.version.version)
+        version, others = lesson.version.version, (*OTHERS, *ORDINARY)
+        for scope, right in (
+                ('similar', {NAME: (expected[NAME], version)} | {q: (plain[q], 0) for q in others}),
+                ('everywhere', {q: (text, version) for q, text in expected.items()})):
+            assert set_parameters(exact.client, {'adapter.scope': scope}) == [(True, '')]
+            answers = {question: exact.client.ask(question, max_tokens=24, no_learn=True)
+                       for question in right}
+            for question, answer in answers.items():
+                response = answer.result(ANSWER_S)
+                assert (response.text, response.adapter_version) == right[question]
+        assert set_parameters(exact.client, {'adapter.scope': 'similar'}) == [(True, '')]
     finally:
         if exact is not mace:
             exact.kill()
