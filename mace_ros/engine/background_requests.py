@@ -125,5 +125,10 @@ class BackgroundRequests:
                 active.query.id, active.prompt, active.output, complete=complete)
         elif active.kind is RequestKind.PREFIX and reason is not FinishReason.CANCELLED:
             ids = tuple(active.prompt)
-            self._prefix = ids, (
-                self._paged.read_prefix(active.request.blocks, len(ids)) if complete else error)
+            prefix: PrefixKV | str = error
+            try:
+                if complete:
+                    prefix = self._paged.read_prefix(active.request.blocks, len(ids))
+            except Exception as broken:    # the request has to end all the same
+                prefix = f'{type(broken).__name__}: {broken}'
+            self._prefix = ids, prefix

@@ -130,7 +130,8 @@ class LearningJob(Job):
         context, prefers = self._context, self._finetune.objective == 'dpo'
         if self.kind is JobKind.REPAIR:
             learned = {r.id for r in self._learned}
-            self.corrections = [w for w in self.corrections if w.record.id in learned]
+            self.corrections = self._fitting(
+                [w for w in self.corrections if w.record.id in learned])
             return
         if self.kind is JobKind.REHEARSAL or not (context.scores_first or prefers):
             return

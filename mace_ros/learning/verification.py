@@ -82,11 +82,9 @@ class Verification:
         for profile, lost in self._lost.items():
             if lost and profile != held:
                 taken = {i: lost.pop(i) for i in list(lost)[:JOB_CORRECTIONS]}
-                together = self._repaired[profile] = {
-                    i: r for i, r in self._repaired.get(profile, {}).items()
-                    if i not in taken} | taken
+                together = self._repaired[profile] = taken | self._repaired.get(profile, {})
                 return profile, [PendingCorrection(r, now) for r
-                                 in list(together.values())[-JOB_CORRECTIONS:]]
+                                 in list(together.values())[:JOB_CORRECTIONS]]
         return '', []
 
 

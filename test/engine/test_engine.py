@@ -27,6 +27,7 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import MAX_ID
 from mace_ros.engine import anchor_requests
+from mace_ros.engine.active_request import RequestKind
 from mace_ros.engine.anchor_requests import AnchorRequests, MIN_TOKENS
 from mace_ros.engine.builder import build_engine
 from mace_ros.engine.early_aborts import EarlyAborts, KEPT, KEPT_S
@@ -322,7 +323,7 @@ def test_anchor_answers_survive_a_restart(
         try:
             start = robot.engine.requests.start
             robot.engine.requests.start = lambda active: (
-                began.append(active.is_silent), start(active))[1]
+                began.append(active.kind is RequestKind.ANCHOR), start(active))[1]
             assert robot.correct(Correction(
                 'A robot.', id=name, prompt=f'{name}?')).state is CorrectionState.LEARNED
             assert robot.engine.status().base_questions_left == 0

@@ -33,6 +33,7 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine import builder, model_runner
 from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
+from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.finetune import step as step_module
 from mace_ros.finetune.loss import HeadLoss
 from mace_ros.finetune.null_space import InputSubspace
@@ -56,6 +57,7 @@ SERVING = {
 LEARNING = {
     'reading the live version': (LoRAManager, 'reset'),
     'optimizer state': (Trainer, '__init__'),
+    'a prefix of samples': (PagedKVCache, 'read_prefix'),
     'the main directions': (InputSubspace, 'observe'),
     'protecting directions': (LoRAManager, 'protect'),
     'projecting an update': (LoRAManager, 'project_update'),
@@ -70,8 +72,8 @@ LEARNING = {
     'publishing it in the journal': (Journal, 'publish'),
     'an adapter slot': (LoRAManager, 'write_slot'),
 }
-# Steps of the first job of a process only.
-FIRST_JOB = ('the main directions', 'protecting directions')
+# Steps of the first job of a process only, whose version is to answer everything.
+FIRST_JOB = ('a prefix of samples', 'the main directions', 'protecting directions')
 LOADING = {
     'weights': (loading.AutoModelForCausalLM, 'from_pretrained'),
     'the KV cache': (PackedModel, 'allocate_kv_cache'),
@@ -264,7 +266,8 @@ def test_learning_breaks_off_alone_and_is_tried_again(
 def test_the_first_job_breaks_off_alone_and_is_tried_again(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:
-    robot = Robot(build_engine(settings, storage=tmp_path))
+    robot = Robot(build_engine(
+        settings.updated({'adapter.scope': 'everywhere'}), storage=tmp_path))
     break_off(robot, monkeypatch, where)
     robot.engine.close()
 

@@ -114,11 +114,11 @@ def test_corrections_that_a_version_has_lost_are_learned_again_in_idle_time(
 def test_a_correction_interrupts_a_verification(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('mace_ros.learning.verification.BATCH', 1)
-    scored: list[int] = []
+    scored: list[JobKind] = []      # by these
     score = Training.score
 
     def counted(self: Training, samples: object) -> object:
-        scored.append(1)
+        scored.append(running(robot).kind)
         return score(self, samples)     # type: ignore[arg-type]
 
     *first, interrupting, last = list(LESSONS)[:6]
@@ -126,7 +126,7 @@ def test_a_correction_interrupts_a_verification(
         for question in first:
             teach(robot, question, LESSONS[question])
         monkeypatch.setattr(Training, 'score', counted)
-        while not scored:
+        while JobKind.VERIFICATION not in scored:
             robot.engine.step()
         assert running(robot).kind is JobKind.VERIFICATION
         teach(robot, interrupting, LESSONS[interrupting])
