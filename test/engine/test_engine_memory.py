@@ -526,13 +526,15 @@ def test_a_publication_leaves_the_prefix_cache_warm(settings: Settings, tmp_path
 
 
 def learned_conversation(one: Robot) -> None:
-    """Correct an answer in a conversation, and ask the question again there."""
-    wrong = one.ask('Who are you?', system=SYSTEM, conversation_id='c')
+    """Correct an answer, and ask in other words, which the base model has never computed."""
+    question = f'Who are you, {"my dear " * 40}robot?'
+    wrong = one.ask(question, system=SYSTEM, conversation_id='c')
     learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
     assert learned.state is CorrectionState.LEARNED
     one.ask('Hm?', conversation_id='d')     # ends the idle time
-    again = one.ask('Who are you?', system=SYSTEM, conversation_id='c', reset_conversation=True)
-    assert again.text == 'I am Rover.' and again.adapter_version == 1
+    again = one.ask(f'Please say. {question}', system=SYSTEM, conversation_id='c',
+                    reset_conversation=True)
+    assert again.adapter_version == 1 and again.matched_correction_id == 'k'
 
 
 def test_history_that_an_adapter_wrote_is_computed_again_in_idle_time(

@@ -407,13 +407,15 @@ def test_peft_gives_the_same_answers(
         for scope, right in (
                 ('similar', {NAME: (expected[NAME], version)} | {q: (plain[q], 0) for q in others}),
                 ('everywhere', {q: (text, version) for q, text in expected.items()})):
-            assert set_parameters(exact.client, {'adapter.scope': scope}) == [(True, '')]
+            assert set_parameters(
+                exact.client, {'adapter.scope': scope}, node=exact.node.name) == [(True, '')]
             answers = {question: exact.client.ask(question, max_tokens=24, no_learn=True)
                        for question in right}
             for question, answer in answers.items():
                 response = answer.result(ANSWER_S)
                 assert (response.text, response.adapter_version) == right[question]
-        assert set_parameters(exact.client, {'adapter.scope': 'similar'}) == [(True, '')]
+        assert set_parameters(
+            exact.client, {'adapter.scope': 'similar'}, node=exact.node.name) == [(True, '')]
     finally:
         if exact is not mace:
             exact.kill()
