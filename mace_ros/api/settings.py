@@ -164,8 +164,8 @@ class AdapterSettings:
         'output-linear', 'Linear layers with an adapter: output-linear (the output projections '
         'of attention and MLP), all-linear, or names separated by commas', read_only=True)
     slots: int = _parameter(
-        4, 'Maximum number of profiles with a live adapter version', minimum=1, maximum=64,
-        read_only=True)
+        8, 'Adapter versions that are on the device at the same time; others are loaded when a '
+        'question needs them', minimum=1, maximum=64, read_only=True)
     scope: str = _parameter(
         'similar', 'Questions that an adapter version answers: those that resemble a correction '
         'it has learned (similar), while the base model answers all others; or every question '

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import auto, Enum
 from functools import lru_cache
 import math
@@ -22,7 +22,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.engine.conversations import Conversation
 from mace_ros.engine.router import Route
-from mace_ros.memory.adapter_slots import LiveVersion
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.model.chat import ChatTokenizer, TextStream
 from mace_ros.model.sampling import Sampling
 from mace_ros.scheduling.request import Request
@@ -59,7 +59,7 @@ class ActiveRequest:
     sampling: Sampling
     stream: TextStream
     kind: RequestKind = RequestKind.USER
-    route: Route | None = None    # to the version that is pinned at admission
+    route: Route = field(default_factory=Route)    # to the version that answers
     chunks: int = 0
     closed: bool = False          # its last chunk was built
     finish: FinishReason | None = None
@@ -73,9 +73,8 @@ class ActiveRequest:
         return self.kind is not RequestKind.USER
 
     @property
-    def version(self) -> LiveVersion:
-        """The version that answers; to be read after admission."""
-        assert self.route is not None
+    def version(self) -> ServedVersion:
+        """The version that answers."""
         return self.route.version
 
     @property
@@ -123,7 +122,6 @@ class ActiveRequest:
                  error: str = '') -> Response:
         """Return the outcome with its latencies in milliseconds."""
         request, route, tpot = self.request, self.route, math.nan
-        assert route is not None
         if request.output_tokens > 1:
             assert request.first_token_at is not None and request.last_token_at is not None
             tpot = (request.last_token_at - request.first_token_at) / (request.output_tokens - 1)

@@ -37,7 +37,6 @@ class AnswerRecorder:
             self.unrecorded += 1
             return False
         route = active.route
-        assert route is not None
         answer = AnswerRecord(
             query_id=query.id, prompt_ids=tuple(active.prompt), messages=active.messages,
             text=text, output_ids=tuple(active.output), conversation_id=query.conversation_id,

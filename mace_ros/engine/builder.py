@@ -22,6 +22,7 @@ import torch
 
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
+from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.engine import Engine
 from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.engine.paged_kv_cache import PagedKVCache
@@ -30,7 +31,7 @@ from mace_ros.engine.router import Router
 from mace_ros.finetune.calibration import measure
 from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.learning.learner import Learner
-from mace_ros.learning.scope import Scopes
+from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
@@ -106,12 +107,11 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     chat = ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
     if not chat.invocation:
         progress('the chat template has no recognisable user turn: adapters act on whole prompts')
-    count = adapter.slots + 1    # one more than may be live, for the version to be published
-    slots = AdapterSlots(base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=count)
-    scopes = Scopes(token_ranks(loaded.tokenizer).frequency)
+    slots = AdapterSlots(base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots)
+    live = LiveVersions(token_ranks(loaded.tokenizer).frequency)
     lora = LoRAManager(
         model.linears, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
-        slots=count, protected_directions=settings.finetune.spared_directions,
+        slots=adapter.slots, protected_directions=settings.finetune.spared_directions,
         invocation=chat.invocation)
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
@@ -127,7 +127,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
         chat=chat,
         hardware=device.hardware, free_bytes=device.free_bytes, lora=lora,
-        slots=slots, scopes=scopes, router=Router(slots, scopes),
+        live=live, router=Router(live), adapters=AdapterCache(slots, lora, live),
         state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,
         paged=PagedKVCache(model, pool, kv_cache, settings.memory.kv_prune), cost=cost,
         journal=journal, store=AdapterStore(folder))
@@ -160,7 +160,7 @@ def default_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
     """Return the learner that ``build_engine`` uses unless another one is given."""
     return Learner(
         model=parts.model, model_name=parts.model_name, lora=parts.lora, chat=parts.chat,
-        slots=parts.slots, scopes=parts.scopes, journal=parts.journal, store=parts.store,
+        live=parts.live, journal=parts.journal, store=parts.store,
         cost=EngineStepCost(parts.cost, parts.memory, len(parts.model.layers)),
         settings=settings, wake=wake, clock=clock)
 

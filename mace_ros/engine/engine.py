@@ -88,9 +88,9 @@ class Engine:
             anchors=recorded_anchors(parts.journal, parts.weights_digest), clock=clock)
         self.requests = RequestManager(
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
-            router=parts.router, recorder=self._recorder, background=self._background,
-            memory=parts.memory, context_length=parts.model.context_length,
-            answered=learner.answered, clock=clock)
+            router=parts.router, adapters=parts.adapters, recorder=self._recorder,
+            background=self._background, memory=parts.memory,
+            context_length=parts.model.context_length, answered=learner.answered, clock=clock)
         self._learner_requests = LearnerRequests(
             learner, self.requests, self._background, self._inbox.wake)
         self.runner = ModelRunner(
@@ -185,9 +185,8 @@ class Engine:
         return self.learner.versions(profile)
 
     def live_version(self, profile: str) -> int:
-        """Return the live version of the profile itself; 0 if it has none."""
-        live = self.parts.slots.live(profile)
-        return live.version if live.profile == profile else 0
+        """Return the newest live version of the profile itself; 0 if it has none."""
+        return self.parts.live.newest(profile)
 
     # -- called from the device's thread ---------------------------------------------
 

@@ -20,10 +20,11 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_query, MAX_ID
 from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE
+from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
 from mace_ros.engine.early_aborts import EarlyAborts
-from mace_ros.engine.router import Route, Router
+from mace_ros.engine.router import Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
@@ -37,9 +38,10 @@ class RequestManager:
     """Admits queries, appends their tokens, and ends them; on the device's thread."""
 
     def __init__(self, settings: Settings, *, chat: ChatTokenizer, state: State,
-                 kv_cache: KVCacheManager, router: Router, recorder: AnswerRecorder,
-                 background: BackgroundRequests, memory: MemoryArbiter, context_length: int,
-                 answered: Callable[[str], None], clock: Callable[[], float]) -> None:
+                 kv_cache: KVCacheManager, router: Router, adapters: AdapterCache,
+                 recorder: AnswerRecorder, background: BackgroundRequests,
+                 memory: MemoryArbiter, context_length: int, answered: Callable[[str], None],
+                 clock: Callable[[], float]) -> None:
         """
         Begin without a request.
 
@@ -47,10 +49,13 @@ class RequestManager:
         learning may use.
         """
         self._settings, self._chat, self._state = settings, chat, state
-        self._kv_cache, self._router, self._recorder = kv_cache, router, recorder
+        self._kv_cache, self._recorder = kv_cache, recorder
+        self._router, self._adapters = router, adapters
         self._background, self._memory, self._context_length = background, memory, context_length
         self._answered, self._clock = answered, clock
         self._active: dict[str, ActiveRequest] = {}
+        # Those whose version is not on the device: running requests hold all slots.
+        self._without_slot: dict[str, ActiveRequest] = {}
         self._early_aborts = EarlyAborts()
 
     def __len__(self) -> int:
@@ -73,8 +78,9 @@ class RequestManager:
     @property
     def queue_depth(self) -> int:
         """User requests that have not been scheduled yet."""
-        return sum(r.started_at is None and not self._active[r.id].is_silent
-                   for r in self._state.waiting)
+        return len(self._without_slot) + sum(
+            r.started_at is None and not self._active[r.id].is_silent
+            for r in self._state.waiting)
 
     def update(self, settings: Settings) -> list[Event]:
         """Use other settings, and shorten answers that no longer fit the KV cache."""
@@ -111,8 +117,9 @@ class RequestManager:
         for query_id in self._background.abortable:
             if query_id in self._active:
                 self.end(self._active[query_id], FinishReason.CANCELLED)
-        self.start(active)
-        return self.end(active, FinishReason.LENGTH) if active.request.max_tokens == 0 else []
+        if active.request.max_tokens:
+            return self.start(active)
+        return [*self.start(active), *self.end(active, FinishReason.LENGTH)]
 
     def _check(self, query: Query) -> None:
         # First of all checks: any other rejection would be taken for the active query's response.
@@ -127,20 +134,25 @@ class RequestManager:
             query.id, query.conversation_id, '', reason, code, error,
             e2e_ms=(self._clock() - arrival) * 1e3, origin=query.origin)
 
-    def start(self, active: ActiveRequest) -> None:
+    def start(self, active: ActiveRequest) -> list[Event]:
         """Queue a request for scheduling; it keeps the version in whose scope it is now."""
-        active.route = self._route(active)
-        active.request.adapter_slot = active.version.slot
-        active.request.block_hashes = BlockHashes(
-            active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
-        self._active[active.query.id] = active
-        self._state.waiting.add(active.request)
-
-    def _route(self, active: ActiveRequest) -> Route:
-        if active.is_silent:
-            return self._router.base()
-        return self._router.route(
-            active.query.profile, active.messages, self._settings.adapter)
+        query = active.query
+        self._active[query.id] = self._without_slot[query.id] = active
+        if not active.is_silent:
+            active.route = self._router.route(
+                query.profile, active.messages, self._settings.adapter)
+        try:
+            slot = self._adapters.pin(active.version)
+        except Exception as error:      # of the device
+            return self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
+                            f'{type(error).__name__}: {error}')
+        if slot is not None:
+            del self._without_slot[query.id]
+            active.request.adapter_slot = slot
+            active.request.block_hashes = BlockHashes(
+                active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
+            self._state.waiting.add(active.request)
+        return []
 
     # -- tokens ----------------------------------------------------------------------
 
@@ -214,15 +226,19 @@ class RequestManager:
         complete = reason in COMPLETE
         if active.is_silent:    # while it has its blocks, which may be read
             self._background.ended(active, reason, error)
-        self._kv_cache.free(active.request)
-        self._router.release(active.version)
+        events: list[Event] = []
+        if self._without_slot.pop(query.id, None) is None:
+            self._kv_cache.free(active.request)
+            self._adapters.unpin(active.version)
+            for waiting in list(self._without_slot.values()):
+                events += self.start(waiting)
         if active.is_silent:
-            return []
+            return events
         if active.request.output_tokens:
             self._record(active, complete=complete)
         closed = active.closed or reason is FinishReason.REJECTED
         closing = [] if closed else [active.last_chunk()]
-        return [*closing, active.response(reason, self._clock(), code, error)]
+        return [*closing, active.response(reason, self._clock(), code, error), *events]
 
     def _record(self, active: ActiveRequest, *, complete: bool) -> None:
         self._background.answered(active)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,3 +44,14 @@ def read_inputs(disk: Disk, store: AdapterStore, profile: str, answers: int) -> 
         return (yield from on_disk(reading))
     except Exception as error:
         raise Unreadable(f'the live version could not be read: {error}') from error
+
+
+def read_learned(disk: Disk, profile: str,
+                 ids: Collection[str]) -> Task[tuple[CorrectionRecord, ...]]:
+    """Read corrections that a profile has learned; raises :class:`Unreadable`."""
+    reading = disk.submit(lambda journal: tuple(
+        record for record in journal.learned(profile) if record.id in ids))
+    try:
+        return (yield from on_disk(reading))
+    except Exception as error:
+        raise Unreadable(f'the corrections could not be read: {error}') from error

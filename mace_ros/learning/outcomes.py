@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from math import comb
 
 from mace_ros.store.journal import Journal
-from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import AnswerOutcome, CorrectionRecord, VersionRecord
 
 # Probability that a version which is as good as those before it is ever suspected.
@@ -50,14 +49,15 @@ class Outcomes:
 @dataclass(frozen=True)
 class SuspectedRegression:
     """
-    A live version whose answers are corrected more often than those of an earlier one.
+    A live version whose answers are corrected more often than those before it.
 
-    ``better`` is the earlier version, 0 as for a rollback. ``corrections`` are the evidence,
-    oldest first.
+    ``continues`` is the earlier version whose training went on, 0 for none; ``better`` is the
+    version to roll back to, 0 as for a rollback. ``corrections`` are the evidence, oldest first.
     """
 
     profile: str
     version: int
+    continues: int
     better: int
     since: Outcomes
     before: Outcomes
@@ -111,16 +111,14 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
     outcomes = journal.answer_outcomes(profile, 3 * MAX_ANSWERS)
     if sum(outcome.corrected for outcome in outcomes) < MIN_ANSWERS:
         return None
-    live = journal.live(profile)
-    if live is None:
-        return None
-    records = journal.versions(profile)
-    lineage = Lineage(records, live.version)
+    records, lineage = journal.versions(profile), journal.live_lineage(profile)
+    answering = lineage.answering
     found: list[tuple[float, SuspectedRegression]] = []
-    for i, suspect in enumerate(lineage.versions[:MAX_SUSPECTS]):
-        if not _has_files(records, suspect.parent):
+    for suspect in lineage.versions[:MAX_SUSPECTS]:
+        if not all(_has_files(records, version)
+                   for version in (suspect.parent, suspect.continues)):
             continue
-        newer = {record.version for record in lineage.versions[:i + 1]}
+        newer = lineage.continuing(suspect.version)
         own = [o for o in outcomes if o.lineage == profile and o.version in newer]
         older = [o for o in outcomes if o.lineage != profile or (
             o.version not in newer and (o.version == 0 or lineage.holds(o.version)))]
@@ -132,7 +130,8 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
         since, before = _count_questions(own), _count_questions(older[-MAX_ANSWERS:])
         if got_worse(since, before):
             found.append((p_value(since, before), SuspectedRegression(
-                profile, live.version, suspect.parent, since, before,
+                profile, answering[suspect.version], suspect.continues, suspect.parent,
+                since, before,
                 _newest_corrections(journal, own))))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 

@@ -4,8 +4,7 @@
 The training set of corrections that have a scope.
 
 The version answers nothing but what it was taught. So a job trains the corrections with a few
-wordings of their questions, and guards the earlier corrections that they might disturb: those
-that resemble them, and some of the others in rotation.
+wordings of their questions, and guards what the version that it continues has learned.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from mace_ros.finetune.sample import Preference, Sample
 from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.gate import batches, Gate, Group, Measure
 from mace_ros.learning.paraphrases import paraphrases, TRAINED
-from mace_ros.learning.samples import first_within, rotate, sample
+from mace_ros.learning.samples import first_within, sample
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.model.chat import ChatTokenizer
@@ -26,8 +25,6 @@ from mace_ros.store.records import CorrectionRecord
 
 WORDINGS = 2        # of each question, trained beside it
 REHEARSED = 2       # earlier corrections that are trained in each step, the most similar ones
-NEAREST = 12        # earlier corrections that the gate guards: the most similar ones ...
-OTHERS = 4          # ... and some of the others
 
 
 class ScopedTrainingSetBuilder:
@@ -38,24 +35,22 @@ class ScopedTrainingSetBuilder:
         self._chat = chat
 
     def build(self, corrections: Sequence[PendingCorrection],
-              learned: Sequence[CorrectionRecord], *, number: int) -> TrainingSet:
+              learned: Sequence[CorrectionRecord]) -> TrainingSet:
         """
         Return the samples of a job.
 
-        ``learned`` are the earlier corrections of the profile, the most similar ones first;
-        ``number`` is the job's, by which the others rotate.
+        ``learned`` are the corrections of the version that the job continues, the most similar
+        ones first.
         """
         prompts = {tuple(w.record.prompt_ids) for w in corrections}
-        known = [self._corrected(r) for r in learned if r.prompt_ids not in prompts]
-        near, others = known[:NEAREST], known[NEAREST:]
-        guarded = [*near, *rotate(others, min(OTHERS, len(others)), number)]
+        earlier = [self._corrected(r) for r in learned if r.prompt_ids not in prompts]
         wordings = [self._wordings(w.record) for w in corrections]
         return TrainingSet(
             corrected=[self._corrected(w.record, w.record.weight) for w in corrections],
             # The first wording of each correction comes before the second one of any.
             paraphrases=[s for same in zip_longest(*wordings) for s in same if s is not None],
-            earlier=near[:REHEARSED],
-            gate=Gate([Group('earlier corrections', tuple(guarded), Measure.EXACT,
+            earlier=earlier[:REHEARSED],
+            gate=Gate([Group('earlier corrections', tuple(earlier), Measure.EXACT,
                              must_rise=True)]))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],

@@ -79,6 +79,8 @@ class VersionRecord:
     """
     A trained version of a profile's adapter; unknown scores are NaN.
 
+    ``parent`` was the newest version before it. ``continues`` is the version whose weights its
+    training began from, and whose place it takes; 0 if it began with a fresh adapter.
     ``path`` is relative to the storage folder, so that the folder can be moved; ``sha256`` is
     empty once the files are to be deleted. ``created`` is wall-clock seconds since the epoch.
     """
@@ -96,6 +98,7 @@ class VersionRecord:
     path: str = ''
     sha256: str = ''
     created: float = 0.0
+    continues: int = 0
 
 
 @dataclass(frozen=True)

@@ -104,5 +104,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Whether a live version of the answer's profile, or the robot's, was passed over.
         'ALTER TABLE answers ADD COLUMN out_of_scope INTEGER NOT NULL DEFAULT 0',
     ),
+    (
+        # The version whose weights this one's training began from; 0: a fresh adapter.
+        'ALTER TABLE versions ADD COLUMN continues INTEGER NOT NULL DEFAULT 0',
+        'UPDATE versions SET continues = parent',
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

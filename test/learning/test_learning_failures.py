@@ -276,25 +276,6 @@ def test_loading_a_recorded_version_into_its_slot_is_retried(
     assert robot.engine.status().learning_error == ''
 
 
-def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path: Path) -> None:
-    """With as many live profiles as slots, another one fails; the others are served."""
-    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
-    wrong = robot.ask('Who are you?')
-    states = {}
-    for profile in ('anna', 'ben'):
-        states[profile] = robot.correct(Correction(
-            f'The robot of {profile}.', id=profile, query_id=wrong.query_id, profile=profile))
-    assert {s.state for s in states.values()} == {CorrectionState.LEARNED}
-    last = robot.correct(Correction(
-        'The robot of dora.', id='dora', query_id=wrong.query_id, profile='dora'))
-    assert last.state is CorrectionState.FAILED and 'adapter.slots' in last.reason
-    other = robot.ask('Where are you?', profile='ben')
-    again = robot.correct(Correction('Here I am.', id='ben2', query_id=other.query_id))
-    assert (again.state, again.adapter_version) == (CorrectionState.LEARNED, 2), again
-    assert robot.ask('Who are you?', profile='ben').text == 'The robot of ben.'
-    robot.engine.close()
-
-
 def test_no_version_that_changes_guarded_answers_is_published(
         settings: Settings, tmp_path: Path) -> None:
     """Without replay, learning would change other answers; the gate rejects it."""

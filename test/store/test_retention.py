@@ -32,10 +32,11 @@ SECRET = 'I live in Rosebud Lane.'
 def publish(journal: Journal, store: AdapterStore, profile: str = '', *corrections: str) -> int:
     """Save and publish a version; return its number."""
     version = journal.next_version(profile)
-    live = journal.live(profile)
+    live = journal.newest(profile)
+    parent = live.version if live else 0
     saved = store.save(profile, version, {'weight': torch.ones(2)}, {})
     journal.publish(VersionRecord(
-        profile, version, live.version if live else 0, correction_ids=corrections,
+        profile, version, parent, continues=parent, correction_ids=corrections,
         path=saved.path, sha256=saved.sha256))
     return version
 
@@ -127,7 +128,8 @@ def test_a_rollback_after_old_version_records_are_deleted(
     with Journal(tmp_path / JOURNAL) as journal:
         for number in range(1, 7):
             journal.accept(correction(f'k{number}'))
-            journal.publish(VersionRecord('', number, number - 1, correction_ids=(f'k{number}',),
+            journal.publish(VersionRecord('', number, number - 1, continues=number - 1,
+                                          correction_ids=(f'k{number}',),
                                           sha256='ab' if number > 4 else ''))
         journal.forget_old_versions(9)
         assert [v.version for v in journal.versions('')] == [4, 5, 6]
@@ -345,13 +347,13 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
         assert [v.correction_ids for v in theirs] == [
             v.correction_ids for v in journal.versions('')]
         assert [v.parent for v in theirs] == [0, theirs[0].version]
-        assert new.live('') == mine
+        assert new.newest('') == mine
         store = AdapterStore(other)
         for here, there in zip(theirs, journal.versions(''), strict=True):
             assert torch.equal(store.load(here.path, here.sha256)['weight'],
                                AdapterStore(storage).load(there.path, there.sha256)['weight'])
         roll_back(new, '', theirs[-1].version, 'better')
-        assert new.live('') == theirs[-1]
+        assert new.newest('') == theirs[-1]
 
 
 @pytest.mark.parametrize(('line', 'why'), [
