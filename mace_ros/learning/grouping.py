@@ -23,10 +23,8 @@ FRESH = 0       # continues no version
 
 def group(live: LiveVersions, corrections: Sequence[PendingCorrection],
           settings: AdapterSettings) -> tuple[int, list[PendingCorrection]]:
-    """Return the version that a job of the first correction continues, and all that join it."""
+    """Return the version that the first correction's job continues, and all with the same one."""
     version = version_of(live, corrections[0].record, settings)
-    if version == FRESH:
-        return FRESH, [corrections[0]]
     return version, [w for w in corrections if version_of(live, w.record, settings) == version]
 
 

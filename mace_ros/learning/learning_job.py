@@ -397,6 +397,8 @@ class LearningJob(Job):
         return f' after {self.steps} steps (finetune.max_steps)'
 
     def _fitting(self, corrections: Sequence[PendingCorrection]) -> list[PendingCorrection]:
+        if not self.everywhere and self._continues == FRESH:
+            return list(corrections[:1])        # with an adapter of its own
         return fitting(corrections, self._context.chat, self._context.training.step_tokens)
 
     def _announce(self) -> list[CorrectionStatus]:

@@ -60,9 +60,10 @@ class Publisher:
         """
         Load the live versions from disk; return an event for the newest one of each profile.
 
-        Without any, that is the base model. A version that cannot be read is reported as REJECTED
-        and the base model serves in its place. The corrections of the newest versions are reported again, because the last stop may
-        have come before the report. Blocks; for configuration only. Raises ``OtherAdapter``.
+        Without any, that is the base model. A version that cannot be read is reported as REJECTED,
+        and the base model serves in its place. The corrections of the newest versions are reported
+        again, because the last stop may have come before the report. Blocks; for configuration
+        only. Raises ``OtherAdapter``.
         """
         events: list[Event] = []
         restored = self._disk.submit(lambda journal: {

@@ -23,7 +23,7 @@ from mace_ros.learning.training_set import TrainingSet
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import CorrectionRecord
 
-WORDINGS = 2        # of each question, trained beside it
+WORDINGS = 4        # of each question, trained beside it
 REHEARSED = 2       # earlier corrections that are trained in each step, the most similar ones
 
 

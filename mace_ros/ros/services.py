@@ -30,7 +30,7 @@ from mace_ros.telemetry.trace import (
 
 # The journal answers in milliseconds, unless its disk is broken.
 JOURNAL_TIMEOUT_S = 5.0
-# A rollback takes one or two iterations, unless no adapter slot is free.
+# A rollback takes one or two iterations, unless a version is being saved.
 ROLLBACK_TIMEOUT_S = 60.0
 # A trace that ends with the node is written within a second.
 WRITE_TIMEOUT_S = 2.0
@@ -150,8 +150,8 @@ class Services:
             ).result(ROLLBACK_TIMEOUT_S)
         except FutureTimeout:
             response.reason = (
-                f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when requests '
-                'hold every adapter slot; ~/adapter_version will announce it')
+                f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when the disk '
+                'is slow; ~/adapter_version will announce it')
         except Exception as error:    # its message is the reason
             response.reason = str(error)
         else:

@@ -26,7 +26,7 @@ from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.learning_job import LearningJob
 
-BEFORE = ('Hello,', 'Please:')
+BEFORE = ('Please:', 'So')
 # A job's kind and state, whether its weights are swapped out, and the current lines of its
 # generators.
 Point = tuple[JobKind, JobState, bool, tuple[int, ...]]

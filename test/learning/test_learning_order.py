@@ -17,6 +17,7 @@ from mace_ros.api.events import (
     CorrectionStatus,
     Event,
 )
+from mace_ros.api.settings import EVERYWHERE
 from mace_ros.finetune.sample import Sample
 from mace_ros.learning import learner, selection
 from mace_ros.learning.acceptance import Accepted
@@ -106,8 +107,9 @@ def resting(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return jobs
 
 
-def test_in_calm_corrections_are_learned_together_after_a_rest(
+def test_in_calm_corrections_of_one_adapter_are_learned_together_after_a_rest(
         robot: Robot, resting: list[set[str]]) -> None:
+    robot.engine.update(robot.engine.settings.updated({'adapter.scope': EVERYWHERE}))
     correct(robot, '1')
     correct(robot, '2')
     for _ in range(20):
