@@ -142,18 +142,18 @@ class Services:
                      response: Rollback.Response) -> Rollback.Response:
         engine = self._engine_thread.engine
         if engine is None or self._health.state != ACTIVE:
-            response.reason = 'the node is not active'
+            response.message = 'the node is not active'
             return response
         try:
             engine.rollback(
                 request.profile, request.version, 'requested through ~/rollback'
             ).result(ROLLBACK_TIMEOUT_S)
         except FutureTimeout:
-            response.reason = (
+            response.message = (
                 f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when requests '
                 'hold every adapter slot; ~/adapter_version will announce it')
         except Exception as error:    # its message is the reason
-            response.reason = str(error)
+            response.message = str(error)
         else:
             response.success = True
         return response
