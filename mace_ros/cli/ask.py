@@ -8,7 +8,7 @@ from functools import partial
 import sys
 from typing import Any
 
-from mace_ros.cli.common import parser, print_stream, run
+from mace_ros.cli.common import parse, parser, print_stream, run
 from mace_ros.msg import Response
 from mace_ros.ros.client import MaceClient
 
@@ -43,7 +43,7 @@ def main() -> int:
                            help='maximum length of the answer')
     arguments.add_argument('--no-learn', action='store_true',
                            help='never replay this answer in learning')
-    given = arguments.parse_args()
+    given = parse(arguments)
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens,
               'no_learn': given.no_learn}

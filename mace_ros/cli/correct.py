@@ -10,7 +10,7 @@ from typing import Any
 
 from mace_ros.api.settings import SCOPES
 from mace_ros.api.validation import MAX_WEIGHT
-from mace_ros.cli.common import parser, run, STATES
+from mace_ros.cli.common import parse, parser, run, STATES
 from mace_ros.msg import CorrectionStatus
 from mace_ros.ros.client import MaceClient
 
@@ -64,7 +64,7 @@ def main() -> int:
     arguments.add_argument('--source', default='mace_correct', help='origin of the correction')
     arguments.add_argument('--no-wait', action='store_true',
                            help='return once the correction is on disk')
-    given = arguments.parse_args()
+    given = parse(arguments)
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'prompt': given.prompt, 'profile': given.profile, 'rejected': given.rejected,
               'weight': given.weight, 'source': given.source, 'scope': given.scope}

@@ -258,9 +258,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def without_ros_args(arguments: Sequence[str]) -> list[str]:
+    """Leave out the ROS arguments, which launch and ``ros2 run`` may append: up to a ``--``."""
+    own, ros = [], False
+    for argument in arguments:
+        if argument == '--ros-args':
+            ros = True
+        elif ros:
+            ros = argument != '--'
+        else:
+            own.append(argument)
+    return own
+
+
 def main() -> int:
     """Run the program; return the exit code: 1 if a command fails, 2 for a wrong command."""
-    given = parser().parse_args()
+    given = parser().parse_args(without_ros_args(sys.argv[1:]))
     given.folder = (given.folder or default_folder(given.node)).expanduser()
     try:
         given.run(given)

@@ -18,7 +18,7 @@ import threading
 from typing import Any
 import uuid
 
-from mace_ros.cli.common import parser, print_stream, run, STATES
+from mace_ros.cli.common import parse, parser, print_stream, run, STATES
 from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.msg import CorrectionStatus, Response
 from mace_ros.ros.client import CorrectionHandle, MaceClient
@@ -148,7 +148,7 @@ def main() -> int:
     arguments.add_argument('--profile', default='', help='profile whose adapter answers and learns')
     arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
                            help='maximum length of an answer')
-    given = arguments.parse_args()
+    given = parse(arguments)
     utterances = (spoken(given.wav, given.recogniser, given.speech_model) if given.wav
                   else typed())
     make_assistant = partial(Assistant, profile=given.profile, conversation=given.conversation,

@@ -112,6 +112,36 @@ def test_an_unreachable_or_invalid_node_is_named(
     assert 'Traceback' not in asked.stderr
 
 
+TOPICS = ('query', 'correction', 'cancel', 'response_chunk', 'response', 'correction_status',
+          'adapter_version')
+
+
+def test_ros_arguments_set_the_namespace_and_remap(client: MaceClient) -> None:
+    """As launch and ``ros2 run`` append them."""
+    elsewhere = ('--ros-args', '-r', '__node:=asker', '-r', '__ns:=/robot2')
+    alone = program('ask', 'Hi', '--timeout', '1', *elsewhere)
+    assert (alone.returncode, alone.stdout) == (1, '')
+    assert alone.stderr.startswith('/robot2/mace: the node is not ready')
+
+    rules = [x for topic in TOPICS for x in ('-r', f'/robot2/mace/{topic}:=/mace/{topic}')]
+    remapped = program('ask', 'Hi', '--max-tokens', '2', '--no-learn', *elsewhere, *rules)
+    assert remapped.returncode == 0, remapped.stderr
+    assert 'first token after' in remapped.stderr
+
+    own = program('monitor', '--count', '1', '--node', '/mace', *elsewhere)
+    assert own.returncode == 0, own.stderr
+
+
+@pytest.mark.parametrize('name', ['ask', 'correct', 'monitor', 'voice'])
+def test_wrong_ros_arguments_are_named(name: str) -> None:
+    required = ['text'] if name in ('ask', 'correct') else []
+    wrong = program(name, *required, '--ros-args', '-r', 'no rule')
+
+    assert (wrong.returncode, wrong.stdout) == (2, '')
+    assert "no rule" in wrong.stderr
+    assert 'Traceback' not in wrong.stderr
+
+
 @pytest.mark.parametrize(('text', 'waits'), [('2.5', 2.5), ('inf', threading.TIMEOUT_MAX)])
 def test_a_timeout_is_bounded_by_the_longest_wait_of_python(text: str, waits: float) -> None:
     assert seconds(text) == waits

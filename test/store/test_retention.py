@@ -196,6 +196,12 @@ def test_list_prints_one_line_per_record(storage: Path) -> None:
         '2\tPUBLISHED\t\tparent 1\t0 corrections\tlive\t\n')
 
 
+def test_ros_arguments_are_ignored(storage: Path) -> None:
+    listed = run(storage, 'list', 'versions')
+    assert run(storage, '--ros-args', '-r', '__ns:=/robot2', '--', 'list', 'versions',
+               '--ros-args', '-r', '__node:=journal') == listed
+
+
 def test_scope_prints_what_versions_have_learned(storage: Path) -> None:
     """Of the live versions, or of one to roll back to."""
     line = f'\tversion 2\tk1\teverywhere\tWhere do I live?\t{SECRET}\tAnn\n'
