@@ -45,7 +45,6 @@ from mace_ros.ros.request_gate import RequestGate
 from mace_ros.ros.services import Services
 from mace_ros.ros.status_publisher import StatusPublisher
 from mace_ros.ros.stop_signal import StopSignal
-from mace_ros.store.layout import default_folder
 from mace_ros.telemetry.health import ACTIVE, Health
 
 if TYPE_CHECKING:
@@ -85,8 +84,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._health = Health()
         self._parameter_server = ParameterServer(self, self._update_engine)
         settings = self._parameter_server.settings
-        self._storage = (Path(settings.storage.folder).expanduser() if settings.storage.folder
-                         else default_folder(self.get_fully_qualified_name()))
+        self._storage = Path(settings.storage.folder)
 
         self._topics = EventTopics(self, slots=settings.adapter.slots)
         self._gate = RequestGate(self._parameter_server, publish=self._publish)
