@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, TimeoutError as FutureTimeout
 import os
 from pathlib import Path
 import sys
 import threading
-import time
 import traceback
 from typing import Any, TYPE_CHECKING
 
@@ -43,6 +42,7 @@ from mace_ros.ros.generate_action import GenerateActionServer
 from mace_ros.ros.parameters import ParameterServer
 from mace_ros.ros.request_gate import RequestGate
 from mace_ros.ros.services import Services
+from mace_ros.ros.shutdown import Shutdown
 from mace_ros.ros.status_publisher import StatusPublisher
 from mace_ros.ros.stop_signal import StopSignal
 from mace_ros.telemetry.health import ACTIVE, Health
@@ -50,8 +50,10 @@ from mace_ros.telemetry.health import ACTIVE, Health
 if TYPE_CHECKING:
     from mace_ros.engine.engine import Engine
 
-# From a signal to the end of the process; launch kills it ten seconds after Ctrl-C.
-SHUTDOWN_TIMEOUT_S = 7.0
+# Launch sends a SIGTERM five seconds after Ctrl-C, and says so. The rest of these five seconds
+# is for the middleware and the interpreter, which end after the node's own threads.
+SHUTDOWN_TIMEOUT_S = 4.0
+ENGINE_TIMEOUT_S = 2.5          # of these, for the running iteration and the journal
 ACKNOWLEDGE_TIMEOUT_S = 1.0
 
 NOT_ACTIVE, STOPPING = 'the node is not active', 'the node is stopping'
@@ -131,23 +133,35 @@ class MaceNode(LifecycleNodeMixin, Node):
 
         Returns False if the engine thread can't be ended, as while it loads a model.
         """
-        end = time.monotonic() + SHUTDOWN_TIMEOUT_S
+        shutdown = Shutdown(SHUTDOWN_TIMEOUT_S)
         self._stopping = True
         self._gate.close(STOPPING)
         # Asked first: the engine's thread may have unloaded the engine a moment later.
         loading = self.engine is None and bool(self._health.doing)
         done = self._engine_thread.call(self._shut_down)
-        if not loading:
-            try:
-                done.result(SHUTDOWN_TIMEOUT_S)
-            except FutureTimeout:
-                self.get_logger().error('an iteration does not end; it is abandoned')
-            except Exception as error:      # no transition leads to shutdown from this state
-                self.get_logger().error(f'shutting down failed: {error}')
-        self._topics.wait_until_acknowledged(
-            self._status.diagnostics, timeout_s=ACKNOWLEDGE_TIMEOUT_S)
-        self._service_calls.stop(0.1)
-        return self._engine_thread.stop(max(0.1, end - time.monotonic()) if done.done() else 0.1)
+        if loading:
+            self.get_logger().info(f'{self._health.doing}: abandoned')
+        else:
+            with shutdown.waiting_for('the running iteration and the journal'):
+                self._wait_for_shutdown(done, shutdown.left(ENGINE_TIMEOUT_S))
+        with shutdown.waiting_for('subscribers to acknowledge the last messages'):
+            self._topics.wait_until_acknowledged(
+                self._status.diagnostics, timeout_s=shutdown.left(ACKNOWLEDGE_TIMEOUT_S))
+        with shutdown.waiting_for('a trace to be written'):
+            self._service_calls.stop(shutdown.left(SHUTDOWN_TIMEOUT_S))
+        with shutdown.waiting_for("the end of the engine's thread"):
+            ended = self._engine_thread.stop(
+                shutdown.left(SHUTDOWN_TIMEOUT_S if done.done() else 0.1))
+        self.get_logger().info(str(shutdown))
+        return ended
+
+    def _wait_for_shutdown(self, done: Future[None], timeout_s: float) -> None:
+        try:
+            done.result(timeout_s)
+        except FutureTimeout:
+            self.get_logger().error('an iteration does not end; it is abandoned')
+        except Exception as error:      # no transition leads to shutdown from this state
+            self.get_logger().error(f'shutting down failed: {error}')
 
     def _shut_down(self) -> None:
         if self._health.state != 'finalized':    # ~/change_state may have been called
@@ -247,6 +261,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._gate.close(STOPPING if self._stopping else NOT_ACTIVE)
         self._engine_thread.idle()
         self._publish(engine.pause())
+        self.get_logger().info('inactive: queries are refused, and pending corrections wait')
 
     def _unload(self) -> None:
         self._gate.close(STOPPING if self._stopping else NOT_ACTIVE)
@@ -256,6 +271,7 @@ class MaceNode(LifecycleNodeMixin, Node):
             self._publish(engine.close())
             self._status.watch(Hardware())
             del engine
+            self.get_logger().info('the journal is closed, and the model is unloaded')
         if 'torch' in sys.modules:    # also after a load that failed half-way
             from mace_ros.engine.builder import release_memory
             release_memory()

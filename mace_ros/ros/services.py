@@ -34,6 +34,7 @@ JOURNAL_TIMEOUT_S = 5.0
 ROLLBACK_TIMEOUT_S = 60.0
 # A trace that ends with the node is written within a second.
 WRITE_TIMEOUT_S = 2.0
+STOP_TIMEOUT_S = 0.1
 
 # Defaults for a trace request without limits.
 TRACE_ITERATIONS, TRACE_SECONDS = 200, 10.0
@@ -73,11 +74,15 @@ class Services:
             self._helpers.append((helper, executor))
 
     def stop(self, timeout_s: float) -> None:
-        """Finish writing a trace, and end the threads unless a call keeps one for longer."""
+        """
+        Finish writing a trace within ``timeout_s``, and end the threads.
+
+        A thread that a call keeps for longer is left alone.
+        """
         if self._trace_writer is not None:
-            self._trace_writer.join(WRITE_TIMEOUT_S)
+            self._trace_writer.join(min(timeout_s, WRITE_TIMEOUT_S))
         for helper, executor in self._helpers:
-            if executor.stop(timeout_s):
+            if executor.stop(STOP_TIMEOUT_S):
                 helper.destroy_node()
 
     def _on_freeze(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
