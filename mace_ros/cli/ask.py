@@ -8,6 +8,7 @@ from functools import partial
 import sys
 from typing import Any
 
+from mace_ros.api.wording import counted
 from mace_ros.cli.common import parse, parser, print_stream, run
 from mace_ros.msg import Response
 from mace_ros.ros.client import MaceClient
@@ -25,8 +26,8 @@ def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient)
     learned = (f' (correction {response.matched_correction_id})'
                if response.matched_correction_id else '')
     print(f'query {response.query_id}: adapter version {response.adapter_version}{learned}, '
-          f'first token after {response.ttft_ms:.0f} ms, {response.output_tokens} tokens at '
-          f'{response.tpot_ms:.0f} ms each', file=sys.stderr)
+          f'first token after {response.ttft_ms:.0f} ms, '
+          f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each', file=sys.stderr)
     return 0
 
 

@@ -19,6 +19,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_query, MAX_ID
+from mace_ros.api.wording import counted
 from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
@@ -232,4 +233,5 @@ class RequestManager:
 
 def queue_full(limit: int) -> str:
     """Return the reason of an OVERLOADED rejection."""
-    return f'{limit} queries wait already (scheduler.max_queue)'
+    return counted(limit, 'query waits already (scheduler.max_queue)',
+                   'queries wait already (scheduler.max_queue)')

@@ -14,6 +14,7 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from std_srvs.srv import SetBool
 
+from mace_ros.api.wording import counted
 from mace_ros.ros.conversion import message_from
 from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.executor_thread import ExecutorThread
@@ -140,7 +141,7 @@ class Services:
         engine.trace(iterations, seconds, write)
         response.success, response.path = True, str(path)
         response.message = (
-            f'{path} will be complete after {iterations} iterations, or {seconds:g} s')
+            f'{path} will be complete after {counted(iterations, "iteration")}, or {seconds:g} s')
         return response
 
     def _on_rollback(self, request: Rollback.Request,

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import sqlite3
 
 from mace_ros.api.events import CorrectionState, InvalidCorrection
+from mace_ros.api.wording import counted
 from mace_ros.store.journal_file import JournalFile
 from mace_ros.store.records import as_json, CorrectionRecord, question_key
 from mace_ros.store.rows import PENDING_SQL, record_fields
@@ -153,7 +154,8 @@ class CorrectionTable(JournalFile):
             'ORDER BY state = ?, number LIMIT ?', int(CorrectionState.LEARNED), surplus)))
         if len(finished) < surplus:
             raise InvalidCorrection(
-                f'{max_corrections} corrections wait already (storage.max_corrections)')
+                counted(max_corrections, 'correction waits', 'corrections wait')
+                + ' already (storage.max_corrections)')
         self.forget_corrections([record.id for record in finished], keep_pending_answers=True)
         return finished
 

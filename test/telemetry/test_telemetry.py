@@ -257,8 +257,8 @@ def test_missed_slos_are_a_warning() -> None:
 
 PROBLEMS = {
     'a fault': ('serving', Level.ERROR, 'no such model'),
-    'a failed query': ('serving', Level.ERROR, '1 queries failed: out of memory'),
-    'an overload': ('serving', Level.WARN, '1 queries were rejected'),
+    'a failed query': ('serving', Level.ERROR, '1 query failed: out of memory'),
+    'an overload': ('serving', Level.WARN, '1 query was rejected'),
     'a stalled iteration': ('serving', Level.ERROR, 'the current iteration has taken 40 s'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
     'failed learning': ('learning', Level.ERROR, 'will be retried: OutOfMemoryError'),
