@@ -27,7 +27,8 @@ def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient)
                if response.matched_correction_id else '')
     print(f'query {response.query_id}: adapter version {response.adapter_version}{learned}, '
           f'first token after {response.ttft_ms:.0f} ms, '
-          f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each', file=sys.stderr)
+          f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each',
+          file=sys.stderr)
     return 0
 
 

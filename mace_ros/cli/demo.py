@@ -143,7 +143,8 @@ class Demo:
             raise DemoFailed(f'no answer to "{question}": {response.error}')
         screen.line(
             f'      first token after {response.ttft_ms:.0f} ms, '
-            f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each, adapter version {response.adapter_version}', '2')
+            f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each, '
+            f'adapter version {response.adapter_version}', '2')
         return response
 
     def _follow(self, handle: CorrectionHandle) -> CorrectionStatus:
