@@ -308,6 +308,9 @@ class LifecycleSettings:
     autostart: bool = _parameter(
         True, 'Configure and activate the node at the start, instead of by a lifecycle manager',
         read_only=True)
+    bond: bool = _parameter(
+        False, "Keep a bond with Nav2's lifecycle manager while active, which needs the package "
+        "bondpy; without, set the manager's bond_timeout to 0.0", read_only=True)
 
 
 @dataclass(frozen=True)

