@@ -174,6 +174,35 @@ def test_voice_answers_and_corrects(client: MaceClient) -> None:
     assert program('voice', '--conversation', '', typed='Who are you?\n').stdout == 'Rover.\n'
 
 
+def test_voice_ends_an_answer_when_the_person_speaks(client: MaceClient) -> None:
+    """What is spoken into an answer corrects that answer."""
+    with subprocess.Popen(
+            [sys.executable, '-m', 'mace_ros.cli.voice', '--barge-in', '--conversation', '',
+             '--max-tokens', '3000'], cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as talking:
+        ended: list[Latency] = []
+        subscription = client.node.create_subscription(
+            Latency, '/mace/latency', ended.append, 100)
+        talking.stdin.write('What shall I sing?\n')
+        assert talking.stdout.read(1)       # the answer has begun
+        talking.stdin.write('No, a lullaby.\n')
+        assert talking.stdout.readline().endswith('\n')
+        _, notes = talking.communicate(timeout=60)
+    client.node.destroy_subscription(subscription)
+    assert talking.returncode == 0, notes
+    assert Response.CANCELLED in {message.finish_reason for message in ended}
+    assert '["a lullaby." is ACCEPTED]' in notes
+    assert '["a lullaby." is LEARNED' in notes.splitlines()[-1]
+    again = program('voice', '--conversation', '', typed='What shall I sing?\n')
+    assert again.stdout == 'a lullaby.\n'
+
+
+def test_the_end_of_the_input_does_not_end_the_last_answer(client: MaceClient) -> None:
+    done = program('voice', '--barge-in', '--max-tokens', '40', typed='Count.\n')
+    alone = program('ask', 'Count.', '--max-tokens', '40')
+    assert (done.returncode, done.stdout) == (0, alone.stdout)
+
+
 def test_voice_names_recognisers_or_the_unreadable_file(client: MaceClient, tmp_path: Path) -> None:
     done = program('voice', '--wav', str(tmp_path / 'nothing.wav'))
 
