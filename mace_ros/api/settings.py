@@ -184,6 +184,9 @@ class CorrectionSettings:
     max_per_minute: int = _parameter(
         600, 'Maximum rate of corrections, with a burst of as many; further ones are rejected',
         minimum=1, maximum=1000000, slider=6000)
+    accept_hints: bool = _parameter(
+        False, 'Learn the answer that a hint leads to at once; otherwise it is PROPOSED, and '
+        'learned when it is confirmed')
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ EPILOG = (
     '130 after Ctrl-C')
 
 STATES = {getattr(CorrectionStatus, name): name for name in (
-    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
+    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED', 'PROPOSED',
+    'RECORDED')}
 
 
 def parser(name: str, description: str, *, timeout_s: float = 60.0) -> argparse.ArgumentParser:

@@ -91,7 +91,7 @@ def format_record(record: AnswerRecord | CorrectionRecord | VersionRecord,
                  last_question(record), record.text, record.matched_correction_id]
     else:
         cells = [record.id, record.state.name, record.profile, last_question(record),
-                 record.corrected,
+                 record.corrected or (record.hint and f'hint: {record.hint}'),
                  f'version {record.adapter_version}' if record.adapter_version else '',
                  record.reason, record.scope]
     return format_line(*cells)

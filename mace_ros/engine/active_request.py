@@ -42,6 +42,7 @@ class RequestKind(Enum):
     ANCHOR = auto()    # a question to the base model, whose answer learning must preserve
     HISTORY = auto()   # computes a conversation again that an adapter version has continued
     PREFIX = auto()    # computes the prefix of a training sample
+    HINT = auto()      # a corrected question again, with the hint of its correction
 
 
 @dataclass(eq=False)

@@ -20,9 +20,15 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_query, MAX_ID
 from mace_ros.api.wording import counted
-from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE
+from mace_ros.engine.active_request import (
+    ActiveRequest,
+    build_request,
+    COMPLETE,
+    RequestKind,
+)
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
+from mace_ros.engine.correction_intake import CorrectionIntake
 from mace_ros.engine.early_aborts import EarlyAborts
 from mace_ros.engine.router import Route, Router
 from mace_ros.memory.block_hashes import BlockHashes
@@ -39,18 +45,19 @@ class RequestManager:
 
     def __init__(self, settings: Settings, *, chat: ChatTokenizer, state: State,
                  kv_cache: KVCacheManager, router: Router, recorder: AnswerRecorder,
-                 background: BackgroundRequests, memory: MemoryArbiter, context_length: int,
+                 background: BackgroundRequests, corrections: CorrectionIntake,
+                 memory: MemoryArbiter, context_length: int,
                  answered: Callable[[str], None], clock: Callable[[], float]) -> None:
         """
         Begin without a request.
 
         ``context_length`` is the model's; ``answered`` receives the id of each answer that
-        learning may use.
+        learning may use. ``corrections`` may have to wait for the end of an answer.
         """
         self._settings, self._chat, self._state = settings, chat, state
         self._kv_cache, self._router, self._recorder = kv_cache, router, recorder
         self._background, self._memory, self._context_length = background, memory, context_length
-        self._answered, self._clock = answered, clock
+        self._answered, self._corrections, self._clock = answered, corrections, clock
         self._active: dict[str, ActiveRequest] = {}
         self._early_aborts = EarlyAborts()
 
@@ -112,6 +119,7 @@ class RequestManager:
         for query_id in self._background.abortable:
             if query_id in self._active:
                 self.end(self._active[query_id], FinishReason.CANCELLED)
+        self._corrections.query_admitted(query.id)
         self.start(active)
         return self.end(active, FinishReason.LENGTH) if active.request.max_tokens == 0 else []
 
@@ -138,7 +146,7 @@ class RequestManager:
         self._state.waiting.add(active.request)
 
     def _route(self, active: ActiveRequest) -> Route:
-        if active.is_silent:
+        if active.is_silent and active.kind is not RequestKind.HINT:
             return self._router.base()
         return self._router.route(
             active.query.profile, active.messages, self._settings.adapter)
@@ -156,6 +164,8 @@ class RequestManager:
                 yield from self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                     f'{type(error).__name__}: {error}')
                 continue
+            if active.request.output_tokens == 1 and not active.is_silent:
+                self._corrections.answer_begun(active.query.id, active.query.conversation_id)
             if chunk is not None and not active.is_silent:
                 yield chunk
             if active.finish is not None:
@@ -221,6 +231,7 @@ class RequestManager:
             return []
         if active.request.output_tokens:
             self._record(active, complete=complete)
+        self._corrections.query_ended(query.id)
         closed = active.closed or reason is FinishReason.REJECTED
         closing = [] if closed else [active.last_chunk()]
         return [*closing, active.response(reason, self._clock(), code, error)]

@@ -175,14 +175,15 @@ class MaceClient:
 
     # -- corrections and versions --------------------------------------------------------
 
-    def correct(self, corrected: str, *, correction_id: str = '',
+    def correct(self, corrected: str = '', *, correction_id: str = '',
                 **fields: Any) -> CorrectionHandle:
         """
         Send the right answer; ``fields`` are other fields of ``Correction.msg``.
 
-        One of ``query_id``, ``conversation_id`` and ``prompt`` is required. The node accepts
-        each id once: while this client waits for a correction, sending its id again returns the
-        same handle.
+        One of ``query_id``, ``conversation_id`` and ``prompt`` is required. An empty
+        ``corrected`` with a ``hint`` asks for a proposal, and without one is a thumbs-down. The
+        node accepts each id once, but for the text that confirms a proposal: while this client
+        waits for a correction, sending its id again returns the same handle.
         """
         correction = Correction(
             id=correction_id or str(uuid.uuid4()), corrected=corrected, **fields)

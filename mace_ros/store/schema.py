@@ -104,5 +104,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Whether a live version of the answer's profile, or the robot's, was passed over.
         'ALTER TABLE answers ADD COLUMN out_of_scope INTEGER NOT NULL DEFAULT 0',
     ),
+    (
+        # How to answer instead, where nobody said the right answer.
+        "ALTER TABLE corrections ADD COLUMN hint TEXT NOT NULL DEFAULT ''",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
