@@ -19,6 +19,7 @@ from mace_ros.engine.active_request import (
 )
 from mace_ros.engine.anchor_requests import AnchorRequests
 from mace_ros.engine.conversations import Conversation
+from mace_ros.engine.embeddings import EmbedRequests
 from mace_ros.engine.hint_answers import HintAnswers
 from mace_ros.engine.history_prefill import HistoryPrefill
 from mace_ros.engine.paged_kv_cache import PagedKVCache
@@ -40,7 +41,7 @@ class BackgroundRequests:
         """Begin without a request; ``hints`` builds those that answer hints."""
         self._chat, self._state, self._kv_cache, self._paged = chat, state, kv_cache, paged
         self._clock = clock
-        self._anchors, self.hints = anchors, hints
+        self._anchors, self.hints, self.embeddings = anchors, hints, EmbedRequests(chat, clock)
         self._history = HistoryPrefill()
         # A prefix that was computed, or why it could not be.
         self._prefix: tuple[tuple[int, ...], PrefixKV | str] | None = None
@@ -124,6 +125,8 @@ class BackgroundRequests:
         if active.kind is RequestKind.ANCHOR:
             self._anchors.ended(
                 active.query.id, active.prompt, active.output, complete=complete)
+        elif active.kind is RequestKind.EMBED:
+            self.embeddings.ended(active, reason, error)
         elif active.kind is RequestKind.HINT:
             self.hints.ended(active, reason, error)
         elif active.kind is RequestKind.PREFIX and reason is not FinishReason.CANCELLED:

@@ -33,6 +33,7 @@ from mace_ros.engine.anchor_requests import recorded_anchors
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
 from mace_ros.engine.correction_intake import CorrectionIntake, rejected
+from mace_ros.engine.embeddings import Embedding
 from mace_ros.engine.hint_answers import HintAnswers
 from mace_ros.engine.inbox import (
     AbortQuery,
@@ -40,6 +41,7 @@ from mace_ros.engine.inbox import (
     BeginTrace,
     ChangeSettings,
     CorrectionWritten,
+    EmbedTexts,
     Inbox,
     Message,
     Publish,
@@ -172,6 +174,12 @@ class Engine:
         self._inbox.put(RollBack(profile, version, reason, done))
         return done
 
+    def embed(self, texts: Sequence[str]) -> Future[list[Embedding]]:
+        """Compute the embedding of each text; raises ``InvalidText`` through the future."""
+        done: Future[list[Embedding]] = Future()
+        self._inbox.put(EmbedTexts(tuple(texts), done))
+        return done
+
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile, oldest first."""
         return self.learner.versions(profile)
@@ -280,6 +288,8 @@ class Engine:
                 self.observe(self._trace)
             case AnswerWritten():
                 self._recorder.written(message)
+            case EmbedTexts(texts, done):
+                self.requests.embed(texts, done)
             case Publish(event):
                 return [event]
         return []
@@ -465,19 +475,15 @@ class Engine:
             events += self._commit(self.runner.collect())
             self.runner.skip_segments()
             events += self._finish_plan()
-            # Corrections of a cancelled answer are written only then: once more after it.
+            # Wait for what was submitted, and again for corrections of the cancelled answers.
             for _ in range(2):
-                self._journal_is_written()
+                self._journal.submit(lambda _: None).exception()
                 events += self._receive()
                 events += self.requests.cancel_all()
         if self._trace is not None:
             self._observers.finished(events)
             self._end_trace(self._trace)
         return events
-
-    def _journal_is_written(self) -> None:
-        """Wait until everything that was submitted before has been written, or has failed."""
-        self._journal.submit(lambda _: None).exception()
 
     def close(self) -> list[Event]:
         """Cancel all requests, and wait until the journal is on disk."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 import uuid
 
@@ -30,6 +31,7 @@ from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
 from mace_ros.engine.correction_intake import CorrectionIntake
 from mace_ros.engine.early_aborts import EarlyAborts
+from mace_ros.engine.embeddings import Embedding
 from mace_ros.engine.router import Route, Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
@@ -140,10 +142,16 @@ class RequestManager:
         """Queue a request for scheduling; it keeps the version in whose scope it is now."""
         active.route = self._route(active)
         active.request.adapter_slot = active.version.slot
-        active.request.block_hashes = BlockHashes(
-            active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
+        if active.kind is not RequestKind.EMBED:    # whose every token is to be computed
+            active.request.block_hashes = BlockHashes(
+                active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
         self._active[active.query.id] = active
         self._state.waiting.add(active.request)
+
+    def embed(self, texts: Sequence[str], done: Future[list[Embedding]]) -> None:
+        """Queue a silent request for each text; ``done`` receives the embeddings."""
+        for active in self._background.embeddings.requests(texts, done, self.max_length):
+            self.start(active)
 
     def _route(self, active: ActiveRequest) -> Route:
         if active.is_silent and active.kind is not RequestKind.HINT:

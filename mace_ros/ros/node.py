@@ -340,7 +340,7 @@ parameters (all are in share/mace_ros/config/mace.yaml, with comments):
 
 topics: query, correction, cancel (in); response_chunk, response, correction_status,
 adapter_version, latency, scheduler (out)
-services: freeze_learning, list_versions, rollback, trace, and those of a lifecycle node
+services: embed, freeze_learning, list_versions, rollback, trace, and those of a lifecycle node
 action: generate
 All of these are below the node's name, /mace by default; /diagnostics is global.
 """

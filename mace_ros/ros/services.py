@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The services ``~/freeze_learning``, ``~/list_versions``, ``~/rollback`` and ``~/trace``."""
+"""The node's own services: ``~/embed``, ``~/freeze_learning``, ``~/list_versions`` and others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mace_ros.ros.conversion import message_from
 from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.helper_node import helper_node, move_service
-from mace_ros.srv import ListVersions, Rollback, Trace
+from mace_ros.srv import Embed, ListVersions, Rollback, Trace
 from mace_ros.telemetry.health import ACTIVE, Health
 from mace_ros.telemetry.trace import (
     check_extent,
@@ -33,6 +33,8 @@ from mace_ros.telemetry.trace import (
 JOURNAL_TIMEOUT_S = 5.0
 # A rollback takes one or two iterations, unless no adapter slot is free.
 ROLLBACK_TIMEOUT_S = 60.0
+# Texts are computed beside queries, which may come first.
+EMBED_TIMEOUT_S = 60.0
 # A trace that ends with the node is written within a second.
 WRITE_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 0.1
@@ -63,7 +65,8 @@ class Services:
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
         node.create_service(Trace, '~/trace', self._on_trace)
         self._helpers: list[tuple[Node, ExecutorThread]] = []
-        for kind, name, callback in ((ListVersions, 'list_versions', self._on_list),
+        for kind, name, callback in ((Embed, 'embed', self._on_embed),
+                                     (ListVersions, 'list_versions', self._on_list),
                                      (Rollback, 'rollback', self._on_rollback)):
             # A group of its own: a waiting call must not block the callbacks of the node's group.
             service = node.create_service(
@@ -109,6 +112,24 @@ class Services:
         else:
             response.versions = [message_from(version, Time()) for version in versions]
             response.live_version = engine.live_version(request.profile)
+            response.success = True
+        return response
+
+    def _on_embed(self, request: Embed.Request, response: Embed.Response) -> Embed.Response:
+        engine = self._engine_thread.engine
+        if engine is None or self._health.state != ACTIVE:
+            response.message = 'the node is not active'
+            return response
+        try:
+            embeddings = engine.embed(request.texts).result(EMBED_TIMEOUT_S)
+        except FutureTimeout:
+            response.message = f'not computed within {EMBED_TIMEOUT_S:g} s: queries come first'
+        except Exception as error:    # its message is the reason
+            response.message = str(error)
+        else:
+            response.dimensions = len(embeddings[0][0])
+            response.values = [number for numbers, _ in embeddings for number in numbers]
+            response.tokens = [tokens for _, tokens in embeddings]
             response.success = True
         return response
 
