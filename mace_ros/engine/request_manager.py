@@ -121,8 +121,8 @@ class RequestManager:
         for query_id in self._background.abortable:
             if query_id in self._active:
                 self.end(self._active[query_id], FinishReason.CANCELLED)
-        self._corrections.query_admitted(query.id)
         self.start(active)
+        self._corrections.query_admitted(query.id)
         return self.end(active, FinishReason.LENGTH) if active.request.max_tokens == 0 else []
 
     def _check(self, query: Query) -> None:

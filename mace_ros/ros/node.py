@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 # Launch sends a SIGTERM five seconds after Ctrl-C, and says so. The rest of these five seconds
 # is for the middleware and the interpreter, which end after the node's own threads.
 SHUTDOWN_TIMEOUT_S = 4.0
-ENGINE_TIMEOUT_S = 2.5          # of these, for the running iteration and the journal
+ENGINE_TIMEOUT_S = 3.0          # of these, for the running iteration and the journal
 ACKNOWLEDGE_TIMEOUT_S = 1.0
 
 NOT_ACTIVE, STOPPING = 'the node is not active', 'the node is stopping'
