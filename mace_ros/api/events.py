@@ -50,6 +50,8 @@ class CorrectionState(IntEnum):
     SUPERSEDED = 3
     REJECTED = 4
     FAILED = 5
+    PROPOSED = 6
+    RECORDED = 7
 
 
 class VersionState(IntEnum):
@@ -97,7 +99,11 @@ class Query:
 
 @dataclass(frozen=True)
 class Correction:
-    """The right answer to a query; see ``Correction.msg``."""
+    """
+    The right answer to a query; see ``Correction.msg``.
+
+    Without ``corrected`` it is a ``hint`` how to answer, or without that a thumbs-down.
+    """
 
     corrected: str
     id: str = ''
@@ -109,6 +115,7 @@ class Correction:
     weight: float = 1.0
     source: str = ''
     scope: str = ''
+    hint: str = ''
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,7 @@ class CorrectionStatus:
     state: CorrectionState
     reason: str = ''
     adapter_version: int = 0
+    corrected: str = ''
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ MAX_STOP = 256          # characters of a stop string
 MAX_WEIGHT = 100.0
 MAX_UNWRITTEN = 1000    # corrections and answers that wait for the disk
 
+UNNAMED = 'query_id, conversation_id or prompt: one of them must name what is corrected'
+
 
 def checked_query(query: Query, settings: Settings) -> Query:
     """Return the query with all defaults filled in; raise :class:`InvalidQuery`."""
@@ -49,27 +51,36 @@ def checked_query(query: Query, settings: Settings) -> Query:
 
 
 def checked_correction(correction: Correction) -> Correction:
-    """Return the correction with an id; raise :class:`InvalidCorrection`."""
+    """
+    Return the correction with an id; raise :class:`InvalidCorrection`.
+
+    Texts of white space only are empty afterwards: such a correction is a thumbs-down.
+    """
     for name in ('id', 'query_id', 'conversation_id', 'profile'):
         problem = _id_problem(getattr(correction, name))
         if problem:
             raise InvalidCorrection(f'{name}: {problem}')
-    for name in ('corrected', 'rejected', 'prompt', 'source'):
+    for name in ('corrected', 'hint', 'rejected', 'prompt', 'source'):
         problem = text_problem(getattr(correction, name))
         if problem:
             raise InvalidCorrection(f'{name}: {problem}')
-    if not correction.corrected.strip():
-        raise InvalidCorrection('corrected: empty')
-    if not (correction.query_id or correction.conversation_id or correction.prompt.strip()):
-        raise InvalidCorrection(
-            'query_id, conversation_id or prompt: one of them must name what is corrected')
+    if not (correction.id or names_answer(correction)):
+        raise InvalidCorrection(UNNAMED)
     if correction.scope not in ('', *SCOPES):
         raise InvalidCorrection(
             f'scope: {correction.scope!r} is not one of {", ".join(SCOPES)}, or empty')
     if not 0 < correction.weight <= MAX_WEIGHT:   # also refuses NaN
         raise InvalidCorrection(f'weight: {correction.weight} is not above 0 and at most '
                                 f'{MAX_WEIGHT:g}')
-    return replace(correction, id=correction.id or str(uuid.uuid4()))
+    return replace(
+        correction, id=correction.id or str(uuid.uuid4()),
+        corrected=correction.corrected if correction.corrected.strip() else '',
+        hint=correction.hint.strip())
+
+
+def names_answer(correction: Correction) -> bool:
+    """Return whether a correction says what it corrects; one that confirms a hint need not."""
+    return bool(correction.query_id or correction.conversation_id or correction.prompt.strip())
 
 
 def _number(name: str, value: float | None, default: float, low: float, high: float) -> float:

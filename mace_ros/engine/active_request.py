@@ -42,6 +42,8 @@ class RequestKind(Enum):
     ANCHOR = auto()    # a question to the base model, whose answer learning must preserve
     HISTORY = auto()   # computes a conversation again that an adapter version has continued
     PREFIX = auto()    # computes the prefix of a training sample
+    HINT = auto()      # a corrected question again, with the hint of its correction
+    EMBED = auto()     # a text whose last hidden states are added up
 
 
 @dataclass(eq=False)
@@ -66,6 +68,7 @@ class ActiveRequest:
     # While KV pruning observes the prompt: the attention that each of its tokens receives.
     attention: Tensor | None = None
     adapted_from: int = 0         # position from which an adapter acts
+    pooled: Tensor | None = None  # of a text to embed: sum of the last hidden states, [width]
 
     @property
     def is_silent(self) -> bool:
@@ -180,14 +183,14 @@ def build_request(query: Query, arrival: float, conversation: Conversation, chat
 
 
 def build_prefill(kind: RequestKind, ids: Sequence[int], now: float, chat: ChatTokenizer, *,
-                  urgent: bool = False) -> ActiveRequest:
+                  urgent: bool = False, number: str = '') -> ActiveRequest:
     """
     Build a request that only computes the base model's keys and values of ``ids``.
 
-    Unless it is ``urgent``, it yields to all others.
+    Unless it is ``urgent``, it yields to all others. ``number`` tells apart several of a kind.
     """
     request = Request(
-        id=f'{PREFILL_ID}{kind.name}', arrival=now, prompt_tokens=len(ids), max_tokens=1,
+        id=f'{PREFILL_ID}{kind.name}{number}', arrival=now, prompt_tokens=len(ids), max_tokens=1,
         ttft_slo=BACKGROUND_SLO_S, tpot_slo=BACKGROUND_SLO_S,
         priority=0 if urgent else BACKGROUND_PRIORITY)
     return ActiveRequest(

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from mace_ros.api.events import Correction, Event, Query
 from mace_ros.api.settings import Settings
+from mace_ros.engine.embeddings import Embedding
 from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.telemetry.trace import Record
@@ -75,6 +76,14 @@ class BeginTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedTexts:
+    """Compute the embeddings of some texts; ``done`` receives them."""
+
+    texts: tuple[str, ...]
+    done: Future[list[Embedding]]
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     """Publish an event that was known when its message arrived, such as a refusal."""
 
@@ -82,7 +91,7 @@ class Publish:
 
 
 Message: TypeAlias = (SubmitQuery | AbortQuery | CorrectionWritten | AnswerWritten
-                      | ChangeSettings | RollBack | BeginTrace | Publish)
+                      | ChangeSettings | RollBack | BeginTrace | EmbedTexts | Publish)
 
 
 class Inbox:

@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from mace_ros.engine.active_request import ActiveRequest
+from mace_ros.engine.active_request import ActiveRequest, RequestKind
 from mace_ros.engine.inbox import Inbox
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.engine.request_manager import RequestManager
@@ -206,7 +207,15 @@ class ModelRunner:
         return Span(
             active.ids[first:first + tokens], first, request.blocks, request.adapter_slot,
             wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
-            attention=self._paged.attention(active, tokens), adapted_from=active.adapted_from)
+            attention=self._paged.attention(active, tokens), adapted_from=active.adapted_from,
+            pooled=self._pooled(active))
+
+    def _pooled(self, active: ActiveRequest) -> Tensor | None:
+        """Return where the pass adds up hidden states, zero before the first token."""
+        if active.kind is RequestKind.EMBED and not active.request.computed_tokens:
+            active.pooled = torch.zeros(
+                self._model.model.config.hidden_size, device=self._model.device)
+        return active.pooled
 
     def _piggyback(self, step: FinetuneStep | None, tokens: int,
                    ) -> tuple[PiggybackSpans | None, Exception | None]:

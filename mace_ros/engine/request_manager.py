@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 import uuid
 
@@ -19,11 +20,19 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_query, MAX_ID
-from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE
+from mace_ros.api.wording import counted
+from mace_ros.engine.active_request import (
+    ActiveRequest,
+    build_request,
+    COMPLETE,
+    RequestKind,
+)
 from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
+from mace_ros.engine.correction_intake import CorrectionIntake
 from mace_ros.engine.early_aborts import EarlyAborts
+from mace_ros.engine.embeddings import Embedding
 from mace_ros.engine.router import Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
@@ -40,19 +49,19 @@ class RequestManager:
     def __init__(self, settings: Settings, *, chat: ChatTokenizer, state: State,
                  kv_cache: KVCacheManager, router: Router, adapters: AdapterCache,
                  recorder: AnswerRecorder, background: BackgroundRequests,
-                 memory: MemoryArbiter, context_length: int, answered: Callable[[str], None],
-                 clock: Callable[[], float]) -> None:
+                 corrections: CorrectionIntake, memory: MemoryArbiter, context_length: int,
+                 answered: Callable[[str], None], clock: Callable[[], float]) -> None:
         """
         Begin without a request.
 
         ``context_length`` is the model's; ``answered`` receives the id of each answer that
-        learning may use.
+        learning may use. ``corrections`` may have to wait for the end of an answer.
         """
         self._settings, self._chat, self._state = settings, chat, state
         self._kv_cache, self._recorder = kv_cache, recorder
         self._router, self._adapters = router, adapters
         self._background, self._memory, self._context_length = background, memory, context_length
-        self._answered, self._clock = answered, clock
+        self._answered, self._corrections, self._clock = answered, corrections, clock
         self._active: dict[str, ActiveRequest] = {}
         # Those whose version is not on the device: running requests hold all slots.
         self._without_slot: dict[str, ActiveRequest] = {}
@@ -117,9 +126,11 @@ class RequestManager:
         for query_id in self._background.abortable:
             if query_id in self._active:
                 self.end(self._active[query_id], FinishReason.CANCELLED)
-        if active.request.max_tokens:
-            return self.start(active)
-        return [*self.start(active), *self.end(active, FinishReason.LENGTH)]
+        events = self.start(active)
+        self._corrections.query_admitted(query.id)
+        if active.request.max_tokens == 0:
+            events += self.end(active, FinishReason.LENGTH)
+        return events
 
     def _check(self, query: Query) -> None:
         # First of all checks: any other rejection would be taken for the active query's response.
@@ -138,7 +149,7 @@ class RequestManager:
         """Queue a request for scheduling; it keeps the version in whose scope it is now."""
         query = active.query
         self._active[query.id] = self._without_slot[query.id] = active
-        if not active.is_silent:
+        if not active.is_silent or active.kind is RequestKind.HINT:
             active.route = self._router.route(
                 query.profile, active.messages, self._settings.adapter)
         try:
@@ -149,10 +160,16 @@ class RequestManager:
         if slot is not None:
             del self._without_slot[query.id]
             active.request.adapter_slot = slot
-            active.request.block_hashes = BlockHashes(
-                active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
+            if active.kind is not RequestKind.EMBED:    # whose every token is to be computed
+                active.request.block_hashes = BlockHashes(
+                    active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
             self._state.waiting.add(active.request)
         return []
+
+    def embed(self, texts: Sequence[str], done: Future[list[Embedding]]) -> None:
+        """Queue a silent request for each text; ``done`` receives the embeddings."""
+        for active in self._background.embeddings.requests(texts, done, self.max_length):
+            self.start(active)
 
     # -- tokens ----------------------------------------------------------------------
 
@@ -167,6 +184,8 @@ class RequestManager:
                 yield from self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                     f'{type(error).__name__}: {error}')
                 continue
+            if active.request.output_tokens == 1 and not active.is_silent:
+                self._corrections.answer_begun(active.query.id, active.query.conversation_id)
             if chunk is not None and not active.is_silent:
                 yield chunk
             if active.finish is not None:
@@ -236,6 +255,7 @@ class RequestManager:
             return events
         if active.request.output_tokens:
             self._record(active, complete=complete)
+        self._corrections.query_ended(query.id)
         closed = active.closed or reason is FinishReason.REJECTED
         closing = [] if closed else [active.last_chunk()]
         return [*closing, active.response(reason, self._clock(), code, error), *events]
@@ -248,4 +268,5 @@ class RequestManager:
 
 def queue_full(limit: int) -> str:
     """Return the reason of an OVERLOADED rejection."""
-    return f'{limit} queries wait already (scheduler.max_queue)'
+    return counted(limit, 'query waits already (scheduler.max_queue)',
+                   'queries wait already (scheduler.max_queue)')

@@ -116,20 +116,25 @@ class Learner:
     def accepted(self, accepted: Accepted) -> list[Event]:
         """Take a correction that is in the journal; return the events that this causes."""
         record = accepted.record
-        if not accepted.new:
-            return [CorrectionStatus(
-                record.id, record.state, record.reason, record.adapter_version)]
+        if accepted.new:
+            self._live.forget(accepted.deleted)
+            if record.query_id and self._context.settings.gate.auto_rollback:
+                self._test_for_regression(record.query_id)
+        if not accepted.to_learn:
+            if accepted.new and record.state is CorrectionState.RECORDED:
+                self._context.drift.disliked(record.query_id)
+            return [accepted.status]
         self._context.drift.corrected(record.query_id)
-        self._live.forget(accepted.deleted)
         renewed = None if self._job is None else self._job.renew(record)
         if renewed is None:
             if self._job is not None and self._job.trains(accepted.superseded):
                 self._cancel_job(self._job.profile)
             self._rehearsal.supersede(record)
             self._queue.add(record, accepted.arrived)
-        if record.query_id and self._context.settings.gate.auto_rollback:
-            self._test_for_regression(record.query_id)
+        proposal = CorrectionStatus(
+            record.id, CorrectionState.PROPOSED, corrected=record.corrected)
         return [
+            *([proposal] if accepted.proposed else ()),
             CorrectionStatus(record.id, CorrectionState.ACCEPTED),
             *(CorrectionStatus(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
               for i in accepted.superseded),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mace_ros.api.events import CorrectionState, CorrectionStatus
 from mace_ros.api.settings import FinetuneSettings
+from mace_ros.api.wording import counted
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.correction_queue import PendingCorrection, texts
@@ -394,7 +395,8 @@ class LearningJob(Job):
 
     @property
     def _after_steps(self) -> str:
-        return f' after {self.steps} steps (finetune.max_steps)'
+        return ' after ' + counted(
+            self.steps, 'step (finetune.max_steps)', 'steps (finetune.max_steps)')
 
     def _fitting(self, corrections: Sequence[PendingCorrection]) -> list[PendingCorrection]:
         if not self.everywhere and self._continues == FRESH:

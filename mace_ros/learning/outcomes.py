@@ -3,11 +3,11 @@
 """
 Detection of adapter versions whose answers are corrected more often than before.
 
-An answer that was corrected counts as bad, any other answer as good. Fisher's exact test
-compares the answers of a version and its descendants with those of the versions before it. A
-higher rate of corrections is only a suspicion, since people may have begun to teach something
-new: the regression check then asks whether the older version finds the corrected texts more
-likely (:func:`older_is_better`). Everything is read from the journal, so a restart loses
+An answer that was corrected or got a thumbs-down counts as bad, any other answer as good. Fisher's
+exact test compares the answers of a version and its descendants with those of the versions before
+it. A higher rate of corrections is only a suspicion, since people may have begun to teach
+something new: the regression check then asks whether the older version finds the corrected texts
+more likely (:func:`older_is_better`). Everything is read from the journal, so a restart loses
 nothing. This module does not import torch.
 """
 
@@ -128,11 +128,11 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
         if len(own) > MAX_ANSWERS:
             continue
         since, before = _count_questions(own), _count_questions(older[-MAX_ANSWERS:])
-        if got_worse(since, before):
+        evidence = _newest_corrections(journal, own)
+        if evidence and got_worse(since, before):
             found.append((p_value(since, before), SuspectedRegression(
                 profile, answering[suspect.version], suspect.continues, suspect.parent,
-                since, before,
-                _newest_corrections(journal, own))))
+                since, before, evidence)))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -147,10 +147,15 @@ def _count_questions(outcomes: Sequence[AnswerOutcome]) -> Outcomes:
 
 def _newest_corrections(
         journal: Journal, outcomes: Sequence[AnswerOutcome]) -> tuple[CorrectionRecord, ...]:
-    """Return the newest correction of each corrected question."""
+    """
+    Return the newest correction of each corrected question that has a corrected text.
+
+    A thumbs-down is no evidence for an older version: the newer one finds its own answer likelier
+    than any other version does.
+    """
     questions = {o.query_id: o.question for o in outcomes if o.corrected}
     newest = {questions[record.query_id]: record
-              for record in journal.corrections_of(questions)}
+              for record in journal.corrections_of(questions) if record.corrected}
     return tuple(newest.values())[-MAX_COMPARED:]
 
 

@@ -61,6 +61,11 @@ class ChatTokenizer:
         """Return a text without special tokens, which could otherwise end its turn."""
         return self._special.sub(lambda found: f'{found[0][:1]} {found[0][1:]}', text)
 
+    def plain(self, text: str) -> list[int]:
+        """Return the ids of a text by itself, with the tokens that the model puts around one."""
+        ids: list[int] = self._plain.encode(text).ids
+        return ids
+
     def answer(self, text: str) -> list[int]:
         """Return the ids of a whole response with its end-of-turn token, as it is trained."""
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids

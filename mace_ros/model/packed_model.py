@@ -11,7 +11,7 @@ to, and the linear layers which adapter it uses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,8 @@ class PackedModel:
         they are valid until the next pass. The layer inputs of the fine-tune tokens are stored
         in the buffers of ``piggyback``.
         """
-        if self.graphs is not None:
+        pooling = any(span.pooled is not None for span in spans)
+        if self.graphs is not None and not pooling:
             logits = self.graphs.run(spans, piggyback)
             if logits is not None:
                 return logits
@@ -132,12 +133,13 @@ class PackedModel:
             if span.wants_logits:
                 last[id(span)] = len(ids) - 1
         slots = [slot for span in packed for slot in span.adapter_slots]
-        return self.forward_packed(
-            self._metadata(decode, packed[len(decode):]), self.tensor(ids),
-            self.tensor(positions),
-            slots[0] if len(set(slots)) == 1 else self.tensor(slots),
-            self.tensor([last[id(s)] for s in spans if s.wants_logits]),
-            piggyback.hidden if piggyback else ())
+        with self._pooling(packed) if pooling else nullcontext():
+            return self.forward_packed(
+                self._metadata(decode, packed[len(decode):]), self.tensor(ids),
+                self.tensor(positions),
+                slots[0] if len(set(slots)) == 1 else self.tensor(slots),
+                self.tensor([last[id(s)] for s in spans if s.wants_logits]),
+                piggyback.hidden if piggyback else ())
 
     def forward_packed(self, metadata: AttentionMetadata, ids: Tensor, positions: Tensor,
                        slots: int | Tensor, keep: Tensor, hidden: Sequence[Tensor]) -> Tensor:
@@ -245,6 +247,22 @@ class PackedModel:
 
     def _joined(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self.device)
+
+    @contextmanager
+    def _pooling(self, packed: Sequence[Span]) -> Iterator[None]:
+        """While open, add up the last hidden states of the spans that ask for it."""
+        def pool(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            rows = output[0][0].split([len(span.tokens) for span in packed])
+            for span, states in zip(packed, rows, strict=True):
+                if span.pooled is not None:
+                    span.pooled.add_(states.float().sum(0))
+
+        # The model below the head, whose output has passed the final norm.
+        hook = self.model.base_model.register_forward_hook(pool)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _saving(self, hidden: Sequence[Tensor]) -> Iterator[None]:

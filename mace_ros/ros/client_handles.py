@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+import math
 import threading
 import time
 
 from mace_ros.msg import CorrectionStatus, Response, ResponseChunk
 
 FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
-                CorrectionStatus.REJECTED, CorrectionStatus.FAILED)
+                CorrectionStatus.REJECTED, CorrectionStatus.FAILED, CorrectionStatus.RECORDED)
+UNTIL_POLL_S = 0.02
 
 
 class AnswerHandle:
@@ -36,17 +38,20 @@ class AnswerHandle:
     def __iter__(self) -> Iterator[str]:
         return self.stream()
 
-    def stream(self, timeout_s: float | None = None) -> Iterator[str]:
+    def stream(self, timeout_s: float | None = None, *,
+               until: Callable[[], bool] | None = None) -> Iterator[str]:
         """
         Yield pieces of the text as they arrive.
 
-        Raises TimeoutError if none arrives for ``timeout_s``, and ConnectionError if the node
-        has ended (see :meth:`result`).
+        Stops early once ``until`` returns True, which is asked about 50 times a second; the query
+        is not cancelled by that. Raises TimeoutError if no piece arrives for ``timeout_s``, and
+        ConnectionError if the node has ended (see :meth:`result`).
         """
         yielded = ''
         while True:
             with self._changed:
-                self._wait(partial(self._has_more_than, yielded), timeout_s)
+                if not self._wait_unless(until, partial(self._has_more_than, yielded), timeout_s):
+                    return
                 complete, text = self.is_complete(), self.text
             if text != yielded:
                 yield text[len(yielded):]
@@ -81,6 +86,20 @@ class AnswerHandle:
     def cancel(self) -> None:
         """Cancel the query; its response will say CANCELLED."""
         self._cancel(self.id)
+
+    def _wait_unless(self, until: Callable[[], bool] | None, condition: Callable[[], bool],
+                     timeout_s: float | None) -> bool:
+        """Wait for the condition; return False as soon as ``until`` returns True."""
+        if until is None:
+            self._wait(condition, timeout_s)
+            return True
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not until():
+            if self._changed.wait_for(lambda: condition() or self.lost, UNTIL_POLL_S) or (
+                    time.monotonic() > end):
+                self._wait(condition, 0.0)
+                return True
+        return False
 
     def _has_more_than(self, known: str) -> bool:
         return self.is_complete() or self.text != known

@@ -60,6 +60,7 @@ def correction_from(message: msg.Correction) -> Correction:
     """Return the correction of a message."""
     return Correction(
         corrected=message.corrected,
+        hint=message.hint,
         id=message.id,
         query_id=message.query_id,
         conversation_id=message.conversation_id,

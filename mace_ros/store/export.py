@@ -29,6 +29,9 @@ from mace_ros.store.records import AnswerRecord, CorrectionRecord, PENDING, Vers
 
 KINDS = ('answer', 'correction', 'version')
 ROLES = ('system', 'user', 'assistant')     # of messages in a prompt
+# States of a correction that an import keeps: it was given up, or nothing is learned from it.
+KEPT_STATES = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED,
+               CorrectionState.PROPOSED, CorrectionState.RECORDED)
 
 # Returns the bytes of a version's weights, and its PEFT configuration.
 ReadFiles: TypeAlias = Callable[[VersionRecord], tuple[bytes, dict[str, Any]]]
@@ -117,10 +120,12 @@ def _import_record(
         return 'answers'
     if kind == 'correction':
         correction = _record(CorrectionRecord, values, token_ids)
-        given_up = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED)
         correction = replace(
             correction, adapter_version=0,
-            state=correction.state if correction.state in given_up else CorrectionState.ACCEPTED)
+            state=correction.state if correction.state in KEPT_STATES
+            else CorrectionState.ACCEPTED)
+        if correction.state in PENDING and not correction.corrected.strip():
+            raise ValueError('corrected: empty')
         if correction.state in PENDING and (newer := journal.newer_than(correction)):
             correction = replace(
                 correction, state=CorrectionState.SUPERSEDED, reason=f'by correction {newer}')
@@ -217,7 +222,7 @@ def _check(record: AnswerRecord | CorrectionRecord | VersionRecord) -> None:
         correction = Correction(
             record.corrected, id=record.id, prompt='.', profile=record.profile,
             weight=record.weight, rejected=record.rejected, source=record.source,
-            scope=record.scope)
+            scope=record.scope, hint=record.hint)
     elif isinstance(record, AnswerRecord):
         correction = Correction(
             '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,

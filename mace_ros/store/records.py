@@ -55,6 +55,9 @@ class CorrectionRecord:
     ``received`` is wall-clock seconds since the epoch. ``adapter_version`` is set with
     LEARNED, and stays when the correction is superseded or its version rolled back later.
     ``scope`` is 'similar', 'everywhere', or '' for what the parameter ``adapter.scope`` says.
+    A thumbs-down is RECORDED, and has neither ``corrected`` nor ``hint``. A hint is PROPOSED, with
+    an empty ``corrected`` until the answer that follows it is known, and ACCEPTED once that is
+    confirmed.
     """
 
     id: str
@@ -72,6 +75,7 @@ class CorrectionRecord:
     reason: str = ''
     adapter_version: int = 0
     scope: str = ''
+    hint: str = ''
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         'ALTER TABLE answers ADD COLUMN out_of_scope INTEGER NOT NULL DEFAULT 0',
     ),
     (
+        # How to answer instead, where nobody said the right answer.
+        "ALTER TABLE corrections ADD COLUMN hint TEXT NOT NULL DEFAULT ''",
+    ),
+    (
         # The version whose weights this one's training began from; 0: a fresh adapter.
         'ALTER TABLE versions ADD COLUMN continues INTEGER NOT NULL DEFAULT 0',
         'UPDATE versions SET continues = parent',

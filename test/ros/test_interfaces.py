@@ -255,7 +255,7 @@ def test_a_rollback_under_load_loses_nothing(
         eventually(lambda: any(s.decode_rows >= 2 for s in recorder.of(msg.Scheduler)), ANSWER_S)
         load = ask(question, 20)
         reply = call(operator, Rollback, '/mace/rollback', version=older, timeout_s=ANSWER_S)
-        assert (reply.success, reply.reason) == (True, '')
+        assert (reply.success, reply.message) == (True, '')
         after = ask(question, 5)
         for response in responses(after):
             assert (response.adapter_version, response.text) == (older, answers[0])
@@ -281,7 +281,7 @@ def test_a_rollback_under_load_loses_nothing(
     assert listed.live_version == older
     assert listed.versions[-1].state == msg.AdapterVersion.ROLLED_BACK
     refused = call(operator, Rollback, '/mace/rollback', version=newer + 7)
-    assert not refused.success and 'on record' in refused.reason
+    assert not refused.success and 'on record' in refused.message
 
 
 # -- monitoring -------------------------------------------------------------
@@ -517,7 +517,7 @@ def test_goals_and_service_calls_with_any_content_are_answered(
         unknown = f'x{fuzzer.id()}'
         rollback = call(client, Rollback, '/mace/rollback', profile=unknown,
                         version=random.Random(unknown).randrange(2**64))
-        assert not rollback.success and rollback.reason
+        assert not rollback.success and rollback.message
         listed = call(client, ListVersions, '/mace/list_versions', profile=unknown)
         assert (listed.success and not listed.versions) or listed.message
         trace = call(client, Trace, '/mace/trace', name=f'/{unknown}',

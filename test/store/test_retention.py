@@ -194,8 +194,14 @@ def test_list_prints_one_line_per_record(storage: Path) -> None:
     assert [line.split('\t')[0] for line in run(storage, 'list', 'answers').splitlines()] == [
         'q1', 'q2', 'q3']
     assert run(storage, 'list', 'versions') == (
-        '1\tPUBLISHED\t\tparent 0\t1 corrections\ton disk\t\n'
+        '1\tPUBLISHED\t\tparent 0\t1 correction\ton disk\t\n'
         '2\tPUBLISHED\t\tparent 1\t0 corrections\tlive\t\n')
+
+
+def test_ros_arguments_are_ignored(storage: Path) -> None:
+    listed = run(storage, 'list', 'versions')
+    assert run(storage, '--ros-args', '-r', '__ns:=/robot2', '--', 'list', 'versions',
+               '--ros-args', '-r', '__node:=journal') == listed
 
 
 def test_scope_prints_what_versions_have_learned(storage: Path) -> None:
@@ -235,7 +241,7 @@ def test_deleted_texts_are_in_no_file(storage: Path) -> None:
                 if path.is_file() and text.encode() in path.read_bytes()]
 
     assert found(SECRET) and found('In a house.')
-    assert run(storage, 'delete', 'corrections', 'k1') == '1 corrections deleted\n'
+    assert run(storage, 'delete', 'corrections', 'k1') == '1 correction deleted\n'
     assert not found(SECRET) and not found('In a house.')
     assert found('In a flat.')      # of another profile
     run(storage, 'delete', 'answers', 'q3')
