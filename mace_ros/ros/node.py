@@ -223,6 +223,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         engine = build_engine(
             self._parameter_server.settings, storage=self._storage, wake=self._engine_thread.wake,
             progress=self._report_progress)
+        engine.parts.constraints.prepare()
         self._engine_thread.load(engine)
         self._status.watch(engine.hardware)
         log.info(f'journal and adapter versions are in {self._storage}')
