@@ -67,7 +67,7 @@ def measure(run: Run) -> Samples:
     from mace_ros.engine.builder import build_engine
 
     args = run.args
-    settings = settings_from(getattr(args, 'set')).updated({
+    settings = settings_from(args.set).updated({
         'model.threads': args.threads, 'finetune.budget': 0.0})
     engine = build_engine(settings, storage=run.folder, progress=run.say)
     engine.chat.end_tokens = frozenset()     # all answers have the requested length

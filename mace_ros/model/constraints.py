@@ -9,7 +9,9 @@ llguidance compiles a format and says, as a bit mask of the vocabulary, which to
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 import threading
 
 from llguidance import LLMatcher, LLParserLimits
@@ -24,7 +26,7 @@ JSON_OPTIONS = {'whitespace_pattern': ' ?'}
 LIMITS = LLParserLimits(
     max_grammar_size=100_000, initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000,
     step_max_items=50_000, verbose_errors=False)
-KEPT = 32       # compiled formats, the latest ones
+KEPT = 32       # compiled formats, the latest ones; the next mask of one is found faster
 
 
 class InvalidFormat(ValueError):
@@ -38,12 +40,13 @@ class ConstraintBroken(RuntimeError):
 class Constraint:
     """What may come next in one answer."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, broken: Callable[[], object]) -> None:
+        """``broken`` is called before :class:`ConstraintBroken` is raised."""
+        self._matcher, self._broken = matcher, broken
 
     def copy(self) -> Constraint:
         """Return a constraint of another answer, in the same state."""
-        return Constraint(self._matcher.deep_copy())
+        return Constraint(self._matcher.deep_copy(), self._broken)
 
     def mask(self) -> bytes:
         """
@@ -57,6 +60,7 @@ class Constraint:
     def advance(self, token: int) -> None:
         """Append a token to the answer; raises :class:`ConstraintBroken`."""
         if not self._matcher.consume_token(token):
+            self._broken()
             raise ConstraintBroken(_first_line(self._matcher.get_error()))
 
 
@@ -94,7 +98,10 @@ class ConstraintCompiler:
             self._compiled.move_to_end((kind, schema))
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-            return Constraint(matcher.deep_copy())
+        # Copies share what the library has found out about the format, and so also its limits: a
+        # broken one is compiled anew.
+        return Constraint(
+            matcher.deep_copy(), broken=partial(self._compiled.pop, (kind, schema), None))
 
 
 def _grammar(kind: int, schema: str) -> str:
