@@ -237,8 +237,10 @@ class RequestManager:
             code: ErrorCode = ErrorCode.NONE, error: str = '') -> list[Event]:
         """Take a request out of the engine; return its last events."""
         first, events = active.choices[0], list[Event]()
-        # The other answers wait for the first one's prompt, and end with it until then.
-        for choice in [active] if first.request.output_tokens else first.choices:
+        # Answers that still wait for the first one's prompt end with it.
+        waiting = [c for c in first.choices
+                   if c.outcome is None and c.request.id not in self._active]
+        for choice in (active, *waiting):
             choice.outcome, choice.error_code, choice.error = reason, code, error
             if choice.request.id in self._active:
                 self._free(choice)

@@ -4,7 +4,8 @@
 The node: ROS messages in, the engine's events as ROS messages out.
 
 It has three threads: the main thread waits for a signal, one thread serves ROS and
-computes nothing but the formats of answers, and one owns the engine and the device (:mod:`mace_ros.ros.engine_thread`).
+computes nothing but the formats of answers, and one owns the engine and the device
+(:mod:`mace_ros.ros.engine_thread`).
 """
 
 from __future__ import annotations
