@@ -41,6 +41,16 @@ class ErrorCode(IntEnum):
     INTERNAL = 9
 
 
+class ResponseFormat(IntEnum):
+    """What an answer must be, with the values of ``Query.msg``."""
+
+    FREE = 0
+    JSON = 1
+    JSON_SCHEMA = 2
+    REGEX = 3
+    GRAMMAR = 4
+
+
 class CorrectionState(IntEnum):
     """State of a correction, with the values of ``CorrectionStatus.msg``."""
 
@@ -91,6 +101,17 @@ class Query:
     priority: int = 0
     reset_conversation: bool = False
     no_learn: bool = False
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias_tokens: tuple[int, ...] = ()
+    logit_bias_values: tuple[float, ...] = ()
+    logprobs: int = 0
+    n: int = 1
+    response_format: int = ResponseFormat.FREE
+    response_schema: str = ''
     # Identifies the sender where the id is ambiguous; copied to the events, not in messages.
     origin: str = ''
 
@@ -112,14 +133,45 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """The log-probability of one token; see ``Logprob.msg``."""
+
+    token_id: int
+    token: str
+    token_bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position of an answer; see ``TokenLogprobs.msg``."""
+
+    sampled: Logprob
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several answers to the same query; see ``Choice.msg``."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    output_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
 class ResponseChunk:
-    """A piece of an answer, of whole characters; ``last`` ends the stream."""
+    """A piece of an answer, of whole characters; ``last`` ends the stream of its query."""
 
     query_id: str
     index: int
     text: str
     last: bool
     origin: str = ''
+    choice: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +196,8 @@ class Response:
     e2e_ms: float = math.nan
     slo_met: bool = False
     origin: str = ''
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
