@@ -15,16 +15,18 @@ from torch import Tensor
 from mace_ros.api.events import (
     ErrorCode,
     FinishReason,
-    InvalidQuery,
     Query,
     Response,
     ResponseChunk,
 )
 from mace_ros.engine.conversations import Conversation
+from mace_ros.engine.prompts import build_prompt
 from mace_ros.engine.router import Route
 from mace_ros.memory.adapter_slots import LiveVersion
-from mace_ros.model.chat import ChatTokenizer, TextStream
+from mace_ros.model.chat import ChatTokenizer, Message, TextStream
 from mace_ros.model.sampling import Sampling
+from mace_ros.model.tool_call_stream import text_stream
+from mace_ros.model.tool_calls import Tools
 from mace_ros.scheduling.request import Request
 
 # Background requests have no deadline and the lowest priority.
@@ -53,7 +55,7 @@ class ActiveRequest:
     """
 
     query: Query
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     ids: list[int]                # prompt, then output
     request: Request
     sampling: Sampling
@@ -66,6 +68,7 @@ class ActiveRequest:
     # While KV pruning observes the prompt: the attention that each of its tokens receives.
     attention: Tensor | None = None
     adapted_from: int = 0         # position from which an adapter acts
+    tools: Tools = ()             # that the prompt offers
 
     @property
     def is_silent(self) -> bool:
@@ -117,7 +120,8 @@ class ActiveRequest:
         self.chunks += 1
         self.closed = last or self.finish is not None
         return ResponseChunk(
-            self.query.id, self.chunks - 1, text, self.closed, self.query.origin)
+            self.query.id, self.chunks - 1, text, self.closed, self.query.origin,
+            tool_calls=self.stream.calls if self.finish is not None else ())
 
     def response(self, reason: FinishReason, now: float, code: ErrorCode = ErrorCode.NONE,
                  error: str = '') -> Response:
@@ -129,7 +133,7 @@ class ActiveRequest:
             tpot = (request.last_token_at - request.first_token_at) / (request.output_tokens - 1)
         return Response(
             query_id=self.query.id, conversation_id=self.query.conversation_id,
-            text=self.stream.text, finish_reason=reason, error_code=code, error=error,
+            text=self.stream.content, finish_reason=reason, error_code=code, error=error,
             adapter_version=route.version.version, adapter_profile=route.version.profile,
             matched_correction_id=route.correction_id, similarity=route.similarity,
             prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens,
@@ -137,36 +141,21 @@ class ActiveRequest:
             ttft_ms=_ms(request.arrival, request.first_token_at), tpot_ms=tpot * 1e3,
             e2e_ms=_ms(request.arrival, now),
             slo_met=reason in (FinishReason.STOP, FinishReason.LENGTH) and request.slo_met,
-            origin=self.query.origin)
+            origin=self.query.origin,
+            tool_calls=self.stream.calls if reason in COMPLETE else ())
 
 
 def build_request(query: Query, arrival: float, conversation: Conversation, chat: ChatTokenizer,
                   default_system: str, max_length: int,
                   kind: RequestKind = RequestKind.USER) -> ActiveRequest:
     """
-    Build the prompt of a validated query.
+    Build the request of a validated query.
 
-    The prompt and the answer have at most ``max_length`` tokens together: the oldest turns
-    of the conversation are dropped until the prompt fits, and the answer gets the rest.
-    Raises :class:`InvalidQuery` if the query alone is too long.
+    The prompt and the answer have at most ``max_length`` tokens together. Raises
+    :class:`InvalidQuery` if the query alone is too long, or the chat template refuses it.
     """
-    system = query.system or conversation.system or default_system
-    turns = list(conversation.turns)
-    while True:
-        messages = tuple(
-            ([{'role': 'system', 'content': system}] if system else [])
-            + [m for t in turns for m in ({'role': 'user', 'content': t.question},
-                                          {'role': 'assistant', 'content': t.answer})]
-            + [{'role': 'user', 'content': query.text}])
-        ids = chat.prompt(messages)
-        if len(ids) < max_length:
-            break
-        if not turns:
-            raise InvalidQuery(
-                ErrorCode.PROMPT_TOO_LONG,
-                f'the prompt has {len(ids)} tokens, and at most {max(max_length - 1, 0)} fit '
-                'beside one token of an answer (model, memory.kv_cache_tokens, memory.budget_mb)')
-        turns.pop(0)
+    prompt = build_prompt(query, conversation, chat, default_system, max_length)
+    ids = prompt.ids
     assert query.max_tokens is not None and query.temperature is not None
     assert query.top_p is not None and query.seed is not None
     assert query.ttft_slo_ms is not None and query.tpot_slo_ms is not None
@@ -176,9 +165,10 @@ def build_request(query: Query, arrival: float, conversation: Conversation, chat
         ttft_slo=_seconds(query.ttft_slo_ms), tpot_slo=_seconds(query.tpot_slo_ms),
         priority=query.priority)
     return ActiveRequest(
-        query=query, messages=messages, ids=ids, request=request,
+        query=query, messages=prompt.messages, tools=prompt.tools, ids=ids, request=request,
         sampling=Sampling(query.temperature, query.top_p, query.seed),
-        stream=TextStream(chat, query.stop), kind=kind, adapted_from=chat.adapted_from(ids))
+        stream=text_stream(chat, query.stop, prompt.tools), kind=kind,
+        adapted_from=chat.adapted_from(ids))
 
 
 def build_prefill(kind: RequestKind, ids: Sequence[int], now: float, chat: ChatTokenizer, *,

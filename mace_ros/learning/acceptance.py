@@ -74,7 +74,7 @@ def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
         corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,
         conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
         weight=correction.weight, source=correction.source, received=time.time(),
-        scope=correction.scope)
+        scope=correction.scope, tools=answer.tools)
 
 
 def _corrected_answer(correction: Correction, journal: Journal) -> AnswerRecord | None:

@@ -15,18 +15,26 @@ from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
 
+TOOL_CALLS = 16     # answers that call a tool and are guarded in one job, the newest ones
+
+
 class Unreadable(Exception):
     """A job cannot begin because the disk fails; the corrections are not at fault."""
 
 
 @dataclass(frozen=True)
 class JobInputs:
-    """The live version, None for the base model, and the records to replay."""
+    """
+    The live version, None for the base model, and the records to replay.
+
+    ``tool_calls`` are answers that call a tool, which a version must not change.
+    """
 
     live: VersionRecord | None
     answers: tuple[AnswerRecord, ...]
     learned: tuple[CorrectionRecord, ...]
     tensors: dict[str, Tensor] | None
+    tool_calls: tuple[AnswerRecord, ...] = ()
 
 
 def read_inputs(disk: Disk, store: AdapterStore, profile: str, answers: int) -> Task[JobInputs]:
@@ -36,7 +44,8 @@ def read_inputs(disk: Disk, store: AdapterStore, profile: str, answers: int) -> 
         live = journal.next_parent(profile)
         return JobInputs(
             live, journal.replay_candidates(profile, answers), journal.held_by(live),
-            store.load(live.path, live.sha256) if live else None)
+            store.load(live.path, live.sha256) if live else None,
+            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True))
 
     reading = disk.submit(read)
     try:

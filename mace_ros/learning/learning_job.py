@@ -28,6 +28,7 @@ from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
 from mace_ros.learning.job_inputs import read_inputs
+from mace_ros.learning.question import questions
 from mace_ros.learning.samples import sample
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
@@ -63,6 +64,7 @@ class LearningJob(Job):
             profile, [w.record for w in self.corrections])
         self._parent = 0
         self._answers: tuple[AnswerRecord, ...] = ()
+        self._tool_calls: tuple[AnswerRecord, ...] = ()
         self._learned: tuple[CorrectionRecord, ...] = ()
         self._start: dict[str, Tensor] = {}         # the live version's weights
         self._set = TrainingSet([])
@@ -119,6 +121,7 @@ class LearningJob(Job):
             (self.profile, '', 0) if live is None else (self.profile, live.profile, live.version))
         context.training.load(inputs.tensors)
         self._answers, self._learned = inputs.answers, inputs.learned
+        self._tool_calls = inputs.tool_calls
         self._start = context.training.lora.copies()
 
     def _choose(self) -> Task[None]:
@@ -180,13 +183,14 @@ class LearningJob(Job):
         context = self._context
         if not self.everywhere:
             self._set = context.scoped_builder.build(
-                self.corrections, self._nearest_first(), number=self.number)
+                self.corrections, self._nearest_first(), self._tool_calls_in_scope(),
+                number=self.number, max_sample_tokens=self._finetune.max_sample_tokens)
             # They are LEARNED: what the live version has lost is to be repaired as well.
             self._before = [RIGHT] * len(self._set.gate.samples)
             return
         self.state = JobState.SCORING
         self._set = context.builder.build(
-            self.corrections, self._learned, self._answers,
+            self.corrections, self._learned, self._answers, self._tool_calls,
             max_sample_tokens=self._finetune.max_sample_tokens, number=self.number)
         guarded, answers = self._set.gate.samples, self._set.answers
         # Replay of the robot's answers needs the live version's predictions.
@@ -372,6 +376,16 @@ class LearningJob(Job):
             [w.record for w in self.corrections])
         return sorted((r for r in self._learned if r.profile == self.profile),
                       key=lambda record: -similarity.get(record.id, 0.0))
+
+    def _tool_calls_in_scope(self) -> list[AnswerRecord]:
+        """Return the answers on record that call a tool and that the version is to give."""
+        records = [w.record for w in self.corrections]
+        # A wrong call is often made for several wordings of a question, and corrected once.
+        wrong = {record.rejected for record in records}
+        return [answer for answer in self._tool_calls if answer.text not in wrong
+                and self._context.scopes.will_match(
+                    self.profile, questions(answer.messages), records,
+                    self._context.settings.adapter)]
 
     @property
     def checked(self) -> list[str]:

@@ -325,3 +325,14 @@ class Scopes:
             if best is not None and best.similarity >= settings.scope_threshold:
                 return True, best
         return scope.answers_everything(settings.scope), best
+
+    def will_match(self, profile: str, readings: Sequence[str],
+                   records: Sequence[CorrectionRecord], settings: AdapterSettings) -> bool:
+        """Return whether a question is in scope once the version has learned more corrections."""
+        if self.match(profile, readings, settings)[0]:
+            return True
+        added = Scope(self._frequency)
+        for record in records:
+            added.add(entry(record))
+        matches = (added.match(reading) for reading in readings)
+        return any(m is not None and m.similarity >= settings.scope_threshold for m in matches)

@@ -33,6 +33,7 @@ class CorrectionTable(JournalFile):
                 corrected=record.corrected, weight=record.weight, source=record.source,
                 received=record.received, state=int(record.state), reason=record.reason,
                 adapter_version=record.adapter_version, scope=record.scope,
+                tools=as_json(record.tools),
                 question=question_key(record.messages, record.prompt_ids))
             if record.profile:
                 # A new profile's lineage starts from the robot's live version. It starts anew
