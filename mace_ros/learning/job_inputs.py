@@ -14,7 +14,6 @@ from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
-
 TOOL_CALLS = 16     # answers that call a tool and are guarded in one job, the newest ones
 
 

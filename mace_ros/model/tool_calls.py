@@ -79,7 +79,8 @@ class ToolCallParser:
         else:
             begin = text.find(self.format.value)
             if begin < 0:
-                begin = 0 if self.format is ToolFormat.JSON else len(text)
+                alone = self.format is ToolFormat.JSON and text.lstrip().startswith('{')
+                begin = 0 if alone else len(text)
             calls = self._calls(text[begin:])
             rest = text[:begin]
         return (rest.rstrip(), tuple(calls)) if calls else (text, ())

@@ -13,6 +13,7 @@ Ask and correct from Python, without knowledge of ROS.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import os
 import threading
 import time
@@ -50,8 +51,8 @@ class MaceClient:
     """
     A client of one node, with a ROS node and a thread of its own.
 
-    ``node`` is that ROS node, for other subscriptions; ``presence`` follows the node in the
-    graph.
+    ``node`` is that ROS node, for other subscriptions, and ``name`` the full name of the node that
+    it speaks to; ``presence`` follows that in the graph.
     """
 
     def __init__(self, node: str = '/mace', *, context: Context | None = None) -> None:
@@ -68,14 +69,14 @@ class MaceClient:
             context = Context()
             context.init(args=[])
         self._context = context
-        self._name = '/' + node.strip('/')
+        self.name = '/' + node.strip('/')
         self._changed = threading.Condition()
         self._answers: dict[str, AnswerHandle] = {}
         self._corrections: dict[str, CorrectionHandle] = {}
         self._versions: dict[str, AdapterVersion] = {}      # live, by profile
         # Handles given up at the next poll, after the node's last messages have arrived.
         self._leaving: list[AnswerHandle | CorrectionHandle] = []
-        self.presence = NodePresence(self._name)
+        self.presence = NodePresence(self.name)
 
         self.node = Node(
             f'mace_client_{uuid.uuid4().hex[:8]}', context=context, use_global_arguments=False,
@@ -135,16 +136,20 @@ class MaceClient:
 
     # -- queries -----------------------------------------------------------------------
 
-    def ask(self, text: str, *, query_id: str = '', **fields: Any) -> AnswerHandle:
+    def ask(self, text: str = '', *, query_id: str = '',
+            watch: Callable[[], None] | None = None, **fields: Any) -> AnswerHandle:
         """
         Send a query; ``fields`` are other fields of ``Query.msg``.
+
+        ``watch`` is called in the client's thread after each message of the answer, and when no
+        more will come; it must return at once.
 
         Raises ValueError if this client waits for an answer to the same id. If a connected node
         has ended, the handle raises ConnectionError.
         """
         query = Query(id=query_id or str(uuid.uuid4()), text=text, **fields)
         query.header.stamp = self.node.get_clock().now().to_msg()
-        answer = AnswerHandle(query.id, self._changed, self.cancel)
+        answer = AnswerHandle(query.id, self._changed, self.cancel, watch)
         with self._changed:
             self._poll_presence()
             if query.id in self._answers:
@@ -187,6 +192,11 @@ class MaceClient:
         with self._changed:
             return self._versions.get(profile)
 
+    def versions(self) -> dict[str, AdapterVersion]:
+        """Return the live versions by profile, '' for the robot."""
+        with self._changed:
+            return dict(self._versions)
+
     def wait_for_version(self, version: int, profile: str = '',
                          timeout_s: float | None = None) -> AdapterVersion:
         """Wait until this version or a later one is live; raises TimeoutError."""
@@ -208,7 +218,7 @@ class MaceClient:
                 answer.chunks.append(message)
                 if answer.first_text_at is None:
                     answer.first_text_at = time.monotonic()
-                self._changed.notify_all()
+                answer.notify()
 
     def _on_response(self, message: Response) -> None:
         with self._changed:
@@ -219,7 +229,7 @@ class MaceClient:
                 return    # for another client that used the same id
             del self._answers[message.query_id]
             answer.response = message
-            self._changed.notify_all()
+            answer.notify()
 
     def _on_status(self, message: CorrectionStatus) -> None:
         with self._changed:
@@ -242,15 +252,17 @@ class MaceClient:
         """Give up the handles of a node that had ended at the last poll, then poll again."""
         with self._changed:
             for handle in self._leaving:
-                handle.lost = f'{self._name} has disappeared'
-                if isinstance(handle, AnswerHandle) and self._answers.get(handle.id) is handle:
-                    del self._answers[handle.id]
+                handle.lost = f'{self.name} has disappeared'
+                if isinstance(handle, AnswerHandle):
+                    if self._answers.get(handle.id) is handle:
+                        del self._answers[handle.id]
+                    handle.notify()
             self._leaving = []
             self._poll_presence()
             self._changed.notify_all()
 
     def _poll_presence(self) -> None:
-        endpoints = self.node.get_publishers_info_by_topic(f'{self._name}/response')
+        endpoints = self.node.get_publishers_info_by_topic(f'{self.name}/response')
         if self.presence.poll(endpoints, time.monotonic()):
             self._versions.clear()
             self._leaving += self._answers.values()
