@@ -23,6 +23,11 @@ Value = bool | int | float | str
 SIMILAR, EVERYWHERE = SCOPES = 'similar', 'everywhere'
 
 
+# Bounds of sampling parameters, of the defaults and of each query.
+MAX_TOP_K = 1000
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
+
+
 class InvalidSetting(ValueError):
     """A parameter has a wrong name, type or value; the message says what is allowed."""
 
@@ -75,6 +80,15 @@ class GenerationSettings:
         0.0, 'Sampling temperature; 0 is greedy', minimum=0.0, maximum=5.0)
     top_p: float = _parameter(
         1.0, 'Probability mass of nucleus sampling', minimum=0.01, maximum=1.0)
+    top_k: int = _parameter(
+        0, 'Number of best tokens to sample from; 0 is all', unit='tokens', minimum=0,
+        maximum=MAX_TOP_K)
+    min_p: float = _parameter(
+        0.0, 'Least probability of a token relative to that of the best one', minimum=0.0,
+        maximum=1.0)
+    repetition_penalty: float = _parameter(
+        1.0, 'Divides the logits of tokens that the prompt or the answer contains; 1 is none',
+        minimum=MIN_REPETITION_PENALTY, maximum=MAX_REPETITION_PENALTY)
     system: str = _parameter('', 'System prompt; empty for that of the chat template')
 
 

@@ -9,12 +9,30 @@ import math
 import uuid
 
 from mace_ros.api.chat_validation import check_prompt, text_problem
-from mace_ros.api.events import Correction, ErrorCode, InvalidCorrection, InvalidQuery, Query
-from mace_ros.api.settings import SCOPES, Settings
+from mace_ros.api.events import (
+    Correction,
+    ErrorCode,
+    InvalidCorrection,
+    InvalidQuery,
+    Query,
+    ResponseFormat,
+)
+from mace_ros.api.settings import (
+    MAX_REPETITION_PENALTY,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+    SCOPES,
+    Settings,
+)
 
 MAX_ID = 128            # characters of an id or profile
 MAX_STOPS = 16
 MAX_STOP = 256          # characters of a stop string
+MAX_BIASES = 300        # tokens of logit_bias
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0       # of frequency_penalty and presence_penalty, also below 0
+MAX_LOGPROBS = 20       # alternatives of a token
+MAX_CHOICES = 16        # answers to a query
 MAX_WEIGHT = 100.0
 MAX_UNWRITTEN = 1000    # corrections and answers that wait for the disk
 
@@ -33,14 +51,55 @@ def checked_query(query: Query, settings: Settings) -> Query:
         raise InvalidQuery(
             ErrorCode.INVALID_PARAMETER, f'stop: each string needs 1 to {MAX_STOP} characters')
     generation, slo = settings.generation, settings.slo
+    for name in ('frequency_penalty', 'presence_penalty'):
+        _number(name, getattr(query, name), 0.0, -MAX_PENALTY, MAX_PENALTY)
+    _number('logprobs', query.logprobs, 0, 0, MAX_LOGPROBS + 1)
+    _number('n', query.n, 1, 1, MAX_CHOICES)
     return replace(
         query,
         max_tokens=int(_number('max_tokens', query.max_tokens, generation.max_tokens, 0, 2**31)),
         temperature=_number('temperature', query.temperature, generation.temperature, 0, 5),
         top_p=_number('top_p', query.top_p, generation.top_p, 0, 1),
+        top_k=int(_number('top_k', query.top_k, generation.top_k, 0, MAX_TOP_K)),
+        min_p=_number('min_p', query.min_p, generation.min_p, 0, 1),
+        repetition_penalty=_number(
+            'repetition_penalty', query.repetition_penalty, generation.repetition_penalty,
+            MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
         seed=uuid.uuid4().int % 2**31 if query.seed is None else query.seed,
         ttft_slo_ms=_number('ttft_slo_ms', query.ttft_slo_ms, slo.ttft_ms, 0, math.inf),
         tpot_slo_ms=_number('tpot_slo_ms', query.tpot_slo_ms, slo.tpot_ms, 0, math.inf))
+
+
+def check_logit_bias(query: Query, vocabulary: int) -> None:
+    """Raise :class:`InvalidQuery` unless the biases are of different tokens of the vocabulary."""
+    tokens, values = query.logit_bias_tokens, query.logit_bias_values
+    problem = ''
+    if len(tokens) != len(values):
+        problem = f'{len(tokens)} tokens, and {len(values)} logit_bias_values'
+    elif len(tokens) > MAX_BIASES:
+        problem = f'more than {MAX_BIASES} tokens'
+    elif len(set(tokens)) < len(tokens):
+        problem = 'a token is in it twice'
+    elif tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        problem = f'each token must be between 0 and {vocabulary - 1}'
+    if problem:
+        raise InvalidQuery(ErrorCode.INVALID_PARAMETER, f'logit_bias_tokens: {problem}')
+    for value in values:
+        _number('logit_bias_values', value, 0.0, -MAX_BIAS, MAX_BIAS)
+
+
+def check_response_format(query: Query) -> None:
+    """Raise :class:`InvalidQuery` unless the format is known and its schema is of usable size."""
+    kind, schema = query.response_format, query.response_schema
+    _number('response_format', kind, 0, min(ResponseFormat), max(ResponseFormat))
+    needed = kind not in (ResponseFormat.FREE, ResponseFormat.JSON)
+    problem = text_problem(schema)
+    if needed and not schema.strip():
+        problem = f'empty, and response_format {ResponseFormat(kind).name} needs it'
+    elif schema and not needed:
+        problem = f'response_format {ResponseFormat(kind).name} has none'
+    if problem:
+        raise InvalidQuery(ErrorCode.INVALID_PARAMETER, f'response_schema: {problem}')
 
 
 def checked_correction(correction: Correction) -> Correction:

@@ -35,6 +35,7 @@ from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.constraints import ConstraintCompiler
 from mace_ros.model.cpu_matmul import multiplies_int8
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import (
@@ -58,6 +59,7 @@ from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.packing import pack
 from mace_ros.model.token_ranks import token_ranks
+from mace_ros.model.vocabulary import Vocabulary
 from mace_ros.scheduling.cost_model import CALIBRATION_S, CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
@@ -125,7 +127,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     cost = _calibrate(settings, model, lora, progress, clock)
     return Parts(
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
-        chat=chat,
+        chat=chat, constraints=ConstraintCompiler(Vocabulary(
+            loaded.tokenizer, chat.end_tokens, config.vocab_size)),
         hardware=device.hardware, free_bytes=device.free_bytes, lora=lora,
         slots=slots, scopes=scopes, router=Router(slots, scopes),
         state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,

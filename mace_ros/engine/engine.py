@@ -52,6 +52,7 @@ from mace_ros.engine.learner_requests import LearnerRequests
 from mace_ros.engine.model_runner import ModelRunner, PassResult
 from mace_ros.engine.parts import budget_bytes, Parts
 from mace_ros.engine.request_manager import queue_full, RequestManager
+from mace_ros.engine.response_format import compile_format
 from mace_ros.engine.snapshot import take_status
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.acceptance import accept, Accepted
@@ -90,6 +91,7 @@ class Engine:
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
             router=parts.router, recorder=self._recorder, background=self._background,
             memory=parts.memory, context_length=parts.model.context_length,
+            vocabulary=parts.constraints.vocabulary,
             answered=learner.answered, clock=clock)
         self._learner_requests = LearnerRequests(
             learner, self.requests, self._background, self._inbox.wake)
@@ -128,7 +130,8 @@ class Engine:
         """Take a query; exactly one :class:`Response` follows."""
         arrival, limit = self._clock(), self._settings.scheduler.max_queue
         if self._inbox.queries < limit:
-            self._inbox.put(SubmitQuery(query, arrival))
+            self._inbox.put(SubmitQuery(
+                query, arrival, compile_format(query, self.parts.constraints)))
         else:    # an iteration takes long, or hangs
             self._inbox.put(Publish(self.requests.refuse(
                 replace(query, id=query.id or str(uuid.uuid4())), arrival,
@@ -273,8 +276,8 @@ class Engine:
 
     def _received(self, message: Message) -> list[Event]:
         match message:
-            case SubmitQuery(query, arrival):
-                return self.requests.admit(query, arrival)
+            case SubmitQuery(query, arrival, constraint):
+                return self.requests.admit(query, arrival, constraint)
             case AbortQuery(query_id):
                 return self.requests.cancel(query_id)
             case CorrectionWritten(correction, outcome):
@@ -417,7 +420,7 @@ class Engine:
             events += self._fail_requests(result.plan, result.error)
         with self._observers.timed('commit'):
             try:
-                events += self.requests.commit(result.sampled, result.tokens)
+                events += self.requests.commit(result.sampled, result.tokens, result.scores)
             except Exception as error:    # the pass is committed whole or not at all
                 events += self._fail_requests(result.plan, error)
         self._observers.committed([active.request for active in result.sampled])

@@ -15,6 +15,7 @@ from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.memory.budget import MB
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.constraints import ConstraintCompiler
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.cost_model import CostModel
@@ -33,6 +34,7 @@ class Parts:
     model_name: str
     weights_digest: str         # identifies the base model's answers in the journal
     chat: ChatTokenizer
+    constraints: ConstraintCompiler
     hardware: Hardware
     free_bytes: float           # beside the base model, when it was loaded
     lora: LoRAManager

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 import uuid
 
@@ -16,9 +16,10 @@ from mace_ros.api.events import (
     Query,
     Response,
     ResponseChunk,
+    TokenLogprobs,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.api.validation import checked_query, MAX_ID
+from mace_ros.api.validation import check_logit_bias, checked_query, MAX_ID
 from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
@@ -27,6 +28,9 @@ from mace_ros.engine.router import Route, Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.constraints import Constraint
+from mace_ros.model.sampling import Scores
+from mace_ros.model.vocabulary import Vocabulary
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
@@ -39,7 +43,8 @@ class RequestManager:
     def __init__(self, settings: Settings, *, chat: ChatTokenizer, state: State,
                  kv_cache: KVCacheManager, router: Router, recorder: AnswerRecorder,
                  background: BackgroundRequests, memory: MemoryArbiter, context_length: int,
-                 answered: Callable[[str], None], clock: Callable[[], float]) -> None:
+                 vocabulary: Vocabulary, answered: Callable[[str], None],
+                 clock: Callable[[], float]) -> None:
         """
         Begin without a request.
 
@@ -49,21 +54,22 @@ class RequestManager:
         self._settings, self._chat, self._state = settings, chat, state
         self._kv_cache, self._router, self._recorder = kv_cache, router, recorder
         self._background, self._memory, self._context_length = background, memory, context_length
-        self._answered, self._clock = answered, clock
-        self._active: dict[str, ActiveRequest] = {}
+        self._vocabulary, self._answered, self._clock = vocabulary, answered, clock
+        self._active: dict[str, ActiveRequest] = {}     # by the id of its request
+        self._queries: dict[str, ActiveRequest] = {}    # the first answer, until all have ended
         self._early_aborts = EarlyAborts()
 
     def __len__(self) -> int:
         """Return the number of active requests, silent ones included."""
         return len(self._active)
 
-    def __contains__(self, query_id: object) -> bool:
+    def __contains__(self, request_id: object) -> bool:
         """Return whether a request is active."""
-        return query_id in self._active
+        return request_id in self._active
 
-    def __getitem__(self, query_id: str) -> ActiveRequest:
+    def __getitem__(self, request_id: str) -> ActiveRequest:
         """Return an active request; raises ``KeyError`` if it has ended."""
-        return self._active[query_id]
+        return self._active[request_id]
 
     @property
     def max_length(self) -> int:
@@ -83,12 +89,16 @@ class RequestManager:
 
     # -- admission -------------------------------------------------------------------
 
-    def admit(self, query: Query, arrival: float) -> list[Event]:
+    def admit(self, query: Query, arrival: float,
+              constraint: Constraint | InvalidQuery | None = None) -> list[Event]:
         """Queue a query, or return its rejection."""
         query = replace(query, id=query.id or str(uuid.uuid4()))
         try:
             self._check(query)
             query = checked_query(query, self._settings)
+            check_logit_bias(query, self._vocabulary.size)
+            if isinstance(constraint, InvalidQuery):
+                raise constraint
             limit = self._settings.scheduler.max_queue
             if self.queue_depth >= limit:
                 raise InvalidQuery(ErrorCode.OVERLOADED, queue_full(limit))
@@ -101,6 +111,8 @@ class RequestManager:
             active = build_request(
                 query, arrival, conversations.get(query.conversation_id), self._chat,
                 self._settings.generation.system, self.max_length)
+            active.constraint = constraint
+            active.add_choices(query.n, self._chat)
         except InvalidQuery as error:
             if error.code is not ErrorCode.DUPLICATE_ID and len(query.id) <= MAX_ID:
                 self._early_aborts.ended(query.id)
@@ -116,7 +128,7 @@ class RequestManager:
 
     def _check(self, query: Query) -> None:
         # First of all checks: any other rejection would be taken for the active query's response.
-        if query.id in self._active:
+        if query.id in self._queries:
             raise InvalidQuery(
                 ErrorCode.DUPLICATE_ID, f'id: a query {query.id!r} is active already')
 
@@ -129,12 +141,19 @@ class RequestManager:
 
     def start(self, active: ActiveRequest) -> None:
         """Queue a request for scheduling; it keeps the version in whose scope it is now."""
-        active.route = self._route(active)
+        active.route = active.route or self._route(active)
         active.request.adapter_slot = active.version.slot
         active.request.block_hashes = BlockHashes(
             active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
-        self._active[active.query.id] = active
+        self._active[active.request.id] = active
+        self._queries.setdefault(active.query.id, active)
         self._state.waiting.add(active.request)
+
+    def _start_others(self, first: ActiveRequest) -> None:
+        """Start the other answers to a query, which find the prompt in the prefix cache."""
+        for choice in first.choices[1:]:
+            choice.route, choice.request.arrival = first.route, self._clock()
+            self.start(choice)
 
     def _route(self, active: ActiveRequest) -> Route:
         if active.is_silent:
@@ -144,21 +163,29 @@ class RequestManager:
 
     # -- tokens ----------------------------------------------------------------------
 
-    def commit(self, sampled: Sequence[ActiveRequest],
-               tokens: Sequence[int]) -> Iterator[Event]:
+    def commit(self, sampled: Sequence[ActiveRequest], tokens: Sequence[int],
+               scores: Mapping[int, Scores]) -> Iterator[Event]:
         """Append one token to each request, and end those that are complete."""
         now = self._clock()
-        for active, token in zip(sampled, tokens, strict=True):
+        for i, (active, token) in enumerate(zip(sampled, tokens, strict=True)):
             try:
-                chunk = active.append(token, now, self._chat.end_tokens)
-            except Exception as error:    # a tokenizer that can't decode its own tokens
+                logprobs = self._logprobs(token, scores[i]) if i in scores else None
+                chunk = active.append(token, now, self._chat.end_tokens, logprobs)
+            except Exception as error:    # of a constraint, or of a tokenizer with its own tokens
                 yield from self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                     f'{type(error).__name__}: {error}')
                 continue
             if chunk is not None and not active.is_silent:
                 yield chunk
+            if active.request.output_tokens == 1 and active is active.choices[0]:
+                self._start_others(active)
             if active.finish is not None:
                 yield from self.end(active, active.finish)
+
+    def _logprobs(self, token: int, scores: Scores) -> TokenLogprobs:
+        return TokenLogprobs(
+            self._vocabulary.logprob(token, scores.logprob),
+            tuple([self._vocabulary.logprob(*best) for best in scores.best]))
 
     def _fit(self) -> list[Event]:
         """Shorten the answers that would grow beyond the KV cache."""
@@ -180,12 +207,13 @@ class RequestManager:
 
     def cancel(self, query_id: str) -> list[Event]:
         """End a query early, even if it arrives after its cancellation."""
-        active = self._active.get(query_id)
-        if active is None:
+        first = self._queries.get(query_id)
+        if first is None:
             self._early_aborts.cancelled(query_id, self._clock())
-        if active is None or active.is_silent:
+        if first is None or first.is_silent:
             return []
-        return self.end(active, FinishReason.CANCELLED)
+        return [event for choice in first.choices if choice.outcome is None
+                for event in self.end(choice, FinishReason.CANCELLED)]
 
     def cancel_all(self) -> list[Event]:
         """End all requests."""
@@ -199,30 +227,45 @@ class RequestManager:
             ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
             rejection.reason)]
 
-    def fail(self, query_ids: Iterable[str], reason: str) -> list[Event]:
+    def fail(self, request_ids: Iterable[str], reason: str) -> list[Event]:
         """End the requests of a failed pass, unless they have ended."""
-        return [event for query_id in query_ids if query_id in self._active
-                for event in self.end(self._active[query_id], FinishReason.ERROR,
+        return [event for request_id in request_ids if request_id in self._active
+                for event in self.end(self._active[request_id], FinishReason.ERROR,
                                       ErrorCode.INTERNAL, reason)]
 
     def end(self, active: ActiveRequest, reason: FinishReason,
             code: ErrorCode = ErrorCode.NONE, error: str = '') -> list[Event]:
         """Take a request out of the engine; return its last events."""
-        query = active.query
-        del self._active[query.id]
-        self._early_aborts.ended(query.id)
-        complete = reason in COMPLETE
-        if active.is_silent:    # while it has its blocks, which may be read
-            self._background.ended(active, reason, error)
-        self._kv_cache.free(active.request)
-        self._router.release(active.version)
-        if active.is_silent:
+        first, events = active.choices[0], list[Event]()
+        # Answers that still wait for the first one's prompt end with it.
+        waiting = [c for c in first.choices
+                   if c.outcome is None and c.request.id not in self._active]
+        for choice in (active, *waiting):
+            choice.outcome, choice.error_code, choice.error = reason, code, error
+            if choice.request.id in self._active:
+                self._free(choice)
+            # A query that is rejected has no stream, unless another answer has begun it.
+            streams = reason is not FinishReason.REJECTED or any(c.chunks for c in first.choices)
+            if streams and not choice.closed and not choice.is_silent:
+                chunk = choice.closing_chunk()
+                events += [] if chunk is None else [chunk]
+        if first.is_open:
+            return events
+        del self._queries[first.query.id]
+        self._early_aborts.ended(first.query.id)
+        self._router.release(first.version)
+        if first.is_silent:
             return []
-        if active.request.output_tokens:
-            self._record(active, complete=complete)
-        closed = active.closed or reason is FinishReason.REJECTED
-        closing = [] if closed else [active.last_chunk()]
-        return [*closing, active.response(reason, self._clock(), code, error)]
+        if first.request.output_tokens:
+            self._record(first, complete=first.outcome in COMPLETE)
+        return [*events, first.response(self._clock())]
+
+    def _free(self, active: ActiveRequest) -> None:
+        """Take one request out of the engine."""
+        del self._active[active.request.id]
+        if active.is_silent:    # while it has its blocks, which may be read
+            self._background.ended(active, active.reason, active.error)
+        self._kv_cache.free(active.request)
 
     def _record(self, active: ActiveRequest, *, complete: bool) -> None:
         self._background.answered(active)

@@ -58,11 +58,11 @@ class AnswerHandle:
 
     @property
     def text(self) -> str:
-        """The text received so far."""
+        """The text received so far, of the first answer if ``n`` is above 1."""
         # The response is on another topic and may arrive before the last chunks.
         if self.response is not None:
             return str(self.response.text)
-        return ''.join(chunk.text for chunk in self.chunks)
+        return ''.join(chunk.text for chunk in self.chunks if chunk.choice == 0)
 
     def is_complete(self) -> bool:
         """Return whether the response has arrived."""

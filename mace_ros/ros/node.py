@@ -3,8 +3,9 @@
 """
 The node: ROS messages in, the engine's events as ROS messages out.
 
-It has three threads: the main thread waits for a signal, one thread serves ROS and never
-computes, and one owns the engine and the device (:mod:`mace_ros.ros.engine_thread`).
+It has three threads: the main thread waits for a signal, one thread serves ROS and
+computes nothing but the formats of answers, and one owns the engine and the device
+(:mod:`mace_ros.ros.engine_thread`).
 """
 
 from __future__ import annotations
@@ -223,6 +224,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         engine = build_engine(
             self._parameter_server.settings, storage=self._storage, wake=self._engine_thread.wake,
             progress=self._report_progress)
+        engine.parts.constraints.prepare()
         self._engine_thread.load(engine)
         self._status.watch(engine.hardware)
         log.info(f'journal and adapter versions are in {self._storage}')
