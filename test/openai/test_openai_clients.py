@@ -127,6 +127,75 @@ def test_a_seed_and_a_stop_string_are_obeyed(client: OpenAI) -> None:
     assert stopped.finish_reason == 'stop'
 
 
+def test_logprobs_are_those_of_the_tokens(client: OpenAI) -> None:
+    whole = ask(client, 'Who are you?', logprobs=True, top_logprobs=2).choices[0]
+    positions = whole.logprobs.content
+    assert len(positions) >= len(whole.message.content.split())
+    assert ''.join(bytes(p.bytes or ()).decode(errors='replace') for p in positions).startswith(
+        whole.message.content[:4])
+    for position in positions:
+        assert [t.logprob for t in position.top_logprobs] == sorted(
+            (t.logprob for t in position.top_logprobs), reverse=True)
+        assert position.logprob == position.top_logprobs[0].logprob <= 0.0     # greedy
+    streamed = [position for chunk in ask(
+        client, 'Who are you?', logprobs=True, top_logprobs=2, stream=True)
+        if chunk.choices[0].logprobs for position in chunk.choices[0].logprobs.content]
+    assert [p.token for p in streamed] == [p.token for p in positions]
+
+
+def test_two_answers_differ_and_are_streamed_apart(client: OpenAI) -> None:
+    options = {'n': 2, 'temperature': 1.0, 'seed': 5}
+    reply = ask(client, 'Sing.', **options)
+    texts = [choice.message.content for choice in reply.choices]
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    assert texts[0] == ask(client, 'Sing.', temperature=1.0, seed=5).choices[0].message.content
+    assert texts[0] != texts[1]
+    streamed, ends = ['', ''], []
+    for chunk in ask(client, 'Sing.', stream=True, **options):
+        [choice] = chunk.choices
+        streamed[choice.index] += choice.delta.content or ''
+        ends += [choice.index] if choice.finish_reason else []
+    assert (streamed, sorted(ends)) == (texts, [0, 1])
+    assert reply.usage.completion_tokens > len(texts)
+
+
+PLAN = {'type': 'object', 'additionalProperties': False, 'required': ['steps', 'mood'],
+        'properties': {
+            'mood': {'enum': ['calm', 'hasty']},
+            'steps': {'type': 'array', 'minItems': 1, 'maxItems': 3, 'items': {
+                'type': 'object', 'additionalProperties': False, 'required': ['go', 'speed'],
+                'properties': {
+                    'go': {'type': 'array', 'maxItems': 2, 'items': {'enum': ['dock', 'home']}},
+                    'speed': {'type': 'integer', 'minimum': 0, 'maximum': 9}}}}}}
+
+
+def test_fifty_of_fifty_answers_are_json_of_the_schema(client: OpenAI) -> None:
+    def answer(number: int) -> object:
+        choice = ask(client, f'Plan {number}.', temperature=1.0, max_tokens=300, seed=number,
+                     response_format={'type': 'json_schema', 'json_schema': {
+                         'name': 'plan', 'strict': True, 'schema': PLAN}}).choices[0]
+        assert choice.finish_reason == 'stop'
+        return json.loads(choice.message.content)
+
+    with ThreadPoolExecutor(8) as threads:
+        plans = list(threads.map(answer, range(50)))
+    for plan in plans:
+        jsonschema.validate(plan, PLAN)
+    assert len({json.dumps(plan) for plan in plans}) > 10
+
+
+def test_an_invalid_schema_is_refused(client: OpenAI) -> None:
+    for wanted in ({'type': 'json_schema', 'json_schema': {
+                        'name': 'a', 'schema': {'type': 'nothing'}}},
+                   {'type': 'regex', 'regex': '('}, {'type': 'grammar', 'grammar': 'start: nothing'}):
+        with pytest.raises(BadRequestError) as refused:
+            ask(client, 'Hi.', response_format=wanted)
+        assert (refused.value.code, refused.value.param) == (
+            'invalid_parameter', 'response_schema')
+    assert json.loads(ask(client, 'Hi.', response_format={
+        'type': 'grammar', 'grammar': 'start: "[1, 2]"'}).choices[0].message.content) == [1, 2]
+
+
 def test_a_client_that_disconnects_cancels_its_answer(
         client: OpenAI, server: ServerProcess) -> None:
     name = 'mace_queries_total{finish_reason="cancelled"}'
@@ -213,6 +282,42 @@ def test_a_tool_call_and_its_result(client: OpenAI, server: ServerProcess) -> No
             *messages(question), reply.message.to_dict(),
             {'role': 'tool', 'tool_call_id': call.id, 'content': 'Arrived.'}])
     assert after.choices[0].finish_reason in ('stop', 'length')
+
+
+def test_a_call_can_be_demanded(client: OpenAI) -> None:
+    stop = {'type': 'function', 'function': {'name': 'stop', 'parameters': {
+        'type': 'object', 'properties': {'in_s': {'enum': [1, 2]}}, 'required': ['in_s'],
+        'additionalProperties': False}}}
+    for choice in ('required', {'type': 'function', 'function': {'name': 'stop'}}):
+        for stream in (False, True):
+            reply = ask(client, 'Sing.', tools=[stop], tool_choice=choice, stream=stream,
+                        temperature=1.0, max_tokens=60)
+            calls = [call for chunk in reply for call in chunk.choices[0].delta.tool_calls or []
+                     ] if stream else reply.choices[0].message.tool_calls
+            [call] = calls
+            assert call.function.name == 'stop'
+            assert json.loads(call.function.arguments)['in_s'] in (1, 2)
+    none = ask(client, 'Sing.', tools=[stop], tool_choice='none')
+    assert none.choices[0].message.tool_calls is None
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, 'Sing.', tool_choice='required', tools=[{'type': 'function', 'function': {
+            'name': 'a', 'parameters': {'type': 'nothing'}}}])
+    assert refused.value.param == 'tools'
+
+
+class Plan(BaseModel):
+    """What to do next."""
+
+    go: Literal[dock, home]
+    speeds: list[Literal[1, 2, 3]] = Field(max_length=2)
+
+
+@pytest.mark.parametrize('method', ['json_schema', 'function_calling'])
+def test_langchain_gets_structured_output(server: ServerProcess, method: str) -> None:
+    llm = ChatOpenAI(base_url=server.url, api_key='none', model='mace', temperature=1.0,
+                     max_tokens=100, seed=4)
+    plan = llm.with_structured_output(Plan, method=method).invoke('Where to?')
+    assert isinstance(plan, Plan)
 
 
 @tool
