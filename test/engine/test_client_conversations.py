@@ -116,3 +116,23 @@ def test_a_call_is_learned_and_a_later_turn_uses_its_result(tool_robot: Robot) -
         ChatMessage('tool', 'Arrived.', tool_call_id=call.id)))
     assert result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
     assert result.prompt_tokens > answer.prompt_tokens
+
+
+@pytest.mark.parametrize('choice', ['required', 'stop'])
+def test_a_call_can_be_demanded(tool_robot: Robot, choice: str) -> None:
+    stop = Tool('stop', '', json.dumps({
+        'type': 'object', 'required': ['when'], 'additionalProperties': False, 'properties': {
+            'when': {'$ref': '#/$defs/When'}}, '$defs': {'When': {'enum': ['now', 'later']}}}))
+    none = Tool('wait', '', '{"type": "object", "additionalProperties": false}')
+    for seed in range(3):
+        answer = tool_robot.ask('Sing.', tools=(stop, none), tool_choice=choice, temperature=1.0,
+                                seed=seed, max_tokens=60)
+        [call] = answer.tool_calls
+        assert answer.finish_reason is FinishReason.STOP
+        assert call.name in (('stop',) if choice == 'stop' else ('stop', 'wait'))
+        if call.name == 'stop':
+            assert json.loads(call.arguments)['when'] in ('now', 'later')
+    invalid = tool_robot.ask(
+        'Sing.', tools=(Tool('stop', '', '{"type": "nothing"}'),), tool_choice='required')
+    assert (invalid.error_code, invalid.error.partition(':')[0]) == (
+        ErrorCode.INVALID_PARAMETER, 'tools')

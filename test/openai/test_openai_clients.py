@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import json
 from pathlib import Path
 import shutil
+from typing import Literal
 
+import jsonschema
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from openai import BadRequestError, NotFoundError, OpenAI
+from pydantic import BaseModel, Field
 import pytest
 from support.chat_templates import HERMES
 from support.graph import ENVIRONMENT, wait_until
@@ -187,7 +190,8 @@ def test_fifty_of_fifty_answers_are_json_of_the_schema(client: OpenAI) -> None:
 def test_an_invalid_schema_is_refused(client: OpenAI) -> None:
     for wanted in ({'type': 'json_schema', 'json_schema': {
                         'name': 'a', 'schema': {'type': 'nothing'}}},
-                   {'type': 'regex', 'regex': '('}, {'type': 'grammar', 'grammar': 'start: nothing'}):
+                   {'type': 'regex', 'regex': '('},
+                   {'type': 'grammar', 'grammar': 'start: nothing'}):
         with pytest.raises(BadRequestError) as refused:
             ask(client, 'Hi.', response_format=wanted)
         assert (refused.value.code, refused.value.param) == (
@@ -308,7 +312,7 @@ def test_a_call_can_be_demanded(client: OpenAI) -> None:
 class Plan(BaseModel):
     """What to do next."""
 
-    go: Literal[dock, home]
+    go: Literal['dock', 'home']
     speeds: list[Literal[1, 2, 3]] = Field(max_length=2)
 
 
