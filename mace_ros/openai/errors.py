@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -62,8 +63,13 @@ def error_of(response: Response) -> ApiError | None:
 def error_of_body(error: ValidationError) -> ApiError:
     """Return the error of a request's body that is not as documented."""
     problems = error.errors(include_url=False, include_input=False, include_context=False)
-    where = ['.'.join(map(str, problem['loc'])) for problem in problems]
-    first = where[0] or None
+    where = [_field(problem['loc']) for problem in problems]
     message = '; '.join(f'{place}: {problem["msg"]}' if place else problem['msg']
                         for place, problem in list(zip(where, problems, strict=True))[:5])
-    return ApiError(400, message, code='invalid_body', param=first)
+    return ApiError(400, message, code='invalid_body', param=where[0] or None)
+
+
+def _field(place: tuple[int | str, ...]) -> str:
+    """Return the name of a field, without the types that pydantic puts between its parts."""
+    return '.'.join(str(part) for part in place if isinstance(part, int) or (
+        re.fullmatch('[a-z_]+', part) and part not in ('str', 'int', 'float', 'bool')))

@@ -41,8 +41,8 @@ def asked(robot: Robot, *, calls_tool: bool) -> str:
 def settings_of(settings: Settings, scope: str) -> Settings:
     """Return settings in which only exact answers are guarded, and nothing is replayed."""
     return settings.updated({
-        'adapter.scope': scope, 'gate.tolerance': 1.0, 'finetune.replay_samples': 1,
-        'finetune.replay_weight': 0.0, 'adapter.scope_threshold': 0.0})
+        'adapter.scope': scope, 'gate.tolerance': 1.0, 'finetune.replay_samples': 0,
+        'adapter.scope_threshold': 0.0})
 
 
 @pytest.mark.parametrize('scope', ['everywhere', 'similar'])
