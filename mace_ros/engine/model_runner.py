@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from mace_ros.engine.active_request import ActiveRequest
 from mace_ros.engine.inbox import Inbox
@@ -24,7 +23,6 @@ from mace_ros.scheduling.plan_ahead import plan_ahead, still_valid
 from mace_ros.scheduling.request import Request
 from mace_ros.telemetry.observer import Observers
 
-NO_SCORES: Mapping[int, Scores] = MappingProxyType({})
 MAX_FAILED_PASSES = 10      # failed passes in a row after which the device counts as broken
 
 
@@ -78,7 +76,7 @@ class PassResult:
     plan: Plan
     sampled: Sequence[ActiveRequest] = ()
     tokens: Sequence[int] = ()
-    scores: Mapping[int, Scores] = NO_SCORES
+    scores: Mapping[int, Scores] = field(default_factory=dict)
     error: Exception | None = None
     learning_error: Exception | None = None
 
@@ -234,10 +232,11 @@ class ModelRunner:
         return tokens, scores
 
     def _ended(self, batch: PackedBatch, seconds: float, sampled: Sequence[ActiveRequest] = (),
-               tokens: Sequence[int] = (), scores: Mapping[int, Scores] = NO_SCORES) -> PassResult:
+               tokens: Sequence[int] = (), scores: Mapping[int, Scores] | None = None,
+               ) -> PassResult:
         """Return the result of a pass, after which the plan's segments may run."""
         self._unfinished = batch.plan, batch.step, seconds
-        return PassResult(batch.plan, sampled, tokens, scores,
+        return PassResult(batch.plan, sampled, tokens, scores or {},
                           learning_error=batch.learning_error)
 
     def _failed(self, plan: Plan, batch: PackedBatch | None, error: Exception) -> PassResult:

@@ -21,11 +21,12 @@ from mace_ros.model.vocabulary import UnreadableVocabulary, Vocabulary
 
 # At most one space where JSON allows white space, since a model may never stop writing it.
 JSON_OPTIONS = {'whitespace_pattern': ' ?'}
-# Of compiling and of one mask: about 20 and 5 ms on a desktop CPU. The library's defaults
-# allow several times as much, for which other requests would wait.
+# At the library's own rates, 20 ms for the lexer of a format, and 10 ms for a mask, which other
+# requests would wait for; most masks take less than 0.1 ms.
 LIMITS = LLParserLimits(
     max_grammar_size=100_000, initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000,
     step_max_items=50_000, verbose_errors=False)
+MAX_REASON = 500    # characters
 KEPT = 32       # compiled formats, the latest ones; the next mask of one is found faster
 
 
@@ -61,7 +62,7 @@ class Constraint:
         """Append a token to the answer; raises :class:`ConstraintBroken`."""
         if not self._matcher.consume_token(token):
             self._broken()
-            raise ConstraintBroken(_first_line(self._matcher.get_error()))
+            raise ConstraintBroken(_reason(self._matcher.get_error()))
 
 
 class ConstraintCompiler:
@@ -90,9 +91,9 @@ class ConstraintCompiler:
                 matcher = LLMatcher(self.vocabulary.index(), _grammar(kind, schema),
                                     limits=LIMITS, log_level=0)
             except (ValueError, UnreadableVocabulary) as error:
-                raise InvalidFormat(_first_line(str(error))) from error
+                raise InvalidFormat(_reason(str(error))) from error
             if matcher.is_error():
-                raise InvalidFormat(_first_line(matcher.get_error()))
+                raise InvalidFormat(_reason(matcher.get_error()))
         with self._lock:
             self._compiled[kind, schema] = matcher
             self._compiled.move_to_end((kind, schema))
@@ -117,6 +118,6 @@ def _grammar(kind: int, schema: str) -> str:
     return str(grammar)
 
 
-def _first_line(error: str) -> str:
-    """Return the reason of an error, without the state of the parser."""
-    return next((line.strip() for line in error.splitlines() if line.strip()), 'unknown error')
+def _reason(error: str) -> str:
+    """Return the library's message as one line of bounded length."""
+    return ' '.join(error.split())[:MAX_REASON] or 'unknown error'

@@ -33,6 +33,12 @@ class LogitChanges:
     bias: tuple[tuple[int, float], ...] = ()    # of different token ids
 
     @cached_property
+    def bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The token ids of the bias, and what is added to each."""
+        return (np.array([token for token, _ in self.bias], dtype=np.int64),
+                np.array([value for _, value in self.bias], dtype=np.float32))
+
+    @cached_property
     def is_none(self) -> bool:
         """Whether nothing is changed."""
         return not (self.bias or self.penalises)
@@ -67,14 +73,12 @@ def places(chosen: Sequence[int], rows: int, device: torch.device) -> Tensor | s
 
 
 def _add_biases(logits: Tensor, rows: Sequence[RowChanges]) -> None:
-    vocabulary = logits.shape[-1]
-    pairs = [(i * vocabulary + token, value) for i, (changes, *_) in enumerate(rows)
-             for token, value in changes.bias]
-    if pairs:
-        at, values = zip(*pairs, strict=True)
+    biased = {i: changes.bias_arrays for i, (changes, *_) in enumerate(rows) if changes.bias}
+    if biased:
+        at = [tokens + i * logits.shape[-1] for i, (tokens, _) in biased.items()]
         logits.view(-1).index_add_(
-            0, to_device(np.array(at), logits.device),
-            to_device(np.array(values, dtype=np.float32), logits.device))
+            0, to_device(np.concatenate(at), logits.device),
+            to_device(np.concatenate([values for _, values in biased.values()]), logits.device))
 
 
 def _penalise(logits: Tensor, rows: Sequence[RowChanges]) -> None:

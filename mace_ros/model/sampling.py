@@ -132,7 +132,7 @@ def _draw(logits: Tensor, rows: Sequence[Row], candidates: int) -> Tensor:
         # On CUDA the sums may decrease by a rounding error, and the search then miss its token.
         return torch.where(weights.gather(-1, found) > 0, found, best.indices)[:, 0]
     ordered = (logits.topk(candidates) if candidates < logits.shape[-1]
-               else logits.sort(-1, descending=True, stable=True))
+               else logits.sort(dim=-1, descending=True, stable=True))
     weights = ((ordered.values - ordered.values[:, :1]) / temperature).exp()
     sums = weights.cumsum(-1)
     # Each limit keeps the tokens before a place in the order, and always the first.

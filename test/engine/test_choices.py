@@ -147,6 +147,6 @@ def test_defaults_of_sampling_are_settings(settings: Settings, tmp_path: Path) -
         assert robot.ask('Sing.', temperature=1.0, max_tokens=8).text == greedy.text
         assert robot.ask('Sing.', temperature=1.0, top_k=0, seed=1, max_tokens=8
                          ).text != greedy.text
-        robot.engine.update(robot.engine.settings.updated({'generation.repetition_penalty': 5.0}))
+        robot.engine.update(robot.engine.settings.updated({'generation.repetition_penalty': 0.1}))
         assert robot.ask('Sing.', max_tokens=8).text != greedy.text
         assert robot.ask('Sing.', max_tokens=8, repetition_penalty=1.0).text == greedy.text

@@ -146,7 +146,7 @@ def test_no_format_takes_long(compiler: ConstraintCompiler, kind: ResponseFormat
             constraint.advance(allowed(constraint)[0])
     except (InvalidFormat, ConstraintBroken):
         pass
-    assert time.process_time() - began < 5.0
+    assert time.process_time() - began < 2.0
 
 
 def test_tokens_have_their_bytes(chat: ChatTokenizer, compiler: ConstraintCompiler) -> None:

@@ -128,7 +128,7 @@ def test_output_tokens_are_penalised_by_their_number_and_their_presence() -> Non
         frequency_penalty=0.5, presence_penalty=-1.5, bias=((9, 3.0), (8, -4.0)))
     sample(changed, [Row(Sampling(changes=penalties), [1, 2, 3, 3, 2, 3, 8], 3), Row(Sampling())])
     difference = torch.zeros(VOCABULARY)
-    difference[[3, 2, 8, 9]] = torch.tensor([-1.5 + 1.5, -0.5 + 1.5, -0.5 + 1.5 - 4.0, 3.0])
+    difference[[3, 2, 8, 9]] = torch.tensor([-1.0 + 1.5, -0.5 + 1.5, -0.5 + 1.5 - 4.0, 3.0])
     torch.testing.assert_close(changed[0], logits[0] + difference)
     assert torch.equal(changed[1], logits[1])
 
