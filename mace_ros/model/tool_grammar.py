@@ -47,7 +47,8 @@ def call_grammar(format_: ToolFormat, tools: Sequence[Tool], markers: Mapping[in
 
 def _call(name: str, key: str, schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a call; what the arguments refer to stays at the root."""
-    shared = {each: schema[each] for each in ('$defs', 'definitions') if each in schema}
+    shared: dict[str, Any] = {
+        each: schema[each] for each in ('$defs', 'definitions') if each in schema}
     own = {each: value for each, value in schema.items() if each not in shared}
     if 'properties' in own:     # a small model could go on with others for ever
         own.setdefault('additionalProperties', False)
