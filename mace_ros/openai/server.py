@@ -34,12 +34,12 @@ def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
         print(f'--host {given.host} --port {given.port}: {error}', file=sys.stderr)
         return 2
     app = build_app(
-        client, model_name=given.model_name or given.node.strip('/'), timeout_s=given.timeout,
+        client, model_name=given.model_name or client.name.strip('/'), timeout_s=given.timeout,
         limits=Limits(key, given.max_body_bytes, given.max_concurrent))
     server = uvicorn.Server(uvicorn.Config(
         app, log_level='warning', access_log=False, timeout_graceful_shutdown=SHUTDOWN_S))
     host = f'[{given.host}]' if ':' in given.host else given.host
-    print(f'{given.node} is served on http://{host}:{listener.getsockname()[1]}/v1',
+    print(f'{client.name} is served on http://{host}:{listener.getsockname()[1]}/v1',
           file=sys.stderr, flush=True)
     # After its clean-up, uvicorn raises the signal again: end as a program that has done its work.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -98,7 +98,8 @@ def test_corrections_that_a_version_has_lost_are_learned_again_in_idle_time(
         build = ScopedTrainingSetBuilder.build
         monkeypatch.setattr(
             ScopedTrainingSetBuilder, 'build',
-            lambda self, corrections, learned, **values: build(self, corrections, [], **values))
+            lambda self, corrections, learned, *others, **values: build(
+                self, corrections, [], *others, **values))
     values = {**RANDOM_MODEL, 'finetune.budget': 1.0, 'drift.min_budget': 1.0}
     with guarding(4, 1), robot_with(settings.updated(values), tmp_path) as robot:
         for question, answer in LESSONS.items():
