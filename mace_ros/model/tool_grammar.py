@@ -9,10 +9,8 @@ import json
 from typing import Any
 
 from mace_ros.api.events import Tool
+from mace_ros.model.constraints import JSON_OPTIONS
 from mace_ros.model.tool_calls import ToolFormat
-
-# As of other JSON answers: a model may never stop writing white space.
-JSON_OPTIONS = {'whitespace_pattern': ' ?'}
 
 
 def call_grammar(format_: ToolFormat, tools: Sequence[Tool], markers: Mapping[int, str]) -> str:
