@@ -14,6 +14,7 @@ import sys
 from mace_ros.cli.common import parser, run
 from mace_ros.ros.client import MaceClient
 
+LIBRARIES = 'starlette uvicorn pydantic prometheus-client'     # the extra mace-ros[openai]
 SHUTDOWN_S = 2      # for running answers, after which they are cancelled
 
 
@@ -25,7 +26,7 @@ def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
         from mace_ros.openai.app import build_app
         from mace_ros.openai.limits import Limits
     except ModuleNotFoundError as error:
-        print(f"{error.name} is missing: pip install 'mace-ros[openai]'", file=sys.stderr)
+        print(f'{error.name} is missing: pip install {LIBRARIES}', file=sys.stderr)
         return 2
     try:
         family = socket.AF_INET6 if ':' in given.host else socket.AF_INET

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import os
 from pathlib import Path
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.ros_graph import ROOT
+
+from mace_ros.openai.server import arguments, serve
 
 KEY = {'Authorization': 'Bearer a key'}
 HI = {'model': 'mace', 'messages': [{'role': 'user', 'content': 'Hi.'}]}
@@ -117,8 +120,14 @@ def test_requests_that_run_at_once_are_bounded(server: ServerProcess) -> None:
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, '-m', 'mace_ros.openai.server', *arguments], cwd=ROOT,
-        env={**__import__('os').environ, **ENVIRONMENT}, capture_output=True, text=True,
-        timeout=100)
+        env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=100)
+
+
+def test_missing_libraries_are_named_with_how_to_install_them(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, 'uvicorn', None)
+    assert serve(arguments().parse_args([]), '', None) == 2
+    assert 'uvicorn is missing: pip install starlette uvicorn' in capsys.readouterr().err
 
 
 def test_a_key_file_or_port_that_is_not_to_be_had_is_named(
