@@ -133,10 +133,10 @@ def test_missing_libraries_are_named_with_how_to_install_them(
 def test_a_key_file_or_port_that_is_not_to_be_had_is_named(
         server: ServerProcess, tmp_path: Path) -> None:
     (tmp_path / 'empty').write_text('\n')
-    for arguments, why in (
+    for given, why in (
             (('--api-key-file', str(tmp_path / 'none')), 'No such file'),
             (('--api-key-file', str(tmp_path / 'empty')), 'the first line is empty'),
             (('--port', str(server.port)), 'in use')):
-        done = program(*arguments)
+        done = program(*given)
         assert (done.returncode, why in done.stderr) == (2, True), done
         assert 'Traceback' not in done.stderr
