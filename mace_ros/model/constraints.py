@@ -13,14 +13,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 import threading
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits
 
 from mace_ros.api.events import ResponseFormat
 from mace_ros.model.vocabulary import UnreadableVocabulary, Vocabulary
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 # At most one space where JSON allows white space, since a model may never stop writing it.
-JSON_OPTIONS = {'whitespace_pattern': ' ?'}
+JSON_OPTIONS: JsonCompileOptions = {'whitespace_pattern': ' ?'}
 # At the library's own rates, 20 ms for the lexer of a format, and 10 ms for a mask, which other
 # requests would wait for; most masks take less than 0.1 ms.
 LIMITS = LLParserLimits(
@@ -106,16 +110,12 @@ class ConstraintCompiler:
 
 
 def _grammar(kind: int, schema: str) -> str:
-    match kind:
-        case ResponseFormat.JSON:
-            grammar = LLMatcher.grammar_from_json_schema('{"type": "object"}', JSON_OPTIONS)
-        case ResponseFormat.JSON_SCHEMA:
-            grammar = LLMatcher.grammar_from_json_schema(schema, JSON_OPTIONS)
-        case ResponseFormat.REGEX:
-            grammar = LLMatcher.grammar_from_regex(schema)
-        case _:
-            grammar = LLMatcher.grammar_from_lark(schema)
-    return str(grammar)
+    if kind == ResponseFormat.REGEX:
+        return LLMatcher.grammar_from_regex(schema)
+    if kind == ResponseFormat.GRAMMAR:
+        return LLMatcher.grammar_from_lark(schema)
+    return LLMatcher.grammar_from_json_schema(
+        '{"type": "object"}' if kind == ResponseFormat.JSON else schema, JSON_OPTIONS)
 
 
 def _reason(error: str) -> str:

@@ -4,8 +4,9 @@
 Sample the next token of each row of logits.
 
 The order is that of transformers: what :mod:`mace_ros.model.logit_changes` changes, temperature,
-top_k, top_p, min_p. Rows are drawn by inverting their cumulative distribution at one uniform
-number each, which depends on the row's seed and position only.
+top_k, top_p, min_p. A token is drawn as the winner of an exponential race: the largest ratio of
+probability and an exponential random number, which depends on seed, position and token only. So
+what else is in a batch changes a draw only where the two best ratios are equal but for rounding.
 """
 
 from __future__ import annotations
@@ -114,49 +115,62 @@ def _grouped(rows: Sequence[Row], vocabulary: int) -> Mapping[int, list[int]]:
 
 def _draw(logits: Tensor, rows: Sequence[Row], candidates: int) -> Tensor:
     """Return a token for each row: ``[rows]``."""
-    parameters = np.array([(
+    device = logits.device
+    temperature, top_k, top_p, min_p = to_device(np.array([(
         max(s.temperature, MIN_TEMPERATURE), s.top_k or candidates, s.top_p, s.min_p)
-        for s, *_ in rows], dtype=np.float32)
-    uniform = uniforms([row.sampling.seed for row in rows],
-                       [len(row.ids) - row.prompt_tokens for row in rows])
-    temperature, top_k, top_p, min_p, u = to_device(
-        np.column_stack([parameters, uniform]), logits.device).split(1, -1)
+        for s, *_ in rows], dtype=np.float32), device).split(1, -1)
+    states = to_device(_states(
+        [row.sampling.seed for row in rows],
+        [len(row.ids) - row.prompt_tokens for row in rows])[:, None], device)
     if not candidates:
-        best = logits.max(-1, keepdim=True)
-        # Weights relative to the best token, so that a tiny temperature does not overflow.
-        weights = ((logits - best.values) / temperature).exp()
-        weights = weights.masked_fill(weights < min_p, 0.0)
-        sums = weights.cumsum(-1)
-        found = torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(
-            max=logits.shape[-1] - 1)
-        # On CUDA the sums may decrease by a rounding error, and the search then miss its token.
-        return torch.where(weights.gather(-1, found) > 0, found, best.indices)[:, 0]
-    ordered = (logits.topk(candidates) if candidates < logits.shape[-1]
-               else logits.sort(dim=-1, descending=True, stable=True))
-    weights = ((ordered.values - ordered.values[:, :1]) / temperature).exp()
+        tokens = torch.arange(logits.shape[-1], device=device)
+        # Relative to the best token, so that a tiny temperature does not overflow.
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+        scaled.masked_fill_(scaled < min_p.log(), -torch.inf)
+        return (scaled - _exponentials(states, tokens).log_()).argmax(-1)
+    values, tokens = (logits.topk(candidates) if candidates < logits.shape[-1]
+                      else logits.sort(dim=-1, descending=True, stable=True))
+    scaled = (values - values[:, :1]) / temperature
+    weights = scaled.exp()
     sums = weights.cumsum(-1)
     # Each limit keeps the tokens before a place in the order, and always the first.
     kept = top_k.long().clamp(max=candidates)
     mass = top_p * sums.gather(-1, kept - 1)
-    for inside in (sums - weights < mass, (weights >= min_p) & (weights > 0)):
+    for inside in (sums - weights < mass, weights >= min_p):
         kept = torch.minimum(kept, inside.sum(-1, keepdim=True)).clamp(min=1)
-    found = torch.searchsorted(sums, u * sums.gather(-1, kept - 1), right=True)
-    return ordered.indices.gather(-1, torch.minimum(found, kept - 1))[:, 0]
+    scaled.masked_fill_(torch.arange(candidates, device=device) >= kept, -torch.inf)
+    best = (scaled - _exponentials(states, tokens).log_()).argmax(-1, keepdim=True)
+    return tokens.gather(-1, best)[:, 0]
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """Return a number in [0, 1) for each seed and position, of 23 bits, which fp32 can hold."""
-    state = _mixed(np.array([s % 2**64 for s in seeds], dtype=np.uint64))
-    state = _mixed(state + np.array(positions, dtype=np.uint64))
-    return ((state >> np.uint64(41)) / 2.0**23).astype(np.float32)
+def _states(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """Return a random number of 64 bits for each seed and position, by SplitMix64."""
+    state = np.zeros(len(seeds), dtype=np.uint64)
+    for values in (seeds, positions):
+        state = state + np.array([v % 2**64 for v in values], dtype=np.uint64)
+        state = state + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state.astype(np.int64)
 
 
-def _mixed(state: np.ndarray) -> np.ndarray:
-    """Return the output of SplitMix64 for each state, modulo 2**64."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+def _exponentials(states: Tensor, tokens: Tensor) -> Tensor:
+    """
+    Return an exponentially distributed number for each row's state (``[rows, 1]``) and token.
+
+    The same for a state and token on any device. It has the relative precision of fp32 near 0.
+    """
+    # Multiplications are modulo 2**64; these are the factors of SplitMix64 as signed numbers.
+    mixed = tokens * -0x61C8864680B583EB + states
+    # Right shifts copy the sign, which the masks remove.
+    mixed ^= mixed >> 32 & 2**32 - 1
+    mixed *= -0x40A7B892E31B1A47
+    mixed ^= mixed >> 29 & 2**35 - 1
+    mixed *= -0x6B2FB644ECCEEE15
+    mixed ^= mixed >> 32 & 2**32 - 1
+    uniform = (mixed >> 24 & 2**40 - 1).to(torch.float32) * 2.0**-40
+    return -torch.log1p(-uniform.clamp_(2.0**-41, 1 - 2.0**-24))
 
 
 # -- log-probabilities ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mace_ros.model.logit_changes import LogitChanges
-from mace_ros.model.sampling import Row, sample, Sampling, uniforms
+from mace_ros.model.sampling import Row, sample, Sampling
 
 VOCABULARY = 1500       # more than the candidates of any top_k
 DRAWS = 2000
@@ -96,9 +96,25 @@ def test_position_and_seed_decide_the_draw() -> None:
     for drawn in (by_seed, by_place):
         assert len(set(drawn)) > 250
     assert len(set(zip(by_seed, by_place, strict=True))) == 300
-    numbers = uniforms(range(10**5), [3] * 10**5)
-    assert (numbers.min() >= 0) and (numbers.max() < 1)
-    assert np.histogram(numbers, 10)[0] == pytest.approx([10**4] * 10, abs=500)
+
+
+@pytest.mark.parametrize('sampling', [Sampling(1.0), Sampling(1.0, top_k=2), Sampling(1.0, 0.999)])
+def test_two_tokens_are_drawn_by_their_probabilities(sampling: Sampling) -> None:
+    logits = torch.full((5000, VOCABULARY), -torch.inf)
+    logits[:, [3, 700]] = torch.tensor([0.2, 0.8]).log()
+    drawn = tokens(logits, [Row(replace(sampling, seed=seed)) for seed in range(5000)])
+    assert set(drawn) == {3, 700}
+    assert drawn.count(3) == pytest.approx(1000, abs=5 * math.sqrt(800))
+
+
+def test_rounding_hardly_ever_changes_a_draw() -> None:
+    """A flat distribution, whose logits differ in their last bits from batch to batch."""
+    logits = logits_of(DRAWS, spread=0.5)
+    rounded = logits * (1 + 1e-6 * torch.randn(logits.shape, generator=torch.Generator()))
+    for sampling in (Sampling(1.0), Sampling(1.0, top_k=1000), Sampling(1.0, 0.9)):
+        rows = [Row(replace(sampling, seed=seed)) for seed in range(DRAWS)]
+        changed = np.not_equal(tokens(logits, rows), tokens(rounded, rows))
+        assert changed.sum() <= 2
 
 
 def test_a_tiny_temperature_and_a_tiny_top_p_are_greedy() -> None:
