@@ -55,6 +55,11 @@ ARGUMENTS = [
         'respawn', default_value='true', choices=['true', 'false'],
         description='Restart the node when it ends; what it has learned is kept'),
     DeclareLaunchArgument(
+        'openai', default_value='false', choices=['true', 'false'],
+        description="Serve OpenAI's API over HTTP on this machine"),
+    DeclareLaunchArgument(
+        'openai_port', default_value='8000', description="Port of OpenAI's API"),
+    DeclareLaunchArgument(
         'monitor', default_value='none', choices=['none', 'terminal', 'rqt'],
         description='Monitor of the node: terminal prints a line of numbers every ten seconds, '
                     'rqt plots curves and shows the diagnostics'),
@@ -97,6 +102,20 @@ def remappings(context: LaunchContext) -> list[tuple[str, str]]:
     return [(before, after) for before, _, after in rules]
 
 
+def start_openai(context: LaunchContext) -> list[Node]:
+    """Return the process of the argument ``openai``."""
+    if LaunchConfiguration('openai').perform(context) != 'true':
+        return []
+    return [Node(
+        package='mace_ros',
+        executable='openai',
+        namespace=LaunchConfiguration('namespace'),
+        remappings=remappings(context),
+        arguments=['--node', LaunchConfiguration('name'),
+                   '--port', LaunchConfiguration('openai_port')],
+        output='both', respawn=LaunchConfiguration('respawn'), respawn_delay=2.0)]
+
+
 def start_monitor(context: LaunchContext) -> list[ExecuteProcess]:
     """Return the process of the argument ``monitor``."""
     monitor = LaunchConfiguration('monitor').perform(context)
@@ -131,4 +150,5 @@ def perspective(context: LaunchContext, node: str) -> Path:
 def generate_launch_description() -> LaunchDescription:
     """Return the launch arguments and the processes."""
     return LaunchDescription([
-        *ARGUMENTS, OpaqueFunction(function=start_node), OpaqueFunction(function=start_monitor)])
+        *ARGUMENTS, *(OpaqueFunction(function=start)
+                      for start in (start_node, start_openai, start_monitor))])

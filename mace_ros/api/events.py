@@ -85,10 +85,38 @@ class InvalidCorrection(ValueError):
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool; ``arguments`` is a JSON object as text; see ``ToolCall.msg``."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that the model may call; see ``Tool.msg``."""
+
+    name: str
+    description: str = ''
+    parameters: str = ''
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """A message of a conversation that the client keeps; see ``ChatMessage.msg``."""
+
+    role: str
+    content: str = ''
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ''
+
+
+@dataclass(frozen=True)
 class Query:
     """A query; see ``Query.msg``."""
 
-    text: str
+    text: str = ''
     id: str = ''
     conversation_id: str = ''
     profile: str = ''
@@ -114,6 +142,10 @@ class Query:
     n: int = 1
     response_format: int = ResponseFormat.FREE
     response_schema: str = ''
+    messages: tuple[ChatMessage, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = ''
+    raw_prompt: bool = False
     # Identifies the sender where the id is ambiguous; copied to the events, not in messages.
     origin: str = ''
 
@@ -166,6 +198,7 @@ class Choice:
     finish_reason: FinishReason
     output_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,6 +212,7 @@ class ResponseChunk:
     origin: str = ''
     choice: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,6 +239,7 @@ class Response:
     origin: str = ''
     logprobs: tuple[TokenLogprobs, ...] = ()
     choices: tuple[Choice, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

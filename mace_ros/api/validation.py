@@ -8,6 +8,7 @@ from dataclasses import replace
 import math
 import uuid
 
+from mace_ros.api.chat_validation import check_prompt, text_problem
 from mace_ros.api.events import (
     Correction,
     ErrorCode,
@@ -25,7 +26,6 @@ from mace_ros.api.settings import (
 )
 
 MAX_ID = 128            # characters of an id or profile
-MAX_TEXT = 65536        # characters of any text
 MAX_STOPS = 16
 MAX_STOP = 256          # characters of a stop string
 MAX_BIASES = 300        # tokens of logit_bias
@@ -45,12 +45,7 @@ def checked_query(query: Query, settings: Settings) -> Query:
         problem = _id_problem(getattr(query, name))
         if problem:
             raise InvalidQuery(ErrorCode.INVALID_ID, f'{name}: {problem}')
-    if not query.text.strip():
-        raise InvalidQuery(ErrorCode.EMPTY_TEXT, 'text: empty')
-    for name in ('text', 'system'):
-        problem = text_problem(getattr(query, name))
-        if problem:
-            raise InvalidQuery(ErrorCode.INVALID_PARAMETER, f'{name}: {problem}')
+    check_prompt(query)
     if len(query.stop) > MAX_STOPS:
         raise InvalidQuery(
             ErrorCode.INVALID_PARAMETER, f'stop: more than {MAX_STOPS} strings')
@@ -157,15 +152,4 @@ def _id_problem(text: str) -> str:
         return f'longer than {MAX_ID} characters'
     if not text.isprintable():
         return 'contains characters that are not printable'
-    return ''
-
-
-def text_problem(text: str) -> str:
-    """Return why a text is invalid, '' if it is valid."""
-    if len(text) > MAX_TEXT:
-        return f'longer than {MAX_TEXT} characters'
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return 'is not valid Unicode'
     return ''

@@ -16,19 +16,21 @@ from mace_ros.api.events import (
     Choice,
     ErrorCode,
     FinishReason,
-    InvalidQuery,
     Query,
     Response,
     ResponseChunk,
     TokenLogprobs,
 )
 from mace_ros.engine.conversations import Conversation
+from mace_ros.engine.prompts import build_prompt
 from mace_ros.engine.router import Route
 from mace_ros.memory.adapter_slots import ServedVersion
-from mace_ros.model.chat import ChatTokenizer, TextStream
+from mace_ros.model.chat import ChatTokenizer, Message, TextStream
 from mace_ros.model.constraints import Constraint
 from mace_ros.model.logit_changes import LogitChanges
 from mace_ros.model.sampling import Row, Sampling
+from mace_ros.model.tool_call_stream import text_stream
+from mace_ros.model.tool_calls import Tools
 from mace_ros.scheduling.request import Request
 
 # Background requests have no deadline and the lowest priority.
@@ -60,7 +62,7 @@ class ActiveRequest:
     """
 
     query: Query
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     ids: list[int]                # prompt, then output
     request: Request
     sampling: Sampling
@@ -74,6 +76,7 @@ class ActiveRequest:
     attention: Tensor | None = None
     adapted_from: int = 0         # position from which an adapter acts
     pooled: Tensor | None = None  # of a text to embed: sum of the last hidden states, [width]
+    tools: Tools = ()             # that the prompt offers
     constraint: Constraint | None = None
     choices: list[ActiveRequest] = field(default_factory=list)
     index: int = 0                # among the choices
@@ -94,7 +97,7 @@ class ActiveRequest:
                 self, index=i, ids=list(self.ids), request=replace(
                     self.request, id=f'{self.query.id}\n{i}', blocks=[]),
                 sampling=replace(self.sampling, seed=self.sampling.seed + i),
-                stream=TextStream(chat, self.query.stop), logprobs=[],
+                stream=text_stream(chat, self.query.stop, self.tools), logprobs=[],
                 constraint=self.constraint and self.constraint.copy()))
 
     @property
@@ -181,7 +184,7 @@ class ActiveRequest:
         self.logprobs_sent = len(self.logprobs)
         return ResponseChunk(
             self.query.id, index, text, self.closed and self._is_last, self.query.origin,
-            self.index, logprobs)
+            self.index, logprobs, self.stream.calls if self.finish is not None else ())
 
     def response(self, now: float) -> Response:
         """
@@ -197,7 +200,7 @@ class ActiveRequest:
             tpot = (request.last_token_at - request.first_token_at) / (request.output_tokens - 1)
         return Response(
             query_id=self.query.id, conversation_id=self.query.conversation_id,
-            text=self.stream.text, finish_reason=reason, error_code=worst.error_code,
+            text=self.stream.content, finish_reason=reason, error_code=worst.error_code,
             error=worst.error,
             adapter_version=route.version.version, adapter_profile=route.version.profile,
             matched_correction_id=route.correction_id, similarity=route.similarity,
@@ -208,41 +211,27 @@ class ActiveRequest:
             e2e_ms=_ms(request.arrival, now),
             slo_met=reason in COMPLETE and all(c.request.slo_met for c in self.choices),
             origin=self.query.origin, logprobs=tuple(self.logprobs),
-            choices=tuple([c.choice() for c in self.choices]) if len(self.choices) > 1 else ())
+            choices=tuple([c.choice() for c in self.choices]) if len(self.choices) > 1 else (),
+            tool_calls=self.stream.calls if self.reason in COMPLETE else ())
 
     def choice(self) -> Choice:
         """Return this answer as one of several to its query."""
-        return Choice(self.index, self.stream.text, self.reason, self.request.output_tokens,
-                      tuple(self.logprobs))
+        return Choice(
+            self.index, self.stream.content, self.reason, self.request.output_tokens,
+            tuple(self.logprobs), self.stream.calls if self.reason in COMPLETE else ())
 
 
 def build_request(query: Query, arrival: float, conversation: Conversation, chat: ChatTokenizer,
                   default_system: str, max_length: int,
                   kind: RequestKind = RequestKind.USER) -> ActiveRequest:
     """
-    Build the prompt of a validated query.
+    Build the request of a validated query.
 
-    The prompt and the answer have at most ``max_length`` tokens together: the oldest turns
-    of the conversation are dropped until the prompt fits, and the answer gets the rest.
-    Raises :class:`InvalidQuery` if the query alone is too long.
+    The prompt and the answer have at most ``max_length`` tokens together. Raises
+    :class:`InvalidQuery` if the query alone is too long, or the chat template refuses it.
     """
-    system = query.system or conversation.system or default_system
-    turns = list(conversation.turns)
-    while True:
-        messages = tuple(
-            ([{'role': 'system', 'content': system}] if system else [])
-            + [m for t in turns for m in ({'role': 'user', 'content': t.question},
-                                          {'role': 'assistant', 'content': t.answer})]
-            + [{'role': 'user', 'content': query.text}])
-        ids = chat.prompt(messages)
-        if len(ids) < max_length:
-            break
-        if not turns:
-            raise InvalidQuery(
-                ErrorCode.PROMPT_TOO_LONG,
-                f'the prompt has {len(ids)} tokens, and at most {max(max_length - 1, 0)} fit '
-                'beside one token of an answer (model, memory.kv_cache_tokens, memory.budget_mb)')
-        turns.pop(0)
+    prompt = build_prompt(query, conversation, chat, default_system, max_length)
+    ids = prompt.ids
     assert query.max_tokens is not None
     assert query.ttft_slo_ms is not None and query.tpot_slo_ms is not None
     request = Request(
@@ -251,9 +240,9 @@ def build_request(query: Query, arrival: float, conversation: Conversation, chat
         ttft_slo=_seconds(query.ttft_slo_ms), tpot_slo=_seconds(query.tpot_slo_ms),
         priority=query.priority)
     return ActiveRequest(
-        query=query, messages=messages, ids=ids, request=request,
-        sampling=_sampling(query),
-        stream=TextStream(chat, query.stop), kind=kind, adapted_from=chat.adapted_from(ids))
+        query=query, messages=prompt.messages, tools=prompt.tools, ids=ids, request=request,
+        sampling=_sampling(query), stream=text_stream(chat, query.stop, prompt.tools), kind=kind,
+        adapted_from=chat.adapted_from(ids))
 
 
 def build_prefill(kind: RequestKind, ids: Sequence[int], now: float, chat: ChatTokenizer, *,

@@ -75,7 +75,9 @@ class BackgroundRequests:
 
     def answered(self, active: ActiveRequest) -> None:
         """Plan to compute the conversation of an answer again, if an adapter gave it."""
-        conversation_id = active.query.conversation_id
+        query = active.query
+        # A conversation that the client keeps has no id, but may go on all the same.
+        conversation_id = query.conversation_id or (query.id if query.messages else '')
         if conversation_id and active.version.version and active.adapted_from:
             self._history.note(conversation_id, active.ids)
         else:

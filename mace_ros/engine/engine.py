@@ -137,7 +137,7 @@ class Engine:
         arrival, limit = self._clock(), self._settings.scheduler.max_queue
         if self._inbox.queries < limit:
             self._inbox.put(SubmitQuery(
-                query, arrival, compile_format(query, self.parts.constraints)))
+                query, arrival, compile_format(query, self.parts.constraints, self.chat)))
         else:    # an iteration takes long, or hangs
             self._inbox.put(Publish(self.requests.refuse(
                 replace(query, id=query.id or str(uuid.uuid4())), arrival,

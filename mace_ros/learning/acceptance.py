@@ -128,7 +128,7 @@ def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
         corrected='', rejected=correction.rejected or answer.text, query_id=answer.query_id,
         conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
         weight=correction.weight, source=correction.source, received=time.time(),
-        scope=correction.scope, hint=correction.hint)
+        scope=correction.scope, hint=correction.hint, tools=answer.tools)
     if correction.corrected:
         return _checked_texts(record, correction.corrected, chat, settings, longest)
     return replace(record, state=(

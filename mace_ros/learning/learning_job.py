@@ -29,8 +29,9 @@ from mace_ros.learning.grouping import FRESH, version_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import read_inputs, read_learned
+from mace_ros.learning.job_inputs import read_inputs, read_scoped
 from mace_ros.learning.live_versions import Weights
+from mace_ros.learning.question import questions
 from mace_ros.learning.samples import sample
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
@@ -67,6 +68,7 @@ class LearningJob(Job):
             profile, [w.record for w in self.corrections])
         self._parent, self._continues = context.live.newest(profile), continues
         self._answers: tuple[AnswerRecord, ...] = ()
+        self._tool_calls: tuple[AnswerRecord, ...] = ()
         self._learned: tuple[CorrectionRecord, ...] = ()
         self._start: dict[str, Tensor] = {}         # the live version's weights
         self._set = TrainingSet([])
@@ -121,11 +123,11 @@ class LearningJob(Job):
     def _read_continued(self) -> Task[Weights | None]:
         """Read what the continued version has learned; return its weights."""
         context, version = self._context, ServedVersion(self.profile, self._continues)
-        if version.version == FRESH:
-            return None
-        self._learned = yield from read_learned(
-            context.disk, self.profile, context.live.learned_by(version))
-        return context.live.weights(version)
+        fresh = version.version == FRESH
+        inputs = yield from read_scoped(
+            context.disk, self.profile, () if fresh else context.live.learned_by(version))
+        self._learned, self._tool_calls = inputs.learned, inputs.tool_calls
+        return None if fresh else context.live.weights(version)
 
     def _read_newest(self) -> Task[Weights | None]:
         """Read the version that answers everything now, and what protects the rest."""
@@ -139,6 +141,7 @@ class LearningJob(Job):
         context.baseline.begin(
             (self.profile, '', 0) if live is None else (self.profile, live.profile, live.version))
         self._answers, self._learned = inputs.answers, inputs.learned
+        self._tool_calls = inputs.tool_calls
         return inputs.tensors
 
     def _choose(self) -> Task[None]:
@@ -194,13 +197,15 @@ class LearningJob(Job):
         """Gather the samples, and score the guarded ones under the live version."""
         context = self._context
         if not self.everywhere:
-            self._set = context.scoped_builder.build(self.corrections, self._nearest_first())
+            self._set = context.scoped_builder.build(
+                self.corrections, self._nearest_first(), self._tool_calls_in_scope(),
+                max_sample_tokens=self._finetune.max_sample_tokens)
             # They are LEARNED: what the live version has lost is to be repaired as well.
             self._before = [RIGHT] * len(self._set.gate.samples)
             return
         self.state = JobState.SCORING
         self._set = context.builder.build(
-            self.corrections, self._learned, self._answers,
+            self.corrections, self._learned, self._answers, self._tool_calls,
             max_sample_tokens=self._finetune.max_sample_tokens, number=self.number)
         guarded, answers = self._set.gate.samples, self._set.answers
         # Replay of the robot's answers needs the live version's predictions.
@@ -388,6 +393,16 @@ class LearningJob(Job):
         similarity = self._context.live.scope(self.profile).similarities(
             [w.record for w in self.corrections])
         return sorted(self._learned, key=lambda record: -similarity.get(record.id, 0.0))
+
+    def _tool_calls_in_scope(self) -> list[AnswerRecord]:
+        """Return the answers on record that call a tool and that the version is to give."""
+        records = [w.record for w in self.corrections]
+        # A wrong call is often made for several wordings of a question, and corrected once.
+        wrong = {record.rejected for record in records}
+        return [answer for answer in self._tool_calls if answer.text not in wrong
+                and self._context.live.will_answer(
+                    ServedVersion(self.profile, self._continues), questions(answer.messages),
+                    records, self._context.settings.adapter)]
 
     @property
     def _finetune(self) -> FinetuneSettings:

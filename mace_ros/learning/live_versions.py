@@ -151,6 +151,18 @@ class LiveVersions:
             return Answering(ServedVersion(profile, newest), None), nearest
         return None, nearest
 
+    def will_answer(self, version: ServedVersion, readings: Sequence[str],
+                    records: Sequence[CorrectionRecord], settings: AdapterSettings) -> bool:
+        """Return whether a version will answer a question once it has learned more corrections."""
+        found, _ = self.answering(version.profile, readings, settings)
+        if found is not None and found.version == version:
+            return True
+        added = Scope(self._frequency)
+        for record in records:
+            added.add(entry(record))
+        matches = (added.match(reading) for reading in readings)
+        return any(m is not None and m.similarity >= settings.scope_threshold for m in matches)
+
 
 def _served(profile: str, version: int) -> ServedVersion:
     return ServedVersion(profile, version) if version else BASE

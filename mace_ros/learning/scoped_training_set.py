@@ -21,7 +21,7 @@ from mace_ros.learning.samples import first_within, sample
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.store.records import CorrectionRecord
+from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 WORDINGS = 4        # of each question, trained beside it
 REHEARSED = 2       # earlier corrections that are trained in each step, the most similar ones
@@ -35,15 +35,19 @@ class ScopedTrainingSetBuilder:
         self._chat = chat
 
     def build(self, corrections: Sequence[PendingCorrection],
-              learned: Sequence[CorrectionRecord]) -> TrainingSet:
+              learned: Sequence[CorrectionRecord], tool_calls: Sequence[AnswerRecord] = (), *,
+              max_sample_tokens: int) -> TrainingSet:
         """
         Return the samples of a job.
 
         ``learned`` are the corrections of the version that the job continues, the most similar
-        ones first.
+        ones first, and ``tool_calls`` answers in the scope of the version that call a tool.
         """
         prompts = {tuple(w.record.prompt_ids) for w in corrections}
         earlier = [self._corrected(r) for r in learned if r.prompt_ids not in prompts]
+        calls = [sample(self._chat, a.prompt_ids, a.output_ids) for a in tool_calls
+                 if a.prompt_ids not in prompts and a.output_ids
+                 and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]
         wordings = [self._wordings(w.record) for w in corrections]
         return TrainingSet(
             corrected=[self._corrected(w.record, w.record.weight) for w in corrections],
@@ -51,7 +55,8 @@ class ScopedTrainingSetBuilder:
             paraphrases=[s for same in zip_longest(*wordings) for s in same if s is not None],
             earlier=earlier[:REHEARSED],
             gate=Gate([Group('earlier corrections', tuple(earlier), Measure.EXACT,
-                             must_rise=True)]))
+                             must_rise=True),
+                       Group('tool calls', tuple(calls), Measure.EXACT, must_rise=True)]))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
              finetune: FinetuneSettings, *, most: int) -> StepPlan:
@@ -84,6 +89,6 @@ class ScopedTrainingSetBuilder:
             self._chat, record.prompt_ids, self._chat.answer(record.corrected), weight)
 
     def _wordings(self, record: CorrectionRecord) -> list[Sample]:
-        return [sample(self._chat, self._chat.prompt(messages),
+        return [sample(self._chat, self._chat.prompt(messages, record.tools),
                        self._chat.answer(record.corrected))
                 for messages in paraphrases(record.messages, TRAINED[:WORDINGS])]

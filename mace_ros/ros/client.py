@@ -13,7 +13,7 @@ Ask and correct from Python, without knowledge of ROS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import os
 import threading
 import time
@@ -149,16 +149,20 @@ class MaceClient:
 
     # -- queries -----------------------------------------------------------------------
 
-    def ask(self, text: str, *, query_id: str = '', **fields: Any) -> AnswerHandle:
+    def ask(self, text: str = '', *, query_id: str = '',
+            watch: Callable[[], None] | None = None, **fields: Any) -> AnswerHandle:
         """
         Send a query; ``fields`` are other fields of ``Query.msg``.
+
+        ``watch`` is called in the client's thread after each message of the answer, and when no
+        more will come; it must return at once.
 
         Raises ValueError if this client waits for an answer to the same id. If a connected node
         has ended, the handle raises ConnectionError.
         """
         query = Query(id=query_id or str(uuid.uuid4()), text=text, **fields)
         query.header.stamp = self.node.get_clock().now().to_msg()
-        answer = AnswerHandle(query.id, self._changed, self.cancel)
+        answer = AnswerHandle(query.id, self._changed, self.cancel, watch)
         with self._changed:
             self._poll_presence()
             if query.id in self._answers:
@@ -202,6 +206,11 @@ class MaceClient:
         with self._changed:
             return self._versions.get(profile)
 
+    def versions(self) -> dict[str, AdapterVersion]:
+        """Return the live versions by profile, '' for the robot."""
+        with self._changed:
+            return dict(self._versions)
+
     def wait_for_version(self, version: int, profile: str = '',
                          timeout_s: float | None = None) -> AdapterVersion:
         """Wait until this version or a later one is live; raises TimeoutError."""
@@ -223,7 +232,7 @@ class MaceClient:
                 answer.chunks.append(message)
                 if answer.first_text_at is None:
                     answer.first_text_at = time.monotonic()
-                self._changed.notify_all()
+                answer.notify()
 
     def _on_response(self, message: Response) -> None:
         with self._changed:
@@ -234,7 +243,7 @@ class MaceClient:
                 return    # for another client that used the same id
             del self._answers[message.query_id]
             answer.response = message
-            self._changed.notify_all()
+            answer.notify()
 
     def _on_status(self, message: CorrectionStatus) -> None:
         with self._changed:
@@ -258,8 +267,10 @@ class MaceClient:
         with self._changed:
             for handle in self._leaving:
                 handle.lost = f'{self.name} has disappeared'
-                if isinstance(handle, AnswerHandle) and self._answers.get(handle.id) is handle:
-                    del self._answers[handle.id]
+                if isinstance(handle, AnswerHandle):
+                    if self._answers.get(handle.id) is handle:
+                        del self._answers[handle.id]
+                    handle.notify()
             self._leaving = []
             self._poll_presence()
             self._changed.notify_all()

@@ -26,8 +26,10 @@ class AnswerHandle:
     """
 
     def __init__(self, query_id: str, changed: threading.Condition,
-                 cancel: Callable[[str], None]) -> None:
+                 cancel: Callable[[str], None], watch: Callable[[], None] | None = None) -> None:
+        """``watch`` is called in the client's thread after each change."""
         self.id = query_id
+        self._watch = watch
         self.asked_at = time.monotonic()
         self.first_text_at: float | None = None
         self.chunks: list[ResponseChunk] = []
@@ -82,6 +84,12 @@ class AnswerHandle:
         with self._changed:
             self._wait(self.is_complete, timeout_s)
         return self.response
+
+    def notify(self) -> None:
+        """Wake all that wait for a change; the condition is held."""
+        self._changed.notify_all()
+        if self._watch is not None:
+            self._watch()
 
     def cancel(self) -> None:
         """Cancel the query; its response will say CANCELLED."""

@@ -17,6 +17,7 @@ from builtin_interfaces.msg import Time
 
 from mace_ros.api.events import (
     AdapterVersion,
+    ChatMessage,
     Choice,
     Correction,
     CorrectionStatus,
@@ -26,6 +27,8 @@ from mace_ros.api.events import (
     Response,
     ResponseChunk,
     TokenLogprobs,
+    Tool,
+    ToolCall,
 )
 import mace_ros.msg as msg
 
@@ -36,6 +39,7 @@ MESSAGE_TYPES: dict[type, type] = {
     Choice: msg.Choice,
     Logprob: msg.Logprob,
     TokenLogprobs: msg.TokenLogprobs,
+    ToolCall: msg.ToolCall,
     ResponseChunk: msg.ResponseChunk,
     Response: msg.Response,
     CorrectionStatus: msg.CorrectionStatus,
@@ -71,7 +75,11 @@ def query_from(message: msg.Query) -> Query:
         logprobs=message.logprobs,
         n=message.n,
         response_format=message.response_format,
-        response_schema=message.response_schema)
+        response_schema=message.response_schema,
+        messages=tuple(map(_chat_message_from, message.messages)),
+        tools=tuple(Tool(t.name, t.description, t.parameters) for t in message.tools),
+        tool_choice=message.tool_choice,
+        raw_prompt=message.raw_prompt)
 
 
 def correction_from(message: msg.Correction) -> Correction:
@@ -88,6 +96,13 @@ def correction_from(message: msg.Correction) -> Correction:
         weight=message.weight,
         source=message.source,
         scope=message.scope)
+
+
+def _chat_message_from(message: msg.ChatMessage) -> ChatMessage:
+    return ChatMessage(
+        message.role, message.content,
+        tuple(ToolCall(c.id, c.name, c.arguments) for c in message.tool_calls),
+        message.tool_call_id)
 
 
 def message_from(event: Event, stamp: Time) -> Any:

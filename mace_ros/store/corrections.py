@@ -37,6 +37,7 @@ class CorrectionTable(JournalFile):
                 corrected=record.corrected, weight=record.weight, source=record.source,
                 received=record.received, state=int(record.state), reason=record.reason,
                 adapter_version=record.adapter_version, scope=record.scope, hint=record.hint,
+                tools=as_json(record.tools),
                 question=question_key(record.messages, record.prompt_ids))
             if record.state not in UNLEARNABLE:
                 self._start_lineage(record)

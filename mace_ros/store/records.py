@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import hashlib
 import json
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mace_ros.api.events import CorrectionState, VersionState
 
-Messages: TypeAlias = tuple[Mapping[str, str], ...]
-"""A prompt as the chat template takes it: each mapping has ``role`` and ``content``."""
+Messages: TypeAlias = tuple[Mapping[str, Any], ...]
+"""A prompt: ``role`` and ``content`` of each message; see :data:`mace_ros.model.chat.Message`."""
+
+Tools: TypeAlias = tuple[Mapping[str, str], ...]
+"""The tools of a prompt: ``name``, ``description`` and ``parameters`` (JSON schema as text)."""
 
 # States of a correction that is still to be learned.
 PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
@@ -28,8 +31,9 @@ class AnswerRecord:
     ``lineage`` is the profile whose adapter version answered: the query's own profile, or ''
     where the robot's version served it. ``matched_correction_id`` is the learned correction whose
     scope the question was in. ``out_of_scope`` tells that it was outside the scope of a version
-    that was live: its own profile's, or the robot's. ``time`` is wall-clock seconds since the
-    epoch.
+    that was live: its own profile's, or the robot's. ``tools`` are those that the prompt offers,
+    and ``calls_tool`` tells whether the answer calls one: ``text`` has the call as the model
+    writes it. ``time`` is wall-clock seconds since the epoch.
     """
 
     query_id: str
@@ -45,6 +49,8 @@ class AnswerRecord:
     out_of_scope: bool = False
     no_learn: bool = False
     time: float = 0.0
+    tools: Tools = ()
+    calls_tool: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class CorrectionRecord:
     adapter_version: int = 0
     scope: str = ''
     hint: str = ''
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)

@@ -113,5 +113,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         'ALTER TABLE versions ADD COLUMN continues INTEGER NOT NULL DEFAULT 0',
         'UPDATE versions SET continues = parent',
     ),
+    (
+        # What the prompt offers, without which the question can't be put in other words.
+        "ALTER TABLE answers ADD COLUMN tools TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE corrections ADD COLUMN tools TEXT NOT NULL DEFAULT '[]'",
+        'ALTER TABLE answers ADD COLUMN calls_tool INTEGER NOT NULL DEFAULT 0',
+        'CREATE INDEX answers_tool_calls ON answers (profile, number) WHERE calls_tool = 1',
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+from mace_ros.api.chat_validation import MAX_TEXT
 from mace_ros.api.events import (
     Correction,
     ErrorCode,
@@ -20,7 +21,6 @@ from mace_ros.api.validation import (
     MAX_ID,
     MAX_STOP,
     MAX_STOPS,
-    MAX_TEXT,
 )
 
 ID, TEXT = 'i' * MAX_ID, 'ä' * MAX_TEXT

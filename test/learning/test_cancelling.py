@@ -134,7 +134,7 @@ def test_a_job_can_be_cancelled_at_each_wait(
     engine.correct(Correction('In the hall.', id='first', prompt='Where are you?'))
     first = cancel_each(robot, points, lambda: are_learned(robot, 'first'))
     assert {point[1] for point in first} == {
-        JobState.CHOOSING, JobState.TRAINING}       # there is nothing to read or to guard yet
+        JobState.READING, JobState.CHOOSING, JobState.TRAINING}    # there is nothing to guard yet
     monkeypatch.setattr(Gate, 'judge', reject_one)
     engine.update(engine.settings.updated({'adapter.scope': scope}))
     joined: list[str] = []

@@ -143,6 +143,13 @@ def test_a_killed_node_is_restarted(tmp_path):
         assert re.search(r'monitor-\d+\]: process started', printed())
 
 
+def test_openais_api_is_served_for_the_node_of_the_namespace(tmp_path):
+    with launched(tmp_path, 'namespace:=robot1 autostart:=false openai:=true '
+                            'openai_port:=0') as printed:
+        assert wait_until(lambda: re.search(
+            r'/robot1/mace is served on http://127\.0\.0\.1:\d+/v1', printed()), START_S), printed()
+
+
 def test_rqt_shows_the_topics_of_the_namespace(tmp_path):
     # A replacement of rqt, which needs a screen.
     rqt = tmp_path / 'rqt'

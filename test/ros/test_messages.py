@@ -20,6 +20,7 @@ from support.graph import wait_until
 
 from mace_ros.api.events import (
     AdapterVersion,
+    ChatMessage,
     Choice,
     Correction,
     CorrectionState,
@@ -33,6 +34,8 @@ from mace_ros.api.events import (
     ResponseChunk,
     ResponseFormat,
     TokenLogprobs,
+    Tool,
+    ToolCall,
     VersionState,
 )
 from mace_ros.api.settings import Settings
@@ -70,11 +73,26 @@ def test_every_field_of_a_message_is_converted(
     assert set(types) == {'header', *(f.name for f in fields(kind))} - {'origin'}
     samples = {'string': 'text', 'boolean': True, 'sequence<string>': ['text'],
                'sequence<int32>': [3], 'sequence<float>': [0.5]}
-    for name in set(types) - {'header'}:
+    for name in set(types) - {'header', 'messages', 'tools'}:
         sample = samples.get(types[name], 3)
         setattr(message, name, sample)
         assert getattr(convert(message), name) == (
             tuple(sample) if isinstance(sample, list) else sample)
+
+
+def test_a_conversation_and_tools_are_converted() -> None:
+    call = {'id': 'c', 'name': 'move', 'arguments': '{}'}
+    tool = {'name': 'move', 'description': 'Moves.', 'parameters': '{}'}
+    message = msg.Query(tools=[msg.Tool(**tool)], messages=[
+        msg.ChatMessage(role='assistant', content='Hi', tool_calls=[msg.ToolCall(**call)]),
+        msg.ChatMessage(role='tool', content='Done.', tool_call_id='c')])
+    query = query_from(message)
+    assert query.tools == (Tool(**tool),)
+    assert query.messages == (ChatMessage('assistant', 'Hi', (ToolCall(**call),)),
+                              ChatMessage('tool', 'Done.', tool_call_id='c'))
+    sent = message_from(
+        Response('q', '', '', FinishReason.STOP, tool_calls=(ToolCall(**call),)), Header().stamp)
+    assert sent.tool_calls == [msg.ToolCall(**call)]
 
 
 LOGPROBS = (TokenLogprobs(Logprob(5, '\ufffd', b'\xe3', -0.5), (Logprob(6, 'a', b'a', -0.25),)),

@@ -379,7 +379,7 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
      '"weight": NaN}', 'weight'),
     ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "user", '
      '"content": "\\ud800"}], "corrected": "b"}', 'messages'),
-    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "tool", '
+    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "robot", '
      '"content": "c"}], "corrected": "b"}', 'role'),
     ('{"kind": "answer", "query_id": 7, "prompt_ids": [], "messages": [], "text": "b", '
      '"output_ids": []}', 'query_id'),
