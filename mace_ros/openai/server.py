@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 
-from mace_ros.cli.common import parser, run
+from mace_ros.cli.common import parse, parser, run
 from mace_ros.ros.client import MaceClient
 
 LIBRARIES = 'starlette uvicorn pydantic prometheus-client'     # the extra mace-ros[openai]
@@ -69,7 +69,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the program; return the exit code."""
-    given = arguments().parse_args()
+    given = parse(arguments())
     key = ''
     if given.api_key_file is not None:
         try:
