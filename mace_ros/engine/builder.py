@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 import math
 import os
@@ -19,6 +20,7 @@ import time
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
@@ -35,7 +37,7 @@ from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.cpu_matmul import multiplies_int8
+from mace_ros.model.cpu_matmul import Int8Weight, linear, multiplies_int8
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import (
     free_memory,
@@ -44,6 +46,7 @@ from mace_ros.model.hardware import (
     release_memory as release_memory,  # after an engine was closed, or failed to load
 )
 from mace_ros.model.heap import limit_heap
+from mace_ros.model.int4_kernels import find_kernel, Int4Kernel, is_faster
 from mace_ros.model.loading import (
     best_device,
     best_dtype,
@@ -179,7 +182,7 @@ class _LoadedDevice:
 
 
 def best_weight_dtype(device: str) -> str:
-    """Return what ``model.weight_dtype: auto`` stands for: the fastest precision to decode in."""
+    """Return what ``model.weight_dtype: auto`` stands for unless the source has 4 bits."""
     dtype = best_dtype(device)
     return 'int8' if device == 'cpu' and multiplies_int8(getattr(torch, dtype)) else dtype
 
@@ -187,7 +190,8 @@ def best_weight_dtype(device: str) -> str:
 def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
-    dtype = best_weight_dtype(device) if model.weight_dtype == 'auto' else model.weight_dtype
+    auto = model.weight_dtype == 'auto'
+    dtype = best_weight_dtype(device) if auto else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')
     if device == 'cpu':
@@ -196,8 +200,12 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
         limit_kernel_caches()
         limit_heap()
     loaded = load_model(
-        model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
-        cache=settings.storage.model_cache, progress=progress)
+        model.source, device=device, dtype='auto' if dtype in ('int8', 'int4') else dtype,
+        cache=settings.storage.model_cache, progress=progress,
+        int4=_int4_kernel(device, only_if_faster=auto) if auto or dtype == 'int4' else None,
+        rounded=not auto)
+    if loaded.int4:
+        dtype = 'int4'
     kind = hardware(loaded.model.device)
     counters = DeviceCounters(kind)
     free = free_memory(loaded.model.device, counters.read().memory_free_mb)
@@ -206,10 +214,23 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     if dtype == 'int8':
         progress('rounding its linear layers to 8 bits')
     packed = pack(loaded.model, kv_tokens=settings.memory.kv_cache_tokens, kv_bytes=kv_bytes,
-                  int8=dtype == 'int8')
+                  int8=dtype == 'int8', int4=loaded.int4)
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
     return _LoadedDevice(loaded, packed, kind, free)
+
+
+def _int4_kernel(device: str, *, only_if_faster: bool) -> Int4Kernel | None:
+    """Return the product with 4-bit weights, or None if the products of ``auto`` are faster."""
+    dtype = getattr(torch, best_dtype(device))
+    kernel = find_kernel(torch.device(device), dtype)
+
+    def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        if best_weight_dtype(device) == 'int8':
+            return Int8Weight(weight).linear
+        return partial(linear, weight=weight)
+
+    return kernel if not only_if_faster or is_faster(kernel, dtype, product) else None
 
 
 def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, free_bytes: float,

@@ -1,0 +1,255 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+PyTorch's products with weights of 4 bits, and the order in which each expects them.
+
+The order depends on the device and on the instructions of a CPU. It is found by packing a small
+weight; a product that does not compute the right values is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import platform
+import statistics
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+PROBE = (128, 128)          # outputs and inputs of the weight that finds a layout
+PROBE_GROUP = 32
+PROBE_ERROR = 2e-2          # relative, of a product that sums up in bfloat16 at worst
+SPEED_PROBE = (2048, 1024)  # outputs and inputs of the weights that are timed
+SPEED_WEIGHTS = 8           # more of them than a core's cache holds
+SPEED_REPEATS = 5
+
+
+class Layout(Protocol):
+    """The order of a packed weight ``[out, in]``; slices begin at multiples of ``inputs``."""
+
+    inputs: int
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+
+    def pack(self, q: Tensor) -> Tensor:
+        """Return ``q`` (uint8, 0 to 15, ``[out, in]``) in this order, two in each byte."""
+
+    def unpack(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """Return a part of ``q`` as :meth:`pack` received it."""
+
+    def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
+                   inputs: slice, dtype: torch.dtype) -> Tensor:
+        """
+        Return a part of the weight, ``[outputs, inputs]``.
+
+        ``scales_and_zeros``, ``[groups, outputs, 2]``, are those of the part.
+        """
+
+
+@dataclass(frozen=True)
+class BlockedLayout:
+    """
+    The order of CPU kernels: blocks of outputs, and in each block input after input.
+
+    A byte holds two outputs: neighbours if ``paired``, otherwise one from each half of a block.
+    """
+
+    block: int
+    paired: bool = False
+    inputs: int = 1
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return f'blocks{self.block}{"paired" * self.paired}'
+
+    def pack(self, q: Tensor) -> Tensor:
+        """Return ``q`` in this order, ``[blocks, in, block / 2]``."""
+        blocks = q.view(-1, self.block, q.shape[1]).transpose(1, 2)
+        low, high = ((blocks[..., ::2], blocks[..., 1::2]) if self.paired
+                     else blocks.chunk(2, 2))
+        return low | high << 4
+
+    def unpack(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """Return a part of ``q`` as :meth:`pack` received it."""
+        q = self._nibbles(packed, outputs, inputs)
+        return q.transpose(1, 2).reshape(-1, q.shape[1])
+
+    def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
+                   inputs: slice, dtype: torch.dtype) -> Tensor:
+        """Return a part of the weight; its transpose is contiguous."""
+        q = self._nibbles(packed, outputs, inputs)
+        blocks, count, block = q.shape
+        groups = len(scales_and_zeros)
+        # [blocks, groups, 1, block]: contiguous in the last dimension, as the values are.
+        scales, zeros = (scales_and_zeros.view(groups, blocks, block, 2).permute(3, 1, 0, 2)
+                         .contiguous().to(dtype).unsqueeze(3))
+        values = q.to(dtype).sub_(8).view(blocks, groups, -1, block)
+        result = values.new_empty(count, blocks * block)
+        torch.addcmul(zeros, values, scales, out=result.view(
+            groups, -1, blocks, block).permute(2, 0, 1, 3))
+        return result.t()
+
+    def _nibbles(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """Return a part of ``q``, ``[blocks, in, block]``."""
+        part = packed[outputs.start // self.block:outputs.stop // self.block, inputs]
+        q = part.new_empty(*part.shape[:2], self.block)
+        low, high = (q[..., ::2], q[..., 1::2]) if self.paired else q.chunk(2, 2)
+        torch.bitwise_and(part, 15, out=low)
+        torch.bitwise_right_shift(part, 4, out=high)
+        return q
+
+
+@dataclass(frozen=True)
+class TensorCoreLayout:
+    """
+    The order of the CUDA kernel: ``[out / 8, in / (16 * tiles), 32, tiles / 2]`` of int32.
+
+    An int32 holds eight inputs of an output, the even ones in its lower half.
+    """
+
+    inputs: int = 128
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return 'tensorcores'
+
+    def pack(self, q: Tensor) -> Tensor:
+        """Return ``q`` in this order; the number of inputs is a multiple of 32."""
+        outputs, count = q.shape
+        tiles = next(n for n in (8, 4, 2) if count % (16 * n) == 0)
+        # Output: tile, row. Input: tile, pair of inner tiles, eighth, lane, even or odd.
+        parts = q.view(outputs // 8, 8, count // (16 * tiles), tiles // 2, 4, 4, 2)
+        parts = parts.permute(0, 2, 1, 5, 3, 6, 4).to(torch.int32)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=q.device).view(2, 4)
+        return (parts << shifts).sum((5, 6), dtype=torch.int32).view(
+            outputs // 8, count // (16 * tiles), 32, tiles // 2)
+
+    def unpack(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """Return a part of ``q`` as :meth:`pack` received it."""
+        width = packed.shape[3] * 32
+        part = packed[outputs.start // 8:outputs.stop // 8,
+                      inputs.start // width:-(-inputs.stop // width)]
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device).view(2, 4)
+        rows, columns, _, pairs = part.shape
+        q = (part.view(rows, columns, 8, 4, pairs, 1, 1) >> shifts) & 15
+        return q.to(torch.uint8).permute(0, 2, 1, 4, 6, 3, 5).reshape(rows * 8, -1)
+
+    def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
+                   inputs: slice, dtype: torch.dtype) -> Tensor:
+        """Return a part of the weight, contiguous."""
+        q = self.unpack(packed, outputs, inputs).to(dtype).sub_(8)
+        scales, zeros = scales_and_zeros.to(dtype).permute(2, 1, 0).unsqueeze(3)
+        return torch.addcmul(zeros, q.view(*scales.shape[:2], -1), scales).view(q.shape)
+
+
+@dataclass(frozen=True)
+class Int4Kernel:
+    """
+    A product with 4-bit weights on a device; without ``has_product``, only their layout.
+
+    ``dtype`` is that of scales, zeros and of the product's inputs.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+    has_product: bool
+
+    def multiply(self, rows: Tensor, packed: Tensor, group: int,
+                 scales_and_zeros: Tensor) -> Tensor:
+        """Return ``[tokens, out]`` for ``rows``, ``[tokens, in]``, in the dtype of ``rows``."""
+        x = rows.to(self.dtype).contiguous()
+        if self.device.type == 'cpu':
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x, packed.view(scales_and_zeros.shape[1], -1), group, scales_and_zeros)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm(x, packed, group, scales_and_zeros)
+        result: Tensor = y.to(rows.dtype)
+        return result
+
+
+def plain_kernel(device: torch.device, dtype: torch.dtype) -> Int4Kernel:
+    """Return the kernel of devices without a product: weights are always dequantised."""
+    return Int4Kernel(device, dtype, BlockedLayout(64), has_product=False)
+
+
+def find_kernel(device: torch.device, dtype: torch.dtype) -> Int4Kernel:
+    """Return the kernel for a model of ``dtype`` on ``device``."""
+    layouts: tuple[Layout, ...] = (TensorCoreLayout(),)
+    if device.type == 'cpu':
+        layouts = (BlockedLayout(64), BlockedLayout(32), BlockedLayout(16, paired=True))
+    # Only ARM has vector instructions for the product in fp32.
+    fast = dtype if device.type == 'cpu' and platform.machine() == 'aarch64' else torch.bfloat16
+    q = torch.randint(16, PROBE, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    try:
+        packed = packed_by_torch(q.to(device))
+        for layout in layouts:
+            kernel, ours = Int4Kernel(device, fast, layout, True), layout.pack(q.to(device))
+            if torch.equal(ours.flatten(), packed.flatten()) and _is_right(kernel, ours):
+                return kernel
+    except (AttributeError, RuntimeError):      # not in this build, or not for this device
+        pass
+    return plain_kernel(device, dtype)
+
+
+def is_faster(kernel: Int4Kernel, dtype: torch.dtype,
+              others: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> bool:
+    """
+    Return whether one token takes less time with ``kernel`` than with the products of ``others``.
+
+    ``others`` maps a weight ``[out, in]`` to the function that multiplies ``[1, in]`` with it;
+    all are of ``dtype``.
+    """
+    if not kernel.has_product:
+        return False
+    outputs, inputs = SPEED_PROBE
+    x = torch.ones(1, inputs, dtype=dtype, device=kernel.device)
+    scales = x.new_ones(inputs // PROBE_GROUP, outputs, 2).to(kernel.dtype)
+    q = torch.zeros(SPEED_PROBE, dtype=torch.uint8, device=kernel.device)
+    packed = [kernel.layout.pack(q) for _ in range(SPEED_WEIGHTS)]
+    products = [others(x.new_ones(SPEED_PROBE))
+                for _ in range(SPEED_WEIGHTS)]
+    ours, theirs = [], []
+    for _ in range(SPEED_REPEATS):
+        ours.append(_seconds(kernel.device, [
+            lambda p=p: kernel.multiply(x, p, PROBE_GROUP, scales) for p in packed]))
+        theirs.append(_seconds(kernel.device, [lambda f=f: f(x) for f in products]))
+    return statistics.median(ours) < statistics.median(theirs)
+
+
+def packed_by_torch(q: Tensor) -> Tensor:
+    """Return ``q`` (``[out, in]``) in the order of PyTorch's product."""
+    if q.device.type == 'cpu':
+        result: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 8)
+    else:
+        result = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
+    return result
+
+
+def _is_right(kernel: Int4Kernel, packed: Tensor) -> bool:
+    """Return whether the product with the packed probe is that with the dequantised one."""
+    outputs, inputs = PROBE
+    generator = torch.Generator().manual_seed(1)
+    scales, x = (torch.randn(shape, generator=generator).to(kernel.device, kernel.dtype)
+                 for shape in ((inputs // PROBE_GROUP, outputs, 2), (3, inputs)))
+    weight = kernel.layout.dequantize(
+        packed, scales, slice(0, outputs), slice(0, inputs), torch.float32)
+    expected = x.float() @ weight.t()
+    error = (kernel.multiply(x, packed, PROBE_GROUP, scales).float() - expected).norm()
+    return bool(error <= PROBE_ERROR * expected.norm())
+
+
+def _seconds(device: torch.device, calls: list[Callable[[], Tensor]]) -> float:
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
