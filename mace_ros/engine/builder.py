@@ -209,6 +209,9 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     kind = hardware(loaded.model.device)
     counters = DeviceCounters(kind)
     free = free_memory(loaded.model.device, counters.read().memory_free_mb)
+    # The self-check needs dequantised weights, which are freed after it.
+    free += sum(w.out_features * w.in_features for w in loaded.int4.values()
+                ) * loaded.model.dtype.itemsize
     # On a CPU the KV cache takes memory as it fills, and returns it.
     kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
     if dtype == 'int8':

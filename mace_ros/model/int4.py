@@ -31,7 +31,7 @@ FLOAT32_ERROR = 2.0 ** -20
 QUANTIZED_AT_ONCE = 2 ** 22     # values
 # Values that are dequantised at once: as many as a CPU's caches hold.
 TILE_VALUES = 2 ** 22
-MAX_CPU_KERNEL_TOKENS = 16      # from here on, dequantised products are faster
+MAX_CPU_KERNEL_TOKENS = 48      # for more of them, dequantised products are faster
 MAX_CUDA_KERNEL_TOKENS = 16
 
 
@@ -68,15 +68,16 @@ def quantizable(weight: Tensor, group: int = GROUP) -> bool:
 def quantize(weight: Tensor, *, group: int = GROUP,
              dtype: torch.dtype = torch.float32) -> Int4Values:
     """
-    Return ``weight`` (``[out, in]``, fp32) in 4 bits.
+    Return ``weight`` (``[out, in]``) in 4 bits.
 
     A group of values that lie on a grid of at most 16 levels, since they were dequantised from
     4 bits, keeps them. Other groups are rounded, with scales and zeros that ``dtype`` represents.
     """
-    parts = [_quantize(rows, group, dtype) for rows in weight.float().split(
+    parts = [_quantize(rows.float(), group, dtype) for rows in weight.split(
         max(QUANTIZED_AT_ONCE // weight.shape[1], 1))]
-    return Int4Values(*(torch.cat([getattr(p, name) for p in parts])
-                        for name in ('q', 'scales', 'zeros')), sum(p.rounded for p in parts))
+    return Int4Values(
+        torch.cat([p.q for p in parts]), torch.cat([p.scales for p in parts]),
+        torch.cat([p.zeros for p in parts]), sum(p.rounded for p in parts))
 
 
 def _quantize(weight: Tensor, group: int, dtype: torch.dtype) -> Int4Values:
@@ -110,15 +111,31 @@ def _grids(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grid = ((rows - lowest[:, None]) / scale[:, None]).round_()
         off = grid.mul_(scale[:, None]).add_(lowest[:, None]).sub_(rows).abs_().amax(1)
         fits = off <= error[left]
-        chosen, scale, lowest = left[fits], scale[fits], lowest[fits]
-        # Of the possible zeros, take the smallest one: it loses the least when it is rounded.
-        shift = (MIDDLE + lowest / scale).round_().clamp_(0, LEVELS - steps)
-        zero = lowest + (MIDDLE - shift) * scale
-        scales[chosen] = scale
-        zeros[chosen] = torch.where(zero.abs() <= error[chosen], 0.0, zero)
+        chosen = left[fits]
+        scales[chosen], zeros[chosen] = _smallest_zero(
+            lowest[fits], scale[fits], steps, error[chosen])
         found[chosen] = True
         left = left[~fits]
     return scales, zeros, found
+
+
+def _smallest_zero(lowest: Tensor, scale: Tensor, steps: int,
+                   error: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Return scales and zeros of grids from ``lowest`` on, with ``steps`` steps of ``scale``.
+
+    Of the possible zeros, take the smallest one: it loses the least when it is rounded. Those of
+    Q4_0 are 0; there, the scale may be negative.
+    """
+    choices = []
+    for sign, first in ((1.0, lowest), (-1.0, lowest + steps * scale)):
+        signed = sign * scale
+        shift = (MIDDLE + first / signed).round_().clamp_(0, LEVELS - steps)
+        zero = first + (MIDDLE - shift) * signed
+        choices.append((signed, torch.where(zero.abs() <= error, 0.0, zero)))
+    (scale, zero), (negative, other) = choices
+    turned = other.abs() < zero.abs()
+    return torch.where(turned, negative, scale), torch.where(turned, other, zero)
 
 
 def _fitted(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -168,9 +185,10 @@ class Int4Weight:
         return self.packed.nbytes + self.scales_and_zeros.nbytes
 
     def workspace_nbytes(self, dtype: torch.dtype) -> int:
-        """Return the memory that dequantising takes, in bytes: two copies, and one of uint8."""
+        """Return the memory that dequantising takes, in bytes."""
         values = min(self.out_features * self.in_features, TILE_VALUES)
-        return values * (2 * dtype.itemsize + 1)
+        # On a CPU, a half of them as uint8 and as fp32.
+        return values * (dtype.itemsize + 3)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``[..., out]`` for ``x``, ``[..., in]``, with a gradient of ``x`` only."""
@@ -185,25 +203,28 @@ class Int4Weight:
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return ``[tokens, in]`` for the gradient of the output, ``[tokens, out]``."""
+        if self.out_features * self.in_features <= TILE_VALUES:
+            return gradient @ self._tile(
+                slice(0, self.out_features), slice(0, self.in_features), gradient.dtype)
         result = gradient.new_empty(len(gradient), self.in_features)
         step = self._inputs_of_tile()
         for first in range(0, self.in_features, step):
             inputs = slice(first, min(first + step, self.in_features))
             part = self._tile(slice(0, self.out_features), inputs, gradient.dtype)
-            torch.mm(gradient, part, out=result[:, inputs])
+            result[:, inputs] = gradient @ part
         return result
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, ``[out, in]``."""
-        parts = [part for _, part in self._tiles(dtype)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat([part.clone() for _, part in self._tiles(dtype)])
 
     def _product(self, rows: Tensor) -> Tensor:
         if 0 < len(rows) <= self._max_tokens:
             return self._kernel.multiply(
                 rows, self.packed, self._group, self.scales_and_zeros)
         if self.out_features * self.in_features <= TILE_VALUES:
-            return linear(rows, self.dequantized(rows.dtype))
+            return linear(rows, self._tile(
+                slice(0, self.out_features), slice(0, self.in_features), rows.dtype))
         y = rows.new_empty(len(rows), self.out_features)
         for outputs, part in self._tiles(rows.dtype):
             y[:, outputs] = linear(rows, part)
@@ -221,10 +242,11 @@ class Int4Weight:
         return max(TILE_VALUES // self.out_features // alignment, 1) * alignment
 
     def _tile(self, outputs: slice, inputs: slice, dtype: torch.dtype) -> Tensor:
-        """Return the weights of some outputs and inputs, ``[outputs, inputs]``."""
+        """Return the weights of some outputs and inputs; the next call may overwrite them."""
         groups = slice(inputs.start // self._group, -(-inputs.stop // self._group))
         return self._kernel.layout.dequantize(
-            self.packed, self.scales_and_zeros[groups, outputs], outputs, inputs, dtype)
+            self.packed, self.scales_and_zeros[groups, outputs], outputs, inputs, dtype,
+            self._kernel.workspace)
 
 
 class _Int4Product(torch.autograd.Function):

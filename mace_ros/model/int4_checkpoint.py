@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-A model whose linear layers have 4 bits: made from one in fp32, kept on disk, and loaded again.
+A model whose linear layers have 4 bits: made from another, kept on disk, and loaded again.
 
 A file holds the packed weights in the order of this machine's kernel, so that a start only maps
 them, and the rest of the model.
@@ -58,7 +58,7 @@ class Int4Checkpoint:
 
 def checkpoint_of(model: PreTrainedModel, kernel: Int4Kernel,
                   dtype: torch.dtype) -> Int4Checkpoint:
-    """Return ``model`` (fp32, changed by this) in 4 bits; ``dtype`` is that of its other parts."""
+    """Return ``model`` (changed by this) in 4 bits; ``dtype`` is that of its other parts."""
     others, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen:       # the head may share the embedding's weight

@@ -9,8 +9,9 @@ weight; a product that does not compute the right values is not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+import math
 import platform
 import statistics
 import time
@@ -27,10 +28,31 @@ SPEED_WEIGHTS = 8           # more of them than a core's cache holds
 SPEED_REPEATS = 5
 
 
-class Layout(Protocol):
-    """The order of a packed weight ``[out, in]``; slices begin at multiples of ``inputs``."""
+class Workspace:
+    """
+    Memory of a CPU in which one weight after the other is dequantised.
 
-    inputs: int
+    Fresh memory would cost more time than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of any content, valid until the same ``name`` is asked for again."""
+        count = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[name, dtype] = torch.empty(count, dtype=dtype)
+        return buffer[:count].view(*shape)
+
+
+class Layout(Protocol):
+    """The order of a packed weight ``[out, in]``."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs at whose multiples a part of a weight may begin."""
 
     @property
     def name(self) -> str:
@@ -43,9 +65,9 @@ class Layout(Protocol):
         """Return a part of ``q`` as :meth:`pack` received it."""
 
     def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
-                   inputs: slice, dtype: torch.dtype) -> Tensor:
+                   inputs: slice, dtype: torch.dtype, workspace: Workspace) -> Tensor:
         """
-        Return a part of the weight, ``[outputs, inputs]``.
+        Return a part of the weight, ``[outputs, inputs]``; it may be in ``workspace``.
 
         ``scales_and_zeros``, ``[groups, outputs, 2]``, are those of the part.
         """
@@ -71,38 +93,43 @@ class BlockedLayout:
     def pack(self, q: Tensor) -> Tensor:
         """Return ``q`` in this order, ``[blocks, in, block / 2]``."""
         blocks = q.view(-1, self.block, q.shape[1]).transpose(1, 2)
-        low, high = ((blocks[..., ::2], blocks[..., 1::2]) if self.paired
-                     else blocks.chunk(2, 2))
-        return low | high << 4
+        low, high = (blocks[..., lanes] for lanes in self._lanes())
+        return (low | high << 4).contiguous()
 
     def unpack(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
         """Return a part of ``q`` as :meth:`pack` received it."""
-        q = self._nibbles(packed, outputs, inputs)
-        return q.transpose(1, 2).reshape(-1, q.shape[1])
-
-    def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
-                   inputs: slice, dtype: torch.dtype) -> Tensor:
-        """Return a part of the weight; its transpose is contiguous."""
-        q = self._nibbles(packed, outputs, inputs)
-        blocks, count, block = q.shape
-        groups = len(scales_and_zeros)
-        # [blocks, groups, 1, block]: contiguous in the last dimension, as the values are.
-        scales, zeros = (scales_and_zeros.view(groups, blocks, block, 2).permute(3, 1, 0, 2)
-                         .contiguous().to(dtype).unsqueeze(3))
-        values = q.to(dtype).sub_(8).view(blocks, groups, -1, block)
-        result = values.new_empty(count, blocks * block)
-        torch.addcmul(zeros, values, scales, out=result.view(
-            groups, -1, blocks, block).permute(2, 0, 1, 3))
-        return result.t()
-
-    def _nibbles(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """Return a part of ``q``, ``[blocks, in, block]``."""
         part = packed[outputs.start // self.block:outputs.stop // self.block, inputs]
         q = part.new_empty(*part.shape[:2], self.block)
-        low, high = (q[..., ::2], q[..., 1::2]) if self.paired else q.chunk(2, 2)
-        torch.bitwise_and(part, 15, out=low)
-        torch.bitwise_right_shift(part, 4, out=high)
-        return q
+        low, high = self._lanes()
+        q[..., low], q[..., high] = part & 15, part >> 4
+        return q.transpose(1, 2).reshape(-1, part.shape[1])
+
+    def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
+                   inputs: slice, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        """Return a part of the weight; its transpose is contiguous."""
+        part = packed[outputs.start // self.block:outputs.stop // self.block, inputs]
+        blocks, count, half = part.shape
+        groups = len(scales_and_zeros)
+        # [blocks, groups, 1, block]. In bfloat16, PyTorch has no vector instructions for it.
+        scales, zeros = (scales_and_zeros.view(groups, blocks, self.block, 2).permute(3, 1, 0, 2)
+                         .contiguous().float().unsqueeze(3))
+        lowest = zeros - 8 * scales
+        q = workspace.tensor('q', part.shape, torch.uint8)
+        values = workspace.tensor('values', part.shape, torch.float32)
+        grid = values.view(blocks, groups, -1, half)
+        result = workspace.tensor('result', (count, blocks, self.block), dtype)
+        for lanes, mask, unit in zip(self._lanes(), (15, 240), (1, 16), strict=True):
+            torch.bitwise_and(part, mask, out=q)
+            values.copy_(q)
+            torch.addcmul(lowest[..., lanes], grid, scales[..., lanes] / unit, out=grid)
+            result[..., lanes].copy_(values.transpose(0, 1))
+        return result.view(count, -1).t()
+
+    def _lanes(self) -> tuple[slice, slice]:
+        """Return the outputs of a block in the lower and in the upper bits."""
+        half = self.block // 2
+        return (slice(0, None, 2), slice(1, None, 2)) if self.paired else (
+            slice(0, half), slice(half, None))
 
 
 @dataclass(frozen=True)
@@ -142,11 +169,11 @@ class TensorCoreLayout:
         return q.to(torch.uint8).permute(0, 2, 1, 4, 6, 3, 5).reshape(rows * 8, -1)
 
     def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
-                   inputs: slice, dtype: torch.dtype) -> Tensor:
+                   inputs: slice, dtype: torch.dtype, workspace: Workspace) -> Tensor:
         """Return a part of the weight, contiguous."""
         q = self.unpack(packed, outputs, inputs).to(dtype).sub_(8)
         scales, zeros = scales_and_zeros.to(dtype).permute(2, 1, 0).unsqueeze(3)
-        return torch.addcmul(zeros, q.view(*scales.shape[:2], -1), scales).view(q.shape)
+        return torch.addcmul(zeros, q.reshape(*scales.shape[:2], -1), scales).reshape(q.shape)
 
 
 @dataclass(frozen=True)
@@ -161,6 +188,7 @@ class Int4Kernel:
     dtype: torch.dtype
     layout: Layout
     has_product: bool
+    workspace: Workspace = field(default_factory=Workspace, compare=False)
 
     def multiply(self, rows: Tensor, packed: Tensor, group: int,
                  scales_and_zeros: Tensor) -> Tensor:
@@ -216,12 +244,18 @@ def is_faster(kernel: Int4Kernel, dtype: torch.dtype,
     packed = [kernel.layout.pack(q) for _ in range(SPEED_WEIGHTS)]
     products = [others(x.new_ones(SPEED_PROBE))
                 for _ in range(SPEED_WEIGHTS)]
-    ours, theirs = [], []
-    for _ in range(SPEED_REPEATS):
-        ours.append(_seconds(kernel.device, [
-            lambda p=p: kernel.multiply(x, p, PROBE_GROUP, scales) for p in packed]))
-        theirs.append(_seconds(kernel.device, [lambda f=f: f(x) for f in products]))
-    return statistics.median(ours) < statistics.median(theirs)
+
+    def ours() -> None:
+        for weight in packed:
+            kernel.multiply(x, weight, PROBE_GROUP, scales)
+
+    def theirs() -> None:
+        for product in products:
+            product(x)
+
+    times = [(_seconds(kernel.device, ours), _seconds(kernel.device, theirs))
+             for _ in range(SPEED_REPEATS)]
+    return statistics.median(a / b for a, b in times) < 1.0
 
 
 def packed_by_torch(q: Tensor) -> Tensor:
@@ -240,16 +274,15 @@ def _is_right(kernel: Int4Kernel, packed: Tensor) -> bool:
     scales, x = (torch.randn(shape, generator=generator).to(kernel.device, kernel.dtype)
                  for shape in ((inputs // PROBE_GROUP, outputs, 2), (3, inputs)))
     weight = kernel.layout.dequantize(
-        packed, scales, slice(0, outputs), slice(0, inputs), torch.float32)
+        packed, scales, slice(0, outputs), slice(0, inputs), torch.float32, kernel.workspace)
     expected = x.float() @ weight.t()
     error = (kernel.multiply(x, packed, PROBE_GROUP, scales).float() - expected).norm()
     return bool(error <= PROBE_ERROR * expected.norm())
 
 
-def _seconds(device: torch.device, calls: list[Callable[[], Tensor]]) -> float:
+def _seconds(device: torch.device, work: Callable[[], None]) -> float:
     began = time.perf_counter()
-    for call in calls:
-        call()
+    work()
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter() - began

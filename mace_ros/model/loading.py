@@ -99,7 +99,7 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
         model.to(device), tokenizer, name, {} if checkpoint is None else checkpoint.linears)
 
 
-def _plain_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _plain_model(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
         attn_implementation='eager')
@@ -113,7 +113,7 @@ def _four_bits(name: str, dtype: torch.dtype, kernel: Int4Kernel, rounded: bool,
     checkpoint = int4_checkpoint.read(file, kernel) if keep else None
     if checkpoint is None:
         checkpoint = int4_checkpoint.checkpoint_of(
-            _plain_model(name, torch.float32), kernel, dtype)
+            _plain_model(name, 'auto'), kernel, dtype)     # as the source has it
         if keep:
             int4_checkpoint.save(checkpoint, file)
     if checkpoint.rounded:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
+from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.model import int4, int4_checkpoint, int4_kernels
 from mace_ros.model.int4 import Int4Values, Int4Weight, quantize
 from mace_ros.model.int4_kernels import (
@@ -25,8 +26,10 @@ from mace_ros.model.int4_kernels import (
     Layout,
     plain_kernel,
     TensorCoreLayout,
+    Workspace,
 )
 from mace_ros.model.loading import load_model, LoadedModel, weights_digest
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packing import pack
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -85,7 +88,7 @@ def test_in_bfloat16_only_scales_and_zeros_are_rounded(kind: str) -> None:
     weight = gguf_weight(kind)
     values = quantize(weight, dtype=torch.bfloat16)
     served = Int4Weight.of(values, plain_kernel(CPU, torch.bfloat16)).dequantized(torch.float32)
-    steps = (values.q.float() - 8).abs() * values.scales.repeat_interleave(32, 1)
+    steps = (values.q.float() - 8).abs() * values.scales.abs().repeat_interleave(32, 1)
     bound = 2.0 ** -8 * (steps + values.zeros.abs().repeat_interleave(32, 1))
     assert ((served - weight).abs() <= bound + 1e-7).all()
     assert (served - weight).norm() < 2.5e-3 * weight.norm()
@@ -141,7 +144,8 @@ def test_parts_of_a_packed_weight_are_those_of_the_weight(layout: Layout, inputs
             assert torch.equal(layout.unpack(packed, outputs, part), values.q[outputs, part])
             groups = slice(part.start // 32, part.stop // 32)
             torch.testing.assert_close(
-                layout.dequantize(packed, scales[groups, outputs], outputs, part, torch.float32),
+                layout.dequantize(packed, scales[groups, outputs], outputs, part, torch.float32,
+                                  Workspace()),
                 weight[outputs, part])
 
 
@@ -252,6 +256,20 @@ def test_the_packaged_model_keeps_its_4_bits(base_model: LoadedModel) -> None:
     dense = base_model.model.state_dict()
     for name, tensor in made.state_dict(torch.float32).items():
         torch.testing.assert_close(tensor, dense[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_budget_counts_what_dequantising_takes() -> None:
+    kernel = plain_kernel(CPU, torch.float32)
+    footprints = []
+    for weights in ({}, int4_checkpoint.checkpoint_of(
+            tiny_model('llama'), kernel, torch.float32).linears):
+        packed = pack(tiny_model('llama'), kv_tokens=64, int4=weights)
+        lora = LoRAManager(packed.linears, targets='all-linear', rank=4, alpha=4.0, slots=1)
+        footprints.append(measure_footprint(packed, lora))
+    plain, four_bits = footprints
+    largest = 192 * 64      # gate and up
+    assert largest * 4 < four_bits.kernels - plain.kernels < largest * 8
+    assert four_bits.graphs == plain.graphs
 
 
 def test_models_with_other_weights_in_4_bits_have_other_digests(model_folder: Path) -> None:
