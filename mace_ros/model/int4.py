@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mace_ros.model.cpu_matmul import linear
 from mace_ros.model.int4_kernels import Int4Kernel
+from mace_ros.model.int4_rows import pack_rows, unpack_rows
 
 LEVELS = 15             # the largest q
 MIDDLE = 8              # the q whose value is the zero
@@ -159,12 +160,15 @@ class Int4Weight:
     """
     A weight ``[out, in]`` in 4 bits, packed in the order of a kernel.
 
-    ``scales_and_zeros`` is ``[groups, out, 2]`` in the dtype of the kernel.
+    ``scales_and_zeros`` is ``[groups, out, 2]`` in the dtype of the kernel, ``rows`` what is
+    dequantised faster (:mod:`mace_ros.model.int4_rows`).
     """
 
-    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, kernel: Int4Kernel) -> None:
+    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, kernel: Int4Kernel,
+                 rows: Tensor | None = None) -> None:
         self.packed = packed
         self.scales_and_zeros = scales_and_zeros
+        self.rows = rows
         self._kernel = kernel
         self.out_features = scales_and_zeros.shape[1]
         self.in_features = packed.numel() * packed.element_size() * 2 // self.out_features
@@ -177,12 +181,14 @@ class Int4Weight:
         """Pack ``values`` for ``kernel`` on its device."""
         scales = torch.stack([values.scales.t(), values.zeros.t()], 2)
         return cls(kernel.layout.pack(values.q.to(kernel.device)).contiguous(),
-                   scales.to(kernel.device, kernel.dtype).contiguous(), kernel)
+                   scales.to(kernel.device, kernel.dtype).contiguous(), kernel,
+                   pack_rows(values.q, values.scales, values.zeros) if kernel.has_rows else None)
 
     @property
     def nbytes(self) -> int:
         """Memory, in bytes."""
-        return self.packed.nbytes + self.scales_and_zeros.nbytes
+        rows = 0 if self.rows is None else self.rows.nbytes
+        return self.packed.nbytes + self.scales_and_zeros.nbytes + rows
 
     def workspace_nbytes(self, dtype: torch.dtype) -> int:
         """Return the memory that dequantising takes, in bytes."""
@@ -204,15 +210,11 @@ class Int4Weight:
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return ``[tokens, in]`` for the gradient of the output, ``[tokens, out]``."""
         if self.out_features * self.in_features <= TILE_VALUES:
-            return gradient @ self._tile(
-                slice(0, self.out_features), slice(0, self.in_features), gradient.dtype)
-        result = gradient.new_empty(len(gradient), self.in_features)
-        step = self._inputs_of_tile()
-        for first in range(0, self.in_features, step):
-            inputs = slice(first, min(first + step, self.in_features))
-            part = self._tile(slice(0, self.out_features), inputs, gradient.dtype)
-            result[:, inputs] = gradient @ part
-        return result
+            return gradient @ self._tile(slice(0, self.out_features), gradient.dtype)
+        result = gradient.new_zeros(len(gradient), self.in_features, dtype=torch.float32)
+        for outputs, part in self._tiles(gradient.dtype):
+            result += gradient[:, outputs] @ part
+        return result.to(gradient.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, ``[out, in]``."""
@@ -223,8 +225,7 @@ class Int4Weight:
             return self._kernel.multiply(
                 rows, self.packed, self._group, self.scales_and_zeros)
         if self.out_features * self.in_features <= TILE_VALUES:
-            return linear(rows, self._tile(
-                slice(0, self.out_features), slice(0, self.in_features), rows.dtype))
+            return linear(rows, self._tile(slice(0, self.out_features), rows.dtype))
         y = rows.new_empty(len(rows), self.out_features)
         for outputs, part in self._tiles(rows.dtype):
             y[:, outputs] = linear(rows, part)
@@ -235,18 +236,19 @@ class Int4Weight:
         step = max(TILE_VALUES // self.in_features // OUTPUTS, 1) * OUTPUTS
         for first in range(0, self.out_features, step):
             outputs = slice(first, min(first + step, self.out_features))
-            yield outputs, self._tile(outputs, slice(0, self.in_features), dtype)
+            yield outputs, self._tile(outputs, dtype)
 
-    def _inputs_of_tile(self) -> int:
-        alignment = max(self._group, self._kernel.layout.inputs)
-        return max(TILE_VALUES // self.out_features // alignment, 1) * alignment
-
-    def _tile(self, outputs: slice, inputs: slice, dtype: torch.dtype) -> Tensor:
-        """Return the weights of some outputs and inputs; the next call may overwrite them."""
-        groups = slice(inputs.start // self._group, -(-inputs.stop // self._group))
-        return self._kernel.layout.dequantize(
-            self.packed, self.scales_and_zeros[groups, outputs], outputs, inputs, dtype,
-            self._kernel.workspace)
+    def _tile(self, outputs: slice, dtype: torch.dtype) -> Tensor:
+        """Return the weights of some outputs; the next call may overwrite them."""
+        workspace = self._kernel.workspace
+        if self.rows is None:
+            return self._kernel.layout.dequantize(
+                self.packed, self.scales_and_zeros, outputs, dtype, workspace)
+        groups = self.in_features // self._group
+        result = workspace.tensor(
+            'result', (outputs.stop - outputs.start, self.in_features), dtype)
+        unpack_rows(self.rows[outputs.start * groups:outputs.stop * groups], result)
+        return result
 
 
 class _Int4Product(torch.autograd.Function):

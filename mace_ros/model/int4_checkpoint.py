@@ -94,7 +94,8 @@ def model_of(checkpoint: Int4Checkpoint, folder: str, dtype: torch.dtype) -> Pre
 def file_for(folder: Path, kernel: Int4Kernel, dtype: torch.dtype) -> Path:
     """Return the file in ``folder`` that holds the checkpoint of a kernel and a dtype."""
     names = (str(x).removeprefix('torch.') for x in (kernel.dtype, dtype))
-    return folder / f'int4-{VERSION}-{kernel.layout.name}-{"-".join(names)}.safetensors'
+    layout = kernel.layout.name + '-rows' * kernel.has_rows
+    return folder / f'int4-{VERSION}-{layout}-{"-".join(names)}.safetensors'
 
 
 def save(checkpoint: Int4Checkpoint, path: Path) -> None:
@@ -103,6 +104,8 @@ def save(checkpoint: Int4Checkpoint, path: Path) -> None:
     for name, weight in checkpoint.linears.items():
         tensors[f'packed.{name}'] = weight.packed.cpu()
         tensors[f'scales.{name}'] = weight.scales_and_zeros.cpu()
+        if weight.rows is not None:
+            tensors[f'rows.{name}'] = weight.rows
     about = {'sizes': checkpoint.sizes, 'rounded': checkpoint.rounded}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}-') as work:
         file = Path(work) / path.name
@@ -122,8 +125,9 @@ def read(path: Path, kernel: Int4Kernel) -> Int4Checkpoint | None:
     def named(kind: str) -> dict[str, Tensor]:
         return {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
 
-    scales = named('scales.')
-    return Int4Checkpoint({
-        name: Int4Weight(packed.to(kernel.device), scales[name].to(kernel.device), kernel)
-        for name, packed in named('packed.').items()},
-        about['sizes'], named('other.'), about['rounded'])
+    scales, rows = named('scales.'), named('rows.')
+    linears = {
+        name: Int4Weight(packed.to(kernel.device), scales[name].to(kernel.device), kernel,
+                         rows.get(name))
+        for name, packed in named('packed.').items()}
+    return Int4Checkpoint(linears, about['sizes'], named('other.'), about['rounded'])

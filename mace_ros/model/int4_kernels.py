@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mace_ros.model.int4_rows import unpacks_rows
+
 PROBE = (128, 128)          # outputs and inputs of the weight that finds a layout
 PROBE_GROUP = 32
 PROBE_ERROR = 2e-2          # relative, of a product that sums up in bfloat16 at worst
@@ -51,25 +53,21 @@ class Layout(Protocol):
     """The order of a packed weight ``[out, in]``."""
 
     @property
-    def inputs(self) -> int:
-        """Inputs at whose multiples a part of a weight may begin."""
-
-    @property
     def name(self) -> str:
         """A name for files."""
 
     def pack(self, q: Tensor) -> Tensor:
         """Return ``q`` (uint8, 0 to 15, ``[out, in]``) in this order, two in each byte."""
 
-    def unpack(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """Return a part of ``q`` as :meth:`pack` received it."""
+    def unpack(self, packed: Tensor, outputs: slice) -> Tensor:
+        """Return some outputs of ``q`` as :meth:`pack` received it."""
 
     def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
-                   inputs: slice, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+                   dtype: torch.dtype, workspace: Workspace) -> Tensor:
         """
-        Return a part of the weight, ``[outputs, inputs]``; it may be in ``workspace``.
+        Return the weight of some outputs, ``[outputs, in]``; it may be in ``workspace``.
 
-        ``scales_and_zeros``, ``[groups, outputs, 2]``, are those of the part.
+        ``scales_and_zeros`` are ``[groups, out, 2]``.
         """
 
 
@@ -83,7 +81,6 @@ class BlockedLayout:
 
     block: int
     paired: bool = False
-    inputs: int = 1
 
     @property
     def name(self) -> str:
@@ -96,23 +93,23 @@ class BlockedLayout:
         low, high = (blocks[..., lanes] for lanes in self._lanes())
         return (low | high << 4).contiguous()
 
-    def unpack(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """Return a part of ``q`` as :meth:`pack` received it."""
-        part = packed[outputs.start // self.block:outputs.stop // self.block, inputs]
+    def unpack(self, packed: Tensor, outputs: slice) -> Tensor:
+        """Return some outputs of ``q`` as :meth:`pack` received it."""
+        part = packed[outputs.start // self.block:outputs.stop // self.block]
         q = part.new_empty(*part.shape[:2], self.block)
         low, high = self._lanes()
         q[..., low], q[..., high] = part & 15, part >> 4
         return q.transpose(1, 2).reshape(-1, part.shape[1])
 
     def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
-                   inputs: slice, dtype: torch.dtype, workspace: Workspace) -> Tensor:
-        """Return a part of the weight; its transpose is contiguous."""
-        part = packed[outputs.start // self.block:outputs.stop // self.block, inputs]
+                   dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        """Return the weight of some outputs; its transpose is contiguous."""
+        part = packed[outputs.start // self.block:outputs.stop // self.block]
         blocks, count, half = part.shape
         groups = len(scales_and_zeros)
         # [blocks, groups, 1, block]. In bfloat16, PyTorch has no vector instructions for it.
-        scales, zeros = (scales_and_zeros.view(groups, blocks, self.block, 2).permute(3, 1, 0, 2)
-                         .contiguous().float().unsqueeze(3))
+        scales, zeros = (scales_and_zeros[:, outputs].view(groups, blocks, self.block, 2)
+                         .permute(3, 1, 0, 2).contiguous().float().unsqueeze(3))
         lowest = zeros - 8 * scales
         q = workspace.tensor('q', part.shape, torch.uint8)
         values = workspace.tensor('values', part.shape, torch.float32)
@@ -140,8 +137,6 @@ class TensorCoreLayout:
     An int32 holds eight inputs of an output, the even ones in its lower half.
     """
 
-    inputs: int = 128
-
     @property
     def name(self) -> str:
         """A name for files."""
@@ -158,21 +153,19 @@ class TensorCoreLayout:
         return (parts << shifts).sum((5, 6), dtype=torch.int32).view(
             outputs // 8, count // (16 * tiles), 32, tiles // 2)
 
-    def unpack(self, packed: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """Return a part of ``q`` as :meth:`pack` received it."""
-        width = packed.shape[3] * 32
-        part = packed[outputs.start // 8:outputs.stop // 8,
-                      inputs.start // width:-(-inputs.stop // width)]
+    def unpack(self, packed: Tensor, outputs: slice) -> Tensor:
+        """Return some outputs of ``q`` as :meth:`pack` received it."""
+        part = packed[outputs.start // 8:outputs.stop // 8]
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device).view(2, 4)
         rows, columns, _, pairs = part.shape
         q = (part.view(rows, columns, 8, 4, pairs, 1, 1) >> shifts) & 15
         return q.to(torch.uint8).permute(0, 2, 1, 4, 6, 3, 5).reshape(rows * 8, -1)
 
     def dequantize(self, packed: Tensor, scales_and_zeros: Tensor, outputs: slice,
-                   inputs: slice, dtype: torch.dtype, workspace: Workspace) -> Tensor:
-        """Return a part of the weight, contiguous."""
-        q = self.unpack(packed, outputs, inputs).to(dtype).sub_(8)
-        scales, zeros = scales_and_zeros.to(dtype).permute(2, 1, 0).unsqueeze(3)
+                   dtype: torch.dtype, workspace: Workspace) -> Tensor:
+        """Return the weight of some outputs, contiguous."""
+        q = self.unpack(packed, outputs).to(dtype).sub_(8)
+        scales, zeros = scales_and_zeros[:, outputs].to(dtype).permute(2, 1, 0).unsqueeze(3)
         return torch.addcmul(zeros, q.reshape(*scales.shape[:2], -1), scales).reshape(q.shape)
 
 
@@ -181,13 +174,15 @@ class Int4Kernel:
     """
     A product with 4-bit weights on a device; without ``has_product``, only their layout.
 
-    ``dtype`` is that of scales, zeros and of the product's inputs.
+    ``dtype`` is that of scales, zeros and of the product's inputs. With ``has_rows``, weights are
+    also kept as rows, which are faster to dequantise.
     """
 
     device: torch.device
     dtype: torch.dtype
     layout: Layout
     has_product: bool
+    has_rows: bool = False
     workspace: Workspace = field(default_factory=Workspace, compare=False)
 
     def multiply(self, rows: Tensor, packed: Tensor, group: int,
@@ -219,7 +214,8 @@ def find_kernel(device: torch.device, dtype: torch.dtype) -> Int4Kernel:
     try:
         packed = packed_by_torch(q.to(device))
         for layout in layouts:
-            kernel, ours = Int4Kernel(device, fast, layout, True), layout.pack(q.to(device))
+            kernel = Int4Kernel(device, fast, layout, True, unpacks_rows(device))
+            ours = layout.pack(q.to(device))
             if torch.equal(ours.flatten(), packed.flatten()) and _is_right(kernel, ours):
                 return kernel
     except (AttributeError, RuntimeError):      # not in this build, or not for this device
@@ -274,7 +270,7 @@ def _is_right(kernel: Int4Kernel, packed: Tensor) -> bool:
     scales, x = (torch.randn(shape, generator=generator).to(kernel.device, kernel.dtype)
                  for shape in ((inputs // PROBE_GROUP, outputs, 2), (3, inputs)))
     weight = kernel.layout.dequantize(
-        packed, scales, slice(0, outputs), slice(0, inputs), torch.float32, kernel.workspace)
+        packed, scales, slice(0, outputs), torch.float32, kernel.workspace)
     expected = x.float() @ weight.t()
     error = (kernel.multiply(x, packed, PROBE_GROUP, scales).float() - expected).norm()
     return bool(error <= PROBE_ERROR * expected.norm())

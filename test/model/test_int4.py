@@ -138,15 +138,10 @@ def test_parts_of_a_packed_weight_are_those_of_the_weight(layout: Layout, inputs
     scales = torch.stack([values.scales.t(), values.zeros.t()], 2)
     weight = values.dequantized()
     for outputs in (slice(0, 128), slice(64, 128)):
-        for part in (slice(0, inputs), slice(0, min(inputs, 128)), slice(128, inputs)):
-            if part.start >= inputs:
-                continue
-            assert torch.equal(layout.unpack(packed, outputs, part), values.q[outputs, part])
-            groups = slice(part.start // 32, part.stop // 32)
-            torch.testing.assert_close(
-                layout.dequantize(packed, scales[groups, outputs], outputs, part, torch.float32,
-                                  Workspace()),
-                weight[outputs, part])
+        assert torch.equal(layout.unpack(packed, outputs), values.q[outputs])
+        torch.testing.assert_close(
+            layout.dequantize(packed, scales, outputs, torch.float32, Workspace()),
+            weight[outputs])
 
 
 def test_the_layout_of_tensor_cores_is_that_of_the_cuda_kernel() -> None:
@@ -184,7 +179,7 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight(
     dense = weight.dequantized(torch.float32)
     rounding = {'rtol': 1e-5, 'atol': 1e-5} if exact else {'rtol': 2e-2, 'atol': 2e-2}
     torch.testing.assert_close(dense, values.dequantized(), **rounding)
-    assert weight.nbytes < 0.7 * dense.numel() or exact
+    assert weight.nbytes < (1.3 if found.has_rows else 0.7) * dense.numel() or exact
     bias = torch.randn(128)
     for dtype in (torch.float32, torch.bfloat16):
         if dtype == torch.bfloat16:
