@@ -32,8 +32,10 @@ FLOAT32_ERROR = 2.0 ** -20
 QUANTIZED_AT_ONCE = 2 ** 22     # values
 # Values that are dequantised at once: as many as a CPU's caches hold.
 TILE_VALUES = 2 ** 22
-MAX_CPU_KERNEL_TOKENS = 48      # for more of them, dequantised products are faster
-MAX_CUDA_KERNEL_TOKENS = 16
+# For more tokens, dequantised products are faster: on a CPU with and without rows, and on CUDA.
+MAX_TOKENS_BESIDE_ROWS = 32
+MAX_CPU_TOKENS = 48
+MAX_CUDA_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,10 @@ class Int4Weight:
         self.out_features = scales_and_zeros.shape[1]
         self.in_features = packed.numel() * packed.element_size() * 2 // self.out_features
         self._group = self.in_features // scales_and_zeros.shape[0]
-        limit = MAX_CPU_KERNEL_TOKENS if packed.device.type == 'cpu' else MAX_CUDA_KERNEL_TOKENS
-        self._max_tokens = limit if kernel.has_product else 0
+        self._max_tokens = 0
+        if kernel.has_product:
+            self._max_tokens = (MAX_CUDA_TOKENS if packed.device.type == 'cuda' else
+                                MAX_CPU_TOKENS if rows is None else MAX_TOKENS_BESIDE_ROWS)
 
     @classmethod
     def of(cls, values: Int4Values, kernel: Int4Kernel) -> Int4Weight:
