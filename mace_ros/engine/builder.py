@@ -50,6 +50,7 @@ from mace_ros.model.int4_kernels import find_kernel, Int4Kernel, is_faster
 from mace_ros.model.loading import (
     best_device,
     best_dtype,
+    is_gguf,
     load_model,
     LoadedModel,
     Progress,
@@ -191,6 +192,7 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
     auto = model.weight_dtype == 'auto'
+    may_be_int4 = is_gguf(model.source) if auto else model.weight_dtype == 'int4'
     dtype = best_weight_dtype(device) if auto else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')
@@ -202,7 +204,7 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     loaded = load_model(
         model.source, device=device, dtype='auto' if dtype in ('int8', 'int4') else dtype,
         cache=settings.storage.model_cache, progress=progress,
-        int4=_int4_kernel(device, only_if_faster=auto) if auto or dtype == 'int4' else None,
+        int4=_int4_kernel(device, only_if_faster=auto) if may_be_int4 else None,
         rounded=not auto)
     if loaded.int4:
         dtype = 'int4'

@@ -67,8 +67,7 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
     device = best_device() if device == 'auto' else device
     dtype = best_dtype(device) if dtype == 'auto' else dtype
     path = Path(source).expanduser() if source else packaged_gguf()
-    is_gguf = path.suffix == '.gguf'
-    if is_gguf:
+    if is_gguf(source):
         if not path.is_file():
             raise ModelNotFound(f'model.source: the file {path} does not exist')
         try:
@@ -83,9 +82,9 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
             # Without it, transformers would ask at the terminal about a repository with code.
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             checkpoint = None
-            if int4 is not None and (is_gguf or rounded):
+            if int4 is not None and (is_gguf(source) or rounded):
                 checkpoint = _four_bits(
-                    name, getattr(torch, dtype), int4, rounded, is_gguf, progress)
+                    name, getattr(torch, dtype), int4, rounded, is_gguf(source), progress)
             model = (_plain_model(name, getattr(torch, dtype)) if checkpoint is None else
                      int4_checkpoint.model_of(checkpoint, name, getattr(torch, dtype)))
         except (OSError, ValueError) as error:
@@ -97,6 +96,11 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
                 f'model.source: the weights in {name!r} are damaged: {error}') from error
     return LoadedModel(
         model.to(device), tokenizer, name, {} if checkpoint is None else checkpoint.linears)
+
+
+def is_gguf(source: str) -> bool:
+    """Return whether ``source`` is a GGUF file, as the packaged model is."""
+    return not source or Path(source).suffix == '.gguf'
 
 
 def _plain_model(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -115,7 +119,10 @@ def _four_bits(name: str, dtype: torch.dtype, kernel: Int4Kernel, rounded: bool,
         checkpoint = int4_checkpoint.checkpoint_of(
             _plain_model(name, 'auto'), kernel, dtype)     # as the source has it
         if keep:
-            int4_checkpoint.save(checkpoint, file)
+            try:
+                int4_checkpoint.save(checkpoint, file)
+            except OSError as error:
+                progress(f'{file} could not be written, so the next start takes longer: {error}')
     if checkpoint.rounded:
         progress(f'{checkpoint.rounded:.0%} of the weights of its linear layers have more than '
                  f'4 bits{": rounded to 4" if rounded else ""}')

@@ -77,6 +77,7 @@ class MergedLinear(nn.Module):
         self.width = 0
         self.int8: Int8Weight | None = None
         self.int4: Int4Weight | None = None
+        self._exact_slots: dict[int, tuple[Tensor, Tensor]] = {}    # views of exact_a.T, exact_b
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
@@ -109,6 +110,7 @@ class MergedLinear(nn.Module):
         # Only small batches on a CPU use them. With fp32 weights, float() makes no copy.
         if device.type == 'cpu':
             self.exact_a, self.exact_b = self.slots_a.float(), self.slots_b.float()
+            self._exact_slots.clear()
 
     @property
     def name(self) -> str:
@@ -248,8 +250,11 @@ class MergedLinear(nn.Module):
         one_hot, slot = self.mapping.one_hot, self.mapping.slot
         x = x.view(-1, x.shape[-1]).float()
         if one_hot is None:
-            rows = slice(slot * self.width, (slot + 1) * self.width)
-            update = torch.mm(torch.mm(x, self.exact_a[rows].t()), self.exact_b[rows])
+            if slot not in self._exact_slots:
+                rows = slice(slot * self.width, (slot + 1) * self.width)
+                self._exact_slots[slot] = self.exact_a[rows].t(), self.exact_b[rows]
+            a, b = self._exact_slots[slot]
+            update = torch.mm(torch.mm(x, a), b)
         else:
             low = torch.mm(x, self.exact_a.t()).view(*one_hot.shape, self.width)
             low = low * one_hot.unsqueeze(-1)
