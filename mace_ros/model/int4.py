@@ -222,7 +222,10 @@ class Int4Weight:
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, ``[out, in]``."""
-        return torch.cat([part.clone() for _, part in self._tiles(dtype)])
+        result = self.packed.new_empty(self.out_features, self.in_features, dtype=dtype)
+        for outputs, part in self._tiles(dtype):
+            result[outputs] = part
+        return result
 
     def _product(self, rows: Tensor) -> Tensor:
         if 0 < len(rows) <= self._max_tokens:

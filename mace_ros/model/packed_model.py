@@ -233,6 +233,9 @@ class PackedModel:
                 slots[i, :position + 1] = cache_slots(span.blocks, position + 1)
                 write.append(slots[i, position:position + 1])
             metadata.decode_slots = torch.from_numpy(slots).to(self.device)
+            if len(decode) == 1 and slots[0, -1] - slots[0, 0] == longest - 1 and (
+                    np.diff(slots[0]) == 1).all():
+                metadata.decode_run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
             metadata.decode_lengths = self.tensor([s.cache_position + 1 for s in decode])
         if chunks:
             write += self._add_block(metadata, chunks)

@@ -203,6 +203,20 @@ def test_packed_requests_get_the_logits_of_transformers_and_peft(
             assert_response_of(reference, request)
 
 
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'gpt-oss', 'gpt-neox'])
+def test_the_place_of_blocks_in_the_cache_changes_no_logits(family: str) -> None:
+    """The keys of a single decode row are read in place if its blocks are consecutive."""
+    rng = random.Random(family)
+    model, _, _ = with_reference(tiny_model(family))
+    ids = random_ids(rng, 40)
+    logits = []
+    for blocks in ([3, 4, 5], [9, 2, 7]):
+        model.run([Span(ids[:38], 0, blocks, BASE_SLOT, True)])
+        logits.append(torch.cat([model.run([Span(ids[i:i + 1], i, blocks, BASE_SLOT, True)])
+                                 .clone() for i in (38, 39)]))
+    assert relative_error(*logits) < 1e-5
+
+
 @pytest.mark.parametrize('family', ['llama', 'gpt-neox', 'gemma2', 'opt'])
 def test_int8_weights_give_the_logits_of_transformers_with_rounded_weights(
         family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
