@@ -60,9 +60,9 @@ class ModelSettings:
         choices=('auto', 'cpu', 'cuda'), read_only=True)
     weight_dtype: str = _parameter(
         'auto', 'Precision of the base weights: auto is bfloat16 on CUDA, int8 on a CPU that has '
-        'instructions for it (bfloat16, or ARM), and float32 on other CPUs; int8 rounds the '
-        'linear layers to 8 bits, and computes in bfloat16 where the CPU supports it',
-        choices=('auto', 'float32', 'bfloat16', 'int8'), read_only=True)
+        'instructions for it (bfloat16, or ARM), and float32 on other CPUs; int8 and int4 round '
+        'the linear layers to 8 or 4 bits, and compute in bfloat16 where the CPU supports it',
+        choices=('auto', 'float32', 'bfloat16', 'int8', 'int4'), read_only=True)
     device_graphs: bool = _parameter(
         True, 'On CUDA, capture forward passes and fine-tune layers as CUDA graphs at the start, '
         'which takes up to a minute', read_only=True)

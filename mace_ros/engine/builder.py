@@ -46,6 +46,7 @@ from mace_ros.model.hardware import (
     release_memory as release_memory,  # after an engine was closed, or failed to load
 )
 from mace_ros.model.heap import limit_heap
+from mace_ros.model.int4_kernels import find_kernel
 from mace_ros.model.loading import (
     best_device,
     best_dtype,
@@ -182,7 +183,7 @@ class _LoadedDevice:
 
 
 def best_weight_dtype(device: str) -> str:
-    """Return what ``model.weight_dtype: auto`` stands for: the fastest precision to decode in."""
+    """Return what ``model.weight_dtype: auto`` stands for unless the source has 4 bits."""
     dtype = best_dtype(device)
     return 'int8' if device == 'cpu' and multiplies_int8(getattr(torch, dtype)) else dtype
 
@@ -190,6 +191,7 @@ def best_weight_dtype(device: str) -> str:
 def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
+    # Of int4, decoding is faster, but prefill and learning are slower than with int8.
     dtype = best_weight_dtype(device) if model.weight_dtype == 'auto' else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')
@@ -199,17 +201,22 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
         limit_kernel_caches()
         limit_heap()
     loaded = load_model(
-        model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
-        cache=settings.storage.model_cache, progress=progress)
+        model.source, device=device, dtype='auto' if dtype in ('int8', 'int4') else dtype,
+        cache=settings.storage.model_cache, progress=progress,
+        int4=find_kernel(torch.device(device), getattr(torch, best_dtype(device)))
+        if dtype == 'int4' else None)
     kind = hardware(loaded.model.device)
     counters = DeviceCounters(kind)
     free = free_memory(loaded.model.device, counters.read().memory_free_mb)
+    # The self-check needs dequantised weights, which are freed after it.
+    free += sum(w.out_features * w.in_features for w in loaded.int4.values()
+                ) * loaded.model.dtype.itemsize
     # On a CPU the KV cache takes memory as it fills, and returns it.
     kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
     if dtype == 'int8':
         progress('rounding its linear layers to 8 bits')
     packed = pack(loaded.model, kv_tokens=settings.memory.kv_cache_tokens, kv_bytes=kv_bytes,
-                  int8=dtype == 'int8')
+                  int8=dtype == 'int8', int4=loaded.int4)
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
     return _LoadedDevice(loaded, packed, kind, free)

@@ -29,6 +29,7 @@ from mace_ros.model.attention import (
     whole_sequences,
 )
 from mace_ros.model.graphs import LayerGraphs, PassGraphs
+from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.lora_linear import replace_head, replace_linears
 from mace_ros.model.lora_mapping import InputObserver, LoRAMapping
@@ -193,6 +194,24 @@ class PackedModel:
         for layer in [*self.linears, *self.head]:
             layer.round_to_int8()
 
+    def use_int4(self, weights: Mapping[str, Int4Weight]) -> None:
+        """
+        Use 4-bit weights by the names of merged layers.
+
+        On a CPU the other layers are rounded to 8 bits; elsewhere there is no product for these.
+        """
+        for layer in [*self.linears, *self.head]:
+            if layer.name in weights:
+                layer.use_int4(weights[layer.name])
+            elif self.device.type == 'cpu':
+                layer.round_to_int8()
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """The most that a product with dequantised weights takes while it runs, in bytes."""
+        return max((layer.int4.workspace_nbytes(self.dtype) for layer in self.linears
+                    if layer.int4 is not None), default=0)
+
     def synchronize(self) -> None:
         """Wait until the device has finished all submitted work."""
         if self.device.type == 'cuda':
@@ -216,6 +235,9 @@ class PackedModel:
                 slots[i, :position + 1] = cache_slots(span.blocks, position + 1)
                 write.append(slots[i, position:position + 1])
             metadata.decode_slots = torch.from_numpy(slots).to(self.device)
+            if len(decode) == 1 and slots[0, -1] - slots[0, 0] == longest - 1 and (
+                    np.diff(slots[0]) == 1).all():
+                metadata.decode_run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
             metadata.decode_lengths = self.tensor([s.cache_position + 1 for s in decode])
         if chunks:
             write += self._add_block(metadata, chunks)

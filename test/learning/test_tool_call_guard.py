@@ -18,9 +18,10 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import AdapterSettings, Settings
+from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.learning.question import questions
-from mace_ros.learning.scope import Scopes
 from mace_ros.learning.training_set import TrainingSet
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.store.journal import Journal
 
 WHERE = 'Where is the dock?'
@@ -85,10 +86,14 @@ def test_the_newest_calls_of_uncorrected_questions_are_guarded(tmp_path: Path) -
 
 
 def test_a_call_is_guarded_if_the_version_is_to_answer_its_question() -> None:
-    scopes, settings = Scopes(lambda _: 1e-4), AdapterSettings()
+    live, settings = LiveVersions(lambda _: 1e-4), AdapterSettings()
     learned = [correction('c', 'Where is the red dock?')]
     near, far = (questions(({'role': 'user', 'content': text},))
                  for text in ('Where is the dock that is red?', 'Sing a song of sixpence.'))
-    assert scopes.will_match('', near, learned, settings)
-    assert not scopes.will_match('', far, learned, settings)
-    assert not scopes.will_match('', near, [], settings)
+    fresh, version = ServedVersion('', 0), ServedVersion('', 1)
+    assert live.will_answer(fresh, near, learned, settings)
+    assert not live.will_answer(fresh, far, learned, settings)
+    assert not live.will_answer(fresh, near, [], settings)
+    live.publish('', 1, {}, continues=0, learned=[replace(learned[0], adapter_version=1)])
+    assert live.will_answer(version, near, [], settings)        # what it has learned already
+    assert not live.will_answer(fresh, near, [], settings)
