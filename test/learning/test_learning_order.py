@@ -197,7 +197,8 @@ def test_an_overdue_correction_makes_the_steps_of_every_job_overdue(robot: Robot
                 and e.state is CorrectionState.TRAINING)
     record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(10)
     robot.engine.learner.accepted(Accepted(
-        replace(record, id='older', profile='ann'), new=True, arrived=-5.0))
+        replace(record, id='older', profile='ann', state=CorrectionState.ACCEPTED), new=True,
+        arrived=-5.0))
     step = robot.engine.learner.step
     while robot.engine.learner.step in (step, None):
         robot.engine.step()

@@ -157,7 +157,7 @@ def test_shell_lines_of_the_documents_survive_discovery_and_typing():
     lines = [line for path in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
              for line in path.read_text().splitlines()]
     published = [line for line in lines if line.startswith('ros2 topic pub')]
-    assert len(published) == 2
+    assert len(published) >= 2
     assert all(' --once -w 1 --keep-alive 1 ' in line for line in published)
     values = [(name, value) for line in lines for name, value in re.findall(
         r'(?:ros2 param set \S+ |-p )(\w+\.\w+)(?::=| )([-\w.]+)', line)]
