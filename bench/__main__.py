@@ -7,13 +7,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import decode, kernels, operation, report
+from bench import constrained, decode, kernels, operation, report
 from bench.colocation import __main__ as colocation
 from bench.durability import __main__ as durability
 from bench.learning import __main__ as learning
 from bench.memory import __main__ as memory
 
-BENCHMARKS = (kernels, decode, learning, durability, memory, operation, colocation)
+BENCHMARKS = (kernels, decode, constrained, learning, durability, memory, operation, colocation)
 
 
 def main() -> int:

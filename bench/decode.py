@@ -231,10 +231,15 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
             if found.blocks:
                 rows.append(Reported(f'decode ms/token, ours {precision} / {peer} {precision}',
                                      found.median, aim, found.spread))
-    int8 = ratio(samples, ('mace_ros', 'int8'), ('hf_generate', 'bfloat16'))
-    if int8.blocks:
-        rows.append(Reported('decode ms/token, ours int8 / hf_generate bfloat16', int8.median, '',
-                             int8.spread))
+    for precision in ('int8', 'int4'):
+        found = ratio(samples, ('mace_ros', precision), ('hf_generate', 'bfloat16'))
+        if found.blocks:
+            rows.append(Reported(f'decode ms/token, ours {precision} / hf_generate bfloat16',
+                                 found.median, '', found.spread))
+    found = ratio(samples, ('mace_ros', 'int4'), ('mace_ros', 'int8'))
+    if found.blocks:
+        rows.append(Reported('decode ms/token, ours int4 / ours int8', found.median, '0.75',
+                             found.spread))
     rows += [Reported(f'perplexity, {p} / float32', perplexity_ratio(samples, p, 'float32'))
              for p in precisions if p != 'float32']
     return rows

@@ -92,10 +92,14 @@ def products() -> dict[str, Callable[[int], Callable[[], object]]]:
     import torch.nn.functional as F
 
     from mace_ros.model.cpu_matmul import Int8Weight, linear
+    from mace_ros.model.int4 import Int4Weight, quantize
+    from mace_ros.model.int4_kernels import find_kernel
 
     fp32 = [torch.randn(shape) * 0.02 for shape in WEIGHTS]
     bf16 = [w.bfloat16() for w in fp32]
     int8 = [Int8Weight(w.clone()) for w in bf16]
+    int4_kernel = find_kernel(torch.device('cpu'), torch.bfloat16)
+    int4 = [Int4Weight.of(quantize(w), int4_kernel) for w in fp32]
 
     def make_inputs(tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
         by_width = {k: torch.randn(tokens, k).to(dtype) for _, k in WEIGHTS}
@@ -114,6 +118,7 @@ def products() -> dict[str, Callable[[int], Callable[[], object]]]:
         'float32 ours': kernel(fp32, torch.float32, linear),
         'bfloat16 F.linear': kernel(bf16, torch.bfloat16, F.linear),
         'int8 weights': kernel(int8, torch.bfloat16, lambda x, w: w.linear(x)),
+        'int4 weights': kernel(int4, torch.bfloat16, lambda x, w: w.linear(x)),
     }
 
 

@@ -5,8 +5,8 @@ A node under stress as a robot sees it: a real node and real messages.
 
 Two hundred queries arrive in one second while corrections wait to be learned. Measured are
 whether each gets its response, and whether other callbacks (a 10 Hz timer, reading a
-parameter) are served in time; also what a client costs that watches the node ten times a
-second. Results: bench/results/operation.json.
+parameter) are served in time; how soon an answer ends that is interrupted; and what a client
+costs that watches the node ten times a second. Results: bench/results/operation.json.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from bench.common.load import LESSONS
 from bench.common.options import Options
 from bench.common.results import Check, check, paired, percentile, Ratio, Reported, Result, Table
 from bench.common.running import Run, run_benchmark, Samples
+from bench.systems.interruptions import interruptions, LONG, OTHERS
 from bench.systems.node import isolate, NodeProcess, PERIOD_S, ROOT, START_S
 from mace_ros.api.settings import Settings
 
 BURST = 200
 LOAD = 8                # concurrent responses while the cost of watching is measured
-LONG = 'Repeat this: こんにちは 🤖'     # the packaged model repeats this without end
 RESPONSE_S = 400.0      # at most, for a response
 SERVICE_S = 30.0        # at most, for a service call
 WATCH_HZ = 10.0
@@ -47,6 +47,7 @@ def options() -> Options:
     result = Options('operation', __doc__, quick='two short pairs')
     result.size('--pairs', 9, 2, 'pairs of blocks with and without a watching client')
     result.size('--seconds', 8.0, 2.0, 'length of a block')
+    result.size('--interruptions', 200, 5, 'answers that are cancelled as they are spoken')
     return result
 
 
@@ -61,12 +62,14 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def measure(run: Run) -> Samples:
-    """Run both parts; return the samples."""
+    """Run all parts; return the samples."""
     samples: Samples = {}
     # The node computes with one thread; the clients have the other cores.
     with running(run.folder / 'watched', {
             'model.threads': 1, 'finetune.budget': 0.0}) as (node, client):
         samples['blocks'] = watched_blocks(client, node.pid, run.args.pairs, run.args.seconds)
+    with running(run.folder / 'interrupted', {}) as (_, client):
+        samples['barge_in_ms'] = interruptions(client, run.args.interruptions)
     with running(run.folder / 'burst', {}) as (node, client):
         burst, begun, ended = run_burst(client)
         stamps = [t for t in node.stop() if begun - 1.0 <= t <= ended]
@@ -262,6 +265,9 @@ def checks(samples: dict[str, Any]) -> list[Check]:
               f'{len(burst["timer_late_ms"])} calls in the node itself'),
         check('parameter read meanwhile, p99 ms', percentile(burst['parameter_ms'], 99),
               '<= 100', f'{len(burst["parameter_ms"])} reads by another process'),
+        check('from cancel to the last chunk, p99 ms', percentile(samples['barge_in_ms'], 99),
+              '<= 150', f'{len(samples["barge_in_ms"])} interrupted answers beside {OTHERS} '
+              'others, while corrections are learned'),
         check('throughput with a client that watches at 10 Hz', ratio.median, '>= 0.99',
               ratio.spread),
         check('time of the node for it, of one core', statistics.median(costs), '<= 0.01',
@@ -287,6 +293,8 @@ def reported(samples: dict[str, Any]) -> list[Reported]:
     late = [abs(x) for x in samples['burst']['timer_late_ms']]
     reads = samples['burst']['parameter_ms']
     return [
+        Reported('from cancel to the last chunk, median ms', statistics.median(
+            samples['barge_in_ms'])),
         Reported('10 Hz timer, most ms too late', max(late, default=None)),
         Reported('parameter read, median ms', statistics.median(reads)),
         Reported('tokens per second, nobody watching', statistics.median(

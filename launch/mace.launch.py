@@ -14,12 +14,20 @@ from launch.logging import launch_config
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
-from launch_ros.substitutions import ExecutableInPackage, FindPackageShare
+from launch_ros.substitutions import FindPackageShare
+from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
 ARGUMENTS = [
     DeclareLaunchArgument(
         'namespace', default_value='',
         description='Namespace of the node, whose topics are then NAMESPACE/mace/...'),
+    DeclareLaunchArgument(
+        'name', default_value='mace',
+        description='Name of the node, whose topics are then NAME/...'),
+    DeclareLaunchArgument(
+        'remappings', default_value='',
+        description='Remapping rules of node and monitor, as /mace/query:=/ask; separated by '
+                    'spaces'),
     DeclareLaunchArgument(
         'params_file',
         default_value=PathJoinSubstitution([FindPackageShare('mace_ros'), 'config', 'mace.yaml']),
@@ -33,9 +41,13 @@ ARGUMENTS = [
         choices=['', 'mace', 'inference_only', 'continuous', 'periodic', 'static_split'],
         description='Scheduling policy (scheduler.policy); empty for that of params_file'),
     DeclareLaunchArgument(
-        'autostart', default_value='true', choices=['true', 'false'],
+        'autostart', default_value='', choices=['', 'true', 'false'],
         description='Configure and activate the node at the start; otherwise it waits for a '
-                    'lifecycle manager or for `ros2 lifecycle set`'),
+                    'lifecycle manager or for `ros2 lifecycle set`; empty for '
+                    'lifecycle.autostart of params_file'),
+    DeclareLaunchArgument(
+        'use_sim_time', default_value='', choices=['', 'true', 'false'],
+        description='Stamp messages with the time of /clock; empty for that of params_file'),
     DeclareLaunchArgument(
         'log_level', default_value='info', choices=['debug', 'info', 'warn', 'error', 'fatal'],
         description='Minimum severity of logged messages'),
@@ -43,28 +55,35 @@ ARGUMENTS = [
         'respawn', default_value='true', choices=['true', 'false'],
         description='Restart the node when it ends; what it has learned is kept'),
     DeclareLaunchArgument(
+        'openai', default_value='false', choices=['true', 'false'],
+        description="Serve OpenAI's API over HTTP on this machine"),
+    DeclareLaunchArgument(
+        'openai_port', default_value='8000', description="Port of OpenAI's API"),
+    DeclareLaunchArgument(
         'monitor', default_value='none', choices=['none', 'terminal', 'rqt'],
         description='Monitor of the node: terminal prints a line of numbers every ten seconds, '
                     'rqt plots curves and shows the diagnostics'),
 ]
 
-# Arguments that set a parameter of another name.
-OVERRIDES = {'model': 'model.source', 'policy': 'scheduler.policy'}
+# Arguments that set a parameter unless they are empty, and its type.
+OVERRIDES = {
+    'model': ('model.source', str), 'policy': ('scheduler.policy', str),
+    'autostart': ('lifecycle.autostart', bool), 'use_sim_time': ('use_sim_time', bool)}
 
 
 def start_node(context: LaunchContext) -> list[Node]:
     """Return the node; evaluated late, since an empty argument must not override params_file."""
-    overrides = {'lifecycle.autostart': ParameterValue(
-        LaunchConfiguration('autostart'), value_type=bool)}
-    for argument, parameter in OVERRIDES.items():
-        value = LaunchConfiguration(argument).perform(context)
-        if value:
-            overrides[parameter] = ParameterValue(value, value_type=str)
+    overrides = {}
+    for argument, (parameter, kind) in OVERRIDES.items():
+        value = LaunchConfiguration(argument)
+        if value.perform(context):
+            overrides[parameter] = ParameterValue(value, value_type=kind)
     return [Node(
         package='mace_ros',
         executable='mace_node',
-        name='mace',
+        name=LaunchConfiguration('name'),
         namespace=LaunchConfiguration('namespace'),
+        remappings=remappings(context),
         parameters=[LaunchConfiguration('params_file'), overrides],
         ros_arguments=['--log-level', LaunchConfiguration('log_level')],
         output='both',
@@ -73,19 +92,48 @@ def start_node(context: LaunchContext) -> list[Node]:
     )]
 
 
+def remappings(context: LaunchContext) -> list[tuple[str, str]]:
+    """Return the rules of the argument ``remappings``."""
+    rules = [rule.partition(':=') for rule in
+             LaunchConfiguration('remappings').perform(context).split()]
+    for before, arrow, after in rules:
+        if not (before and arrow and after):
+            raise ValueError(f'remappings: {before + arrow + after!r} is not FROM:=TO')
+    return [(before, after) for before, _, after in rules]
+
+
+def start_openai(context: LaunchContext) -> list[Node]:
+    """Return the process of the argument ``openai``."""
+    if LaunchConfiguration('openai').perform(context) != 'true':
+        return []
+    return [Node(
+        package='mace_ros',
+        executable='openai',
+        namespace=LaunchConfiguration('namespace'),
+        remappings=remappings(context),
+        arguments=['--node', LaunchConfiguration('name'),
+                   '--port', LaunchConfiguration('openai_port')],
+        output='both', respawn=LaunchConfiguration('respawn'), respawn_delay=2.0)]
+
+
 def start_monitor(context: LaunchContext) -> list[ExecuteProcess]:
     """Return the process of the argument ``monitor``."""
     monitor = LaunchConfiguration('monitor').perform(context)
-    namespace = LaunchConfiguration('namespace').perform(context).strip('/')
-    node = f'/{namespace}/mace' if namespace else '/mace'
+    name = LaunchConfiguration('name').perform(context)
     if monitor == 'terminal':
-        return [ExecuteProcess(
-            cmd=[ExecutableInPackage('monitor', 'mace_ros'),
-                 '--node', node, '--period', '10', '--timeout', 'inf'],
+        return [Node(
+            package='mace_ros',
+            executable='monitor',
+            namespace=LaunchConfiguration('namespace'),
+            remappings=remappings(context),
+            arguments=['--node', name, '--period', '10', '--timeout', 'inf'],
             output='screen')]
     if monitor == 'rqt':
-        return [ExecuteProcess(
-            cmd=['rqt', '--perspective-file', str(perspective(context, node))], output='log')]
+        namespace = make_namespace_absolute(prefix_namespace(
+            context.launch_configurations.get('ros_namespace', ''),
+            LaunchConfiguration('namespace').perform(context)))
+        shown = perspective(context, f'{namespace.rstrip("/")}/{name}')
+        return [ExecuteProcess(cmd=['rqt', '--perspective-file', str(shown)], output='log')]
     return []
 
 
@@ -102,4 +150,5 @@ def perspective(context: LaunchContext, node: str) -> Path:
 def generate_launch_description() -> LaunchDescription:
     """Return the launch arguments and the processes."""
     return LaunchDescription([
-        *ARGUMENTS, OpaqueFunction(function=start_node), OpaqueFunction(function=start_monitor)])
+        *ARGUMENTS, *(OpaqueFunction(function=start)
+                      for start in (start_node, start_openai, start_monitor))])

@@ -37,7 +37,10 @@ class Block:
 
 def precision_of(engine: Any) -> str:
     """Return the precision of an engine's weights: a value of ``model.weight_dtype``."""
-    if engine.model.linears[0].int8 is not None:
+    first = engine.model.linears[0]
+    if first.int4 is not None:
+        return 'int4'
+    if first.int8 is not None:
         return 'int8'
     return str(engine.model.dtype).removeprefix('torch.')
 

@@ -41,6 +41,16 @@ class ErrorCode(IntEnum):
     INTERNAL = 9
 
 
+class ResponseFormat(IntEnum):
+    """What an answer must be, with the values of ``Query.msg``."""
+
+    FREE = 0
+    JSON = 1
+    JSON_SCHEMA = 2
+    REGEX = 3
+    GRAMMAR = 4
+
+
 class CorrectionState(IntEnum):
     """State of a correction, with the values of ``CorrectionStatus.msg``."""
 
@@ -50,6 +60,8 @@ class CorrectionState(IntEnum):
     SUPERSEDED = 3
     REJECTED = 4
     FAILED = 5
+    PROPOSED = 6
+    RECORDED = 7
 
 
 class VersionState(IntEnum):
@@ -73,10 +85,38 @@ class InvalidCorrection(ValueError):
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool; ``arguments`` is a JSON object as text; see ``ToolCall.msg``."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that the model may call; see ``Tool.msg``."""
+
+    name: str
+    description: str = ''
+    parameters: str = ''
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """A message of a conversation that the client keeps; see ``ChatMessage.msg``."""
+
+    role: str
+    content: str = ''
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ''
+
+
+@dataclass(frozen=True)
 class Query:
     """A query; see ``Query.msg``."""
 
-    text: str
+    text: str = ''
     id: str = ''
     conversation_id: str = ''
     profile: str = ''
@@ -91,13 +131,32 @@ class Query:
     priority: int = 0
     reset_conversation: bool = False
     no_learn: bool = False
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias_tokens: tuple[int, ...] = ()
+    logit_bias_values: tuple[float, ...] = ()
+    logprobs: int = 0
+    n: int = 1
+    response_format: int = ResponseFormat.FREE
+    response_schema: str = ''
+    messages: tuple[ChatMessage, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = ''
+    raw_prompt: bool = False
     # Identifies the sender where the id is ambiguous; copied to the events, not in messages.
     origin: str = ''
 
 
 @dataclass(frozen=True)
 class Correction:
-    """The right answer to a query; see ``Correction.msg``."""
+    """
+    The right answer to a query; see ``Correction.msg``.
+
+    Without ``corrected`` it is a ``hint`` how to answer, or without that a thumbs-down.
+    """
 
     corrected: str
     id: str = ''
@@ -109,17 +168,51 @@ class Correction:
     weight: float = 1.0
     source: str = ''
     scope: str = ''
+    hint: str = ''
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """The log-probability of one token; see ``Logprob.msg``."""
+
+    token_id: int
+    token: str
+    token_bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position of an answer; see ``TokenLogprobs.msg``."""
+
+    sampled: Logprob
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several answers to the same query; see ``Choice.msg``."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    output_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
 class ResponseChunk:
-    """A piece of an answer, of whole characters; ``last`` ends the stream."""
+    """A piece of an answer, of whole characters; ``last`` ends the stream of its query."""
 
     query_id: str
     index: int
     text: str
     last: bool
     origin: str = ''
+    choice: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +237,9 @@ class Response:
     e2e_ms: float = math.nan
     slo_met: bool = False
     origin: str = ''
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +250,7 @@ class CorrectionStatus:
     state: CorrectionState
     reason: str = ''
     adapter_version: int = 0
+    corrected: str = ''
 
 
 @dataclass(frozen=True)

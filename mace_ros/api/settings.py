@@ -23,6 +23,11 @@ Value = bool | int | float | str
 SIMILAR, EVERYWHERE = SCOPES = 'similar', 'everywhere'
 
 
+# Bounds of sampling parameters, of the defaults and of each query.
+MAX_TOP_K = 1000
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
+
+
 class InvalidSetting(ValueError):
     """A parameter has a wrong name, type or value; the message says what is allowed."""
 
@@ -34,12 +39,13 @@ def _parameter(
     unit: str = '',
     minimum: float | None = None,
     maximum: float | None = None,
+    slider: float | None = None,
     choices: tuple[str, ...] = (),
     read_only: bool = False,
 ) -> Any:
     return field(default=default, metadata={
         'description': description, 'unit': unit, 'minimum': minimum, 'maximum': maximum,
-        'choices': choices, 'read_only': read_only})
+        'slider': slider, 'choices': choices, 'read_only': read_only})
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,9 @@ class ModelSettings:
         choices=('auto', 'cpu', 'cuda'), read_only=True)
     weight_dtype: str = _parameter(
         'auto', 'Precision of the base weights: auto is bfloat16 on CUDA, int8 on a CPU that has '
-        'instructions for it (bfloat16, or ARM), and float32 on other CPUs; int8 rounds the '
-        'linear layers to 8 bits, and computes in bfloat16 where the CPU supports it',
-        choices=('auto', 'float32', 'bfloat16', 'int8'), read_only=True)
+        'instructions for it (bfloat16, or ARM), and float32 on other CPUs; int8 and int4 round '
+        'the linear layers to 8 or 4 bits, and compute in bfloat16 where the CPU supports it',
+        choices=('auto', 'float32', 'bfloat16', 'int8', 'int4'), read_only=True)
     device_graphs: bool = _parameter(
         True, 'On CUDA, capture forward passes and fine-tune layers as CUDA graphs at the start, '
         'which takes up to a minute', read_only=True)
@@ -70,11 +76,20 @@ class GenerationSettings:
     """Defaults of the generation parameters of a query."""
 
     max_tokens: int = _parameter(
-        128, 'Maximum length of an answer', unit='tokens', minimum=1, maximum=32768)
+        128, 'Maximum length of an answer', unit='tokens', minimum=1, maximum=32768, slider=1024)
     temperature: float = _parameter(
         0.0, 'Sampling temperature; 0 is greedy', minimum=0.0, maximum=5.0)
     top_p: float = _parameter(
         1.0, 'Probability mass of nucleus sampling', minimum=0.01, maximum=1.0)
+    top_k: int = _parameter(
+        0, 'Number of best tokens to sample from; 0 is all', unit='tokens', minimum=0,
+        maximum=MAX_TOP_K)
+    min_p: float = _parameter(
+        0.0, 'Least probability of a token relative to that of the best one', minimum=0.0,
+        maximum=1.0)
+    repetition_penalty: float = _parameter(
+        1.0, 'Divides the logits of tokens that the prompt or the answer contains; 1 is none',
+        minimum=MIN_REPETITION_PENALTY, maximum=MAX_REPETITION_PENALTY)
     system: str = _parameter('', 'System prompt; empty for that of the chat template')
 
 
@@ -84,10 +99,10 @@ class ConversationSettings:
 
     max_turns: int = _parameter(
         12, 'Turns kept of one conversation; beyond that, the older half is dropped at once, so '
-        'that the prefix of prompts seldom changes', minimum=0, maximum=1000)
+        'that the prefix of prompts seldom changes', minimum=0, maximum=1000, slider=100)
     max_conversations: int = _parameter(
         64, 'Conversations kept; the least recently used one is dropped', minimum=1,
-        maximum=100000)
+        maximum=100000, slider=1000)
 
 
 @dataclass(frozen=True)
@@ -95,15 +110,15 @@ class SloSettings:
     """Default latency objectives, and what happens when they can't be met."""
 
     ttft_ms: float = _parameter(
-        500.0, 'Time to first token', unit='ms', minimum=1.0, maximum=600000.0)
+        500.0, 'Time to first token', unit='ms', minimum=1.0, maximum=600000.0, slider=5000.0)
     tpot_ms: float = _parameter(
-        100.0, 'Time per output token', unit='ms', minimum=1.0, maximum=600000.0)
+        100.0, 'Time per output token', unit='ms', minimum=1.0, maximum=600000.0, slider=1000.0)
     admission: str = _parameter(
         'serve_late', 'What to do with a query that is predicted to miss its time to first '
         'token', choices=('serve_late', 'reject'))
     freshness_s: float = _parameter(
         120.0, 'Age of a pending correction from which learning takes finetune.min_share even '
-        'if answers come late', unit='s', minimum=1.0, maximum=1e9)
+        'if answers come late', unit='s', minimum=1.0, maximum=1e9, slider=1200.0)
 
 
 @dataclass(frozen=True)
@@ -115,18 +130,18 @@ class SchedulerSettings:
         choices=tuple(POLICIES))
     max_slowdown: float = _parameter(
         1.05, 'Largest factor by which learning may lengthen an answer that meets its SLOs; with '
-        '1, learning runs only when no query is served', minimum=1.0, maximum=1000.0)
+        '1, learning runs only when no query is served', minimum=1.0, maximum=1000.0, slider=3.0)
     static_share: float = _parameter(
         0.5, 'Share of device time for learning under the policy static_split',
         minimum=0.0, maximum=0.99)
     max_batch_tokens: int = _parameter(
         256, 'Maximum number of tokens in one forward pass', unit='tokens', minimum=1,
-        maximum=65536)
+        maximum=65536, slider=4096)
     max_requests: int = _parameter(
-        16, 'Maximum number of requests that decode at once', minimum=1, maximum=1024)
+        16, 'Maximum number of requests that decode at once', minimum=1, maximum=1024, slider=128)
     max_queue: int = _parameter(
         1000, 'Maximum number of waiting queries; further ones are rejected as OVERLOADED',
-        minimum=1, maximum=1000000)
+        minimum=1, maximum=1000000, slider=10000)
 
 
 @dataclass(frozen=True)
@@ -139,10 +154,10 @@ class MemorySettings:
     budget_mb: float = _parameter(
         0.0, 'Memory for everything but the base model: KV cache, adapters and learning; 0 for '
         'the free memory at configuration, less memory.headroom_mb', unit='MB',
-        minimum=0.0, maximum=1e7)
+        minimum=0.0, maximum=1e7, slider=100000.0)
     headroom_mb: float = _parameter(
         1024.0, 'Memory left free for the rest of the robot if memory.budget_mb is 0',
-        unit='MB', minimum=0.0, maximum=1e7)
+        unit='MB', minimum=0.0, maximum=1e7, slider=16384.0)
     prefix_sharing: bool = _parameter(
         True, 'Keep the KV cache of earlier prompts and answers while memory allows, and share '
         'it with requests of the same prefix and adapter version')
@@ -164,8 +179,8 @@ class AdapterSettings:
         'output-linear', 'Linear layers with an adapter: output-linear (the output projections '
         'of attention and MLP), all-linear, or names separated by commas', read_only=True)
     slots: int = _parameter(
-        4, 'Maximum number of profiles with a live adapter version', minimum=1, maximum=64,
-        read_only=True)
+        8, 'Adapter versions that are on the device at the same time; others are loaded when a '
+        'question needs them', minimum=1, maximum=64, read_only=True)
     scope: str = _parameter(
         'similar', 'Questions that an adapter version answers: those that resemble a correction '
         'it has learned (similar), while the base model answers all others; or every question '
@@ -182,7 +197,10 @@ class CorrectionSettings:
 
     max_per_minute: int = _parameter(
         600, 'Maximum rate of corrections, with a burst of as many; further ones are rejected',
-        minimum=1, maximum=1000000)
+        minimum=1, maximum=1000000, slider=6000)
+    accept_hints: bool = _parameter(
+        False, 'Learn the answer that a hint leads to at once; otherwise it is PROPOSED, and '
+        'learned when it is confirmed')
 
 
 @dataclass(frozen=True)
@@ -197,12 +215,13 @@ class FinetuneSettings:
         'slo.freshness_s', minimum=0.0, maximum=1.0)
     max_blocking_ms: float = _parameter(
         50.0, 'Longest learning slice, which an arriving query may have to wait for', unit='ms',
-        minimum=1.0, maximum=60000.0)
+        minimum=1.0, maximum=60000.0, slider=500.0)
     period_s: float = _parameter(
         20.0, 'Time between two retrainings of the policy periodic', unit='s',
-        minimum=0.1, maximum=1e9)
+        minimum=0.1, maximum=1e9, slider=600.0)
     period_steps: int = _parameter(
-        8, 'Optimizer steps of each retraining of the policy periodic', minimum=1, maximum=100000)
+        8, 'Optimizer steps of each retraining of the policy periodic', minimum=1,
+        maximum=100000, slider=100)
     order: str = _parameter(
         'priority', 'Order of corrections: by expected gain per device second (priority), or '
         'oldest first (arrival)', choices=('priority', 'arrival'))
@@ -210,18 +229,19 @@ class FinetuneSettings:
         'sft', 'Training objective: the corrected text (sft), or also its preference over the '
         'rejected one (dpo)', choices=('sft', 'dpo'))
     dpo_beta: float = _parameter(
-        0.1, 'Strength with which dpo keeps to the live version', minimum=0.001, maximum=10.0)
+        0.1, 'Strength with which dpo keeps to the live version', minimum=0.001, maximum=10.0,
+        slider=1.0)
     learning_rate: float = _parameter(
-        3e-3, 'Learning rate of AdamW', minimum=1e-6, maximum=0.1)
+        3e-3, 'Learning rate of AdamW', minimum=1e-6, maximum=0.1, slider=0.01)
     max_steps: int = _parameter(
         40, 'Maximum number of optimizer steps, after which a correction fails',
-        minimum=1, maximum=10000)
+        minimum=1, maximum=10000, slider=400)
     replay_samples: int = _parameter(
         8, 'Earlier answers that are trained along with the corrections in each step, so that '
         'they are not forgotten', minimum=0, maximum=256)
     replay_weight: float = _parameter(
         3.0, 'Loss weight of a token of a replayed answer relative to one of a correction: more '
-        'forgets less, and takes more steps', minimum=0.01, maximum=100.0)
+        'forgets less, and takes more steps', minimum=0.01, maximum=100.0, slider=20.0)
     spared_directions: int = _parameter(
         128, 'Main input directions of each layer, measured while the base model answers, that '
         'updates leave unchanged (null-space projection), so that other answers are kept; at '
@@ -233,7 +253,7 @@ class FinetuneSettings:
         choices=('auto', 'always', 'never'))
     max_sample_tokens: int = _parameter(
         512, 'Maximum length of a correction with its prompt; longer ones are rejected',
-        unit='tokens', minimum=16, maximum=8192)
+        unit='tokens', minimum=16, maximum=8192, slider=2048)
 
 
 @dataclass(frozen=True)
@@ -269,13 +289,13 @@ class StorageSettings:
     max_corrections: int = _parameter(
         10000, 'Corrections kept; the oldest finished ones are deleted, with the answers to '
         'their questions. If all are pending, further ones are rejected',
-        minimum=1, maximum=1000000)
+        minimum=1, maximum=1000000, slider=100000)
     max_answers: int = _parameter(
         10000, 'Answers kept for corrections and replay; the oldest are deleted, except those '
         'with a pending correction', minimum=1, maximum=1000000, read_only=True)
     max_versions: int = _parameter(
         20, 'Versions of each profile whose files are kept for rollback, including the live one',
-        minimum=1, maximum=100000)
+        minimum=1, maximum=100000, slider=200)
     model_cache: str = _parameter(
         '', 'Folder of models converted from GGUF; empty for $XDG_CACHE_HOME/mace_ros '
         '(~/.cache/mace_ros by default)', read_only=True)
@@ -286,10 +306,10 @@ class MonitorSettings:
     """Rate and thresholds of monitoring."""
 
     rate_hz: float = _parameter(
-        2.0, 'Rate of ~/scheduler', unit='Hz', minimum=0.1, maximum=100.0)
+        2.0, 'Rate of ~/scheduler', unit='Hz', minimum=0.1, maximum=100.0, slider=20.0)
     window_s: float = _parameter(
         60.0, 'Time window of SLO attainment and latency percentiles', unit='s',
-        minimum=1.0, maximum=3600.0)
+        minimum=1.0, maximum=3600.0, slider=600.0)
     slo_target: float = _parameter(
         0.9, 'SLO attainment below which /diagnostics warns',
         minimum=0.0, maximum=1.0)
@@ -305,6 +325,9 @@ class LifecycleSettings:
     autostart: bool = _parameter(
         True, 'Configure and activate the node at the start, instead of by a lifecycle manager',
         read_only=True)
+    bond: bool = _parameter(
+        False, "Keep a bond with Nav2's lifecycle manager while active, which needs the package "
+        "bondpy; without, set the manager's bond_timeout to 0.0", read_only=True)
 
 
 @dataclass(frozen=True)
@@ -353,7 +376,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A row of the parameter table."""
+    """
+    A row of the parameter table.
+
+    ``slider`` is the largest value that a slider offers, if ``maximum`` is too far away for one.
+    """
 
     name: str
     default: Value
@@ -361,6 +388,7 @@ class Parameter:
     unit: str
     minimum: float | None
     maximum: float | None
+    slider: float | None
     choices: tuple[str, ...]
     read_only: bool
 

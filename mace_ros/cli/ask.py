@@ -8,7 +8,8 @@ from functools import partial
 import sys
 from typing import Any
 
-from mace_ros.cli.common import parser, print_stream, run
+from mace_ros.api.wording import counted
+from mace_ros.cli.common import parse, parser, print_stream, run
 from mace_ros.msg import Response
 from mace_ros.ros.client import MaceClient
 
@@ -25,8 +26,9 @@ def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient)
     learned = (f' (correction {response.matched_correction_id})'
                if response.matched_correction_id else '')
     print(f'query {response.query_id}: adapter version {response.adapter_version}{learned}, '
-          f'first token after {response.ttft_ms:.0f} ms, {response.output_tokens} tokens at '
-          f'{response.tpot_ms:.0f} ms each', file=sys.stderr)
+          f'first token after {response.ttft_ms:.0f} ms, '
+          f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each',
+          file=sys.stderr)
     return 0
 
 
@@ -43,7 +45,7 @@ def main() -> int:
                            help='maximum length of the answer')
     arguments.add_argument('--no-learn', action='store_true',
                            help='never replay this answer in learning')
-    given = arguments.parse_args()
+    given = parse(arguments)
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens,
               'no_learn': given.no_learn}

@@ -12,23 +12,27 @@ import threading
 
 from rclpy.exceptions import NameValidationException
 from rclpy.impl.implementation_singleton import rclpy_implementation
+from rclpy.utilities import remove_ros_args
 
 from mace_ros.msg import CorrectionStatus
 from mace_ros.ros.client import AnswerHandle, MaceClient
 
-EXIT_CODES = (
+EPILOG = (
+    'ROS arguments, as --ros-args -r __ns:=/robot1, apply to the ROS node of the program. '
     'exit codes: 0 done, 1 refused or no answer, 2 bad arguments or no security, '
     '130 after Ctrl-C')
 
 STATES = {getattr(CorrectionStatus, name): name for name in (
-    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED')}
+    'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED', 'PROPOSED',
+    'RECORDED')}
 
 
 def parser(name: str, description: str, *, timeout_s: float = 60.0) -> argparse.ArgumentParser:
     """Return a parser with the arguments of every program; ``timeout_s`` is a default."""
-    made = argparse.ArgumentParser(prog=name, description=description, epilog=EXIT_CODES)
-    made.add_argument('--node', default='/mace', metavar='NAME',
-                      help='full name of the node, such as /robot1/mace (default: /mace)')
+    made = argparse.ArgumentParser(prog=name, description=description, epilog=EPILOG)
+    made.add_argument('--node', default='mace', metavar='NAME',
+                      help='name of the node: full, such as /robot1/mace, or relative to the '
+                           'namespace that --ros-args -r __ns:=... sets (default: mace)')
     made.add_argument('--timeout', type=seconds, default=timeout_s, metavar='SECONDS',
                       help=f'how long to wait for a message (default: {timeout_s:g})')
     return made
@@ -42,16 +46,27 @@ def seconds(text: str) -> float:
     return min(value, threading.TIMEOUT_MAX)
 
 
+def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the arguments of the command line that are not ROS's; :func:`run` uses those."""
+    try:
+        own = remove_ros_args(sys.argv)[1:]
+    except RuntimeError as error:
+        arguments.error(str(error))
+    return arguments.parse_args(own)
+
+
 def run(program: Callable[[MaceClient], int], node: str) -> int:
     """Run a program with a client; return its exit code, after printing an error if any."""
     try:
-        with MaceClient('/' + node.strip('/')) as client:
+        with MaceClient(node, ros_args=sys.argv) as client:
+            node = client.name
             return program(client)
     except NameValidationException as error:
         print(f'--node {node}: {error}', file=sys.stderr)
         return 2
-    except rclpy_implementation.RCLError as error:     # such as security that is unavailable
-        print(f'RCLError: {error}', file=sys.stderr)
+    except (rclpy_implementation.RCLError, rclpy_implementation.UnknownROSArgsError) as error:
+        # Security that is unavailable, or ROS arguments that are wrong.
+        print(f'{type(error).__name__}: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

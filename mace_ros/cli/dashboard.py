@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mace_ros.api.wording import counted
 from mace_ros.msg import Latency, Response, Scheduler
 
 STALE_S = 3.0           # without messages, after which the page says so
@@ -112,27 +113,29 @@ class Dashboard:
                 ('serving', now.serving_share,
                  f'{number(now.decode_rate)} tokens/s decode, {number(now.prefill_rate)} prefill'),
                 ('learning', now.learning_share,
-                 f'{number(now.finetune_rate)} tokens/s, {now.finetune_steps} steps'),
+                 f'{number(now.finetune_rate)} tokens/s, {counted(now.finetune_steps, "step")}'),
                 ('idle', idle, f'iteration {number(now.measured_ms)} ms, predicted '
                                f'{number(now.predicted_ms)} ms'),
-                ('KV cache', now.kv_use, f'{now.queue_depth} queries wait, {now.prefilling} in '
-                                         f'prefill, {now.decode_rows} in decode'),
+                ('KV cache', now.kv_use, counted(now.queue_depth, 'query waits', 'queries wait')
+                 + f', {now.prefilling} in prefill, {now.decode_rows} in decode'),
                 ('in time', now.slo_attainment,
-                 f'of {now.requests} answers; p95 TTFT {number(now.ttft_p95_ms)} ms, TPOT '
-                 f'{number(now.tpot_p95_ms)} ms; {now.rejected} rejected')):
+                 f'of {counted(now.requests, "answer")}; p95 TTFT {number(now.ttft_p95_ms)} ms, '
+                 f'TPOT {number(now.tpot_p95_ms)} ms; {now.rejected} rejected')):
             known = 0.0 if math.isnan(part) else part
             table.add_row(name, ProgressBar(1.0, known, width=20), share(part).rjust(5), about)
         return table
 
     def _learning(self, now: Scheduler) -> Text:
         if now.learning_frozen:
-            text = f'learning is frozen; {now.corrections_waiting} corrections are kept for later'
+            text = 'learning is frozen; ' + counted(
+                now.corrections_waiting, 'correction is', 'corrections are') + ' kept for later'
         elif now.corrections_waiting:
-            text = (f'{now.corrections_waiting} corrections wait, the oldest for '
-                    f'{number(now.freshness_s)} s')
+            text = (counted(now.corrections_waiting, 'correction waits', 'corrections wait')
+                    + f', the oldest for {number(now.freshness_s)} s')
         else:
             text = 'no corrections wait'
-        return Text(f'{text}; {now.profiles} profiles have versions of their own\n'
+        profiles = counted(now.profiles, 'profile has', 'profiles have')
+        return Text(f'{text}; {profiles} versions of their own\n'
                     f'{DRIFTS.get(now.drift, "?")} (mean surprise {share(now.drift_level)}); '
                     f'learning budget {share(now.finetune_budget)} of device time')
 

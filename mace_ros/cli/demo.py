@@ -25,6 +25,7 @@ import threading
 import time
 from typing import TypeVar
 
+from mace_ros.api.wording import counted
 from mace_ros.cli.common import STATES
 from mace_ros.msg import AdapterVersion, CorrectionStatus, Response
 from mace_ros.ros.client import CorrectionHandle, MaceClient
@@ -141,8 +142,9 @@ class Demo:
         if response.finish_reason not in (Response.STOP, Response.LENGTH):
             raise DemoFailed(f'no answer to "{question}": {response.error}')
         screen.line(
-            f'      first token after {response.ttft_ms:.0f} ms, {response.output_tokens} tokens '
-            f'at {response.tpot_ms:.0f} ms each, adapter version {response.adapter_version}', '2')
+            f'      first token after {response.ttft_ms:.0f} ms, '
+            f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each, '
+            f'adapter version {response.adapter_version}', '2')
         return response
 
     def _follow(self, handle: CorrectionHandle) -> CorrectionStatus:

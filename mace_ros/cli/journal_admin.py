@@ -20,6 +20,7 @@ from pathlib import Path
 import sys
 from typing import Any
 
+from mace_ros.api.wording import counted
 from mace_ros.store.export import export, import_lines, InvalidLine, KINDS
 from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import JournalError
@@ -83,14 +84,14 @@ def format_record(record: AnswerRecord | CorrectionRecord | VersionRecord,
     if isinstance(record, VersionRecord):
         cells: list[object] = [
             record.version, record.state.name, record.profile, f'parent {record.parent}',
-            f'{len(record.correction_ids)} corrections',
+            counted(len(record.correction_ids), 'correction'),
             'live' if live else 'on disk' if record.sha256 else 'no files', record.reason]
     elif isinstance(record, AnswerRecord):
         cells = [record.query_id, f'version {record.adapter_version}', record.profile,
                  last_question(record), record.text, record.matched_correction_id]
     else:
         cells = [record.id, record.state.name, record.profile, last_question(record),
-                 record.corrected,
+                 record.corrected or (record.hint and f'hint: {record.hint}'),
                  f'version {record.adapter_version}' if record.adapter_version else '',
                  record.reason, record.scope]
     return format_line(*cells)
@@ -154,13 +155,14 @@ def import_records(given: argparse.Namespace) -> None:
         # surrogateescape: bytes that are not UTF-8 are reported with the number of their line.
         with open(source, encoding='utf-8', errors='surrogateescape') as file:
             counts = import_lines(journal, file, base_model(given.folder), save)
-    print(f'{counts["corrections"]} corrections, {counts["answers"]} answers and '
-          f'{counts["versions"]} versions imported, {counts["known"]} known already')
+    print(f'{counted(counts["corrections"], "correction")}, '
+          f'{counted(counts["answers"], "answer")} and '
+          f'{counted(counts["versions"], "version")} imported, {counts["known"]} known already')
     if counts['versions']:
         print('none of these versions is live: use ~/rollback to make one live', file=sys.stderr)
     if skipped := counts['versions without files']:
-        print(f'{skipped} versions skipped, since the export has no files of them (see '
-              'mace_journal export --weights); their corrections will be learned again',
+        print(f'{counted(skipped, "version")} skipped, since the export has no files of them '
+              '(see mace_journal export --weights); their corrections will be learned again',
               file=sys.stderr)
 
 
@@ -183,7 +185,7 @@ def delete_records(given: argparse.Namespace) -> None:
         if not journal.compact():
             raise Refused('deleted, but another process reads the journal, whose log still '
                           'contains it: end that process, and run this again or start the node')
-    print(f'{len(set(given.id))} {given.what} deleted')
+    print(counted(len(set(given.id)), given.what.removesuffix('s')), 'deleted')
 
 
 def forget_versions(journal: Journal, profile: str, numbers: Sequence[str]) -> None:
@@ -258,9 +260,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def without_ros_args(arguments: Sequence[str]) -> list[str]:
+    """Leave out the ROS arguments, which launch and ``ros2 run`` may append: up to a ``--``."""
+    own, ros = [], False
+    for argument in arguments:
+        if argument == '--ros-args':
+            ros = True
+        elif ros:
+            ros = argument != '--'
+        else:
+            own.append(argument)
+    return own
+
+
 def main() -> int:
     """Run the program; return the exit code: 1 if a command fails, 2 for a wrong command."""
-    given = parser().parse_args()
+    given = parser().parse_args(without_ros_args(sys.argv[1:]))
     given.folder = (given.folder or default_folder(given.node)).expanduser()
     try:
         given.run(given)

@@ -12,7 +12,7 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 
-from mace_ros.cli.common import parser, run
+from mace_ros.cli.common import parse, parser, run
 from mace_ros.cli.dashboard import Dashboard, heading, line
 from mace_ros.msg import Latency, Scheduler
 from mace_ros.ros.client import MaceClient
@@ -23,10 +23,11 @@ HEADING_EVERY = 20      # lines
 class Messages:
     """The monitoring messages of one node, in their order of arrival."""
 
-    def __init__(self, client: MaceClient, node: str) -> None:
-        """Subscribe to the topics of the node of this full name."""
+    def __init__(self, client: MaceClient) -> None:
+        """Subscribe to the topics of the client's node."""
         self._queue: Queue[Any] = Queue()
-        for kind, topic in ((Scheduler, f'{node}/scheduler'), (Latency, f'{node}/latency'),
+        for kind, topic in ((Scheduler, f'{client.name}/scheduler'),
+                            (Latency, f'{client.name}/latency'),
                             (DiagnosticArray, '/diagnostics')):
             client.node.create_subscription(kind, topic, self._queue.put, 100)
 
@@ -66,14 +67,13 @@ def show_dashboard(messages: Messages, node: str) -> int:
                 dashboard.on_message(message)
 
 
-def monitor(plain: bool, count: int, period_s: float, timeout_s: float, node: str,
+def monitor(plain: bool, count: int, period_s: float, timeout_s: float,
             client: MaceClient) -> int:
     """Show lines or the page; Ctrl-C ends the program with exit code 0."""
-    node = '/' + node.strip('/')
-    messages = Messages(client, node)
+    messages = Messages(client)
     try:
         return (print_lines(messages, count, period_s, timeout_s) if plain
-                else show_dashboard(messages, node))
+                else show_dashboard(messages, client.name))
     except KeyboardInterrupt:
         return 0
 
@@ -92,10 +92,9 @@ def main() -> int:
                            help='number of lines to print (default: unlimited)')
     arguments.add_argument('--period', type=float, default=0.0, metavar='SECONDS',
                            help='time between lines (default: that of monitor.rate_hz)')
-    given = arguments.parse_args()
+    given = parse(arguments)
     plain = bool(given.lines or given.count or given.period or not sys.stdout.isatty())
-    return run(partial(monitor, plain, given.count, given.period, given.timeout, given.node),
-               given.node)
+    return run(partial(monitor, plain, given.count, given.period, given.timeout), given.node)
 
 
 if __name__ == '__main__':

@@ -4,13 +4,17 @@
 A voice assistant: ask, read the answer, and correct it with "no, ...".
 
 Input is typed, or spoken in WAV files. It uses :class:`MaceClient` as a robot's own assistant
-would: one conversation, streamed answers, and corrections learned during the conversation.
+would: one conversation, streamed answers that end when the person speaks, and corrections learned
+during the conversation.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
+import os
 from pathlib import Path
 import re
 import sys
@@ -18,23 +22,28 @@ import threading
 from typing import Any
 import uuid
 
-from mace_ros.cli.common import parser, print_stream, run, STATES
+from mace_ros.cli.common import cancelled_on_leaving, parse, parser, run, STATES
 from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
+from mace_ros.cli.utterances import Utterances
 from mace_ros.msg import CorrectionStatus, Response
-from mace_ros.ros.client import CorrectionHandle, MaceClient
+from mace_ros.ros.client import AnswerHandle, CorrectionHandle, MaceClient
 
 # The second form is for recognisers that write no punctuation.
 CORRECTION = re.compile(r'no(?:[,;:!.]\s*|\s+the answer is\s+)(?P<right>\S.*)', re.I | re.S)
-HELP = 'ask something; "no, ..." corrects the last answer; Ctrl-D ends'
+HELP = 'ask something; "no, ..." corrects the last answer, also while it is given; Ctrl-D ends'
 
 
 class Assistant:
-    """One conversation with the robot."""
+    """
+    One conversation with the robot.
+
+    ``speaking`` says whether the person has begun to speak: then the answer that is given ends.
+    """
 
     def __init__(self, client: MaceClient, *, profile: str, conversation: str, max_tokens: int,
-                 timeout_s: float) -> None:
+                 timeout_s: float, speaking: Callable[[], bool] = lambda: False) -> None:
         """``conversation`` is its id; if empty, every query stands alone."""
-        self._client, self._timeout_s = client, timeout_s
+        self._client, self._timeout_s, self._speaking = client, timeout_s, speaking
         self._fields: dict[str, Any] = {
             'profile': profile, 'conversation_id': conversation, 'max_tokens': max_tokens}
         self._last: Response | None = None
@@ -56,14 +65,23 @@ class Assistant:
     def _answer(self, said: str) -> None:
         answer = self._client.ask(said, **self._fields)
         try:
-            print_stream(answer, self._timeout_s)
+            self._say(answer)
         except KeyboardInterrupt:    # ends the answer only
             print(flush=True)
         response = answer.result(self._timeout_s)
         if response.finish_reason in (Response.REJECTED, Response.ERROR):
             note(f'no answer: {response.error}')
-        else:
+        elif response.output_tokens:    # else the person spoke before the robot said a word
             self._last = response
+
+    def _say(self, answer: AnswerHandle) -> None:
+        """Print an answer as it arrives, until the person speaks."""
+        with cancelled_on_leaving(answer, self._timeout_s):
+            for text in answer.stream(self._timeout_s, until=self._speaking):
+                print(text, end='', flush=True)
+            print(flush=True)
+        if not answer.is_complete():
+            answer.cancel()
 
     def _correct(self, right: str) -> None:
         assert self._last is not None
@@ -93,18 +111,23 @@ def note(text: str) -> None:
     print(f'[{text}]', file=sys.stderr, flush=True)
 
 
-def typed() -> Iterator[str]:
-    """Yield typed lines, until Ctrl-D."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        note(HELP)
-    while True:
-        try:
-            said = input('> ' if interactive else '').strip()
-        except EOFError:
-            return
-        if said:
+def typed(prompt: str) -> Iterator[str]:
+    """Yield what is typed, a line each, until Ctrl-D."""
+    for line in _lines(prompt):
+        if said := line.strip():
             yield said
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    if not sys.stdin.isatty():
+        # Not sys.stdin: the interpreter can't end while another thread reads that.
+        with open(os.dup(sys.stdin.fileno()), encoding=sys.stdin.encoding) as lines:
+            yield from lines
+        return
+    note(HELP)
+    with suppress(EOFError):
+        while True:
+            yield input(prompt)
 
 
 def spoken(files: list[Path], recogniser: str, model: str) -> Iterator[str]:
@@ -117,14 +140,15 @@ def spoken(files: list[Path], recogniser: str, model: str) -> Iterator[str]:
             yield said
 
 
-def talk(utterances: Iterator[str], make_assistant: Callable[[MaceClient], Assistant],
+def talk(said: Iterator[str], barge_in: bool, make_assistant: Callable[..., Assistant],
          timeout_s: float, client: MaceClient) -> int:
     """Hold the conversation; return the exit code."""
     client.wait_until_ready(timeout_s)
-    assistant = make_assistant(client)
+    utterances = Utterances(said, ahead=barge_in)
+    assistant = make_assistant(client, speaking=utterances.waiting)
     try:
-        for said in utterances:
-            assistant.on_utterance(said)
+        for utterance in utterances:
+            assistant.on_utterance(utterance)
     except SpeechError as error:
         print(f'mace_voice: {error}', file=sys.stderr)
         return 1
@@ -142,18 +166,24 @@ def main() -> int:
                            help='speech recogniser (default: the first one installed)')
     arguments.add_argument('--speech-model', default='', metavar='MODEL',
                            help="model of the recogniser (default: faster-whisper's base)")
+    arguments.add_argument('--barge-in', action=argparse.BooleanOptionalAction, default=None,
+                           help='end an answer when the person speaks (default: if typed at a '
+                                'terminal)')
     arguments.add_argument('--conversation', metavar='ID', default=str(uuid.uuid4()),
                            help='conversation to continue; empty: each query stands alone '
                                 '(default: a new conversation)')
     arguments.add_argument('--profile', default='', help='profile whose adapter answers and learns')
     arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
                            help='maximum length of an answer')
-    given = arguments.parse_args()
+    given = parse(arguments)
+    barge_in = (sys.stdin.isatty() and not given.wav if given.barge_in is None
+                else given.barge_in)
+    # Without a prompt where the person may type while an answer is printed.
     utterances = (spoken(given.wav, given.recogniser, given.speech_model) if given.wav
-                  else typed())
+                  else typed('' if barge_in else '> '))
     make_assistant = partial(Assistant, profile=given.profile, conversation=given.conversation,
                              max_tokens=given.max_tokens, timeout_s=given.timeout)
-    return run(partial(talk, utterances, make_assistant, given.timeout), given.node)
+    return run(partial(talk, utterances, barge_in, make_assistant, given.timeout), given.node)
 
 
 if __name__ == '__main__':

@@ -49,7 +49,7 @@ class AnchorRequests:
         queries = []
         for i in unanswered[:count]:
             query = Query(ANCHORS[i], id=str(uuid.uuid4()), max_tokens=ANCHOR_TOKENS,
-                          temperature=0.0)
+                          temperature=0.0, repetition_penalty=1.0)
             if not overdue:
                 query = replace(
                     query, priority=BACKGROUND_PRIORITY, ttft_slo_ms=BACKGROUND_SLO_S * 1e3,

@@ -37,14 +37,14 @@ class AnswerRecorder:
             self.unrecorded += 1
             return False
         route = active.route
-        assert route is not None
         answer = AnswerRecord(
             query_id=query.id, prompt_ids=tuple(active.prompt), messages=active.messages,
             text=text, output_ids=tuple(active.output), conversation_id=query.conversation_id,
             profile=query.profile, lineage=route.version.profile,
             adapter_version=route.version.version,
             matched_correction_id=route.correction_id, out_of_scope=route.out_of_scope,
-            no_learn=query.no_learn or not complete, time=time.time())
+            no_learn=query.no_learn or not complete, time=time.time(), tools=tuple(active.tools),
+            calls_tool=complete and bool(active.stream.calls))
         self._journal.submit(
             lambda journal: journal.record_answer(answer)).add_done_callback(self._on_written)
         return not answer.no_learn

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Silent requests of the engine itself, all of them to the base model."""
+"""Silent requests of the engine itself, all but those with hints to the base model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from mace_ros.engine.active_request import (
 )
 from mace_ros.engine.anchor_requests import AnchorRequests
 from mace_ros.engine.conversations import Conversation
+from mace_ros.engine.embeddings import EmbedRequests
+from mace_ros.engine.hint_answers import HintAnswers
 from mace_ros.engine.history_prefill import HistoryPrefill
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.memory.adapter_slots import BASE_IDENTITY
@@ -34,12 +36,12 @@ class BackgroundRequests:
     """Builds silent internal requests."""
 
     def __init__(self, *, chat: ChatTokenizer, state: State, kv_cache: KVCacheManager,
-                 paged: PagedKVCache, anchors: AnchorRequests,
+                 paged: PagedKVCache, anchors: AnchorRequests, hints: HintAnswers,
                  clock: Callable[[], float]) -> None:
-        """Begin without a request."""
+        """Begin without a request; ``hints`` builds those that answer hints."""
         self._chat, self._state, self._kv_cache, self._paged = chat, state, kv_cache, paged
         self._clock = clock
-        self._anchors = anchors
+        self._anchors, self.hints, self.embeddings = anchors, hints, EmbedRequests(chat, clock)
         self._history = HistoryPrefill()
         # A prefix that was computed, or why it could not be.
         self._prefix: tuple[tuple[int, ...], PrefixKV | str] | None = None
@@ -73,7 +75,9 @@ class BackgroundRequests:
 
     def answered(self, active: ActiveRequest) -> None:
         """Plan to compute the conversation of an answer again, if an adapter gave it."""
-        conversation_id = active.query.conversation_id
+        query = active.query
+        # A conversation that the client keeps has no id, but may go on all the same.
+        conversation_id = query.conversation_id or (query.id if query.messages else '')
         if conversation_id and active.version.version and active.adapted_from:
             self._history.note(conversation_id, active.ids)
         else:
@@ -123,6 +127,10 @@ class BackgroundRequests:
         if active.kind is RequestKind.ANCHOR:
             self._anchors.ended(
                 active.query.id, active.prompt, active.output, complete=complete)
+        elif active.kind is RequestKind.EMBED:
+            self.embeddings.ended(active, reason, error)
+        elif active.kind is RequestKind.HINT:
+            self.hints.ended(active, reason, error)
         elif active.kind is RequestKind.PREFIX and reason is not FinishReason.CANCELLED:
             ids = tuple(active.prompt)
             prefix: PrefixKV | str = error

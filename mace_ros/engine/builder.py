@@ -22,6 +22,7 @@ import torch
 
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
+from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.engine import Engine
 from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.engine.paged_kv_cache import PagedKVCache
@@ -30,11 +31,12 @@ from mace_ros.engine.router import Router
 from mace_ros.finetune.calibration import measure
 from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.learning.learner import Learner
-from mace_ros.learning.scope import Scopes
+from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.constraints import ConstraintCompiler
 from mace_ros.model.cpu_matmul import multiplies_int8
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import (
@@ -44,6 +46,7 @@ from mace_ros.model.hardware import (
     release_memory as release_memory,  # after an engine was closed, or failed to load
 )
 from mace_ros.model.heap import limit_heap
+from mace_ros.model.int4_kernels import find_kernel
 from mace_ros.model.loading import (
     best_device,
     best_dtype,
@@ -58,6 +61,7 @@ from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.packing import pack
 from mace_ros.model.token_ranks import token_ranks
+from mace_ros.model.vocabulary import Vocabulary
 from mace_ros.scheduling.cost_model import CALIBRATION_S, CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
@@ -106,12 +110,11 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     chat = ChatTokenizer(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
     if not chat.invocation:
         progress('the chat template has no recognisable user turn: adapters act on whole prompts')
-    count = adapter.slots + 1    # one more than may be live, for the version to be published
-    slots = AdapterSlots(base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=count)
-    scopes = Scopes(token_ranks(loaded.tokenizer).frequency)
+    slots = AdapterSlots(base_slot=BASE_SLOT, first=FIRST_SERVED_SLOT, count=adapter.slots)
+    live = LiveVersions(token_ranks(loaded.tokenizer).frequency)
     lora = LoRAManager(
         model.linears, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
-        slots=count, protected_directions=settings.finetune.spared_directions,
+        slots=adapter.slots, protected_directions=settings.finetune.spared_directions,
         invocation=chat.invocation)
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
@@ -125,9 +128,10 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     cost = _calibrate(settings, model, lora, progress, clock)
     return Parts(
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
-        chat=chat,
+        chat=chat, constraints=ConstraintCompiler(Vocabulary(
+            loaded.tokenizer, chat.end_tokens, config.vocab_size)),
         hardware=device.hardware, free_bytes=device.free_bytes, lora=lora,
-        slots=slots, scopes=scopes, router=Router(slots, scopes),
+        live=live, router=Router(live), adapters=AdapterCache(slots, lora, live),
         state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,
         paged=PagedKVCache(model, pool, kv_cache, settings.memory.kv_prune), cost=cost,
         journal=journal, store=AdapterStore(folder))
@@ -160,7 +164,7 @@ def default_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
     """Return the learner that ``build_engine`` uses unless another one is given."""
     return Learner(
         model=parts.model, model_name=parts.model_name, lora=parts.lora, chat=parts.chat,
-        slots=parts.slots, scopes=parts.scopes, journal=parts.journal, store=parts.store,
+        live=parts.live, journal=parts.journal, store=parts.store,
         cost=EngineStepCost(parts.cost, parts.memory, len(parts.model.layers)),
         settings=settings, wake=wake, clock=clock)
 
@@ -179,7 +183,7 @@ class _LoadedDevice:
 
 
 def best_weight_dtype(device: str) -> str:
-    """Return what ``model.weight_dtype: auto`` stands for: the fastest precision to decode in."""
+    """Return what ``model.weight_dtype: auto`` stands for unless the source has 4 bits."""
     dtype = best_dtype(device)
     return 'int8' if device == 'cpu' and multiplies_int8(getattr(torch, dtype)) else dtype
 
@@ -187,6 +191,7 @@ def best_weight_dtype(device: str) -> str:
 def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
+    # Of int4, decoding is faster, but prefill and learning are slower than with int8.
     dtype = best_weight_dtype(device) if model.weight_dtype == 'auto' else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')
@@ -196,17 +201,22 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
         limit_kernel_caches()
         limit_heap()
     loaded = load_model(
-        model.source, device=device, dtype='auto' if dtype == 'int8' else dtype,
-        cache=settings.storage.model_cache, progress=progress)
+        model.source, device=device, dtype='auto' if dtype in ('int8', 'int4') else dtype,
+        cache=settings.storage.model_cache, progress=progress,
+        int4=find_kernel(torch.device(device), getattr(torch, best_dtype(device)))
+        if dtype == 'int4' else None)
     kind = hardware(loaded.model.device)
     counters = DeviceCounters(kind)
     free = free_memory(loaded.model.device, counters.read().memory_free_mb)
+    # The self-check needs dequantised weights, which are freed after it.
+    free += sum(w.out_features * w.in_features for w in loaded.int4.values()
+                ) * loaded.model.dtype.itemsize
     # On a CPU the KV cache takes memory as it fills, and returns it.
     kv_bytes = budget_bytes(settings, free) * CUDA_KV_SHARE if device == 'cuda' else math.inf
     if dtype == 'int8':
         progress('rounding its linear layers to 8 bits')
     packed = pack(loaded.model, kv_tokens=settings.memory.kv_cache_tokens, kv_bytes=kv_bytes,
-                  int8=dtype == 'int8')
+                  int8=dtype == 'int8', int4=loaded.int4)
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
     return _LoadedDevice(loaded, packed, kind, free)

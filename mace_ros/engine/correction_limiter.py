@@ -9,6 +9,7 @@ import threading
 
 from mace_ros.api.events import InvalidCorrection
 from mace_ros.api.validation import MAX_UNWRITTEN
+from mace_ros.api.wording import counted
 from mace_ros.scheduling.token_bucket import TokenBucket
 
 
@@ -38,6 +39,8 @@ class CorrectionLimiter:
             self._bucket.advance(now)
             if self._bucket.tokens < 1.0:
                 raise InvalidCorrection(
-                    f'more than {per_minute} corrections in a minute '
-                    '(correction.max_per_minute); try again later')
+                    'more than ' + counted(
+                        per_minute, 'correction in a minute (correction.max_per_minute)',
+                        'corrections in a minute (correction.max_per_minute)')
+                    + '; try again later')
             self._bucket.spend(1.0)

@@ -21,7 +21,6 @@ from mace_ros.api.events import (
     AdapterVersion,
     Correction,
     CorrectionState,
-    CorrectionStatus,
     ErrorCode,
     Event,
     FinishReason,
@@ -29,17 +28,20 @@ from mace_ros.api.events import (
     Query,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.api.validation import checked_correction, MAX_ID
+from mace_ros.api.validation import MAX_ID
 from mace_ros.engine.anchor_requests import recorded_anchors
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
-from mace_ros.engine.correction_limiter import CorrectionLimiter
+from mace_ros.engine.correction_intake import CorrectionIntake, rejected
+from mace_ros.engine.embeddings import Embedding
+from mace_ros.engine.hint_answers import HintAnswers
 from mace_ros.engine.inbox import (
     AbortQuery,
     AnswerWritten,
     BeginTrace,
     ChangeSettings,
     CorrectionWritten,
+    EmbedTexts,
     Inbox,
     Message,
     Publish,
@@ -52,9 +54,10 @@ from mace_ros.engine.learner_requests import LearnerRequests
 from mace_ros.engine.model_runner import ModelRunner, PassResult
 from mace_ros.engine.parts import budget_bytes, Parts
 from mace_ros.engine.request_manager import queue_full, RequestManager
+from mace_ros.engine.response_format import compile_format
 from mace_ros.engine.snapshot import take_status
 from mace_ros.finetune.step import FinetuneStep
-from mace_ros.learning.acceptance import accept, Accepted
+from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.model.heap import HeapTrimmer
 from mace_ros.scheduling.plan import Plan
@@ -85,11 +88,17 @@ class Engine:
         self._recorder = AnswerRecorder(journal=parts.journal, inbox=self._inbox)
         self._background = BackgroundRequests(
             chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache, paged=parts.paged,
-            anchors=recorded_anchors(parts.journal, parts.weights_digest), clock=clock)
+            anchors=recorded_anchors(parts.journal, parts.weights_digest),
+            hints=HintAnswers(
+                chat=parts.chat, journal=parts.journal, inbox=self._inbox, clock=clock),
+            clock=clock)
+        self._corrections = CorrectionIntake(
+            chat=parts.chat, journal=parts.journal, inbox=self._inbox, clock=clock)
         self.requests = RequestManager(
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
-            router=parts.router, recorder=self._recorder, background=self._background,
-            memory=parts.memory, context_length=parts.model.context_length,
+            router=parts.router, adapters=parts.adapters, recorder=self._recorder,
+            background=self._background, corrections=self._corrections, memory=parts.memory,
+            context_length=parts.model.context_length, vocabulary=parts.constraints.vocabulary,
             answered=learner.answered, clock=clock)
         self._learner_requests = LearnerRequests(
             learner, self.requests, self._background, self._inbox.wake)
@@ -97,7 +106,6 @@ class Engine:
             model=parts.model, state=parts.state, paged=parts.paged, kv_cache=parts.kv_cache,
             cost=parts.cost, requests=self.requests, inbox=self._inbox,
             observers=self._observers, clock=clock)
-        self._limiter = CorrectionLimiter()
         self._trace: Trace | None = None
         self._unpublished: list[Event] = []    # of an iteration that raised
         self._published_first = False          # the last iteration only published events
@@ -128,7 +136,8 @@ class Engine:
         """Take a query; exactly one :class:`Response` follows."""
         arrival, limit = self._clock(), self._settings.scheduler.max_queue
         if self._inbox.queries < limit:
-            self._inbox.put(SubmitQuery(query, arrival))
+            self._inbox.put(SubmitQuery(
+                query, arrival, compile_format(query, self.parts.constraints, self.chat)))
         else:    # an iteration takes long, or hangs
             self._inbox.put(Publish(self.requests.refuse(
                 replace(query, id=query.id or str(uuid.uuid4())), arrival,
@@ -140,21 +149,8 @@ class Engine:
             self._inbox.put(AbortQuery(query_id))
 
     def correct(self, correction: Correction) -> None:
-        """Take a correction; ACCEPTED follows once it is on disk, or REJECTED."""
-        arrived, settings = self._clock(), self._settings
-        try:
-            checked = checked_correction(correction)
-            self._limiter.admit(
-                arrived, settings.correction.max_per_minute, self._journal.backlog)
-        except InvalidCorrection as error:
-            self._inbox.put(Publish(_rejected(correction, error)))
-            return
-        max_length = self.requests.max_length
-        written = self._journal.submit(lambda journal: accept(
-            checked, journal, chat=self.chat, settings=settings, longest=max_length,
-            arrived=arrived))
-        written.add_done_callback(
-            lambda outcome: self._inbox.put(CorrectionWritten(checked, outcome)))
+        """Take a correction; a status follows once it is on disk, or REJECTED."""
+        self._corrections.take(correction, self._settings, self.requests.max_length)
 
     def update(self, settings: Settings) -> None:
         """Put other settings into force at the next iteration."""
@@ -180,14 +176,19 @@ class Engine:
         self._inbox.put(RollBack(profile, version, reason, done))
         return done
 
+    def embed(self, texts: Sequence[str]) -> Future[list[Embedding]]:
+        """Compute the embedding of each text; raises ``InvalidText`` through the future."""
+        done: Future[list[Embedding]] = Future()
+        self._inbox.put(EmbedTexts(tuple(texts), done))
+        return done
+
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile, oldest first."""
         return self.learner.versions(profile)
 
     def live_version(self, profile: str) -> int:
-        """Return the live version of the profile itself; 0 if it has none."""
-        live = self.parts.slots.live(profile)
-        return live.version if live.profile == profile else 0
+        """Return the newest live version of the profile itself; 0 if it has none."""
+        return self.parts.live.newest(profile)
 
     # -- called from the device's thread ---------------------------------------------
 
@@ -273,8 +274,8 @@ class Engine:
 
     def _received(self, message: Message) -> list[Event]:
         match message:
-            case SubmitQuery(query, arrival):
-                return self.requests.admit(query, arrival)
+            case SubmitQuery(query, arrival, constraint):
+                return self.requests.admit(query, arrival, constraint)
             case AbortQuery(query_id):
                 return self.requests.cancel(query_id)
             case CorrectionWritten(correction, outcome):
@@ -288,6 +289,8 @@ class Engine:
                 self.observe(self._trace)
             case AnswerWritten():
                 self._recorder.written(message)
+            case EmbedTexts(texts, done):
+                self.requests.embed(texts, done)
             case Publish(event):
                 return [event]
         return []
@@ -298,11 +301,13 @@ class Engine:
         if not isinstance(error, InvalidCorrection):
             self._recorder.journal_error = str(error or '')
         if error is not None:
-            return [_rejected(correction, error)]
+            return [rejected(correction, error)]
         accepted = outcome.result()
-        if accepted.new:
+        if accepted.to_learn:
             self._recorder.conversations.correct(
                 accepted.record.query_id, accepted.record.corrected)
+        elif accepted.new and accepted.record.state is CorrectionState.PROPOSED:
+            self._background.hints.add(accepted.record)
         events = self.learner.accepted(accepted)
         self._follow_step()
         return events
@@ -352,9 +357,12 @@ class Engine:
 
     def _prepare(self) -> list[Event]:
         """Start background requests, and give the scheduler what it may plan."""
-        history = self._background.next_history(sharing=self._settings.memory.prefix_sharing)
-        if history is not None:
-            self.requests.start(history)
+        background = self._background
+        for request in (
+                background.next_history(sharing=self._settings.memory.prefix_sharing),
+                background.hints.next(self._settings, self.requests.max_length)):
+            if request is not None:
+                self.requests.start(request)
         events = self._start_learner_requests() + self._offer_step()
         try:
             self.parts.paged.move(self._step)
@@ -417,7 +425,7 @@ class Engine:
             events += self._fail_requests(result.plan, result.error)
         with self._observers.timed('commit'):
             try:
-                events += self.requests.commit(result.sampled, result.tokens)
+                events += self.requests.commit(result.sampled, result.tokens, result.scores)
             except Exception as error:    # the pass is committed whole or not at all
                 events += self._fail_requests(result.plan, error)
         self._observers.committed([active.request for active in result.sampled])
@@ -464,14 +472,15 @@ class Engine:
 
     def pause(self) -> list[Event]:
         """Cancel all requests, and take in what the journal has written; step() may follow."""
-        # Everything that was submitted before this has been written, or has failed, after it.
-        self._journal.submit(lambda _: None).exception()
         with self._events_survive_errors() as events:
             events += self._commit(self.runner.collect())
             self.runner.skip_segments()
             events += self._finish_plan()
-            events += self._receive()
-            events += self.requests.cancel_all()
+            # Wait for what was submitted, and again for corrections of the cancelled answers.
+            for _ in range(2):
+                self._journal.submit(lambda _: None).exception()
+                events += self._receive()
+                events += self.requests.cancel_all()
         if self._trace is not None:
             self._observers.finished(events)
             self._end_trace(self._trace)
@@ -488,7 +497,3 @@ class Engine:
         events += self._receive()    # what the journal has written meanwhile
         self.learner.close('the node is stopping')    # rollbacks that have arrived since
         return events
-
-
-def _rejected(correction: Correction, error: BaseException) -> CorrectionStatus:
-    return CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))

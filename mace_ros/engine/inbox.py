@@ -11,19 +11,22 @@ from dataclasses import dataclass
 import threading
 from typing import TypeAlias
 
-from mace_ros.api.events import Correction, Event, Query
+from mace_ros.api.events import Correction, Event, InvalidQuery, Query
 from mace_ros.api.settings import Settings
+from mace_ros.engine.embeddings import Embedding
 from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.rollback import RolledBack
+from mace_ros.model.constraints import Constraint
 from mace_ros.telemetry.trace import Record
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitQuery:
-    """Answer a query that arrived at ``arrival`` on the engine's clock."""
+    """Answer a query that arrived at ``arrival`` on the engine's clock, if its format is valid."""
 
     query: Query
     arrival: float
+    constraint: Constraint | InvalidQuery | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,14 @@ class BeginTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedTexts:
+    """Compute the embeddings of some texts; ``done`` receives them."""
+
+    texts: tuple[str, ...]
+    done: Future[list[Embedding]]
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     """Publish an event that was known when its message arrived, such as a refusal."""
 
@@ -82,7 +93,7 @@ class Publish:
 
 
 Message: TypeAlias = (SubmitQuery | AbortQuery | CorrectionWritten | AnswerWritten
-                      | ChangeSettings | RollBack | BeginTrace | Publish)
+                      | ChangeSettings | RollBack | BeginTrace | EmbedTexts | Publish)
 
 
 class Inbox:

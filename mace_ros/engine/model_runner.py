@@ -4,18 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from mace_ros.engine.active_request import ActiveRequest
+from mace_ros.engine.active_request import ActiveRequest, RequestKind
 from mace_ros.engine.inbox import Inbox
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.engine.request_manager import RequestManager
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.model.packed_model import PackedModel
-from mace_ros.model.sampling import sample
+from mace_ros.model.sampling import sample, Sampled, Scores
 from mace_ros.model.spans import PiggybackSpans, Span
 from mace_ros.model.timing import DeviceTimer
 from mace_ros.scheduling.cost_model import CostModel
@@ -56,7 +57,7 @@ class InFlightBatch:
 
     batch: PackedBatch
     sampled: list[ActiveRequest]
-    tokens: Tensor                          # [len(sampled)], the next token of each
+    next: Sampled                           # a token for each of them
     timer: DeviceTimer
 
     @property
@@ -70,6 +71,7 @@ class PassResult:
     """
     Outcome of a pass: one token for each request in ``sampled``.
 
+    ``scores`` has the log-probabilities that some of them want, by their place in ``sampled``.
     After ``error`` the requests of the plan must be ended. After ``learning_error`` the
     fine-tune step must be given up; the requests are unaffected.
     """
@@ -77,6 +79,7 @@ class PassResult:
     plan: Plan
     sampled: Sequence[ActiveRequest] = ()
     tokens: Sequence[int] = ()
+    scores: Mapping[int, Scores] = field(default_factory=dict)
     error: Exception | None = None
     learning_error: Exception | None = None
 
@@ -132,18 +135,18 @@ class ModelRunner:
             self._kv_cache.allocate(plan, started)
             batch = self._pack(plan, step)
             if batch.is_empty:
-                return self._ended(batch, (), (), 0.0)
+                return self._ended(batch, 0.0)
             launched = self._launch(batch)
             if self.overlaps and not batch.plan.segments:
                 self.in_flight = launched
                 self.planned_ahead = plan_ahead(batch.plan, self._state, self._cost)
                 return None
-            tokens = self._take_tokens(launched)
+            result = self._take_tokens(launched)
             self._model.synchronize()
         except Exception as error:   # of an allocator or a kernel
             return self._failed(plan, batch, error)
         self._failures = 0
-        return self._ended(batch, launched.sampled, tokens, self._clock() - started)
+        return self._ended(batch, self._clock() - started, launched.sampled, *result)
 
     def collect(self) -> PassResult | None:
         """Wait for the pass in flight and return its result; None if there is no such pass."""
@@ -151,12 +154,12 @@ class ModelRunner:
         if launched is None:
             return None
         try:
-            tokens = self._take_tokens(launched)
+            result = self._take_tokens(launched)
             seconds = launched.timer.seconds()
         except Exception as error:
             return self._failed(launched.plan, launched.batch, error)
         self._failures = 0
-        return self._ended(launched.batch, launched.sampled, tokens, seconds)
+        return self._ended(launched.batch, seconds, launched.sampled, *result)
 
     def take_planned_ahead(self) -> Plan | None:
         """Return the plan that was made while the last pass ran, if it is still valid."""
@@ -196,9 +199,11 @@ class ModelRunner:
                 self._paged.release(batch.step)
         sampled = [self._requests[request.id] for (request, _), span
                    in zip(batch.computed, batch.spans, strict=True) if span.wants_logits]
+        with self._observers.timed('masks'):    # while the device runs the pass
+            rows = [active.row() for active in sampled]
         with self._observers.timed('sample'):
-            tokens = sample(logits, [(a.sampling, a.request.output_tokens) for a in sampled])
-        return InFlightBatch(batch, sampled, tokens, timer)
+            drawn = sample(logits, rows)
+        return InFlightBatch(batch, sampled, drawn, timer)
 
     def _span(self, request: Request, tokens: int) -> Span:
         """Return the next ``tokens`` tokens of a request."""
@@ -206,7 +211,15 @@ class ModelRunner:
         return Span(
             active.ids[first:first + tokens], first, request.blocks, request.adapter_slot,
             wants_logits=tokens == request.remaining_tokens, dropped=request.dropped_tokens,
-            attention=self._paged.attention(active, tokens), adapted_from=active.adapted_from)
+            attention=self._paged.attention(active, tokens), adapted_from=active.adapted_from,
+            pooled=self._pooled(active))
+
+    def _pooled(self, active: ActiveRequest) -> Tensor | None:
+        """Return where the pass adds up hidden states, zero before the first token."""
+        if active.kind is RequestKind.EMBED and not active.request.computed_tokens:
+            active.pooled = torch.zeros(
+                self._model.model.config.hidden_size, device=self._model.device)
+        return active.pooled
 
     def _piggyback(self, step: FinetuneStep | None, tokens: int,
                    ) -> tuple[PiggybackSpans | None, Exception | None]:
@@ -218,21 +231,24 @@ class ModelRunner:
         except Exception as error:
             return None, error
 
-    def _take_tokens(self, launched: InFlightBatch) -> list[int]:
-        """Wait for the sampled tokens, and note what the pass has computed."""
+    def _take_tokens(self, launched: InFlightBatch) -> tuple[list[int], Mapping[int, Scores]]:
+        """Wait for the sampled tokens and their scores, and note what the pass has computed."""
         with self._observers.timed('wait'):
-            tokens: list[int] = launched.tokens.tolist()
+            tokens: list[int] = launched.next.tokens.tolist()
+            scores = launched.next.scores()
         for request, computed in launched.batch.computed:
             self._kv_cache.commit(request, computed)
             if not request.remaining_tokens:
                 self._paged.prune(self._requests[request.id])
-        return tokens
+        return tokens, scores
 
-    def _ended(self, batch: PackedBatch, sampled: Sequence[ActiveRequest],
-               tokens: Sequence[int], seconds: float) -> PassResult:
+    def _ended(self, batch: PackedBatch, seconds: float, sampled: Sequence[ActiveRequest] = (),
+               tokens: Sequence[int] = (), scores: Mapping[int, Scores] | None = None,
+               ) -> PassResult:
         """Return the result of a pass, after which the plan's segments may run."""
         self._unfinished = batch.plan, batch.step, seconds
-        return PassResult(batch.plan, sampled, tokens, learning_error=batch.learning_error)
+        return PassResult(batch.plan, sampled, tokens, scores or {},
+                          learning_error=batch.learning_error)
 
     def _failed(self, plan: Plan, batch: PackedBatch | None, error: Exception) -> PassResult:
         """Return the result of a pass that failed; the step fails too if it took part."""

@@ -43,7 +43,7 @@ class PagedKVCache:
         request, known = active.request, active.request.known_tokens
         if (not self._prune_share or known < LONG_TOKENS or request.is_decoding
                 or request.computed_tokens + tokens <= known - OBSERVATION_TOKENS
-                or active.kind is RequestKind.PREFIX):
+                or active.kind in (RequestKind.PREFIX, RequestKind.EMBED)):
             return None
         attention = active.attention
         if attention is None or len(attention) != known:

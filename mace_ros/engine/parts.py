@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import Settings
+from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.engine.router import Router
-from mace_ros.learning.scope import Scopes
-from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.memory.budget import MB
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.constraints import ConstraintCompiler
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.cost_model import CostModel
@@ -33,12 +34,13 @@ class Parts:
     model_name: str
     weights_digest: str         # identifies the base model's answers in the journal
     chat: ChatTokenizer
+    constraints: ConstraintCompiler
     hardware: Hardware
     free_bytes: float           # beside the base model, when it was loaded
     lora: LoRAManager
-    slots: AdapterSlots
-    scopes: Scopes              # what the versions in the slots have learned
+    live: LiveVersions          # what they have learned
     router: Router              # which of them answers a query
+    adapters: AdapterCache      # those that queries need, on the device
     state: State                # the scheduler's input
     pool: BlockPool
     kv_cache: KVCacheManager

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 import uuid
 
@@ -16,17 +17,30 @@ from mace_ros.api.events import (
     Query,
     Response,
     ResponseChunk,
+    TokenLogprobs,
 )
 from mace_ros.api.settings import Settings
-from mace_ros.api.validation import checked_query, MAX_ID
-from mace_ros.engine.active_request import ActiveRequest, build_request, COMPLETE
+from mace_ros.api.validation import check_logit_bias, checked_query, MAX_ID
+from mace_ros.api.wording import counted
+from mace_ros.engine.active_request import (
+    ActiveRequest,
+    build_request,
+    COMPLETE,
+    RequestKind,
+)
+from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
+from mace_ros.engine.correction_intake import CorrectionIntake
 from mace_ros.engine.early_aborts import EarlyAborts
-from mace_ros.engine.router import Route, Router
+from mace_ros.engine.embeddings import Embedding
+from mace_ros.engine.router import Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.constraints import Constraint
+from mace_ros.model.sampling import Scores
+from mace_ros.model.vocabulary import Vocabulary
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
@@ -37,33 +51,40 @@ class RequestManager:
     """Admits queries, appends their tokens, and ends them; on the device's thread."""
 
     def __init__(self, settings: Settings, *, chat: ChatTokenizer, state: State,
-                 kv_cache: KVCacheManager, router: Router, recorder: AnswerRecorder,
-                 background: BackgroundRequests, memory: MemoryArbiter, context_length: int,
-                 answered: Callable[[str], None], clock: Callable[[], float]) -> None:
+                 kv_cache: KVCacheManager, router: Router, adapters: AdapterCache,
+                 recorder: AnswerRecorder, background: BackgroundRequests,
+                 corrections: CorrectionIntake, memory: MemoryArbiter, context_length: int,
+                 vocabulary: Vocabulary, answered: Callable[[str], None],
+                 clock: Callable[[], float]) -> None:
         """
         Begin without a request.
 
         ``context_length`` is the model's; ``answered`` receives the id of each answer that
-        learning may use.
+        learning may use. ``corrections`` may have to wait for the end of an answer.
         """
         self._settings, self._chat, self._state = settings, chat, state
-        self._kv_cache, self._router, self._recorder = kv_cache, router, recorder
+        self._kv_cache, self._recorder = kv_cache, recorder
+        self._router, self._adapters = router, adapters
         self._background, self._memory, self._context_length = background, memory, context_length
-        self._answered, self._clock = answered, clock
-        self._active: dict[str, ActiveRequest] = {}
+        self._answered, self._corrections, self._clock = answered, corrections, clock
+        self._vocabulary = vocabulary
+        self._active: dict[str, ActiveRequest] = {}     # by the id of its request
+        self._queries: dict[str, ActiveRequest] = {}    # the first answer, until all have ended
+        # Queries whose version is not on the device: running requests hold all slots.
+        self._without_slot: dict[str, ActiveRequest] = {}
         self._early_aborts = EarlyAborts()
 
     def __len__(self) -> int:
         """Return the number of active requests, silent ones included."""
         return len(self._active)
 
-    def __contains__(self, query_id: object) -> bool:
+    def __contains__(self, request_id: object) -> bool:
         """Return whether a request is active."""
-        return query_id in self._active
+        return request_id in self._active
 
-    def __getitem__(self, query_id: str) -> ActiveRequest:
+    def __getitem__(self, request_id: str) -> ActiveRequest:
         """Return an active request; raises ``KeyError`` if it has ended."""
-        return self._active[query_id]
+        return self._active[request_id]
 
     @property
     def max_length(self) -> int:
@@ -73,8 +94,9 @@ class RequestManager:
     @property
     def queue_depth(self) -> int:
         """User requests that have not been scheduled yet."""
-        return sum(r.started_at is None and not self._active[r.id].is_silent
-                   for r in self._state.waiting)
+        return len(self._without_slot) + sum(
+            r.started_at is None and not self._active[r.id].is_silent
+            for r in self._state.waiting)
 
     def update(self, settings: Settings) -> list[Event]:
         """Use other settings, and shorten answers that no longer fit the KV cache."""
@@ -83,12 +105,16 @@ class RequestManager:
 
     # -- admission -------------------------------------------------------------------
 
-    def admit(self, query: Query, arrival: float) -> list[Event]:
+    def admit(self, query: Query, arrival: float,
+              constraint: Constraint | InvalidQuery | None = None) -> list[Event]:
         """Queue a query, or return its rejection."""
         query = replace(query, id=query.id or str(uuid.uuid4()))
         try:
             self._check(query)
             query = checked_query(query, self._settings)
+            check_logit_bias(query, self._vocabulary.size)
+            if isinstance(constraint, InvalidQuery):
+                raise constraint
             limit = self._settings.scheduler.max_queue
             if self.queue_depth >= limit:
                 raise InvalidQuery(ErrorCode.OVERLOADED, queue_full(limit))
@@ -101,6 +127,8 @@ class RequestManager:
             active = build_request(
                 query, arrival, conversations.get(query.conversation_id), self._chat,
                 self._settings.generation.system, self.max_length)
+            active.constraint = constraint
+            active.add_choices(query.n, self._chat)
         except InvalidQuery as error:
             if error.code is not ErrorCode.DUPLICATE_ID and len(query.id) <= MAX_ID:
                 self._early_aborts.ended(query.id)
@@ -111,12 +139,15 @@ class RequestManager:
         for query_id in self._background.abortable:
             if query_id in self._active:
                 self.end(self._active[query_id], FinishReason.CANCELLED)
-        self.start(active)
-        return self.end(active, FinishReason.LENGTH) if active.request.max_tokens == 0 else []
+        events = self.start(active)
+        self._corrections.query_admitted(query.id)
+        if active.request.max_tokens == 0 and query.id in self._queries:
+            events += self.end(active, FinishReason.LENGTH)
+        return events
 
     def _check(self, query: Query) -> None:
         # First of all checks: any other rejection would be taken for the active query's response.
-        if query.id in self._active:
+        if query.id in self._queries:
             raise InvalidQuery(
                 ErrorCode.DUPLICATE_ID, f'id: a query {query.id!r} is active already')
 
@@ -127,38 +158,68 @@ class RequestManager:
             query.id, query.conversation_id, '', reason, code, error,
             e2e_ms=(self._clock() - arrival) * 1e3, origin=query.origin)
 
-    def start(self, active: ActiveRequest) -> None:
+    def start(self, active: ActiveRequest) -> list[Event]:
         """Queue a request for scheduling; it keeps the version in whose scope it is now."""
-        active.route = self._route(active)
-        active.request.adapter_slot = active.version.slot
-        active.request.block_hashes = BlockHashes(
-            active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
-        self._active[active.query.id] = active
+        self._active[active.request.id] = active
+        if active is active.choices[0]:
+            self._queries[active.query.id] = self._without_slot[active.query.id] = active
+            if not active.is_silent or active.kind is RequestKind.HINT:
+                active.route = self._router.route(
+                    active.query.profile, active.messages, self._settings.adapter)
+            try:
+                slot = self._adapters.pin(active.version)
+            except Exception as error:      # of the device
+                return self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
+                                f'{type(error).__name__}: {error}')
+            if slot is None:
+                return []
+            del self._without_slot[active.query.id]
+            active.request.adapter_slot = slot
+        if active.kind is not RequestKind.EMBED:    # whose every token is to be computed
+            active.request.block_hashes = BlockHashes(
+                active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
         self._state.waiting.add(active.request)
+        return []
 
-    def _route(self, active: ActiveRequest) -> Route:
-        if active.is_silent:
-            return self._router.base()
-        return self._router.route(
-            active.query.profile, active.messages, self._settings.adapter)
+    def _start_others(self, first: ActiveRequest) -> None:
+        """Start the other answers to a query, which find the prompt in the prefix cache."""
+        for choice in first.choices[1:]:
+            choice.route, choice.request.arrival = first.route, self._clock()
+            choice.request.adapter_slot = first.request.adapter_slot
+            self.start(choice)
+
+    def embed(self, texts: Sequence[str], done: Future[list[Embedding]]) -> None:
+        """Queue a silent request for each text; ``done`` receives the embeddings."""
+        for active in self._background.embeddings.requests(texts, done, self.max_length):
+            self.start(active)
 
     # -- tokens ----------------------------------------------------------------------
 
-    def commit(self, sampled: Sequence[ActiveRequest],
-               tokens: Sequence[int]) -> Iterator[Event]:
+    def commit(self, sampled: Sequence[ActiveRequest], tokens: Sequence[int],
+               scores: Mapping[int, Scores]) -> Iterator[Event]:
         """Append one token to each request, and end those that are complete."""
         now = self._clock()
-        for active, token in zip(sampled, tokens, strict=True):
+        for i, (active, token) in enumerate(zip(sampled, tokens, strict=True)):
             try:
-                chunk = active.append(token, now, self._chat.end_tokens)
-            except Exception as error:    # a tokenizer that can't decode its own tokens
+                logprobs = self._logprobs(token, scores[i]) if i in scores else None
+                chunk = active.append(token, now, self._chat.end_tokens, logprobs)
+            except Exception as error:    # of a constraint, or of a tokenizer with its own tokens
                 yield from self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                     f'{type(error).__name__}: {error}')
                 continue
+            if active.request.output_tokens == 1 and not active.is_silent:
+                self._corrections.answer_begun(active.query.id, active.query.conversation_id)
             if chunk is not None and not active.is_silent:
                 yield chunk
+            if active.request.output_tokens == 1 and active is active.choices[0]:
+                self._start_others(active)
             if active.finish is not None:
                 yield from self.end(active, active.finish)
+
+    def _logprobs(self, token: int, scores: Scores) -> TokenLogprobs:
+        return TokenLogprobs(
+            self._vocabulary.logprob(token, scores.logprob),
+            tuple([self._vocabulary.logprob(*best) for best in scores.best]))
 
     def _fit(self) -> list[Event]:
         """Shorten the answers that would grow beyond the KV cache."""
@@ -180,12 +241,13 @@ class RequestManager:
 
     def cancel(self, query_id: str) -> list[Event]:
         """End a query early, even if it arrives after its cancellation."""
-        active = self._active.get(query_id)
-        if active is None:
+        first = self._queries.get(query_id)
+        if first is None:
             self._early_aborts.cancelled(query_id, self._clock())
-        if active is None or active.is_silent:
+        if first is None or first.is_silent:
             return []
-        return self.end(active, FinishReason.CANCELLED)
+        return [event for choice in first.choices if choice.outcome is None
+                for event in self.end(choice, FinishReason.CANCELLED)]
 
     def cancel_all(self) -> list[Event]:
         """End all requests."""
@@ -199,30 +261,55 @@ class RequestManager:
             ErrorCode.PROMPT_TOO_LONG if rejection.too_large else ErrorCode.SLO_UNREACHABLE,
             rejection.reason)]
 
-    def fail(self, query_ids: Iterable[str], reason: str) -> list[Event]:
+    def fail(self, request_ids: Iterable[str], reason: str) -> list[Event]:
         """End the requests of a failed pass, unless they have ended."""
-        return [event for query_id in query_ids if query_id in self._active
-                for event in self.end(self._active[query_id], FinishReason.ERROR,
+        return [event for request_id in request_ids if request_id in self._active
+                for event in self.end(self._active[request_id], FinishReason.ERROR,
                                       ErrorCode.INTERNAL, reason)]
 
     def end(self, active: ActiveRequest, reason: FinishReason,
             code: ErrorCode = ErrorCode.NONE, error: str = '') -> list[Event]:
         """Take a request out of the engine; return its last events."""
-        query = active.query
-        del self._active[query.id]
-        self._early_aborts.ended(query.id)
-        complete = reason in COMPLETE
+        first, events = active.choices[0], list[Event]()
+        # Answers that still wait for the first one's prompt end with it.
+        waiting = [c for c in first.choices
+                   if c.outcome is None and c.request.id not in self._active]
+        for choice in (active, *waiting):
+            choice.outcome, choice.error_code, choice.error = reason, code, error
+            if choice.request.id in self._active:
+                self._free(choice)
+            # A query that is rejected has no stream, unless another answer has begun it.
+            streams = reason is not FinishReason.REJECTED or any(c.chunks for c in first.choices)
+            if streams and not choice.closed and not choice.is_silent:
+                chunk = choice.closing_chunk()
+                events += [] if chunk is None else [chunk]
+        return events if first.is_open else [*events, *self._end_query(first)]
+
+    def _end_query(self, first: ActiveRequest) -> list[Event]:
+        """End a query whose answers have all ended; return its response."""
+        query_id, events = first.query.id, list[Event]()
+        del self._queries[query_id]
+        self._early_aborts.ended(query_id)
+        had_slot = self._without_slot.pop(query_id, None) is None
+        if had_slot:
+            self._adapters.unpin(first.version)
+        if not first.is_silent:
+            if first.request.output_tokens:
+                self._record(first, complete=first.outcome in COMPLETE)
+            self._corrections.query_ended(query_id)
+            events.append(first.response(self._clock()))
+        if had_slot:
+            for waiting in list(self._without_slot.values()):
+                events += self.start(waiting)
+        return events
+
+    def _free(self, active: ActiveRequest) -> None:
+        """Take one request out of the engine."""
+        del self._active[active.request.id]
         if active.is_silent:    # while it has its blocks, which may be read
-            self._background.ended(active, reason, error)
-        self._kv_cache.free(active.request)
-        self._router.release(active.version)
-        if active.is_silent:
-            return []
-        if active.request.output_tokens:
-            self._record(active, complete=complete)
-        closed = active.closed or reason is FinishReason.REJECTED
-        closing = [] if closed else [active.last_chunk()]
-        return [*closing, active.response(reason, self._clock(), code, error)]
+            self._background.ended(active, active.reason, active.error)
+        if active.query.id not in self._without_slot:
+            self._kv_cache.free(active.request)
 
     def _record(self, active: ActiveRequest, *, complete: bool) -> None:
         self._background.answered(active)
@@ -232,4 +319,5 @@ class RequestManager:
 
 def queue_full(limit: int) -> str:
     """Return the reason of an OVERLOADED rejection."""
-    return f'{limit} queries wait already (scheduler.max_queue)'
+    return counted(limit, 'query waits already (scheduler.max_queue)',
+                   'queries wait already (scheduler.max_queue)')

@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mace_ros.api.settings import AdapterSettings
+from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.learning.question import questions
-from mace_ros.learning.scope import Scopes
-from mace_ros.memory.adapter_slots import AdapterSlots, LiveVersion
+from mace_ros.memory.adapter_slots import BASE, ServedVersion
 from mace_ros.store.records import Messages
 
 
@@ -18,46 +18,33 @@ class Route:
     """
     The version that answers a query, and why.
 
-    ``version`` is pinned. ``correction_id`` names the learned correction that the question
-    resembles, '' if there is none; ``similarity`` is that to the nearest one, in scope or not.
-    ``out_of_scope`` tells that a live version was passed over, since the question is outside its
-    scope.
+    ``correction_id`` names the learned correction that the question resembles, '' if there is
+    none; ``similarity`` is that to the nearest one, in scope or not. ``out_of_scope`` tells that
+    live versions were passed over, since the question is outside their scope.
     """
 
-    version: LiveVersion
+    version: ServedVersion = BASE
     correction_id: str = ''
     similarity: float = 0.0
     out_of_scope: bool = False
 
 
 class Router:
-    """Decides once per query: its profile's version, the robot's, or the base model."""
+    """Decides between the versions of the query's profile, those of the robot and the base."""
 
-    def __init__(self, slots: AdapterSlots, scopes: Scopes) -> None:
-        """Route between the versions in these slots, by their scopes."""
-        self._slots, self._scopes = slots, scopes
-
-    def base(self) -> Route:
-        """Pin the base model."""
-        return Route(self._slots.pin(None))
-
-    def release(self, version: LiveVersion) -> None:
-        """Undo the pin of a route."""
-        self._slots.unpin(version)
+    def __init__(self, live: LiveVersions) -> None:
+        """Route between the live versions, by their scopes."""
+        self._live = live
 
     def route(self, profile: str, messages: Messages, settings: AdapterSettings) -> Route:
-        """Pin the first version in whose scope the last question of a conversation lies."""
+        """Return the first version in whose scope the last question of a conversation lies."""
         readings, nearest, passed = questions(messages), 0.0, False
         for owner in dict.fromkeys((profile, '')):
-            in_scope, match = self._scopes.match(owner, readings, settings)
-            if match is not None:
-                nearest = max(nearest, match.similarity)
-            if in_scope:
-                version, drew_on = self._slots.pin(owner), ''
-                if version.version and match is not None and (
-                        match.similarity >= settings.scope_threshold):
-                    drew_on = match.correction_id
-                return Route(version, drew_on, nearest, passed)
-            live = self._slots.live(owner)
-            passed = passed or (live.profile == owner and live.version > 0)
-        return Route(self._slots.pin(None), similarity=nearest, out_of_scope=passed)
+            found, similarity = self._live.answering(owner, readings, settings)
+            nearest = max(nearest, similarity)
+            if found is not None:
+                drew_on = found.match.correction_id if found.match is not None and (
+                    found.version != BASE) else ''
+                return Route(found.version, drew_on, nearest, passed)
+            passed = passed or self._live.newest(owner) > 0
+        return Route(similarity=nearest, out_of_scope=passed)

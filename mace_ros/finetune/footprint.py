@@ -38,7 +38,8 @@ def measure_footprint(model: PackedModel, lora: LoRAManager) -> Footprint:
         packed=(model.device.type != 'cpu'
                 or prefers_one_mask(MAX_TOKENS, model.dtype, model.device)
                 or window < model.context_length),
-        kernels=KERNEL_BYTES * torch.get_num_threads() if model.device.type == 'cpu' else 0)
+        kernels=model.workspace_nbytes + (
+            KERNEL_BYTES * torch.get_num_threads() if model.device.type == 'cpu' else 0))
 
 
 def _graph_bytes(model: PackedModel, tokens: int) -> int:

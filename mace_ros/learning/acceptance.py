@@ -4,11 +4,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import time
 
-from mace_ros.api.events import Correction, InvalidCorrection
+from mace_ros.api.events import (
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    InvalidCorrection,
+)
 from mace_ros.api.settings import Settings
+from mace_ros.api.validation import names_answer, UNNAMED
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
@@ -17,11 +23,12 @@ from mace_ros.store.records import AnswerRecord, CorrectionRecord
 @dataclass(frozen=True)
 class Accepted:
     """
-    A correction that is in the journal; ``new`` is False if its id was on record before.
+    A correction that is in the journal; ``new`` is False if its state was on record before.
 
     ``arrived`` is its arrival in seconds on the engine's clock; ``superseded`` are the ids of
     the corrections that it replaces, and ``deleted`` are those that had to make room
-    (``storage.max_corrections``).
+    (``storage.max_corrections``). ``proposed`` tells that its text is the answer to its hint, not
+    that of a message.
     """
 
     record: CorrectionRecord
@@ -29,6 +36,24 @@ class Accepted:
     arrived: float
     superseded: tuple[str, ...] = ()
     deleted: tuple[CorrectionRecord, ...] = ()
+    proposed: bool = False
+
+    @property
+    def to_learn(self) -> bool:
+        """Whether it is a new correction with a text to learn."""
+        return self.new and self.record.state is CorrectionState.ACCEPTED
+
+    @property
+    def status(self) -> CorrectionStatus:
+        """Its state as an event; a hint is ACCEPTED until its answer is known."""
+        record = self.record
+        if record.state is not CorrectionState.PROPOSED:
+            return CorrectionStatus(
+                record.id, record.state, record.reason, record.adapter_version)
+        if not record.corrected:
+            return CorrectionStatus(record.id, CorrectionState.ACCEPTED)
+        return CorrectionStatus(
+            record.id, CorrectionState.PROPOSED, corrected=record.corrected)
 
 
 def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, settings: Settings,
@@ -36,17 +61,57 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, set
     """
     Write a checked correction to the journal unless its id is on record; in its thread.
 
-    ``longest`` is the maximum number of tokens of a prompt with its answer. Raises
-    :class:`InvalidCorrection`.
+    A text for a hint that is on record confirms the hint. ``longest`` is the maximum number of
+    tokens of a prompt with its answer. Raises :class:`InvalidCorrection`.
     """
     known = journal.correction(correction.id)
+    if known is not None and known.state is CorrectionState.PROPOSED and correction.corrected:
+        return _confirm(known, correction.corrected, journal, chat, settings, longest, arrived)
     if known is not None:
         return Accepted(known, False, arrived)
+    if not names_answer(correction):
+        raise InvalidCorrection(UNNAMED)
     record = _with_prompt(correction, journal, chat, settings, longest)
     journal.accept(record)
-    superseded = journal.supersede(record)
+    superseded = (journal.supersede(record) if record.state is CorrectionState.ACCEPTED else ())
     deleted = journal.limit_corrections(settings.storage.max_corrections)
     return Accepted(record, True, arrived, superseded, deleted)
+
+
+def take_hint_answer(record: CorrectionRecord, text: str, problem: str, journal: Journal, *,
+                     chat: ChatTokenizer, settings: Settings, longest: int,
+                     arrived: float) -> Accepted:
+    """
+    Write the answer that a hint has led to; in the journal's thread.
+
+    The correction fails if there is a ``problem`` or the answer is of no use. It is left alone if
+    it was confirmed with another text, or deleted, meanwhile.
+    """
+    known = journal.correction(record.id)
+    if known is None or known.state is not CorrectionState.PROPOSED or known.corrected:
+        return Accepted(known or record, False, arrived)
+    try:
+        if problem:
+            raise InvalidCorrection(problem)
+        if settings.correction.accept_hints:
+            return replace(
+                _confirm(known, text, journal, chat, settings, longest, arrived), proposed=True)
+        proposal = _checked_texts(known, text, chat, settings, longest)
+    except InvalidCorrection as error:
+        failed = replace(known, state=CorrectionState.FAILED, reason=f'hint: {error}')
+        journal.set_correction(failed.id, failed.state, failed.reason)
+        return Accepted(failed, False, arrived)
+    journal.propose(proposal.id, proposal.corrected, proposal.rejected)
+    return Accepted(proposal, False, arrived, proposed=True)
+
+
+def _confirm(known: CorrectionRecord, text: str, journal: Journal, chat: ChatTokenizer,
+             settings: Settings, longest: int, arrived: float) -> Accepted:
+    """Make a hint's correction one to be learned; raise :class:`InvalidCorrection`."""
+    record = replace(_checked_texts(known, text, chat, settings, longest),
+                     state=CorrectionState.ACCEPTED)
+    journal.confirm(record)
+    return Accepted(record, True, arrived, journal.supersede(record))
 
 
 def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
@@ -58,23 +123,33 @@ def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
         messages = (([{'role': 'system', 'content': system}] if system else [])
                     + [{'role': 'user', 'content': correction.prompt}])
         answer = AnswerRecord('', tuple(chat.prompt(messages)), tuple(messages), '', ())
-    rejected = correction.rejected or answer.text
-    if rejected.strip() == correction.corrected.strip():
+    record = CorrectionRecord(
+        id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
+        corrected='', rejected=correction.rejected or answer.text, query_id=answer.query_id,
+        conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
+        weight=correction.weight, source=correction.source, received=time.time(),
+        scope=correction.scope, hint=correction.hint, tools=answer.tools)
+    if correction.corrected:
+        return _checked_texts(record, correction.corrected, chat, settings, longest)
+    return replace(record, state=(
+        CorrectionState.PROPOSED if correction.hint else CorrectionState.RECORDED))
+
+
+def _checked_texts(record: CorrectionRecord, corrected: str, chat: ChatTokenizer,
+                   settings: Settings, longest: int) -> CorrectionRecord:
+    """Return the record with a corrected text that can be learned, or raise."""
+    rejected = record.rejected
+    if rejected.strip() == corrected.strip():
         raise InvalidCorrection('corrected: equal to the rejected answer')
     longest = min(settings.finetune.max_sample_tokens, longest)
-    tokens, rejected_tokens = (len(answer.prompt_ids) + len(chat.answer(text))
-                               for text in (correction.corrected, rejected))
+    tokens, rejected_tokens = (len(record.prompt_ids) + len(chat.answer(text))
+                               for text in (corrected, rejected))
     if tokens > longest:
         raise InvalidCorrection(
             f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
     if rejected_tokens > longest:
         rejected = ''       # learning works without it
-    return CorrectionRecord(
-        id=correction.id, prompt_ids=answer.prompt_ids, messages=answer.messages,
-        corrected=correction.corrected, rejected=rejected, query_id=answer.query_id,
-        conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
-        weight=correction.weight, source=correction.source, received=time.time(),
-        scope=correction.scope)
+    return replace(record, corrected=corrected, rejected=rejected)
 
 
 def _corrected_answer(correction: Correction, journal: Journal) -> AnswerRecord | None:

@@ -58,6 +58,12 @@ class Drift:
         """Note that the surprise of a correction will be the answer's outcome."""
         self._open.pop(query_id, None)
 
+    def disliked(self, query_id: str) -> None:
+        """Note an answer that was wrong, without a right one whose surprise could be measured."""
+        if query_id in self._open:
+            self.corrected(query_id)
+            self.outcome(1.0)
+
     def outcome(self, surprise: float) -> None:
         """Note an outcome, from 0 (right) to 1 (entirely wrong)."""
         before = self._window.estimation

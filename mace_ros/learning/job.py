@@ -19,8 +19,6 @@ class JobKind(Enum):
 
     LEARNING = 'learning'           # corrections
     REHEARSAL = 'rehearsal'         # of corrections that are learned already
-    REPAIR = 'repair'               # of corrections that a version has lost
-    VERIFICATION = 'verification'   # that a version still knows what was learned
     COMPARISON = 'comparison'       # of two versions: the regression check
 
 
@@ -34,7 +32,7 @@ class JobState(Enum):
     TRAINING = 'training'
     INTERPOLATING = 'interpolating'
     JUDGING = 'judging'             # the gate compares the candidate with the live version
-    PUBLISHING = 'publishing'       # waits for a slot, or to try the disk again
+    PUBLISHING = 'publishing'       # waits to try the disk again
     SAVING = 'saving'               # cannot be cancelled: the journal may have the version
     COMPARING = 'comparing'
 

@@ -15,9 +15,9 @@ from mace_ros.learning.baseline import BaselineScores
 from mace_ros.learning.correction_queue import CorrectionQueue
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.drift import Drift
+from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.learning.publishing import Publisher
 from mace_ros.learning.regression_check import RegressionCheck
-from mace_ros.learning.scope import Scopes
 from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
 from mace_ros.learning.training import Training
 from mace_ros.learning.training_set import TrainingSetBuilder
@@ -36,7 +36,7 @@ class JobContext:
     anchors: AnchorReplay
     builder: TrainingSetBuilder
     scoped_builder: ScopedTrainingSetBuilder
-    scopes: Scopes
+    live: LiveVersions
     baseline: BaselineScores
     queue: CorrectionQueue
     disk: Disk
@@ -56,7 +56,7 @@ class JobContext:
                            corrections: Sequence[CorrectionRecord] = ()) -> bool:
         """Return whether a profile's version answers all queries once it has learned these."""
         default = self.settings.adapter.scope
-        return (self.scopes.of(profile).answers_everything(default)
+        return (self.live.scope(profile).answers_everything(default)
                 or any((c.scope or default) == EVERYWHERE for c in corrections))
 
     @property

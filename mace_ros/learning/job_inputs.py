@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
+TOOL_CALLS = 16     # answers that call a tool and are guarded in one job, the newest ones
+
 
 class Unreadable(Exception):
     """A job cannot begin because the disk fails; the corrections are not at fault."""
@@ -21,12 +24,17 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class JobInputs:
-    """The live version, None for the base model, and the records to replay."""
+    """
+    The live version, None for the base model, and the records to replay.
+
+    ``tool_calls`` are answers that call a tool, which a version must not change.
+    """
 
     live: VersionRecord | None
     answers: tuple[AnswerRecord, ...]
     learned: tuple[CorrectionRecord, ...]
     tensors: dict[str, Tensor] | None
+    tool_calls: tuple[AnswerRecord, ...] = ()
 
 
 def read_inputs(disk: Disk, store: AdapterStore, profile: str, answers: int) -> Task[JobInputs]:
@@ -36,10 +44,22 @@ def read_inputs(disk: Disk, store: AdapterStore, profile: str, answers: int) -> 
         live = journal.next_parent(profile)
         return JobInputs(
             live, journal.replay_candidates(profile, answers), journal.held_by(live),
-            store.load(live.path, live.sha256) if live else None)
+            store.load(live.path, live.sha256) if live else None,
+            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True))
 
     reading = disk.submit(read)
     try:
         return (yield from on_disk(reading))
     except Exception as error:
         raise Unreadable(f'the live version could not be read: {error}') from error
+
+
+def read_scoped(disk: Disk, profile: str, ids: Collection[str]) -> Task[JobInputs]:
+    """Read learned corrections by their ids, and tool calls; raises :class:`Unreadable`."""
+    reading = disk.submit(lambda journal: JobInputs(
+        None, (), tuple(r for r in journal.learned(profile) if r.id in ids) if ids else (), None,
+        journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True)))
+    try:
+        return (yield from on_disk(reading))
+    except Exception as error:
+        raise Unreadable(f'the corrections could not be read: {error}') from error

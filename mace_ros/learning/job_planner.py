@@ -8,30 +8,33 @@ from dataclasses import dataclass
 
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.duty_cycle import DutyCycle
+from mace_ros.learning.grouping import FRESH, group
 from mace_ros.learning.job import JobKind
 from mace_ros.learning.job_context import JobContext
 from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS
-from mace_ros.learning.verification import Verification
 
 
 @dataclass(frozen=True)
 class NextJob:
-    """The corrections of one profile that a job is to learn, to repair or to rehearse."""
+    """
+    The corrections of one profile that a job is to learn or to rehearse.
+
+    Under a scope, the job trains on the version that it ``continues``; 0 is a fresh adapter.
+    """
 
     profile: str
     corrections: list[PendingCorrection]
+    continues: int = FRESH
     kind: JobKind = JobKind.LEARNING
 
 
 class JobPlanner:
     """Plans one job after the other."""
 
-    def __init__(self, context: JobContext, rehearsal: Rehearsal,
-                 verification: Verification) -> None:
+    def __init__(self, context: JobContext, rehearsal: Rehearsal) -> None:
         """Plan from the queue in ``context``."""
         self._context, self._rehearsal = context, rehearsal
-        self._verification = verification
         self._duty_cycle = DutyCycle()
         self.jobs = 0                       # begun so far
         self.wake_at: float | None = None   # when a job may begin, if that is a matter of time
@@ -65,7 +68,7 @@ class JobPlanner:
         context = self._context
         ready = [w for w in context.queue if w.record.profile != held]
         if not ready:
-            return self._repair(held) or self._rehearse(held)
+            return self._rehearse(held)
         if context.scores_first and self._rests(min(w.waits_since for w in ready)):
             return None
         profile = context.queue.next_profile(ready, self.jobs + 1)
@@ -75,8 +78,9 @@ class JobPlanner:
                 waiting, by_priority=context.settings.finetune.order == 'priority')
         else:
             chosen = fitting(waiting, context.chat, context.training.step_tokens)
-        context.queue.remove(chosen)
-        return NextJob(profile, chosen)
+        job = self._grouped(profile, chosen, JobKind.LEARNING)
+        context.queue.remove(job.corrections)
+        return job
 
     def begun(self) -> int:
         """Note that the planned job begins; return its number."""
@@ -97,13 +101,18 @@ class JobPlanner:
         self.wake_at = until
         return True
 
-    def _repair(self, held: str | None) -> NextJob | None:
-        profile, lost = self._verification.next_repair(held, self._context.clock())
-        return NextJob(profile, lost, JobKind.REPAIR) if lost else None
+    def _grouped(self, profile: str, chosen: list[PendingCorrection],
+                 kind: JobKind) -> NextJob:
+        """Keep the corrections that can be learned together with the first one."""
+        context = self._context
+        if context.answers_everything(profile, [w.record for w in chosen]):
+            return NextJob(profile, chosen, kind=kind)
+        continues, together = group(context.live, chosen, context.settings.adapter)
+        return NextJob(profile, together, continues, kind)
 
     def _rehearse(self, held: str | None) -> NextJob | None:
         profile = self._rehearsal.profile
         if not self._context.traits.rehearses or profile is None or profile == held:
             return None
         again = self._rehearsal.corrections(self.jobs, self._context.clock())
-        return NextJob(profile, again, JobKind.REHEARSAL)
+        return self._grouped(profile, again, JobKind.REHEARSAL)

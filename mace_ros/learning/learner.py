@@ -36,20 +36,18 @@ from mace_ros.learning.job_context import JobContext
 from mace_ros.learning.job_inputs import Unreadable
 from mace_ros.learning.job_planner import JobPlanner
 from mace_ros.learning.learning_job import LearningJob
+from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.learning.outcomes import suspected_regression, SuspectedRegression
 from mace_ros.learning.publishing import Publisher
 from mace_ros.learning.regression_check import ComparisonJob, RegressionCheck
 from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
-from mace_ros.learning.scope import Scopes
 from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
 from mace_ros.learning.status import job_status, LearningStatus, tracked
 from mace_ros.learning.task import Pause, RetryNotice, Task, Until, Wait
 from mace_ros.learning.training import StepCost, Training
 from mace_ros.learning.training_set import TrainingSetBuilder
-from mace_ros.learning.verification import Verification, VerificationJob
-from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
@@ -68,32 +66,31 @@ class Learner:
     """Chooses what to train and publish; the engine runs the steps that it offers."""
 
     def __init__(self, *, model: PackedModel, model_name: str, lora: LoRAManager,
-                 chat: ChatTokenizer, slots: AdapterSlots, scopes: Scopes,
-                 journal: JournalWriter, store: AdapterStore, cost: StepCost, settings: Settings,
+                 chat: ChatTokenizer, live: LiveVersions, journal: JournalWriter,
+                 store: AdapterStore, cost: StepCost, settings: Settings,
                  wake: Callable[[], None], clock: Callable[[], float]) -> None:
         """``wake``, called from any thread, requests a :meth:`poll`."""
-        self._slots, self._scopes, self._wake = slots, scopes, wake
+        self._live, self._wake = live, wake
         self._disk = Disk(journal, wake)
         self._queue = CorrectionQueue()
         self._publisher = Publisher(
-            model_name=model_name, lora=lora, slots=slots, scopes=scopes, disk=self._disk,
-            store=store, clock=clock)
+            model_name=model_name, lora=lora, live=live, disk=self._disk, store=store,
+            clock=clock)
         self._rollbacks = RollbackQueue(
-            lora=lora, slots=slots, scopes=scopes, disk=self._disk, store=store,
-            cancel_job=self._cancel_job, wake=wake)
+            lora=lora, live=live, disk=self._disk, store=store, cancel_job=self._cancel_job,
+            wake=wake)
         anchors = AnchorReplay(chat)
         self._context = JobContext(
             settings=settings, chat=chat,
             training=Training(
                 model, lora, cost, settings.finetune, lambda: self.oldest_unlearned_at),
             anchors=anchors, builder=TrainingSetBuilder(chat, anchors),
-            scoped_builder=ScopedTrainingSetBuilder(chat), scopes=scopes,
+            scoped_builder=ScopedTrainingSetBuilder(chat), live=live,
             baseline=BaselineScores(), queue=self._queue, disk=self._disk, store=store,
             publisher=self._publisher, drift=Drift(), regression_check=RegressionCheck(),
             backoff=Backoff(), clock=clock)
         self._rehearsal = Rehearsal()
-        self._verification = Verification()
-        self._planner = JobPlanner(self._context, self._rehearsal, self._verification)
+        self._planner = JobPlanner(self._context, self._rehearsal)
         self._job: Job | None = None
         self._running: Task[object] | None = None   # the job's generator
         self._waits_for: Wait | None = None
@@ -119,20 +116,25 @@ class Learner:
     def accepted(self, accepted: Accepted) -> list[Event]:
         """Take a correction that is in the journal; return the events that this causes."""
         record = accepted.record
-        if not accepted.new:
-            return [CorrectionStatus(
-                record.id, record.state, record.reason, record.adapter_version)]
+        if accepted.new:
+            self._live.forget(accepted.deleted)
+            if record.query_id and self._context.settings.gate.auto_rollback:
+                self._test_for_regression(record.query_id)
+        if not accepted.to_learn:
+            if accepted.new and record.state is CorrectionState.RECORDED:
+                self._context.drift.disliked(record.query_id)
+            return [accepted.status]
         self._context.drift.corrected(record.query_id)
-        self._scopes.forget(accepted.deleted)
         renewed = None if self._job is None else self._job.renew(record)
         if renewed is None:
             if self._job is not None and self._job.trains(accepted.superseded):
                 self._cancel_job(self._job.profile)
             self._rehearsal.supersede(record)
             self._queue.add(record, accepted.arrived)
-        if record.query_id and self._context.settings.gate.auto_rollback:
-            self._test_for_regression(record.query_id)
+        proposal = CorrectionStatus(
+            record.id, CorrectionState.PROPOSED, corrected=record.corrected)
         return [
+            *([proposal] if accepted.proposed else ()),
             CorrectionStatus(record.id, CorrectionState.ACCEPTED),
             *(CorrectionStatus(i, CorrectionState.SUPERSEDED, f'by correction {record.id}')
               for i in accepted.superseded),
@@ -279,22 +281,12 @@ class Learner:
             return
         job = self._planner.next(held)
         if job is None:
-            self._begin_verification(held)
-            return
-        if job.kind is JobKind.LEARNING and not self._slots.has_room(job.profile):
-            self._events += [self._publisher.failed(w.record, NO_SLOT) for w in job.corrections]
             return
         learning = LearningJob(
-            context, self._planner.begun(), job.profile, job.corrections, kind=job.kind)
+            context, self._planner.begun(), job.profile, job.corrections,
+            continues=job.continues, kind=job.kind)
         self._start(learning)
         self.wants_anchors = learning.everywhere and context.anchors.is_missing
-
-    def _begin_verification(self, held: str | None) -> None:
-        """Check what the last versions may have lost, unless a correction waits."""
-        profile = None if self._queue else self._verification.next_check(held)
-        if profile is not None and self._context.scores_first:
-            self._start(VerificationJob(
-                self._context, self._planner.begun(), profile, self._verification))
 
     def _start(self, job: Job) -> None:
         self._job, self._running = job, job.run()
@@ -331,12 +323,6 @@ class Learner:
             self.rollback(result.profile, result.better, result.reason, Future())
         elif isinstance(result, VersionRecord):
             self._last_error = ''
-            assert isinstance(job, LearningJob)
-            if not job.everywhere:
-                self._verification.published(
-                    job.profile,
-                    [known.correction_id for known in self._context.scopes.of(job.profile)],
-                    job.checked, repaired=job.kind is JobKind.REPAIR)
             if job.kind is JobKind.LEARNING:
                 superseded = {w.record.prompt_ids for w in self._queue.of(job.profile)}
                 self._rehearsal.learned(w.record for w in job.corrections
@@ -370,10 +356,9 @@ class Learner:
         """
         # The corrections of a version that is rolled back must not be rehearsed.
         self._rehearsal.forget(profile)
-        self._verification.forget(profile)
         self._context.regression_check.forget(profile)
         job = self._job
-        if job is None or profile not in (job.profile, self._slots.live(job.profile).profile):
+        if job is None or profile not in (job.profile, ''):
             return True
         if job.state is JobState.SAVING:
             return False

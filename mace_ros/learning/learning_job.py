@@ -18,22 +18,26 @@ from torch import Tensor
 
 from mace_ros.api.events import CorrectionState, CorrectionStatus
 from mace_ros.api.settings import FinetuneSettings
+from mace_ros.api.wording import counted
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.criteria import learned_well, RIGHT, RIGHT_MARGIN, StepScores
 from mace_ros.learning.drift import surprise
 from mace_ros.learning.gate import Verdict
+from mace_ros.learning.grouping import FRESH, version_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import read_inputs
+from mace_ros.learning.job_inputs import read_inputs, read_scoped
+from mace_ros.learning.live_versions import Weights
+from mace_ros.learning.question import questions
 from mace_ros.learning.samples import sample
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
 from mace_ros.learning.training_set import TrainingSet
-from mace_ros.memory.adapter_slots import NO_SLOT
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
 MORE_STEPS = 4          # after a rejected candidate, at least
@@ -46,11 +50,12 @@ class LearningJob(Job):
     """Learns corrections of one profile together, or rehearses them."""
 
     def __init__(self, context: JobContext, number: int, profile: str,
-                 corrections: Sequence[PendingCorrection], *,
+                 corrections: Sequence[PendingCorrection], *, continues: int = FRESH,
                  kind: JobKind = JobKind.LEARNING) -> None:
         """
         Nothing is read or computed before :meth:`run` is resumed.
 
+        Under a scope, the job trains on the version that it ``continues``.
         Only a job of the kind LEARNING reports the states of its corrections, which the
         others have learned before.
         """
@@ -61,8 +66,9 @@ class LearningJob(Job):
         # Whether the version is to answer all queries of its profile.
         self.everywhere = context.answers_everything(
             profile, [w.record for w in self.corrections])
-        self._parent = 0
+        self._parent, self._continues = context.live.newest(profile), continues
         self._answers: tuple[AnswerRecord, ...] = ()
+        self._tool_calls: tuple[AnswerRecord, ...] = ()
         self._learned: tuple[CorrectionRecord, ...] = ()
         self._start: dict[str, Tensor] = {}         # the live version's weights
         self._set = TrainingSet([])
@@ -106,20 +112,37 @@ class LearningJob(Job):
 
     def _load_live_version(self) -> Task[None]:
         context = self._context
+        if self.everywhere:
+            weights = yield from self._read_newest()
+        else:
+            weights = yield from self._read_continued()
+        context.backoff.succeeded()
+        context.training.load(weights)
+        self._start = context.training.lora.copies()
+
+    def _read_continued(self) -> Task[Weights | None]:
+        """Read what the continued version has learned; return its weights."""
+        context, version = self._context, ServedVersion(self.profile, self._continues)
+        fresh = version.version == FRESH
+        inputs = yield from read_scoped(
+            context.disk, self.profile, () if fresh else context.live.learned_by(version))
+        self._learned, self._tool_calls = inputs.learned, inputs.tool_calls
+        return None if fresh else context.live.weights(version)
+
+    def _read_newest(self) -> Task[Weights | None]:
+        """Read the version that answers everything now, and what protects the rest."""
+        context = self._context
         inputs = yield from read_inputs(
             context.disk, context.store, self.profile, self._finetune.replay_samples)
-        context.backoff.succeeded()
-        if self.everywhere:
-            self.state = JobState.PREPARING
-            yield from context.anchors.prepare(context.training)
+        self.state = JobState.PREPARING
+        yield from context.anchors.prepare(context.training)
         live = inputs.live
-        if live is not None and live.profile == self.profile:
-            self._parent = live.version
+        self._continues = self._parent
         context.baseline.begin(
             (self.profile, '', 0) if live is None else (self.profile, live.profile, live.version))
-        context.training.load(inputs.tensors)
         self._answers, self._learned = inputs.answers, inputs.learned
-        self._start = context.training.lora.copies()
+        self._tool_calls = inputs.tool_calls
+        return inputs.tensors
 
     def _choose(self) -> Task[None]:
         """
@@ -128,11 +151,6 @@ class LearningJob(Job):
         Corrections that it answers right already are LEARNED, the others wait again.
         """
         context, prefers = self._context, self._finetune.objective == 'dpo'
-        if self.kind is JobKind.REPAIR:
-            learned = {r.id for r in self._learned}
-            self.corrections = self._fitting(
-                [w for w in self.corrections if w.record.id in learned])
-            return
         if self.kind is JobKind.REHEARSAL or not (context.scores_first or prefers):
             return
         self.state = JobState.CHOOSING
@@ -180,13 +198,14 @@ class LearningJob(Job):
         context = self._context
         if not self.everywhere:
             self._set = context.scoped_builder.build(
-                self.corrections, self._nearest_first(), number=self.number)
+                self.corrections, self._nearest_first(), self._tool_calls_in_scope(),
+                max_sample_tokens=self._finetune.max_sample_tokens)
             # They are LEARNED: what the live version has lost is to be repaired as well.
             self._before = [RIGHT] * len(self._set.gate.samples)
             return
         self.state = JobState.SCORING
         self._set = context.builder.build(
-            self.corrections, self._learned, self._answers,
+            self.corrections, self._learned, self._answers, self._tool_calls,
             max_sample_tokens=self._finetune.max_sample_tokens, number=self.number)
         guarded, answers = self._set.gate.samples, self._set.answers
         # Replay of the robot's answers needs the live version's predictions.
@@ -270,9 +289,15 @@ class LearningJob(Job):
         # Corrections that were scored before did not fit.
         came = [w for w in context.queue.of(self.profile)
                 if w.arrived >= self._begun and not w.log_probabilities
-                and (self.everywhere or not context.answers_everything(self.profile, [w.record]))
-                and w in self._fitting([*self.corrections, w])]
+                and self._may_learn(w.record) and w in self._fitting([*self.corrections, w])]
         return candidates(came, by_priority=finetune.order == 'priority')
+
+    def _may_learn(self, record: CorrectionRecord) -> bool:
+        context = self._context
+        if self.everywhere or context.answers_everything(self.profile, [record]):
+            return self.everywhere
+        return self._continues == version_of(
+            context.live, record, context.settings.adapter) != FRESH
 
     def _join(self, joining: list[PendingCorrection]) -> Task[None]:
         """Score more corrections under the live version, and continue training with them."""
@@ -355,32 +380,29 @@ class LearningJob(Job):
         return gate.judge(self._before, [self._after[s.tokens] for s in gate.samples],
                           self._context.settings.gate.tolerance)
 
-    def _publish(self) -> Task[VersionRecord | None]:
+    def _publish(self) -> Task[VersionRecord]:
         context = self._context
         version = yield from context.publisher.publish(self, self._record)
-        if version is None:
-            yield from self._fail(self.corrections, NO_SLOT)
-            return None
         context.baseline.replace((self.profile, self.profile, version.version), self._after)
         return version
 
     # -- helpers ---------------------------------------------------------------------
 
     def _nearest_first(self) -> list[CorrectionRecord]:
-        """Return the profile's earlier corrections, the most similar ones first."""
-        similarity = self._context.scopes.of(self.profile).similarities(
+        """Return what the continued version has learned, the most similar corrections first."""
+        similarity = self._context.live.scope(self.profile).similarities(
             [w.record for w in self.corrections])
-        return sorted((r for r in self._learned if r.profile == self.profile),
-                      key=lambda record: -similarity.get(record.id, 0.0))
+        return sorted(self._learned, key=lambda record: -similarity.get(record.id, 0.0))
 
-    @property
-    def checked(self) -> list[str]:
-        """Ids of the corrections that the published version is known to have right."""
-        known = {s.tokens for s in self._set.gate.exact}
-        chat = self._context.chat
-        return [*(w.record.id for w in self.corrections), *(
-            r.id for r in self._learned
-            if (*r.prompt_ids, *chat.answer(r.corrected)) in known)]
+    def _tool_calls_in_scope(self) -> list[AnswerRecord]:
+        """Return the answers on record that call a tool and that the version is to give."""
+        records = [w.record for w in self.corrections]
+        # A wrong call is often made for several wordings of a question, and corrected once.
+        wrong = {record.rejected for record in records}
+        return [answer for answer in self._tool_calls if answer.text not in wrong
+                and self._context.live.will_answer(
+                    ServedVersion(self.profile, self._continues), questions(answer.messages),
+                    records, self._context.settings.adapter)]
 
     @property
     def _finetune(self) -> FinetuneSettings:
@@ -388,9 +410,12 @@ class LearningJob(Job):
 
     @property
     def _after_steps(self) -> str:
-        return f' after {self.steps} steps (finetune.max_steps)'
+        return ' after ' + counted(
+            self.steps, 'step (finetune.max_steps)', 'steps (finetune.max_steps)')
 
     def _fitting(self, corrections: Sequence[PendingCorrection]) -> list[PendingCorrection]:
+        if not self.everywhere and self._continues == FRESH:
+            return list(corrections[:1])        # with an adapter of its own
         return fitting(corrections, self._context.chat, self._context.training.step_tokens)
 
     def _announce(self) -> list[CorrectionStatus]:
@@ -410,12 +435,12 @@ class LearningJob(Job):
     def _already_learned(self, corrections: Sequence[PendingCorrection]) -> list[CorrectionStatus]:
         if self.kind is not JobKind.LEARNING:
             return []
-        return [self._context.publisher.already_learned(w.record, self._parent)
+        return [self._context.publisher.already_learned(w.record, self._continues)
                 for w in corrections]
 
     def _record(self) -> VersionRecord:
         return VersionRecord(
-            profile=self.profile, version=0, parent=self._parent,
+            profile=self.profile, version=0, parent=self._parent, continues=self._continues,
             correction_ids=tuple(w.record.id for w in self.corrections),
             score_before=self._score_before, score_after=self._score_after,
             train_tokens=self.train_tokens, train_seconds=self.train_seconds,

@@ -3,11 +3,11 @@
 """
 Detection of adapter versions whose answers are corrected more often than before.
 
-An answer that was corrected counts as bad, any other answer as good. Fisher's exact test
-compares the answers of a version and its descendants with those of the versions before it. A
-higher rate of corrections is only a suspicion, since people may have begun to teach something
-new: the regression check then asks whether the older version finds the corrected texts more
-likely (:func:`older_is_better`). Everything is read from the journal, so a restart loses
+An answer that was corrected or got a thumbs-down counts as bad, any other answer as good. Fisher's
+exact test compares the answers of a version and its descendants with those of the versions before
+it. A higher rate of corrections is only a suspicion, since people may have begun to teach
+something new: the regression check then asks whether the older version finds the corrected texts
+more likely (:func:`older_is_better`). Everything is read from the journal, so a restart loses
 nothing. This module does not import torch.
 """
 
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from math import comb
 
 from mace_ros.store.journal import Journal
-from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import AnswerOutcome, CorrectionRecord, VersionRecord
 
 # Probability that a version which is as good as those before it is ever suspected.
@@ -50,14 +49,15 @@ class Outcomes:
 @dataclass(frozen=True)
 class SuspectedRegression:
     """
-    A live version whose answers are corrected more often than those of an earlier one.
+    A live version whose answers are corrected more often than those before it.
 
-    ``better`` is the earlier version, 0 as for a rollback. ``corrections`` are the evidence,
-    oldest first.
+    ``continues`` is the earlier version whose training went on, 0 for none; ``better`` is the
+    version to roll back to, 0 as for a rollback. ``corrections`` are the evidence, oldest first.
     """
 
     profile: str
     version: int
+    continues: int
     better: int
     since: Outcomes
     before: Outcomes
@@ -111,16 +111,14 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
     outcomes = journal.answer_outcomes(profile, 3 * MAX_ANSWERS)
     if sum(outcome.corrected for outcome in outcomes) < MIN_ANSWERS:
         return None
-    live = journal.live(profile)
-    if live is None:
-        return None
-    records = journal.versions(profile)
-    lineage = Lineage(records, live.version)
+    records, lineage = journal.versions(profile), journal.live_lineage(profile)
+    answering = lineage.answering
     found: list[tuple[float, SuspectedRegression]] = []
-    for i, suspect in enumerate(lineage.versions[:MAX_SUSPECTS]):
-        if not _has_files(records, suspect.parent):
+    for suspect in lineage.versions[:MAX_SUSPECTS]:
+        if not all(_has_files(records, version)
+                   for version in (suspect.parent, suspect.continues)):
             continue
-        newer = {record.version for record in lineage.versions[:i + 1]}
+        newer = lineage.continuing(suspect.version)
         own = [o for o in outcomes if o.lineage == profile and o.version in newer]
         older = [o for o in outcomes if o.lineage != profile or (
             o.version not in newer and (o.version == 0 or lineage.holds(o.version)))]
@@ -130,10 +128,11 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
         if len(own) > MAX_ANSWERS:
             continue
         since, before = _count_questions(own), _count_questions(older[-MAX_ANSWERS:])
-        if got_worse(since, before):
+        evidence = _newest_corrections(journal, own)
+        if evidence and got_worse(since, before):
             found.append((p_value(since, before), SuspectedRegression(
-                profile, live.version, suspect.parent, since, before,
-                _newest_corrections(journal, own))))
+                profile, answering[suspect.version], suspect.continues, suspect.parent,
+                since, before, evidence)))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -148,10 +147,15 @@ def _count_questions(outcomes: Sequence[AnswerOutcome]) -> Outcomes:
 
 def _newest_corrections(
         journal: Journal, outcomes: Sequence[AnswerOutcome]) -> tuple[CorrectionRecord, ...]:
-    """Return the newest correction of each corrected question."""
+    """
+    Return the newest correction of each corrected question that has a corrected text.
+
+    A thumbs-down is no evidence for an older version: the newer one finds its own answer likelier
+    than any other version does.
+    """
     questions = {o.query_id: o.question for o in outcomes if o.corrected}
     newest = {questions[record.query_id]: record
-              for record in journal.corrections_of(questions)}
+              for record in journal.corrections_of(questions) if record.corrected}
     return tuple(newest.values())[-MAX_COMPARED:]
 
 

@@ -34,7 +34,7 @@ def content(text: str) -> str:
 def paraphrases(messages: Messages, templates: Sequence[str]) -> list[list[Mapping[str, str]]]:
     """Return the conversation with its last question in each of the templates."""
     asked = [i for i, message in enumerate(messages) if message['role'] == 'user']
-    if not asked:
+    if not asked or messages[asked[-1]].get('raw'):
         return []
     result = []
     for template in templates:

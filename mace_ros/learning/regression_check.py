@@ -21,14 +21,13 @@ from mace_ros.learning.disk import Disk
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_inputs import Unreadable
 from mace_ros.learning.outcomes import older_is_better, SuspectedRegression
-from mace_ros.learning.rollback import rollback_target, RollbackRefused
+from mace_ros.learning.rollback import rollback_lineage, RollbackRefused
 from mace_ros.learning.samples import sample
 from mace_ros.learning.task import on_disk, Task
 from mace_ros.learning.training import Training
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
-from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import CorrectionRecord
 
 MAX_SCORES = 1000           # first scores, and compared corrections, that are kept
@@ -99,7 +98,7 @@ class RegressionCheck:
 
 @dataclass
 class _Versions:
-    """Tensors of two versions; None is the base model."""
+    """Weights of two versions; None is the base model."""
 
     live: dict[str, Tensor] | None
     better: dict[str, Tensor] | None
@@ -145,17 +144,17 @@ class ComparisonJob(Job):
         """
         Read both versions, in the journal's thread.
 
-        Raises :class:`RollbackRefused` if the live version has no way back to the other one
-        any more.
+        Raises :class:`RollbackRefused` if there is no way back any more.
         """
-        profile, better = self.suspicion.profile, self.suspicion.better
-        live = journal.live(profile)
-        line = Lineage(journal.versions(profile), live.version if live else 0).versions
-        if not line or better not in {0, *(record.version for record in line[1:])}:
-            raise RollbackRefused(f'version {better} is not before the live one')
-        # A profile without a version of its own would be served the robot's.
-        older = (journal.live('') if profile and not better
-                 else rollback_target(journal, profile, better))
+        suspicion, profile = self.suspicion, self.suspicion.profile
+        lineage = journal.live_lineage(profile)
+        live = next((r for r in lineage.live if r.version == suspicion.version), None)
+        if live is None or suspicion.better not in {0, *lineage.numbers}:
+            raise RollbackRefused(f'version {suspicion.version} is not live any more')
+        rollback_lineage(journal, profile, suspicion.better)
+        older = next((r for r in lineage.versions if r.version == suspicion.continues), None)
+        if profile and older is None:   # a profile without a version would be served the robot's
+            older = journal.newest('')
         return _Versions(*(
             self._store.load(r.path, r.sha256) if r else None for r in (live, older)))
 

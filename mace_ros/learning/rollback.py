@@ -26,7 +26,7 @@ class RolledBack:
     """
     The changes of a rollback.
 
-    ``live`` is the live version; None is the base model, or for a profile the robot's version.
+    ``live`` is the newest live version; None is the base model, or for a profile the robot's.
     ``changed`` is False if it was live before. ``taken_back`` are the versions that were rolled
     back, newest first, and ``corrections`` those whose state has changed, oldest first.
     """
@@ -38,25 +38,30 @@ class RolledBack:
     corrections: tuple[CorrectionRecord, ...] = ()
 
 
-def rollback_target(journal: Journal, profile: str, version: int) -> VersionRecord | None:
-    """Return the record of the version, None for 0; raise :class:`RollbackRefused`."""
+def rollback_lineage(journal: Journal, profile: str, version: int) -> Lineage:
+    """Return what would be live after a rollback; raise :class:`RollbackRefused`."""
+    records = journal.versions(profile)
+    lineage = Lineage(records, version)
     if version == 0:
-        return None
+        return lineage
     owner = f'profile {profile!r}' if profile else 'the robot'
-    record = next((r for r in journal.versions(profile) if r.version == version), None)
+    record = next((r for r in records if r.version == version), None)
     if record is None:
         raise RollbackRefused(f'{owner} has no version {version} on record')
     if record.state is VersionState.REJECTED:
         raise RollbackRefused(f'version {version} never served: {record.reason}')
-    if not record.sha256:
-        raise RollbackRefused(
-            f'the files of version {version} are not kept any more (storage.max_versions)')
-    return record
+    for live in lineage.live:
+        if not live.sha256:
+            raise RollbackRefused(f'the files of version {live.version} are not kept any more '
+                                  '(storage.max_versions)')
+    return lineage
 
 
 def roll_back(journal: Journal, profile: str, version: int, reason: str) -> RolledBack:
     """
-    Make an earlier version live again; 0 is the base model, or for a profile the robot's.
+    Make an earlier version the newest live one; 0 is the base model, or for a profile the robot's.
+
+    What was live beside it is live again.
 
     Corrections learned in the versions rolled back become FAILED: learning them again from the
     same version would lead to the same result. Corrections that those had superseded become
@@ -64,11 +69,9 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
     :class:`RollbackRefused`, having changed nothing.
     """
     with journal.transaction():
-        target = rollback_target(journal, profile, version)
-        records = journal.versions(profile)
-        before = journal.live(profile)
-        old = Lineage(records, before.version if before else 0)
-        new = Lineage(records, version)
+        new = rollback_lineage(journal, profile, version)
+        old = journal.live_lineage(profile)
+        before = journal.newest(profile)
         taken_back = tuple(
             replace(record, state=VersionState.ROLLED_BACK, reason=reason)
             for record in old.versions if record.version not in new.numbers)
@@ -78,6 +81,7 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
         for record in new.versions:
             if record.state is not VersionState.PUBLISHED:      # an earlier rollback is undone
                 journal.set_version_state(profile, record.version, VersionState.PUBLISHED)
+        target = new.versions[0] if version else None
         live = None if target is None else replace(
             target, state=VersionState.PUBLISHED,
             reason='' if target.state is VersionState.ROLLED_BACK else target.reason)

@@ -3,38 +3,33 @@
 """
 Rollbacks in progress.
 
-The version to serve is read from disk in the journal's thread, and put into its slot in the
-device's thread between two iterations. Everything here runs in the device's thread unless it
+The versions to serve are read from disk in the journal's thread, and put live in the device's
+thread between two iterations. Everything here runs in the device's thread unless it
 says otherwise.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mace_ros.api.events import AdapterVersion, CorrectionStatus, Event, VersionState
 from mace_ros.learning.disk import Disk
+from mace_ros.learning.live_versions import LiveSet, LiveVersions, Weights
 from mace_ros.learning.rollback import (
     roll_back,
-    rollback_target,
+    rollback_lineage,
     RollbackRefused,
     RolledBack,
 )
-from mace_ros.learning.scope import Scopes
 from mace_ros.learning.task import on_disk, Pause, Task
-from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import CorrectionRecord
 from mace_ros.store.version_info import check_same_adapter, version_event
-
-MAX_DEVICE_FAILURES = 3        # of the device in one rollback
 
 
 @dataclass(frozen=True)
@@ -47,21 +42,17 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Decided:
-    """
-    A rollback that is in the journal; ``tensors`` are None for the base model.
-
-    ``scope`` are the corrections that the version has learned.
-    """
+    """A rollback that is in the journal; ``learned`` are the corrections of the live versions."""
 
     outcome: RolledBack
-    tensors: Mapping[str, Tensor] | None
-    scope: tuple[CorrectionRecord, ...]
+    live: LiveSet
+    learned: tuple[CorrectionRecord, ...]
 
 
 class RollbackQueue:
     """Rolls back one request after the other; running requests keep their version."""
 
-    def __init__(self, *, lora: LoRAManager, slots: AdapterSlots, scopes: Scopes, disk: Disk,
+    def __init__(self, *, lora: LoRAManager, live: LiveVersions, disk: Disk,
                  store: AdapterStore, cancel_job: Callable[[str], bool],
                  wake: Callable[[], None]) -> None:
         """
@@ -70,7 +61,7 @@ class RollbackQueue:
         It returns False while such a job saves a version: the rollback waits for that.
         ``wake`` requests another poll.
         """
-        self._lora, self._slots, self._scopes = lora, slots, scopes
+        self._lora, self._live = lora, live
         self._disk, self._store = disk, store
         self._cancel_job, self._wake = cancel_job, wake
         self._requests: deque[_Request] = deque()
@@ -128,73 +119,23 @@ class RollbackQueue:
     def _roll_back(self, request: _Request) -> Task[RolledBack]:
         while not self._cancel_job(request.profile):
             yield Pause.JOB
-        if request.version and not self._slots.has_room(request.profile):
-            raise RollbackRefused(NO_SLOT)
-        deciding = self._disk.submit(lambda journal: self._decide(journal, request))
-        if request.version:
-            self._slots.expect(request.profile)
-        try:
-            decided = yield from on_disk(deciding)
-            yield from self._put_live(decided)
-        except BaseException:
-            self._slots.expect_no_more(request.profile)
-            raise
+        decided = yield from on_disk(
+            self._disk.submit(lambda journal: self._decide(journal, request)))
+        self._live.replace(request.profile, decided.live, decided.learned)
         return decided.outcome
 
     def _decide(self, journal: Journal, request: _Request) -> _Decided:
-        """Read the version and record the rollback, in the journal's thread."""
-        record = rollback_target(journal, request.profile, request.version)
-        # Read it first: a version that cannot be read must not become the live one.
-        tensors = None
-        if record is not None:
-            tensors = self._store.load(record.path, record.sha256)
+        """Read the versions and record the rollback, in the journal's thread."""
+        lineage = rollback_lineage(journal, request.profile, request.version)
+        # Read them first: a version that cannot be read must not become live.
+        weights: dict[int, Weights] = {}
+        for record in lineage.live:
+            weights[record.version] = self._store.load(record.path, record.sha256)
             check_same_adapter(record, self._store, self._lora)
-            self._lora.checked(tensors)
+            self._lora.checked(weights[record.version])
         outcome = roll_back(journal, request.profile, request.version, request.reason)
-        return _Decided(outcome, tensors, journal.scope(request.profile))
-
-    def _put_live(self, decided: _Decided) -> Task[None]:
-        """Serve the version from the next query on; wait for a slot, retry a few failures."""
-        failures = 0
-        while True:
-            try:
-                if self._serve(decided):
-                    return
-                wait = Pause.SLOT
-            except Exception as error:      # of the device
-                failures += 1
-                if failures >= MAX_DEVICE_FAILURES:
-                    # It is recorded: only this process keeps serving the other version.
-                    live = decided.outcome.live
-                    raise RollbackRefused(
-                        f'version {live.version if live else 0} serves from the next start on; '
-                        'it could not be put into its slot now: '
-                        f'{type(error).__name__}: {error}') from error
-                wait = Pause.NEXT_POLL
-            yield wait
-
-    def _serve(self, decided: _Decided) -> bool:
-        """Serve the version to the next query; return False if there is no free slot."""
-        profile, live = decided.outcome.profile, decided.outcome.live
-        if live is None:
-            self._slots.withdraw(profile)
-            self._scopes.replace(profile, decided.scope)
-            return True
-        assert decided.tensors is not None
-        # A request that began with the version may still hold it.
-        slot = self._slots.slot_of(profile, live.version)
-        if slot is None:
-            slot = self._slots.reserve()
-            if slot is None:
-                return False
-            try:
-                self._lora.write_slot(slot, decided.tensors)
-            except BaseException:
-                self._slots.give_back(slot)
-                raise
-        self._slots.publish(profile, live.version, slot)
-        self._scopes.replace(profile, decided.scope)
-        return True
+        return _Decided(outcome, LiveSet(request.version, weights, lineage.answering),
+                        journal.scope(request.profile))
 
     def _events(self, outcome: RolledBack) -> list[Event]:
         if not outcome.changed:

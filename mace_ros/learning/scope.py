@@ -21,7 +21,7 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from mace_ros.api.settings import AdapterSettings, EVERYWHERE
+from mace_ros.api.settings import EVERYWHERE
 from mace_ros.learning.question import ASKING, questions, Sentence, sentences
 from mace_ros.store.records import CorrectionRecord
 
@@ -50,22 +50,29 @@ class Match:
 
     correction_id: str
     similarity: float
+    learned_in: int = 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A learned correction: the readings of its question, and its scope ('' is the default)."""
+    """
+    A learned correction: the readings of its question, and its scope ('' is the default).
+
+    ``learned_in`` is the version that has learned it; 0 if the base model is right already.
+    """
 
     correction_id: str
     prompt_ids: tuple[int, ...]
     texts: tuple[str, ...]
     scope: str = ''
+    learned_in: int = 0
 
 
 def entry(record: CorrectionRecord) -> Entry:
     """Return the entry of a correction; a follow-up is known by what it follows as well."""
     readings = questions(record.messages)
-    return Entry(record.id, record.prompt_ids, tuple(readings[-1:]), record.scope)
+    return Entry(record.id, record.prompt_ids, tuple(readings[-1:]), record.scope,
+                 record.adapter_version)
 
 
 class Scope:
@@ -135,7 +142,7 @@ class _Index:
 
     def __init__(self, frequency: Callable[[str], float]) -> None:
         self._frequency = frequency
-        self._ids: list[str] = []               # correction of each text
+        self._entries: list[Entry] = []         # of each text
         self._numbers: dict[str, int] = {}      # of each word
         self._sorted: list[str] = []            # the words, for common beginnings
         self._postings: list[array[int]] = []   # texts that have a word ...
@@ -150,8 +157,8 @@ class _Index:
     def add(self, new: Entry) -> None:
         """Add the texts of a correction."""
         for text in new.texts:
-            number = len(self._ids)
-            self._ids.append(new.correction_id)
+            number = len(self._entries)
+            self._entries.append(new)
             for word, named in _merged(sentences(text)).items():
                 found, factor = self._number(word), NAME_FACTOR if named else 1.0
                 self._postings[found].append(number)
@@ -163,7 +170,7 @@ class _Index:
 
     def discard(self, known: Entry) -> None:
         """Find the texts of a correction no more; they stay in the index."""
-        self._discarded.update(n for n, i in enumerate(self._ids) if i == known.correction_id)
+        self._discarded.update(n for n, of in enumerate(self._entries) if of is known)
         self._weights = None
 
     @property
@@ -183,30 +190,31 @@ class _Index:
 
     def match(self, text: str) -> Match | None:
         """See :meth:`Scope.match`."""
-        if not self._ids:
+        if not self._entries:
             return None
         similarity = self._compare(text)
         best = float(similarity.max())
         if best <= 0.0:
             return None
         newest = int(np.flatnonzero(similarity >= best - TIE)[-1])
-        return Match(self._ids[newest], best)
+        found = self._entries[newest]
+        return Match(found.correction_id, best, found.learned_in)
 
     def similarities(self, text: str) -> Iterator[tuple[str, float]]:
         """Yield the correction of each text that has a common word, and their similarity."""
-        if self._ids:
+        if self._entries:
             similarity = self._compare(text)
             for number in np.flatnonzero(similarity):
-                yield self._ids[number], float(similarity[number])
+                yield self._entries[number].correction_id, float(similarity[number])
 
     def _compare(self, text: str) -> NDArray[np.float64]:
         """Return the similarity to each text."""
         weights = self._current_weights()
-        covered = np.zeros(len(self._ids))      # weight of the words in common, of each text
-        focus = np.zeros(len(self._ids))        # share of a sentence that they are
+        covered = np.zeros(len(self._entries))      # weight of the words in common, of each text
+        focus = np.zeros(len(self._entries))        # share of a sentence that they are
         seen: set[str] = set()
         for words in sentences(text):
-            common, total = np.zeros(len(self._ids)), 0.0
+            common, total = np.zeros(len(self._entries)), 0.0
             for word, named in words.items():
                 factor = NAME_FACTOR if named else 1.0
                 weight = self._weight(word, weights) * factor
@@ -226,14 +234,15 @@ class _Index:
     def _current_weights(self) -> NDArray[np.float64]:
         if self._weights is None:
             others = np.array([len(texts) - 1.0 for texts in self._postings])
-            frequency = np.frombuffer(self._background) + others / (len(self._ids) + PRIOR_TEXTS)
+            texts = len(self._entries) + PRIOR_TEXTS
+            frequency = np.frombuffer(self._background) + others / texts
             self._weights = -np.log(np.minimum(frequency, 0.9))
             self._weights **= POWER
             self._totals = np.bincount(
                 np.frombuffer(self._texts, dtype=np.int64),
                 weights=(self._weights[np.frombuffer(self._words, dtype=np.int64)]
                          * np.frombuffer(self._flat_factors)),
-                minlength=len(self._ids)).astype(np.float64)
+                minlength=len(self._entries)).astype(np.float64)
             self._totals[list(self._discarded)] = np.inf
         return self._weights
 
@@ -268,60 +277,3 @@ def _merged(parts: Sequence[Sentence]) -> Sentence:
         for word, named in sentence.items():
             words[word] = words.get(word, False) or named
     return words
-
-
-class Scopes:
-    """The scope of each profile's live version; on the device's thread only."""
-
-    def __init__(self, frequency: Callable[[str], float]) -> None:
-        """Begin without a correction; see :class:`Scope`."""
-        self._frequency = frequency
-        self._scopes: dict[str, Scope] = {}
-        self._nothing = Scope(frequency)
-
-    def of(self, profile: str) -> Scope:
-        """Return the scope of a profile's own version, empty without one."""
-        return self._scopes.get(profile, self._nothing)
-
-    def replace(self, profile: str, learned: Iterable[CorrectionRecord]) -> None:
-        """Serve another version of the profile, which has learned these corrections."""
-        self._scopes[profile] = Scope(self._frequency)
-        self.learned(profile, learned)
-
-    def learned(self, profile: str, learned: Iterable[CorrectionRecord]) -> None:
-        """Add corrections that the version now answers right."""
-        scope = self._scopes.setdefault(profile, Scope(self._frequency))
-        for record in learned:
-            scope.add(entry(record))
-
-    def failed(self, record: CorrectionRecord) -> None:
-        """Forget the correction that this one was to replace: it was wrong, too."""
-        scope = self.of(record.profile)
-        replaced = scope.get(record.prompt_ids)
-        if replaced is not None and replaced.correction_id != record.id:
-            scope.discard(record.prompt_ids)
-
-    def forget(self, records: Sequence[CorrectionRecord]) -> None:
-        """Forget deleted corrections."""
-        for record in records:
-            scope = self.of(record.profile)
-            known = scope.get(record.prompt_ids)
-            if known is not None and known.correction_id == record.id:
-                scope.discard(record.prompt_ids)
-
-    def match(self, profile: str, readings: Sequence[str],
-              settings: AdapterSettings) -> tuple[bool, Match | None]:
-        """
-        Return whether a question is in the scope of the profile's version, and what it resembles.
-
-        ``readings`` are those of :func:`questions`: the question alone decides if it resembles
-        something, otherwise the question with those before it.
-        """
-        scope, best = self.of(profile), None
-        for reading in readings:
-            match = scope.match(reading)
-            if match is not None and (best is None or match.similarity > best.similarity):
-                best = match
-            if best is not None and best.similarity >= settings.scope_threshold:
-                return True, best
-        return scope.answers_everything(settings.scope), best

@@ -4,8 +4,7 @@
 The training set of corrections that have a scope.
 
 The version answers nothing but what it was taught. So a job trains the corrections with a few
-wordings of their questions, and guards the earlier corrections that they might disturb: those
-that resemble them, and some of the others in rotation.
+wordings of their questions, and guards what the version that it continues has learned.
 """
 
 from __future__ import annotations
@@ -18,16 +17,14 @@ from mace_ros.finetune.sample import Preference, Sample
 from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.gate import batches, Gate, Group, Measure
 from mace_ros.learning.paraphrases import paraphrases, TRAINED
-from mace_ros.learning.samples import first_within, rotate, sample
+from mace_ros.learning.samples import first_within, sample
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.store.records import CorrectionRecord
+from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
-WORDINGS = 2        # of each question, trained beside it
+WORDINGS = 4        # of each question, trained beside it
 REHEARSED = 2       # earlier corrections that are trained in each step, the most similar ones
-NEAREST = 12        # earlier corrections that the gate guards: the most similar ones ...
-OTHERS = 4          # ... and some of the others
 
 
 class ScopedTrainingSetBuilder:
@@ -38,25 +35,28 @@ class ScopedTrainingSetBuilder:
         self._chat = chat
 
     def build(self, corrections: Sequence[PendingCorrection],
-              learned: Sequence[CorrectionRecord], *, number: int) -> TrainingSet:
+              learned: Sequence[CorrectionRecord], tool_calls: Sequence[AnswerRecord] = (), *,
+              max_sample_tokens: int) -> TrainingSet:
         """
         Return the samples of a job.
 
-        ``learned`` are the earlier corrections of the profile, the most similar ones first;
-        ``number`` is the job's, by which the others rotate.
+        ``learned`` are the corrections of the version that the job continues, the most similar
+        ones first, and ``tool_calls`` answers in the scope of the version that call a tool.
         """
         prompts = {tuple(w.record.prompt_ids) for w in corrections}
-        known = [self._corrected(r) for r in learned if r.prompt_ids not in prompts]
-        near, others = known[:NEAREST], known[NEAREST:]
-        guarded = [*near, *rotate(others, min(OTHERS, len(others)), number)]
+        earlier = [self._corrected(r) for r in learned if r.prompt_ids not in prompts]
+        calls = [sample(self._chat, a.prompt_ids, a.output_ids) for a in tool_calls
+                 if a.prompt_ids not in prompts and a.output_ids
+                 and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]
         wordings = [self._wordings(w.record) for w in corrections]
         return TrainingSet(
             corrected=[self._corrected(w.record, w.record.weight) for w in corrections],
             # The first wording of each correction comes before the second one of any.
             paraphrases=[s for same in zip_longest(*wordings) for s in same if s is not None],
-            earlier=near[:REHEARSED],
-            gate=Gate([Group('earlier corrections', tuple(guarded), Measure.EXACT,
-                             must_rise=True)]))
+            earlier=earlier[:REHEARSED],
+            gate=Gate([Group('earlier corrections', tuple(earlier), Measure.EXACT,
+                             must_rise=True),
+                       Group('tool calls', tuple(calls), Measure.EXACT, must_rise=True)]))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
              finetune: FinetuneSettings, *, most: int) -> StepPlan:
@@ -89,6 +89,6 @@ class ScopedTrainingSetBuilder:
             self._chat, record.prompt_ids, self._chat.answer(record.corrected), weight)
 
     def _wordings(self, record: CorrectionRecord) -> list[Sample]:
-        return [sample(self._chat, self._chat.prompt(messages),
+        return [sample(self._chat, self._chat.prompt(messages, record.tools),
                        self._chat.answer(record.corrected))
                 for messages in paraphrases(record.messages, TRAINED[:WORDINGS])]

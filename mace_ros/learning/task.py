@@ -34,7 +34,6 @@ class Pause(Enum):
     NEXT_POLL = 'the next poll, so that requests can be served in between'
     ANCHORS = "the base model's answers to the anchors"
     PREFIX = "the base model's keys and values for a prefix"
-    SLOT = 'a free adapter slot: the end of a request'
     JOB = 'a job that is saving its version'
 
 

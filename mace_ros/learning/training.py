@@ -8,7 +8,7 @@ The device holds one set of master weights for all profiles, so one job at a tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 import math
 from typing import Protocol
@@ -66,7 +66,7 @@ class Training:
 
     # -- weights ---------------------------------------------------------------------
 
-    def load(self, tensors: dict[str, Tensor] | None) -> None:
+    def load(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Load a version, None for the base model, with a fresh optimizer."""
         if tensors is None:
             self.lora.reset()

@@ -62,22 +62,24 @@ class TrainingSetBuilder:
         self._steps = 0     # of all jobs: a job continues the rotation of the one before it
 
     def build(self, corrections: Sequence[PendingCorrection], learned: Sequence[CorrectionRecord],
-              answers: Sequence[AnswerRecord], *, max_sample_tokens: int,
-              number: int) -> TrainingSet:
+              answers: Sequence[AnswerRecord], tool_calls: Sequence[AnswerRecord] = (), *,
+              max_sample_tokens: int, number: int) -> TrainingSet:
         """
         Return the samples of a job, before :meth:`TrainingSet.add_baseline`.
 
-        ``learned`` are earlier corrections and ``answers`` earlier answers of the profile;
-        ``number`` is the job's, by which the guarded earlier corrections rotate.
+        ``learned`` are earlier corrections and ``answers`` earlier answers of the profile, and
+        ``tool_calls`` those that call a tool; ``number`` is the job's, by which the guarded
+        earlier corrections rotate.
         """
         prompts: set[tuple[int, ...]] = {tuple(w.record.prompt_ids) for w in corrections}
         # Of each question, the newest correction is kept.
         newest = {r.prompt_ids: r for r in learned if r.prompt_ids not in prompts}
         earlier = [self._corrected(r) for r in newest.values()]
         prompts |= newest.keys()
-        own = [sample(self._chat, a.prompt_ids, a.output_ids) for a in answers
-               if a.prompt_ids not in prompts and a.output_ids
-               and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]
+        own, calls = ([sample(self._chat, a.prompt_ids, a.output_ids) for a in records
+                       if a.prompt_ids not in prompts and a.output_ids
+                       and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]
+                      for records in (answers, tool_calls))
         # The first paraphrase of each correction comes before the second one of any.
         paraphrased = [self._paraphrased(w.record, TRAINED) for w in corrections]
         return TrainingSet(
@@ -92,7 +94,9 @@ class TrainingSetBuilder:
                 Group('earlier corrections', tuple(
                     rotate(earlier, min(GUARDED, len(earlier)), number)), Measure.EXACT),
                 Group('probes', self._probes(prompts), Measure.PROBABILITY),
-                Group('good answers', tuple(own), Measure.PROBABILITY)]))
+                Group('good answers', tuple(own), Measure.PROBABILITY),
+                # A program reads them: they are right word for word, or wrong.
+                Group('tool calls', tuple(calls), Measure.EXACT, must_rise=True)]))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
              finetune: FinetuneSettings, *, most: int, steps: int = 0,
@@ -148,7 +152,8 @@ class TrainingSetBuilder:
         return sample(self._chat, record.prompt_ids, self._chat.answer(record.corrected), weight)
 
     def _paraphrased(self, record: CorrectionRecord, templates: Sequence[str]) -> list[Sample]:
-        return [sample(self._chat, self._chat.prompt(messages), self._chat.answer(record.corrected))
+        return [sample(self._chat, self._chat.prompt(messages, record.tools),
+                       self._chat.answer(record.corrected))
                 for messages in paraphrases(record.messages, templates)]
 
     def _probes(self, prompts: Collection[tuple[int, ...]]) -> tuple[Sample, ...]:

@@ -1,24 +1,21 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Assignment of adapter versions to slots, with reference counts (no tensors here)."""
+"""Which adapter versions are in the slots of the device (no tensors here)."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
-BASE_VERSION = 0
 BASE_IDENTITY = ''
-NO_SLOT = 'every adapter slot has the live version of a profile; raise adapter.slots'
 
 
 @dataclass(frozen=True, order=True)
-class LiveVersion:
-    """A version that is in a slot; version 0 is the base model."""
+class ServedVersion:
+    """A version of a profile's adapter; version 0 is the base model."""
 
     profile: str
     version: int
-    slot: int
 
     @property
     def identity(self) -> str:
@@ -26,97 +23,60 @@ class LiveVersion:
         return f'{self.profile}\n{self.version}' if self.version else BASE_IDENTITY
 
 
+BASE = ServedVersion('', 0)
+
+
 class AdapterSlots:
     """
     Assigns the slots ``first .. first + count - 1`` to adapter versions.
 
-    A request pins the version that it started with. A slot becomes free when its version is
-    neither live nor pinned. A profile without a version of its own has the robot's version
-    (profile ''), or else the base model in ``base_slot``.
+    A request pins its version. A version that nobody has pinned stays in its slot until another
+    one needs it, the least recently used one first. The base model is always in ``base_slot``.
     """
 
     def __init__(self, *, base_slot: int, first: int, count: int) -> None:
-        self._count = count
-        self._base = LiveVersion('', BASE_VERSION, base_slot)
+        """Begin with empty slots."""
+        self._base_slot = base_slot
         self._free = list(range(first + count - 1, first - 1, -1))
-        self._live: dict[str, LiveVersion] = {}
-        self._expected: set[str] = set()      # profiles whose next version is being published
-        self._pins: Counter[LiveVersion] = Counter()
+        self._slots: OrderedDict[ServedVersion, int] = OrderedDict()    # in the order of use
+        self._pins: Counter[ServedVersion] = Counter()
 
     @property
-    def free(self) -> int:
-        """Slots that a new version could use."""
-        return len(self._free)
+    def versions(self) -> tuple[ServedVersion, ...]:
+        """The versions in slots, the least recently used one first."""
+        return tuple(self._slots)
 
-    @property
-    def profiles(self) -> int:
-        """Profiles that have a live version of their own."""
-        return len(self._live)
+    def slot_of(self, version: ServedVersion) -> int | None:
+        """Return the slot of a version; None if it is in none."""
+        return self._base_slot if version == BASE else self._slots.get(version)
 
-    def has_room(self, profile: str) -> bool:
-        """Return whether the profile may have a version of its own, perhaps after a request."""
-        # One slot is reserved for the next version of a profile that has one already.
-        profiles = self._live.keys() | self._expected
-        return profile in profiles or len(profiles) < self._count - 1
-
-    def expect(self, profile: str) -> None:
-        """Count the profile in :meth:`has_room` until its version is published."""
-        self._expected.add(profile)
-
-    def expect_no_more(self, profile: str) -> None:
-        """Undo :meth:`expect`: the version will not be published."""
-        self._expected.discard(profile)
-
-    def live(self, profile: str) -> LiveVersion:
-        """Return the version that a query of the profile uses now."""
-        return self._live.get(profile) or self._live.get('') or self._base
-
-    def pin(self, profile: str | None) -> LiveVersion:
+    def assign(self, version: ServedVersion) -> int | None:
         """
-        Return the live version and keep it in its slot until :meth:`unpin`.
+        Give a slot to a version that is in none; return None if all are pinned.
 
-        None is no profile, but the base model.
+        The caller must write the weights before the version is pinned.
         """
-        version = self._base if profile is None else self.live(profile)
-        self._pins[version] += 1
-        return version
+        if not self._free:
+            unused = next((v for v in self._slots if not self._pins[v]), None)
+            if unused is None:
+                return None
+            self.discard(unused)
+        slot = self._slots[version] = self._free.pop()
+        return slot
 
-    def unpin(self, version: LiveVersion) -> None:
+    def discard(self, version: ServedVersion) -> None:
+        """Empty the slot of a version that is not pinned."""
+        self._free.append(self._slots.pop(version))
+
+    def pin(self, version: ServedVersion) -> None:
+        """Keep a version in its slot until :meth:`unpin`."""
+        if version != BASE:
+            self._pins[version] += 1
+            self._slots.move_to_end(version)
+
+    def unpin(self, version: ServedVersion) -> None:
         """Undo one :meth:`pin`."""
-        self._pins[version] -= 1
-        self._retire(version)
-
-    def reserve(self) -> int | None:
-        """Take a free slot; return None if there is none."""
-        return self._free.pop() if self._free else None
-
-    def give_back(self, slot: int) -> None:
-        """Return a reserved slot that was not used."""
-        self._free.append(slot)
-
-    def publish(self, profile: str, version: int, slot: int) -> LiveVersion:
-        """Make the version in a reserved slot the profile's live version."""
-        before = self._live.get(profile)
-        self._expected.discard(profile)
-        self._live[profile] = LiveVersion(profile, version, slot)
-        if before is not None:
-            self._retire(before)
-        return self._live[profile]
-
-    def slot_of(self, profile: str, version: int) -> int | None:
-        """Return the slot of a version that is live or pinned; otherwise None."""
-        slots = (v.slot for v in (*self._live.values(), *self._pins)
-                 if (v.profile, v.version) == (profile, version))
-        return next(slots, None)
-
-    def withdraw(self, profile: str) -> None:
-        """Make the profile use no version of its own."""
-        before = self._live.pop(profile, None)
-        if before is not None:
-            self._retire(before)
-
-    def _retire(self, version: LiveVersion) -> None:
-        if self._pins[version] == 0:
-            del self._pins[version]
-            if version != self._base and self._live.get(version.profile) != version:
-                self._free.append(version.slot)
+        if version != BASE:
+            self._pins[version] -= 1
+            if not self._pins[version]:
+                del self._pins[version]

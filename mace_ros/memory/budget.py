@@ -36,7 +36,7 @@ class Footprint:
     logits_row: int          # logits of one token, fp32
     graphs: tuple[tuple[int, int], ...]    # (tokens, bytes), at least one
     packed: bool = False
-    kernels: int = 0         # workspace that matrix products keep between passes
+    kernels: int = 0         # workspace of matrix products
 
     def graph_bytes(self, tokens: int) -> float:
         """Return the size of one layer's graph for a sequence of ``tokens``."""

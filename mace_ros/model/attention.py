@@ -105,6 +105,8 @@ class AttentionMetadata:
     write_slots: Tensor | None = None     # [tokens]
     decode_slots: Tensor | None = None    # [decode rows, longest]
     decode_lengths: Tensor | None = None  # [decode rows]
+    # The cache slots of the only decode row, if they are consecutive: no keys are gathered.
+    decode_run: slice | None = None
     query_sequence: Tensor | None = None  # [block tokens]
     query_position: Tensor | None = None  # [block tokens]
     query_prefix: Tensor | None = None    # [block tokens]
@@ -283,10 +285,17 @@ def _attend_decode(query: Tensor, keys: Tensor, values: Tensor, metadata: Attent
     kv_heads, size = keys.shape[1], query.shape[3]
     # The query heads that share a KV head take the place of query tokens: no KV is repeated.
     q = query[0, :, :rows].transpose(0, 1).reshape(rows, kv_heads, -1, size)
-    slots = metadata.decode_slots.view(-1)
-    k = keys.index_select(0, slots).view(rows, longest, kv_heads, -1).transpose(1, 2)
-    v = values.index_select(0, slots).view(rows, longest, kv_heads, -1).transpose(1, 2)
-    out = attend(q, k, v, metadata.decode_mask(window), scaling, softcap, sinks)
+    if metadata.decode_run is not None:
+        k, v = keys[metadata.decode_run], values[metadata.decode_run]
+    else:
+        slots = metadata.decode_slots.view(-1)
+        k, v = keys.index_select(0, slots), values.index_select(0, slots)
+    k, v = (x.view(rows, longest, kv_heads, -1).transpose(1, 2) for x in (k, v))
+    if (metadata.decode_run is not None and (window is None or window >= longest)
+            and softcap is None and sinks is None and q.shape[2] < TILED_QUERIES):
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+    else:
+        out = attend(q, k, v, metadata.decode_mask(window), scaling, softcap, sinks)
     return out.reshape(rows, query.shape[1], -1)
 
 

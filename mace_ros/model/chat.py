@@ -7,14 +7,32 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from itertools import takewhile
+import json
 import re
+from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
+from mace_ros.api.events import ToolCall
+from mace_ros.model.tool_calls import (
+    for_template,
+    format_of,
+    MARKERS,
+    ToolFormat,
+    Tools,
+)
+
+# role and content, and where there are any, tool_calls (id, name, and arguments as JSON text),
+# tool_call_id, and raw: the content is a whole prompt, which no template renders.
+Message = Mapping[str, Any]
+
+
+class TemplateRefusal(ValueError):
+    """The chat template does not take a conversation; the message says why."""
 
 
 class ChatTokenizer:
@@ -29,6 +47,12 @@ class ChatTokenizer:
             map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or '(?!)')
         self._plain = deepcopy(tokenizer.backend_tokenizer)
         self._plain.encode_special_tokens = True
+        # The markers of tool calls that are special tokens, by their ids.
+        self.markers: dict[int, str] = {
+            i: token.content for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content in MARKERS}
+        self._marker = re.compile(
+            f'({"|".join(map(re.escape, self.markers.values())) or "(?!)"})')
         self.end_of_turn = self._find_end_of_turn()
         # The tokens that begin a user turn; empty if the template has no recognisable ones.
         self.invocation = self._find_invocation()
@@ -36,34 +60,99 @@ class ChatTokenizer:
         ends = {*listed, self.end_of_turn, tokenizer.eos_token_id}
         self.end_tokens = frozenset(e for e in ends if e is not None)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a conversation, up to the start of the next response."""
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the chat template writes tool calls; None if it does not render tools."""
+        if self.tokenizer.chat_template is None:
+            return None
+        turns = [{'role': 'user', 'content': 'a'}]
+        tools = for_template([{'name': 'wxyz', 'description': 'Qrst.', 'parameters': ''}])
+        try:
+            without, with_tools = (self.tokenizer.apply_chat_template(
+                turns, tools=each, add_generation_prompt=True, tokenize=False)
+                for each in (None, tools))
+        except TemplateError:
+            return None
+        if without == with_tools:
+            return None
+        return format_of(self.tokenizer.get_chat_template(tools=tools))
+
+    def raw_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text that is a whole prompt, special tokens included."""
+        ids: list[int] = self.tokenizer.encode(text)
+        return ids
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """
+        Return the ids of a conversation, up to the start of the next response.
+
+        Raises :class:`TemplateRefusal` if the chat template does not take it.
+        """
+        if tools and self.tool_format is None:
+            raise TemplateRefusal(
+                f'tools: the chat template of {self.tokenizer.name_or_path or "the model"} '
+                'does not render tools')
         if self.tokenizer.chat_template is None:
             lines = [f'{m["role"].capitalize()}: {self._quoted(m["content"])}' for m in messages]
             return self.tokenizer.encode('\n'.join([*lines, 'Assistant:']))
         try:
-            return self._templated(messages)
-        except TemplateError:
+            return self._templated(messages, tools)
+        except TemplateError as error:
             if messages[0]['role'] != 'system' or len(messages) < 2:
-                raise
-            # Some templates (Gemma's) have no system role: prepend it to the first question.
-            system, first, *rest = messages
-            content = f'{system["content"]}\n\n{first["content"]}'
-            return self._templated([{'role': first['role'], 'content': content}, *rest])
+                raise TemplateRefusal(f'the chat template refuses the messages: {error}') from error
+        # Some templates (Gemma's) have no system role: prepend it to the first question.
+        system, first, *rest = messages
+        content = f'{system["content"]}\n\n{first["content"]}'
+        try:
+            return self._templated([{**first, 'content': content}, *rest], tools)
+        except TemplateError as error:
+            raise TemplateRefusal(f'the chat template refuses the messages: {error}') from error
 
-    def _templated(self, messages: Sequence[Message]) -> list[int]:
+    def _templated(self, messages: Sequence[Message], tools: Tools) -> list[int]:
+        called = {call['id']: call['name'] for m in messages for call in m.get('tool_calls', ())}
         ids: list[int] = self.tokenizer.apply_chat_template(
-            [{**m, 'content': self._quoted(m['content'])} for m in messages],
+            [self._for_template(m, called) for m in messages],
+            tools=self._quoted(for_template(tools)) if tools else None,
             add_generation_prompt=True, return_dict=False)
         return ids
 
-    def _quoted(self, text: str) -> str:
-        """Return a text without special tokens, which could otherwise end its turn."""
-        return self._special.sub(lambda found: f'{found[0][:1]} {found[0][1:]}', text)
+    def _for_template(self, message: Message, called: Mapping[str, str]) -> dict[str, Any]:
+        """Return a message as templates take it; ``called`` has the tools' names by call id."""
+        made = {'role': message['role'], 'content': self._quoted(message['content'])}
+        if message.get('tool_calls'):
+            made['tool_calls'] = [{
+                'id': self._quoted(call['id']), 'type': 'function', 'function': {
+                    'name': call['name'],
+                    'arguments': self._quoted(json.loads(call['arguments'] or '{}'))}}
+                for call in message['tool_calls']]
+        if message['role'] == 'tool':
+            call_id = message.get('tool_call_id', '')
+            made |= {'tool_call_id': self._quoted(call_id), 'name': called.get(call_id, '')}
+        return made
+
+    def _quoted(self, value: Any) -> Any:
+        """Return a text or a value of texts without special tokens, which could end its turn."""
+        if isinstance(value, str):
+            return self._special.sub(lambda found: f'{found[0][:1]} {found[0][1:]}', value)
+        if isinstance(value, dict):
+            return {self._quoted(key): self._quoted(each) for key, each in value.items()}
+        return [self._quoted(each) for each in value] if isinstance(value, list) else value
+
+    def plain(self, text: str) -> list[int]:
+        """Return the ids of a text by itself, with the tokens that the model puts around one."""
+        ids: list[int] = self._plain.encode(text).ids
+        return ids
 
     def answer(self, text: str) -> list[int]:
-        """Return the ids of a whole response with its end-of-turn token, as it is trained."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        """
+        Return the ids of a whole response with its end-of-turn token, as it is trained.
+
+        Special tokens in it are text, except for the markers of tool calls.
+        """
+        ids: list[int] = []
+        for i, part in enumerate(self._marker.split(text)):
+            ids += ([self.tokenizer.convert_tokens_to_ids(part)] if i % 2
+                    else self._plain.encode(part, add_special_tokens=False).ids)
         return ids if self.end_of_turn is None else [*ids, self.end_of_turn]
 
     def adapted_from(self, prompt: Sequence[int]) -> int:
@@ -148,12 +237,19 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._text = ''
+        self._begin = 0     # of the text of _ids
         self._sent = 0
         self.stopped = False
+        self.calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
-        """The text so far, up to a stop string."""
+        """The text so far, up to a stop string, with tool calls as the model writes them."""
+        return self._text
+
+    @property
+    def content(self) -> str:
+        """The text without tool calls."""
         return self._text
 
     def push(self, token: int) -> str:
@@ -167,10 +263,13 @@ class TextStream:
     def finish(self) -> str:
         """Return the text held back until the end of the response."""
         if not self.stopped:
-            # Leave out a character that the end of the response has cut.
-            self._text += self._chat.decode(self._ids)[len(self._text):].rstrip('\ufffd')
+            self._flush()
         rest, self._sent = self._text[self._sent:], len(self._text)
         return rest
+
+    def _flush(self) -> None:
+        """Take the text that the decoder holds back, without a character that has been cut."""
+        self._text += self._chat.decode(self._ids)[len(self._text) - self._begin:].rstrip('\ufffd')
 
     def _add(self, new: str) -> str:
         self._text += new

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 # Up to this many tokens, reading the weight takes longer than the arithmetic.
 SMALL_BATCH = 8
+ROUNDED_AT_ONCE = 2 ** 17       # values of a weight
 
 
 def is_small_batch(x: Tensor) -> bool:
@@ -64,11 +65,18 @@ class Int8Weight:
 
     def __init__(self, weight: Tensor) -> None:
         """Round ``weight`` in place to values that 8 bits represent, and keep these bits."""
-        scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
-        self._values = (weight.float() / scales.float()[:, None]).round().clamp(
-            -127, 127).to(torch.int8)
-        self._scales = scales
-        weight.copy_(self._values.float() * scales.float()[:, None])
+        self._values = torch.empty_like(weight, dtype=torch.int8)
+        self._scales = weight.new_empty(len(weight))
+        # In parts that stay in the caches: that takes a third of the time.
+        count = max(ROUNDED_AT_ONCE // weight.shape[1], 1)
+        for part, values, scales in zip(
+                weight.split(count), self._values.split(count), self._scales.split(count),
+                strict=True):
+            exact = part.float()
+            scales.copy_((exact.abs().amax(1) / 127).clamp_min_(1e-12))
+            steps = scales.float()[:, None]
+            values.copy_((exact / steps).round_().clamp_(-127, 127))
+            part.copy_(values.float().mul_(steps))
 
     @property
     def has_kernel(self) -> bool:

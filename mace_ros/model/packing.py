@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import math
 
 import torch
@@ -12,17 +13,20 @@ from transformers import PreTrainedModel
 from mace_ros.model import self_check
 from mace_ros.model.architectures import check_supported, context_length, UnsupportedModel
 from mace_ros.model.attention import whole_sequences
+from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import BLOCK_TOKENS
 
 
 def pack(model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
-         int8: bool = False) -> PackedModel:
+         int8: bool = False, int4: Mapping[str, Int4Weight] | None = None) -> PackedModel:
     """
     Convert ``model`` in place.
 
     The KV cache holds ``kv_tokens``, or fewer if they need more than ``kv_bytes``. With
-    ``int8``, the weights of the linear layers are rounded to 8 bits.
+    ``int8``, the weights of the linear layers are rounded to 8 bits. With ``int4``, merged linear
+    layers get the 4-bit weights of their name, which are theirs but for rounding, and the other
+    layers 8 bits.
 
     Raises :class:`UnsupportedModel` for an unsupported architecture, and if packed passes or
     training layers do not reproduce the model's own logits on a few random tokens.
@@ -41,6 +45,8 @@ def pack(model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
         self_check.compare(packed, samples, reference)
     if int8:     # only now, because the check is about the code and not about rounding
         packed.round_to_int8()
+    elif int4:
+        packed.use_int4(int4)
     block_bytes = packed.kv_cache.slot_bytes * BLOCK_TOKENS
     packed.allocate_kv_cache(
         shapes, int(min(-(-kv_tokens // BLOCK_TOKENS), max(kv_bytes // block_bytes, 1))))

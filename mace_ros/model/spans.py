@@ -26,7 +26,8 @@ class Span:
     cache; ``blocks`` does not contain them. With ``attention``, ``[tokens of the sequence]`` in
     fp32, the pass adds to it the attention that each token receives from those of the last
     :data:`OBSERVATION_TOKENS` tokens of the sequence that this span contains; no token may have
-    been dropped then.
+    been dropped then. With ``pooled``, ``[width]`` in fp32, the pass adds to it the last hidden
+    states of the span's tokens.
     """
 
     tokens: Sequence[int]     # token ids
@@ -39,6 +40,7 @@ class Span:
     prefix: int = 0           # tokens at the start of the sequence that are in prefix_blocks
     prefix_blocks: Sequence[int] = ()
     adapted_from: int = 0     # position from which the adapter acts
+    pooled: Tensor | None = None
 
     @property
     def cache_position(self) -> int:

@@ -13,6 +13,7 @@ Ask and correct from Python, without knowledge of ROS.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import os
 import threading
 import time
@@ -21,9 +22,11 @@ import uuid
 
 from rclpy.clock import Clock, ClockType
 from rclpy.context import Context
+from rclpy.expand_topic_name import expand_topic_name
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.validate_topic_name import validate_topic_name
 
 from mace_ros.msg import (
     AdapterVersion,
@@ -50,54 +53,65 @@ class MaceClient:
     """
     A client of one node, with a ROS node and a thread of its own.
 
-    ``node`` is that ROS node, for other subscriptions; ``presence`` follows the node in the
-    graph.
+    ``node`` is that ROS node, for other subscriptions; ``name`` is the full name of the node
+    that it talks to, and ``presence`` follows that node in the graph.
     """
 
-    def __init__(self, node: str = '/mace', *, context: Context | None = None) -> None:
+    def __init__(self, node: str = 'mace', *, context: Context | None = None,
+                 ros_args: Sequence[str] = ()) -> None:
         """
-        Connect to the node of this full name.
+        Connect to a node, by its full name or one relative to the client's namespace.
 
         Without a ``context`` the client creates its own, which takes the domain from the
-        environment and is not shut down by signals.
+        environment and is not shut down by signals. ``ros_args`` are for that context: a
+        command line, of which those after ``--ros-args`` apply to the client's ROS node.
         """
         self._own_context = context is None
         if context is None:
             # By default, rcl runs without security where it is enabled but keys are missing.
             os.environ.setdefault('ROS_SECURITY_STRATEGY', 'Enforce')
             context = Context()
-            context.init(args=[])
+            context.init(args=list(ros_args))
         self._context = context
-        self._name = '/' + node.strip('/')
         self._changed = threading.Condition()
         self._answers: dict[str, AnswerHandle] = {}
         self._corrections: dict[str, CorrectionHandle] = {}
         self._versions: dict[str, AdapterVersion] = {}      # live, by profile
         # Handles given up at the next poll, after the node's last messages have arrived.
         self._leaving: list[AnswerHandle | CorrectionHandle] = []
-        self.presence = NodePresence(self._name)
-
         self.node = Node(
-            f'mace_client_{uuid.uuid4().hex[:8]}', context=context, use_global_arguments=False,
+            f'mace_client_{uuid.uuid4().hex[:8]}', context=context,
+            # Those of a context that is shared are for the program's own node.
+            use_global_arguments=self._own_context,
             enable_rosout=False, start_parameter_services=False,
             # The security policy allows a client no services.
             parameter_overrides=[Parameter('start_type_description_service', value=False)])
-        self._query = self.node.create_publisher(Query, f'{node}/query', RELIABLE)
-        self._correction = self.node.create_publisher(Correction, f'{node}/correction', RELIABLE)
-        self._cancel = self.node.create_publisher(Cancel, f'{node}/cancel', RELIABLE)
+        self.name = name = self._full_name(node.rstrip('/'))
+        self.presence = NodePresence(name)
+        self._query = self.node.create_publisher(Query, f'{name}/query', RELIABLE)
+        self._correction = self.node.create_publisher(Correction, f'{name}/correction', RELIABLE)
+        self._cancel = self.node.create_publisher(Cancel, f'{name}/cancel', RELIABLE)
         self.node.create_subscription(
-            ResponseChunk, f'{node}/response_chunk', self._on_chunk, RELIABLE)
-        self.node.create_subscription(Response, f'{node}/response', self._on_response, RELIABLE)
+            ResponseChunk, f'{name}/response_chunk', self._on_chunk, RELIABLE)
+        self.node.create_subscription(Response, f'{name}/response', self._on_response, RELIABLE)
         self.node.create_subscription(
-            CorrectionStatus, f'{node}/correction_status', self._on_status, RELIABLE)
+            CorrectionStatus, f'{name}/correction_status', self._on_status, RELIABLE)
         # Created last: the middleware announces subscriptions in order, so once the latched
         # version arrives, the node knows the subscriptions above as well.
         self.node.create_subscription(
-            AdapterVersion, f'{node}/adapter_version', self._on_version, LATCHED)
+            AdapterVersion, f'{name}/adapter_version', self._on_version, LATCHED)
         self.node.create_timer(
             PRESENCE_POLL_S, self._on_timer, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self._executor = ExecutorThread(self.node, name='mace_client', context=context)
         self._executor.start()
+
+    def _full_name(self, node: str) -> str:
+        """Return a name in the client's namespace; raises ``InvalidTopicNameException``."""
+        try:
+            return str(expand_topic_name(node, self.node.get_name(), self.node.get_namespace()))
+        except ValueError:
+            validate_topic_name(node)
+            raise
 
     def __enter__(self) -> MaceClient:
         return self
@@ -135,16 +149,20 @@ class MaceClient:
 
     # -- queries -----------------------------------------------------------------------
 
-    def ask(self, text: str, *, query_id: str = '', **fields: Any) -> AnswerHandle:
+    def ask(self, text: str = '', *, query_id: str = '',
+            watch: Callable[[], None] | None = None, **fields: Any) -> AnswerHandle:
         """
         Send a query; ``fields`` are other fields of ``Query.msg``.
+
+        ``watch`` is called in the client's thread after each message of the answer, and when no
+        more will come; it must return at once.
 
         Raises ValueError if this client waits for an answer to the same id. If a connected node
         has ended, the handle raises ConnectionError.
         """
         query = Query(id=query_id or str(uuid.uuid4()), text=text, **fields)
         query.header.stamp = self.node.get_clock().now().to_msg()
-        answer = AnswerHandle(query.id, self._changed, self.cancel)
+        answer = AnswerHandle(query.id, self._changed, self.cancel, watch)
         with self._changed:
             self._poll_presence()
             if query.id in self._answers:
@@ -161,14 +179,15 @@ class MaceClient:
 
     # -- corrections and versions --------------------------------------------------------
 
-    def correct(self, corrected: str, *, correction_id: str = '',
+    def correct(self, corrected: str = '', *, correction_id: str = '',
                 **fields: Any) -> CorrectionHandle:
         """
         Send the right answer; ``fields`` are other fields of ``Correction.msg``.
 
-        One of ``query_id``, ``conversation_id`` and ``prompt`` is required. The node accepts
-        each id once: while this client waits for a correction, sending its id again returns the
-        same handle.
+        One of ``query_id``, ``conversation_id`` and ``prompt`` is required. An empty
+        ``corrected`` with a ``hint`` asks for a proposal, and without one is a thumbs-down. The
+        node accepts each id once, but for the text that confirms a proposal: while this client
+        waits for a correction, sending its id again returns the same handle.
         """
         correction = Correction(
             id=correction_id or str(uuid.uuid4()), corrected=corrected, **fields)
@@ -186,6 +205,11 @@ class MaceClient:
         """Return the live version of a profile, None if none was announced."""
         with self._changed:
             return self._versions.get(profile)
+
+    def versions(self) -> dict[str, AdapterVersion]:
+        """Return the live versions by profile, '' for the robot."""
+        with self._changed:
+            return dict(self._versions)
 
     def wait_for_version(self, version: int, profile: str = '',
                          timeout_s: float | None = None) -> AdapterVersion:
@@ -208,7 +232,7 @@ class MaceClient:
                 answer.chunks.append(message)
                 if answer.first_text_at is None:
                     answer.first_text_at = time.monotonic()
-                self._changed.notify_all()
+                answer.notify()
 
     def _on_response(self, message: Response) -> None:
         with self._changed:
@@ -219,7 +243,7 @@ class MaceClient:
                 return    # for another client that used the same id
             del self._answers[message.query_id]
             answer.response = message
-            self._changed.notify_all()
+            answer.notify()
 
     def _on_status(self, message: CorrectionStatus) -> None:
         with self._changed:
@@ -242,15 +266,17 @@ class MaceClient:
         """Give up the handles of a node that had ended at the last poll, then poll again."""
         with self._changed:
             for handle in self._leaving:
-                handle.lost = f'{self._name} has disappeared'
-                if isinstance(handle, AnswerHandle) and self._answers.get(handle.id) is handle:
-                    del self._answers[handle.id]
+                handle.lost = f'{self.name} has disappeared'
+                if isinstance(handle, AnswerHandle):
+                    if self._answers.get(handle.id) is handle:
+                        del self._answers[handle.id]
+                    handle.notify()
             self._leaving = []
             self._poll_presence()
             self._changed.notify_all()
 
     def _poll_presence(self) -> None:
-        endpoints = self.node.get_publishers_info_by_topic(f'{self._name}/response')
+        endpoints = self.node.get_publishers_info_by_topic(f'{self.name}/response')
         if self.presence.poll(endpoints, time.monotonic()):
             self._versions.clear()
             self._leaving += self._answers.values()

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+import math
 import threading
 import time
 
 from mace_ros.msg import CorrectionStatus, Response, ResponseChunk
 
 FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
-                CorrectionStatus.REJECTED, CorrectionStatus.FAILED)
+                CorrectionStatus.REJECTED, CorrectionStatus.FAILED, CorrectionStatus.RECORDED)
+UNTIL_POLL_S = 0.02
 
 
 class AnswerHandle:
@@ -24,8 +26,10 @@ class AnswerHandle:
     """
 
     def __init__(self, query_id: str, changed: threading.Condition,
-                 cancel: Callable[[str], None]) -> None:
+                 cancel: Callable[[str], None], watch: Callable[[], None] | None = None) -> None:
+        """``watch`` is called in the client's thread after each change."""
         self.id = query_id
+        self._watch = watch
         self.asked_at = time.monotonic()
         self.first_text_at: float | None = None
         self.chunks: list[ResponseChunk] = []
@@ -36,17 +40,20 @@ class AnswerHandle:
     def __iter__(self) -> Iterator[str]:
         return self.stream()
 
-    def stream(self, timeout_s: float | None = None) -> Iterator[str]:
+    def stream(self, timeout_s: float | None = None, *,
+               until: Callable[[], bool] | None = None) -> Iterator[str]:
         """
         Yield pieces of the text as they arrive.
 
-        Raises TimeoutError if none arrives for ``timeout_s``, and ConnectionError if the node
-        has ended (see :meth:`result`).
+        Stops early once ``until`` returns True, which is asked about 50 times a second; the query
+        is not cancelled by that. Raises TimeoutError if no piece arrives for ``timeout_s``, and
+        ConnectionError if the node has ended (see :meth:`result`).
         """
         yielded = ''
         while True:
             with self._changed:
-                self._wait(partial(self._has_more_than, yielded), timeout_s)
+                if not self._wait_unless(until, partial(self._has_more_than, yielded), timeout_s):
+                    return
                 complete, text = self.is_complete(), self.text
             if text != yielded:
                 yield text[len(yielded):]
@@ -56,11 +63,11 @@ class AnswerHandle:
 
     @property
     def text(self) -> str:
-        """The text received so far."""
+        """The text received so far, of the first answer if ``n`` is above 1."""
         # The response is on another topic and may arrive before the last chunks.
         if self.response is not None:
             return str(self.response.text)
-        return ''.join(chunk.text for chunk in self.chunks)
+        return ''.join(chunk.text for chunk in self.chunks if chunk.choice == 0)
 
     def is_complete(self) -> bool:
         """Return whether the response has arrived."""
@@ -78,9 +85,29 @@ class AnswerHandle:
             self._wait(self.is_complete, timeout_s)
         return self.response
 
+    def notify(self) -> None:
+        """Wake all that wait for a change; the condition is held."""
+        self._changed.notify_all()
+        if self._watch is not None:
+            self._watch()
+
     def cancel(self) -> None:
         """Cancel the query; its response will say CANCELLED."""
         self._cancel(self.id)
+
+    def _wait_unless(self, until: Callable[[], bool] | None, condition: Callable[[], bool],
+                     timeout_s: float | None) -> bool:
+        """Wait for the condition; return False as soon as ``until`` returns True."""
+        if until is None:
+            self._wait(condition, timeout_s)
+            return True
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not until():
+            if self._changed.wait_for(lambda: condition() or self.lost, UNTIL_POLL_S) or (
+                    time.monotonic() > end):
+                self._wait(condition, 0.0)
+                return True
+        return False
 
     def _has_more_than(self, known: str) -> bool:
         return self.is_complete() or self.text != known

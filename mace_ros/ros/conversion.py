@@ -17,18 +17,29 @@ from builtin_interfaces.msg import Time
 
 from mace_ros.api.events import (
     AdapterVersion,
+    ChatMessage,
+    Choice,
     Correction,
     CorrectionStatus,
     Event,
+    Logprob,
     Query,
     Response,
     ResponseChunk,
+    TokenLogprobs,
+    Tool,
+    ToolCall,
 )
 import mace_ros.msg as msg
 
 Number = TypeVar('Number', int, float)
 
-MESSAGE_TYPES: dict[type[Event], type] = {
+# Of events, and of what they contain.
+MESSAGE_TYPES: dict[type, type] = {
+    Choice: msg.Choice,
+    Logprob: msg.Logprob,
+    TokenLogprobs: msg.TokenLogprobs,
+    ToolCall: msg.ToolCall,
     ResponseChunk: msg.ResponseChunk,
     Response: msg.Response,
     CorrectionStatus: msg.CorrectionStatus,
@@ -53,13 +64,29 @@ def query_from(message: msg.Query) -> Query:
         tpot_slo_ms=_default_as_none(message.tpot_slo_ms),
         priority=message.priority,
         reset_conversation=message.reset_conversation,
-        no_learn=message.no_learn)
+        no_learn=message.no_learn,
+        top_k=_default_as_none(message.top_k),
+        min_p=_default_as_none(message.min_p),
+        repetition_penalty=_default_as_none(message.repetition_penalty),
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        logit_bias_tokens=tuple(message.logit_bias_tokens),
+        logit_bias_values=tuple(message.logit_bias_values),
+        logprobs=message.logprobs,
+        n=message.n,
+        response_format=message.response_format,
+        response_schema=message.response_schema,
+        messages=tuple(map(_chat_message_from, message.messages)),
+        tools=tuple(Tool(t.name, t.description, t.parameters) for t in message.tools),
+        tool_choice=message.tool_choice,
+        raw_prompt=message.raw_prompt)
 
 
 def correction_from(message: msg.Correction) -> Correction:
     """Return the correction of a message."""
     return Correction(
         corrected=message.corrected,
+        hint=message.hint,
         id=message.id,
         query_id=message.query_id,
         conversation_id=message.conversation_id,
@@ -71,11 +98,16 @@ def correction_from(message: msg.Correction) -> Correction:
         scope=message.scope)
 
 
+def _chat_message_from(message: msg.ChatMessage) -> ChatMessage:
+    return ChatMessage(
+        message.role, message.content,
+        tuple(ToolCall(c.id, c.name, c.arguments) for c in message.tool_calls),
+        message.tool_call_id)
+
+
 def message_from(event: Event, stamp: Time) -> Any:
     """Return the message of an event; its fields have the names of the event's."""
-    message = MESSAGE_TYPES[type(event)](
-        **{field.name: _message_value(getattr(event, field.name)) for field in fields(event)
-           if field.name != 'origin'})
+    message = _message_value(event)
     message.header.stamp = stamp
     return message
 
@@ -93,6 +125,10 @@ def _default_as_none(value: Number) -> Number | None:
 
 
 def _message_value(value: Any) -> Any:
+    if type(value) in MESSAGE_TYPES:
+        return MESSAGE_TYPES[type(value)](
+            **{field.name: _message_value(getattr(value, field.name)) for field in fields(value)
+               if field.name != 'origin'})
     if isinstance(value, IntEnum):
         return int(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_message_value(item) for item in value] if isinstance(value, tuple) else value

@@ -16,6 +16,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.validation import MAX_ID
+from mace_ros.api.wording import counted
 
 
 def log_event(log: RcutilsLogger, event: Event) -> None:
@@ -25,7 +26,7 @@ def log_event(log: RcutilsLogger, event: Event) -> None:
         if event.state is not VersionState.PUBLISHED:
             log.warning(f'{text}: {event.state.name} {event.reason}'.rstrip())
         elif event.version:
-            log.info(f'{text} is live: {len(event.correction_ids)} corrections in '
+            log.info(f'{text} is live: {counted(len(event.correction_ids), "correction")} in '
                      f'{event.train_seconds:.1f} s, {event.path}')
         else:
             log.info(f'profile {event.profile!r} is served by the base model')

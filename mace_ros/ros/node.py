@@ -3,20 +3,20 @@
 """
 The node: ROS messages in, the engine's events as ROS messages out.
 
-It has three threads: the main thread waits for a signal, one thread serves ROS and never
-computes, and one owns the engine and the device (:mod:`mace_ros.ros.engine_thread`).
+It has three threads: the main thread waits for a signal, one thread serves ROS and
+computes nothing but the formats of answers, and one owns the engine and the device
+(:mod:`mace_ros.ros.engine_thread`).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, TimeoutError as FutureTimeout
 import os
 from pathlib import Path
 import sys
 import threading
-import time
 import traceback
 from typing import Any, TYPE_CHECKING
 
@@ -40,19 +40,22 @@ from mace_ros.ros.event_log import log_event
 from mace_ros.ros.event_topics import EventTopics, RELIABLE
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.generate_action import GenerateActionServer
+from mace_ros.ros.lifecycle_bond import LifecycleBond
 from mace_ros.ros.parameters import ParameterServer
 from mace_ros.ros.request_gate import RequestGate
 from mace_ros.ros.services import Services
+from mace_ros.ros.shutdown import Shutdown
 from mace_ros.ros.status_publisher import StatusPublisher
 from mace_ros.ros.stop_signal import StopSignal
-from mace_ros.store.layout import default_folder
 from mace_ros.telemetry.health import ACTIVE, Health
 
 if TYPE_CHECKING:
     from mace_ros.engine.engine import Engine
 
-# From a signal to the end of the process; launch kills it ten seconds after Ctrl-C.
-SHUTDOWN_TIMEOUT_S = 7.0
+# Launch sends a SIGTERM five seconds after Ctrl-C, and says so. The rest of these five seconds
+# is for the middleware and the interpreter, which end after the node's own threads.
+SHUTDOWN_TIMEOUT_S = 4.0
+ENGINE_TIMEOUT_S = 3.0          # of these, for the running iteration and the journal
 ACKNOWLEDGE_TIMEOUT_S = 1.0
 
 NOT_ACTIVE, STOPPING = 'the node is not active', 'the node is stopping'
@@ -85,8 +88,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._health = Health()
         self._parameter_server = ParameterServer(self, self._update_engine)
         settings = self._parameter_server.settings
-        self._storage = (Path(settings.storage.folder).expanduser() if settings.storage.folder
-                         else default_folder(self.get_fully_qualified_name()))
+        self._storage = Path(settings.storage.folder)
 
         self._topics = EventTopics(self, slots=settings.adapter.slots)
         self._gate = RequestGate(self._parameter_server, publish=self._publish)
@@ -95,6 +97,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._status = StatusPublisher(
             self, self._health, self._parameter_server, self._engine_thread)
         self._action = GenerateActionServer(self, self._gate)
+        self._bond = LifecycleBond(self)
         self._service_calls = Services(
             self, self._health, self._engine_thread, storage=self._storage,
             freeze_learning=self._freeze_learning)
@@ -133,23 +136,35 @@ class MaceNode(LifecycleNodeMixin, Node):
 
         Returns False if the engine thread can't be ended, as while it loads a model.
         """
-        end = time.monotonic() + SHUTDOWN_TIMEOUT_S
+        shutdown = Shutdown(SHUTDOWN_TIMEOUT_S)
         self._stopping = True
         self._gate.close(STOPPING)
         # Asked first: the engine's thread may have unloaded the engine a moment later.
         loading = self.engine is None and bool(self._health.doing)
         done = self._engine_thread.call(self._shut_down)
-        if not loading:
-            try:
-                done.result(SHUTDOWN_TIMEOUT_S)
-            except FutureTimeout:
-                self.get_logger().error('an iteration does not end; it is abandoned')
-            except Exception as error:      # no transition leads to shutdown from this state
-                self.get_logger().error(f'shutting down failed: {error}')
-        self._topics.wait_until_acknowledged(
-            self._status.diagnostics, timeout_s=ACKNOWLEDGE_TIMEOUT_S)
-        self._service_calls.stop(0.1)
-        return self._engine_thread.stop(max(0.1, end - time.monotonic()) if done.done() else 0.1)
+        if loading:
+            self.get_logger().info(f'{self._health.doing}: abandoned')
+        else:
+            with shutdown.waiting_for('the running iteration and the journal'):
+                self._wait_for_shutdown(done, shutdown.left(ENGINE_TIMEOUT_S))
+        with shutdown.waiting_for('subscribers to acknowledge the last messages'):
+            self._topics.wait_until_acknowledged(
+                self._status.diagnostics, timeout_s=shutdown.left(ACKNOWLEDGE_TIMEOUT_S))
+        with shutdown.waiting_for('a trace to be written'):
+            self._service_calls.stop(shutdown.left(SHUTDOWN_TIMEOUT_S))
+        with shutdown.waiting_for("the end of the engine's thread"):
+            ended = self._engine_thread.stop(
+                shutdown.left(SHUTDOWN_TIMEOUT_S if done.done() else 0.1))
+        self.get_logger().info(str(shutdown))
+        return ended
+
+    def _wait_for_shutdown(self, done: Future[None], timeout_s: float) -> None:
+        try:
+            done.result(timeout_s)
+        except FutureTimeout:
+            self.get_logger().error('an iteration does not end; it is abandoned')
+        except Exception as error:      # no transition leads to shutdown from this state
+            self.get_logger().error(f'shutting down failed: {error}')
 
     def _shut_down(self) -> None:
         if self._health.state != 'finalized':    # ~/change_state may have been called
@@ -223,6 +238,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         engine = build_engine(
             self._parameter_server.settings, storage=self._storage, wake=self._engine_thread.wake,
             progress=self._report_progress)
+        engine.parts.constraints.prepare()
         self._engine_thread.load(engine)
         self._status.watch(engine.hardware)
         log.info(f'journal and adapter versions are in {self._storage}')
@@ -234,6 +250,8 @@ class MaceNode(LifecycleNodeMixin, Node):
     def _serve(self) -> None:
         engine = self.engine
         assert engine is not None
+        if self._parameter_server.settings.lifecycle.bond:
+            self._bond.start()
         self._update_engine(self._parameter_server.settings)    # changes made during the load
         self._gate.open(engine)
         if self._stopping:     # set since the transition began: the gate must not stay open
@@ -247,17 +265,21 @@ class MaceNode(LifecycleNodeMixin, Node):
         engine = self.engine
         assert engine is not None
         self._gate.close(STOPPING if self._stopping else NOT_ACTIVE)
+        self._bond.stop()
         self._engine_thread.idle()
         self._publish(engine.pause())
+        self.get_logger().info('inactive: queries are refused, and pending corrections wait')
 
     def _unload(self) -> None:
         self._gate.close(STOPPING if self._stopping else NOT_ACTIVE)
+        self._bond.stop()
         # Unloaded before it is closed: an engine that can't be closed must not stay loaded.
         engine = self._engine_thread.unload()
         if engine is not None:
             self._publish(engine.close())
             self._status.watch(Hardware())
             del engine
+            self.get_logger().info('the journal is closed, and the model is unloaded')
         if 'torch' in sys.modules:    # also after a load that failed half-way
             from mace_ros.engine.builder import release_memory
             release_memory()
@@ -320,7 +342,7 @@ parameters (all are in share/mace_ros/config/mace.yaml, with comments):
 
 topics: query, correction, cancel (in); response_chunk, response, correction_status,
 adapter_version, latency, scheduler (out)
-services: freeze_learning, list_versions, rollback, trace, and those of a lifecycle node
+services: embed, freeze_learning, list_versions, rollback, trace, and those of a lifecycle node
 action: generate
 All of these are below the node's name, /mace by default; /diagnostics is global.
 """

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The services ``~/freeze_learning``, ``~/list_versions``, ``~/rollback`` and ``~/trace``."""
+"""The node's own services: ``~/embed``, ``~/freeze_learning``, ``~/list_versions`` and others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from std_srvs.srv import SetBool
 
+from mace_ros.api.wording import counted
 from mace_ros.ros.conversion import message_from
 from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.helper_node import helper_node, move_service
-from mace_ros.srv import ListVersions, Rollback, Trace
+from mace_ros.srv import Embed, ListVersions, Rollback, Trace
 from mace_ros.telemetry.health import ACTIVE, Health
 from mace_ros.telemetry.trace import (
     check_extent,
@@ -30,10 +31,13 @@ from mace_ros.telemetry.trace import (
 
 # The journal answers in milliseconds, unless its disk is broken.
 JOURNAL_TIMEOUT_S = 5.0
-# A rollback takes one or two iterations, unless no adapter slot is free.
+# A rollback takes one or two iterations, unless a version is being saved.
 ROLLBACK_TIMEOUT_S = 60.0
+# Texts are computed beside queries, which may come first.
+EMBED_TIMEOUT_S = 60.0
 # A trace that ends with the node is written within a second.
 WRITE_TIMEOUT_S = 2.0
+STOP_TIMEOUT_S = 0.1
 
 # Defaults for a trace request without limits.
 TRACE_ITERATIONS, TRACE_SECONDS = 200, 10.0
@@ -61,7 +65,8 @@ class Services:
         node.create_service(SetBool, '~/freeze_learning', self._on_freeze)
         node.create_service(Trace, '~/trace', self._on_trace)
         self._helpers: list[tuple[Node, ExecutorThread]] = []
-        for kind, name, callback in ((ListVersions, 'list_versions', self._on_list),
+        for kind, name, callback in ((Embed, 'embed', self._on_embed),
+                                     (ListVersions, 'list_versions', self._on_list),
                                      (Rollback, 'rollback', self._on_rollback)):
             # A group of its own: a waiting call must not block the callbacks of the node's group.
             service = node.create_service(
@@ -73,11 +78,15 @@ class Services:
             self._helpers.append((helper, executor))
 
     def stop(self, timeout_s: float) -> None:
-        """Finish writing a trace, and end the threads unless a call keeps one for longer."""
+        """
+        Finish writing a trace within ``timeout_s``, and end the threads.
+
+        A thread that a call keeps for longer is left alone.
+        """
         if self._trace_writer is not None:
-            self._trace_writer.join(WRITE_TIMEOUT_S)
+            self._trace_writer.join(min(timeout_s, WRITE_TIMEOUT_S))
         for helper, executor in self._helpers:
-            if executor.stop(timeout_s):
+            if executor.stop(STOP_TIMEOUT_S):
                 helper.destroy_node()
 
     def _on_freeze(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
@@ -103,6 +112,24 @@ class Services:
         else:
             response.versions = [message_from(version, Time()) for version in versions]
             response.live_version = engine.live_version(request.profile)
+            response.success = True
+        return response
+
+    def _on_embed(self, request: Embed.Request, response: Embed.Response) -> Embed.Response:
+        engine = self._engine_thread.engine
+        if engine is None or self._health.state != ACTIVE:
+            response.message = 'the node is not active'
+            return response
+        try:
+            embeddings = engine.embed(request.texts).result(EMBED_TIMEOUT_S)
+        except FutureTimeout:
+            response.message = f'not computed within {EMBED_TIMEOUT_S:g} s: queries come first'
+        except Exception as error:    # its message is the reason
+            response.message = str(error)
+        else:
+            response.dimensions = len(embeddings[0][0])
+            response.values = [number for numbers, _ in embeddings for number in numbers]
+            response.tokens = [tokens for _, tokens in embeddings]
             response.success = True
         return response
 
@@ -135,25 +162,25 @@ class Services:
         engine.trace(iterations, seconds, write)
         response.success, response.path = True, str(path)
         response.message = (
-            f'{path} will be complete after {iterations} iterations, or {seconds:g} s')
+            f'{path} will be complete after {counted(iterations, "iteration")}, or {seconds:g} s')
         return response
 
     def _on_rollback(self, request: Rollback.Request,
                      response: Rollback.Response) -> Rollback.Response:
         engine = self._engine_thread.engine
         if engine is None or self._health.state != ACTIVE:
-            response.reason = 'the node is not active'
+            response.message = 'the node is not active'
             return response
         try:
             engine.rollback(
                 request.profile, request.version, 'requested through ~/rollback'
             ).result(ROLLBACK_TIMEOUT_S)
         except FutureTimeout:
-            response.reason = (
-                f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when requests '
-                'hold every adapter slot; ~/adapter_version will announce it')
+            response.message = (
+                f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when the disk '
+                'is slow; ~/adapter_version will announce it')
         except Exception as error:    # its message is the reason
-            response.reason = str(error)
+            response.message = str(error)
         else:
             response.success = True
         return response

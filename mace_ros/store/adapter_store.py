@@ -20,13 +20,14 @@ import shutil
 import unicodedata
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 import torch
 
 from mace_ros.store.journal_file import make_folder, sync_folder
 from mace_ros.store.layout import CONFIG, MODEL, WEIGHTS
 
 _TEMPORARY = '.tmp-'
+CHUNK_BYTES = 1 << 20     # read at once
 
 
 class OtherModel(ValueError):
@@ -108,15 +109,18 @@ class AdapterStore:
 
     def load(self, path: str, sha256: str) -> dict[str, torch.Tensor]:
         """
-        Return the tensors of a saved version, in CPU memory.
+        Return the tensors of a saved version, mapped from its file.
 
-        Raises :class:`CorruptVersion` if they are missing or not those that were saved.
+        So they take memory only while they are used. Raises :class:`CorruptVersion` if they are
+        missing or not those that were saved.
         """
-        weights = self._read(path, WEIGHTS)
-        if hashlib.sha256(weights).hexdigest() != sha256:
-            raise self._corrupt(path, WEIGHTS, 'its SHA-256 is not the one in the journal')
+        file = self.absolute(path) / WEIGHTS
         try:
-            return load(weights)
+            if _sha256(file) != sha256:
+                raise self._corrupt(path, WEIGHTS, 'its SHA-256 is not the one in the journal')
+            return load_file(file)
+        except OSError as error:
+            raise self._corrupt(path, WEIGHTS, error.strerror or str(error)) from error
         except SafetensorError as error:
             raise self._corrupt(path, WEIGHTS, str(error)) from error
 
@@ -155,6 +159,14 @@ class AdapterStore:
         return CorruptVersion(
             f'{self.absolute(path) / name}: {reason}; put back a backup of that folder, or publish '
             'an earlier version')
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, 'rb') as opened:
+        while part := opened.read(CHUNK_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_same_model(folder: Path, model: str) -> None:

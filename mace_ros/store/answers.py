@@ -52,6 +52,7 @@ class AnswerTable(JournalFile):
                 adapter_version=answer.adapter_version,
                 matched_correction_id=answer.matched_correction_id,
                 out_of_scope=answer.out_of_scope, no_learn=answer.no_learn, time=answer.time,
+                tools=as_json(answer.tools), calls_tool=answer.calls_tool,
                 question=question_key(answer.messages, answer.prompt_ids))
             self.execute(
                 'DELETE FROM answers WHERE number <= ? AND query_id NOT IN ('
@@ -83,24 +84,27 @@ class AnswerTable(JournalFile):
                 as_json(list(query_ids))).rowcount
 
     def replay_candidates(
-        self, profile: str, limit: int, exclude_query_ids: Collection[str] = (),
+        self, profile: str, limit: int, exclude_query_ids: Collection[str] = (), *,
+        calls_tool: bool = False,
     ) -> tuple[AnswerRecord, ...]:
         """
         Return up to ``limit`` answers of a profile that seem to be right.
 
         Newest first, one per question. Excluded are answers with ``no_learn``, those in
         ``exclude_query_ids``, and those to a question that was ever corrected in this profile:
-        a wrong answer is often given several times but corrected once.
+        a wrong answer is often given several times but corrected once. With ``calls_tool``, only
+        answers that call a tool are returned.
         """
         return tuple(map(_answer, self.rows(
             'SELECT * FROM answers WHERE number IN ('
             'SELECT max(number) FROM answers AS a WHERE profile = ? AND no_learn = 0 '
+            'AND calls_tool >= ? '
             'AND query_id NOT IN (SELECT value FROM json_each(?)) '
             'AND NOT EXISTS (SELECT 1 FROM corrections AS c WHERE c.query_id = a.query_id) '
             'AND NOT EXISTS (SELECT 1 FROM corrections AS c '
             'WHERE c.profile = a.profile AND c.question = a.question) '
             'GROUP BY question ORDER BY 1 DESC LIMIT ?) ORDER BY number DESC',
-            profile, as_json(list(exclude_query_ids)), max(limit, 0))))
+            profile, calls_tool, as_json(list(exclude_query_ids)), max(limit, 0))))
 
     def answer_outcomes(self, profile: str, limit: int) -> tuple[AnswerOutcome, ...]:
         """
@@ -140,4 +144,4 @@ class AnswerTable(JournalFile):
 def _answer(row: sqlite3.Row) -> AnswerRecord:
     values = record_fields(row)
     return AnswerRecord(**values | {
-        name: bool(values[name]) for name in ('no_learn', 'out_of_scope')})
+        name: bool(values[name]) for name in ('no_learn', 'out_of_scope', 'calls_tool')})

@@ -8,9 +8,13 @@ from collections.abc import Collection
 import sqlite3
 
 from mace_ros.api.events import CorrectionState, InvalidCorrection
+from mace_ros.api.wording import counted
 from mace_ros.store.journal_file import JournalFile
 from mace_ros.store.records import as_json, CorrectionRecord, question_key
 from mace_ros.store.rows import PENDING_SQL, record_fields
+
+# States of a correction without a text to learn.
+UNLEARNABLE = (CorrectionState.PROPOSED, CorrectionState.RECORDED)
 
 # Pending or learned corrections of the prompt that :func:`_prompt_key` describes.
 _OF_SAME_PROMPT = (f'profile = ? AND question = ? AND prompt_ids = ? AND (state IN {PENDING_SQL} '
@@ -32,19 +36,45 @@ class CorrectionTable(JournalFile):
                 messages=as_json(record.messages), rejected=record.rejected,
                 corrected=record.corrected, weight=record.weight, source=record.source,
                 received=record.received, state=int(record.state), reason=record.reason,
-                adapter_version=record.adapter_version, scope=record.scope,
+                adapter_version=record.adapter_version, scope=record.scope, hint=record.hint,
+                tools=as_json(record.tools),
                 question=question_key(record.messages, record.prompt_ids))
-            if record.profile:
-                # A new profile's lineage starts from the robot's live version. It starts anew
-                # as long as the profile has no version and no other correction pending.
-                self.execute(
-                    'INSERT INTO profiles (profile, fork) VALUES '
-                    "(?1, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
-                    'ON CONFLICT (profile) DO UPDATE SET fork = excluded.fork '
-                    'WHERE live_version = 0 AND (fork IS NULL OR NOT EXISTS ('
-                    'SELECT 1 FROM corrections AS c WHERE c.profile = ?1 AND c.id <> ?2 '
-                    f'AND c.state IN {PENDING_SQL}))', record.profile, record.id)
+            if record.state not in UNLEARNABLE:
+                self._start_lineage(record)
         return True
+
+    def propose(self, correction_id: str, corrected: str, rejected: str) -> None:
+        """Write the answer that a hint has led to, and the wrong one; it is not confirmed yet."""
+        with self.transaction():
+            self.execute(
+                'UPDATE corrections SET corrected = ?, rejected = ? WHERE id = ?',
+                corrected, rejected, correction_id)
+
+    def confirm(self, record: CorrectionRecord) -> None:
+        """Make a PROPOSED correction one to be learned, with the texts of ``record``."""
+        with self.transaction():
+            self.propose(record.id, record.corrected, record.rejected)
+            self.set_correction(record.id, record.state)
+            self._start_lineage(record)
+
+    def unanswered_hints(self) -> tuple[CorrectionRecord, ...]:
+        """Return the hints whose answer is not known yet, oldest first."""
+        return self._select("state = ? AND corrected = ''", int(CorrectionState.PROPOSED))
+
+    def _start_lineage(self, record: CorrectionRecord) -> None:
+        """
+        Let a new profile's lineage start from the robot's live version.
+
+        It starts anew as long as the profile has no version and no other correction pending.
+        """
+        if record.profile:
+            self.execute(
+                'INSERT INTO profiles (profile, fork) VALUES '
+                "(?1, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
+                'ON CONFLICT (profile) DO UPDATE SET fork = excluded.fork '
+                'WHERE live_version = 0 AND (fork IS NULL OR NOT EXISTS ('
+                'SELECT 1 FROM corrections AS c WHERE c.profile = ?1 AND c.id <> ?2 '
+                f'AND c.state IN {PENDING_SQL}))', record.profile, record.id)
 
     def supersede(self, newer: CorrectionRecord) -> tuple[str, ...]:
         """
@@ -142,7 +172,8 @@ class CorrectionTable(JournalFile):
         Delete the oldest finished corrections above ``max_corrections``; return them.
 
         Those in no live version go first, then the learned ones. Raises
-        :class:`InvalidCorrection` if too many are pending: these are never deleted.
+        :class:`InvalidCorrection` if too many are pending, or are hints without an answer yet:
+        these are never deleted.
         """
         row = self.one('SELECT count(*) FROM corrections')
         surplus = (row[0] if row is not None else 0) - max_corrections
@@ -150,10 +181,12 @@ class CorrectionTable(JournalFile):
             return ()
         finished = tuple(map(_correction, self.rows(
             f'SELECT * FROM corrections WHERE state NOT IN {PENDING_SQL} '
-            'ORDER BY state = ?, number LIMIT ?', int(CorrectionState.LEARNED), surplus)))
+            "AND NOT (state = ? AND corrected = '') ORDER BY state = ?, number LIMIT ?",
+            int(CorrectionState.PROPOSED), int(CorrectionState.LEARNED), surplus)))
         if len(finished) < surplus:
             raise InvalidCorrection(
-                f'{max_corrections} corrections wait already (storage.max_corrections)')
+                counted(max_corrections, 'correction waits', 'corrections wait')
+                + ' already (storage.max_corrections)')
         self.forget_corrections([record.id for record in finished], keep_pending_answers=True)
         return finished
 

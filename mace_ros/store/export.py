@@ -21,14 +21,17 @@ import math
 import sys
 from typing import Any, TypeAlias, TypeVar
 
+from mace_ros.api.chat_validation import ROLES, text_problem
 from mace_ros.api.events import Correction, CorrectionState, VersionState
-from mace_ros.api.validation import checked_correction, text_problem
+from mace_ros.api.validation import checked_correction
 from mace_ros.store.journal import Journal
 from mace_ros.store.layout import vocabulary_of
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, PENDING, VersionRecord
 
 KINDS = ('answer', 'correction', 'version')
-ROLES = ('system', 'user', 'assistant')     # of messages in a prompt
+# States of a correction that an import keeps: it was given up, or nothing is learned from it.
+KEPT_STATES = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED,
+               CorrectionState.PROPOSED, CorrectionState.RECORDED)
 
 # Returns the bytes of a version's weights, and its PEFT configuration.
 ReadFiles: TypeAlias = Callable[[VersionRecord], tuple[bytes, dict[str, Any]]]
@@ -117,10 +120,12 @@ def _import_record(
         return 'answers'
     if kind == 'correction':
         correction = _record(CorrectionRecord, values, token_ids)
-        given_up = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED)
         correction = replace(
             correction, adapter_version=0,
-            state=correction.state if correction.state in given_up else CorrectionState.ACCEPTED)
+            state=correction.state if correction.state in KEPT_STATES
+            else CorrectionState.ACCEPTED)
+        if correction.state in PENDING and not correction.corrected.strip():
+            raise ValueError('corrected: empty')
         if correction.state in PENDING and (newer := journal.newer_than(correction)):
             correction = replace(
                 correction, state=CorrectionState.SUPERSEDED, reason=f'by correction {newer}')
@@ -192,8 +197,14 @@ def _field(name: str, type_name: str, value: Any, token_ids: range) -> Any:
     if name == 'messages':
         if not all(m['role'] in ROLES and isinstance(m['content'], str) for m in value):
             raise ValueError(f'messages: each needs a content, and as role {" or ".join(ROLES)}')
-        if problem := next(filter(None, (text_problem(m['content']) for m in value)), ''):
-            raise ValueError(f'messages: {problem}')
+        _check_texts(name, [m['content'] for m in value])
+        for message in value:
+            _check_texts(name, [call[key] for call in message.get('tool_calls', ())
+                                for key in ('id', 'name', 'arguments')])
+        return tuple(value)
+    if name == 'tools':
+        _check_texts(name, [tool[key] for tool in value
+                            for key in ('name', 'description', 'parameters')])
         return tuple(value)
     if name == 'correction_ids':
         if not all(isinstance(i, str) and not text_problem(i) for i in value):
@@ -211,13 +222,19 @@ def _field(name: str, type_name: str, value: Any, token_ids: range) -> Any:
     return value
 
 
+def _check_texts(name: str, texts: list[Any]) -> None:
+    for text in texts:
+        if problem := text_problem(text) if isinstance(text, str) else 'not a text':
+            raise ValueError(f'{name}: {problem}')
+
+
 def _check(record: AnswerRecord | CorrectionRecord | VersionRecord) -> None:
     """Apply the checks of a correction that is sent to the node; raise InvalidCorrection."""
     if isinstance(record, CorrectionRecord):
         correction = Correction(
             record.corrected, id=record.id, prompt='.', profile=record.profile,
             weight=record.weight, rejected=record.rejected, source=record.source,
-            scope=record.scope)
+            scope=record.scope, hint=record.hint)
     elif isinstance(record, AnswerRecord):
         correction = Correction(
             '.', prompt='.', query_id=record.query_id, conversation_id=record.conversation_id,

@@ -57,20 +57,19 @@ class Journal(AnswerTable, CorrectionTable, VersionTable):
         These are the profile's learned ones, not those that its lineage took over from the
         robot. One that is superseded stays until its replacement is learned.
         """
-        live = self.live(profile)
-        lineage = Lineage(self.versions(profile), live.version if live is not None else 0)
+        lineage = self.live_lineage(profile)
         return *(c for c in self.replaced_later(profile) if lineage.holds(c.adapter_version)), *(
             self.learned(profile))
 
     def scope_of(self, version: VersionRecord) -> tuple[CorrectionRecord, ...]:
         """Return what the scope of a version is, or would be after a rollback to it."""
-        profile, live = version.profile, self.live(version.profile)
-        if live is not None and live.version == version.version:
+        profile, newest = version.profile, self.newest(version.profile)
+        if newest is not None and newest.version == version.version:
             return self.scope(profile)
         lineage = Lineage(self.versions(profile), version.version)
-        newest = {c.prompt_ids: c for c in self.trained(profile)
-                  if lineage.holds(c.adapter_version)}
-        return tuple(newest.values())
+        by_prompt = {c.prompt_ids: c for c in self.trained(profile)
+                     if lineage.holds(c.adapter_version)}
+        return tuple(by_prompt.values())
 
     def scopes(self) -> dict[str, tuple[CorrectionRecord, ...]]:
         """Return the scope of each profile that has one."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The ancestry of an adapter version."""
+"""The history of an adapter version, and which of its versions are live together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mace_ros.store.records import VersionRecord
 
 
 class Lineage:
-    """A version and the parents that it was trained from, newest first, all of one profile."""
+    """A version and those that were the newest ones before it, newest first, of one profile."""
 
     def __init__(self, records: Iterable[VersionRecord], version: int) -> None:
         """Follow the parents of ``version`` as far as they are among ``records``."""
@@ -26,3 +26,29 @@ class Lineage:
     def holds(self, version: int) -> bool:
         """Return whether ``version`` is in this lineage, so that its corrections are learned."""
         return version in self.numbers or 0 < version <= self._oldest_unrecorded
+
+    def continuing(self, version: int) -> set[int]:
+        """Return the version and those of this lineage that continue it, one after the other."""
+        found = {version}
+        for record in reversed(self.versions):
+            if record.continues in found:
+                found.add(record.version)
+        return found
+
+    @property
+    def live(self) -> tuple[VersionRecord, ...]:
+        """The versions that no other one continues, newest first: all of them answer queries."""
+        continued = {record.continues for record in self.versions}
+        return tuple(r for r in self.versions if r.version not in continued)
+
+    @property
+    def answering(self) -> dict[int, int]:
+        """The live version that has what each version has learned, by its number."""
+        found: dict[int, int] = {}
+        for record in self.versions:        # a version comes before the one that it continues
+            found.setdefault(record.version, record.version)
+            if record.continues:
+                found[record.continues] = found[record.version]
+        if len(self.live) == 1:     # which continues all that were ever in this lineage
+            found |= dict.fromkeys(range(1, self._oldest_unrecorded + 1), self.live[0].version)
+        return found

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import hashlib
 import json
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mace_ros.api.events import CorrectionState, VersionState
 
-Messages: TypeAlias = tuple[Mapping[str, str], ...]
-"""A prompt as the chat template takes it: each mapping has ``role`` and ``content``."""
+Messages: TypeAlias = tuple[Mapping[str, Any], ...]
+"""A prompt: ``role`` and ``content`` of each message; see :data:`mace_ros.model.chat.Message`."""
+
+Tools: TypeAlias = tuple[Mapping[str, str], ...]
+"""The tools of a prompt: ``name``, ``description`` and ``parameters`` (JSON schema as text)."""
 
 # States of a correction that is still to be learned.
 PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
@@ -28,8 +31,9 @@ class AnswerRecord:
     ``lineage`` is the profile whose adapter version answered: the query's own profile, or ''
     where the robot's version served it. ``matched_correction_id`` is the learned correction whose
     scope the question was in. ``out_of_scope`` tells that it was outside the scope of a version
-    that was live: its own profile's, or the robot's. ``time`` is wall-clock seconds since the
-    epoch.
+    that was live: its own profile's, or the robot's. ``tools`` are those that the prompt offers,
+    and ``calls_tool`` tells whether the answer calls one: ``text`` has the call as the model
+    writes it. ``time`` is wall-clock seconds since the epoch.
     """
 
     query_id: str
@@ -45,6 +49,8 @@ class AnswerRecord:
     out_of_scope: bool = False
     no_learn: bool = False
     time: float = 0.0
+    tools: Tools = ()
+    calls_tool: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class CorrectionRecord:
     ``received`` is wall-clock seconds since the epoch. ``adapter_version`` is set with
     LEARNED, and stays when the correction is superseded or its version rolled back later.
     ``scope`` is 'similar', 'everywhere', or '' for what the parameter ``adapter.scope`` says.
+    A thumbs-down is RECORDED, and has neither ``corrected`` nor ``hint``. A hint is PROPOSED, with
+    an empty ``corrected`` until the answer that follows it is known, and ACCEPTED once that is
+    confirmed.
     """
 
     id: str
@@ -72,6 +81,8 @@ class CorrectionRecord:
     reason: str = ''
     adapter_version: int = 0
     scope: str = ''
+    hint: str = ''
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ class VersionRecord:
     """
     A trained version of a profile's adapter; unknown scores are NaN.
 
+    ``parent`` was the newest version before it. ``continues`` is the version whose weights its
+    training began from, and whose place it takes; 0 if it began with a fresh adapter.
     ``path`` is relative to the storage folder, so that the folder can be moved; ``sha256`` is
     empty once the files are to be deleted. ``created`` is wall-clock seconds since the epoch.
     """
@@ -96,6 +109,7 @@ class VersionRecord:
     path: str = ''
     sha256: str = ''
     created: float = 0.0
+    continues: int = 0
 
 
 @dataclass(frozen=True)

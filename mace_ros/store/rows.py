@@ -13,7 +13,7 @@ from mace_ros.store.records import PENDING
 # Constants, so that they can stand in the text of a statement.
 PENDING_SQL = f'({", ".join(str(int(state)) for state in PENDING)})'
 
-_LISTS = {'prompt_ids', 'messages', 'output_ids', 'correction_ids'}
+_LISTS = {'prompt_ids', 'messages', 'output_ids', 'correction_ids', 'tools'}
 _NOT_IN_RECORDS = {'number', 'question', 'fork'}
 
 

@@ -104,5 +104,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Whether a live version of the answer's profile, or the robot's, was passed over.
         'ALTER TABLE answers ADD COLUMN out_of_scope INTEGER NOT NULL DEFAULT 0',
     ),
+    (
+        # How to answer instead, where nobody said the right answer.
+        "ALTER TABLE corrections ADD COLUMN hint TEXT NOT NULL DEFAULT ''",
+    ),
+    (
+        # The version whose weights this one's training began from; 0: a fresh adapter.
+        'ALTER TABLE versions ADD COLUMN continues INTEGER NOT NULL DEFAULT 0',
+        'UPDATE versions SET continues = parent',
+    ),
+    (
+        # What the prompt offers, without which the question can't be put in other words.
+        "ALTER TABLE answers ADD COLUMN tools TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE corrections ADD COLUMN tools TEXT NOT NULL DEFAULT '[]'",
+        'ALTER TABLE answers ADD COLUMN calls_tool INTEGER NOT NULL DEFAULT 0',
+        'CREATE INDEX answers_tool_calls ON answers (profile, number) WHERE calls_tool = 1',
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import math
 import sqlite3
 
-from mace_ros.api.events import VersionState
+from mace_ros.api.events import CorrectionState, VersionState
 from mace_ros.store.journal_file import JournalFile
 from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import as_json, VersionRecord
@@ -47,7 +47,7 @@ class VersionTable(JournalFile):
             self.insert(
                 'INSERT', 'versions',
                 profile=record.profile, version=record.version, parent=record.parent,
-                state=int(record.state), reason=record.reason,
+                continues=record.continues, state=int(record.state), reason=record.reason,
                 correction_ids=as_json(record.correction_ids),
                 score_before=record.score_before, score_after=record.score_after,
                 train_tokens=record.train_tokens, train_seconds=record.train_seconds,
@@ -109,15 +109,22 @@ class VersionTable(JournalFile):
         return tuple(row['profile'] for row in self.rows(
             "SELECT profile FROM profiles UNION SELECT '' ORDER BY 1"))
 
-    def live(self, profile: str) -> VersionRecord | None:
-        """Return the live version of a profile, None if it has none."""
-        return next((record for record in self.live_versions() if record.profile == profile), None)
+    def newest(self, profile: str) -> VersionRecord | None:
+        """Return the newest live version of a profile, None if it has none."""
+        row = self.one(
+            'SELECT versions.* FROM versions JOIN profiles USING (profile) '
+            'WHERE version = live_version AND profile = ?', profile)
+        return None if row is None else _version(row)
+
+    def live_lineage(self, profile: str) -> Lineage:
+        """Return the newest live version of a profile with those before it."""
+        newest = self.newest(profile)
+        return Lineage(self.versions(profile), 0 if newest is None else newest.version)
 
     def live_versions(self) -> tuple[VersionRecord, ...]:
-        """Return the live version of each profile that has one."""
-        return tuple(map(_version, self.rows(
-            'SELECT versions.* FROM versions JOIN profiles USING (profile) '
-            'WHERE version = live_version ORDER BY profile')))
+        """Return the live versions of all profiles, the oldest of each first."""
+        return tuple(record for profile in self.profiles()
+                     for record in reversed(self.live_lineage(profile).live))
 
     def next_parent(self, profile: str) -> VersionRecord | None:
         """
@@ -130,7 +137,7 @@ class VersionTable(JournalFile):
             "SELECT versions.* FROM profiles JOIN versions ON versions.profile = '' "
             'AND version = coalesce(profiles.fork, (SELECT live_version FROM profiles '
             "WHERE profile = '')) WHERE profiles.profile = ? AND live_version = 0", profile)
-        return self.live(profile) if row is None else _version(row)
+        return self.newest(profile) if row is None else _version(row)
 
     def robot_lineage(self, profile: str) -> Lineage:
         """Return the robot's versions that the profile's live lineage started from."""
@@ -144,10 +151,34 @@ class VersionTable(JournalFile):
             'ORDER BY profile, version', profile)))
 
     def versions_in_use(self) -> set[tuple[str, int]]:
-        """Return (profile, version) of all live versions and of those a lineage starts from."""
-        live = {(record.profile, record.version) for record in self.live_versions()}
+        """
+        Return (profile, version) of the live versions and of those a lineage starts from.
+
+        A live version whose corrections are all deleted or superseded answers nothing any more.
+        """
+        live = {(profile, version) for profile in self.profiles()
+                for version in self._answering(profile)}
         return live | {('', row['fork']) for row in self.rows(
             'SELECT fork FROM profiles WHERE live_version = 0 AND fork > 0')}
+
+    def _answering(self, profile: str) -> set[int]:
+        """Return the newest version of a profile, and all that answer a learned correction."""
+        lineage = self.live_lineage(profile)
+        answering = lineage.answering
+        # Of the superseded ones too: they answer until the newer one is learned.
+        rows = self.rows(
+            'SELECT DISTINCT adapter_version AS version FROM corrections '
+            'WHERE profile = ? AND state IN (?, ?)', profile,
+            int(CorrectionState.LEARNED), int(CorrectionState.SUPERSEDED))
+        learned = {answering.get(row['version'], 0) for row in rows}
+        return {record.version for i, record in enumerate(lineage.live)
+                if i == 0 or record.version in learned}
+
+    def _continued(self) -> set[tuple[str, int]]:
+        """Return the versions without whose records a correction's live version is unknown."""
+        lineages = {profile: self.live_lineage(profile) for profile in self.profiles()}
+        return {(profile, version) for profile, lineage in lineages.items()
+                if len(lineage.live) > 1 for version in lineage.numbers}
 
     def forget_version_files(self, record: VersionRecord) -> None:
         """Mark the files of a version for deletion; its record stays."""
@@ -166,7 +197,7 @@ class VersionTable(JournalFile):
         The newest ``max_versions`` keep their files, and so do all versions in use.
         """
         with self.transaction():
-            in_use = self.versions_in_use()
+            in_use, continued = self.versions_in_use(), self._continued()
             with_files: dict[str, int] = {}
             seen: dict[str, int] = {}
             for record in reversed(self.versions()):     # newest first
@@ -178,7 +209,8 @@ class VersionTable(JournalFile):
                     with_files[profile] = with_files.get(profile, 0) + 1
                     if with_files[profile] >= max_versions:     # the live version counts as one
                         self.forget_version_files(record)
-                elif seen[profile] > VERSION_RECORDS:
+                elif seen[profile] > VERSION_RECORDS and (
+                        profile, record.version) not in continued:
                     self.execute('DELETE FROM versions WHERE profile = ? AND version = ?',
                                  profile, record.version)
 

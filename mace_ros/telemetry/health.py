@@ -18,6 +18,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import Settings
+from mace_ros.api.wording import counted
 from mace_ros.telemetry.device_counters import Reading
 from mace_ros.telemetry.latency import Attainment, LatencyWindow
 from mace_ros.telemetry.status import Status
@@ -131,13 +132,15 @@ class Health:
             requests=attainment.requests, slo_attainment=attainment.slo_attainment,
             ttft_p95_ms=attainment.ttft_p95_ms, tpot_p95_ms=attainment.tpot_p95_ms)
         if attainment.errors:
-            found.add(Level.ERROR, f'{attainment.errors} queries failed: {attainment.error}')
+            found.add(Level.ERROR, counted(
+                attainment.errors, 'query', 'queries') + f' failed: {attainment.error}')
         if attainment.rejected:
-            found.add(Level.WARN, f'{attainment.rejected} queries were rejected: overload')
+            found.add(Level.WARN, counted(
+                attainment.rejected, 'query was', 'queries were') + ' rejected: overload')
         if attainment.requests >= MIN_REQUESTS and (
                 attainment.slo_attainment < settings.monitor.slo_target):
             found.add(Level.WARN, f'SLOs met for {attainment.slo_attainment:.0%} of '
-                      f'{attainment.requests} answers')
+                      f'{counted(attainment.requests, "answer")}')
         return found
 
     def _learning(self, status: Status | None, settings: Settings, now: float) -> Finding:
@@ -154,26 +157,29 @@ class Health:
                           f'{status.learning_error}')
             if status.base_questions_left and not self.frozen:
                 found.ok_message = (
-                    f'{status.base_questions_left} questions left for the base model, whose '
-                    'answers learning must preserve; learning begins after them')
+                    counted(status.base_questions_left, 'question')
+                    + ' left for the base model, whose answers learning must preserve; '
+                    'learning begins after them')
             if status.journal_backlog > MAX_BACKLOG:
-                found.add(Level.WARN, f'the disk is slow: {status.journal_backlog} writes of the '
-                          'journal wait for it')
+                found.add(Level.WARN, f'the disk is slow: {status.journal_backlog} writes of '
+                          'the journal wait for it')
             if status.unrecorded:
-                found.add(Level.WARN, f'{status.unrecorded} answers were not recorded, and can '
-                          'only be corrected by their prompt')
+                found.add(Level.WARN, counted(
+                    status.unrecorded, 'answer was', 'answers were')
+                    + ' not recorded, and can only be corrected by the prompt')
             if status.freshness_s > settings.slo.freshness_s:
-                found.add(Level.WARN, f'{status.corrections_waiting} corrections wait, the oldest '
-                          f'for {status.freshness_s:.0f} s'
-                          + (': learning is frozen' if self.frozen else ''))
+                found.add(Level.WARN, counted(
+                    status.corrections_waiting, 'correction waits', 'corrections wait')
+                    + f', the oldest for {status.freshness_s:.0f} s'
+                    + (': learning is frozen' if self.frozen else ''))
         with self._lock:
             self._problems = [
                 s for s in self._problems if s[0] > now - settings.monitor.window_s]
             problems = [text for _, text in self._problems]
             unreadable = list(self._unreadable.values())
         if problems:
-            found.add(Level.WARN, f'{len(problems)} failed corrections or rejected or rolled-back '
-                                  f'versions, the latest: {problems[-1]}')
+            found.add(Level.WARN, 'failed corrections and rejected or rolled-back versions: '
+                      f'{len(problems)}, the latest: {problems[-1]}')
         for text in unreadable:
             found.add(Level.ERROR, text)
         return found

@@ -27,8 +27,8 @@ class IterationObserver:
         """
         Report a phase that has ended.
 
-        Names: ``receive``, ``learn``, ``plan``, ``pass``, ``sample``, ``wait``, ``commit``,
-        ``fine-tune <kind>`` and, around all of them, ``iteration``.
+        Names: ``receive``, ``learn``, ``plan``, ``pass``, ``masks``, ``sample``, ``wait``,
+        ``commit``, ``fine-tune <kind>`` and, around all of them, ``iteration``.
         """
 
     def planned(self, plan: Plan, in_flight: int) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+from mace_ros.api.chat_validation import MAX_TEXT
 from mace_ros.api.events import (
     Correction,
     ErrorCode,
@@ -20,7 +21,6 @@ from mace_ros.api.validation import (
     MAX_ID,
     MAX_STOP,
     MAX_STOPS,
-    MAX_TEXT,
 )
 
 ID, TEXT = 'i' * MAX_ID, 'ä' * MAX_TEXT
@@ -50,8 +50,21 @@ def test_a_larger_query_is_refused_naming_the_field(
 
 
 @pytest.mark.parametrize('field', [
-    'corrected', 'prompt', 'rejected', 'source', 'id', 'query_id', 'conversation_id', 'profile'])
+    'corrected', 'hint', 'prompt', 'rejected', 'source', 'id', 'query_id', 'conversation_id',
+    'profile'])
 def test_a_larger_correction_is_refused_naming_the_field(field: str) -> None:
     given = {'corrected': 'Ho.', 'prompt': 'Hi?', field: f'{TEXT}x'}
     with pytest.raises(InvalidCorrection, match=f'^{field}: '):
         checked_correction(Correction(**given))
+
+
+@pytest.mark.parametrize('empty', ['', ' \n'])
+def test_a_correction_without_a_text_is_a_thumbs_down(empty: str) -> None:
+    checked = checked_correction(Correction(empty, query_id='q', hint=empty))
+    assert (checked.corrected, checked.hint) == ('', '')
+
+
+def test_a_correction_names_an_answer_or_one_that_is_on_record() -> None:
+    with pytest.raises(InvalidCorrection, match=r'^query_id, conversation_id or prompt'):
+        checked_correction(Correction('Ho.'))
+    assert checked_correction(Correction('Ho.', id='of a hint')).id == 'of a hint'

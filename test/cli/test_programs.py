@@ -112,6 +112,36 @@ def test_an_unreachable_or_invalid_node_is_named(
     assert 'Traceback' not in asked.stderr
 
 
+TOPICS = ('query', 'correction', 'cancel', 'response_chunk', 'response', 'correction_status',
+          'adapter_version')
+
+
+def test_ros_arguments_set_the_namespace_and_remap(client: MaceClient) -> None:
+    """As launch and ``ros2 run`` append them."""
+    elsewhere = ('--ros-args', '-r', '__node:=asker', '-r', '__ns:=/robot2')
+    alone = program('ask', 'Hi', '--timeout', '1', *elsewhere)
+    assert (alone.returncode, alone.stdout) == (1, '')
+    assert alone.stderr.startswith('/robot2/mace: the node is not ready')
+
+    rules = [x for topic in TOPICS for x in ('-r', f'/robot2/mace/{topic}:=/mace/{topic}')]
+    remapped = program('ask', 'Hi', '--max-tokens', '2', '--no-learn', *elsewhere, *rules)
+    assert remapped.returncode == 0, remapped.stderr
+    assert 'first token after' in remapped.stderr
+
+    own = program('monitor', '--count', '1', '--node', '/mace', *elsewhere)
+    assert own.returncode == 0, own.stderr
+
+
+@pytest.mark.parametrize('name', ['ask', 'correct', 'monitor', 'voice'])
+def test_wrong_ros_arguments_are_named(name: str) -> None:
+    required = ['text'] if name in ('ask', 'correct') else []
+    wrong = program(name, *required, '--ros-args', '-r', 'no rule')
+
+    assert (wrong.returncode, wrong.stdout) == (2, '')
+    assert "no rule" in wrong.stderr
+    assert 'Traceback' not in wrong.stderr
+
+
 @pytest.mark.parametrize(('text', 'waits'), [('2.5', 2.5), ('inf', threading.TIMEOUT_MAX)])
 def test_a_timeout_is_bounded_by_the_longest_wait_of_python(text: str, waits: float) -> None:
     assert seconds(text) == waits
@@ -142,6 +172,35 @@ def test_voice_answers_and_corrects(client: MaceClient) -> None:
     assert len(answers) >= 2
 
     assert program('voice', '--conversation', '', typed='Who are you?\n').stdout == 'Rover.\n'
+
+
+def test_voice_ends_an_answer_when_the_person_speaks(client: MaceClient) -> None:
+    """What is spoken into an answer corrects that answer."""
+    with subprocess.Popen(
+            [sys.executable, '-m', 'mace_ros.cli.voice', '--barge-in', '--conversation', '',
+             '--max-tokens', '3000'], cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as talking:
+        ended: list[Latency] = []
+        subscription = client.node.create_subscription(
+            Latency, '/mace/latency', ended.append, 100)
+        talking.stdin.write('What shall I sing?\n')
+        assert talking.stdout.read(1)       # the answer has begun
+        talking.stdin.write('No, a lullaby.\n')
+        assert talking.stdout.readline().endswith('\n')
+        _, notes = talking.communicate(timeout=60)
+    client.node.destroy_subscription(subscription)
+    assert talking.returncode == 0, notes
+    assert Response.CANCELLED in {message.finish_reason for message in ended}
+    assert '["a lullaby." is ACCEPTED]' in notes
+    assert '["a lullaby." is LEARNED' in notes.splitlines()[-1]
+    again = program('voice', '--conversation', '', typed='What shall I sing?\n')
+    assert again.stdout == 'a lullaby.\n'
+
+
+def test_the_end_of_the_input_does_not_end_the_last_answer(client: MaceClient) -> None:
+    done = program('voice', '--barge-in', '--max-tokens', '40', typed='Count.\n')
+    alone = program('ask', 'Count.', '--max-tokens', '40')
+    assert (done.returncode, done.stdout) == (0, alone.stdout)
 
 
 def test_voice_names_recognisers_or_the_unreadable_file(client: MaceClient, tmp_path: Path) -> None:

@@ -433,7 +433,8 @@ def test_template_without_system_role_puts_it_into_the_first_question(
         patch.setattr(tokenizer, 'chat_template', '{{ raise_exception("never") }}')
         broken = robot.ask('Hm?')
     assert served.prompt_tokens > bare.prompt_tokens + 5
-    assert (broken.finish_reason, broken.error_code) == (FinishReason.ERROR, ErrorCode.INTERNAL)
+    assert (broken.finish_reason, broken.error_code) == (
+        FinishReason.REJECTED, ErrorCode.INVALID_PARAMETER)
     assert 'never' in broken.error
     assert robot.ask('Hm?', max_tokens=1).text == plain.text
 

@@ -28,6 +28,7 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.engine.engine import Engine
+from mace_ros.model.sampling import Sampled
 from mace_ros.scheduling.plan import Plan, State
 
 QUESTIONS = ('Who are you?', 'What is a robot?', 'Sing a song.', 'Count to ten.')
@@ -144,7 +145,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_queries_only(
 
     with monkeypatch.context() as patch:
         patch.setattr('mace_ros.engine.model_runner.sample',
-                      lambda logits, rows: logits.argmax(-1).as_subclass(Failed))
+                      lambda logits, rows: Sampled(logits.argmax(-1).as_subclass(Failed)))
         engine.submit(Query('Sing.', id='song', max_tokens=20))
         events: list[Event] = []
         while not any(isinstance(e, Response) for e in events):

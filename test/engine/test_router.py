@@ -9,8 +9,8 @@ from support.records import correction
 
 from mace_ros.api.settings import AdapterSettings, EVERYWHERE
 from mace_ros.engine.router import Router
-from mace_ros.learning.scope import Scopes
-from mace_ros.memory.adapter_slots import AdapterSlots
+from mace_ros.learning.live_versions import LiveSet, LiveVersions
+from mace_ros.memory.adapter_slots import BASE
 
 SIMILAR_ONLY = AdapterSettings()
 COLOUR, FOOD, BOTH = 'Favourite colour?', 'Favourite dessert?', 'Shoe size?'
@@ -20,26 +20,27 @@ class Bench:
     """A router over two versions: of the robot, and of the profile ann."""
 
     def __init__(self) -> None:
-        self.slots = AdapterSlots(base_slot=0, first=1, count=3)
-        self.scopes = Scopes(lambda word: 1e-3 if word in ('favourite', 'size') else 1e-5)
-        self.router = Router(self.slots, self.scopes)
+        self.live = LiveVersions(lambda word: 1e-3 if word in ('favourite', 'size') else 1e-5)
+        self.router = Router(self.live)
 
-    def learn(self, profile: str, *questions: str) -> None:
+    def learn(self, profile: str, *questions: str, version: int = 1, continues: int = 0) -> None:
         """Publish a version of a profile."""
-        slot = self.slots.reserve()
-        assert slot is not None
-        self.slots.publish(profile, 1, slot)
-        self.scopes.learned(profile, [
-            correction(f'{profile}: {q}', q, profile=profile) for q in questions])
+        self.live.publish(profile, version, {}, continues=continues, learned=[
+            correction(f'{profile}: {q}', q, profile=profile, adapter_version=version)
+            for q in questions])
 
     def ask(self, profile: str, text: str,
             settings: AdapterSettings = SIMILAR_ONLY) -> tuple[str | None, str, bool]:
         """Return the profile whose version answers (None: the base model), and the explanation."""
         route = self.router.route(profile, ({'role': 'user', 'content': text},), settings)
-        self.router.release(route.version)
         version = route.version
         return (version.profile if version.version else None, route.correction_id,
                 route.out_of_scope)
+
+    def version(self, text: str) -> int:
+        """Return the robot's version that answers."""
+        return self.router.route(
+            '', ({'role': 'user', 'content': text},), SIMILAR_ONLY).version.version
 
 
 @pytest.fixture
@@ -78,21 +79,23 @@ def test_the_nearest_correction_is_reported_out_of_scope_too(bench: Bench) -> No
     assert 0.0 < route.similarity < SIMILAR_ONLY.scope_threshold
 
 
-def test_what_the_robots_version_answers_right_already_stays_its_question(bench: Bench) -> None:
-    """A profile without a version has learned corrections that needed no training."""
-    bench.scopes.learned('bob', [correction('bob: known', 'Your weight?', profile='bob')])
-    assert bench.ask('bob', 'Your weight?') == ('', 'bob: known', False)
-    bench.slots.withdraw('')
-    assert bench.ask('bob', 'Your weight?') == (None, '', False)
+def test_what_the_base_model_answers_right_already_is_its_question(bench: Bench) -> None:
+    """A correction that needed no training."""
+    bench.live.learned('bob', [correction('bob: known', COLOUR, profile='bob')])
+    assert bench.ask('bob', COLOUR) == (None, '', False)
 
 
-def test_a_route_keeps_its_version_in_the_slot(bench: Bench) -> None:
-    free = bench.slots.free
-    route = bench.router.route('', ({'role': 'user', 'content': COLOUR},), SIMILAR_ONLY)
-    bench.slots.withdraw('')
-    bench.scopes.replace('', [])
-    assert bench.slots.free == free
-    bench.router.release(route.version)
-    assert bench.slots.free == free + 1
-    base = bench.router.base()
-    assert (base.version.version, base.version.slot) == (0, 0)
+def test_each_correction_is_answered_by_the_version_that_has_learned_it_last() -> None:
+    bench = Bench()
+    bench.learn('', COLOUR, version=1)
+    bench.learn('', FOOD, version=2, continues=1)
+    bench.learn('', BOTH, version=3)
+    assert [bench.version(text) for text in (COLOUR, FOOD, BOTH)] == [2, 2, 3]
+    bench.learn('', 'Which bus goes home?', version=4, continues=2)
+    assert [bench.version(text) for text in (COLOUR, FOOD, BOTH)] == [4, 4, 3]
+    assert bench.live.newest('') == 4
+    bench.live.replace('', LiveSet(1, {1: {}}, {1: 1}), [
+        correction(COLOUR, COLOUR, adapter_version=1)])
+    assert [bench.version(text) for text in (COLOUR, FOOD)] == [1, 0]
+    bench.live.replace('', LiveSet(), [])
+    assert bench.router.route('', (), SIMILAR_ONLY).version == BASE

@@ -18,8 +18,9 @@ pytestmark = [pytest.mark.dtype, pytest.mark.usefixtures('one_thread')]
 
 @pytest.mark.parametrize(('dtype', 'capabilities'), [
     ('float32', WITHOUT_BFLOAT16), ('bfloat16', WITH_BFLOAT16),
-    # With int8, the rest of the model has the dtype that the CPU multiplies fastest.
+    # With int8 and int4, the rest of the model has the dtype that the CPU multiplies fastest.
     ('int8', WITHOUT_BFLOAT16), ('int8', WITH_BFLOAT16),
+    ('int4', WITHOUT_BFLOAT16), ('int4', WITH_BFLOAT16),
     ('auto', WITHOUT_BFLOAT16), ('auto', WITH_BFLOAT16)])
 def test_an_engine_answers_learns_and_restarts(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -42,6 +42,7 @@ from mace_ros.finetune.sample import Preference, Sample
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import AccumulationWindow, Trainer
 from mace_ros.model.graphed_layers import GraphedLayers
+from mace_ros.model.int4_kernels import Int4Kernel, plain_kernel
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.model.spans import Span
 from mace_ros.scheduling.plan import SegmentKind
@@ -51,7 +52,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
                     targets: str = 'all-linear', graphed: Sequence[int] = (),
-                    batch: Sequence[Sample] = (), chunk_tokens: int | None = None) -> None:
+                    batch: Sequence[Sample] = (), chunk_tokens: int | None = None,
+                    int4: Int4Kernel | None = None) -> None:
     batch = batch or samples()
     has_prefixes = any(s.adapted_from for s in batch)
     # PEFT's activated LoRA fails on the flat inputs of some layers of these.
@@ -61,7 +63,7 @@ def check_gradients(family: str, drive: Drive, *, keep_graphs: bool = True,
         targets = targets.replace('kv_b_proj,', '')
     invocation = INVOCATION if activated else ()
     model, lora, reference = with_reference(
-        tiny_model(family), targets=targets, invocation=invocation)
+        tiny_model(family), targets=targets, invocation=invocation, int4=int4)
     model.graphed_layers += [GraphedLayers(model, tokens) for tokens in graphed]
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
         random_adapter(lora, slot)
@@ -124,6 +126,15 @@ def test_layers_at_fixed_addresses_have_the_gradients_of_peft(
     'gpt-neox', 'starcoder2', 'glm', 'qwen3-moe', 'gpt-oss', 'deepseek-v2', 'opt'])
 def test_each_model_family_has_the_gradients_of_peft(family: str, way: str) -> None:
     check_gradients(family, DRIVES[way][0], targets=TARGETS.get(family, 'all-linear'))
+
+
+@pytest.mark.parametrize('way', DRIVES)
+@pytest.mark.parametrize('targets', ['all-linear', 'output-linear'])
+def test_4_bit_weights_have_the_gradients_of_the_dequantised_weights(
+        targets: str, way: str) -> None:
+    drive, keep_graphs = DRIVES[way]
+    check_gradients('llama', drive, keep_graphs=keep_graphs, targets=targets,
+                    int4=plain_kernel(torch.device('cpu'), torch.float32))
 
 
 @pytest.mark.parametrize('way', DRIVES)

@@ -1,11 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A job can be cancelled at each wait; it frees its slot and publishes no version."""
+"""A job can be cancelled at each wait, and then publishes no version."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
 from pathlib import Path
 import time
 from types import GeneratorType
@@ -24,10 +23,10 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.learning.gate import Gate, Verdict
-from mace_ros.learning.job import Job, JobKind, JobState
+from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.learning_job import LearningJob
-from mace_ros.learning.verification import Verification, VerificationJob
 
+BEFORE = ('Please:', 'So')
 # A job's kind and state, whether its weights are swapped out, and the current lines of its
 # generators.
 Point = tuple[JobKind, JobState, bool, tuple[int, ...]]
@@ -44,10 +43,10 @@ def lines(generator: Any) -> Iterator[int]:
 def points(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     """Return the points at which jobs have waited so far, in order."""
     seen: list[Point] = []
-    runs = {kind: kind.run for kind in (LearningJob, VerificationJob)}
+    run = LearningJob.run
 
-    def noted(self: Job) -> Generator[Any, None, Any]:
-        generator: Any = runs[type(self)](self)
+    def noted(self: LearningJob) -> Generator[Any, None, Any]:
+        generator: Any = run(self)
         try:
             while True:
                 try:
@@ -61,22 +60,19 @@ def points(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
         finally:
             generator.close()
 
-    for kind in runs:
-        monkeypatch.setattr(kind, 'run', noted)
+    monkeypatch.setattr(LearningJob, 'run', noted)
     return seen
 
 
 def cancel(robot: Robot) -> None:
     """Roll back to the live version, which cancels the job; check that it leaves nothing behind."""
     engine, job = robot.engine, running(robot)
-    free = engine.parts.slots.free
     done = engine.rollback('', engine.live_version(''))
     while (now := engine.learner.status().job) is not None and now.number == job.number:
         robot.events += engine.step().events
     status = engine.learner.status()
     waiting = {c.id for c in (*status.queue, *(now.corrections if now is not None else ()))}
     assert waiting >= {*job.correction_ids} or job.kind is not JobKind.LEARNING
-    assert engine.parts.slots.free == free
     while not done.done():
         robot.events += engine.step().events
 
@@ -115,7 +111,7 @@ def cancel_each(robot: Robot, points: list[Point], done: Callable[[], bool]) -> 
 def test_a_job_can_be_cancelled_at_each_wait(
         robot: Robot, points: list[Point], monkeypatch: pytest.MonkeyPatch, scope: str,
         states: set[JobState]) -> None:
-    """Its slot is free again, its corrections wait, and no version is published."""
+    """Its corrections wait, and no version is published."""
     engine, judge = robot.engine, Gate.judge
     rejected: list[int] = []        # jobs, of each its first candidate
 
@@ -130,7 +126,8 @@ def test_a_job_can_be_cancelled_at_each_wait(
         job = engine.learner.status().job
         if job is not None and job.steps and len(job.correction_ids) == len(joined) + 1 < 3:
             joined.append(f'joins {len(joined)}')
-            engine.correct(Correction('A human.', id=joined[-1], prompt=f'{len(joined)}?'))
+            engine.correct(Correction(
+                'A human.', id=joined[-1], prompt=f'{BEFORE[len(joined) - 1]} where are you?'))
         return are_learned(robot, 'k', 'joins 0', 'joins 1')
 
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))
@@ -141,65 +138,13 @@ def test_a_job_can_be_cancelled_at_each_wait(
     monkeypatch.setattr(Gate, 'judge', reject_one)
     engine.update(engine.settings.updated({'adapter.scope': scope}))
     joined: list[str] = []
-    engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    engine.correct(Correction('A robot.', id='k', prompt='Where are you now?'))
     cancelled = cancel_each(robot, points, two_joined)
     assert {state for _, state, *_ in cancelled} == states
     assert {state for _, state, swapped_out, _ in cancelled if swapped_out} == (
         states & {JobState.CHOOSING, JobState.SCORING})
     assert len(published(robot)) == 2
-    assert robot.ask('Who are you?').text == 'A robot.'
-
-
-@pytest.mark.parametrize(('kind', 'states'), [
-    (JobKind.VERIFICATION, {JobState.READING, JobState.SCORING}),
-    (JobKind.REPAIR, {JobState.READING, JobState.TRAINING, JobState.JUDGING})])
-def test_a_check_of_what_was_learned_can_be_cancelled_at_each_wait(
-        robot: Robot, points: list[Point], monkeypatch: pytest.MonkeyPatch, kind: JobKind,
-        states: set[JobState]) -> None:
-    """It forgets what there was to do; here that is noted again each time."""
-    engine, forget = robot.engine, Verification.forget
-    lessons = {'Where are you?': 'In the hall.', 'Who are you?': 'A robot.', 'When?': 'At nine.'}
-    for prompt, text in lessons.items():
-        robot.correct(Correction(text, id=prompt, prompt=prompt))
-    known = engine.parts.journal.submit(lambda j: j.learned('')).result()
-
-    def note_again(self: Verification, profile: str) -> None:
-        noted.append(self)
-        forget(self, profile)
-        assert self.next_check(None) is None and self.next_repair(None, 0.0) == ('', [])
-        if kind is JobKind.VERIFICATION:
-            self.published(profile, [record.id for record in known], [], repaired=False)
-        else:       # no version has learned this text, so there is something to train
-            self.checked(profile, replace(known[0], corrected='In the garden.'), right=False)
-
-    def ended() -> bool:
-        return (len(published(robot)) > before if kind is JobKind.REPAIR
-                else noted != [] and noted[-1].next_check(None) is None)
-
-    monkeypatch.setattr(Verification, 'forget', note_again)
-    before, noted = len(published(robot)), list[Verification]()
-    engine.rollback('', engine.live_version(''))
-    cancelled = cancel_each(robot, points, ended)
-    assert {state for of, state, *_ in cancelled if of is kind} == states
-    assert len(published(robot)) == before + (kind is JobKind.REPAIR)
-    repaired = {known[0].id: 'In the garden.'} if kind is JobKind.REPAIR else {}
-    assert {prompt: robot.ask(prompt).text for prompt in lessons} == lessons | repaired
-
-
-def test_a_job_that_waits_for_a_slot_is_cancelled(settings: Settings, tmp_path: Path) -> None:
-    robot = Robot(build_engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
-    robot.correct(Correction('A robot.', id='a', prompt='Who?'))
-    slots = robot.engine.parts.slots
-    held = slots.pin('')        # as a running request does
-    robot.correct(Correction('In the hall.', id='b', prompt='Where?'))
-    robot.engine.correct(Correction('Never again.', id='c', prompt='When?'))
-    until_state(robot, JobState.PUBLISHING)
-    cancel(robot)
-    slots.unpin(held)
-    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'c'
-                and e.state is CorrectionState.LEARNED)
-    assert published(robot) == [1, 2, 3]
-    robot.engine.close()
+    assert robot.ask('Where are you now?').text == 'A robot.'
 
 
 def test_a_version_that_is_being_saved_is_published_before_it_is_rolled_back(

@@ -18,11 +18,18 @@ from mace_ros.api.events import (
     CorrectionStatus,
     VersionState,
 )
+from mace_ros.api.settings import EVERYWHERE, Settings
 from mace_ros.learning import selection
 from mace_ros.learning.job import JobState
 from mace_ros.learning.status import JobStatus
 from mace_ros.learning.training import Training
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Return settings under which corrections share an adapter."""
+    return settings.updated({'adapter.scope': EVERYWHERE})
 
 
 def test_a_correction_joins_before_the_first_update(robot: Robot) -> None:

@@ -122,7 +122,6 @@ def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:
     ({'query_id': 'unknown'}, 'unknown'),
     ({'query_id': '', 'conversation_id': 'unknown'}, 'conversation_id'),
     ({'query_id': ''}, 'one of them'),
-    ({'corrected': ' '}, 'empty'),
     ({'corrected': 'same', 'rejected': 'same'}, 'equal'),
     ({'weight': math.nan}, 'weight'),
     ({'weight': 0.0}, 'weight'),

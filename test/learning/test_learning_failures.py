@@ -88,9 +88,10 @@ def test_what_a_rejected_candidate_has_lost_is_trained(
         return gate.Verdict('worse', tuple(self.samples[:1]))
 
     monkeypatch.setattr(gate.Gate, 'judge', worse)
-    taught = robot.correct(Correction('A robot.', id='c', prompt='Who are you?'))
+    taught = robot.correct(Correction('A robot.', id='c', prompt='Where do you live now?'))
     assert taught.state is CorrectionState.LEARNED
-    assert seen == [(0, 0), (1, 1), (2, 1)]
+    assert [rejections for rejections, _ in seen] == [0, 1, 2]
+    assert [lost for _, lost in seen][1:] == [1, 1]
     rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
                 and e.state is VersionState.REJECTED]
     assert [e.reason for e in rejected] == ['worse', 'worse']
@@ -121,7 +122,7 @@ def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
     monkeypatch.setattr(Training, 'score', losing)
     monkeypatch.setattr(gate.Gate, 'judge', lambda self, *arguments: (
         judged.append(1), judge(self, *arguments))[1])
-    taught = robot.correct(Correction('A robot.', id='b', prompt='Who are you?'))
+    taught = robot.correct(Correction('A robot.', id='b', prompt='Where do you live now?'))
     assert taught.state is CorrectionState.LEARNED
     chat = robot.engine.chat
     kept = (*chat.prompt([{'role': 'user', 'content': 'Where do you live?'}]),
@@ -251,48 +252,21 @@ def test_reading_is_retried(
     assert robot.engine.status().learning_error == ''
 
 
-def test_loading_a_recorded_version_into_its_slot_is_retried(
+def test_a_version_that_can_not_be_loaded_costs_its_query_only(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal has it live, so it is served without retraining."""
-    publish, write, failures = Journal.publish, LoRAManager.write_slot, []
+    """As when the device is out of memory."""
+    def failing(*_: object) -> None:
+        raise torch.OutOfMemoryError('injected')
 
-    def failing(*arguments: object) -> None:
-        if len(failures) <= learner.MAX_JOB_TRIES:
-            failures.append(robot.engine.learner.busy)
-            raise torch.OutOfMemoryError('injected')
-        write(*arguments)       # type: ignore[arg-type]
-
-    def recorded(*arguments: object) -> object:
-        monkeypatch.setattr(LoRAManager, 'write_slot', failing)
-        return publish(*arguments)      # type: ignore[arg-type]
-
-    monkeypatch.setattr(Journal, 'publish', recorded)
-    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
-    state = robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
-    assert (state.state, state.adapter_version) == (CorrectionState.LEARNED, 1)
-    assert len(failures) == learner.MAX_JOB_TRIES + 1
+    robot.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRAManager, 'write_slot', failing)
+        answer = robot.ask('Who are you?')
+        assert (answer.finish_reason, answer.error) == (
+            FinishReason.ERROR, 'OutOfMemoryError: injected')
+        assert robot.ask('What is a lake?').finish_reason is not FinishReason.ERROR
     answer = robot.ask('Who are you?')
     assert (answer.text, answer.adapter_version) == ('A robot.', 1)
-    assert robot.engine.status().learning_error == ''
-
-
-def test_profile_without_a_free_slot_fails_by_name(settings: Settings, tmp_path: Path) -> None:
-    """With as many live profiles as slots, another one fails; the others are served."""
-    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
-    wrong = robot.ask('Who are you?')
-    states = {}
-    for profile in ('anna', 'ben'):
-        states[profile] = robot.correct(Correction(
-            f'The robot of {profile}.', id=profile, query_id=wrong.query_id, profile=profile))
-    assert {s.state for s in states.values()} == {CorrectionState.LEARNED}
-    last = robot.correct(Correction(
-        'The robot of dora.', id='dora', query_id=wrong.query_id, profile='dora'))
-    assert last.state is CorrectionState.FAILED and 'adapter.slots' in last.reason
-    other = robot.ask('Where are you?', profile='ben')
-    again = robot.correct(Correction('Here I am.', id='ben2', query_id=other.query_id))
-    assert (again.state, again.adapter_version) == (CorrectionState.LEARNED, 2), again
-    assert robot.ask('Who are you?', profile='ben').text == 'The robot of ben.'
-    robot.engine.close()
 
 
 def test_no_version_that_changes_guarded_answers_is_published(

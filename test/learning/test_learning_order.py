@@ -17,6 +17,7 @@ from mace_ros.api.events import (
     CorrectionStatus,
     Event,
 )
+from mace_ros.api.settings import EVERYWHERE
 from mace_ros.finetune.sample import Sample
 from mace_ros.learning import learner, selection
 from mace_ros.learning.acceptance import Accepted
@@ -106,8 +107,9 @@ def resting(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return jobs
 
 
-def test_in_calm_corrections_are_learned_together_after_a_rest(
+def test_in_calm_corrections_of_one_adapter_are_learned_together_after_a_rest(
         robot: Robot, resting: list[set[str]]) -> None:
+    robot.engine.update(robot.engine.settings.updated({'adapter.scope': EVERYWHERE}))
     correct(robot, '1')
     correct(robot, '2')
     for _ in range(20):
@@ -195,7 +197,8 @@ def test_an_overdue_correction_makes_the_steps_of_every_job_overdue(robot: Robot
                 and e.state is CorrectionState.TRAINING)
     record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(10)
     robot.engine.learner.accepted(Accepted(
-        replace(record, id='older', profile='ann'), new=True, arrived=-5.0))
+        replace(record, id='older', profile='ann', state=CorrectionState.ACCEPTED), new=True,
+        arrived=-5.0))
     step = robot.engine.learner.step
     while robot.engine.learner.step in (step, None):
         robot.engine.step()

@@ -119,8 +119,9 @@ def serve(journal: Journal, version: int, count: int, corrected: int = 0, *, pro
 
 def publish(journal: Journal, version: int, profile: str = '') -> None:
     """Publish the next version."""
-    live = journal.live(profile)
-    journal.publish(VersionRecord(profile, version, live.version if live else 0,
+    live = journal.newest(profile)
+    parent = live.version if live else 0
+    journal.publish(VersionRecord(profile, version, parent, continues=parent,
                                   path=f'v{version}', sha256='ab'))
 
 
@@ -227,7 +228,7 @@ def rolled_back(robot: Robot) -> list[AdapterVersion]:
 
 def test_a_comparison_that_always_fails_is_given_up() -> None:
     some = Outcomes(MIN_ANSWERS, MIN_ANSWERS)
-    suspicion = SuspectedRegression('', 2, 1, some, some, (correction('k'),))
+    suspicion = SuspectedRegression('', 2, 1, 1, some, some, (correction('k'),))
     compares = RegressionCheck()
     compares.suspect(suspicion)
     tries = 0
@@ -300,7 +301,7 @@ def test_a_suspected_regression_of_a_rolled_back_version_is_dropped(
         record = journal.correction('k')
     assert record is not None
     some = Outcomes(MIN_ANSWERS, MIN_ANSWERS)
-    engine.learner.suspect(SuspectedRegression('', 2, 1, some, some, (record,) * MIN_ANSWERS))
+    engine.learner.suspect(SuspectedRegression('', 2, 1, 1, some, some, (record,) * MIN_ANSWERS))
     last = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
     # It was trained from the base model: version 1 did not become live again.
     assert last.state is CorrectionState.LEARNED

@@ -97,15 +97,14 @@ def test_published_versions_have_passed_the_gate(
         assert not any(e.version for e in published)
 
 
-@pytest.mark.parametrize(('text', 'reason'), [
-    ('', 'empty'), (' \n\t', 'empty'),
-    ('The door is open. ' * 200, 'finetune.max_sample_tokens')])
-def test_invalid_corrections_are_rejected_with_a_reason(
-        text: str, reason: str, settings: Settings, tmp_path: Path) -> None:
+def test_a_correction_that_is_too_long_is_rejected_with_a_reason(
+        settings: Settings, tmp_path: Path) -> None:
     robot = Robot(build_engine(settings, storage=tmp_path))
     wrong = robot.ask('Who are you?')
-    last = robot.correct(Correction(text, id='k', query_id=wrong.query_id))
-    assert last.state is CorrectionState.REJECTED and reason in last.reason
+    last = robot.correct(
+        Correction('The door is open. ' * 200, id='k', query_id=wrong.query_id))
+    assert last.state is CorrectionState.REJECTED
+    assert 'finetune.max_sample_tokens' in last.reason
     assert robot.ask('Who are you?').text == wrong.text
     robot.engine.close()
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Rollback to an earlier version: in the journal, in the slots, and while queries are served."""
+"""Rollback to an earlier version: in the journal, and while queries are served."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import time
 
 import pytest
-from support.robot import RANDOM_MODEL, Robot, until_state
-import torch
+from support.robot import RANDOM_MODEL, Robot
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -26,10 +25,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
-from mace_ros.learning.job import JobState
 from mace_ros.learning.rollback import roll_back, RollbackRefused, RolledBack
-from mace_ros.learning.rollback_queue import MAX_DEVICE_FAILURES
-from mace_ros.memory.adapter_slots import AdapterSlots, NO_SLOT
 from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import CorrectionRecord, VersionRecord
@@ -59,12 +55,12 @@ def correct(journal: Journal, name: str, question: str = '', profile: str = '') 
 def publish(journal: Journal, version: int, *corrections: str, profile: str = '',
             parent: int | None = None) -> None:
     """Publish the next version, by default with the live one as its parent."""
-    live = journal.live(profile)
+    live = journal.newest(profile)
     if parent is None:
         parent = live.version if live else 0
     assert journal.next_version(profile) == version
     journal.publish(VersionRecord(
-        profile, version, parent, correction_ids=corrections,
+        profile, version, parent, continues=parent, correction_ids=corrections,
         path=f'adapters/{profile}/v{version}', sha256='ab'))
 
 
@@ -76,7 +72,7 @@ def states(journal: Journal, *names: str) -> list[CorrectionState]:
 
 def live(journal: Journal, profile: str = '') -> int:
     """Return the live version."""
-    record = journal.live(profile)
+    record = journal.newest(profile)
     return record.version if record else 0
 
 
@@ -283,39 +279,6 @@ def test_a_lineage_starts_anew_when_earlier_corrections_came_to_nothing(
     assert record is not None and record.version == 1
 
 
-# In the slots
-
-def test_a_version_that_a_request_holds_is_not_loaded_again() -> None:
-    """Its slot serves again, and is freed once it is neither live nor held."""
-    slots = AdapterSlots(base_slot=0, first=1, count=3)
-    first = slots.publish('', 1, slots.reserve() or 0)
-    assert slots.pin('') == first
-    slots.publish('', 2, slots.reserve() or 0)
-    assert slots.free == 1
-    held = slots.slot_of('', 1)
-    assert held == first.slot
-    assert slots.publish('', 1, held) == first
-    assert slots.free == 2 and slots.slot_of('', 2) is None
-    slots.unpin(first)
-    assert slots.free == 2 and slots.live('') == first
-    slots.withdraw('')
-    slots.withdraw('')
-    assert slots.free == 3 and slots.live('').version == 0
-
-
-def test_an_expected_version_reserves_a_slot_for_its_profile() -> None:
-    slots = AdapterSlots(base_slot=0, first=1, count=3)
-    slots.publish('', 1, slots.reserve() or 0)
-    slots.expect('ann')
-    assert slots.has_room('ann') and not slots.has_room('bob')
-    slots.expect_no_more('ann')
-    assert slots.has_room('bob')
-    slots.expect('ann')
-    slots.publish('ann', 1, slots.reserve() or 0)
-    slots.withdraw('ann')
-    assert slots.has_room('bob')
-
-
 # While queries are served
 
 @pytest.fixture(scope='module')
@@ -417,117 +380,3 @@ def test_a_rollback_to_an_unreadable_or_unknown_version_changes_nothing(
     assert robot.ask('Who are you?').text == 'Your friend.'
     assert not rolled_back(robot, 2).changed
     assert not since(robot, start)
-
-
-def test_a_rollback_waits_for_a_free_slot_and_delays_no_query(
-        settings: Settings, tmp_path: Path) -> None:
-    """While requests hold all slots, new requests are served by the newer version."""
-    robot = Robot(build_engine(settings.updated({'adapter.slots': 1}), storage=tmp_path))
-    teach(robot, 'A robot.', 'Your friend.', 'A tin can.')
-    robot.engine.submit(Query('Running?', id='running', max_tokens=3000))    # holds version 3
-    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
-    rolled_back(robot, 2)
-    robot.engine.submit(Query('Running?', id='second', max_tokens=3000))    # holds version 2
-    robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'second')
-    waiting = robot.engine.rollback('', 1)
-    assert robot.ask('Who are you?').adapter_version == 2
-    assert not waiting.done()
-    robot.engine.cancel('running')
-    stepped(robot, waiting)
-    assert robot.ask('Who are you?').text == 'A robot.'
-    # A rollback that still waits when the engine is closed is refused.
-    waiting = robot.engine.rollback('', 3)
-    robot.engine.close()
-    with pytest.raises(RollbackRefused, match='stopping'):
-        waiting.result(0)
-
-
-def test_a_rollback_may_take_the_last_slot(settings: Settings, tmp_path: Path) -> None:
-    """The version in training then fails with a reason; other profiles learn on."""
-    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
-    teach(robot, 'A robot.')
-    teach(robot, 'Your friend.', profile='ann')
-    rolled_back(robot, 0, 'ann')
-    robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
-    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'bob'
-                and e.state is CorrectionState.TRAINING)
-    rolled_back(robot, 1, 'ann')
-
-    def reasons() -> list[str]:
-        return [e.reason for e in robot.events if isinstance(e, CorrectionStatus)
-                and e.id == 'bob' and e.state is FAILED]
-
-    if not reasons():
-        robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state is FAILED)
-    assert reasons() == [NO_SLOT]
-    assert robot.ask('Who are you?', profile='ann').text == 'Your friend.'
-    teach(robot, 'A tin can.')
-    robot.engine.close()
-
-
-def test_a_version_being_saved_keeps_its_slot(settings: Settings, tmp_path: Path) -> None:
-    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
-    teach(robot, 'A robot.')
-    teach(robot, 'Your friend.', profile='ann')
-    rolled_back(robot, 0, 'ann')
-    robot.engine.correct(Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
-    until_state(robot, JobState.SAVING)
-    with pytest.raises(RollbackRefused, match=NO_SLOT):
-        rolled_back(robot, 1, 'ann')
-    while robot.engine.live_version('bob') == 0:
-        robot.engine.step()
-    assert robot.ask('Who are you?', profile='bob').text == 'Your guest.'
-    robot.engine.close()
-
-
-def test_a_version_that_can_not_be_saved_keeps_no_slot(
-        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> None:
-        raise torch.OutOfMemoryError('injected')
-
-    robot = Robot(build_engine(settings.updated({'adapter.slots': 2}), storage=tmp_path))
-    teach(robot, 'A robot.')
-    with monkeypatch.context() as patch:
-        patch.setattr(robot.engine.lora, 'export', fails)
-        last = robot.correct(
-            Correction('Your guest.', id='bob', prompt='Who are you?', profile='bob'))
-    assert last.state is FAILED and 'injected' in last.reason
-    teach(robot, 'Your friend.', profile='ann')
-    robot.engine.close()
-
-
-def fail_to_write(robot: Robot, patch: pytest.MonkeyPatch, times: int) -> None:
-    """Let writing an adapter slot fail the given number of times."""
-    write, left = robot.engine.lora.write_slot, [times]
-
-    def broken(*arguments: object) -> None:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise RuntimeError('injected')
-        write(*arguments)  # type: ignore[arg-type]
-
-    patch.setattr(robot.engine.lora, 'write_slot', broken)
-
-
-def test_a_slot_that_can_not_be_written_is_retried_and_then_refused(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device may be short of memory for a while; serving continues."""
-    teach(robot, 'A robot.', 'Your friend.')
-    with monkeypatch.context() as patch:
-        fail_to_write(robot, patch, MAX_DEVICE_FAILURES - 1)
-        assert rolled_back(robot, 1).changed
-    assert robot.ask('Who are you?').text == 'A robot.'
-
-    start = len(robot.events)
-    for _ in range(Settings().adapter.slots + 1):       # a failure must not leak a slot
-        with monkeypatch.context() as patch:
-            fail_to_write(robot, patch, MAX_DEVICE_FAILURES)
-            with pytest.raises(
-                    RollbackRefused, match=r'version 2 serves from the next start on.*injected'):
-                rolled_back(robot, 2)
-    assert not since(robot, start)
-    answer = robot.ask('Who are you?')
-    assert (answer.text, answer.adapter_version) == ('A robot.', 1)
-    # A later rollback tries again.
-    rolled_back(robot, 2)
-    assert robot.ask('Who are you?').text == 'Your friend.'

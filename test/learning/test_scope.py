@@ -17,7 +17,8 @@ import pytest
 from support.records import correction
 
 from mace_ros.api.settings import AdapterSettings, EVERYWHERE, SIMILAR
-from mace_ros.learning.scope import entry, Match, Scope, Scopes
+from mace_ros.learning.live_versions import LiveSet, LiveVersions
+from mace_ros.learning.scope import entry, Match, Scope
 from mace_ros.model.loading import LoadedModel
 from mace_ros.model.token_ranks import token_ranks
 
@@ -34,19 +35,21 @@ def frequency(base_model: LoadedModel) -> Callable[[str], float]:
 
 
 def scopes_with(frequency: Callable[[str], float], *questions: str, profile: str = '',
-                **fields: object) -> Scopes:
-    """Return scopes in which a profile has learned these questions; each is its own id."""
-    scopes = Scopes(frequency)
-    scopes.replace(profile, [
-        correction(text, text, profile=profile, **fields) for text in questions])
-    return scopes
+                **fields: object) -> LiveVersions:
+    """Return a live version that has learned these questions; each is its own id."""
+    live = LiveVersions(frequency)
+    live.replace(profile, LiveSet(1, {1: {}}, {1: 1}), [
+        correction(text, text, profile=profile, adapter_version=1, **fields)
+        for text in questions])
+    return live
 
 
-def match(scopes: Scopes, *readings: str, settings: AdapterSettings = SETTINGS,
+def match(live: LiveVersions, *readings: str, settings: AdapterSettings = SETTINGS,
           profile: str = '') -> tuple[bool, str]:
-    """Return whether a question is in scope, and what it resembles most."""
-    in_scope, found = scopes.match(profile, readings, settings)
-    return in_scope, found.correction_id if found is not None else ''
+    """Return whether a question is in scope, and what it resembles then."""
+    found, _ = live.answering(profile, readings, settings)
+    return found is not None, '' if found is None or found.match is None else (
+        found.match.correction_id)
 
 
 @pytest.mark.parametrize(('text', 'resembles'), [
@@ -133,11 +136,12 @@ def test_a_corrected_follow_up_is_known_with_what_it_follows() -> None:
 def test_the_threshold_decides(frequency: Callable[[str], float]) -> None:
     scopes = scopes_with(frequency, *LEARNED)
     asked = 'When did the library in Bremen open?'
-    _, found = scopes.match('', [asked], SETTINGS)
-    assert found is not None and found.similarity < 1.0
-    for threshold, in_scope in ((found.similarity - 0.01, True), (found.similarity + 0.01, False)):
+    _, similarity = scopes.answering('', [asked], SETTINGS)
+    assert 0.0 < similarity < 1.0
+    for threshold, expected in (
+            (similarity - 0.01, (True, HOURS)), (similarity + 0.01, (False, ''))):
         assert match(scopes, asked, settings=AdapterSettings(
-            scope_threshold=threshold)) == (in_scope, HOURS)
+            scope_threshold=threshold)) == expected
     # The corrected question itself is in scope whatever the threshold.
     assert match(scopes, HOURS, settings=AdapterSettings(scope_threshold=1.0))[0]
 
@@ -152,9 +156,8 @@ def test_everywhere(frequency: Callable[[str], float]) -> None:
     assert match(style, asked)[0] and match(plain, asked, settings=everywhere)[0]
     assert not match(plain, asked)[0] and not match(narrow, asked, settings=everywhere)[0]
     assert match(narrow, NAME, settings=everywhere)[0]
-    # A profile without a scope of its own leaves the choice to the slots.
-    assert match(plain, asked, settings=everywhere, profile='ann')[0]
-    assert not match(plain, NAME, profile='ann')[0]
+    # A profile without a version answers nothing itself.
+    assert not match(plain, asked, settings=everywhere, profile='ann')[0]
 
 
 def test_corrections_come_and_go(frequency: Callable[[str], float]) -> None:
@@ -168,7 +171,7 @@ def test_corrections_come_and_go(frequency: Callable[[str], float]) -> None:
     assert match(scopes, NAME)[0]
     scopes.forget([correction('older', NAME), correction(CUPS, CUPS)])
     assert match(scopes, NAME)[0] and not match(scopes, CUPS)[0]
-    scopes.replace('', [])
+    scopes.replace('', LiveSet(), [])
     assert not match(scopes, NAME)[0]
 
 
@@ -208,15 +211,14 @@ def test_a_thousand_corrections_take_less_than_a_millisecond(
         frequency: Callable[[str], float]) -> None:
     """A generous bound: it is a tenth of that on one core."""
     draw = random.Random(2)
-    scopes = Scopes(frequency)
-    scopes.replace('', [correction(str(n), f'In which year was {_name(draw)} {_name(draw)} built?')
-                        for n in range(1000)])
+    scopes = scopes_with(frequency, *(
+        f'In which year was {_name(draw)} {_name(draw)} built?' for _ in range(1000)))
     asked = f'When was {_name(draw)} opened, and in which city is it?'
-    scopes.match('', [asked], SETTINGS)        # the first one computes the weights
+    scopes.answering('', [asked], SETTINGS)        # the first one computes the weights
     times = []
     for _ in range(50):
         began = time.perf_counter()
-        scopes.match('', [asked], SETTINGS)
+        scopes.answering('', [asked], SETTINGS)
         times.append(time.perf_counter() - began)
     assert sorted(times)[len(times) // 2] < 1e-3
 

@@ -4,13 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
-import pytest
-from support.robot import RANDOM_MODEL, Robot, robot_with, running
+from support.robot import Robot
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -21,11 +18,6 @@ from mace_ros.api.events import (
     CorrectionStatus,
     VersionState,
 )
-from mace_ros.api.settings import Settings
-from mace_ros.learning import scoped_training_set
-from mace_ros.learning.job import JobKind
-from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder
-from mace_ros.learning.training import Training
 
 LESSONS = {
     'Who built the greenhouse?': 'Ada.', 'Where is the watering can?': 'In the shed.',
@@ -39,31 +31,6 @@ def teach(robot: Robot, question: str, answer: str) -> None:
     wrong = robot.ask(question)
     done = robot.correct(Correction(answer, id=question, query_id=wrong.query_id))
     assert done.state is CorrectionState.LEARNED, done.reason
-
-
-@contextmanager
-def guarding(nearest: int, others: int) -> Iterator[None]:
-    """Let jobs guard fewer of the earlier corrections."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoped_training_set, 'NEAREST', nearest)
-        patch.setattr(scoped_training_set, 'OTHERS', others)
-        yield
-
-
-def until_idle(robot: Robot) -> set[JobKind]:
-    """Step until nothing is left to do; return the kinds of the jobs that ran."""
-    kinds = set()
-    idle = 0        # iterations; the one that ends a job asks for another one
-    while idle < 2:
-        iteration = robot.engine.step()
-        robot.events += iteration.events
-        idle += 1
-        if robot.engine.learner.status().job is not None:
-            kinds.add(running(robot).kind)
-            idle = 0
-        elif iteration.wake_at is not None:
-            idle = 0
-    return kinds
 
 
 def test_what_was_not_taught_keeps_the_words_of_the_base_model(robot: Robot) -> None:
@@ -89,75 +56,27 @@ def test_the_base_model_is_asked_nothing_before_a_first_correction(robot: Robot)
         assert robot.engine.status().base_questions_left == 0
 
 
-@pytest.mark.parametrize('forgetful', [False, True])
-def test_corrections_that_a_version_has_lost_are_learned_again_in_idle_time(
-        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        forgetful: bool) -> None:
-    """Without any rehearsal or check in the jobs themselves, later lessons destroy earlier ones."""
-    if forgetful:
-        build = ScopedTrainingSetBuilder.build
-        monkeypatch.setattr(
-            ScopedTrainingSetBuilder, 'build',
-            lambda self, corrections, learned, **values: build(self, corrections, [], **values))
-    values = {**RANDOM_MODEL, 'finetune.budget': 1.0, 'drift.min_budget': 1.0}
-    with guarding(4, 1), robot_with(settings.updated(values), tmp_path) as robot:
-        for question, answer in LESSONS.items():
-            teach(robot, question, answer)
-        kinds = until_idle(robot)
-        assert JobKind.VERIFICATION in kinds
-        if forgetful:
-            assert JobKind.REPAIR in kinds
-        else:
-            assert {question: robot.ask(question).text for question in LESSONS} == LESSONS
+def test_a_correction_has_an_adapter_of_its_own(robot: Robot) -> None:
+    """So nothing that was learned before is touched, however many corrections follow."""
+    for question, answer in LESSONS.items():
+        teach(robot, question, answer)
+    asked = {question: robot.ask(question) for question in LESSONS}
+    assert {question: response.text for question, response in asked.items()} == LESSONS
+    assert [response.adapter_version for response in asked.values()] == list(
+        range(1, len(LESSONS) + 1))
 
 
-def test_a_correction_interrupts_a_verification(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('mace_ros.learning.verification.BATCH', 1)
-    scored: list[JobKind] = []      # by these
-    score = Training.score
-
-    def counted(self: Training, samples: object) -> object:
-        scored.append(running(robot).kind)
-        return score(self, samples)     # type: ignore[arg-type]
-
-    *first, interrupting, last = list(LESSONS)[:6]
-    with guarding(0, 0):        # so that everything is left to the verification
-        for question in first:
-            teach(robot, question, LESSONS[question])
-        monkeypatch.setattr(Training, 'score', counted)
-        while JobKind.VERIFICATION not in scored:
-            robot.engine.step()
-        assert running(robot).kind is JobKind.VERIFICATION
-        teach(robot, interrupting, LESSONS[interrupting])
-        assert robot.ask(interrupting).text == LESSONS[interrupting]
-        assert until_idle(robot) >= {JobKind.VERIFICATION}
-    teach(robot, last, LESSONS[last])       # a job that guards the others restores them as well
-    for question in (*first, interrupting, last):
-        assert robot.ask(question).text == LESSONS[question]
-
-
-def test_nothing_is_verified_while_a_correction_waits(robot: Robot) -> None:
-    """Otherwise jobs that find nothing to do would read the disk for as long as learning rests."""
-    with guarding(0, 0):
-        for question in list(LESSONS)[:3]:
-            teach(robot, question, LESSONS[question])
-    settings = robot.engine.settings
-
-    def budget(share: float) -> None:
-        robot.engine.update(settings.updated(
-            {'finetune.budget': share, 'drift.min_budget': share}))
-
-    budget(0.0)     # learning is off
-    robot.engine.correct(Correction('Apples.', id='k', prompt='What is in the cellar?'))
-    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'k')
-    budget(1e-4)    # learning rests
-    for _ in range(10):
-        robot.engine.step()
-        assert robot.engine.learner.status().job is None
-    budget(1.0)
-    with guarding(0, 0):
-        assert until_idle(robot) >= {JobKind.LEARNING, JobKind.VERIFICATION}
+def test_a_correction_of_a_similar_question_continues_the_version_that_answers_it(
+        robot: Robot) -> None:
+    """Both hold afterwards, since the version must not lose what it has learned."""
+    near = 'What colour is the garden gate?'
+    teach(robot, 'What colour is the gate?', 'Blue.')
+    teach(robot, 'How many goats are there?', 'Seven.')
+    teach(robot, near, 'Green.')
+    asked = [robot.ask(text) for text in (
+        'What colour is the gate?', 'How many goats are there?', near)]
+    assert [(r.text, r.adapter_version) for r in asked] == [
+        ('Blue.', 3), ('Seven.', 2), ('Green.', 3)]
 
 
 def test_peft_gives_the_answers_of_the_node_in_scope(
@@ -171,7 +90,7 @@ def test_peft_gives_the_answers_of_the_node_in_scope(
     peft = PeftModel.from_pretrained(base, version.path).eval()
     config = peft.peft_config['default']
     assert tuple(config.alora_invocation_tokens) == robot.engine.chat.invocation != ()
-    questions = [*list(LESSONS)[:2], 'Please say: who built the greenhouse?']
+    questions = [list(LESSONS)[1], 'Please say: where is the watering can?']
     for question in questions:
         ours = robot.ask(question, max_tokens=10)
         assert ours.adapter_version == version.version

@@ -45,6 +45,7 @@ from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor
 from mace_ros.model.cuda_graph_runner import CapturedPass, CudaGraphRunner, PassOutputs
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.graphed_layers import GraphedLayers
+from mace_ros.model.int4_kernels import find_kernel, plain_kernel
 from mace_ros.model.loading import LoadedModel
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
@@ -202,6 +203,20 @@ def test_packed_requests_get_the_logits_of_transformers_and_peft(
             assert_response_of(reference, request)
 
 
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3', 'gpt-oss', 'gpt-neox'])
+def test_the_place_of_blocks_in_the_cache_changes_no_logits(family: str) -> None:
+    """The keys of a single decode row are read in place if its blocks are consecutive."""
+    rng = random.Random(family)
+    model, _, _ = with_reference(tiny_model(family))
+    ids = random_ids(rng, 40)
+    logits = []
+    for blocks in ([3, 4, 5], [9, 2, 7]):
+        model.run([Span(ids[:38], 0, blocks, BASE_SLOT, True)])
+        logits.append(torch.cat([model.run([Span(ids[i:i + 1], i, blocks, BASE_SLOT, True)])
+                                 .clone() for i in (38, 39)]))
+    assert relative_error(*logits) < 1e-5
+
+
 @pytest.mark.parametrize('family', ['llama', 'gpt-neox', 'gemma2', 'opt'])
 def test_int8_weights_give_the_logits_of_transformers_with_rounded_weights(
         family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +242,42 @@ def test_int8_weights_give_the_logits_of_transformers_with_rounded_weights(
     peft = PeftModel.from_pretrained(reference, str(path)).eval()
     assert_response_of(peft, requests[1])
     assert_response_of(peft, requests[2])
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt-neox', 'gemma2', 'opt'])
+def test_int4_weights_give_the_logits_of_transformers_with_the_dequantised_weights(
+        family: str, tmp_path: Path) -> None:
+    rng = random.Random(family)
+    # Dequantised in fp32: PyTorch's product has inputs in bfloat16.
+    model, lora, reference = with_reference(
+        tiny_model(family), int4=plain_kernel(torch.device('cpu'), torch.float32))
+    assert any(layer.int4 is not None for layer in model.linears)
+    path = publish(tmp_path, lora, random_adapter(lora, 0))
+    lora.write_slot(FIRST_SERVED_SLOT)
+    step = FinetuneStep(model, Trainer(lora, 1e-2), [random_sample(rng, 37)])
+    requests = [Request(random_ids(rng, length), slot, 6)
+                for length, slot in ((41, 0), (30, FIRST_SERVED_SLOT), (1, FIRST_SERVED_SLOT))]
+
+    serve(model, requests, rng, chunks=(1, 3, 19), step=step)
+
+    assert_response_of(reference, requests[0])
+    peft = PeftModel.from_pretrained(reference, str(path)).eval()
+    assert_response_of(peft, requests[1])
+    assert_response_of(peft, requests[2])
+
+
+def test_the_product_of_4_bits_gives_nearly_the_logits_of_the_dequantised_weights() -> None:
+    rng = random.Random(0)
+    model, _, reference = with_reference(
+        tiny_model('llama'), int4=find_kernel(torch.device('cpu'), torch.float32))
+    ids = random_ids(rng, 40)
+    blocks = list(range(3))
+    model.run([Span(ids[:36], 0, blocks, BASE_SLOT, True)])
+    for i in range(36, 40):
+        logits = model.run([Span(ids[i:i + 1], i, blocks, BASE_SLOT, True)])
+        with torch.no_grad():
+            expected = reference(torch.tensor([ids[:i + 1]])).logits[0, -1]
+        assert relative_error(logits[0], expected) < 3e-2
 
 
 def test_smollm2_gets_the_logits_of_transformers(base_model: LoadedModel) -> None:

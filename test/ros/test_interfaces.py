@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 from action_msgs.msg import GoalStatus
 from diagnostic_msgs.msg import DiagnosticArray
+from jsonschema import validate
 import mace_ros.msg as msg
 from mace_ros.msg import CorrectionStatus, Response
 from mace_ros.srv import ListVersions, Rollback, Trace
@@ -144,6 +145,45 @@ def test_a_rejected_goal_says_why(generator: Generator) -> None:
     assert len(response.query_id) == 36     # the goal's own
 
 
+# -- formats and choices -----------------------------------------------------------------
+
+
+def test_fifty_answers_through_messages_are_json_of_their_schema(client: MaceClient) -> None:
+    schema = {'type': 'object', 'required': ['go', 'grid'], 'additionalProperties': False,
+              'properties': {
+                  'go': {'enum': ['left', 'right']},
+                  'grid': {'type': 'array', 'minItems': 1, 'maxItems': 2, 'items': {
+                      'type': 'array', 'maxItems': 3, 'items': {'type': 'boolean'}}}}}
+    asked = [client.ask(f'Which way on day {i}?', temperature=1.0, max_tokens=300, no_learn=True,
+                        response_format=msg.Query.JSON_SCHEMA, response_schema=json.dumps(schema),
+                        **PATIENT) for i in range(50)]
+    for answer in asked:
+        response = answer.result(ANSWER_S)
+        assert response.finish_reason == Response.STOP, response.error
+        validate(json.loads(response.text), schema)
+    refused = client.ask('Which way?', response_format=msg.Query.JSON_SCHEMA,
+                         response_schema='{"type": "way"}').result(ANSWER_S)
+    assert (refused.finish_reason, refused.error_code) == (
+        Response.REJECTED, Response.INVALID_PARAMETER)
+    assert 'way' in refused.error
+
+
+def test_choices_and_log_probabilities_come_in_messages(client: MaceClient) -> None:
+    fields = {'temperature': 1.0, 'seed': 3, 'max_tokens': 8, 'no_learn': True}
+    answer = client.ask('Sing.', n=3, logprobs=3, **fields)
+    response = answer.result(ANSWER_S)
+    assert [c.index for c in response.choices] == [0, 1, 2]
+    assert response.choices[1].text == client.ask(
+        'Sing.', **{**fields, 'seed': 4}).result(ANSWER_S).text
+    for choice in response.choices:
+        assert len(choice.logprobs) == choice.output_tokens
+        assert all(len(token.top) == 2 for token in choice.logprobs)
+    assert wait_until(lambda: answer.chunks[-1].last, ANSWER_S)
+    # The handle streams the first answer.
+    assert answer.text == response.text == response.choices[0].text
+    assert {c.choice for c in answer.chunks} == {0, 1, 2}
+
+
 # -- learning ----------------------------------------------------------------------------
 
 
@@ -255,7 +295,7 @@ def test_a_rollback_under_load_loses_nothing(
         eventually(lambda: any(s.decode_rows >= 2 for s in recorder.of(msg.Scheduler)), ANSWER_S)
         load = ask(question, 20)
         reply = call(operator, Rollback, '/mace/rollback', version=older, timeout_s=ANSWER_S)
-        assert (reply.success, reply.reason) == (True, '')
+        assert (reply.success, reply.message) == (True, '')
         after = ask(question, 5)
         for response in responses(after):
             assert (response.adapter_version, response.text) == (older, answers[0])
@@ -281,7 +321,7 @@ def test_a_rollback_under_load_loses_nothing(
     assert listed.live_version == older
     assert listed.versions[-1].state == msg.AdapterVersion.ROLLED_BACK
     refused = call(operator, Rollback, '/mace/rollback', version=newer + 7)
-    assert not refused.success and 'on record' in refused.reason
+    assert not refused.success and 'on record' in refused.message
 
 
 # -- monitoring -------------------------------------------------------------
@@ -437,7 +477,19 @@ class Fuzzer:
             temperature=pick(NUMBERS), top_p=pick(NUMBERS), seed=pick(INTEGERS),
             stop=pick(([], [], [self.text()], ['a'] * 20)), ttft_slo_ms=pick(NUMBERS),
             tpot_slo_ms=pick(NUMBERS), priority=pick(INTEGERS),
-            reset_conversation=pick((False, True)), no_learn=True)
+            reset_conversation=pick((False, True)), no_learn=True,
+            **(self._sampling() if self._random.random() < 0.3 else {}))
+
+    def _sampling(self) -> dict[str, object]:
+        pick = self._random.choice
+        odd = pick(({}, {'min_p': pick(NUMBERS)}, {'repetition_penalty': pick(NUMBERS)},
+                    {'frequency_penalty': pick(NUMBERS)}, {'presence_penalty': pick(NUMBERS)},
+                    {'top_k': 2**31 - 1}, {'logprobs': 255}, {'n': 0}, {'response_format': 255},
+                    {'logit_bias_tokens': [1, 2**31 - 1], 'logit_bias_values': [1.0, math.nan]}))
+        return {'top_k': pick((-1, 0, 5)), 'logprobs': pick((0, 3)), 'n': pick((1, 2)),
+                'logit_bias_tokens': [5], 'logit_bias_values': [1.0],
+                'response_format': pick((0, 0, 1, 2, 3, 4)),
+                'response_schema': pick(('', '', '{}', 'a|b', '(', self.text())), **odd}
 
     def correction(self) -> msg.Correction:
         pick = self._random.choice
@@ -517,7 +569,7 @@ def test_goals_and_service_calls_with_any_content_are_answered(
         unknown = f'x{fuzzer.id()}'
         rollback = call(client, Rollback, '/mace/rollback', profile=unknown,
                         version=random.Random(unknown).randrange(2**64))
-        assert not rollback.success and rollback.reason
+        assert not rollback.success and rollback.message
         listed = call(client, ListVersions, '/mace/list_versions', profile=unknown)
         assert (listed.success and not listed.versions) or listed.message
         trace = call(client, Trace, '/mace/trace', name=f'/{unknown}',

@@ -41,7 +41,7 @@ from launch_ros.substitutions import FindPackageShare
 service = LaunchService(argv=sys.argv[1:])
 service.include_launch_description(LaunchDescription([GroupAction([IncludeLaunchDescription(
     [FindPackageShare('mace_ros'), '/launch/mace.launch.py'],
-    launch_arguments=[argument.split(':=') for argument in line.split()])])
+    launch_arguments=[argument.split(':=', 1) for argument in line.split()])])
     for line in sys.argv[1:]]))
 sys.exit(service.run())
 """
@@ -103,11 +103,12 @@ def test_the_node_ends_with_the_launch(tmp_path):
 def test_arguments_of_two_launches_apply_to_their_nodes(tmp_path):
     own = tmp_path / 'own.yaml'
     own.write_text('/**:\n  ros__parameters:\n    slo.ttft_ms: 321.0\n'
-                   '    scheduler.policy: continuous\n')
+                   '    scheduler.policy: continuous\n    lifecycle.autostart: false\n')
     with observer() as node, launched(
             tmp_path, 'namespace:=robot1 autostart:=false policy:=periodic model:=/models/qwen3',
-            f'namespace:=/fleet/robot2 autostart:=false params_file:={own}') as printed:
-        first, second = '/robot1/mace', '/fleet/robot2/mace'
+            f'namespace:=/fleet/robot2 name:=brain use_sim_time:=true params_file:={own}'
+            ) as printed:
+        first, second = '/robot1/mace', '/fleet/robot2/brain'
         for server in (first, second):
             state = call(node, GetState, f'{server}/get_state').current_state
             assert state.label == 'unconfigured', printed()
@@ -116,6 +117,17 @@ def test_arguments_of_two_launches_apply_to_their_nodes(tmp_path):
         assert parameter(node, second, 'scheduler.policy').string_value == 'continuous'
         assert parameter(node, second, 'model.source').string_value == ''
         assert parameter(node, second, 'slo.ttft_ms').double_value == 321.0
+        assert parameter(node, second, 'use_sim_time').bool_value
+        assert not parameter(node, first, 'use_sim_time').bool_value
+
+
+def test_remappings_apply_to_node_and_monitor(tmp_path):
+    with observer() as node, launched(
+            tmp_path, 'autostart:=false monitor:=terminal remappings:=/mace/scheduler:=/busy'
+            ) as printed:
+        assert wait_until(lambda: node.get_publishers_info_by_topic('/busy'), START_S), printed()
+        assert wait_until(lambda: node.get_subscriptions_info_by_topic('/busy'), START_S), printed()
+        assert not node.get_publishers_info_by_topic('/mace/scheduler')
 
 
 def test_a_killed_node_is_restarted(tmp_path):
@@ -129,6 +141,13 @@ def test_a_killed_node_is_restarted(tmp_path):
             lambda: len(re.findall(r'mace_node-\d+\]: process started', printed())) == 2, START_S
         ), printed()
         assert re.search(r'monitor-\d+\]: process started', printed())
+
+
+def test_openais_api_is_served_for_the_node_of_the_namespace(tmp_path):
+    with launched(tmp_path, 'namespace:=robot1 autostart:=false openai:=true '
+                            'openai_port:=0') as printed:
+        assert wait_until(lambda: re.search(
+            r'/robot1/mace is served on http://127\.0\.0\.1:\d+/v1', printed()), START_S), printed()
 
 
 def test_rqt_shows_the_topics_of_the_namespace(tmp_path):

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 import math
 import time
@@ -20,15 +20,22 @@ from support.graph import wait_until
 
 from mace_ros.api.events import (
     AdapterVersion,
+    ChatMessage,
+    Choice,
     Correction,
     CorrectionState,
     CorrectionStatus,
     ErrorCode,
     Event,
     FinishReason,
+    Logprob,
     Query,
     Response,
     ResponseChunk,
+    ResponseFormat,
+    TokenLogprobs,
+    Tool,
+    ToolCall,
     VersionState,
 )
 from mace_ros.api.settings import Settings
@@ -64,17 +71,39 @@ def test_every_field_of_a_message_is_converted(
         kind: type, message: object, convert: Callable) -> None:
     types = message.get_fields_and_field_types()
     assert set(types) == {'header', *(f.name for f in fields(kind))} - {'origin'}
-    samples = {'string': 'text', 'boolean': True, 'sequence<string>': ['text']}
-    for name in set(types) - {'header'}:
-        setattr(message, name, samples.get(types[name], 3))
-        value = getattr(convert(message), name)
-        assert value == (('text',) if isinstance(value, tuple) else getattr(message, name))
+    samples = {'string': 'text', 'boolean': True, 'sequence<string>': ['text'],
+               'sequence<int32>': [3], 'sequence<float>': [0.5]}
+    for name in set(types) - {'header', 'messages', 'tools'}:
+        sample = samples.get(types[name], 3)
+        setattr(message, name, sample)
+        assert getattr(convert(message), name) == (
+            tuple(sample) if isinstance(sample, list) else sample)
+
+
+def test_a_conversation_and_tools_are_converted() -> None:
+    call = {'id': 'c', 'name': 'move', 'arguments': '{}'}
+    tool = {'name': 'move', 'description': 'Moves.', 'parameters': '{}'}
+    message = msg.Query(tools=[msg.Tool(**tool)], messages=[
+        msg.ChatMessage(role='assistant', content='Hi', tool_calls=[msg.ToolCall(**call)]),
+        msg.ChatMessage(role='tool', content='Done.', tool_call_id='c')])
+    query = query_from(message)
+    assert query.tools == (Tool(**tool),)
+    assert query.messages == (ChatMessage('assistant', 'Hi', (ToolCall(**call),)),
+                              ChatMessage('tool', 'Done.', tool_call_id='c'))
+    sent = message_from(
+        Response('q', '', '', FinishReason.STOP, tool_calls=(ToolCall(**call),)), Header().stamp)
+    assert sent.tool_calls == [msg.ToolCall(**call)]
+
+
+LOGPROBS = (TokenLogprobs(Logprob(5, '\ufffd', b'\xe3', -0.5), (Logprob(6, 'a', b'a', -0.25),)),
+            TokenLogprobs(Logprob(7, '<|im_end|>', b'', -1.5)))
 
 
 @pytest.mark.parametrize('event', [
-    ResponseChunk('q', 3, 'ä', True),
+    ResponseChunk('q', 3, 'ä', True, choice=2, logprobs=LOGPROBS),
     Response('q', 'c', 'text', FinishReason.ERROR, ErrorCode.INTERNAL, 'why', 7, 'ann', 'k', 0.75,
-             1, 2, 0.5, 1.5, 2.5, 3.5, True),
+             1, 2, 0.5, 1.5, 2.5, 3.5, True, logprobs=LOGPROBS,
+             choices=(Choice(1, 'other', FinishReason.STOP, 4, LOGPROBS),)),
     CorrectionStatus('c', CorrectionState.FAILED, 'why', 7),
     AdapterVersion('ann', 2, 1, VersionState.ROLLED_BACK, 'why', ('a', 'b'), -3.5, -0.5, 10, 1.5,
                  '/path', 'abc')], ids=lambda event: type(event).__name__)
@@ -84,17 +113,31 @@ def test_every_field_of_an_event_is_in_its_message(event: Event) -> None:
     message = message_from(event, stamp)
     assert isinstance(message, MESSAGE_TYPES[type(event)])
     assert message.header.stamp.sec == 5
+    assert_same(message, event)
+
+
+def assert_same(message: object, event: object) -> None:
+    """Compare the fields, those of nested messages included."""
     names = set(message.get_fields_and_field_types()) - {'header'}
     assert names == {f.name for f in fields(event)} - {'origin'}
     for name in names:
-        value = getattr(event, name)
-        assert getattr(message, name) == (list(value) if isinstance(value, tuple) else value)
+        value, found = getattr(event, name), getattr(message, name)
+        if isinstance(value, bytes):
+            assert bytes(found) == value
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            for one, expected in zip(found, value, strict=True):
+                assert_same(one, expected)
+        elif is_dataclass(value):
+            assert_same(found, value)
+        else:
+            assert found == (list(value) if isinstance(value, tuple) else value)
 
 
-@pytest.mark.parametrize('kind', [FinishReason, ErrorCode])
-def test_response_has_the_constants_of_the_enums(kind: type) -> None:
+@pytest.mark.parametrize(('kind', 'message'), [
+    (FinishReason, msg.Response), (ErrorCode, msg.Response), (ResponseFormat, msg.Query)])
+def test_messages_have_the_constants_of_the_enums(kind: type, message: type) -> None:
     assert {m.name: m.value for m in kind}.items() <= {
-        name: getattr(msg.Response, name) for name in dir(msg.Response) if name.isupper()}.items()
+        name: getattr(message, name) for name in dir(message) if name.isupper()}.items()
 
 
 def test_the_live_version_of_each_profile_stays_in_the_history() -> None:

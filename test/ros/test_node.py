@@ -271,7 +271,6 @@ MALFORMED_CORRECTIONS = {
     'unknown query_id': ({'query_id': 'unknown'}, 'unknown'),
     'unknown conversation_id': ({'conversation_id': 'nowhere'}, 'nowhere'),
     'without a prompt': ({'query_id': ''}, 'query_id, conversation_id or prompt'),
-    'empty text': ({'corrected': ''}, 'corrected'),
     'equal to the answer': ({'corrected': None}, 'equal'),
     'equal to rejected': ({'rejected': 'Warm.', 'corrected': ' Warm. '}, 'equal'),
     'too long to learn': ({'corrected': 'cold ' * 600}, 'finetune.max_sample_tokens'),

@@ -15,9 +15,10 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter as NodeParameter, parameter_dict_from_yaml_file
 
 from mace_ros.api.policies import POLICIES
-from mace_ros.api.settings import InvalidSetting, PARAMETERS, Settings
+from mace_ros.api.settings import InvalidSetting, Parameter, PARAMETERS, Settings
 from mace_ros.ros import parameter_table
 from mace_ros.ros.parameters import ParameterServer
+from mace_ros.store.layout import default_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'config' / 'mace.yaml'
@@ -40,6 +41,7 @@ class Served:
         self.node = Node('mace', context=context, cli_args=['--ros-args', *arguments])
         self.changes: list[Settings] = []
         self.server = ParameterServer(self.node, self.changes.append)
+        self.initial = self.server.settings
 
     def set(self, **values: object) -> tuple[bool, str]:
         """Set parameters atomically; ``slo__ttft_ms`` stands for ``slo.ttft_ms``."""
@@ -77,9 +79,10 @@ def test_a_parameter_is_declared_as_in_the_table(context: Context, name: str) ->
     served, row = Served(context), PARAMETERS[name]
     try:
         described = served.node.describe_parameter(name)
-        assert served.node.get_parameter(name).value == row.default
+        value = served.node.get_parameter(name).value
     finally:
         served.node.destroy_node()
+    assert value == (row.default if name != 'storage.folder' else str(default_folder('/mace')))
     assert described.description.startswith(row.description)
     assert row.unit in described.description
     assert described.read_only == row.read_only
@@ -90,15 +93,21 @@ def test_a_parameter_is_declared_as_in_the_table(context: Context, name: str) ->
     }[type(row.default)]
     ranges = [*described.integer_range, *described.floating_point_range]
     assert [(r.from_value, r.to_value) for r in ranges] == (
-        [] if row.minimum is None else [(row.minimum, row.maximum)])
+        [] if row.minimum is None else [(row.minimum, row.slider or row.maximum)])
     assert all(choice in described.additional_constraints for choice in row.choices)
 
 
-def test_a_change_reaches_the_settings(served: Served) -> None:
+def test_a_change_reaches_the_settings(
+        served: Served, capfd: pytest.CaptureFixture[str]) -> None:
     assert served.set(slo__ttft_ms=250.0, scheduler__policy='continuous') == (True, '')
     settings = served.server.settings
     assert (settings.slo.ttft_ms, settings.scheduler.policy) == (250.0, 'continuous')
     assert served.changes == [settings]
+    assert served.set(slo__ttft_ms=250.0) == (True, '')
+    logged = [line.split(': ', 1)[1] for line in capfd.readouterr().err.splitlines()
+              if ' is ' in line]
+    assert logged == ['slo.ttft_ms is 250.0, and was 500.0',
+                      "scheduler.policy is 'continuous', and was 'mace'"]
 
 
 @pytest.mark.parametrize('case', WRONG)
@@ -107,8 +116,50 @@ def test_an_invalid_value_is_refused_with_a_reason(served: Served, case: str) ->
     successful, said = served.set(**{name: value})
     assert not successful
     assert reason in said
-    assert served.server.settings == Settings()
+    assert served.server.settings == served.initial
     assert served.changes == []
+
+
+LIVE_NUMBERS = [p for p in PARAMETERS.values() if not p.read_only and p.minimum is not None]
+
+
+@pytest.mark.parametrize('row', LIVE_NUMBERS, ids=lambda row: row.name)
+def test_a_slider_can_set_the_default(row: Parameter) -> None:
+    """The sliders of rqt_reconfigure have 100 positions for a parameter that is a float."""
+    position = ((row.slider or row.maximum) - row.minimum) / 100
+    assert not row.default or position <= row.default / 3
+    assert row.slider is None or row.default <= row.slider < row.maximum
+
+
+@pytest.mark.skipif(not hasattr(Node, 'add_pre_set_parameters_callback'),
+                    reason='this rclpy has no callback before a change')
+def test_values_beyond_the_slider_can_be_set(context: Context) -> None:
+    """At the start and live; the slider then reaches the maximum."""
+    served = Served(context, '-p', 'slo.tpot_ms:=7000.0')
+    ends = {name: served.node.describe_parameter(name).floating_point_range[0].to_value
+            for name in ('slo.ttft_ms', 'slo.tpot_ms')}
+    assert ends == {'slo.ttft_ms': PARAMETERS['slo.ttft_ms'].slider,
+                    'slo.tpot_ms': PARAMETERS['slo.tpot_ms'].maximum}
+    assert served.set(slo__ttft_ms=60000.0) == (True, '')
+    described = served.node.describe_parameter('slo.ttft_ms')
+    assert described.floating_point_range[0].to_value == PARAMETERS['slo.ttft_ms'].maximum
+    successful, reason = served.set(slo__ttft_ms=1e9)
+    assert (successful, 'slo.ttft_ms' in reason) == (False, True)
+    assert served.server.settings.slo.ttft_ms == 60000.0
+    served.node.destroy_node()
+
+
+@pytest.mark.parametrize('given', ['', '~/kept', '/tmp/kept', 'kept'])
+def test_the_storage_folder_reads_back_as_the_path_in_use(context: Context, given: str) -> None:
+    served = Served(context, '-p', f"storage.folder:='{given}'", '-r', '__ns:=/robot1')
+    folder = served.node.get_parameter('storage.folder').value
+    assert folder == served.server.settings.storage.folder
+    assert folder == str({
+        '': default_folder('/robot1/mace'), '~/kept': Path.home() / 'kept',
+        '/tmp/kept': Path('/tmp/kept'), 'kept': Path.cwd() / 'kept'}[given])
+    successful, reason = served.set(storage__folder='/elsewhere')
+    assert (successful, 'read-only' in reason) == (False, True)
+    served.node.destroy_node()
 
 
 def test_changes_are_atomic(served: Served) -> None:
@@ -116,7 +167,7 @@ def test_changes_are_atomic(served: Served) -> None:
     assert not successful
     assert 'best' in reason
     assert served.node.get_parameter('slo.ttft_ms').value == Settings().slo.ttft_ms
-    assert served.server.settings == Settings()
+    assert served.server.settings == served.initial
 
 
 def test_a_read_only_parameter_can_not_be_changed(served: Served) -> None:
@@ -161,7 +212,8 @@ def test_the_shipped_file_has_the_defaults(context: Context, node: str) -> None:
     assert {name: p.value for name, p in
             ((n, NodeParameter.from_parameter_msg(m)) for n, m in in_file.items())} == {
         name: row.default for name, row in PARAMETERS.items()}
-    assert served.server.settings == Settings()
+    assert served.server.settings == Settings().updated(
+        {'storage.folder': str(default_folder(f'/robot1/{node}'))})
 
 
 @pytest.mark.skipif(not README.exists(), reason='there is no README yet')

@@ -80,11 +80,11 @@ def test_all_records_survive_a_restart(path: Path) -> None:
     with Journal(path) as journal:
         assert journal.answer('q1') == given
         assert journal.correction('k1') == replace(record, state=LEARNED, adapter_version=1)
-        live = journal.live('Zoë')
+        live = journal.newest('Zoë')
         assert live is not None and math.isnan(live.score_after)
         assert replace(live, score_after=0.0) == replace(version, score_after=0.0)
         assert journal.live_versions() == (live,)
-        assert journal.live('') is None
+        assert journal.newest('') is None
         assert journal.answer('q2') is None and journal.correction('k2') is None
 
 
@@ -92,7 +92,7 @@ def test_the_file_is_set_up_for_power_failures(journal: Journal, path: Path) -> 
     """WAL with synchronous=FULL, which kill -9 can't tell from NORMAL."""
     settings = {name: journal.rows(f'PRAGMA {name}')[0][0]
                 for name in ('journal_mode', 'synchronous', 'user_version')}
-    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 6}
+    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 9}
 
 
 def test_a_journal_of_schema_1_is_migrated(path: Path) -> None:
@@ -234,7 +234,7 @@ def test_publishing_is_all_or_nothing(journal: Journal, path: Path) -> None:
         "BEGIN SELECT raise(ABORT, 'injected'); END")
     with pytest.raises(JournalError, match='injected'):
         journal.publish(VersionRecord('', 1, 0, correction_ids=('k1', 'k2')))
-    assert journal.versions() == () and journal.live('') is None
+    assert journal.versions() == () and journal.newest('') is None
     assert len(journal.pending()) == 2
 
 
@@ -248,7 +248,7 @@ def test_publishing_leaves_superseded_corrections_alone(journal: Journal) -> Non
     assert journal.learned('ann') == ()
     assert journal.publish(VersionRecord('', 2, 1, correction_ids=('k1', 'k3'))) == ('k3',)
     assert [record.adapter_version for record in journal.learned('')] == [1, 2]
-    live = journal.live('')
+    live = journal.newest('')
     assert live is not None and live.version == 2
     assert [record.version for record in journal.versions('')] == [1, 2]
 
@@ -258,7 +258,7 @@ def test_a_version_number_is_never_reused(path: Path) -> None:
     with Journal(path) as journal:
         assert journal.next_version('') == 1
         journal.record_version(VersionRecord('', 1, 0, VersionState.REJECTED, 'worse'))
-        assert journal.live('') is None
+        assert journal.newest('') is None
         assert journal.next_version('') == 2  # the process ends before it is recorded
     with Journal(path) as journal:
         assert journal.next_version('') == 3
@@ -272,7 +272,7 @@ def test_a_version_number_is_never_reused(path: Path) -> None:
             journal.publish(VersionRecord('', 9, 7, VersionState.REJECTED))
         with pytest.raises(ValueError, match='base model'):
             journal.record_version(VersionRecord('', 0, 0))
-        live = journal.live('')
+        live = journal.newest('')
         assert live is not None and live.version == 7
 
 
@@ -519,7 +519,7 @@ writer = JournalWriter(path, max_answers=50)
 def publish(journal):
     ids = tuple(record.id for record in journal.pending('')[:8])
     version = journal.next_version('')
-    live = journal.live('')
+    live = journal.newest('')
     journal.publish(VersionRecord(
         '', version, live.version if live else 0, correction_ids=ids, path=f'v{version}'))
     return version
@@ -571,7 +571,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(path: Path) -> None:
             versions = journal.versions('')
             # A version is recorded and live with its corrections LEARNED, or not at all.
             assert {record.version for record in versions} >= set(published)
-            live = journal.live('')
+            live = journal.newest('')
             assert (live.version if live else 0) == max((v.version for v in versions), default=0)
             learned = {record.id: record.adapter_version for record in journal.learned('')}
             assert learned == {i: v.version for v in versions for i in v.correction_ids}

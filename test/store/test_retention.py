@@ -32,10 +32,11 @@ SECRET = 'I live in Rosebud Lane.'
 def publish(journal: Journal, store: AdapterStore, profile: str = '', *corrections: str) -> int:
     """Save and publish a version; return its number."""
     version = journal.next_version(profile)
-    live = journal.live(profile)
+    live = journal.newest(profile)
+    parent = live.version if live else 0
     saved = store.save(profile, version, {'weight': torch.ones(2)}, {})
     journal.publish(VersionRecord(
-        profile, version, live.version if live else 0, correction_ids=corrections,
+        profile, version, parent, continues=parent, correction_ids=corrections,
         path=saved.path, sha256=saved.sha256))
     return version
 
@@ -127,7 +128,8 @@ def test_a_rollback_after_old_version_records_are_deleted(
     with Journal(tmp_path / JOURNAL) as journal:
         for number in range(1, 7):
             journal.accept(correction(f'k{number}'))
-            journal.publish(VersionRecord('', number, number - 1, correction_ids=(f'k{number}',),
+            journal.publish(VersionRecord('', number, number - 1, continues=number - 1,
+                                          correction_ids=(f'k{number}',),
                                           sha256='ab' if number > 4 else ''))
         journal.forget_old_versions(9)
         assert [v.version for v in journal.versions('')] == [4, 5, 6]
@@ -192,8 +194,14 @@ def test_list_prints_one_line_per_record(storage: Path) -> None:
     assert [line.split('\t')[0] for line in run(storage, 'list', 'answers').splitlines()] == [
         'q1', 'q2', 'q3']
     assert run(storage, 'list', 'versions') == (
-        '1\tPUBLISHED\t\tparent 0\t1 corrections\ton disk\t\n'
+        '1\tPUBLISHED\t\tparent 0\t1 correction\ton disk\t\n'
         '2\tPUBLISHED\t\tparent 1\t0 corrections\tlive\t\n')
+
+
+def test_ros_arguments_are_ignored(storage: Path) -> None:
+    listed = run(storage, 'list', 'versions')
+    assert run(storage, '--ros-args', '-r', '__ns:=/robot2', '--', 'list', 'versions',
+               '--ros-args', '-r', '__node:=journal') == listed
 
 
 def test_scope_prints_what_versions_have_learned(storage: Path) -> None:
@@ -233,7 +241,7 @@ def test_deleted_texts_are_in_no_file(storage: Path) -> None:
                 if path.is_file() and text.encode() in path.read_bytes()]
 
     assert found(SECRET) and found('In a house.')
-    assert run(storage, 'delete', 'corrections', 'k1') == '1 corrections deleted\n'
+    assert run(storage, 'delete', 'corrections', 'k1') == '1 correction deleted\n'
     assert not found(SECRET) and not found('In a house.')
     assert found('In a flat.')      # of another profile
     run(storage, 'delete', 'answers', 'q3')
@@ -345,13 +353,13 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
         assert [v.correction_ids for v in theirs] == [
             v.correction_ids for v in journal.versions('')]
         assert [v.parent for v in theirs] == [0, theirs[0].version]
-        assert new.live('') == mine
+        assert new.newest('') == mine
         store = AdapterStore(other)
         for here, there in zip(theirs, journal.versions(''), strict=True):
             assert torch.equal(store.load(here.path, here.sha256)['weight'],
                                AdapterStore(storage).load(there.path, there.sha256)['weight'])
         roll_back(new, '', theirs[-1].version, 'better')
-        assert new.live('') == theirs[-1]
+        assert new.newest('') == theirs[-1]
 
 
 @pytest.mark.parametrize(('line', 'why'), [
@@ -371,7 +379,7 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
      '"weight": NaN}', 'weight'),
     ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "user", '
      '"content": "\\ud800"}], "corrected": "b"}', 'messages'),
-    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "tool", '
+    ('{"kind": "correction", "id": "a", "prompt_ids": [1], "messages": [{"role": "robot", '
      '"content": "c"}], "corrected": "b"}', 'role'),
     ('{"kind": "answer", "query_id": 7, "prompt_ids": [], "messages": [], "text": "b", '
      '"output_ids": []}', 'query_id'),

@@ -17,6 +17,8 @@ from torch import Tensor
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mace_ros.model.int4_checkpoint import checkpoint_of
+from mace_ros.model.int4_kernels import Int4Kernel
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.packing import pack
@@ -111,11 +113,22 @@ def random_model(config_name: str, **settings: Any) -> PreTrainedModel:
 
 def with_reference(model: PreTrainedModel, *, kv_tokens: int = 1024,
                    targets: str = 'all-linear', slots: int = 2, int8: bool = False,
-                   invocation: tuple[int, ...] = (),
+                   int4: Int4Kernel | None = None, invocation: tuple[int, ...] = (),
                    ) -> tuple[PackedModel, LoRAManager, PreTrainedModel]:
-    """Convert ``model``; return it, its LoRA manager, and an unconverted copy."""
+    """
+    Convert ``model``; return it, its LoRA manager, and an unconverted copy.
+
+    With ``int4``, linear layers have 4 bits, and those of the copy the same values.
+    """
     reference = copy.deepcopy(model)
-    packed = pack(model, kv_tokens=kv_tokens, int8=int8)
+    weights = {} if int4 is None else checkpoint_of(
+        copy.deepcopy(model), int4, model.dtype).linears
+    packed = pack(model, kv_tokens=kv_tokens, int8=int8, int4=weights)
+    if weights:
+        for layer in [*packed.linears, *packed.head]:
+            parts = layer.weight.split([s.size for s in layer.shards])
+            for shard, part in zip(layer.shards, parts, strict=True):
+                reference.get_submodule(shard.name).weight.data.copy_(part)
     lora = LoRAManager(packed.linears, targets=targets, rank=RANK, alpha=ALPHA, slots=slots,
                        invocation=invocation)
     return packed, lora, reference

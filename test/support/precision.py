@@ -18,4 +18,5 @@ WITH_BFLOAT16 = {'avx2': True, 'avx512_bf16': True}
 
 WEIGHT_DTYPE = os.environ.get('MACE_TEST_DTYPE') or 'float32'
 CAPABILITIES = {
-    'float32': WITHOUT_BFLOAT16, 'bfloat16': WITH_BFLOAT16, 'int8': WITH_BFLOAT16}[WEIGHT_DTYPE]
+    'float32': WITHOUT_BFLOAT16, 'bfloat16': WITH_BFLOAT16, 'int8': WITH_BFLOAT16,
+    'int4': WITH_BFLOAT16}[WEIGHT_DTYPE]

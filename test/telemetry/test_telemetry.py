@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 import re
 from types import SimpleNamespace
+from typing import Any
 import xml.etree.ElementTree as ElementTree
 
 import mace_ros.msg as msg
@@ -256,8 +257,8 @@ def test_missed_slos_are_a_warning() -> None:
 
 PROBLEMS = {
     'a fault': ('serving', Level.ERROR, 'no such model'),
-    'a failed query': ('serving', Level.ERROR, '1 queries failed: out of memory'),
-    'an overload': ('serving', Level.WARN, '1 queries were rejected'),
+    'a failed query': ('serving', Level.ERROR, '1 query failed: out of memory'),
+    'an overload': ('serving', Level.WARN, '1 query was rejected'),
     'a stalled iteration': ('serving', Level.ERROR, 'the current iteration has taken 40 s'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
     'failed learning': ('learning', Level.ERROR, 'will be retried: OutOfMemoryError'),
@@ -372,9 +373,9 @@ def test_a_finding_becomes_a_diagnostic_status() -> None:
 # -- shipped plot layouts ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize('file', ['mace.perspective', 'plotjuggler.xml'])
+@pytest.mark.parametrize('file', ['mace.perspective', 'plotjuggler.xml', 'foxglove.json'])
 def test_the_shipped_layouts_plot_existing_numeric_fields(file: str) -> None:
-    drawn = re.findall(r'/mace/(\w+)/(\w+)', (CONFIG / file).read_text())
+    drawn = re.findall(r'/mace/(\w+)[/.](\w+)', (CONFIG / file).read_text())
     assert len(drawn) > 10
     types = {'scheduler': msg.Scheduler, 'latency': msg.Latency}
     for topic, field in drawn:
@@ -382,5 +383,26 @@ def test_the_shipped_layouts_plot_existing_numeric_fields(file: str) -> None:
 
 
 def test_the_shipped_layouts_are_well_formed() -> None:
-    json.loads((CONFIG / 'mace.perspective').read_text())
     ElementTree.parse(CONFIG / 'plotjuggler.xml')
+    layout = json.loads((CONFIG / 'foxglove.json').read_text())
+    assert panels(layout['layout']) == list(layout['configById'])
+
+
+def panels(layout: str | dict[str, Any]) -> list[str]:
+    """Return the panels that Foxglove shows, from the top left to the bottom right."""
+    if isinstance(layout, str):
+        return [layout]
+    return panels(layout['first']) + panels(layout['second'])
+
+
+def test_the_plots_show_a_minute() -> None:
+    """Without a width, rqt_plot shows one second for ever after a redraw without data."""
+    plugins = json.loads((CONFIG / 'mace.perspective').read_text())[
+        'groups']['pluginmanager']['groups']
+    plots = [plugin['groups']['plugin']['keys'] for name, plugin in plugins.items()
+             if 'rqt_plot' in name]
+    assert len(plots) == 3
+    assert {plot['x_limits']['repr'] for plot in plots} == {'[0.0, 60.0]'}
+    foxglove = json.loads((CONFIG / 'foxglove.json').read_text())['configById']
+    assert {panel['followingViewWidth'] for name, panel in foxglove.items()
+            if name.startswith('Plot')} == {60}

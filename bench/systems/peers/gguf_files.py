@@ -16,11 +16,14 @@ TYPES = {
     'float16': gguf.GGMLQuantizationType.F16,
     'bfloat16': gguf.GGMLQuantizationType.BF16,
     'int8': gguf.GGMLQuantizationType.Q8_0,
+    'int4': None,       # the source as it is
 }
 
 
 def convert(source: Path, target: Path, dtype: str) -> Path:
     """Write the model of a GGUF file, tokenizer included, in another precision."""
+    if TYPES[dtype] is None:
+        return source
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, _text(reader, 'general.architecture'))
     for field in reader.fields.values():

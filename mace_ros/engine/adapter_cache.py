@@ -1,0 +1,36 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the live versions that queries need into the device's slots."""
+
+from __future__ import annotations
+
+from mace_ros.learning.live_versions import LiveVersions
+from mace_ros.memory.adapter_slots import AdapterSlots, ServedVersion
+from mace_ros.model.lora_manager import LoRAManager
+
+
+class AdapterCache:
+    """Loads a version when a query needs it; takes milliseconds, and nothing if it is loaded."""
+
+    def __init__(self, slots: AdapterSlots, lora: LoRAManager, live: LiveVersions) -> None:
+        """Load the versions of ``live`` into ``slots``, whose weights ``lora`` writes."""
+        self._slots, self._lora, self._live = slots, lora, live
+
+    def pin(self, version: ServedVersion) -> int | None:
+        """Return the slot of a version, which keeps it; None if running queries hold them all."""
+        slot = self._slots.slot_of(version)
+        if slot is None:
+            slot = self._slots.assign(version)
+            if slot is None:
+                return None
+            try:
+                self._lora.write_slot(slot, self._live.weights(version))
+            except BaseException:
+                self._slots.discard(version)
+                raise
+        self._slots.pin(version)
+        return slot
+
+    def unpin(self, version: ServedVersion) -> None:
+        """Undo one :meth:`pin`."""
+        self._slots.unpin(version)

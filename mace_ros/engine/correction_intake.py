@@ -1,0 +1,114 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Corrections on their way into the journal; those of an unfinished answer wait for its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+import threading
+
+from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus, InvalidCorrection
+from mace_ros.api.settings import Settings
+from mace_ros.api.validation import checked_correction
+from mace_ros.api.wording import counted
+from mace_ros.engine.correction_limiter import CorrectionLimiter
+from mace_ros.engine.inbox import CorrectionWritten, Inbox, Publish
+from mace_ros.learning.acceptance import accept
+from mace_ros.model.chat import ChatTokenizer
+from mace_ros.store.journal_writer import JournalWriter
+
+MAX_HELD = 1000     # corrections that wait for the end of their answers
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """A checked correction, and what was in force when it arrived."""
+
+    correction: Correction
+    settings: Settings
+    longest: int        # tokens of a prompt with its answer
+    at: float           # on the engine's clock, in seconds
+
+
+class CorrectionIntake:
+    """
+    Checks corrections and writes them to the journal, whose thread puts the outcome into the inbox.
+
+    :meth:`take` may be called from any thread, the other methods from the device's. A correction
+    is acknowledged when it is written: one that waits for the end of its answer is not yet.
+    """
+
+    def __init__(self, *, chat: ChatTokenizer, journal: JournalWriter, inbox: Inbox,
+                 clock: Callable[[], float]) -> None:
+        """Begin without a correction."""
+        self._chat, self._journal, self._inbox, self._clock = chat, journal, inbox, clock
+        self._limiter = CorrectionLimiter()
+        self._lock = threading.Lock()
+        # Of each query that is being answered, the conversation, once the answer has begun.
+        self._conversations: dict[str, str] = {}
+        self._held: dict[str, list[_Arrived]] = {}      # by the query that they correct
+
+    def take(self, correction: Correction, settings: Settings, longest: int) -> None:
+        """
+        Write a correction, now or at the end of the answer that it corrects.
+
+        ``longest`` is the maximum number of tokens of a prompt with its answer.
+        """
+        at = self._clock()
+        try:
+            checked = checked_correction(correction)
+            self._limiter.admit(at, settings.correction.max_per_minute, self._journal.backlog)
+            held = self._hold(_Arrived(checked, settings, longest, at))
+        except InvalidCorrection as error:
+            self._inbox.put(Publish(rejected(correction, error)))
+            return
+        if not held:
+            self._write(_Arrived(checked, settings, longest, at))
+
+    def query_admitted(self, query_id: str) -> None:
+        """Hold corrections of this query from now on."""
+        with self._lock:
+            self._conversations[query_id] = ''
+
+    def answer_begun(self, query_id: str, conversation_id: str) -> None:
+        """Take this answer for the last one of its conversation from now on."""
+        with self._lock:
+            self._conversations[query_id] = conversation_id
+
+    def query_ended(self, query_id: str) -> None:
+        """Write the corrections of an answer that the journal was given before this call."""
+        with self._lock:
+            self._conversations.pop(query_id, None)
+            held = self._held.pop(query_id, [])
+        for arrived in held:
+            self._write(arrived)
+
+    def _hold(self, arrived: _Arrived) -> bool:
+        """Return whether the correction waits for the end of its answer."""
+        correction = arrived.correction
+        with self._lock:
+            query_id = correction.query_id or next(
+                (q for q, conversation in reversed(self._conversations.items())
+                 if conversation and conversation == correction.conversation_id), '')
+            if query_id not in self._conversations:
+                return False
+            if sum(map(len, self._held.values())) >= MAX_HELD:
+                raise InvalidCorrection(counted(
+                    MAX_HELD, 'correction waits', 'corrections wait')
+                    + ' for the end of an answer; try again later')
+            self._held.setdefault(query_id, []).append(
+                replace(arrived, correction=replace(correction, query_id=query_id)))
+        return True
+
+    def _write(self, arrived: _Arrived) -> None:
+        written = self._journal.submit(lambda journal: accept(
+            arrived.correction, journal, chat=self._chat, settings=arrived.settings,
+            longest=arrived.longest, arrived=arrived.at))
+        written.add_done_callback(
+            lambda outcome: self._inbox.put(CorrectionWritten(arrived.correction, outcome)))
+
+
+def rejected(correction: Correction, error: BaseException) -> CorrectionStatus:
+    """Return the event of a correction that was refused."""
+    return CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))

@@ -1,0 +1,113 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Answers to hints: the question again, with the hint before it, as a silent request.
+
+The version in whose scope the question lies answers, greedily. The answer becomes the text of the
+hint's correction. It is asked for again after a restart, since the hint is in the journal.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from mace_ros.api.events import Correction, FinishReason, Query
+from mace_ros.api.settings import Settings
+from mace_ros.engine.active_request import ActiveRequest, PREFILL_ID, RequestKind
+from mace_ros.engine.inbox import AnswerWritten, CorrectionWritten, Inbox
+from mace_ros.learning.acceptance import Accepted, take_hint_answer
+from mace_ros.model.chat import ChatTokenizer, TextStream
+from mace_ros.model.sampling import Sampling
+from mace_ros.scheduling.request import Request
+from mace_ros.store.journal_writer import JournalWriter
+from mace_ros.store.records import CorrectionRecord, Messages
+
+
+class HintAnswers:
+    """The hints that wait for an answer, and the one that is being answered."""
+
+    def __init__(self, *, chat: ChatTokenizer, journal: JournalWriter, inbox: Inbox,
+                 clock: Callable[[], float]) -> None:
+        """Continue with the hints in the journal; blocks."""
+        self._chat, self._journal, self._inbox, self._clock = chat, journal, inbox, clock
+        self._waiting = deque(journal.submit(lambda j: j.unanswered_hints()).result())
+        self._asked: CorrectionRecord | None = None
+        self._settings, self._longest = Settings(), 0
+
+    def add(self, record: CorrectionRecord) -> None:
+        """Queue a hint that is in the journal."""
+        self._waiting.append(record)
+
+    def next(self, settings: Settings, longest: int) -> ActiveRequest | None:
+        """
+        Return the request to start now, one at a time.
+
+        ``longest`` is the maximum number of tokens of a prompt with its answer.
+        """
+        self._settings, self._longest = settings, longest
+        while self._waiting and self._asked is None:
+            record = self._waiting.popleft()
+            try:
+                ids = self._chat.prompt(with_hint(record.messages, record.hint))
+            except Exception as error:    # a chat template that refuses the messages
+                self._answered(record, '', f'{type(error).__name__}: {error}')
+                continue
+            if len(ids) < longest:
+                self._asked = record
+                return self._request(record, ids, settings)
+            self._answered(record, '', f'{len(ids)} tokens with its prompt; {longest - 1} at most')
+        return None
+
+    def ended(self, active: ActiveRequest, reason: FinishReason, error: str) -> None:
+        """Take the outcome of the request."""
+        record, self._asked = self._asked, None
+        assert record is not None
+        if reason is FinishReason.CANCELLED:     # the node is deactivated
+            self._waiting.appendleft(record)
+        elif reason is FinishReason.LENGTH:
+            self._answered(record, '', 'the answer does not end within generation.max_tokens')
+        else:
+            self._answered(record, active.stream.text, error)
+
+    def _request(self, record: CorrectionRecord, ids: list[int],
+                 settings: Settings) -> ActiveRequest:
+        request = Request(
+            id=f'{PREFILL_ID}{RequestKind.HINT.name}', arrival=self._clock(),
+            prompt_tokens=len(ids),
+            max_tokens=min(settings.generation.max_tokens, self._longest - len(ids)),
+            ttft_slo=settings.slo.ttft_ms / 1e3, tpot_slo=settings.slo.tpot_ms / 1e3, priority=0)
+        return ActiveRequest(
+            query=Query('', id=request.id, profile=record.profile),
+            # Without the hint: these decide in whose scope the question lies.
+            messages=tuple(dict(m) for m in record.messages), ids=ids, request=request,
+            sampling=Sampling(0.0, 1.0, 0), stream=TextStream(self._chat),
+            kind=RequestKind.HINT, adapted_from=self._chat.adapted_from(ids))
+
+    def _answered(self, record: CorrectionRecord, text: str, problem: str) -> None:
+        """Give the journal the answer, or why there is none."""
+        settings, longest, now = self._settings, self._longest, self._clock()
+        if not text.strip() and not problem:
+            problem = 'the answer is empty'
+        written: Future[Accepted] = self._journal.submit(lambda journal: take_hint_answer(
+            record, text, problem, journal, chat=self._chat, settings=settings,
+            longest=longest, arrived=now))
+        written.add_done_callback(lambda outcome: self._report(record, outcome))
+
+    def _report(self, record: CorrectionRecord, outcome: Future[Accepted]) -> None:
+        """Report the outcome; after an error of the disk, the next start asks again."""
+        error = outcome.exception()
+        self._inbox.put(
+            CorrectionWritten(Correction('', id=record.id), outcome) if error is None
+            else AnswerWritten(str(error)))
+
+
+def with_hint(messages: Messages, hint: str) -> list[dict[str, str]]:
+    """Return the messages with the hint before the last question."""
+    made = [dict(message) for message in messages]
+    for message in reversed(made):
+        if message['role'] == 'user':
+            message['content'] = f'{hint}\n\n{message["content"]}'
+            return made
+    return [*made, {'role': 'user', 'content': hint}]

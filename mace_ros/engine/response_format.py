@@ -1,0 +1,58 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What an answer must be, compiled when its query arrives."""
+
+from __future__ import annotations
+
+from mace_ros.api.chat_validation import check_prompt
+from mace_ros.api.events import ErrorCode, InvalidQuery, Query, ResponseFormat
+from mace_ros.api.validation import check_response_format
+from mace_ros.model.chat import ChatTokenizer
+from mace_ros.model.constraints import Constraint, ConstraintCompiler, InvalidFormat
+from mace_ros.model.tool_grammar import call_grammar
+from mace_ros.model.vocabulary import UnreadableVocabulary
+
+
+def compile_format(query: Query, compiler: ConstraintCompiler,
+                   chat: ChatTokenizer) -> Constraint | InvalidQuery | None:
+    """
+    Return the constraint of a query, None if there is none, or why it is invalid.
+
+    ``tool_choice`` may demand a call of a tool, in the convention of the chat template.
+
+    In the thread that the query arrives in, so that no iteration waits for it. The reason is
+    returned, not raised, because a duplicate id is looked for first.
+    """
+    try:
+        check_response_format(query)
+        if query.logprobs:
+            compiler.vocabulary.index()     # else the device's thread would make it
+        if query.tool_choice not in ('', 'auto', 'none'):
+            return _compile_call(query, compiler, chat)
+        if query.response_format == ResponseFormat.FREE:
+            return None
+        return compiler.compile(query.response_format, query.response_schema)
+    except InvalidQuery as error:
+        return error
+    except UnreadableVocabulary as error:
+        return InvalidQuery(ErrorCode.INVALID_PARAMETER, f'logprobs: {error}')
+    except InvalidFormat as error:
+        name = ResponseFormat(query.response_format).name
+        return InvalidQuery(ErrorCode.INVALID_PARAMETER, f'response_schema: {name}: {error}')
+
+
+def _compile_call(query: Query, compiler: ConstraintCompiler,
+                  chat: ChatTokenizer) -> Constraint | None:
+    """Return the constraint of an answer that calls a tool; raises :class:`InvalidQuery`."""
+    check_prompt(query)
+    if query.response_format != ResponseFormat.FREE:
+        raise InvalidQuery(ErrorCode.INVALID_PARAMETER,
+                           'response_format: tool_choice demands a call, which has its own format')
+    if chat.tool_format is None:
+        return None     # the prompt will be refused
+    chosen = [tool for tool in query.tools if query.tool_choice in ('required', tool.name)]
+    try:
+        return compiler.compile(
+            ResponseFormat.GRAMMAR, call_grammar(chat.tool_format, chosen, chat.markers))
+    except InvalidFormat as error:
+        raise InvalidQuery(ErrorCode.INVALID_PARAMETER, f'tools: {error}') from error

@@ -1,0 +1,168 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The live versions of each profile: their weights, and which questions they answer.
+
+A version has learned a few corrections. The next version continues it and takes its place, or
+begins anew and is live beside it. So several versions of a profile may be live, and each
+correction is answered by one of them: the version that has learned it, or the one that continues
+that version. What a version has learned cannot be lost by a version that does not continue it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+
+from mace_ros.api.settings import AdapterSettings
+from mace_ros.learning.scope import entry, Match, Scope
+from mace_ros.memory.adapter_slots import BASE, ServedVersion
+from mace_ros.store.records import CorrectionRecord
+
+Weights: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclass
+class LiveSet:
+    """
+    The live versions of one profile; ``newest`` is 0 without a version.
+
+    ``answering`` maps each version of the lineage to the live one that has what it has learned.
+    """
+
+    newest: int = 0
+    weights: dict[int, Weights] = field(default_factory=dict)
+    answering: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """The version in whose scope a question is, and the correction that it resembles most."""
+
+    version: ServedVersion
+    match: Match | None
+
+
+class LiveVersions:
+    """The live versions of all profiles with their scopes; on the device's thread only."""
+
+    def __init__(self, frequency: Callable[[str], float]) -> None:
+        """Begin without a version; see :class:`Scope` for ``frequency``."""
+        self._frequency = frequency
+        self._live: dict[str, LiveSet] = {}
+        self._scopes: dict[str, Scope] = {}
+        self._nothing = Scope(frequency)
+
+    # -- versions --------------------------------------------------------------------
+
+    @property
+    def profiles(self) -> int:
+        """Profiles that have a live version of their own."""
+        return sum(live.newest > 0 for live in self._live.values())
+
+    def newest(self, profile: str) -> int:
+        """Return the newest live version of a profile itself; 0 if it has none."""
+        return self._of(profile).newest
+
+    def weights(self, version: ServedVersion) -> Weights:
+        """Return the weights of a live version; raises ``KeyError``."""
+        return self._of(version.profile).weights[version.version]
+
+    def learned_by(self, version: ServedVersion) -> set[str]:
+        """Return the ids of the corrections that a live version answers."""
+        answering = self._of(version.profile).answering
+        return {known.correction_id for known in self.scope(version.profile)
+                if answering.get(known.learned_in, 0) == version.version}
+
+    def publish(self, profile: str, version: int, weights: Weights, *, continues: int,
+                learned: Iterable[CorrectionRecord]) -> None:
+        """
+        Serve a version, and the corrections that it has learned.
+
+        It takes the place of the version that it ``continues``; 0 is none.
+        """
+        live = self._live.setdefault(profile, LiveSet())
+        live.weights.pop(continues, None)
+        for learned_in, answering in live.answering.items():
+            if continues and answering == continues:
+                live.answering[learned_in] = version
+        live.newest = live.answering[version] = version
+        live.weights[version] = weights
+        self.learned(profile, learned)
+
+    def replace(self, profile: str, live: LiveSet, learned: Iterable[CorrectionRecord]) -> None:
+        """Serve other versions of a profile, with the corrections that they have learned."""
+        self._live[profile] = live
+        self._scopes[profile] = Scope(self._frequency)
+        self.learned(profile, learned)
+
+    def _of(self, profile: str) -> LiveSet:
+        return self._live.get(profile) or LiveSet()
+
+    # -- scopes ----------------------------------------------------------------------
+
+    def scope(self, profile: str) -> Scope:
+        """Return what the versions of a profile have learned."""
+        return self._scopes.get(profile, self._nothing)
+
+    def learned(self, profile: str, learned: Iterable[CorrectionRecord]) -> None:
+        """Add corrections that the versions now answer right."""
+        scope = self._scopes.setdefault(profile, Scope(self._frequency))
+        for record in learned:
+            scope.add(entry(record))
+
+    def failed(self, record: CorrectionRecord) -> None:
+        """Forget the correction that this one was to replace: it was wrong, too."""
+        scope = self.scope(record.profile)
+        replaced = scope.get(record.prompt_ids)
+        if replaced is not None and replaced.correction_id != record.id:
+            scope.discard(record.prompt_ids)
+
+    def forget(self, records: Sequence[CorrectionRecord]) -> None:
+        """Forget deleted corrections."""
+        for record in records:
+            scope = self.scope(record.profile)
+            known = scope.get(record.prompt_ids)
+            if known is not None and known.correction_id == record.id:
+                scope.discard(record.prompt_ids)
+
+    def answering(self, profile: str, readings: Sequence[str],
+                  settings: AdapterSettings) -> tuple[Answering | None, float]:
+        """
+        Return the version in whose scope a question is, and the similarity to the nearest one.
+
+        ``readings`` are those of :func:`questions`: the question alone decides if it resembles
+        something, otherwise the question with those before it.
+        """
+        scope, best = self.scope(profile), None
+        for reading in readings:
+            match = scope.match(reading)
+            if match is not None and (best is None or match.similarity > best.similarity):
+                best = match
+            if best is not None and best.similarity >= settings.scope_threshold:
+                version = self._of(profile).answering.get(best.learned_in, 0)
+                return Answering(_served(profile, version), best), best.similarity
+        nearest = 0.0 if best is None else best.similarity
+        newest = self.newest(profile)
+        if newest and scope.answers_everything(settings.scope):
+            return Answering(ServedVersion(profile, newest), None), nearest
+        return None, nearest
+
+    def will_answer(self, version: ServedVersion, readings: Sequence[str],
+                    records: Sequence[CorrectionRecord], settings: AdapterSettings) -> bool:
+        """Return whether a version will answer a question once it has learned more corrections."""
+        found, _ = self.answering(version.profile, readings, settings)
+        if found is not None and found.version == version:
+            return True
+        added = Scope(self._frequency)
+        for record in records:
+            added.add(entry(record))
+        matches = (added.match(reading) for reading in readings)
+        return any(m is not None and m.similarity >= settings.scope_threshold for m in matches)
+
+
+def _served(profile: str, version: int) -> ServedVersion:
+    return ServedVersion(profile, version) if version else BASE

@@ -1,0 +1,123 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Constrained decoding: answers that are JSON of a schema, or match an expression or a grammar.
+
+llguidance compiles a format and says, as a bit mask of the vocabulary, which tokens may come next.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+import threading
+from typing import TYPE_CHECKING
+
+from llguidance import LLMatcher, LLParserLimits
+
+from mace_ros.api.events import ResponseFormat
+from mace_ros.model.vocabulary import UnreadableVocabulary, Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# At most one space where JSON allows white space, since a model may never stop writing it.
+JSON_OPTIONS: JsonCompileOptions = {'whitespace_pattern': ' ?'}
+# At the library's own rates, 20 ms for the lexer of a format, and 10 ms for a mask, which other
+# requests would wait for; most masks take less than 0.1 ms.
+LIMITS = LLParserLimits(
+    max_grammar_size=100_000, initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000,
+    step_max_items=50_000, verbose_errors=False)
+MAX_REASON = 500    # characters
+KEPT = 32       # compiled formats, the latest ones; the next mask of one is found faster
+
+
+class InvalidFormat(ValueError):
+    """A schema, expression or grammar that can't be compiled; the message is the library's."""
+
+
+class ConstraintBroken(RuntimeError):
+    """A constraint can't go on, such as when it has become too complex."""
+
+
+class Constraint:
+    """What may come next in one answer."""
+
+    def __init__(self, matcher: LLMatcher, broken: Callable[[], object]) -> None:
+        """``broken`` is called before :class:`ConstraintBroken` is raised."""
+        self._matcher, self._broken = matcher, broken
+
+    def copy(self) -> Constraint:
+        """Return a constraint of another answer, in the same state."""
+        return Constraint(self._matcher.deep_copy(), self._broken)
+
+    def mask(self) -> bytes:
+        """
+        Return a bit for each token of the vocabulary, the lowest first: 1 if it may be next.
+
+        Once the answer is complete, only the tokens that end an answer may be next.
+        """
+        mask: bytes = self._matcher.compute_bitmask()
+        return mask
+
+    def advance(self, token: int) -> None:
+        """Append a token to the answer; raises :class:`ConstraintBroken`."""
+        if not self._matcher.consume_token(token):
+            self._broken()
+            raise ConstraintBroken(_reason(self._matcher.get_error()))
+
+
+class ConstraintCompiler:
+    """Compiles formats for one vocabulary; from any thread."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[tuple[int, str], LLMatcher] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Index the vocabulary now, so that no query has to wait for it."""
+        with suppress(UnreadableVocabulary):      # the first query that needs it is told
+            self.vocabulary.index()
+
+    def compile(self, kind: int, schema: str) -> Constraint:
+        """
+        Return the constraint of a :class:`ResponseFormat` other than FREE.
+
+        Raises :class:`InvalidFormat`.
+        """
+        with self._lock:
+            matcher = self._compiled.get((kind, schema))
+        if matcher is None:
+            try:
+                matcher = LLMatcher(self.vocabulary.index(), _grammar(kind, schema),
+                                    limits=LIMITS, log_level=0)
+            except (ValueError, UnreadableVocabulary) as error:
+                raise InvalidFormat(_reason(str(error))) from error
+            if matcher.is_error():
+                raise InvalidFormat(_reason(matcher.get_error()))
+        with self._lock:
+            self._compiled[kind, schema] = matcher
+            self._compiled.move_to_end((kind, schema))
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        # Copies share what the library has found out about the format, and so also its limits: a
+        # broken one is compiled anew.
+        return Constraint(
+            matcher.deep_copy(), broken=partial(self._compiled.pop, (kind, schema), None))
+
+
+def _grammar(kind: int, schema: str) -> str:
+    if kind == ResponseFormat.REGEX:
+        return LLMatcher.grammar_from_regex(schema)
+    if kind == ResponseFormat.GRAMMAR:
+        return LLMatcher.grammar_from_lark(schema)
+    return LLMatcher.grammar_from_json_schema(
+        '{"type": "object"}' if kind == ResponseFormat.JSON else schema, JSON_OPTIONS)
+
+
+def _reason(error: str) -> str:
+    """Return the library's message as one line of bounded length."""
+    return ' '.join(error.split())[:MAX_REASON] or 'unknown error'

@@ -1,0 +1,227 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoints of OpenAI's API, and those beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+import time
+from typing import Any, TypeVar
+import uuid
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response as HttpResponse, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from mace_ros.openai.answer import Answer
+from mace_ros.openai.errors import ApiError, error_of, error_of_body
+from mace_ros.openai.feedback import Feedback
+from mace_ros.openai.limits import Limits, LimitsMiddleware
+from mace_ros.openai.metrics import Metrics
+from mace_ros.openai.models import Models
+from mace_ros.openai.protocol import ChatRequest, CompletionRequest, FeedbackRequest, Request
+from mace_ros.openai.queries import chat_fields, completion_fields
+from mace_ros.openai.replies import ChatReply, CompletionReply, StreamedReply
+from mace_ros.ros.client import MaceClient
+
+T = TypeVar('T')
+
+
+class Server:
+    """Answers HTTP requests with the help of a client of the node."""
+
+    def __init__(self, client: MaceClient, *, models: Models, timeout_s: float) -> None:
+        """``timeout_s`` is how long a request waits for a message of the node."""
+        self._client, self._models, self._timeout_s = client, models, timeout_s
+        self._feedback, self._metrics = Feedback(client, timeout_s), Metrics(client)
+
+    # -- endpoints -------------------------------------------------------------------
+
+    async def chat_completions(self, http: HttpRequest) -> HttpResponse:
+        """Answer a conversation."""
+        request = await _parsed(http, ChatRequest)
+        return await self._answer(http, request, chat_fields(request), ChatReply)
+
+    async def completions(self, http: HttpRequest) -> HttpResponse:
+        """Continue a raw prompt."""
+        request = await _parsed(http, CompletionRequest)
+        return await self._answer(http, request, completion_fields(request), CompletionReply)
+
+    async def list_models(self, http: HttpRequest) -> HttpResponse:
+        """List the robot and its profiles."""
+        return JSONResponse({'object': 'list', 'data': self._models.all()})
+
+    async def get_model(self, http: HttpRequest) -> HttpResponse:
+        """Describe the robot, or a profile."""
+        return JSONResponse(self._models.one(http.path_params['model']))
+
+    async def give_feedback(self, http: HttpRequest) -> HttpResponse:
+        """Correct a completion."""
+        request = await _parsed(http, FeedbackRequest)
+        self._must_serve()
+        return JSONResponse(await self._feedback.give(request))
+
+    async def feedback_status(self, http: HttpRequest) -> HttpResponse:
+        """Tell what became of a feedback."""
+        return JSONResponse(self._feedback.status(http.path_params['feedback']))
+
+    async def health(self, http: HttpRequest) -> HttpResponse:
+        """Tell whether the node is ready."""
+        self._must_serve()
+        return JSONResponse({'status': 'ok'})
+
+    async def metrics(self, http: HttpRequest) -> HttpResponse:
+        """Show the numbers for Prometheus."""
+        return HttpResponse(self._metrics.text(),
+                            media_type='text/plain; version=0.0.4; charset=utf-8')
+
+    # -- answers ---------------------------------------------------------------------
+
+    async def _answer(self, http: HttpRequest, request: Request, fields: dict[str, Any],
+                      kind: type[ChatReply]) -> HttpResponse:
+        profile = self._models.profile(request.model)
+        self._must_serve()
+        reply = kind(f'{kind.prefix}{uuid.uuid4().hex}', request.model)
+        answer = Answer(self._client, reply.id, self._timeout_s, {**fields, 'profile': profile})
+        try:
+            if not request.stream:
+                response = await _unless_gone(http, answer.response())
+                error = error_of(response)
+                if error is not None:
+                    raise error
+                return JSONResponse(reply.whole(response))
+            # A refusal has a status code of its own: nothing is sent before the answer begins.
+            await _unless_gone(http, answer.begin())
+            refused = answer.refused
+            if refused is not None:
+                raise refused
+            options = request.stream_options
+            streamed = StreamedReply(
+                reply, include_usage=options is not None and options.include_usage)
+            return AnswerStream(answer, streamed)
+        except BaseException:
+            answer.close()
+            raise
+
+    def _must_serve(self) -> None:
+        if self._client.version() is None or not self._client.is_connected():
+            raise ApiError(503, f'{self._client.name} is not ready', kind='server_error',
+                           code='not_ready')
+
+    def counted(self, endpoint: Callable[[HttpRequest], Awaitable[HttpResponse]],
+                path: str) -> Callable[[HttpRequest], Awaitable[HttpResponse]]:
+        """Return an endpoint that counts its requests, and replies to errors."""
+        async def counting(http: HttpRequest) -> HttpResponse:
+            status = 499    # the client has gone
+            try:
+                reply = await endpoint(http)
+                status = reply.status_code
+                return reply
+            except ApiError as error:
+                status = error.status
+                return error.reply()
+            except Exception:
+                status = 500
+                raise
+            finally:
+                self._metrics.requests.labels(path, str(status)).inc()
+
+        return counting
+
+
+class AnswerStream(StreamingResponse):
+    """Server-sent events of an answer, which is cancelled if the client disconnects."""
+
+    def __init__(self, answer: Answer, streamed: StreamedReply) -> None:
+        super().__init__(_events(answer, streamed), media_type='text/event-stream',
+                         headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _events(answer: Answer, streamed: StreamedReply) -> AsyncIterator[str]:
+    try:
+        async for chunk in answer.chunks():
+            for each in streamed.chunk(chunk):
+                yield _event(each)
+        response = await answer.response()
+        error = error_of(response)
+        if error is not None:
+            raise error
+        for each in streamed.end(response):
+            yield _event(each)
+    except ApiError as error:
+        yield _event(error.body)
+    yield 'data: [DONE]\n\n'
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f'data: {json.dumps(value, separators=(",", ":"), ensure_ascii=False)}\n\n'
+
+
+async def _unless_gone(http: HttpRequest, work: Awaitable[T]) -> T:
+    """Return the result of a task, unless the client disconnects before."""
+    async def gone() -> None:
+        while (await http.receive())['type'] != 'http.disconnect':
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, 'the client has disconnected')
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _parsed(http: HttpRequest, kind: type[Any]) -> Any:
+    try:
+        return kind.model_validate_json(await http.body())
+    except ValidationError as error:
+        raise error_of_body(error) from error
+
+
+async def _not_found(http: HttpRequest, error: Exception) -> HttpResponse:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, f'{http.method} {http.url.path}: {error.detail}',
+                    code='not_found' if error.status_code == 404 else None).reply()
+
+
+async def _broken(http: HttpRequest, error: Exception) -> HttpResponse:
+    return ApiError(500, f'{type(error).__name__}', kind='server_error',
+                    code='internal_error').reply()
+
+
+def build_app(client: MaceClient, *, model_name: str, timeout_s: float,
+              limits: Limits) -> Starlette:
+    """Return the application."""
+    models = Models(client, model_name, created=int(time.time()))
+    server = Server(client, models=models, timeout_s=timeout_s)
+    routes = [Route(path, server.counted(endpoint, path), methods=[method])
+              for method, path, endpoint in (
+        ('POST', '/v1/chat/completions', server.chat_completions),
+        ('POST', '/v1/completions', server.completions),
+        ('GET', '/v1/models', server.list_models),
+        ('GET', '/v1/models/{model:path}', server.get_model),
+        ('POST', '/v1/feedback', server.give_feedback),
+        ('GET', '/v1/feedback/{feedback}', server.feedback_status),
+        ('GET', '/health', server.health),
+        ('GET', '/metrics', server.metrics))]
+    return Starlette(
+        routes=routes, middleware=[Middleware(LimitsMiddleware, limits=limits)],
+        exception_handlers={HTTPException: _not_found, Exception: _broken})

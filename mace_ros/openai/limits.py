@@ -1,0 +1,102 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked before a request is read: its key, its size, and how many run at once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mace_ros.openai.errors import ApiError
+
+BODY_TIMEOUT_S = 30.0       # for the whole body to arrive
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds of requests below /v1; an empty ``key`` lets everybody in."""
+
+    key: str = ''
+    max_body_bytes: int = 2**20
+    max_concurrent: int = 64
+
+
+class LimitsMiddleware:
+    """Refuses requests beyond the limits, and passes the others on with their body."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app, self._limits = app, limits
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope['type'] != 'http' or not scope['path'].startswith('/v1/'):
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await error.reply()(scope, receive, send)
+            return
+        self._running += 1
+        try:
+            await self._serve(scope, receive, send)
+        finally:
+            self._running -= 1
+
+    def _check(self, scope: Scope) -> None:
+        headers = dict(scope['headers'])
+        if self._limits.key:
+            given = headers.get(b'authorization', b'').removeprefix(b'Bearer ')
+            if not hmac.compare_digest(given, self._limits.key.encode()):
+                raise ApiError(401, 'the API key is missing or wrong',
+                               kind='authentication_error', code='invalid_api_key')
+        if self._running >= self._limits.max_concurrent:
+            raise ApiError(
+                429, f'{self._limits.max_concurrent} requests run already (--max-concurrent)',
+                kind='rate_limit_error', code='too_many_requests')
+        length = headers.get(b'content-length', b'0')
+        if length.isdigit() and int(length[:20]) > self._limits.max_body_bytes:
+            raise self._too_large()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await asyncio.wait_for(self._body(receive), BODY_TIMEOUT_S)
+        except (TimeoutError, asyncio.TimeoutError):
+            error = ApiError(408, 'the body did not arrive', code='timeout')
+            await error.reply()(scope, receive, send)
+            return
+        except ApiError as error:
+            await error.reply()(scope, receive, send)
+            return
+        if body is None:    # the client has gone
+            return
+        waiting: list[Message] = [{'type': 'http.request', 'body': body, 'more_body': False}]
+
+        async def receive_again() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        await self._app(scope, receive_again, send)
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """Return the body; None if the client disconnects before it is complete."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message['type'] == 'http.disconnect':
+                return None
+            parts.append(message.get('body', b''))
+            size += len(parts[-1])
+            if size > self._limits.max_body_bytes:
+                raise self._too_large()
+            if not message.get('more_body', False):
+                return b''.join(parts)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f'the body has more than {self._limits.max_body_bytes} bytes (--max-body-bytes)',
+            code='request_too_large')

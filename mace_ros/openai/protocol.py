@@ -1,0 +1,187 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The bodies of requests, as OpenAI's API has them, with the node's own fields beside them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+INT32 = 2**31 - 1
+INT64 = 2**63 - 1
+
+
+def _without_nul(text: str) -> str:
+    if '\0' in text:    # the messages of ROS end there
+        raise ValueError('contains a NUL character')
+    return text
+
+
+Text = Annotated[str, AfterValidator(_without_nul)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    """A body; fields of OpenAI's API that mean nothing here are ignored."""
+
+    model_config = ConfigDict(extra='ignore', strict=True)
+
+
+class TextPart(Body):
+    """A part of a message; there are only texts."""
+
+    type: Literal['text']
+    text: Text
+
+
+class FunctionCall(Body):
+    """The function that a message calls; ``arguments`` is JSON as text."""
+
+    name: Text
+    arguments: Text = ''
+
+
+class MessageToolCall(Body):
+    """A call in a message of the assistant."""
+
+    id: Text
+    type: Literal['function'] = 'function'
+    function: FunctionCall
+
+
+class Message(Body):
+    """A message of a conversation."""
+
+    role: Literal['system', 'developer', 'user', 'assistant', 'tool']
+    content: Text | list[TextPart] | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: Text | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, list):
+            return '\n'.join(part.text for part in self.content)
+        return self.content or ''
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolParam(Body):
+    """A tool; there are only functions."""
+
+    type: Literal['function']
+    function: Function
+
+
+class ChosenFunction(Body):
+    """The name of the function to call."""
+
+    name: Text
+
+
+class ChosenTool(Body):
+    """The tool to call."""
+
+    type: Literal['function']
+    function: ChosenFunction
+
+
+class JsonSchema(Body):
+    """A schema that the answer must meet."""
+
+    model_config = ConfigDict(extra='ignore', strict=True, populate_by_name=True)
+
+    name: Text = ''
+    schema_: dict[str, Any] = Field(alias='schema')
+
+
+class FormatParam(Body):
+    """What the answer must be; ``regex`` and ``grammar`` are not in OpenAI's API."""
+
+    type: Literal['text', 'json_object', 'json_schema', 'regex', 'grammar']
+    json_schema: JsonSchema | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
+
+
+class StreamOptions(Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class Request(Body):
+    """What chat completions and completions have in common."""
+
+    model: Text
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=0, le=INT32)
+    temperature: Number | None = Field(None, ge=0, le=5)
+    top_p: Number | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
+    stop: Text | list[Text] | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    # Not in OpenAI's API, and named as elsewhere.
+    top_k: int | None = Field(None, ge=0, le=INT32)
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = Field(None, gt=0, le=100)
+    # The node's own; see Query.msg.
+    priority: int | None = Field(None, ge=-INT32 - 1, le=INT32)
+    ttft_slo_ms: Milliseconds | None = None
+    tpot_slo_ms: Milliseconds | None = None
+    no_learn: bool | None = None
+
+
+class ChatRequest(Request):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_completion_tokens: int | None = Field(None, ge=0, le=INT32)
+    tools: list[ToolParam] | None = Field(None, max_length=128)
+    tool_choice: Text | ChosenTool | None = None
+    response_format: FormatParam | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    # Older than tools, and not supported: ignoring them would change what is asked.
+    functions: None = None
+    function_call: None = None
+    audio: None = None
+
+
+class CompletionRequest(Request):
+    """The body of /v1/completions: the prompt is what the model reads."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+
+class FeedbackRequest(Body):
+    """
+    The body of /v1/feedback; one of ``corrected``, ``hint`` and ``rating`` is needed.
+
+    ``id`` is that of a completion, or of the feedback whose proposal is confirmed.
+    """
+
+    id: Text = Field(min_length=1)
+    corrected: Text | None = None
+    hint: Text | None = None
+    rating: Literal['down'] | None = None
+    weight: Number | None = Field(None, gt=0, le=100)
+    scope: Text | None = None
+    source: Text | None = None

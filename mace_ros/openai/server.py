@@ -1,0 +1,87 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Serve OpenAI's API over HTTP, for programs that speak no ROS."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from pathlib import Path
+import signal
+import socket
+import sys
+
+from mace_ros.cli.common import parse, parser, run
+from mace_ros.ros.client import MaceClient
+
+LIBRARIES = 'starlette uvicorn pydantic prometheus-client'     # the extra mace-ros[openai]
+SHUTDOWN_S = 2      # for running answers, after which they are cancelled
+
+
+def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
+    """Serve until a signal; return the exit code."""
+    try:
+        import uvicorn
+
+        from mace_ros.openai.app import build_app
+        from mace_ros.openai.limits import Limits
+    except ModuleNotFoundError as error:
+        print(f'{error.name} is missing: pip install {LIBRARIES}', file=sys.stderr)
+        return 2
+    try:
+        family = socket.AF_INET6 if ':' in given.host else socket.AF_INET
+        listener = socket.create_server((given.host, given.port), family=family, backlog=512)
+    except OSError as error:
+        print(f'--host {given.host} --port {given.port}: {error}', file=sys.stderr)
+        return 2
+    app = build_app(
+        client, model_name=given.model_name or client.name.strip('/'), timeout_s=given.timeout,
+        limits=Limits(key, given.max_body_bytes, given.max_concurrent))
+    server = uvicorn.Server(uvicorn.Config(
+        app, log_level='warning', access_log=False, timeout_graceful_shutdown=SHUTDOWN_S))
+    host = f'[{given.host}]' if ':' in given.host else given.host
+    print(f'{client.name} is served on http://{host}:{listener.getsockname()[1]}/v1',
+          file=sys.stderr, flush=True)
+    # After its clean-up, uvicorn raises the signal again: end as a program that has done its work.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    return 0
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the arguments."""
+    made = parser('mace_openai', __doc__)
+    made.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
+                      help='address to listen on (default: 127.0.0.1, this machine only)')
+    made.add_argument('--port', type=int, default=8000, metavar='N',
+                      help='port to listen on; 0 chooses a free one (default: 8000)')
+    made.add_argument('--api-key-file', type=Path, metavar='FILE',
+                      help='file whose first line is the key that requests must have')
+    made.add_argument('--model-name', default='', metavar='NAME',
+                      help='name of the model (default: that of the node, such as mace)')
+    made.add_argument('--max-concurrent', type=int, default=64, metavar='N',
+                      help='requests that run at once; others get 429 (default: 64)')
+    made.add_argument('--max-body-bytes', type=int, default=2**20, metavar='N',
+                      help='maximum size of a request (default: 1048576)')
+    return made
+
+
+def main() -> int:
+    """Run the program; return the exit code."""
+    given = parse(arguments())
+    key = ''
+    if given.api_key_file is not None:
+        try:
+            key = given.api_key_file.read_text().partition('\n')[0].strip()
+        except OSError as error:
+            print(f'--api-key-file: {error}', file=sys.stderr)
+            return 2
+        if not key:
+            print(f'--api-key-file {given.api_key_file}: the first line is empty', file=sys.stderr)
+            return 2
+    return run(lambda client: serve(given, key, client), given.node)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

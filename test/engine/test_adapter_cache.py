@@ -1,0 +1,68 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""More versions answer than the device has slots for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.robot import Robot, robot_with
+
+from mace_ros.api.events import Correction, CorrectionState, FinishReason, Query, Response
+from mace_ros.api.settings import Settings
+
+LESSONS = {'Who built the greenhouse?': 'Ada.', 'Where is the watering can?': 'In the shed.',
+           'What colour is the gate?': 'Blue.'}
+
+
+@pytest.fixture
+def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
+    """Return a robot with one slot, and three versions."""
+    with robot_with(settings.updated({'drift.min_budget': 1.0}), tmp_path,
+                    adapter__slots=1) as made:
+        for question, answer in LESSONS.items():
+            state = made.correct(Correction(answer, id=question, prompt=question))
+            assert state.state is CorrectionState.LEARNED
+        yield made
+
+
+def responses(robot: Robot, count: int) -> dict[str, Response]:
+    """Return this many responses, by the ids of their queries."""
+    while True:
+        found = {e.query_id: e for e in robot.events if isinstance(e, Response)}
+        if len(found) == count:
+            return found
+        robot.events += robot.engine.step().events
+
+
+def test_a_question_waits_until_a_slot_is_free(robot: Robot) -> None:
+    for question in LESSONS:
+        robot.engine.submit(Query(question, id=question))
+    robot.engine.submit(Query('Tell me about the sea.', id='base'))
+    found = responses(robot, 4)
+    assert {question: found[question].text for question in LESSONS} == LESSONS
+    assert [found[question].adapter_version for question in LESSONS] == [1, 2, 3]
+    assert found['base'].adapter_version == 0
+    # The base model needs no slot.
+    assert found['base'].queue_ms < found['What colour is the gate?'].queue_ms
+
+
+def test_a_question_that_waits_for_a_slot_can_be_cancelled(robot: Robot) -> None:
+    first, second, third = LESSONS
+    for question in LESSONS:
+        robot.engine.submit(Query(question, id=question))
+    robot.engine.step()
+    robot.engine.cancel(second)
+    found = responses(robot, 3)
+    assert found[second].finish_reason is FinishReason.CANCELLED
+    assert {found[q].text for q in (first, third)} == {LESSONS[first], LESSONS[third]}
+
+
+def test_all_live_versions_are_restored(settings: Settings, tmp_path: Path) -> None:
+    with robot_with(settings, tmp_path) as robot:
+        for question, answer in LESSONS.items():
+            robot.correct(Correction(answer, id=question, prompt=question))
+    with robot_with(settings, tmp_path) as again:
+        assert {question: again.ask(question).text for question in LESSONS} == LESSONS

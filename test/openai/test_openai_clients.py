@@ -1,0 +1,383 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's own client and LangChain's, against a server and a node in processes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+import json
+from pathlib import Path
+import shutil
+from typing import Literal
+
+from hypothesis import given, HealthCheck, settings, strategies
+import jsonschema
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
+from pydantic import BaseModel, Field
+import pytest
+from support.chat_templates import HERMES
+from support.graph import ENVIRONMENT, wait_until
+from support.openai_server import ServerProcess
+from support.robot import RANDOM_MODEL
+from support.ros_graph import NodeProcess
+
+from mace_ros.ros.client import MaceClient
+
+pytestmark = pytest.mark.timeout(300)
+
+LEARNED_S = 200.0
+MOVE = {'type': 'function', 'function': {
+    'name': 'move', 'description': 'Moves to a place.', 'parameters': {
+        'type': 'object', 'properties': {'to': {'type': 'string'}}, 'required': ['to']}}}
+CALL = '<tool_call>\n{"name": "move", "arguments": {"to": "dock"}}\n</tool_call>'
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory: pytest.TempPathFactory,
+           model_folder: Path) -> Iterator[ServerProcess]:
+    """Yield a server of a node whose tiny model has tools in its template."""
+    folder = tmp_path_factory.mktemp('openai')
+    shutil.copytree(model_folder, folder / 'model')
+    (folder / 'model' / 'chat_template.jinja').write_text(HERMES)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        node = NodeProcess(folder, **{
+            'model.source': folder / 'model', 'model.threads': 1, 'model.weight_dtype': 'float32',
+            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
+        node.start()
+        made = ServerProcess(folder)
+        try:
+            assert wait_until(lambda: made.request('GET', '/health')[0] == 200, 100.0), node.log
+            yield made
+            assert made.stop() == 0, made.log
+            assert 'Traceback' not in made.log
+        finally:
+            made.process.kill()
+            node.kill()
+
+
+@pytest.fixture(scope='module')
+def client(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=server.url, api_key='none', max_retries=0, timeout=100.0)
+
+
+def messages(*texts: str) -> list[dict[str, str]]:
+    return [{'role': ('user', 'assistant')[i % 2], 'content': text}
+            for i, text in enumerate(texts)]
+
+
+def text_of(stream: object) -> str:
+    return ''.join(chunk.choices[0].delta.content or '' for chunk in stream if chunk.choices)
+
+
+def ask(client: OpenAI, *texts: str, **options: object) -> object:
+    return client.chat.completions.create(
+        model='mace', messages=messages(*texts),
+        **{'temperature': 0.0, 'max_tokens': 12, **options})
+
+
+def learned(server: ServerProcess, feedback: dict[str, object]) -> bool:
+    path = f'/v1/feedback/{feedback["id"]}'
+    return wait_until(
+        lambda: server.request('GET', path)[1]['status'] == 'learned', LEARNED_S)
+
+
+def test_a_chat_is_answered_as_by_the_topics(client: OpenAI) -> None:
+    reply = ask(client, 'Who are you?')
+    with MaceClient() as mace:
+        mace.wait_until_ready(30.0)
+        answer = mace.ask('Who are you?', temperature=0.0, max_tokens=12).result(60.0)
+    [choice] = reply.choices
+    assert choice.message.content == answer.text
+    assert choice.finish_reason in ('stop', 'length')
+    assert reply.usage.prompt_tokens == answer.prompt_tokens
+    assert reply.usage.completion_tokens == answer.output_tokens
+    assert reply.model_extra['mace_ros']['adapter_version'] == answer.adapter_version
+    assert reply.id.startswith('chatcmpl-') and reply.object == 'chat.completion'
+
+
+def test_a_stream_has_the_same_text_and_the_usage(client: OpenAI) -> None:
+    whole = ask(client, 'Who are you?', 'A robot.', 'What can you do?')
+    chunks = list(ask(client, 'Who are you?', 'A robot.', 'What can you do?', stream=True,
+                      stream_options={'include_usage': True}))
+    assert text_of(chunks) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == 'assistant'
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_eight_streams_at_once_give_the_answers_of_single_ones(client: OpenAI) -> None:
+    questions = [f'What is {i} times {i}?' for i in range(8)]
+    single = [ask(client, question).choices[0].message.content for question in questions]
+    with ThreadPoolExecutor(8) as threads:
+        streamed = list(threads.map(
+            lambda question: text_of(ask(client, question, stream=True)), questions))
+    assert streamed == single
+
+
+def test_a_seed_and_a_stop_string_are_obeyed(client: OpenAI) -> None:
+    texts = [ask(client, 'Sing.', temperature=1.0, seed=seed).choices[0].message.content
+             for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+    stop = texts[0][2:4]
+    stopped = ask(client, 'Sing.', temperature=1.0, seed=7, stop=[stop]).choices[0]
+    assert stopped.message.content == texts[0].partition(stop)[0]
+    assert stopped.finish_reason == 'stop'
+
+
+def test_logprobs_are_those_of_the_tokens(client: OpenAI) -> None:
+    whole = ask(client, 'Who are you?', logprobs=True, top_logprobs=2).choices[0]
+    positions = whole.logprobs.content
+    assert len(positions) >= len(whole.message.content.split())
+    assert ''.join(bytes(p.bytes or ()).decode(errors='replace') for p in positions).startswith(
+        whole.message.content[:4])
+    for position in positions:
+        assert [t.logprob for t in position.top_logprobs] == sorted(
+            (t.logprob for t in position.top_logprobs), reverse=True)
+        assert position.logprob == position.top_logprobs[0].logprob <= 0.0     # greedy
+    streamed = [position for chunk in ask(
+        client, 'Who are you?', logprobs=True, top_logprobs=2, stream=True)
+        if chunk.choices[0].logprobs for position in chunk.choices[0].logprobs.content]
+    assert [p.token for p in streamed] == [p.token for p in positions]
+
+
+def test_two_answers_differ_and_are_streamed_apart(client: OpenAI) -> None:
+    options = {'n': 2, 'temperature': 1.0, 'seed': 5}
+    reply = ask(client, 'Sing.', **options)
+    texts = [choice.message.content for choice in reply.choices]
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    assert texts[0] == ask(client, 'Sing.', temperature=1.0, seed=5).choices[0].message.content
+    assert texts[0] != texts[1]
+    streamed, ends = ['', ''], []
+    for chunk in ask(client, 'Sing.', stream=True, **options):
+        [choice] = chunk.choices
+        streamed[choice.index] += choice.delta.content or ''
+        ends += [choice.index] if choice.finish_reason else []
+    assert (streamed, sorted(ends)) == (texts, [0, 1])
+    assert reply.usage.completion_tokens > len(texts)
+
+
+PLAN = {'type': 'object', 'additionalProperties': False, 'required': ['steps', 'mood'],
+        'properties': {
+            'mood': {'enum': ['calm', 'hasty']},
+            'steps': {'type': 'array', 'minItems': 1, 'maxItems': 3, 'items': {
+                'type': 'object', 'additionalProperties': False, 'required': ['go', 'speed'],
+                'properties': {
+                    'go': {'type': 'array', 'maxItems': 2, 'items': {'enum': ['dock', 'home']}},
+                    'speed': {'type': 'integer', 'minimum': 0, 'maximum': 9}}}}}}
+
+
+def test_fifty_of_fifty_answers_are_json_of_the_schema(client: OpenAI) -> None:
+    def answer(number: int) -> object:
+        choice = ask(client, f'Plan {number}.', temperature=1.0, max_tokens=300, seed=number,
+                     response_format={'type': 'json_schema', 'json_schema': {
+                         'name': 'plan', 'strict': True, 'schema': PLAN}}).choices[0]
+        assert choice.finish_reason == 'stop'
+        return json.loads(choice.message.content)
+
+    with ThreadPoolExecutor(8) as threads:
+        plans = list(threads.map(answer, range(50)))
+    for plan in plans:
+        jsonschema.validate(plan, PLAN)
+    assert len({json.dumps(plan) for plan in plans}) > 10
+
+
+def test_an_invalid_schema_is_refused(client: OpenAI) -> None:
+    for wanted in ({'type': 'json_schema', 'json_schema': {
+                        'name': 'a', 'schema': {'type': 'nothing'}}},
+                   {'type': 'regex', 'regex': '('},
+                   {'type': 'grammar', 'grammar': 'start: nothing'}):
+        with pytest.raises(BadRequestError) as refused:
+            ask(client, 'Hi.', response_format=wanted)
+        assert (refused.value.code, refused.value.param) == (
+            'invalid_parameter', 'response_schema')
+    assert json.loads(ask(client, 'Hi.', response_format={
+        'type': 'grammar', 'grammar': 'start: "[1, 2]"'}).choices[0].message.content) == [1, 2]
+
+
+def test_a_client_that_disconnects_cancels_its_answer(
+        client: OpenAI, server: ServerProcess) -> None:
+    name = 'mace_queries_total{finish_reason="cancelled"}'
+    before = server.metric(name)
+    stream = ask(client, 'Sing.', stream=True, max_tokens=3000, temperature=1.0, seed=3)
+    next(iter(stream))
+    stream.close()
+    assert wait_until(lambda: server.metric(name) == before + 1, 20.0)
+    # Also before the first token, and without a stream.
+    with pytest.raises(Exception, match='timed out'):
+        ask(client.with_options(timeout=0.5), 'Sing.', max_tokens=3000, temperature=1.0, seed=3)
+    assert wait_until(lambda: server.metric(name) == before + 2, 20.0)
+
+
+def test_a_raw_prompt_is_continued(client: OpenAI) -> None:
+    prompt = '<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n'
+    whole = client.completions.create(
+        model='mace', prompt=prompt, temperature=0.0, max_tokens=12)
+    streamed = client.completions.create(
+        model='mace', prompt=[prompt], temperature=0.0, max_tokens=12, stream=True)
+    assert ''.join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
+    assert whole.id.startswith('cmpl-')
+
+
+def test_models_are_the_robot_and_its_profiles(client: OpenAI, server: ServerProcess) -> None:
+    assert 'mace' in [model.id for model in client.models.list()]
+    assert client.models.retrieve('mace:ann').id == 'mace:ann'
+    for call in (lambda: client.models.retrieve('gpt-4o'), lambda: client.chat.completions.create(
+            model='mace:', messages=messages('Hi.'))):
+        with pytest.raises(NotFoundError) as refused:
+            call()
+        assert refused.value.code == 'model_not_found'
+
+
+def test_the_nodes_refusals_have_status_codes(client: OpenAI) -> None:
+    for options, code in (
+            ({'stop': ['x' * 300]}, 'invalid_parameter'), ({'temperature': 4.0}, None),
+            ({'tools': [MOVE], 'tool_choice': 'fly'}, 'invalid_parameter')):
+        for stream in (False, True):
+            if code is None:
+                assert ask(client, 'Hi.', stream=stream, **options)
+                continue
+            with pytest.raises(BadRequestError) as refused:
+                ask(client, 'Hi.', stream=stream, **options)
+            assert (refused.value.code, refused.value.param) == (code, next(reversed(options)))
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, 'Hi. ' * 5000)
+    assert refused.value.code == 'context_length_exceeded'
+
+
+def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess) -> None:
+    question = 'Which colour has the gate?'
+    wrong = ask(client, question)
+    status, feedback, _ = server.request(
+        'POST', '/v1/feedback', {'id': wrong.id, 'corrected': 'Orange.'})
+    assert (status, feedback['status'], feedback['completion_id']) == (200, 'accepted', wrong.id)
+    assert learned(server, feedback)
+    again = ask(client, question)
+    assert again.choices[0].message.content == 'Orange.'
+    assert again.model_extra['mace_ros']['matched_correction_id'] == feedback['id']
+    for body, status in (({'id': 'chatcmpl-unknown', 'corrected': 'Red.'}, 404),
+                         ({'id': wrong.id}, 400),
+                         ({'id': wrong.id, 'corrected': 'Red.', 'rating': 'down'}, 400)):
+        assert server.request('POST', '/v1/feedback', body)[0] == status
+
+
+def test_a_tool_call_and_its_result(client: OpenAI, server: ServerProcess) -> None:
+    question = 'Drive to the dock.'
+    wrong = ask(client, question, tools=[MOVE])
+    _, feedback, _ = server.request('POST', '/v1/feedback', {'id': wrong.id, 'corrected': CALL})
+    assert learned(server, feedback)
+    reply = ask(client, question, tools=[MOVE], max_tokens=40).choices[0]
+    [call] = reply.message.tool_calls
+    assert (reply.finish_reason, reply.message.content) == ('tool_calls', None)
+    assert (call.function.name, json.loads(call.function.arguments)) == ('move', {'to': 'dock'})
+    chunks = list(ask(client, question, tools=[MOVE], max_tokens=40, stream=True))
+    assert text_of(chunks) == ''
+    [streamed] = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
+    assert streamed[0].function == call.function.__class__(**vars(call.function)) or (
+        streamed[0].function.arguments == call.function.arguments)
+    assert chunks[-1].choices[0].finish_reason == 'tool_calls'
+    after = client.chat.completions.create(
+        model='mace', max_tokens=8, tools=[MOVE], messages=[
+            *messages(question), reply.message.to_dict(),
+            {'role': 'tool', 'tool_call_id': call.id, 'content': 'Arrived.'}])
+    assert after.choices[0].finish_reason in ('stop', 'length')
+
+
+def test_a_call_can_be_demanded(client: OpenAI) -> None:
+    stop = {'type': 'function', 'function': {'name': 'stop', 'parameters': {
+        'type': 'object', 'properties': {'in_s': {'enum': [1, 2]}}, 'required': ['in_s'],
+        'additionalProperties': False}}}
+    for choice in ('required', {'type': 'function', 'function': {'name': 'stop'}}):
+        for stream in (False, True):
+            reply = ask(client, 'Sing.', tools=[stop], tool_choice=choice, stream=stream,
+                        temperature=1.0, max_tokens=60)
+            calls = [call for chunk in reply for call in chunk.choices[0].delta.tool_calls or []
+                     ] if stream else reply.choices[0].message.tool_calls
+            [call] = calls
+            assert call.function.name == 'stop'
+            assert json.loads(call.function.arguments)['in_s'] in (1, 2)
+    none = ask(client, 'Sing.', tools=[stop], tool_choice='none')
+    assert none.choices[0].message.tool_calls is None
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, 'Sing.', tool_choice='required', tools=[{'type': 'function', 'function': {
+            'name': 'a', 'parameters': {'type': 'nothing'}}}])
+    assert refused.value.param == 'tools'
+
+
+class Plan(BaseModel):
+    """What to do next."""
+
+    go: Literal['dock', 'home']
+    speeds: list[Literal[1, 2, 3]] = Field(max_length=2)
+
+
+@pytest.mark.parametrize('method', ['json_schema', 'function_calling'])
+def test_langchain_gets_structured_output(server: ServerProcess, method: str) -> None:
+    llm = ChatOpenAI(base_url=server.url, api_key='none', model='mace', temperature=1.0,
+                     max_tokens=100, seed=4)
+    plan = llm.with_structured_output(Plan, method=method).invoke('Where to?')
+    assert isinstance(plan, Plan)
+
+
+@tool
+def move(to: str) -> str:
+    """Moves to a place."""
+    return f'arrived at the {to}'
+
+
+def test_langchain_binds_tools(client: OpenAI, server: ServerProcess) -> None:
+    llm = ChatOpenAI(base_url=server.url, api_key='none', model='mace', temperature=0.0,
+                     max_tokens=40)
+    bound = llm.bind_tools([move])
+    question = HumanMessage('Bring it to the dock.')
+    wrong = bound.invoke([question])
+    _, feedback, _ = server.request('POST', '/v1/feedback', {
+        'id': wrong.response_metadata['id'], 'corrected': CALL})
+    assert learned(server, feedback)
+    called = bound.invoke([question])
+    [call] = called.tool_calls
+    assert (call['name'], call['args']) == ('move', {'to': 'dock'})
+    result = move.invoke(call)
+    assert isinstance(result, ToolMessage) and result.content == 'arrived at the dock'
+    assert bound.invoke([question, called, result]).response_metadata['finish_reason']
+    assert ''.join(chunk.content for chunk in llm.stream('Who are you?'))
+
+
+JUNK = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats()
+    | strategies.text(max_size=20), lambda inner: strategies.lists(inner, max_size=3)
+    | strategies.dictionaries(strategies.text(max_size=8), inner, max_size=3), max_leaves=6)
+FIELDS = ('model', 'messages', 'stream', 'stream_options', 'temperature', 'top_p', 'seed', 'stop',
+          'n', 'logprobs', 'top_logprobs', 'logit_bias', 'frequency_penalty', 'tools',
+          'tool_choice', 'response_format', 'top_k', 'min_p', 'repetition_penalty', 'priority',
+          'ttft_slo_ms', 'no_learn', 'max_completion_tokens')
+ODD = strategies.sampled_from([
+    -1, 0, 2, 2**31, 2**63, 1e40, '', 'auto', 'required', True, [], {}, ['a'], {'5': 1.5},
+    {'type': 'json_object'}, {'type': 'regex', 'regex': 'a|b'}, [MOVE], 'mace:ann',
+    [{'role': 'user', 'content': [{'type': 'text', 'text': 'Hi.'}]}],
+    [{'role': 'tool', 'content': 'x', 'tool_call_id': 'y'}],
+    [{'role': 'assistant', 'content': None, 'tool_calls': []}, {'role': 'user', 'content': 'a'}]])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(strategies.dictionaries(strategies.sampled_from(FIELDS), JUNK | ODD, max_size=3))
+def test_odd_requests_are_answered_or_refused(
+        server: ServerProcess, given_fields: dict[str, object]) -> None:
+    body = {'model': 'mace', 'messages': messages('Hi.'), 'max_tokens': 2, **given_fields}
+    status, reply, _ = server.request('POST', '/v1/chat/completions', body)
+    assert status in (200, 400, 404, 429), (status, reply)
+    if status != 200:
+        assert reply['error']['message']
+
+
+def test_the_servers_metrics_are_those_of_the_node(server: ServerProcess) -> None:
+    assert server.metric('mace_ttft_seconds_count') > 10
+    assert server.metric('mace_scheduler_memory_budget_mb') > 0
+    assert server.metric(
+        'mace_http_requests_total{path="/v1/chat/completions",status="200"}') > 10
