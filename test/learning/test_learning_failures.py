@@ -47,10 +47,10 @@ def test_learning_wakes_itself(
         once = [JournalError('injected')]
         function = getattr(Journal, fails)
 
-        def failing(*arguments: object) -> object:
+        def failing(*arguments: object, **values: object) -> object:
             if once:
                 raise once.pop()
-            return function(*arguments)
+            return function(*arguments, **values)
 
         monkeypatch.setattr(Journal, fails, failing)
         monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
@@ -278,6 +278,9 @@ def test_no_version_that_changes_guarded_answers_is_published(
     wrong = robot.ask('Who are you?')
 
     learned = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+    # A rejection is reported once it is in the journal.
+    robot.engine.parts.journal.submit(lambda _: None).result(10)
+    robot.events += robot.engine.step().events
 
     rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
                 and e.state is VersionState.REJECTED]
