@@ -30,8 +30,8 @@ class AdapterSlots:
     """
     Assigns the slots ``first .. first + count - 1`` to adapter versions.
 
-    A request pins its version. A version that nobody has pinned stays in its slot until another
-    one needs it, the least recently used one first. The base model is always in ``base_slot``.
+    A request pins its version. A version that is not pinned stays in its slot until another one
+    needs it; the least recently used one gives way. The base model is always in ``base_slot``.
     """
 
     def __init__(self, *, base_slot: int, first: int, count: int) -> None:
