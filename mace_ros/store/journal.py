@@ -71,11 +71,6 @@ class Journal(AnswerTable, CorrectionTable, VersionTable):
                      if lineage.holds(c.adapter_version)}
         return tuple(by_prompt.values())
 
-    def scopes(self) -> dict[str, tuple[CorrectionRecord, ...]]:
-        """Return the scope of each profile that has one."""
-        scopes = {profile: self.scope(profile) for profile in self.profiles()}
-        return {profile: scope for profile, scope in scopes.items() if scope}
-
     def held_by(self, version: VersionRecord | None) -> tuple[CorrectionRecord, ...]:
         """
         Return the corrections that a live version has learned; None is the base model.

@@ -105,7 +105,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         'ALTER TABLE answers ADD COLUMN out_of_scope INTEGER NOT NULL DEFAULT 0',
     ),
     (
-        # How to answer instead, where nobody said the right answer.
+        # How to answer instead, if the right answer is not given.
         "ALTER TABLE corrections ADD COLUMN hint TEXT NOT NULL DEFAULT ''",
     ),
     (
