@@ -99,7 +99,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._action = GenerateActionServer(self, self._gate)
         self._bond = LifecycleBond(self)
         self._service_calls = Services(
-            self, self._health, self._engine_thread, storage=self._storage,
+            self, self._gate, self._engine_thread, storage=self._storage,
             freeze_learning=self._freeze_learning)
 
         self._engine_thread.serve(self._service_change_state)

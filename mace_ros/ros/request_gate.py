@@ -43,6 +43,11 @@ class RequestGate:
         self._engine: Engine | None = None
         self._closed_reason = ''
 
+    @property
+    def engine(self) -> Engine | None:
+        """The engine that serves; None before :meth:`open` and after :meth:`close`."""
+        return self._engine
+
     def put(self, item: Query | Correction | str) -> None:
         """Take a query, a correction, or the id of a query to cancel; return at once."""
         with self._lock:

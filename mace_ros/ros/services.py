@@ -19,8 +19,8 @@ from mace_ros.ros.conversion import message_from
 from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.helper_node import helper_node, move_service
+from mace_ros.ros.request_gate import RequestGate
 from mace_ros.srv import Embed, ListVersions, Rollback, Trace
-from mace_ros.telemetry.health import ACTIVE, Health
 from mace_ros.telemetry.trace import (
     check_extent,
     InvalidTrace,
@@ -51,14 +51,14 @@ class Services:
     do not block other callbacks.
     """
 
-    def __init__(self, node: Node, health: Health, engine_thread: EngineThread, *,
+    def __init__(self, node: Node, gate: RequestGate, engine_thread: EngineThread, *,
                  storage: Path, freeze_learning: Callable[[bool], None]) -> None:
         """
         Create the services.
 
         Traces are written below ``storage``; ``freeze_learning`` stops learning, or resumes it.
         """
-        self._node, self._health, self._engine_thread = node, health, engine_thread
+        self._node, self._gate, self._engine_thread = node, gate, engine_thread
         self._storage, self._freeze_learning = storage, freeze_learning
         self._trace_file = ''       # of the trace being recorded
         self._trace_writer: Thread | None = None
@@ -116,8 +116,8 @@ class Services:
         return response
 
     def _on_embed(self, request: Embed.Request, response: Embed.Response) -> Embed.Response:
-        engine = self._engine_thread.engine
-        if engine is None or self._health.state != ACTIVE:
+        engine = self._gate.engine
+        if engine is None:
             response.message = 'the node is not active'
             return response
         try:
@@ -134,9 +134,9 @@ class Services:
         return response
 
     def _on_trace(self, request: Trace.Request, response: Trace.Response) -> Trace.Response:
-        engine = self._engine_thread.engine
+        engine = self._gate.engine
         try:
-            if engine is None or self._health.state != ACTIVE:
+            if engine is None:
                 raise InvalidTrace('the node is not active')
             if self._trace_file:
                 raise InvalidTrace(f'{self._trace_file} is being made; one trace at a time')
@@ -167,8 +167,8 @@ class Services:
 
     def _on_rollback(self, request: Rollback.Request,
                      response: Rollback.Response) -> Rollback.Response:
-        engine = self._engine_thread.engine
-        if engine is None or self._health.state != ACTIVE:
+        engine = self._gate.engine
+        if engine is None:
             response.message = 'the node is not active'
             return response
         try:

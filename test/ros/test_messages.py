@@ -168,11 +168,14 @@ def test_early_requests_wait_and_late_ones_are_refused() -> None:
     for item in [*early, Query('Hi', id='4')]:
         gate.put(item)
     assert [(r.query_id, r.error_code) for r in refused] == [('4', ErrorCode.OVERLOADED)]
+    assert gate.engine is None
     gate.open(engine)
+    assert gate.engine is engine
     gate.put('5')
     assert seen == [*early, '5']
     refused.clear()
     gate.close('the node is stopping')
+    assert gate.engine is None
     for item in early:
         gate.put(item)
     assert [type(r) for r in refused] == [Response, CorrectionStatus]
