@@ -16,7 +16,7 @@ import pytest
 from support.graph import ENVIRONMENT, use_another_domain
 from support.precision import CAPABILITIES
 from support.robot import RANDOM_MODEL, Robot
-from support.ros_graph import NodeProcess
+from support.ros_graph import Generator, Inputs, NodeProcess
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,10 +28,13 @@ from mace_ros.learning.anchors import ANCHORS
 from mace_ros.model.loading import load_model, LoadedModel
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.ros.client import MaceClient
+from mace_ros.store.journal import Journal
 
 # Tokens of the tiny model. With all tokens, most of its time would go into the head.
 VOCABULARY = 8192
 CALIBRATION_S = 0.5
+START_S = 100.0
 
 
 # The longest test files, in the order in which workers start them. A long file that starts last
@@ -180,29 +183,61 @@ def all_tokens(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel
 
 
 @pytest.fixture(scope='module')
-def tiny_node(
-        tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
+def node_parameters() -> dict[str, object]:
+    """Return parameters of ``tiny_node`` beside those of its model."""
+    return {'monitor.rate_hz': 10.0}
+
+
+@pytest.fixture(scope='module')
+def tiny_node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path,
+              node_parameters: dict[str, object]) -> Iterator[NodeProcess]:
     """Yield a node whose tiny model learns any correction quickly; clients here see it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         node = NodeProcess(tmp_path_factory.mktemp('tiny_node'), **{
             'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
+            **RANDOM_MODEL, **node_parameters})
         node.start()
         yield node
         node.kill()
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    """Return settings for the tiny model on the CPU."""
+def client(tiny_node: NodeProcess) -> Iterator[MaceClient]:
+    """Yield a client of ``tiny_node``, which is ready."""
+    with MaceClient() as made:
+        made.wait_until_ready(START_S)
+        yield made
+
+
+@pytest.fixture(scope='module')
+def inputs(client: MaceClient) -> Inputs:
+    """Return publishers of the inputs of ``tiny_node``."""
+    return Inputs(client)
+
+
+@pytest.fixture
+def generator(client: MaceClient) -> Iterator[Generator]:
+    """Yield a client of the action of ``tiny_node``."""
+    with Generator(client) as made:
+        yield made
+
+
+@pytest.fixture(scope='session')
+def tiny_settings(model_folder: Path) -> Settings:
+    """Return the defaults, with the tiny model on the CPU."""
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         # Tests compare texts of passes in different batches: rounding must not change them.
-        'model.weight_dtype': 'float32',
-        **RANDOM_MODEL,
-        'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12})
+        'model.weight_dtype': 'float32'})
+
+
+@pytest.fixture(scope='module')
+def settings(tiny_settings: Settings) -> Settings:
+    """Return settings with which the tiny model gives short answers, and learns quickly."""
+    return tiny_settings.updated({
+        **RANDOM_MODEL, 'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12})
 
 
 @pytest.fixture
@@ -213,3 +248,16 @@ def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
     yield Robot(engine)
     engine.close()
     assert engine.free_kv_tokens == everything
+
+
+@pytest.fixture
+def journal_path(tmp_path: Path) -> Path:
+    """Return the path of a journal, in a folder that does not exist yet."""
+    return tmp_path / 'storage' / 'journal.sqlite'
+
+
+@pytest.fixture
+def journal(journal_path: Path) -> Iterator[Journal]:
+    """Return an empty journal."""
+    with Journal(journal_path) as opened:
+        yield opened

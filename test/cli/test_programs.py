@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import io
 from pathlib import Path
 import signal
@@ -17,7 +16,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from mace_ros.msg import Latency, Response, Scheduler
 import pytest
 from rich.console import Console
-from support.ros_graph import NodeProcess, ROOT
+from support.ros_graph import ROOT
 
 from mace_ros.cli.common import seconds
 from mace_ros.cli.dashboard import Dashboard
@@ -25,16 +24,7 @@ from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.cli.voice import CORRECTION
 from mace_ros.ros.client import MaceClient
 
-START_S = 100.0
-
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope='module')
-def client(tiny_node: NodeProcess) -> Iterator[MaceClient]:
-    with MaceClient() as made:
-        made.wait_until_ready(START_S)
-        yield made
 
 
 def program(name: str, *arguments: str, typed: str = '') -> subprocess.CompletedProcess[str]:

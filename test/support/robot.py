@@ -61,6 +61,11 @@ class Robot:
         assert isinstance(event, Response)
         return event
 
+    def answer(self, query_id: str) -> Response:
+        """Return the response to a query that may have ended already, or wait for it."""
+        return next((e for e in self.events if isinstance(e, Response)
+                     and e.query_id == query_id), None) or self.response(query_id)
+
     def ask(self, text: str, **kwargs: object) -> Response:
         """Submit a query and wait for its response."""
         query = Query(text, **{'id': f'q{len(self.events)}-{time.monotonic_ns()}', **kwargs})  # type: ignore[arg-type]
