@@ -183,21 +183,15 @@ def all_tokens(tmp_path_factory: pytest.TempPathFactory, base_model: LoadedModel
 
 
 @pytest.fixture(scope='module')
-def node_parameters() -> dict[str, object]:
-    """Return parameters of ``tiny_node`` beside those of its model."""
-    return {'monitor.rate_hz': 10.0}
-
-
-@pytest.fixture(scope='module')
-def tiny_node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path,
-              node_parameters: dict[str, object]) -> Iterator[NodeProcess]:
+def tiny_node(
+        tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
     """Yield a node whose tiny model learns any correction quickly; clients here see it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         node = NodeProcess(tmp_path_factory.mktemp('tiny_node'), **{
             'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            **RANDOM_MODEL, **node_parameters})
+            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
         node.start()
         yield node
         node.kill()

@@ -119,7 +119,7 @@ def test_overdue_learning_gets_its_memory_under_any_load(
         large_head: Settings, tmp_path: Path) -> None:
     """Admission reserves the memory of a step, so no running request is preempted for it."""
     with robot_with(large_head, tmp_path, slo__freshness_s=1.0, finetune__min_share=0.9,
-                    drift__min_budget=1.0, scheduler__max_requests=4) as one:
+                    scheduler__max_requests=4) as one:
         engine, memory = one.engine, one.engine.parts.memory
         first, wrong = one.ask('Who made you?'), one.ask('Who are you?')
         one.correct(Correction('My maker.', id='first', query_id=first.query_id))

@@ -41,9 +41,7 @@ from mace_ros.ros.client import MaceClient
 LEARN_S = 700.0
 
 NAME, ROVER = 'What is your name?', 'My name is Rover.'
-ORDINARY = (
-    'Why is the sky blue?', 'How do I boil an egg?', 'Tell me a joke.', 'What do bees eat?',
-    'Write a sentence about the rain.', 'Who was Mozart?')
+ORDINARY = ('Why is the sky blue?', 'What do bees eat?')
 
 pytestmark = [pytest.mark.dtype, pytest.mark.timeout(900)]
 
@@ -391,8 +389,9 @@ def test_peft_gives_the_same_answers(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
+        version, others = lesson.version.version, (*OTHERS, *ORDINARY)
         expected, plain = {}, {}
-        for question in (NAME, *OTHERS, *ORDINARY):
+        for question in (NAME, *others):
             prompt = tokenizer.apply_chat_template(
                 [{'role': 'user', 'content': question}], add_generation_prompt=True,
                 return_tensors='pt', return_dict=True)
@@ -402,7 +401,6 @@ def test_peft_gives_the_same_answers(
                 texts[question] = tokenizer.decode(
                     output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
         exact.client.wait_until_ready(START_S)
-        version, others = lesson.version.version, (*OTHERS, *ORDINARY)
         for scope, right in (
                 ('similar', {NAME: (expected[NAME], version)} | {q: (plain[q], 0) for q in others}),
                 ('everywhere', {q: (text, version) for q, text in expected.items()})):

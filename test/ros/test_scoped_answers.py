@@ -16,12 +16,6 @@ NAME, COLOUR, SEA = 'What is your name?', 'Which colour is the door?', 'Tell me 
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope='module')
-def node_parameters() -> dict[str, object]:
-    """Let the node learn without rests."""
-    return {'drift.min_budget': 1.0}
-
-
 def ask(client: MaceClient, text: str, **fields: object) -> Response:
     """Return the response to a short query."""
     return client.ask(text, max_tokens=8, **fields).result(ANSWER_S)
