@@ -117,9 +117,9 @@ class Server:
 
     def counted(self, endpoint: Callable[[HttpRequest], Awaitable[HttpResponse]],
                 path: str) -> Callable[[HttpRequest], Awaitable[HttpResponse]]:
-        """Return an endpoint that counts its requests, and turns errors into replies."""
+        """Return an endpoint that counts its requests, and replies to errors."""
         async def counting(http: HttpRequest) -> HttpResponse:
-            status = 499    # the client has disconnected
+            status = 499    # the client has gone
             try:
                 reply = await endpoint(http)
                 status = reply.status_code
