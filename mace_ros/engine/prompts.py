@@ -34,10 +34,10 @@ def build_prompt(query: Query, conversation: Conversation, chat: ChatTokenizer,
     system = query.system or conversation.system or default_system
     turns = list(conversation.turns)
     while True:
-        if query.raw_prompt:
-            messages = ({'role': 'user', 'content': query.text, 'raw': True},)
-        elif query.messages:
+        if query.messages:
             messages = _given(query.messages, system)
+        elif query.raw_prompt:
+            messages = ({'role': 'user', 'content': query.text, 'raw': True},)
         else:
             messages = _turns(system, turns, query)
         ids = _ids(messages, tools, chat)
