@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+import time
 
 from mace_ros.api.events import Event
 from mace_ros.scheduling.cost_model import CostModel
@@ -26,6 +27,9 @@ class IterationObserver:
     def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:
         """
         Report a phase that has ended.
+
+        ``values`` has ``cpu_ms``, except for fine-tune segments: the thread's processor time,
+        without preemption by other threads.
 
         Names: ``receive``, ``learn``, ``plan``, ``pass``, ``masks``, ``sample``, ``wait``,
         ``commit``, ``fine-tune begin``, ``fine-tune <kind>`` and, around all of them,
@@ -94,7 +98,7 @@ class Observers:
 class _Phase:
     """Reports its body to observers; a generator would take longer than some phases."""
 
-    __slots__ = ('_began', '_clock', '_name', '_observers', '_values')
+    __slots__ = ('_began', '_clock', '_cpu', '_name', '_observers', '_values')
 
     def __init__(self, observers: Observers, clock: Callable[[], float], name: str,
                  values: Mapping[str, float]) -> None:
@@ -102,7 +106,10 @@ class _Phase:
         self._name, self._values = name, values
 
     def __enter__(self) -> None:
+        self._cpu = time.thread_time()
         self._began = self._clock()
 
     def __exit__(self, *_: object) -> None:
-        self._observers.phase(self._name, self._began, self._clock(), self._values)
+        ended = self._clock()
+        self._observers.phase(self._name, self._began, ended, {
+            **self._values, 'cpu_ms': (time.thread_time() - self._cpu) * 1e3})
