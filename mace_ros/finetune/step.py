@@ -126,11 +126,13 @@ class FinetuneStep:
             packed.lengths, model.device, prefixes=self._packed_prefixes,
             one_mask=prefers_one_mask(self.tokens, model.dtype, model.device))
             if self._graphed is None else self._graphed.metadata)
-        self._ids = model.tensor([packed.ids + [0] * padding])
-        self._positions = model.tensor([packed.positions + list(range(padding))])
+        ids = model.tensor([packed.ids + [0] * padding])
+        positions = model.tensor([packed.positions + list(range(padding))])
+        # Until the first layer's input is computed from them.
+        self._input: tuple[Tensor, ...] = ids, positions
         self._calls: list[dict[str, Any]] = []      # each layer's arguments
         self._chunked = ChunkedLayers(
-            model, self.metadata, self._ids, self._positions,
+            model, self.metadata, ids, positions,
             split_evenly(self.tokens, chunk_tokens)) if chunked else None
         # Input of each layer, and the last layer's output: [tokens and padding, width].
         self._hidden: list[Tensor] = []
@@ -149,9 +151,9 @@ class FinetuneStep:
             first = self._chunked.first_input
         else:
             with torch.no_grad(), self.model.training(self.metadata):
-                hidden, self._calls = self.model.shell.call_layers(self._ids, self._positions)
+                hidden, self._calls = self.model.shell.call_layers(*self._input)
             first = hidden[0]
-        self._hidden = [first]
+        self._hidden, self._input = [first], ()
 
     # -- piggybacking ----------------------------------------------------------------
 
