@@ -11,8 +11,8 @@ from mace_ros.model.cpu_matmul import (
     Int8Weight,
     linear,
     multiplies_int8,
-    prepacks,
     PrepackedWeight,
+    prepacks,
     SMALL_BATCH,
 )
 
