@@ -154,7 +154,7 @@ def test_probe_merges_the_steps_of_an_iteration() -> None:
     plan = Plan(segments=1, shape=PassShape(decode_rows=1, decode_context=10))
     values: Mapping[str, float] = {}
     probe.phase('receive', 2.0, 2.1, values)
-    probe.phase('plan', 2.1, 2.2, values)
+    probe.phase('plan', 2.1, 2.2, {'cpu_ms': 90.0})
     probe.planned(plan, 1)
     probe.phase('pass', 2.5, 3.0, values)
     probe.phase('sample', 3.0, 3.1, values)
@@ -171,6 +171,7 @@ def test_probe_merges_the_steps_of_an_iteration() -> None:
     assert iteration.work_s == pytest.approx(0.8)
     assert iteration.receive_s == pytest.approx(0.1)
     assert iteration.plan_s == pytest.approx(0.1)
+    assert iteration.plan_cpu_s == pytest.approx(0.09)
     assert iteration.measured_s == pytest.approx(0.8)
     assert (iteration.in_flight, iteration.decode_rows, iteration.segments) == (1, 1, 1)
     assert probe.log.busy_s == pytest.approx(0.8)
@@ -198,7 +199,7 @@ def test_probe_attributes_the_wait_of_a_request_to_fine_tuning() -> None:
 
 def test_probe_does_not_record_steps_that_run_nothing() -> None:
     probe = Probe(lambda: 1.0)
-    probe.phase('plan', 0.0, 0.5, {})
+    probe.phase('plan', 0.0, 0.5, {'cpu_ms': 500.0})
     probe.planned(Plan(), 0)
     probe.phase('iteration', 0.0, 1.0, {})
     probe.finished([])

@@ -38,6 +38,7 @@ from mace_ros.finetune.trainer import Trainer
 from mace_ros.model import cpu_matmul
 from mace_ros.model.batch_descriptor import BatchDescriptor
 from mace_ros.model.cuda_graph_runner import CudaGraphRunner
+from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.int4_kernels import find_kernel, plain_kernel
 from mace_ros.model.loading import LoadedModel
 from mace_ros.model.lora_manager import LoRAManager
@@ -156,7 +157,7 @@ def test_int4_weights_give_the_logits_of_transformers_with_the_dequantised_weigh
     # Dequantised in fp32: PyTorch's product has inputs in bfloat16.
     model, lora, reference = with_reference(
         tiny_model(family), int4=plain_kernel(torch.device('cpu'), torch.float32))
-    assert any(layer.int4 is not None for layer in model.linears)
+    assert any(isinstance(layer.stored, Int4Weight) for layer in model.linears)
     assert_served_as(reference, model, lora, rng, tmp_path)
 
 
