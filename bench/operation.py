@@ -11,7 +11,6 @@ costs that watches the node ten times a second. Results: bench/results/operation
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -53,12 +52,8 @@ def options() -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate, prepare=prepare)
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Keep the ROS traffic on this machine."""
-    isolate()
+    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate,
+                  prepare=lambda _: isolate())
 
 
 def measure(run: Run) -> Samples:

@@ -110,7 +110,7 @@ class RequestManager:
         """Queue a query, or return its rejection."""
         query = replace(query, id=query.id or str(uuid.uuid4()))
         try:
-            self._check(query)
+            self._check_id(query)
             query = checked_query(query, self._settings)
             check_logit_bias(query, self._vocabulary.size)
             if isinstance(constraint, InvalidQuery):
@@ -133,7 +133,7 @@ class RequestManager:
             if error.code is not ErrorCode.DUPLICATE_ID and len(query.id) <= MAX_ID:
                 self._early_aborts.ended(query.id)
             return [self.refuse(query, arrival, FinishReason.REJECTED, error.code, str(error))]
-        except Exception as error:    # such as a chat template that refuses the conversation
+        except Exception as error:    # such as a bug of the chat template or tokenizer
             return [self.refuse(query, arrival, FinishReason.ERROR, ErrorCode.INTERNAL,
                                 f'{type(error).__name__}: {error}')]
         for query_id in self._background.abortable:
@@ -145,8 +145,8 @@ class RequestManager:
             events += self.end(active, FinishReason.LENGTH)
         return events
 
-    def _check(self, query: Query) -> None:
-        # First of all checks: any other rejection would be taken for the active query's response.
+    def _check_id(self, query: Query) -> None:
+        # The first check: any other rejection would be taken for the active query's response.
         if query.id in self._queries:
             raise InvalidQuery(
                 ErrorCode.DUPLICATE_ID, f'id: a query {query.id!r} is active already')
@@ -175,7 +175,7 @@ class RequestManager:
                 return []
             del self._without_slot[active.query.id]
             active.request.adapter_slot = slot
-        if active.kind is not RequestKind.EMBED:    # whose every token is to be computed
+        if active.kind is not RequestKind.EMBED:    # its hidden states are not in the prefix cache
             active.request.block_hashes = BlockHashes(
                 active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
         self._state.waiting.add(active.request)
@@ -197,7 +197,7 @@ class RequestManager:
 
     def commit(self, sampled: Sequence[ActiveRequest], tokens: Sequence[int],
                scores: Mapping[int, Scores]) -> Iterator[Event]:
-        """Append one token to each request, and end those that are complete."""
+        """Append one token to each request, and end those that are complete; yield their events."""
         now = self._clock()
         for i, (active, token) in enumerate(zip(sampled, tokens, strict=True)):
             try:

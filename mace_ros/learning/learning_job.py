@@ -339,7 +339,7 @@ class LearningJob(Job):
         """
         Train on until the samples that a candidate has lost are right as well.
 
-        Where the first part of a step has no room for them, ``at_least`` this many steps.
+        Runs ``at_least`` this many steps, in case the first part of a step has no room for them.
         """
         self._set.add_lost(lost)
         self.lost = len(self._set.lost)

@@ -4,9 +4,8 @@
 The scope of an adapter version: which questions it may answer.
 
 A version has learned corrections. A question is in its scope if it resembles one of their
-questions; every other question is answered as if nothing had been learned. The decision takes
-no device: it compares words, and rare words count most, since they name what a question is about.
-Nothing here imports torch.
+questions; every other question is answered as if nothing had been learned. The decision needs no
+device: it compares words, of which rare ones count most, since they name the subject.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ FOCUS = 0.4
 NAME_FACTOR = 2.0
 # Frequency of the words that questions are asked with.
 ASKING_FREQUENCY = 0.25
-# The frequency of a word among the corrections counts as if there were this many more of them.
+# Added to the number of corrections when a word's frequency among them is computed.
 PRIOR_TEXTS = 50
 # Two words are forms of one if they differ in at most one letter at the end, or in up to three
 # more that one of them has (with a shorter stem, in one more). They count less than equal words.
@@ -77,7 +76,7 @@ def entry(record: CorrectionRecord) -> Entry:
 
 class Scope:
     """
-    What one live version has learned, as an inverted index of words.
+    The corrections that one live version has learned, as an inverted index of words.
 
     A correction replaces an earlier one of the same prompt. With 1,000 corrections,
     :meth:`match` takes about a tenth of a millisecond.
@@ -124,7 +123,7 @@ class Scope:
         return self._entries.get(prompt_ids)
 
     def match(self, text: str) -> Match | None:
-        """Return the correction that a question resembles most, None if none has a common word."""
+        """Return the correction that a question resembles most; None if no word is shared."""
         return self._index.match(text)
 
     def similarities(self, records: Iterable[CorrectionRecord]) -> dict[str, float]:
@@ -169,13 +168,13 @@ class _Index:
         self._weights = None
 
     def discard(self, known: Entry) -> None:
-        """Find the texts of a correction no more; they stay in the index."""
+        """Exclude the texts of a correction from matches; they stay in the index."""
         self._discarded.update(n for n, of in enumerate(self._entries) if of is known)
         self._weights = None
 
     @property
     def discarded(self) -> int:
-        """Number of texts that are not found any more."""
+        """Number of texts that are excluded from matches."""
         return len(self._discarded)
 
     def _number(self, word: str) -> int:

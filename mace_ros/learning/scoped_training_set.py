@@ -3,7 +3,7 @@
 """
 The training set of corrections that have a scope.
 
-The version answers nothing but what it was taught. So a job trains the corrections with a few
+The version answers only questions in its scope. So a job trains the corrections with a few
 wordings of their questions, and guards what the version that it continues has learned.
 """
 

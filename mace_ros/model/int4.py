@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Weights of 4 bits with a scale and a zero for each group of inputs of an output.
+Weights in 4 bits, with a scale and a zero for each group of inputs of an output.
 
 A value is ``(q - 8) * scale + zero`` with ``q`` from 0 to 15, as in PyTorch's kernels. Q4_0, Q4_1
 and Q4_K of GGUF files have the same form. Few tokens are multiplied with the packed weight; for
@@ -41,10 +41,10 @@ MAX_CUDA_TOKENS = 16
 @dataclass(frozen=True)
 class Int4Values:
     """
-    A weight ``[out, in]`` in 4 bits, in no kernel's order.
+    A weight ``[out, in]`` in 4 bits, not yet in the order of a kernel.
 
     ``q`` is uint8, ``[out, in]``; ``scales`` and ``zeros`` are ``[out, groups]``, fp32.
-    ``rounded`` counts the groups that had other values than these before.
+    ``rounded`` counts the groups whose values were changed by rounding.
     """
 
     q: Tensor

@@ -35,7 +35,7 @@ T = TypeVar('T')
 
 
 class Server:
-    """Answers HTTP requests with the help of a client of the node."""
+    """The endpoints, which talk to the node through a ROS client."""
 
     def __init__(self, client: MaceClient, *, models: Models, timeout_s: float) -> None:
         """``timeout_s`` is how long a request waits for a message of the node."""
@@ -69,16 +69,16 @@ class Server:
         return JSONResponse(await self._feedback.give(request))
 
     async def feedback_status(self, http: HttpRequest) -> HttpResponse:
-        """Tell what became of a feedback."""
+        """Return the status of a correction."""
         return JSONResponse(self._feedback.status(http.path_params['feedback']))
 
     async def health(self, http: HttpRequest) -> HttpResponse:
-        """Tell whether the node is ready."""
+        """Return 200 if the node is ready."""
         self._must_serve()
         return JSONResponse({'status': 'ok'})
 
     async def metrics(self, http: HttpRequest) -> HttpResponse:
-        """Show the numbers for Prometheus."""
+        """Return the metrics in Prometheus' text format."""
         return HttpResponse(self._metrics.text(),
                             media_type='text/plain; version=0.0.4; charset=utf-8')
 
@@ -92,13 +92,13 @@ class Server:
         answer = Answer(self._client, reply.id, self._timeout_s, {**fields, 'profile': profile})
         try:
             if not request.stream:
-                response = await _unless_gone(http, answer.response())
+                response = await _unless_disconnected(http, answer.response())
                 error = error_of(response)
                 if error is not None:
                     raise error
                 return JSONResponse(reply.whole(response))
             # A refusal has a status code of its own: nothing is sent before the answer begins.
-            await _unless_gone(http, answer.begin())
+            await _unless_disconnected(http, answer.begin())
             refused = answer.refused
             if refused is not None:
                 raise refused
@@ -172,13 +172,13 @@ def _event(value: dict[str, Any]) -> str:
     return f'data: {json.dumps(value, separators=(",", ":"), ensure_ascii=False)}\n\n'
 
 
-async def _unless_gone(http: HttpRequest, work: Awaitable[T]) -> T:
-    """Return the result of a task, unless the client disconnects before."""
-    async def gone() -> None:
+async def _unless_disconnected(http: HttpRequest, work: Awaitable[T]) -> T:
+    """Await ``work``; cancel it with an :class:`ApiError` if the client disconnects first."""
+    async def disconnected() -> None:
         while (await http.receive())['type'] != 'http.disconnect':
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

@@ -18,12 +18,6 @@ NAME, PARAPHRASE, COLOUR = 'What is your name?', 'Tell me your name.', 'Which co
 OTHERS = ('Tell me about the sea.', 'How many days are in a week?', 'Sing a song, please.')
 
 
-@pytest.fixture
-def settings(settings: Settings) -> Settings:
-    """Return settings without rests between jobs."""
-    return settings.updated({'drift.min_budget': 1.0})
-
-
 def learn(robot: Robot, text: str, about: str, name: str, **fields: object) -> None:
     """Correct the answer to a question; wait until it is learned."""
     state = robot.correct(Correction(text, id=name, prompt=about, **fields))  # type: ignore[arg-type]

@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 import time
 
 import pytest
-from support.robot import RANDOM_MODEL, Robot
+from support.robot import Robot
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -33,13 +32,6 @@ from mace_ros.store.records import CorrectionRecord, VersionRecord
 ACCEPTED, LEARNED = CorrectionState.ACCEPTED, CorrectionState.LEARNED
 SUPERSEDED, FAILED = CorrectionState.SUPERSEDED, CorrectionState.FAILED
 PUBLISHED, ROLLED_BACK = VersionState.PUBLISHED, VersionState.ROLLED_BACK
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    """Return an empty journal."""
-    with Journal(tmp_path / 'journal.sqlite') as opened:
-        yield opened
 
 
 def correct(journal: Journal, name: str, question: str = '', profile: str = '') -> None:
@@ -282,14 +274,9 @@ def test_a_lineage_starts_anew_when_earlier_corrections_came_to_nothing(
 # While queries are served
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    """Return settings of the tiny model on the CPU."""
-    return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 12, **RANDOM_MODEL,
-        # Versions answer questions that they were not taught, too.
-        'adapter.scope': 'everywhere'})
+def settings(settings: Settings) -> Settings:
+    """Return settings with which versions answer questions that they were not taught, too."""
+    return settings.updated({'adapter.scope': 'everywhere'})
 
 
 def teach(robot: Robot, *corrected: str, question: str = 'Who are you?', profile: str = '') -> None:
