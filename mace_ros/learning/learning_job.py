@@ -231,7 +231,7 @@ class LearningJob(Job):
         context, most = self._context, self._context.training.step_tokens
         if not self.everywhere:
             return context.scoped_builder.step(
-                self._set, self.corrections, self._finetune, most=most)
+                self._set, self.corrections, self._finetune, most=most, steps=self.steps)
         return context.builder.step(
             self._set, self.corrections, self._finetune, most=most, steps=self.steps,
             rejections=self.rejections)
