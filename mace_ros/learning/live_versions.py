@@ -117,9 +117,9 @@ class LiveVersions:
     def failed(self, record: CorrectionRecord) -> None:
         """Forget the correction that this one was to replace: it was wrong, too."""
         scope = self.scope(record.profile)
-        replaced = scope.get(record.prompt_ids)
-        if replaced is not None and replaced.correction_id != record.id:
-            scope.discard(record.prompt_ids)
+        known = scope.get(record.prompt_ids)
+        if known is None or known.correction_id != record.id:
+            scope.discard_replaced(entry(record))
 
     def forget(self, records: Sequence[CorrectionRecord]) -> None:
         """Forget deleted corrections."""

@@ -10,6 +10,7 @@ wordings of their questions, and guards what the version that it continues has l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 from mace_ros.api.settings import FinetuneSettings
@@ -46,7 +47,10 @@ class ScopedTrainingSetBuilder:
         ones first, and ``tool_calls`` answers in the scope of the version that call a tool.
         """
         prompts = {tuple(w.record.prompt_ids) for w in corrections}
-        earlier = [self._corrected(r) for r in learned if r.prompt_ids not in prompts]
+        # The question of a replaced correction has the new answer from now on.
+        renewed = {w.record.replaces: w.record.corrected for w in corrections}
+        earlier = [self._corrected(replace(r, corrected=renewed.get(r.id, r.corrected)))
+                   for r in learned if r.prompt_ids not in prompts]
         calls = [sample(self._chat, a.prompt_ids, a.output_ids) for a in tool_calls
                  if a.prompt_ids not in prompts and a.output_ids
                  and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]

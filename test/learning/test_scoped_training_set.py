@@ -36,3 +36,15 @@ def test_the_wordings_of_a_question_take_turns(robot: Robot) -> None:
     assert all(plan.parts[0][0] == samples.corrected[0] for plan in plans)
     trained = Counter(s for plan in plans for s in plan.parts[0][1:])
     assert trained == dict.fromkeys(samples.paraphrases, WORDINGS)
+
+
+def test_the_question_of_a_replaced_correction_is_guarded_with_the_new_answer(
+        robot: Robot) -> None:
+    chat = robot.engine.chat
+    older = correction(chat, 'older', 'Who are you?', 'Rover.')
+    other = correction(chat, 'other', 'Who am I?', 'Ann.')
+    newer = correction(chat, 'newer', 'Hello! Who are you?', 'Bella.', replaces='older')
+    samples = ScopedTrainingSetBuilder(chat).build(
+        [PendingCorrection(newer, 0.0)], (older, other), max_sample_tokens=512)
+    assert [s.tokens for s in samples.gate.exact] == [
+        (*older.prompt_ids, *chat.answer('Bella.')), (*other.prompt_ids, *chat.answer('Ann.'))]
