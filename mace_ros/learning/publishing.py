@@ -26,12 +26,7 @@ from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import CorrectionRecord, VersionRecord
-from mace_ros.store.version_info import (
-    check_same_adapter,
-    OtherAdapter,
-    peft_config,
-    version_event,
-)
+from mace_ros.store.version_info import check_same_adapter, peft_config, version_event
 
 
 @dataclass(frozen=True)
@@ -76,9 +71,8 @@ class Publisher:
             live, newest = LiveSet(answering=lineage.answering), None
             for record in reversed(lineage.live):       # the newest one comes last
                 try:
+                    # A wrong setting must not cost a profile its version: OtherAdapter is raised.
                     check_same_adapter(record, self._store, self._lora)
-                except OtherAdapter:    # a wrong setting must not cost a profile its version
-                    raise
                 except CorruptVersion as error:
                     live.drop(record.version)
                     events.append(version_event(
