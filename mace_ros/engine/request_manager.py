@@ -45,6 +45,7 @@ from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
 from mace_ros.scheduling.request import RequestState
+from mace_ros.store.adapter_store import CorruptVersion
 
 
 class RequestManager:
@@ -168,6 +169,8 @@ class RequestManager:
                     active.query.profile, active.messages, self._settings.adapter)
             try:
                 slot = self._adapters.pin(active.version)
+            except CorruptVersion:      # found at its first use; it is not live any more
+                return self.start(active)
             except Exception as error:      # of the device
                 return self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                 f'{type(error).__name__}: {error}')

@@ -21,6 +21,7 @@ MAX_CHARACTERS = 4000
 MAX_TURNS = 4
 # A question of more words needs no context; nor does one of more than two that begins otherwise.
 FOLLOW_UP_WORDS = 6
+QUESTION_MARKS = ('?', '\uff1f', '\u061f')
 # Words that a question begins with if it carries on from the one before it: "and on Sundays?".
 FOLLOW_UP_BEGINNINGS = frozenset({
     'and', 'but', 'or', 'also', 'then',                     # English
@@ -105,13 +106,15 @@ def is_follow_up(text: str) -> bool:
     """
     Return whether a question needs the one before it: "and on Sundays?", "Why?".
 
-    It is one of up to two words, or one of up to six that begins like a continuation.
+    It is one of up to two words, or one of up to six that begins like a continuation. Two words
+    that ask nothing are no follow-up: "Thank you."
     """
     words = [word for sentence in sentences(text) for word in sentence]
     unspaced = [word for word in words if _UNSPACED.match(word)]
     characters = sum(len(word) == 1 for word in unspaced)
     count = len(words) - len(unspaced) + characters // 2    # a word has about two of them
-    return count <= 2 or (count <= FOLLOW_UP_WORDS and (
+    asks = text.rstrip().endswith(QUESTION_MARKS) or not ASKING.isdisjoint(words)
+    return (count <= 2 and asks) or (count <= FOLLOW_UP_WORDS and (
         words[0] in FOLLOW_UP_BEGINNINGS or ' '.join(words).startswith(_ABOUT)))
 
 

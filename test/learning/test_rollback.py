@@ -34,12 +34,13 @@ SUPERSEDED, FAILED = CorrectionState.SUPERSEDED, CorrectionState.FAILED
 PUBLISHED, ROLLED_BACK = VersionState.PUBLISHED, VersionState.ROLLED_BACK
 
 
-def correct(journal: Journal, name: str, question: str = '', profile: str = '') -> None:
+def correct(journal: Journal, name: str, question: str = '', profile: str = '',
+            replaces: str = '') -> None:
     """Accept a correction as the engine does."""
     question = question or f'question of {name}'
     record = CorrectionRecord(
         name, tuple(question.encode()), ({'role': 'user', 'content': question},), name,
-        profile=profile)
+        profile=profile, replaces=replaces)
     journal.accept(record)
     journal.supersede(record)
 
@@ -123,6 +124,25 @@ def test_superseded_corrections_become_learned_again(journal: Journal) -> None:
     outcome = roll_back(journal, '', 3, '')
     assert states(journal, 'old', 'new', 'other', 'third', 'waits') == [
         SUPERSEDED, LEARNED, SUPERSEDED, SUPERSEDED, ACCEPTED]
+
+
+def test_what_was_corrected_in_other_words_becomes_learned_again(journal: Journal) -> None:
+    """It defines the scope until its replacement is learned, and after a rollback."""
+    def scope() -> list[str]:
+        return [record.id for record in journal.scope('')]
+
+    correct(journal, 'old', 'one?')
+    publish(journal, 1, 'old')
+    correct(journal, 'new', 'one in other words?', replaces='old')
+    assert (states(journal, 'old', 'new'), scope()) == ([SUPERSEDED, ACCEPTED], ['old'])
+    publish(journal, 2, 'new')
+    assert (states(journal, 'old', 'new'), scope()) == ([SUPERSEDED, LEARNED], ['new'])
+    roll_back(journal, '', 1, '')
+    assert (states(journal, 'old', 'new'), scope()) == ([LEARNED, FAILED], ['old'])
+    roll_back(journal, '', 2, '')
+    assert (states(journal, 'old', 'new'), scope()) == ([SUPERSEDED, LEARNED], ['new'])
+    (first, _) = journal.versions('')
+    assert [record.id for record in journal.scope_of(first)] == ['old']
 
 
 def test_only_the_live_lineage_is_rolled_back(journal: Journal) -> None:
