@@ -10,7 +10,7 @@ from typing import Any
 import uuid
 
 from mace_ros.cli.common import STATES
-from mace_ros.msg import Correction, CorrectionStatus
+from mace_ros.msg import CorrectionStatus
 from mace_ros.openai.errors import ApiError
 from mace_ros.openai.protocol import FeedbackRequest
 from mace_ros.ros.client import MaceClient
@@ -33,8 +33,6 @@ class Feedback:
                  if getattr(request, name) is not None]
         if len(given) != 1:
             raise ApiError(400, 'one of corrected, hint and rating is needed', param='corrected')
-        if given == ['hint'] and 'hint' not in Correction.get_fields_and_field_types():
-            raise ApiError(400, 'hint: this node takes none', param='hint')
         if request.id in self._handles:
             return await self._confirm(request)
         fields = {name: value for name in ('weight', 'scope', 'hint')

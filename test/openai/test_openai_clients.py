@@ -269,6 +269,34 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
         assert server.request('POST', '/v1/feedback', body)[0] == status
 
 
+def test_a_thumbs_down_is_recorded(client: OpenAI, server: ServerProcess) -> None:
+    wrong = ask(client, 'Is it late?')
+    status, feedback, _ = server.request(
+        'POST', '/v1/feedback', {'id': wrong.id, 'rating': 'down'})
+    assert status == 200
+    assert wait_until(lambda: server.request(
+        'GET', f'/v1/feedback/{feedback["id"]}')[1]['status'] == 'recorded', LEARNED_S)
+
+
+def test_a_hint_leads_to_a_proposal_that_can_be_confirmed(
+        client: OpenAI, server: ServerProcess) -> None:
+    """A random model rarely ends an answer, which can't be learned then."""
+    wrong = ask(client, 'Is it far?')
+    status, feedback, _ = server.request(
+        'POST', '/v1/feedback', {'id': wrong.id, 'hint': 'Say yes or no.'})
+    assert (status, feedback['status']) == (200, 'accepted')
+    path = f'/v1/feedback/{feedback["id"]}'
+    assert wait_until(lambda: server.request('GET', path)[1]['status'] in (
+        'proposed', 'failed'), LEARNED_S)
+    outcome = server.request('GET', path)[1]
+    if outcome['status'] == 'failed':
+        assert outcome['reason'].startswith('hint: ')
+        return
+    assert server.request('POST', '/v1/feedback', {
+        'id': feedback['id'], 'corrected': outcome['corrected']})[0] == 200
+    assert learned(server, feedback)
+
+
 def test_a_tool_call_and_its_result(client: OpenAI, server: ServerProcess) -> None:
     question = 'Drive to the dock.'
     wrong = ask(client, question, tools=[MOVE])

@@ -42,6 +42,26 @@ def test_a_wrong_key_is_refused(server: ServerProcess, headers: dict[str, str]) 
     assert (status, body['error']['code']) == (401, 'invalid_api_key')
 
 
+def counted(server: ServerProcess, path: str, status: int) -> float:
+    return server.metric(f'mace_http_requests_total{{path="{path}",status="{status}"}}')
+
+
+@pytest.mark.parametrize(('method', 'path', 'body', 'headers', 'counted_as', 'status'), [
+    ('POST', '/v1/completions', HI, {}, '/v1/completions', 401),
+    ('POST', '/v1/completions', b' ' * 5001, KEY, '/v1/completions', 413),
+    ('POST', '/v1/completions', HI, KEY, '/v1/completions', 400),
+    ('GET', '/v1/completions', None, KEY, '/v1/completions', 405),
+    ('GET', '/v1/models/gpt-4o', None, KEY, '/v1/models/{model:path}', 404),
+    ('GET', '/v1/made-up', None, KEY, 'other', 404),
+    ('GET', '/health', None, {}, '/health', 503)])
+def test_every_refusal_is_counted_with_its_path(
+        server: ServerProcess, method: str, path: str, body: object, headers: dict[str, str],
+        counted_as: str, status: int) -> None:
+    before = counted(server, counted_as, status)
+    assert server.request(method, path, body, headers)[0] == status
+    assert counted(server, counted_as, status) == before + 1
+
+
 def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) -> None:
     for method, path, body in (('POST', '/v1/chat/completions', HI), ('GET', '/health', None)):
         status, reply, headers = server.request(method, path, body, KEY)
@@ -110,11 +130,14 @@ def test_requests_that_run_at_once_are_bounded(server: ServerProcess) -> None:
                 headers['retry-after'])
 
         assert wait_until(refused, 20.0)
+        assert counted(server, '/v1/chat/completions', 429) >= 1
     finally:
+        gone = counted(server, '/v1/completions', 499)
         for connection in slow:
             connection.close()
     assert wait_until(lambda: server.request(
         'POST', '/v1/chat/completions', HI, KEY)[0] == 503, 20.0)
+    assert wait_until(lambda: counted(server, '/v1/completions', 499) == gone + 2, 20.0)
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
