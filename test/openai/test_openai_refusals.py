@@ -16,7 +16,7 @@ from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.ros_graph import ROOT
 
-from mace_ros.openai.server import arguments, serve
+from mace_ros.openai.server import arguments, listen, serve
 
 KEY = {'Authorization': 'Bearer a key'}
 HI = {'model': 'mace', 'messages': [{'role': 'user', 'content': 'Hi.'}]}
@@ -151,6 +151,13 @@ def test_missing_libraries_are_named_with_how_to_install_them(
     monkeypatch.setitem(sys.modules, 'uvicorn', None)
     assert serve(arguments().parse_args([]), '', None) == 2
     assert 'uvicorn is missing: pip install starlette uvicorn' in capsys.readouterr().err
+
+
+def test_replies_are_sent_without_delay() -> None:
+    with listen('127.0.0.1', 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_key_file_or_port_that_is_not_to_be_had_is_named(
