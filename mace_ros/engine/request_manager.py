@@ -38,7 +38,7 @@ from mace_ros.engine.router import Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.constraints import Constraint
+from mace_ros.model.constraints import Constraint, ConstraintBroken
 from mace_ros.model.sampling import Scores
 from mace_ros.model.vocabulary import Vocabulary
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
@@ -206,7 +206,11 @@ class RequestManager:
             try:
                 logprobs = self._logprobs(token, scores[i]) if i in scores else None
                 chunk = active.append(token, now, self._chat.end_tokens, logprobs)
-            except Exception as error:    # of a constraint, or of a tokenizer with its own tokens
+            except ConstraintBroken as error:     # the client's format, found out only now
+                yield from self.end(active, FinishReason.ERROR, ErrorCode.INVALID_PARAMETER,
+                                    f'response_schema: {error}')
+                continue
+            except Exception as error:    # of a tokenizer with its own tokens
                 yield from self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                     f'{type(error).__name__}: {error}')
                 continue
