@@ -59,8 +59,8 @@ class ModelSettings:
         'auto', 'Device of the model; auto is a CUDA device if there is one, otherwise the CPU',
         choices=('auto', 'cpu', 'cuda'), read_only=True)
     weight_dtype: str = _parameter(
-        'auto', 'Precision of the base weights: auto is bfloat16 on CUDA, int8 on a CPU that has '
-        'instructions for it (bfloat16, or ARM), and float32 on other CPUs; int8 and int4 round '
+        'auto', 'Precision of the base weights: auto is bfloat16 on CUDA and on x86 CPUs with '
+        'instructions for it, int8 on ARM CPUs, and float32 on other CPUs; int8 and int4 round '
         'the linear layers to 8 or 4 bits, and compute in bfloat16 where the CPU supports it',
         choices=('auto', 'float32', 'bfloat16', 'int8', 'int4'), read_only=True)
     device_graphs: bool = _parameter(

@@ -37,7 +37,7 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.constraints import ConstraintCompiler
-from mace_ros.model.cpu_matmul import multiplies_int8
+from mace_ros.model.cpu_matmul import multiplies_int8, prepacks
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import (
     free_memory,
@@ -185,13 +185,15 @@ class _LoadedDevice:
 def best_weight_dtype(device: str) -> str:
     """Return what ``model.weight_dtype: auto`` stands for unless the source has 4 bits."""
     dtype = best_dtype(device)
-    return 'int8' if device == 'cpu' and multiplies_int8(getattr(torch, dtype)) else dtype
+    if device != 'cpu' or prepacks(torch.device(device)):
+        return dtype
+    return 'int8' if multiplies_int8(getattr(torch, dtype)) else dtype
 
 
 def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
-    # Of int4, decoding is faster, but prefill and learning are slower than with int8.
+    # Of int4, decoding is faster, but prefill and learning are slower.
     dtype = best_weight_dtype(device) if model.weight_dtype == 'auto' else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')

@@ -80,9 +80,9 @@ def test_an_int8_weight_is_rounded_in_place_and_multiplied_exactly(
 
 @pytest.mark.parametrize('machine, native, expected', [
     ('x86_64', {'avx2': True}, 'float32'),
-    ('x86_64', {'avx512_bf16': True}, 'int8'),
+    ('x86_64', {'avx512_bf16': True}, 'bfloat16'),
     ('aarch64', {}, 'int8')])
-def test_the_default_weight_dtype_is_int8_where_the_cpu_is_fast_with_it(
+def test_the_default_weight_dtype_is_the_fastest_one_of_the_cpu(
         machine: str, native: dict[str, bool], expected: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('platform.machine', lambda: machine)
