@@ -7,11 +7,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import constrained, decode, kernels, operation, report
+from bench import constrained, decode, kernels, report
 from bench.colocation import __main__ as colocation
 from bench.durability import __main__ as durability
 from bench.learning import __main__ as learning
 from bench.memory import __main__ as memory
+from bench.operation import __main__ as operation
 
 BENCHMARKS = (kernels, decode, constrained, learning, durability, memory, operation, colocation)
 

@@ -10,7 +10,6 @@ every correction its acknowledgement, without errors. Results: bench/results/soa
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, deque
 from collections.abc import Sequence
 import json
@@ -55,12 +54,8 @@ def options() -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate, prepare=prepare)
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Keep the ROS traffic on this machine."""
-    isolate()
+    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate,
+                  prepare=lambda _: isolate())
 
 
 def measure(run: Run) -> Samples:

@@ -16,7 +16,7 @@ import pytest
 from support.graph import ENVIRONMENT, use_another_domain
 from support.precision import CAPABILITIES
 from support.robot import RANDOM_MODEL, Robot
-from support.ros_graph import NodeProcess
+from support.ros_graph import Generator, Inputs, NodeProcess
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,20 +28,24 @@ from mace_ros.learning.anchors import ANCHORS
 from mace_ros.model.loading import load_model, LoadedModel
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.ros.client import MaceClient
+from mace_ros.store.journal import Journal
 
 # Tokens of the tiny model. With all tokens, most of its time would go into the head.
 VOCABULARY = 8192
 CALIBRATION_S = 0.5
+START_S = 100.0
 
 
 # The longest test files, in the order in which workers start them. A long file that starts last
 # would keep one worker busy while the others are idle.
 LONGEST = (
-    'ros/test_node.py', 'package/test_colcon.py', 'engine/test_engine_memory.py',
-    'ros/test_lifecycle.py', 'bench/test_durability.py', 'ros/test_interfaces.py',
-    'bench/test_benchmarks.py', 'engine/test_engine.py', 'learning/test_rollback.py',
-    'cli/test_programs.py', 'finetune/test_finetune_step.py', 'learning/test_learning.py',
-    'learning/test_learning_failures.py', 'learning/test_outcomes.py')
+    'ros/test_node.py', 'package/test_colcon.py', 'ros/test_lifecycle.py', 'cli/test_programs.py',
+    'bench/test_durability.py', 'ros/test_invalid_input.py', 'bench/test_benchmarks.py',
+    'ros/test_shutdown.py', 'bench/test_edits.py', 'openai/test_openai_clients.py',
+    'engine/test_engine.py', 'finetune/test_finetune_step.py', 'learning/test_outcomes.py',
+    'ros/test_interfaces.py', 'ros/test_corrections.py', 'learning/test_rollback.py',
+    'learning/test_learning_failures.py', 'learning/test_learning.py', 'learning/test_poison.py')
 
 
 def tiny_model(folder: Path, tokens: int, seed: int) -> None:
@@ -195,14 +199,40 @@ def tiny_node(
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    """Return settings for the tiny model on the CPU."""
+def client(tiny_node: NodeProcess) -> Iterator[MaceClient]:
+    """Yield a client of ``tiny_node``, which is ready."""
+    with MaceClient() as made:
+        made.wait_until_ready(START_S)
+        yield made
+
+
+@pytest.fixture(scope='module')
+def inputs(client: MaceClient) -> Inputs:
+    """Return publishers of the inputs of ``tiny_node``."""
+    return Inputs(client)
+
+
+@pytest.fixture
+def generator(client: MaceClient) -> Iterator[Generator]:
+    """Yield a client of the action of ``tiny_node``."""
+    with Generator(client) as made:
+        yield made
+
+
+@pytest.fixture(scope='session')
+def tiny_settings(model_folder: Path) -> Settings:
+    """Return the defaults, with the tiny model on the CPU."""
     return Settings().updated({
         'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
         # Tests compare texts of passes in different batches: rounding must not change them.
-        'model.weight_dtype': 'float32',
-        **RANDOM_MODEL,
-        'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12})
+        'model.weight_dtype': 'float32'})
+
+
+@pytest.fixture(scope='module')
+def settings(tiny_settings: Settings) -> Settings:
+    """Return settings with which the tiny model gives short answers, and learns quickly."""
+    return tiny_settings.updated({
+        **RANDOM_MODEL, 'memory.kv_cache_tokens': 8192, 'generation.max_tokens': 12})
 
 
 @pytest.fixture
@@ -213,3 +243,16 @@ def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
     yield Robot(engine)
     engine.close()
     assert engine.free_kv_tokens == everything
+
+
+@pytest.fixture
+def journal_path(tmp_path: Path) -> Path:
+    """Return the path of a journal, in a folder that does not exist yet."""
+    return tmp_path / 'storage' / 'journal.sqlite'
+
+
+@pytest.fixture
+def journal(journal_path: Path) -> Iterator[Journal]:
+    """Return an empty journal."""
+    with Journal(journal_path) as opened:
+        yield opened

@@ -22,12 +22,17 @@ SQL = re.compile(
 NAMEDTUPLE = {'_asdict', '_field_defaults', '_fields', '_make', '_replace'}
 
 
-def sizes(package: list[Source]) -> Iterator[Finding]:
-    """Find long functions and files."""
-    for source in package:
+def long_files(files: list[Source], rule: str) -> Iterator[Finding]:
+    """Find long files."""
+    for source in files:
         if source.lines > MAX_FILE_LINES:
-            yield Finding('files above 500 lines', source.path, 1,
+            yield Finding(rule, source.path, 1,
                           f'{source.lines} lines, at most {MAX_FILE_LINES}: split it by idea')
+
+
+def long_functions(package: list[Source]) -> Iterator[Finding]:
+    """Find long functions."""
+    for source in package:
         for node in ast.walk(source.tree):
             if isinstance(node, FUNCTIONS):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -38,7 +38,7 @@ def checks(samples: Samples) -> list[Check]:
         return check(f'{what}, {above} / {below}', found.median, target, found.spread)
 
     waits = [r['wait_ms'] for r in samples['waits'] if r['system'] == 'mace']
-    plans = saturated_plans(samples)
+    plans = saturated_plans(samples, 'plan_us')
     errors = prediction_errors(samples)
     busy_alone = _shares(samples, 'inference_only')
     busy = _shares(samples, 'mace')
@@ -58,8 +58,10 @@ def checks(samples: Samples) -> list[Check]:
               against_split.spread),
         check('wait of an arriving query for fine-tuning, mace, p99 ms', percentile(waits, 99),
               '<= 60', f'{len(waits)} queries, longest {max(waits, default=math.nan):.3g} ms'),
-        check('plan() with 64 requests in flight, p99 us', percentile(plans, 99), '<= 200',
-              f'{len(plans)} plans, median {percentile(plans, 50):.3g} us'),
+        check('plan() with 64 requests in flight, p99 us of CPU time',
+              percentile(saturated_plans(samples, 'plan_cpu_us'), 99), '<= 200',
+              f'{len(plans)} plans; with preemption by other threads {percentile(plans, 99):.3g}, '
+              f'median {percentile(plans, 50):.3g} us'),
         check('scheduler and executor / iteration time, mace', overhead(samples), '<= 0.02',
               f'{len(iterations(samples))} iterations: all but passes, segments and sampling'),
         check('cost model, median relative error', percentile(errors, 50), '<= 0.1',
@@ -180,11 +182,11 @@ def prediction_errors(samples: Samples) -> list[float]:
     return [_error(row) for row in iterations(samples)]
 
 
-def saturated_plans(samples: Samples) -> list[float]:
-    """Return the microseconds of ``plan()`` with at least 64 requests in flight."""
-    return [time for part in samples['crowd'] for time, count in (
-        (row[part['columns'].index('plan_us')], row[part['columns'].index('in_flight')])
-        for row in part['rows']) if count >= 64]
+def saturated_plans(samples: Samples, column: str) -> list[float]:
+    """Return a time of each ``plan()`` with at least 64 requests in flight."""
+    rows = [dict(zip(part['columns'], row, strict=True))
+            for part in samples['crowd'] for row in part['rows']]
+    return [row[column] for row in rows if row['in_flight'] >= 64]
 
 
 def _error(row: Mapping[str, float]) -> float:

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 import json
-import math
 import os
 from pathlib import Path
 import platform
@@ -26,6 +25,7 @@ import time
 from typing import Any
 
 from bench.common.results import Result
+from mace_ros.simulation.report import plain
 
 FOLDER = Path(__file__).parents[1] / 'results'
 QUICK_FOLDER = FOLDER / 'quick'     # separate: a quick run has too few samples to judge by
@@ -152,7 +152,7 @@ class Recorder:
 
 def dumps(data: Any) -> str:
     """Return JSON with one line per sample, so that a diff is readable."""
-    return _dumps(_plain(data), 0) + '\n'
+    return _dumps(plain(data), 0) + '\n'
 
 
 def _dumps(data: Any, depth: int) -> str:
@@ -164,17 +164,6 @@ def _dumps(data: Any, depth: int) -> str:
         lines = [inner + json.dumps(x, allow_nan=False) for x in data]
         return '[\n' + ',\n'.join(lines) + '\n' + ' ' * depth + ']'
     return json.dumps(data, allow_nan=False)
-
-
-def _plain(data: Any) -> Any:
-    """Return ``data`` as JSON can hold it: NaN becomes null, floats have six digits."""
-    if isinstance(data, dict):
-        return {str(k): _plain(v) for k, v in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(x) for x in data]
-    if isinstance(data, float):
-        return float(f'{data:.6g}') if math.isfinite(data) else None
-    return data
 
 
 def read(folder: Path | None = None) -> list[dict[str, Any]]:

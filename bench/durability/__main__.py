@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from bench.common.options import Options
@@ -30,12 +29,8 @@ def options() -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate, prepare=prepare)
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Keep the ROS traffic on this machine."""
-    isolate()
+    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate,
+                  prepare=lambda _: isolate())
 
 
 def measure(run: Run) -> Samples:

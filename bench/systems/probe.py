@@ -17,8 +17,8 @@ from mace_ros.scheduling.request import Request
 from mace_ros.telemetry.observer import IterationObserver
 
 # The columns of an iteration in the JSON files, in this order.
-COLUMNS = ('wall_ms', 'work_ms', 'plan_us', 'predicted_ms', 'measured_ms', 'in_flight',
-           'decode_rows', 'prefill_tokens', 'finetune_tokens', 'segments')
+COLUMNS = ('wall_ms', 'work_ms', 'plan_us', 'plan_cpu_us', 'predicted_ms', 'measured_ms',
+           'in_flight', 'decode_rows', 'prefill_tokens', 'finetune_tokens', 'segments')
 
 # Phases in which the device works or the engine waits for it; the rest is host overhead.
 WORK_PHASES = frozenset({'pass', 'sample', 'wait'})
@@ -31,7 +31,8 @@ class IterationRecord:
     Times of one iteration, in seconds, and the sizes of its parts.
 
     ``work_s`` is the time in the pass, in sampling and in fine-tune segments, and
-    ``receive_s`` the time that admits requests. ``predicted_s`` and ``measured_s`` are the
+    ``receive_s`` the time that admits requests. ``plan_cpu_s`` is the processor time of the plan,
+    without preemption by other threads. ``predicted_s`` and ``measured_s`` are the
     cost model's prediction and the measurement of pass and segments together.
     """
 
@@ -39,6 +40,7 @@ class IterationRecord:
     work_s: float = 0.0
     receive_s: float = 0.0
     plan_s: float = 0.0
+    plan_cpu_s: float = 0.0
     predicted_s: float = math.nan
     measured_s: float = 0.0
     in_flight: int = 0
@@ -49,9 +51,10 @@ class IterationRecord:
 
     def row(self) -> list[float]:
         """Return the values of :data:`COLUMNS`."""
-        return [self.wall_s * 1e3, self.work_s * 1e3, self.plan_s * 1e6, self.predicted_s * 1e3,
-                self.measured_s * 1e3, self.in_flight, self.decode_rows, self.prefill_tokens,
-                self.finetune_tokens, self.segments]
+        return [self.wall_s * 1e3, self.work_s * 1e3, self.plan_s * 1e6,
+                self.plan_cpu_s * 1e6, self.predicted_s * 1e3, self.measured_s * 1e3,
+                self.in_flight, self.decode_rows, self.prefill_tokens, self.finetune_tokens,
+                self.segments]
 
 
 @dataclass(slots=True)
@@ -121,7 +124,7 @@ class Probe(IterationObserver):
         elif name == 'receive':
             current.receive_s += seconds
         elif name == 'plan':
-            current.plan_s = seconds
+            current.plan_s, current.plan_cpu_s = seconds, values['cpu_ms'] / 1e3
         elif name in WORK_PHASES:
             current.work_s += seconds
             if name == 'pass':

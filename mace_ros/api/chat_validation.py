@@ -32,7 +32,7 @@ def text_problem(text: str) -> str:
 
 
 def check_prompt(query: Query) -> None:
-    """Check what a query asks: its text, or its messages; raise :class:`InvalidQuery`."""
+    """Check the text or the messages of a query; raise :class:`InvalidQuery`."""
     problem = next(_problems(query), '')
     if problem:
         raise InvalidQuery(ErrorCode.INVALID_PARAMETER, problem)

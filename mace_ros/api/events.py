@@ -42,7 +42,7 @@ class ErrorCode(IntEnum):
 
 
 class ResponseFormat(IntEnum):
-    """What an answer must be, with the values of ``Query.msg``."""
+    """The format of an answer, with the values of ``Query.msg``."""
 
     FREE = 0
     JSON = 1
@@ -155,7 +155,7 @@ class Correction:
     """
     The right answer to a query; see ``Correction.msg``.
 
-    Without ``corrected`` it is a ``hint`` how to answer, or without that a thumbs-down.
+    Without ``corrected``, a ``hint`` says how to answer; without both it is a thumbs-down.
     """
 
     corrected: str

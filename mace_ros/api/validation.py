@@ -133,7 +133,7 @@ def checked_correction(correction: Correction) -> Correction:
 
 
 def names_answer(correction: Correction) -> bool:
-    """Return whether a correction says what it corrects; one that confirms a hint need not."""
+    """Return whether a correction names an answer, which one that confirms a hint need not."""
     return bool(correction.query_id or correction.conversation_id or correction.prompt.strip())
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""One query while it is being answered: its token ids, its text and its adapter version."""
+"""An answer in progress: its token ids, its text and its adapter version."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class ActiveRequest:
         return self.ids[self.request.prompt_tokens:]
 
     def row(self) -> Row:
-        """Return what the next token is sampled by."""
+        """Return the sampling parameters and the history for the next token."""
         return Row(self.sampling, self.ids, self.request.prompt_tokens,
                    None if self.constraint is None else self.constraint.mask())
 

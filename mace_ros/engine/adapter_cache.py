@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the live versions that queries need into the device's slots."""
+"""Keeps the adapter versions that running queries use in the device's slots."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mace_ros.model.lora_manager import LoRAManager
 
 
 class AdapterCache:
-    """Loads a version when a query needs it; takes milliseconds, and nothing if it is loaded."""
+    """Loads a version into a slot when a query needs it, which takes milliseconds."""
 
     def __init__(self, slots: AdapterSlots, lora: LoRAManager, live: LiveVersions) -> None:
         """Load the versions of ``live`` into ``slots``, whose weights ``lora`` writes."""
         self._slots, self._lora, self._live = slots, lora, live
 
     def pin(self, version: ServedVersion) -> int | None:
-        """Return the slot of a version, which keeps it; None if running queries hold them all."""
+        """Pin a version and return its slot; None if running queries have pinned all slots."""
         slot = self._slots.slot_of(version)
         if slot is None:
             slot = self._slots.assign(version)

@@ -43,7 +43,8 @@ class AnswerRecorder:
             profile=query.profile, lineage=route.version.profile,
             adapter_version=route.version.version,
             matched_correction_id=route.correction_id, out_of_scope=route.out_of_scope,
-            no_learn=query.no_learn or not complete, time=time.time(), tools=tuple(active.tools),
+            similarity=route.similarity, no_learn=query.no_learn or not complete,
+            time=time.time(), tools=tuple(active.tools),
             calls_tool=complete and bool(active.stream.calls))
         self._journal.submit(
             lambda journal: journal.record_answer(answer)).add_done_callback(self._on_written)

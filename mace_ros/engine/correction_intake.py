@@ -23,7 +23,7 @@ MAX_HELD = 1000     # corrections that wait for the end of their answers
 
 @dataclass(frozen=True)
 class _Arrived:
-    """A checked correction, and what was in force when it arrived."""
+    """A valid correction, with the settings and limits in force when it arrived."""
 
     correction: Correction
     settings: Settings
@@ -36,7 +36,7 @@ class CorrectionIntake:
     Checks corrections and writes them to the journal, whose thread puts the outcome into the inbox.
 
     :meth:`take` may be called from any thread, the other methods from the device's. A correction
-    is acknowledged when it is written: one that waits for the end of its answer is not yet.
+    is acknowledged once it is written, so not while it waits for the end of its answer.
     """
 
     def __init__(self, *, chat: ChatTokenizer, journal: JournalWriter, inbox: Inbox,
@@ -45,7 +45,7 @@ class CorrectionIntake:
         self._chat, self._journal, self._inbox, self._clock = chat, journal, inbox, clock
         self._limiter = CorrectionLimiter()
         self._lock = threading.Lock()
-        # Of each query that is being answered, the conversation, once the answer has begun.
+        # Conversations of active queries, by query id; empty until the answer has begun.
         self._conversations: dict[str, str] = {}
         self._held: dict[str, list[_Arrived]] = {}      # by the query that they correct
 
@@ -55,29 +55,29 @@ class CorrectionIntake:
 
         ``longest`` is the maximum number of tokens of a prompt with its answer.
         """
-        at = self._clock()
+        now = self._clock()
         try:
-            checked = checked_correction(correction)
-            self._limiter.admit(at, settings.correction.max_per_minute, self._journal.backlog)
-            held = self._hold(_Arrived(checked, settings, longest, at))
+            arrived = _Arrived(checked_correction(correction), settings, longest, now)
+            self._limiter.admit(now, settings.correction.max_per_minute, self._journal.backlog)
+            if self._hold(arrived):
+                return
         except InvalidCorrection as error:
             self._inbox.put(Publish(rejected(correction, error)))
             return
-        if not held:
-            self._write(_Arrived(checked, settings, longest, at))
+        self._write(arrived)
 
     def query_admitted(self, query_id: str) -> None:
-        """Hold corrections of this query from now on."""
+        """Hold corrections of this query until it has ended."""
         with self._lock:
             self._conversations[query_id] = ''
 
     def answer_begun(self, query_id: str, conversation_id: str) -> None:
-        """Take this answer for the last one of its conversation from now on."""
+        """Note that this answer is now the latest of its conversation."""
         with self._lock:
             self._conversations[query_id] = conversation_id
 
     def query_ended(self, query_id: str) -> None:
-        """Write the corrections of an answer that the journal was given before this call."""
+        """Write the held corrections of an answer that was submitted to the journal before."""
         with self._lock:
             self._conversations.pop(query_id, None)
             held = self._held.pop(query_id, [])
@@ -85,7 +85,7 @@ class CorrectionIntake:
             self._write(arrived)
 
     def _hold(self, arrived: _Arrived) -> bool:
-        """Return whether the correction waits for the end of its answer."""
+        """Hold a correction if its answer is unfinished; return whether it is held."""
         correction = arrived.correction
         with self._lock:
             query_id = correction.query_id or next(

@@ -4,7 +4,7 @@
 Embeddings of texts: the mean of the base model's last hidden states, scaled to length 1.
 
 Each text is a silent request, which is scheduled beside queries and computed in chunks like a
-prompt. Its tokens are not taken from the prefix cache, which has no hidden states.
+prompt. It does not use the prefix cache, which holds no hidden states.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class InvalidText(ValueError):
 
 @dataclass(eq=False)
 class _Call:
-    """The texts of one call, and what is known of them."""
+    """One call: the number of missing embeddings, and those found, by position."""
 
     done: Future[list[Embedding]]
     missing: int
@@ -52,7 +52,7 @@ class EmbedRequests:
     def requests(self, texts: Sequence[str], done: Future[list[Embedding]],
                  longest: int) -> list[ActiveRequest]:
         """
-        Return a request for each text; none if they are invalid, which ``done`` receives.
+        Return a request for each text; if any is invalid, ``done`` receives the error instead.
 
         ``longest`` is the maximum number of tokens of a request.
         """

@@ -228,7 +228,8 @@ class Engine:
             events += self._prepare()
             plan = self._plan()
             events += self.requests.reject(plan.rejected)
-            if self._memory.reclaim(plan.lacks_memory, overdue=self._is_overdue()):
+            if self._memory.reclaim(
+                    plan.lacks_memory, overdue=plan.lacks_memory and self._is_overdue()):
                 return Iteration(events, self._clock())     # plan again, with more memory
             self._observers.planned(plan, len(self.requests))
             self._tend_memory(plan)

@@ -1,10 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Answers to hints: the question again, with the hint before it, as a silent request.
+Answers to hints: a silent request repeats the question with the hint before it.
 
 The version in whose scope the question lies answers, greedily. The answer becomes the text of the
-hint's correction. It is asked for again after a restart, since the hint is in the journal.
+hint's correction. Hints that were not answered are in the journal, and resumed after a restart.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ class HintAnswers:
             ttft_slo=settings.slo.ttft_ms / 1e3, tpot_slo=settings.slo.tpot_ms / 1e3, priority=0)
         return ActiveRequest(
             query=Query('', id=request.id, profile=record.profile),
-            # Without the hint: these decide in whose scope the question lies.
+            # Without the hint, because these decide which version's scope the question is in.
             messages=tuple(dict(m) for m in record.messages), ids=ids, request=request,
             sampling=Sampling(0.0, 1.0, 0), stream=TextStream(self._chat),
             kind=RequestKind.HINT, adapted_from=self._chat.adapted_from(ids))
 
     def _answered(self, record: CorrectionRecord, text: str, problem: str) -> None:
-        """Give the journal the answer, or why there is none."""
+        """Write the answer to the journal, or the reason why there is none."""
         settings, longest, now = self._settings, self._longest, self._clock()
         if not text.strip() and not problem:
             problem = 'the answer is empty'
@@ -96,7 +96,7 @@ class HintAnswers:
         written.add_done_callback(lambda outcome: self._report(record, outcome))
 
     def _report(self, record: CorrectionRecord, outcome: Future[Accepted]) -> None:
-        """Report the outcome; after an error of the disk, the next start asks again."""
+        """Report the outcome; after a disk error, the hint is answered again at the next start."""
         error = outcome.exception()
         self._inbox.put(
             CorrectionWritten(Correction('', id=record.id), outcome) if error is None

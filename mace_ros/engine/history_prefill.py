@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-CONVERSATIONS = 16    # that are remembered, the latest ones
-CHUNK_TOKENS = 32     # computed at once; an arriving query waits for one chunk at most
+CONVERSATIONS = 16    # at most; the oldest are forgotten
+CHUNK_TOKENS = 32     # of one request; an arriving query waits for at most one
 
 
 class HistoryPrefill:
@@ -23,7 +23,7 @@ class HistoryPrefill:
     def __init__(self) -> None:
         """Begin without a conversation."""
         self._todo: OrderedDict[str, Sequence[int]] = OrderedDict()
-        self._cached = -1     # tokens of the first conversation that were cached at the last look
+        self._cached = -1     # cached tokens of the first conversation at the last call of next()
 
     def note(self, conversation_id: str, ids: Sequence[int]) -> None:
         """Plan to compute a conversation, given by its last prompt with the answer."""
@@ -32,11 +32,11 @@ class HistoryPrefill:
             self._todo.popitem(last=False)
 
     def drop(self, conversation_id: str) -> None:
-        """Compute a conversation no more: it has gone on without an adapter."""
+        """Forget a conversation that has continued without an adapter."""
         self._todo.pop(conversation_id, None)
 
     def clear(self) -> None:
-        """Compute nothing."""
+        """Forget all conversations."""
         self._todo.clear()
 
     def next(self, cached_tokens: Callable[[Sequence[int]], int]) -> Sequence[int] | None:

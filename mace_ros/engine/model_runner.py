@@ -21,11 +21,12 @@ from mace_ros.model.spans import PiggybackSpans, Span
 from mace_ros.model.timing import DeviceTimer
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
-from mace_ros.scheduling.plan import Measurement, Plan, Segment, State
+from mace_ros.scheduling.plan import Measurement, Plan, Segment, SegmentKind, State
 from mace_ros.scheduling.plan_ahead import plan_ahead, still_valid
 from mace_ros.scheduling.request import Request
 from mace_ros.telemetry.observer import Observers
 
+PHASES = {kind: f'fine-tune {kind.name.lower()}' for kind in SegmentKind}   # for observers
 MAX_FAILED_PASSES = 10      # failed passes in a row after which the device counts as broken
 
 
@@ -224,12 +225,19 @@ class ModelRunner:
     def _piggyback(self, step: FinetuneStep | None, tokens: int,
                    ) -> tuple[PiggybackSpans | None, Exception | None]:
         """Return the fine-tune tokens of a pass; an error of theirs must not fail the pass."""
-        if step is None:
+        if step is None or not tokens:
             return None, None
         try:
+            self._begin(step)
             return self._paged.piggyback(step, tokens), None
         except Exception as error:
             return None, error
+
+    def _begin(self, step: FinetuneStep) -> None:
+        """Let the model compute a step's first input, which is neither a pass nor a segment."""
+        if not step.begun:
+            with self._observers.timed('fine-tune begin'):
+                step.begin()
 
     def _take_tokens(self, launched: InFlightBatch) -> tuple[list[int], Mapping[int, Scores]]:
         """Wait for the sampled tokens and their scores, and note what the pass has computed."""
@@ -279,6 +287,7 @@ class ModelRunner:
                 assert step is not None
                 if step.done or (plan.interruptible and self._inbox):
                     break      # the learner, or a query, comes first
+                self._begin(step)
                 scored = step.scored
                 timed.append(self._run_segment(step))
                 if step.pauses_when_scored and step.scored and not scored:
@@ -293,5 +302,5 @@ class ModelRunner:
         self._model.synchronize()
         ended = self._clock()
         self._observers.phase(
-            f'fine-tune {segment.kind.name.lower()}', started, ended, {'tokens': segment.tokens})
+            PHASES[segment.kind], started, ended, {'tokens': segment.tokens})
         return segment, ended - started

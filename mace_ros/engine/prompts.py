@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The prompt of a query: from a conversation of the node, of the client, or as it is."""
+"""The prompt of a query: the node's conversation, the client's messages, or a raw text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Prompt:
 def build_prompt(query: Query, conversation: Conversation, chat: ChatTokenizer,
                  default_system: str, max_length: int) -> Prompt:
     """
-    Return the prompt of a validated query, which leaves room for a token of ``max_length``.
+    Return the prompt of a validated query, shorter than ``max_length`` tokens.
 
     The oldest turns of a conversation that the node keeps are dropped until the prompt fits.
     Raises :class:`InvalidQuery` if it does not, or if the chat template refuses it.
@@ -34,10 +34,12 @@ def build_prompt(query: Query, conversation: Conversation, chat: ChatTokenizer,
     system = query.system or conversation.system or default_system
     turns = list(conversation.turns)
     while True:
-        messages = (_given(query.messages, system) if query.messages
-                    else _turns(system, turns, query))
-        if query.raw_prompt:
+        if query.messages:
+            messages = _given(query.messages, system)
+        elif query.raw_prompt:
             messages = ({'role': 'user', 'content': query.text, 'raw': True},)
+        else:
+            messages = _turns(system, turns, query)
         ids = _ids(messages, tools, chat)
         if len(ids) < max_length:
             return Prompt(messages, tools, ids)

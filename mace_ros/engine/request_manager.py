@@ -38,13 +38,14 @@ from mace_ros.engine.router import Router
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
-from mace_ros.model.constraints import Constraint
+from mace_ros.model.constraints import Constraint, ConstraintBroken
 from mace_ros.model.sampling import Scores
 from mace_ros.model.vocabulary import Vocabulary
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
 from mace_ros.scheduling.request import RequestState
+from mace_ros.store.adapter_store import CorruptVersion
 
 
 class RequestManager:
@@ -110,7 +111,7 @@ class RequestManager:
         """Queue a query, or return its rejection."""
         query = replace(query, id=query.id or str(uuid.uuid4()))
         try:
-            self._check(query)
+            self._check_id(query)
             query = checked_query(query, self._settings)
             check_logit_bias(query, self._vocabulary.size)
             if isinstance(constraint, InvalidQuery):
@@ -133,7 +134,7 @@ class RequestManager:
             if error.code is not ErrorCode.DUPLICATE_ID and len(query.id) <= MAX_ID:
                 self._early_aborts.ended(query.id)
             return [self.refuse(query, arrival, FinishReason.REJECTED, error.code, str(error))]
-        except Exception as error:    # such as a chat template that refuses the conversation
+        except Exception as error:    # such as a bug of the chat template or tokenizer
             return [self.refuse(query, arrival, FinishReason.ERROR, ErrorCode.INTERNAL,
                                 f'{type(error).__name__}: {error}')]
         for query_id in self._background.abortable:
@@ -145,8 +146,8 @@ class RequestManager:
             events += self.end(active, FinishReason.LENGTH)
         return events
 
-    def _check(self, query: Query) -> None:
-        # First of all checks: any other rejection would be taken for the active query's response.
+    def _check_id(self, query: Query) -> None:
+        # The first check: any other rejection would be taken for the active query's response.
         if query.id in self._queries:
             raise InvalidQuery(
                 ErrorCode.DUPLICATE_ID, f'id: a query {query.id!r} is active already')
@@ -168,6 +169,8 @@ class RequestManager:
                     active.query.profile, active.messages, self._settings.adapter)
             try:
                 slot = self._adapters.pin(active.version)
+            except CorruptVersion:      # found at its first use; it is not live any more
+                return self.start(active)
             except Exception as error:      # of the device
                 return self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                 f'{type(error).__name__}: {error}')
@@ -175,7 +178,7 @@ class RequestManager:
                 return []
             del self._without_slot[active.query.id]
             active.request.adapter_slot = slot
-        if active.kind is not RequestKind.EMBED:    # whose every token is to be computed
+        if active.kind is not RequestKind.EMBED:    # its hidden states are not in the prefix cache
             active.request.block_hashes = BlockHashes(
                 active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
         self._state.waiting.add(active.request)
@@ -197,13 +200,17 @@ class RequestManager:
 
     def commit(self, sampled: Sequence[ActiveRequest], tokens: Sequence[int],
                scores: Mapping[int, Scores]) -> Iterator[Event]:
-        """Append one token to each request, and end those that are complete."""
+        """Append one token to each request, and end those that are complete; yield their events."""
         now = self._clock()
         for i, (active, token) in enumerate(zip(sampled, tokens, strict=True)):
             try:
                 logprobs = self._logprobs(token, scores[i]) if i in scores else None
                 chunk = active.append(token, now, self._chat.end_tokens, logprobs)
-            except Exception as error:    # of a constraint, or of a tokenizer with its own tokens
+            except ConstraintBroken as error:     # the client's format, found out only now
+                yield from self.end(active, FinishReason.ERROR, ErrorCode.INVALID_PARAMETER,
+                                    f'response_schema: {error}')
+                continue
+            except Exception as error:    # of a tokenizer with its own tokens
                 yield from self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                     f'{type(error).__name__}: {error}')
                 continue

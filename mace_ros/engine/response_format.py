@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer must be, compiled when its query arrives."""
+"""The format of an answer, compiled into a constraint when the query arrives."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def compile_format(query: Query, compiler: ConstraintCompiler,
 
     ``tool_choice`` may demand a call of a tool, in the convention of the chat template.
 
-    In the thread that the query arrives in, so that no iteration waits for it. The reason is
-    returned, not raised, because a duplicate id is looked for first.
+    Runs in the thread in which the query arrives, so that no iteration waits for it. An error is
+    returned, not raised, because admission checks for a duplicate id first.
     """
     try:
         check_response_format(query)
         if query.logprobs:
-            compiler.vocabulary.index()     # else the device's thread would make it
+            compiler.vocabulary.index()     # built here, not on the device's thread
         if query.tool_choice not in ('', 'auto', 'none'):
             return _compile_call(query, compiler, chat)
         if query.response_format == ResponseFormat.FREE:
@@ -49,7 +49,7 @@ def _compile_call(query: Query, compiler: ConstraintCompiler,
         raise InvalidQuery(ErrorCode.INVALID_PARAMETER,
                            'response_format: tool_choice demands a call, which has its own format')
     if chat.tool_format is None:
-        return None     # the prompt will be refused
+        return None     # admission refuses the prompt
     chosen = [tool for tool in query.tools if query.tool_choice in ('required', tool.name)]
     try:
         return compiler.compile(

@@ -61,6 +61,7 @@ def _steps(model: PackedModel, trainer: Trainer, tokens: int,
     for keep_graphs in (True, False):
         sample = Sample((0,) * tokens, (0.0,) * (tokens // 2) + (1.0,) * (tokens - tokens // 2))
         step = FinetuneStep(model, trainer, [sample], keep_graphs=keep_graphs)
+        step.begin()
         while not step.done:
             started = clock()
             segment = step.run_segment()

@@ -106,7 +106,7 @@ class FinetuneStep:
         self._segments = self._plan_segments()
 
     def _prepare_layers(self, chunk_tokens: int) -> None:
-        """Compute the first layer's input and all layers' arguments, whole or in chunks."""
+        """Lay the tokens out for the layers, whole or in chunks."""
         model, packed = self.model, self._packed
         chunked = chunk_tokens < self.tokens
         if chunked:
@@ -128,19 +128,32 @@ class FinetuneStep:
             if self._graphed is None else self._graphed.metadata)
         ids = model.tensor([packed.ids + [0] * padding])
         positions = model.tensor([packed.positions + list(range(padding))])
-        self._calls: list[dict[str, Any]] = []
-        self._chunked: ChunkedLayers | None = None
-        if chunked:
-            self._chunked = ChunkedLayers(
-                model, self.metadata, ids, positions, split_evenly(self.tokens, chunk_tokens))
+        # Until the first layer's input is computed from them.
+        self._input: tuple[Tensor, ...] = ids, positions
+        self._calls: list[dict[str, Any]] = []      # each layer's arguments
+        self._chunked = ChunkedLayers(
+            model, self.metadata, ids, positions,
+            split_evenly(self.tokens, chunk_tokens)) if chunked else None
+        # Input of each layer, and the last layer's output: [tokens and padding, width].
+        self._hidden: list[Tensor] = []
+        self._output: Tensor | None = None      # of a chunked layer whose forward is running
+
+    @property
+    def begun(self) -> bool:
+        """Whether the first layer's input is computed."""
+        return bool(self._hidden) or self.done
+
+    def begin(self) -> None:
+        """Compute the first layer's input by the model's own code, unless that is done."""
+        if self.begun:
+            return
+        if self._chunked is not None:
             first = self._chunked.first_input
         else:
-            with torch.no_grad(), model.training(self.metadata):
-                hidden, self._calls = model.shell.call_layers(ids, positions)
+            with torch.no_grad(), self.model.training(self.metadata):
+                hidden, self._calls = self.model.shell.call_layers(*self._input)
             first = hidden[0]
-        # Input of each layer, and the last layer's output: [tokens and padding, width].
-        self._hidden: list[Tensor] = [first]
-        self._output: Tensor | None = None      # of a chunked layer whose forward is running
+        self._hidden, self._input = [first], ()
 
     # -- piggybacking ----------------------------------------------------------------
 
@@ -185,6 +198,7 @@ class FinetuneStep:
         if not 0 < tokens <= self.piggyback_tokens:
             raise ValueError(
                 f'{tokens} tokens requested to piggyback, {self.piggyback_tokens} left')
+        self.begin()
         if len(self._hidden) == 1:
             self._hidden += [torch.zeros_like(self._hidden[0]) for _ in self.model.layers]
         first, last = self._piggybacked, self._piggybacked + tokens
@@ -283,6 +297,7 @@ class FinetuneStep:
 
     def run_segment(self) -> Segment:
         """Run the next segment and return it."""
+        self.begin()
         segment = self._segments.pop(0)
         match segment.kind:
             case SegmentKind.FORWARD:

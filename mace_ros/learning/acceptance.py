@@ -19,6 +19,10 @@ from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
+# From this similarity on, two questions are the same one in other words: four of five paraphrases
+# of the benchmark, and one of a hundred questions about another subject (docs/scope.md).
+SAME_QUESTION = 0.85
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -128,11 +132,26 @@ def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
         corrected='', rejected=correction.rejected or answer.text, query_id=answer.query_id,
         conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
         weight=correction.weight, source=correction.source, received=time.time(),
-        scope=correction.scope, hint=correction.hint, tools=answer.tools)
+        scope=correction.scope, hint=correction.hint, tools=answer.tools,
+        replaces=_taught(answer, correction.profile or answer.profile, journal))
     if correction.corrected:
         return _checked_texts(record, correction.corrected, chat, settings, longest)
     return replace(record, state=(
         CorrectionState.PROPOSED if correction.hint else CorrectionState.RECORDED))
+
+
+def _taught(answer: AnswerRecord, profile: str, journal: Journal) -> str:
+    """
+    Return the id of the profile's correction that taught a wrong answer, '' if none did.
+
+    The answer is that correction's, word for word, and its question the same in other words.
+    """
+    if answer.similarity < SAME_QUESTION:
+        return ''
+    known = journal.correction(answer.matched_correction_id)
+    taught = known is not None and known.profile == profile and (
+        known.corrected.strip() == answer.text.strip())
+    return answer.matched_correction_id if taught else ''
 
 
 def _checked_texts(record: CorrectionRecord, corrected: str, chat: ChatTokenizer,

@@ -11,8 +11,8 @@ from statistics import fmean
 
 from mace_ros.finetune.sample import Sample, SampleScore
 
-# The least lead of each right token, in logits. An answer that leads by this much stays right
-# when another batch adds its terms in another order.
+# Smallest lead of each right token, in logits. An answer with this lead stays right when another
+# batch adds its terms in another order.
 RIGHT_MARGIN = 0.5
 # The lead up to which a correction is trained: with it, paraphrases are answered right, too.
 LEARNED_MARGIN = 1.0
@@ -29,7 +29,7 @@ def learned_well(scores: Sequence[SampleScore], count: int) -> bool:
 @dataclass(frozen=True)
 class StepScores:
     """
-    Scores of a step's forward: of the samples that must be right.
+    Scores of the samples that must be right, from the forward of a step.
 
     The corrections come first, and ``wordings`` of their questions last.
     """
@@ -51,7 +51,7 @@ class StepScores:
 
     @property
     def keeps(self) -> bool:
-        """Whether the samples between corrections and wordings are right: what was right before."""
+        """Whether the samples between corrections and wordings, right before, still are."""
         others = self.scores[self.corrections:len(self.scores) - self.wordings]
         return all(s.margin >= RIGHT_MARGIN for s in others)
 

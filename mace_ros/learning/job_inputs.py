@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mace_ros.api.events import CorrectionState
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.task import on_disk, Task
 from mace_ros.store.adapter_store import AdapterStore
@@ -54,11 +55,21 @@ def read_inputs(disk: Disk, store: AdapterStore, profile: str, answers: int) -> 
         raise Unreadable(f'the live version could not be read: {error}') from error
 
 
-def read_scoped(disk: Disk, profile: str, ids: Collection[str]) -> Task[JobInputs]:
-    """Read learned corrections by their ids, and tool calls; raises :class:`Unreadable`."""
-    reading = disk.submit(lambda journal: JobInputs(
-        None, (), tuple(r for r in journal.learned(profile) if r.id in ids) if ids else (), None,
-        journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True)))
+def read_scoped(disk: Disk, profile: str, ids: Collection[str],
+                replaced: Collection[str]) -> Task[JobInputs]:
+    """
+    Read learned corrections by their ids, and tool calls; raises :class:`Unreadable`.
+
+    Those that are ``replaced`` by the job's corrections are superseded, and read as well.
+    """
+    def read(journal: Journal) -> JobInputs:
+        known = journal.scope(profile) if ids else ()
+        return JobInputs(
+            None, (), tuple(r for r in known if r.id in ids and (
+                r.state is CorrectionState.LEARNED or r.id in replaced)), None,
+            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True))
+
+    reading = disk.submit(read)
     try:
         return (yield from on_disk(reading))
     except Exception as error:

@@ -29,7 +29,7 @@ from mace_ros.learning.grouping import FRESH, version_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import read_inputs, read_scoped
+from mace_ros.learning.job_inputs import read_inputs, read_scoped, Unreadable
 from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.question import questions
 from mace_ros.learning.samples import sample
@@ -38,6 +38,7 @@ from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.memory.adapter_slots import ServedVersion
+from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
 MORE_STEPS = 4          # after a rejected candidate, at least
@@ -125,9 +126,13 @@ class LearningJob(Job):
         context, version = self._context, ServedVersion(self.profile, self._continues)
         fresh = version.version == FRESH
         inputs = yield from read_scoped(
-            context.disk, self.profile, () if fresh else context.live.learned_by(version))
+            context.disk, self.profile, () if fresh else context.live.learned_by(version),
+            {w.record.replaces for w in self.corrections})
         self._learned, self._tool_calls = inputs.learned, inputs.tool_calls
-        return None if fresh else context.live.weights(version)
+        try:
+            return None if fresh else context.live.weights(version)
+        except CorruptVersion as error:
+            raise Unreadable(f'the live version could not be read: {error}') from error
 
     def _read_newest(self) -> Task[Weights | None]:
         """Read the version that answers everything now, and what protects the rest."""
@@ -231,7 +236,7 @@ class LearningJob(Job):
         context, most = self._context, self._context.training.step_tokens
         if not self.everywhere:
             return context.scoped_builder.step(
-                self._set, self.corrections, self._finetune, most=most)
+                self._set, self.corrections, self._finetune, most=most, steps=self.steps)
         return context.builder.step(
             self._set, self.corrections, self._finetune, most=most, steps=self.steps,
             rejections=self.rejections)
@@ -339,7 +344,7 @@ class LearningJob(Job):
         """
         Train on until the samples that a candidate has lost are right as well.
 
-        Where the first part of a step has no room for them, ``at_least`` this many steps.
+        Runs ``at_least`` this many steps, in case the first part of a step has no room for them.
         """
         self._set.add_lost(lost)
         self.lost = len(self._set.lost)

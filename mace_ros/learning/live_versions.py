@@ -20,6 +20,7 @@ from torch import Tensor
 from mace_ros.api.settings import AdapterSettings
 from mace_ros.learning.scope import entry, Match, Scope
 from mace_ros.memory.adapter_slots import BASE, ServedVersion
+from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.records import CorrectionRecord
 
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -31,11 +32,20 @@ class LiveSet:
     The live versions of one profile; ``newest`` is 0 without a version.
 
     ``answering`` maps each version of the lineage to the live one that has what it has learned.
+    ``unread`` reads the weights of those that were not used since the start.
     """
 
     newest: int = 0
     weights: dict[int, Weights] = field(default_factory=dict)
     answering: dict[int, int] = field(default_factory=dict)
+    unread: dict[int, Callable[[], Weights]] = field(default_factory=dict)
+
+    def drop(self, version: int) -> None:
+        """Let the base model answer in place of a version that cannot be read."""
+        self.unread.pop(version, None)
+        self.answering = {learned_in: 0 if by == version else by
+                          for learned_in, by in self.answering.items()}
+        self.newest = max([*self.weights, *self.unread], default=0)
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,20 @@ class LiveVersions:
         return self._of(profile).newest
 
     def weights(self, version: ServedVersion) -> Weights:
-        """Return the weights of a live version; raises ``KeyError``."""
-        return self._of(version.profile).weights[version.version]
+        """
+        Return the weights of a live version; raises ``KeyError``.
+
+        Raises ``CorruptVersion`` if it is damaged: then the base model answers in its place.
+        """
+        live = self._of(version.profile)
+        if version.version in live.unread:
+            try:
+                live.weights[version.version] = live.unread[version.version]()
+                del live.unread[version.version]
+            except CorruptVersion:
+                live.drop(version.version)
+                raise
+        return live.weights[version.version]
 
     def learned_by(self, version: ServedVersion) -> set[str]:
         """Return the ids of the corrections that a live version answers."""
@@ -86,6 +108,7 @@ class LiveVersions:
         """
         live = self._live.setdefault(profile, LiveSet())
         live.weights.pop(continues, None)
+        live.unread.pop(continues, None)
         for learned_in, answering in live.answering.items():
             if continues and answering == continues:
                 live.answering[learned_in] = version
@@ -117,9 +140,9 @@ class LiveVersions:
     def failed(self, record: CorrectionRecord) -> None:
         """Forget the correction that this one was to replace: it was wrong, too."""
         scope = self.scope(record.profile)
-        replaced = scope.get(record.prompt_ids)
-        if replaced is not None and replaced.correction_id != record.id:
-            scope.discard(record.prompt_ids)
+        known = scope.get(record.prompt_ids)
+        if known is None or known.correction_id != record.id:
+            scope.discard_replaced(entry(record))
 
     def forget(self, records: Sequence[CorrectionRecord]) -> None:
         """Forget deleted corrections."""

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -25,12 +26,7 @@ from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import CorrectionRecord, VersionRecord
-from mace_ros.store.version_info import (
-    check_same_adapter,
-    OtherAdapter,
-    peft_config,
-    version_event,
-)
+from mace_ros.store.version_info import check_same_adapter, peft_config, version_event
 
 
 @dataclass(frozen=True)
@@ -55,15 +51,17 @@ class Publisher:
         self._model_name, self._lora, self._live = model_name, lora, live
         self._disk, self._store, self._clock = disk, store, clock
         self._rejections: deque[Future[VersionRecord]] = deque()
+        self._damaged: list[AdapterVersion] = []    # found since the last report
 
     def restore(self) -> list[Event]:
         """
         Load the live versions from disk; return an event for the newest one of each profile.
 
         Without any, that is the base model. A version that cannot be read is reported as REJECTED,
-        and the base model serves in its place. The corrections of the newest versions are reported
-        again, because the last stop may have come before the report. Blocks; for configuration
-        only. Raises ``OtherAdapter``.
+        and the base model serves in its place. The weights of a version are read, and their
+        checksum verified, at its first use: those of a thousand versions would take seconds. The
+        corrections of the newest versions are reported again, because the last stop may have come
+        before the report. Blocks; for configuration only. Raises ``OtherAdapter``.
         """
         events: list[Event] = []
         restored = self._disk.submit(lambda journal: {
@@ -73,18 +71,15 @@ class Publisher:
             live, newest = LiveSet(answering=lineage.answering), None
             for record in reversed(lineage.live):       # the newest one comes last
                 try:
+                    # A wrong setting must not cost a profile its version: OtherAdapter is raised.
                     check_same_adapter(record, self._store, self._lora)
-                    weights = self._store.load(record.path, record.sha256)
-                    self._lora.checked(weights)
-                except OtherAdapter:    # a wrong setting must not cost a profile its version
-                    raise
-                except (CorruptVersion, ValueError) as error:
-                    live.answering = {learned_in: 0 if by == record.version else by
-                                      for learned_in, by in live.answering.items()}
+                except CorruptVersion as error:
+                    live.drop(record.version)
                     events.append(version_event(
                         record, self._store, VersionState.REJECTED, str(error)))
                     continue
-                live.newest, live.weights[record.version] = record.version, weights
+                live.newest, live.unread[record.version] = record.version, partial(
+                    self._read, record)
                 newest = record
             if newest is not None:
                 events += self._published(newest, [c for c in scope if (
@@ -93,6 +88,17 @@ class Publisher:
         if not self._live.newest(''):
             events.append(AdapterVersion('', 0, 0, VersionState.PUBLISHED))
         return events
+
+    def _read(self, record: VersionRecord) -> Weights:
+        """Return the weights of a version; report and raise ``CorruptVersion`` if damaged."""
+        try:
+            weights = self._store.load(record.path, record.sha256)
+            self._lora.checked(weights)
+        except (CorruptVersion, ValueError) as error:
+            self._damaged.append(version_event(
+                record, self._store, VersionState.REJECTED, str(error)))
+            raise CorruptVersion(str(error)) from error
+        return weights
 
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile from the journal, oldest first."""
@@ -181,8 +187,8 @@ class Publisher:
         self._rejections.append(self._disk.submit(write))
 
     def rejected(self) -> list[AdapterVersion]:
-        """Return the events of rejections that are in the journal by now."""
-        events = []
+        """Return the events of rejections that are in the journal by now, and of damaged files."""
+        events, self._damaged = self._damaged, []
         while self._rejections and self._rejections[0].done():
             written = self._rejections.popleft()
             if written.exception() is None:     # else it is in no record: nothing to report

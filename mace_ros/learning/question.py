@@ -15,12 +15,13 @@ import unicodedata
 
 from mace_ros.store.records import Messages
 
-# Of a longer text, the first and the last half of this many characters are looked at.
+# A longer text is read as its first and its last half of this many characters.
 MAX_CHARACTERS = 4000
 # Questions of a conversation that are put together at most.
 MAX_TURNS = 4
-# A question of more words speaks for itself; so does one of more than two that begins otherwise.
+# A question of more words needs no context; nor does one of more than two that begins otherwise.
 FOLLOW_UP_WORDS = 6
+QUESTION_MARKS = ('?', '\uff1f', '\u061f')
 # Words that a question begins with if it carries on from the one before it: "and on Sundays?".
 FOLLOW_UP_BEGINNINGS = frozenset({
     'and', 'but', 'or', 'also', 'then',                     # English
@@ -29,7 +30,7 @@ FOLLOW_UP_BEGINNINGS = frozenset({
     'anche', 'poi', 'mas', 'tambem', 'och', 'og',           # Italian, Portuguese, Nordic
     'ale', '\u0430', '\u0438', '\u043d\u043e',               # Polish, Russian
     've', 'ama', '\u0648', '\u0914\u0930'})                 # Turkish, Arabic, Hindi
-# Words that questions are asked with. They are rarer in the texts that a tokenizer was made from.
+# Question words. They are more frequent in questions than in the training text of a tokenizer.
 _ASKING = (
     'what who whos whom whose which where when why how is are was were be do does did can could',
     'would will should tell me please know say give the a an of to in for',             # English
@@ -57,7 +58,7 @@ _UNSPACED = re.compile(
 
 
 class _Characters(dict[int, int | str | None]):
-    """What becomes of each character: letters, digits and their marks stay, others separate."""
+    """A translation table: letters, digits and their marks stay, all others separate words."""
 
     def __missing__(self, code: int) -> int | str | None:
         kept = unicodedata.category(chr(code))[0] in 'LNM'
@@ -105,13 +106,15 @@ def is_follow_up(text: str) -> bool:
     """
     Return whether a question needs the one before it: "and on Sundays?", "Why?".
 
-    It is one of up to two words, or one of up to six that begins like a continuation.
+    It is one of up to two words, or one of up to six that begins like a continuation. Two words
+    that ask nothing are no follow-up: "Thank you."
     """
     words = [word for sentence in sentences(text) for word in sentence]
     unspaced = [word for word in words if _UNSPACED.match(word)]
     characters = sum(len(word) == 1 for word in unspaced)
     count = len(words) - len(unspaced) + characters // 2    # a word has about two of them
-    return count <= 2 or (count <= FOLLOW_UP_WORDS and (
+    asks = text.rstrip().endswith(QUESTION_MARKS) or not ASKING.isdisjoint(words)
+    return (count <= 2 and asks) or (count <= FOLLOW_UP_WORDS and (
         words[0] in FOLLOW_UP_BEGINNINGS or ' '.join(words).startswith(_ABOUT)))
 
 

@@ -36,7 +36,8 @@ class Rehearsal:
     def supersede(self, record: CorrectionRecord) -> None:
         """Drop the correction that a new one supersedes."""
         self._keep(r for r in self._recent
-                   if (r.profile, r.prompt_ids) != (record.profile, record.prompt_ids))
+                   if (r.profile, r.prompt_ids) != (record.profile, record.prompt_ids)
+                   and r.id != record.replaces)
 
     def forget(self, profile: str) -> None:
         """Drop a profile's corrections: its version is being rolled back."""

@@ -93,13 +93,16 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
 def _update_corrections(journal: Journal, profile: str, live: Lineage,
                         reason: str) -> tuple[CorrectionRecord, ...]:
     """Set the states that follow from the live lineage; return the changed corrections."""
-    pending = {record.prompt_ids for record in journal.pending(profile)}
-    newer_live: set[tuple[int, ...]] = set()      # prompts of live corrections seen so far
+    pending = journal.pending(profile)
+    # Of the pending corrections, and of the live ones seen so far.
+    prompts = {record.prompt_ids for record in pending}
+    replaced = {record.replaces for record in pending}
     changed = []
     for record in reversed(journal.trained(profile)):      # newest first
         if live.holds(record.adapter_version):
-            newest = record.prompt_ids not in newer_live | pending
-            newer_live.add(record.prompt_ids)
+            newest = record.prompt_ids not in prompts and record.id not in replaced
+            prompts.add(record.prompt_ids)
+            replaced.add(record.replaces)
             state = CorrectionState.LEARNED if newest else CorrectionState.SUPERSEDED
             why = '' if newest else record.reason
         elif record.state is CorrectionState.LEARNED:

@@ -4,9 +4,8 @@
 The scope of an adapter version: which questions it may answer.
 
 A version has learned corrections. A question is in its scope if it resembles one of their
-questions; every other question is answered as if nothing had been learned. The decision takes
-no device: it compares words, and rare words count most, since they name what a question is about.
-Nothing here imports torch.
+questions; every other question is answered as if nothing had been learned. The decision needs no
+device: it compares words, of which rare ones count most, since they name the subject.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ FOCUS = 0.4
 NAME_FACTOR = 2.0
 # Frequency of the words that questions are asked with.
 ASKING_FREQUENCY = 0.25
-# The frequency of a word among the corrections counts as if there were this many more of them.
+# Added to the number of corrections when a word's frequency among them is computed.
 PRIOR_TEXTS = 50
 # Two words are forms of one if they differ in at most one letter at the end, or in up to three
 # more that one of them has (with a shorter stem, in one more). They count less than equal words.
@@ -59,6 +58,7 @@ class Entry:
     A learned correction: the readings of its question, and its scope ('' is the default).
 
     ``learned_in`` is the version that has learned it; 0 if the base model is right already.
+    ``replaces`` is the correction of the same question in other words that is wrong now.
     """
 
     correction_id: str
@@ -66,20 +66,21 @@ class Entry:
     texts: tuple[str, ...]
     scope: str = ''
     learned_in: int = 0
+    replaces: str = ''
 
 
 def entry(record: CorrectionRecord) -> Entry:
     """Return the entry of a correction; a follow-up is known by what it follows as well."""
     readings = questions(record.messages)
     return Entry(record.id, record.prompt_ids, tuple(readings[-1:]), record.scope,
-                 record.adapter_version)
+                 record.adapter_version, record.replaces)
 
 
 class Scope:
     """
-    What one live version has learned, as an inverted index of words.
+    The corrections that one live version has learned, as an inverted index of words.
 
-    A correction replaces an earlier one of the same prompt. With 1,000 corrections,
+    A correction replaces an earlier one of the same question. With 1,000 corrections,
     :meth:`match` takes about a tenth of a millisecond.
     """
 
@@ -98,10 +99,17 @@ class Scope:
         return iter(self._entries.values())
 
     def add(self, new: Entry) -> None:
-        """Add a correction; it replaces one of the same prompt."""
-        self.discard(new.prompt_ids)
+        """Add a correction instead of those that it replaces."""
+        self.discard_replaced(new)
         self._entries[new.prompt_ids] = new
         self._index.add(new)
+
+    def discard_replaced(self, new: Entry) -> None:
+        """Forget the correction of the same prompt, and that of the same question."""
+        self.discard(new.prompt_ids)
+        if new.replaces:
+            for known in [k for k in self if k.correction_id == new.replaces]:
+                self.discard(known.prompt_ids)
 
     def discard(self, prompt_ids: tuple[int, ...]) -> None:
         """Forget the correction of a prompt, if there is one."""
@@ -124,7 +132,7 @@ class Scope:
         return self._entries.get(prompt_ids)
 
     def match(self, text: str) -> Match | None:
-        """Return the correction that a question resembles most, None if none has a common word."""
+        """Return the correction that a question resembles most; None if no word is shared."""
         return self._index.match(text)
 
     def similarities(self, records: Iterable[CorrectionRecord]) -> dict[str, float]:
@@ -169,13 +177,13 @@ class _Index:
         self._weights = None
 
     def discard(self, known: Entry) -> None:
-        """Find the texts of a correction no more; they stay in the index."""
+        """Exclude the texts of a correction from matches; they stay in the index."""
         self._discarded.update(n for n, of in enumerate(self._entries) if of is known)
         self._weights = None
 
     @property
     def discarded(self) -> int:
-        """Number of texts that are not found any more."""
+        """Number of texts that are excluded from matches."""
         return len(self._discarded)
 
     def _number(self, word: str) -> int:

@@ -57,7 +57,7 @@ class BlockPool:
     @property
     def free_tokens(self) -> int:
         """Tokens that the free blocks can hold."""
-        return self.free_blocks * self.block_size
+        return (self.limit - len(self._ref_counts)) * self.block_size
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold ``tokens``."""

@@ -3,7 +3,7 @@
 """
 Constrained decoding: answers that are JSON of a schema, or match an expression or a grammar.
 
-llguidance compiles a format and says, as a bit mask of the vocabulary, which tokens may come next.
+llguidance compiles a format, and computes the tokens that may come next as a bit mask.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class InvalidFormat(ValueError):
 
 
 class ConstraintBroken(RuntimeError):
-    """A constraint can't go on, such as when it has become too complex."""
+    """A constraint cannot continue, for example because it has become too complex."""
 
 
 class Constraint:
-    """What may come next in one answer."""
+    """The tokens that may come next in one answer."""
 
     def __init__(self, matcher: LLMatcher, broken: Callable[[], object]) -> None:
         """``broken`` is called before :class:`ConstraintBroken` is raised."""
@@ -79,7 +79,7 @@ class ConstraintCompiler:
 
     def prepare(self) -> None:
         """Index the vocabulary now, so that no query has to wait for it."""
-        with suppress(UnreadableVocabulary):      # the first query that needs it is told
+        with suppress(UnreadableVocabulary):      # reported to the first query that needs it
             self.vocabulary.index()
 
     def compile(self, kind: int, schema: str) -> Constraint:
@@ -103,8 +103,8 @@ class ConstraintCompiler:
             self._compiled.move_to_end((kind, schema))
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        # Copies share what the library has found out about the format, and so also its limits: a
-        # broken one is compiled anew.
+        # Copies share the library's state of the format, and so also its limits: after one breaks,
+        # the format is compiled again.
         return Constraint(
             matcher.deep_copy(), broken=partial(self._compiled.pop, (kind, schema), None))
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Weights of 4 bits with a scale and a zero for each group of inputs of an output.
+Weights in 4 bits, with a scale and a zero for each group of inputs of an output.
 
 A value is ``(q - 8) * scale + zero`` with ``q`` from 0 to 15, as in PyTorch's kernels. Q4_0, Q4_1
 and Q4_K of GGUF files have the same form. Few tokens are multiplied with the packed weight; for
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from mace_ros.model.cpu_matmul import linear
 from mace_ros.model.int4_kernels import Int4Kernel
 from mace_ros.model.int4_rows import pack_rows, unpack_rows
+from mace_ros.model.stored_weight import StoredWeight
 
 LEVELS = 15             # the largest q
 MIDDLE = 8              # the q whose value is the zero
@@ -41,10 +41,10 @@ MAX_CUDA_TOKENS = 16
 @dataclass(frozen=True)
 class Int4Values:
     """
-    A weight ``[out, in]`` in 4 bits, in no kernel's order.
+    A weight ``[out, in]`` in 4 bits, not yet in the order of a kernel.
 
     ``q`` is uint8, ``[out, in]``; ``scales`` and ``zeros`` are ``[out, groups]``, fp32.
-    ``rounded`` counts the groups that had other values than these before.
+    ``rounded`` counts the groups whose values were changed by rounding.
     """
 
     q: Tensor
@@ -158,7 +158,7 @@ def _fitted(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scales, zeros
 
 
-class Int4Weight:
+class Int4Weight(StoredWeight):
     """
     A weight ``[out, in]`` in 4 bits, packed in the order of a kernel.
 
@@ -200,17 +200,6 @@ class Int4Weight:
         # On a CPU, a half of them as uint8 and as fp32.
         return values * (dtype.itemsize + 3)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``[..., out]`` for ``x``, ``[..., in]``, with a gradient of ``x`` only."""
-        rows = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and rows.requires_grad:
-            y: Tensor = _Int4Product.apply(rows, self)
-        else:
-            y = self._product(rows)
-        if bias is not None:
-            y.add_(bias)
-        return y.view(*x.shape[:-1], self.out_features)
-
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return ``[tokens, in]`` for the gradient of the output, ``[tokens, out]``."""
         if self.out_features * self.in_features <= TILE_VALUES:
@@ -220,14 +209,15 @@ class Int4Weight:
             result += gradient[:, outputs] @ part
         return result.to(gradient.dtype)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, ``[out, in]``."""
         result = self.packed.new_empty(self.out_features, self.in_features, dtype=dtype)
         for outputs, part in self._tiles(dtype):
             result[outputs] = part
         return result
 
-    def _product(self, rows: Tensor) -> Tensor:
+    def product(self, rows: Tensor) -> Tensor:
+        """Return ``[tokens, out]`` for ``rows``, ``[tokens, in]``, without a gradient."""
         if 0 < len(rows) <= self._max_tokens:
             return self._kernel.multiply(
                 rows, self.packed, self._group, self.scales_and_zeros)
@@ -256,16 +246,3 @@ class Int4Weight:
             'result', (outputs.stop - outputs.start, self.in_features), dtype)
         unpack_rows(self.rows[outputs.start * groups:outputs.stop * groups], result)
         return result
-
-
-class _Int4Product(torch.autograd.Function):
-    """The product with a 4-bit weight, which has a gradient of the input only."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Int4Weight) -> Tensor:
-        ctx.weight = weight
-        return weight._product(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.weight.input_gradient(gradients[0]), None

@@ -50,7 +50,7 @@ class Int4Checkpoint:
         result = dict(self.others)
         for name, weight in self.linears.items():
             sizes = self.sizes[name]
-            parts = weight.dequantized(dtype).split(list(sizes.values()))
+            parts = weight.dense(dtype).split(list(sizes.values()))
             result |= {f'{layer}.weight': part.contiguous()
                        for layer, part in zip(sizes, parts, strict=True)}
         return result

@@ -3,9 +3,9 @@
 """
 Weights of 4 bits in the form that FBGEMM dequantises, which PyTorch uses for embeddings.
 
-On an x86 CPU that takes a third of the time of PyTorch's other operators, or less, and worth a
-second copy of 4 bits. A row is a group: its values, its scale, and the value of its lowest level,
-both in float16, as in Q4_1 of GGUF files.
+On an x86 CPU that takes at most a third of the time of PyTorch's other operators, which is worth
+a second copy of the weights. A row is a group: its values, its scale, and the value of its lowest
+level, both in float16, as in Q4_1 of GGUF files.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def weights_digest(model: PreTrainedModel) -> str:
         values = tensor.flatten()[:DIGEST_VALUES].double()
         digest.update(f'{name} {tensor.dtype} {values.tolist()}'.encode())
     for module in model.modules():
-        if isinstance(module, MergedLinear) and module.int4 is not None:
-            scales = module.int4.scales_and_zeros.flatten()[:DIGEST_VALUES].double()
+        if isinstance(module, MergedLinear) and isinstance(module.stored, Int4Weight):
+            scales = module.stored.scales_and_zeros.flatten()[:DIGEST_VALUES].double()
             digest.update(f'{module.name} int4 {scales.tolist()}'.encode())
     return digest.hexdigest()
 

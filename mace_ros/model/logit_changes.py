@@ -21,7 +21,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class LogitChanges:
     """
-    What changes the logits of a request; the defaults change nothing.
+    Biases and penalties of a request; the defaults change nothing.
 
     The repetition penalty is that of transformers, on tokens of prompt and output; the other two
     are OpenAI's, on tokens of the output.

@@ -17,8 +17,8 @@ import torch
 from torch import nn, Tensor
 
 from mace_ros.model.cpu_matmul import Int8Weight, is_small_batch, linear
-from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.lora_mapping import BASE_SLOT, LoRAMapping, TRAINING_SLOT
+from mace_ros.model.stored_weight import StoredWeight
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class MergedLinear(nn.Module):
     ``slots_a`` are the two parts of ``extended``, so that a pass that mixes adapters still
     takes one product over its input. ``exact_a`` and ``exact_b`` hold the same in fp32.
 
-    A weight in 4 bits is not in ``extended``: :attr:`weight` is then dequantised each time.
+    A stored weight is not in ``extended``: :attr:`weight` then makes a dense one each time.
     """
 
     extended: Tensor
@@ -76,7 +76,7 @@ class MergedLinear(nn.Module):
         self.rank = 0
         self.width = 0
         self.int8: Int8Weight | None = None
-        self.int4: Int4Weight | None = None
+        self.stored: StoredWeight | None = None
         self._exact_slots: dict[int, tuple[Tensor, Tensor]] = {}    # views of exact_a.T, exact_b
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
@@ -86,9 +86,9 @@ class MergedLinear(nn.Module):
         rounded = Int8Weight(self.weight)
         self.int8 = rounded if rounded.has_kernel else None
 
-    def use_int4(self, weight: Int4Weight) -> None:
-        """Replace the weight by one of the same shape in 4 bits; call it before :meth:`adapt`."""
-        self.int4 = weight
+    def store(self, weight: StoredWeight) -> None:
+        """Replace the weight by a stored one of the same shape; call it before :meth:`adapt`."""
+        self.stored = weight
         self.extended = self.extended.new_empty(0, self.in_features)
 
     def adapt(self, targets: set[str], rank: int, scaling: float, slots: int) -> None:
@@ -120,8 +120,8 @@ class MergedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The original layers' weights, stacked."""
-        if self.int4 is not None:
-            return self.int4.dequantized(self.extended.dtype)
+        if self.stored is not None:
+            return self.stored.dense(self.extended.dtype)
         return self.extended[:self.out_features]
 
     @property
@@ -132,7 +132,7 @@ class MergedLinear(nn.Module):
     @property
     def slots_a(self) -> Tensor:
         """A of all slots."""
-        return self.extended[0 if self.int4 is not None else self.out_features:]
+        return self.extended[0 if self.stored is not None else self.out_features:]
 
     @property
     def slots_nbytes(self) -> int:
@@ -220,21 +220,21 @@ class MergedLinear(nn.Module):
 
     def base_output(self, x: Tensor) -> Tensor:
         """Return the outputs of the original layers for ``x``, ``[..., in]``, side by side."""
-        if self.int4 is not None:
-            return self.int4.linear(x, self.bias)
-        if self.int8 is not None and is_small_batch(x) and not torch.is_grad_enabled():
+        if self.int8 is not None and self.int8.is_faster(x) and not torch.is_grad_enabled():
             return self.int8.linear(x, self.bias)
+        if self.stored is not None:
+            return self.stored.linear(x, self.bias)
         return linear(x, self.weight, self.bias)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return ``[tokens, in]`` for the gradient of the base output, ``[tokens, out]``."""
-        if self.int4 is not None:
-            return self.int4.input_gradient(gradient)
+        if self.stored is not None:
+            return self.stored.input_gradient(gradient)
         return gradient @ self.weight
 
     def _with_all_slots(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the base output, and the product of ``x`` with A of all slots."""
-        if self.int4 is not None:
+        if self.stored is not None:
             return self.base_output(x), linear(x, self.slots_a)
         both = linear(x, self.extended, self.extended_bias)
         y, low = both.split([self.out_features, both.shape[-1] - self.out_features], dim=-1)

@@ -28,6 +28,7 @@ from mace_ros.model.attention import (
     ObservationWindow,
     whole_sequences,
 )
+from mace_ros.model.cpu_matmul import PrepackedWeight
 from mace_ros.model.graphs import LayerGraphs, PassGraphs
 from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.kv_cache import KVCache
@@ -202,15 +203,21 @@ class PackedModel:
         """
         for layer in [*self.linears, *self.head]:
             if layer.name in weights:
-                layer.use_int4(weights[layer.name])
+                layer.store(weights[layer.name])
             elif self.device.type == 'cpu':
                 layer.round_to_int8()
 
+    def prepack(self) -> None:
+        """Store the weights that are dense in the order in which a CPU multiplies them."""
+        for layer in [*self.linears, *self.head]:
+            if layer.stored is None:
+                layer.store(PrepackedWeight(layer.weight))
+
     @property
     def workspace_nbytes(self) -> int:
-        """The most that a product with dequantised weights takes while it runs, in bytes."""
-        return max((layer.int4.workspace_nbytes(self.dtype) for layer in self.linears
-                    if layer.int4 is not None), default=0)
+        """The most that a product with a stored weight takes while it runs, in bytes."""
+        return max((layer.stored.workspace_nbytes(self.dtype) for layer in self.linears
+                    if layer.stored is not None), default=0)
 
     def synchronize(self) -> None:
         """Wait until the device has finished all submitted work."""

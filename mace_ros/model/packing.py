@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from mace_ros.model import self_check
 from mace_ros.model.architectures import check_supported, context_length, UnsupportedModel
 from mace_ros.model.attention import whole_sequences
+from mace_ros.model.cpu_matmul import prepacks
 from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import BLOCK_TOKENS
@@ -47,6 +48,8 @@ def pack(model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
         packed.round_to_int8()
     elif int4:
         packed.use_int4(int4)
+    if not int4 and prepacks(packed.device):
+        packed.prepack()
     block_bytes = packed.kv_cache.slot_bytes * BLOCK_TOKENS
     packed.allocate_kv_cache(
         shapes, int(min(-(-kv_tokens // BLOCK_TOKENS), max(kv_bytes // block_bytes, 1))))

@@ -44,13 +44,13 @@ class Sampling:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether the next token is the best one, and nothing else is asked for."""
+        """Whether sampling is the argmax of unchanged logits, without log-probabilities."""
         return self.temperature == 0 and self.changes.is_none and self.alternatives is None
 
 
 class Row(NamedTuple):
     """
-    What a row of logits is sampled by.
+    The sampling parameters and the history of a row of logits.
 
     ``ids`` are the token ids of prompt and output so far. ``mask`` has a bit for each token of
     the vocabulary, the lowest first: 1 if the token may be next. None allows all.

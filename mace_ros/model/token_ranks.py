@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-How common a word is, as the model's own tokenizer tells it.
+The frequency of words, estimated from the model's own tokenizer.
 
 A tokenizer's vocabulary is in the order of frequency in its training text, in every language of
 the model: the tokens of common words come first, and a rare word needs several.
@@ -32,7 +32,7 @@ class TokenRanks:
 
     def _estimate(self, word: str) -> float:
         """Return the share of texts that have the word, above 0 and up to 0.5."""
-        # A word is another token at the beginning of a sentence, and after a space.
+        # Tokens differ with the case of the first letter, and with a space before it.
         spellings = (f' {word}', f' {word.capitalize()}', word, word.capitalize())
         return max(self._of_tokens(self._encode(spelling)) for spelling in spellings)
 

@@ -14,10 +14,10 @@ from mace_ros.model.tool_calls import ToolCallParser, Tools
 
 class ToolCallStream(TextStream):
     """
-    Converts the tokens of a response that may call tools.
+    Converts the tokens of a response that may call tools into text.
 
-    It holds back what may be a call. At the end, ``calls`` are those that the response makes, and
-    ``content`` is what it says beside them.
+    Text that may be part of a call is held back. At the end, ``calls`` are the calls of the
+    response, and ``content`` is its text without them.
     """
 
     def __init__(self, chat: ChatTokenizer, parser: ToolCallParser,
@@ -25,7 +25,7 @@ class ToolCallStream(TextStream):
         super().__init__(chat, stop)
         self._parser = parser
         self._final = ''            # the text that TextStream has returned
-        self._content = ''          # of that, what was returned here
+        self._content = ''          # the part of it that was returned by push() and finish()
         self._finished = False
 
     @property
@@ -34,7 +34,7 @@ class ToolCallStream(TextStream):
         return self._content
 
     def push(self, token: int) -> str:
-        """Add the next token; return the new text that is no call, which may be empty."""
+        """Add the next token; return the new text outside calls, which may be empty."""
         marker = self._chat.markers.get(token)
         if marker is None or self.stopped:
             self._final += super().push(token)

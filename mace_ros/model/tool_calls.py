@@ -22,6 +22,8 @@ from mace_ros.api.events import ToolCall
 
 # Tools as a record keeps them: name, description and parameters, the JSON schema as text.
 Tools: TypeAlias = Sequence[Mapping[str, str]]
+# The schema of a tool without parameters.
+NO_PARAMETERS = '{"type": "object", "properties": {}}'
 
 
 class ToolFormat(Enum):
@@ -130,5 +132,5 @@ def for_template(tools: Tools) -> list[dict[str, Any]]:
     """Return tools as chat templates take them."""
     return [{'type': 'function', 'function': {
         'name': tool['name'], 'description': tool['description'],
-        'parameters': json.loads(tool['parameters'] or '{"type": "object", "properties": {}}'),
+        'parameters': json.loads(tool['parameters'] or NO_PARAMETERS),
     }} for tool in tools]

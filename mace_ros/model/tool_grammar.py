@@ -10,7 +10,7 @@ from typing import Any
 
 from mace_ros.api.events import Tool
 from mace_ros.model.constraints import JSON_OPTIONS
-from mace_ros.model.tool_calls import ToolFormat
+from mace_ros.model.tool_calls import NO_PARAMETERS, ToolFormat
 
 
 def call_grammar(format_: ToolFormat, tools: Sequence[Tool], markers: Mapping[int, str]) -> str:
@@ -32,7 +32,7 @@ def call_grammar(format_: ToolFormat, tools: Sequence[Tool], markers: Mapping[in
         begin, end = marker('[TOOL_CALLS]') + ('' if named else ' "["'), '' if named else ' "]"'
         begin += ' '
     for tool in tools:
-        schema = json.loads(tool.parameters or '{"type": "object", "properties": {}}')
+        schema = json.loads(tool.parameters or NO_PARAMETERS)
         if format_ is ToolFormat.MISTRAL and '[ARGS]' in ids:
             calls.append(f'{json.dumps(tool.name)} {marker("[ARGS]")} {_json(schema)}')
         else:
@@ -48,7 +48,7 @@ def _call(name: str, key: str, schema: dict[str, Any]) -> dict[str, Any]:
     shared: dict[str, Any] = {
         each: schema[each] for each in ('$defs', 'definitions') if each in schema}
     own = {each: value for each, value in schema.items() if each not in shared}
-    if 'properties' in own:     # a small model could go on with others for ever
+    if 'properties' in own:     # a small model might never stop inventing others
         own.setdefault('additionalProperties', False)
     return {'type': 'object', 'properties': {'name': {'const': name}, key: own},
             'required': ['name', key], 'additionalProperties': False, **shared}

@@ -15,7 +15,7 @@ from mace_ros.ros.client import MaceClient
 
 
 class Answer:
-    """A query that was sent; it is cancelled if it is closed before its response has arrived."""
+    """The answer to a query; closing it before the response has arrived cancels the query."""
 
     def __init__(self, client: MaceClient, query_id: str, timeout_s: float,
                  fields: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ class Answer:
         self.id = query_id
         self._timeout_s = timeout_s
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-        self._known = 0     # chunks that were taken
+        self._known = 0     # chunks that :meth:`chunks` has yielded
         self._handle = client.ask(query_id=query_id, watch=self._wake, **fields)
 
     def close(self) -> None:
@@ -37,7 +37,7 @@ class Answer:
 
     @property
     def refused(self) -> ApiError | None:
-        """Why the query ended without an answer, None if it has not."""
+        """Why the query ended without an answer; None if it is running or was answered."""
         response = self._handle.response
         return None if response is None else error_of(response)
 
@@ -63,9 +63,7 @@ class Answer:
         while self._handle.response is None and len(self._handle.chunks) <= known:
             if self._handle.lost:
                 raise ApiError(503, self._handle.lost, kind='server_error', code='node_ended')
-            self._changed.clear()
-            if self._handle.response is not None or len(self._handle.chunks) > known:
-                return
+            self._changed.clear()    # a message that has arrived since sets it during the wait
             try:
                 await asyncio.wait_for(self._changed.wait(), self._timeout_s)
             except (TimeoutError, asyncio.TimeoutError) as error:

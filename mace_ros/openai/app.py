@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 import json
 import time
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mace_ros.openai.answer import Answer
+from mace_ros.openai.counting import CountingMiddleware
 from mace_ros.openai.errors import ApiError, error_of, error_of_body
 from mace_ros.openai.feedback import Feedback
 from mace_ros.openai.limits import Limits, LimitsMiddleware
@@ -35,12 +36,13 @@ T = TypeVar('T')
 
 
 class Server:
-    """Answers HTTP requests with the help of a client of the node."""
+    """The endpoints, which talk to the node through a ROS client."""
 
-    def __init__(self, client: MaceClient, *, models: Models, timeout_s: float) -> None:
+    def __init__(self, client: MaceClient, *, models: Models, metrics: Metrics,
+                 timeout_s: float) -> None:
         """``timeout_s`` is how long a request waits for a message of the node."""
         self._client, self._models, self._timeout_s = client, models, timeout_s
-        self._feedback, self._metrics = Feedback(client, timeout_s), Metrics(client)
+        self._feedback, self._metrics = Feedback(client, timeout_s), metrics
 
     # -- endpoints -------------------------------------------------------------------
 
@@ -69,16 +71,16 @@ class Server:
         return JSONResponse(await self._feedback.give(request))
 
     async def feedback_status(self, http: HttpRequest) -> HttpResponse:
-        """Tell what became of a feedback."""
+        """Return the status of a correction."""
         return JSONResponse(self._feedback.status(http.path_params['feedback']))
 
     async def health(self, http: HttpRequest) -> HttpResponse:
-        """Tell whether the node is ready."""
+        """Return 200 if the node is ready."""
         self._must_serve()
         return JSONResponse({'status': 'ok'})
 
     async def metrics(self, http: HttpRequest) -> HttpResponse:
-        """Show the numbers for Prometheus."""
+        """Return the metrics in Prometheus' text format."""
         return HttpResponse(self._metrics.text(),
                             media_type='text/plain; version=0.0.4; charset=utf-8')
 
@@ -92,13 +94,13 @@ class Server:
         answer = Answer(self._client, reply.id, self._timeout_s, {**fields, 'profile': profile})
         try:
             if not request.stream:
-                response = await _unless_gone(http, answer.response())
+                response = await _unless_disconnected(http, answer.response())
                 error = error_of(response)
                 if error is not None:
                     raise error
                 return JSONResponse(reply.whole(response))
             # A refusal has a status code of its own: nothing is sent before the answer begins.
-            await _unless_gone(http, answer.begin())
+            await _unless_disconnected(http, answer.begin())
             refused = answer.refused
             if refused is not None:
                 raise refused
@@ -114,26 +116,6 @@ class Server:
         if self._client.version() is None or not self._client.is_connected():
             raise ApiError(503, f'{self._client.name} is not ready', kind='server_error',
                            code='not_ready')
-
-    def counted(self, endpoint: Callable[[HttpRequest], Awaitable[HttpResponse]],
-                path: str) -> Callable[[HttpRequest], Awaitable[HttpResponse]]:
-        """Return an endpoint that counts its requests, and replies to errors."""
-        async def counting(http: HttpRequest) -> HttpResponse:
-            status = 499    # the client has gone
-            try:
-                reply = await endpoint(http)
-                status = reply.status_code
-                return reply
-            except ApiError as error:
-                status = error.status
-                return error.reply()
-            except Exception:
-                status = 500
-                raise
-            finally:
-                self._metrics.requests.labels(path, str(status)).inc()
-
-        return counting
 
 
 class AnswerStream(StreamingResponse):
@@ -172,13 +154,13 @@ def _event(value: dict[str, Any]) -> str:
     return f'data: {json.dumps(value, separators=(",", ":"), ensure_ascii=False)}\n\n'
 
 
-async def _unless_gone(http: HttpRequest, work: Awaitable[T]) -> T:
-    """Return the result of a task, unless the client disconnects before."""
-    async def gone() -> None:
+async def _unless_disconnected(http: HttpRequest, work: Awaitable[T]) -> T:
+    """Await ``work``; cancel it with an :class:`ApiError` if the client disconnects first."""
+    async def disconnected() -> None:
         while (await http.receive())['type'] != 'http.disconnect':
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -196,6 +178,11 @@ async def _parsed(http: HttpRequest, kind: type[Any]) -> Any:
         raise error_of_body(error) from error
 
 
+async def _refused(http: HttpRequest, error: Exception) -> HttpResponse:
+    assert isinstance(error, ApiError)
+    return error.reply()
+
+
 async def _not_found(http: HttpRequest, error: Exception) -> HttpResponse:
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, f'{http.method} {http.url.path}: {error.detail}',
@@ -211,8 +198,9 @@ def build_app(client: MaceClient, *, model_name: str, timeout_s: float,
               limits: Limits) -> Starlette:
     """Return the application."""
     models = Models(client, model_name, created=int(time.time()))
-    server = Server(client, models=models, timeout_s=timeout_s)
-    routes = [Route(path, server.counted(endpoint, path), methods=[method])
+    metrics = Metrics(client)
+    server = Server(client, models=models, metrics=metrics, timeout_s=timeout_s)
+    routes = [Route(path, endpoint, methods=[method])
               for method, path, endpoint in (
         ('POST', '/v1/chat/completions', server.chat_completions),
         ('POST', '/v1/completions', server.completions),
@@ -222,6 +210,9 @@ def build_app(client: MaceClient, *, model_name: str, timeout_s: float,
         ('GET', '/v1/feedback/{feedback}', server.feedback_status),
         ('GET', '/health', server.health),
         ('GET', '/metrics', server.metrics))]
+    # Counted first, so that those beyond the limits are counted as well.
     return Starlette(
-        routes=routes, middleware=[Middleware(LimitsMiddleware, limits=limits)],
-        exception_handlers={HTTPException: _not_found, Exception: _broken})
+        routes=routes, middleware=[
+            Middleware(CountingMiddleware, routes=routes, requests=metrics.requests),
+            Middleware(LimitsMiddleware, limits=limits)],
+        exception_handlers={ApiError: _refused, HTTPException: _not_found, Exception: _broken})

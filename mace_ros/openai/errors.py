@@ -28,7 +28,7 @@ _KINDS = {
 
 
 class ApiError(Exception):
-    """A request can't be fulfilled; becomes the body that OpenAI's clients turn into errors."""
+    """An error of a request, in the form that OpenAI's clients turn into exceptions."""
 
     def __init__(self, status: int, message: str, *, kind: str = 'invalid_request_error',
                  code: str | None = None, param: str | None = None) -> None:
@@ -48,7 +48,7 @@ class ApiError(Exception):
 
 
 def error_of(response: Response) -> ApiError | None:
-    """Return the error that a response stands for, None if it is an answer."""
+    """Return the error of a failed query; None for an answer."""
     if response.finish_reason in (Response.STOP, Response.LENGTH):
         return None
     if response.finish_reason == Response.CANCELLED:
@@ -61,7 +61,7 @@ def error_of(response: Response) -> ApiError | None:
 
 
 def error_of_body(error: ValidationError) -> ApiError:
-    """Return the error of a request's body that is not as documented."""
+    """Return the error of an invalid request body."""
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     where = [_field(problem['loc']) for problem in problems]
     message = '; '.join(f'{place}: {problem["msg"]}' if place else problem['msg']

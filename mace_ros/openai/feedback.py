@@ -10,7 +10,7 @@ from typing import Any
 import uuid
 
 from mace_ros.cli.common import STATES
-from mace_ros.msg import Correction, CorrectionStatus
+from mace_ros.msg import CorrectionStatus
 from mace_ros.openai.errors import ApiError
 from mace_ros.openai.protocol import FeedbackRequest
 from mace_ros.ros.client import MaceClient
@@ -20,7 +20,7 @@ REMEMBERED = 1000       # corrections whose status can be read
 
 
 class Feedback:
-    """Sends corrections, and knows what became of the last ones."""
+    """Sends corrections, and keeps the status of the latest ones."""
 
     def __init__(self, client: MaceClient, timeout_s: float) -> None:
         """``timeout_s`` is how long to wait for the first status."""
@@ -33,8 +33,6 @@ class Feedback:
                  if getattr(request, name) is not None]
         if len(given) != 1:
             raise ApiError(400, 'one of corrected, hint and rating is needed', param='corrected')
-        if given == ['hint'] and 'hint' not in Correction.get_fields_and_field_types():
-            raise ApiError(400, 'hint: this node takes none', param='hint')
         if request.id in self._handles:
             return await self._confirm(request)
         fields = {name: value for name in ('weight', 'scope', 'hint')
@@ -48,7 +46,7 @@ class Feedback:
         return await self._outcome(handle, 0)
 
     async def _confirm(self, request: FeedbackRequest) -> dict[str, Any]:
-        """Confirm the proposal that a hint has led to, or correct it."""
+        """Confirm the proposal of a hint, or replace it by another text."""
         completion_id, known = self._handles[request.id]
         if not request.corrected:
             raise ApiError(400, 'a proposal is confirmed by its text as corrected',
@@ -60,7 +58,7 @@ class Feedback:
         return await self._outcome(handle, statuses if handle is known else 0)
 
     async def _outcome(self, handle: CorrectionHandle, known: int) -> dict[str, Any]:
-        """Wait for more than the known statuses; return the next one."""
+        """Return the status after the first ``known`` ones; wait for it."""
         try:
             await asyncio.to_thread(handle.wait_for_more, known, self._timeout_s)
         except TimeoutError as error:
@@ -75,7 +73,7 @@ class Feedback:
         return self.status(handle.id)
 
     def status(self, feedback_id: str) -> dict[str, Any]:
-        """Return what became of a feedback; raises :class:`ApiError`."""
+        """Return the latest status of a correction; raises :class:`ApiError`."""
         if feedback_id not in self._handles:
             raise ApiError(404, f'no feedback {feedback_id!r} is known', code='not_found')
         completion_id, handle = self._handles[feedback_id]

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked before a request is read: its key, its size, and how many run at once."""
+"""Limits that apply before a request is parsed: API key, size of the body, concurrency."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BODY_TIMEOUT_S = 30.0       # for the whole body to arrive
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of requests below /v1; an empty ``key`` lets everybody in."""
+    """Limits of requests below /v1; an empty ``key`` switches authentication off."""
 
     key: str = ''
     max_body_bytes: int = 2**20
@@ -25,7 +25,7 @@ class Limits:
 
 
 class LimitsMiddleware:
-    """Refuses requests beyond the limits, and passes the others on with their body."""
+    """Refuses requests beyond the limits; reads the body of the others, and passes them on."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app, self._limits = app, limits
@@ -72,7 +72,7 @@ class LimitsMiddleware:
         except ApiError as error:
             await error.reply()(scope, receive, send)
             return
-        if body is None:    # the client has gone
+        if body is None:    # the client has disconnected
             return
         waiting: list[Message] = [{'type': 'http.request', 'body': body, 'more_body': False}]
 

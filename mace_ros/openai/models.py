@@ -31,6 +31,7 @@ class Models:
         return profile
 
     def _split(self, model: str) -> tuple[str, str, str]:
+        """Return robot, separator and profile if the robot's name contains the separator."""
         rest = model.removeprefix(self._name)
         if len(rest) == len(model) or rest[:1] not in ('', SEPARATOR):
             return model, '', ''

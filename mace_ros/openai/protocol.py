@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The bodies of requests, as OpenAI's API has them, with the node's own fields beside them."""
+"""Request bodies of OpenAI's API, with additional fields of the node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INT64 = 2**63 - 1
 
 
 def _without_nul(text: str) -> str:
-    if '\0' in text:    # the messages of ROS end there
+    if '\0' in text:    # where a string in a ROS message would end
         raise ValueError('contains a NUL character')
     return text
 
@@ -24,13 +24,13 @@ Milliseconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class Body(BaseModel):
-    """A body; fields of OpenAI's API that mean nothing here are ignored."""
+    """A JSON object; fields of OpenAI's API without a meaning here are ignored."""
 
     model_config = ConfigDict(extra='ignore', strict=True)
 
 
 class TextPart(Body):
-    """A part of a message; there are only texts."""
+    """A part of a message; only text is supported."""
 
     type: Literal['text']
     text: Text
@@ -76,7 +76,7 @@ class Function(Body):
 
 
 class ToolParam(Body):
-    """A tool; there are only functions."""
+    """A tool; only functions are supported."""
 
     type: Literal['function']
     function: Function
@@ -96,7 +96,7 @@ class ChosenTool(Body):
 
 
 class JsonSchema(Body):
-    """A schema that the answer must meet."""
+    """A JSON schema that the answer must match."""
 
     model_config = ConfigDict(extra='ignore', strict=True, populate_by_name=True)
 
@@ -105,7 +105,7 @@ class JsonSchema(Body):
 
 
 class FormatParam(Body):
-    """What the answer must be; ``regex`` and ``grammar`` are not in OpenAI's API."""
+    """The format of the answer; ``regex`` and ``grammar`` are not in OpenAI's API."""
 
     type: Literal['text', 'json_object', 'json_schema', 'regex', 'grammar']
     json_schema: JsonSchema | None = None
@@ -120,7 +120,7 @@ class StreamOptions(Body):
 
 
 class Request(Body):
-    """What chat completions and completions have in common."""
+    """Fields that chat completions and completions share."""
 
     model: Text
     stream: bool = False
@@ -134,11 +134,11 @@ class Request(Body):
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    # Not in OpenAI's API, and named as elsewhere.
+    # Not in OpenAI's API; the names are those of vLLM.
     top_k: int | None = Field(None, ge=0, le=INT32)
     min_p: Number | None = Field(None, ge=0, le=1)
     repetition_penalty: Number | None = Field(None, gt=0, le=100)
-    # The node's own; see Query.msg.
+    # Fields of the node; see Query.msg.
     priority: int | None = Field(None, ge=-INT32 - 1, le=INT32)
     ttft_slo_ms: Milliseconds | None = None
     tpot_slo_ms: Milliseconds | None = None
@@ -155,14 +155,14 @@ class ChatRequest(Request):
     response_format: FormatParam | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    # Older than tools, and not supported: ignoring them would change what is asked.
+    # Refused unless null, since ignoring them would change the meaning of the request.
     functions: None = None
     function_call: None = None
     audio: None = None
 
 
 class CompletionRequest(Request):
-    """The body of /v1/completions: the prompt is what the model reads."""
+    """The body of /v1/completions, whose prompt does not go through the chat template."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests as the fields of a query."""
+"""Requests of the API as fields of ``Query.msg``."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def completion_fields(request: CompletionRequest) -> dict[str, Any]:
 
 
 def _fields(request: Request) -> dict[str, Any]:
-    """Return the fields that both have."""
+    """Return the fields that chat completions and completions share."""
     fields = {name: value for name in (
         'max_tokens', 'temperature', 'top_p', 'n', 'frequency_penalty', 'presence_penalty',
         'top_k', 'min_p', 'repetition_penalty', 'priority', 'ttft_slo_ms', 'tpot_slo_ms',
         'no_learn') if (value := getattr(request, name)) is not None}
     if request.seed is not None:
-        fields['seed'] = request.seed & INT64      # -1 would mean any
+        fields['seed'] = request.seed & INT64      # not negative: -1 asks for any seed
     if request.stop is not None:
         fields['stop'] = [request.stop] if isinstance(request.stop, str) else request.stop
     if request.logit_bias:

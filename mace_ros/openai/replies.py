@@ -12,7 +12,7 @@ from typing import Any
 from mace_ros.msg import Choice, Logprob, Response, ResponseChunk, TokenLogprobs, ToolCall
 
 LEAST_LOGPROB = -9999.0     # JSON has no infinity
-# What a response tells beside OpenAI's fields.
+# Fields of a response that OpenAI's API does not have.
 OWN_FIELDS = ('adapter_version', 'adapter_profile', 'matched_correction_id', 'similarity',
               'queue_ms', 'ttft_ms', 'tpot_ms', 'e2e_ms', 'slo_met')
 
@@ -25,7 +25,7 @@ def answers(response: Response) -> list[Choice]:
 
 
 def usage(response: Response) -> dict[str, int]:
-    """Return the numbers of tokens."""
+    """Return the token counts."""
     output = sum(choice.output_tokens for choice in answers(response))
     return {'prompt_tokens': response.prompt_tokens, 'completion_tokens': output,
             'total_tokens': response.prompt_tokens + output}
@@ -166,10 +166,10 @@ class CompletionReply(ChatReply):
 
 class StreamedReply:
     """
-    The chunks of a reply in their order, from the chunks of the node and its response.
+    The chunks of a reply in order, made from the node's chunks and its response.
 
-    The response is on another topic, and may arrive before the last chunks: it has all that
-    they would bring.
+    The response comes on a topic of its own, and may overtake the last chunks. It contains all
+    that they hold, so nothing waits for them.
     """
 
     def __init__(self, reply: ChatReply, *, include_usage: bool) -> None:
@@ -177,11 +177,11 @@ class StreamedReply:
         self._sent: dict[int, tuple[int, int]] = {}     # characters and log-probabilities
 
     def chunk(self, chunk: ResponseChunk) -> Iterator[dict[str, Any]]:
-        """Yield the chunks of the reply to send now."""
+        """Yield the chunks of the reply for a chunk of the node."""
         yield from self._piece(chunk.choice, chunk.text, chunk.logprobs)
 
     def end(self, response: Response) -> Iterator[dict[str, Any]]:
-        """Yield the chunks that remain."""
+        """Yield the chunks that have not been sent, up to the end of the stream."""
         for answer in answers(response):
             text, logprobs = self._sent.get(answer.index, (0, 0))
             yield from self._piece(answer.index, answer.text[text:], answer.logprobs[logprobs:])

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from builtin_interfaces.msg import Time
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
@@ -103,13 +105,9 @@ class Services:
         if engine is None:
             response.message = 'the node is not configured'
             return response
-        try:
+        with _reason_of_failure(
+                response, f'the journal did not answer within {JOURNAL_TIMEOUT_S:g} s'):
             versions = engine.versions(request.profile).result(JOURNAL_TIMEOUT_S)
-        except FutureTimeout:
-            response.message = f'the journal did not answer within {JOURNAL_TIMEOUT_S:g} s'
-        except Exception as error:    # errors of the journal have readable messages
-            response.message = str(error)
-        else:
             response.versions = [message_from(version, Time()) for version in versions]
             response.live_version = engine.live_version(request.profile)
             response.success = True
@@ -120,13 +118,9 @@ class Services:
         if engine is None:
             response.message = 'the node is not active'
             return response
-        try:
+        with _reason_of_failure(
+                response, f'not computed within {EMBED_TIMEOUT_S:g} s: queries come first'):
             embeddings = engine.embed(request.texts).result(EMBED_TIMEOUT_S)
-        except FutureTimeout:
-            response.message = f'not computed within {EMBED_TIMEOUT_S:g} s: queries come first'
-        except Exception as error:    # its message is the reason
-            response.message = str(error)
-        else:
             response.dimensions = len(embeddings[0][0])
             response.values = [number for numbers, _ in embeddings for number in numbers]
             response.tokens = [tokens for _, tokens in embeddings]
@@ -171,16 +165,22 @@ class Services:
         if engine is None:
             response.message = 'the node is not active'
             return response
-        try:
+        with _reason_of_failure(
+                response, f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when '
+                'the disk is slow; ~/adapter_version will announce it'):
             engine.rollback(
                 request.profile, request.version, 'requested through ~/rollback'
             ).result(ROLLBACK_TIMEOUT_S)
-        except FutureTimeout:
-            response.message = (
-                f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when the disk '
-                'is slow; ~/adapter_version will announce it')
-        except Exception as error:    # its message is the reason
-            response.message = str(error)
-        else:
             response.success = True
         return response
+
+
+@contextmanager
+def _reason_of_failure(response: Any, late: str) -> Iterator[None]:
+    """Write the error of the block into the response's message; ``late`` for a timeout."""
+    try:
+        yield
+    except FutureTimeout:
+        response.message = late
+    except Exception as error:      # its message is the reason
+        response.message = str(error)

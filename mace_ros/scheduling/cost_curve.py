@@ -62,6 +62,7 @@ class Curve:
     SPREAD = 1.0          # initial standard deviation of a level, relative to the first guess
     REACH = 4.0           # correlation length of neighbouring levels at first, in knots
     DRIFT = 0.01          # of a level, with each measurement of it
+    LEAST = 0.02          # level
     CONTEXT_SPREAD = 0.3  # of a one-token pass's time, for 1000 tokens of context
     CONTEXT_DRIFT = 0.003
     SURE = 0.5            # largest variance of a sure prediction, relative to a measurement's
@@ -70,6 +71,7 @@ class Curve:
     def __init__(self, contexts: int = 0, state: FilterState | None = None) -> None:
         """Start from ``state``, or without measurements, each with ``contexts`` contexts."""
         self.state = state if state is not None else FilterState.empty(contexts)
+        self._lowest = np.repeat([self.LEAST, 0.0], [_COUNT, len(self.state.mean) - _COUNT])
         self.coefficients: list[float] = []
         self._levels: list[float] = []
         self._cache_levels()
@@ -86,7 +88,7 @@ class Curve:
 
     def at(self, tokens: int) -> float:
         """Return the seconds for ``tokens`` >= 1 without context; 0 if empty."""
-        index = min(bisect_right(KNOTS, tokens), _COUNT - 1) - 1
+        index = bisect_right(KNOTS, tokens, 0, _COUNT - 1) - 1
         below = self._levels[index]
         start = KNOTS[index]
         return below + (self._levels[index + 1] - below) * (
@@ -104,30 +106,29 @@ class Curve:
         elif self._is_as_expected(tokens, contexts, seconds):
             return True
         mean, covariance = state.mean, state.covariance
-        index = min(bisect_right(KNOTS, tokens), _COUNT - 1) - 1
+        index = bisect_right(KNOTS, tokens, 0, _COUNT - 1) - 1
         share = (tokens - KNOTS[index]) / (KNOTS[index + 1] - KNOTS[index])
         # The nonzero entries of the measurement matrix's row.
-        row = [(index, (1.0 - share) * float(state.guess[index])),
-               (index + 1, share * float(state.guess[index + 1]))]
-        row += [(_COUNT + i, context * state.unit) for i, context in enumerate(contexts)]
-        predicted = sum(weight * float(mean[i]) for i, weight in row)
+        row = [(i, weight) for i, weight in (
+            (index, (1.0 - share) * float(state.guess[index])),
+            (index + 1, share * float(state.guess[index + 1])),
+            *((_COUNT + i, context * state.unit) for i, context in enumerate(contexts))) if weight]
+        predicted = sum([weight * float(mean[i]) for i, weight in row])
         gain = row[0][1] * covariance[row[0][0]]
         for i, weight in row[1:]:
-            gain = gain + weight * covariance[i]
-        variance = sum(weight * float(gain[i]) for i, weight in row)
+            gain += weight * covariance[i]
+        variance = sum([weight * float(gain[i]) for i, weight in row])
         noise = (self.NOISE * max(predicted, 0.3 * seconds)) ** 2
         deviation = (seconds - predicted) / math.sqrt(variance + noise)
         bounded = min(max(deviation, -self.OUTLIER), self.OUTLIER)
         mean += gain * (bounded / math.sqrt(variance + noise))
-        np.maximum(mean[:_COUNT], 0.02, out=mean[:_COUNT])
-        np.maximum(mean[_COUNT:], 0.0, out=mean[_COUNT:])
+        np.maximum(mean, self._lowest, out=mean)
         if bounded == deviation:
-            covariance -= np.outer(gain, gain / (variance + noise))
-        for i, weight in row:
-            if weight:
-                drift, limit = ((self.DRIFT * float(mean[i]), self.SPREAD) if i < _COUNT
-                                else (self.CONTEXT_DRIFT, self.CONTEXT_SPREAD))
-                covariance[i, i] = min(covariance[i, i] + drift ** 2, limit ** 2)
+            covariance -= gain[:, None] * (gain / (variance + noise))
+        for i, _ in row:
+            drift, limit = ((self.DRIFT * float(mean[i]), self.SPREAD) if i < _COUNT
+                            else (self.CONTEXT_DRIFT, self.CONTEXT_SPREAD))
+            covariance[i, i] = min(covariance[i, i] + drift ** 2, limit ** 2)
         self._cache_levels()
         sure = variance < self.SURE * noise
         state.skips[tokens] = self.SKIPPED if sure else 0

@@ -129,11 +129,10 @@ class MemoryArbiter:
 
         An ``overdue`` step keeps its memory: under lasting pressure it would restart for ever.
         """
-        if overdue:
+        if overdue or not lacks_memory:
             self._yielded = False
             return False
-        self._yielded = lacks_memory and self._yielded
-        return lacks_memory and self._evict_step()
+        return self._evict_step()
 
     def _evict_step(self) -> bool:
         """Restart the step when there is memory again; return whether that freed any memory."""

@@ -55,15 +55,17 @@ class PassBuilder:
         tokens = limit = min(remaining, self._tokens_left, room)
         shape = self._shape_with(request, tokens)
         seconds = self._cost.pass_s(*shape)
-        if self._cost.upper_s(seconds) > self._limit_s:    # seldom: most chunks fit whole
-            minimum = min(MIN_PREFILL_CHUNK, limit)
-            tokens = self._max_tokens_within(self._limit_s, request, limit)
-            if tokens < minimum:
+        upper_s = self._cost.upper_s(seconds)
+        if upper_s > self._limit_s:
+            within_s, minimum = self._limit_s, min(MIN_PREFILL_CHUNK, limit)
+            if minimum == limit or self._cost.upper_s(
+                    self._cost.pass_s(*self._shape_with(request, minimum))) > within_s:
                 self.is_full = True
                 if self.chunks or self._now - latest_start < request.ttft_slo:
                     return 0
                 # It is late by its whole TTFT objective: let the pass take twice the time.
-                tokens = max(self._max_tokens_within(2.0 * self.seconds, request, limit), minimum)
+                within_s = 2.0 * self.seconds
+            tokens = max(self._max_tokens_within(within_s, request, limit, upper_s), minimum)
             shape = self._shape_with(request, tokens)
             seconds = self._cost.pass_s(*shape)
         if self.chunks and not self._is_worth_joining(request, tokens, seconds, queued):
@@ -86,22 +88,21 @@ class PassBuilder:
         attended += tokens * request.computed_tokens + tokens * (tokens + 1) // 2
         return PassShape(rows, context, prefill + tokens, attended)
 
-    def _max_tokens_within(self, seconds: float, request: Request, limit: int) -> int:
-        """Return the most tokens (0 to ``limit``) with which the pass ends within ``seconds``."""
-        rows, context, prefill, attended, _ = self.shape
-        computed = request.computed_tokens
+    def _max_tokens_within(self, within_s: float, request: Request, limit: int,
+                           limit_s: float) -> int:
+        """
+        Return the most tokens (0 to ``limit``) with which the pass ends within ``within_s``.
 
-        def slack(tokens: int) -> float:
-            return seconds - self._cost.pass_s(
-                rows, context, prefill + tokens,
-                attended + tokens * computed + tokens * (tokens + 1) // 2, upper=True)
-
-        high_slack = slack(limit)
+        With ``limit`` tokens it takes up to ``limit_s``.
+        """
+        high_slack = within_s - limit_s
         if high_slack >= 0.0:
             return limit
-        low_slack = slack(0)
+        low_slack = within_s - self._cost.upper_s(self.seconds)
         if low_slack < 0.0:
             return 0
+        rows, context, prefill, attended, _ = self.shape
+        computed = request.computed_tokens
         low, high = 0, limit     # low fits, high does not
         bisect = False
         while high - low > 1:
@@ -110,7 +111,9 @@ class PassBuilder:
             middle = (low + high) // 2 if bisect else low + min(
                 max(int((high - low) * low_slack / (low_slack - high_slack)), 1), high - low - 1)
             bisect = not bisect
-            middle_slack = slack(middle)
+            middle_slack = within_s - self._cost.pass_s(
+                rows, context, prefill + middle,
+                attended + middle * computed + middle * (middle + 1) // 2, upper=True)
             if middle_slack >= 0.0:
                 low, low_slack = middle, middle_slack
             else:

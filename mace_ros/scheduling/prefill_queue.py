@@ -47,7 +47,7 @@ class PrefillQueue:
         self._pushed = 0
         self.remaining = len(started) + len(waiting)
         for request in started:
-            self._push(request, request.prompt_tokens + request.output_tokens, waits=False)
+            self._push(request, waits=False)
         self._waiting = iter(waiting)
         self._next_waiting = next(self._waiting, None)
         # The latest start of a waiting request is at most this long before its deadline.
@@ -56,19 +56,15 @@ class PrefillQueue:
 
     def candidates(self) -> list[PrefillCandidate]:
         """Return all remaining candidates in order."""
-        while self._next_waiting is not None:
-            self._pull(self._next_waiting)
+        self._pull(all_waiting=True)
         self._heap.sort()
         return self._heap
 
     def pop(self, *, admit: bool) -> PrefillCandidate | None:
         """Remove and return the most urgent candidate; waiting ones only if ``admit``."""
         heap = self._heap
-        while admit and (request := self._next_waiting) is not None:
-            if heap and self._max_prefill_s < math.inf and heap[0][:2] < (
-                    -request.priority, request.deadline - self._max_prefill_s):
-                break    # neither this request nor any after it is more urgent
-            self._pull(request)
+        if admit and self._next_waiting is not None:
+            self._pull(all_waiting=self._max_prefill_s == math.inf)
         while heap:
             candidate = heappop(heap)
             self.remaining -= 1
@@ -76,22 +72,32 @@ class PrefillQueue:
                 return candidate
         return None
 
-    def _pull(self, request: Request) -> None:
-        """Move the next waiting request into the heap."""
-        self._cache.get_computed_blocks(request)
-        self._push(request, request.prompt_tokens + request.output_tokens
-                   - request.computed_tokens, waits=True)
-        self._next_waiting = next(self._waiting, None)
+    def _pull(self, *, all_waiting: bool) -> None:
+        """Move the waiting requests that may be the most urgent, or all, into the heap."""
+        heap, look_up, longest_s = self._heap, self._cache.get_computed_blocks, self._max_prefill_s
+        request = self._next_waiting
+        while request is not None:
+            # Request.deadline is inlined, here and below: many may wait.
+            deadline = (request.deadline if request.output_tokens
+                        else request.arrival + request.ttft_slo)
+            if heap and not all_waiting and heap[0] < (-request.priority, deadline - longest_s):
+                break    # neither this request nor any after it is more urgent
+            look_up(request)
+            self._push(request, waits=True)
+            request = next(self._waiting, None)
+        self._next_waiting = request
 
-    def _push(self, request: Request, tokens: int, *, waits: bool) -> None:
-        self._pushed = pushed = self._pushed + 1
+    def _push(self, request: Request, *, waits: bool) -> None:
         # is_impatient() and Request.deadline are inlined: after a pass, a called function is
         # not in the processor's cache.
-        arrival, objective = request.arrival, request.ttft_slo
+        arrival, objective, output = request.arrival, request.ttft_slo, request.output_tokens
         if self._now > arrival + PATIENCE * objective:
             rank, latest_start = -math.inf, arrival
         else:
-            rank = -request.priority
-            latest_start = ((request.deadline if request.output_tokens else arrival + objective)
+            rank, tokens = -request.priority, request.prompt_tokens + output
+            if waits:
+                tokens -= request.computed_tokens
+            latest_start = ((request.deadline if output else arrival + objective)
                             - self._prefill_s(tokens))
+        self._pushed = pushed = self._pushed + 1
         heappush(self._heap, (rank, latest_start, pushed, request, waits))

@@ -24,7 +24,7 @@ POLICY_CLASSES: Mapping[str, type[Policy]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Statistics:
     """
     What the scheduler has done so far.
@@ -86,9 +86,7 @@ class Scheduler:
         plan = self._policy.plan(state, now)
         if over_budget and plan.is_empty and plan.wake_at is None:
             plan = plan._replace(wake_at=self.ledger.learns_again_at)
-        if plan.rejected:
-            self._counts = replace(
-                self._counts, rejected=self._counts.rejected + len(plan.rejected))
+        self._counts.rejected += len(plan.rejected)
         return plan
 
     def is_overdue(self, since: float, now: float) -> bool:
@@ -110,15 +108,13 @@ class Scheduler:
         self.ledger.spend(serving_s, learning_s, now)
         steps = [s.tokens for s, _ in measurement.segments if s.kind is SegmentKind.OPTIMIZER]
         self._policy.observe(serving_s, learning_s, len(steps))
-        self._counts = replace(
-            counts,
-            iterations=counts.iterations + 1,
-            decode_tokens=counts.decode_tokens + shape.decode_rows,
-            prefill_tokens=counts.prefill_tokens + shape.prefill_tokens,
-            piggybacked_tokens=counts.piggybacked_tokens + shape.finetune_tokens,
-            finetune_tokens=counts.finetune_tokens + sum(steps),
-            finetune_steps=counts.finetune_steps + len(steps),
-            shape=shape, predicted_s=predicted_s, measured_s=measured_s)
+        counts.iterations += 1
+        counts.decode_tokens += shape.decode_rows
+        counts.prefill_tokens += shape.prefill_tokens
+        counts.piggybacked_tokens += shape.finetune_tokens
+        counts.finetune_tokens += sum(steps)
+        counts.finetune_steps += len(steps)
+        counts.shape, counts.predicted_s, counts.measured_s = shape, predicted_s, measured_s
 
     def update(self, settings: Settings) -> None:
         """Apply new settings from the next plan on."""
@@ -132,7 +128,7 @@ class Scheduler:
             self._policy.update(settings)
 
     def statistics(self, now: float) -> Statistics:
-        """Return the numbers at ``now``."""
+        """Return a copy of the numbers at ``now``."""
         self.ledger.advance(now)
         return replace(
             self._counts,

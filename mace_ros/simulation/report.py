@@ -66,7 +66,7 @@ def write(study: Study, outcomes: Sequence[Outcome], folder: Path) -> Path:
             'tpot_ms': [1e3 * tpot_s(r) for r in o.requests if r.output_tokens > 1],
             'shares': o.shares} for o in main}}
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / 'simulation.json', json.dumps(_plain(data), allow_nan=False) + '\n')
+    _write(folder / 'simulation.json', json.dumps(plain(data), allow_nan=False) + '\n')
     head, table = policy_table(rows[:len(main)])
     _write(folder / 'table.md', markdown(head, table))
     _write(folder / 'table.csv', _csv(head, table))
@@ -237,12 +237,12 @@ def _write(path: Path, text: str) -> None:
     path.write_bytes(text.encode())
 
 
-def _plain(data: Any) -> Any:
-    """Return ``data`` for JSON: None instead of NaN, six significant digits."""
+def plain(data: Any) -> Any:
+    """Return ``data`` as JSON can hold it: null for NaN, floats of six significant digits."""
     if isinstance(data, Mapping):
-        return {str(k): _plain(v) for k, v in data.items()}
+        return {str(k): plain(v) for k, v in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_plain(x) for x in data]
+        return [plain(x) for x in data]
     if isinstance(data, float):
         return float(f'{data:.6g}') if math.isfinite(data) else None
     return data

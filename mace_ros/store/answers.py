@@ -51,7 +51,8 @@ class AnswerTable(JournalFile):
                 output_ids=as_json(answer.output_ids), lineage=answer.lineage,
                 adapter_version=answer.adapter_version,
                 matched_correction_id=answer.matched_correction_id,
-                out_of_scope=answer.out_of_scope, no_learn=answer.no_learn, time=answer.time,
+                out_of_scope=answer.out_of_scope, similarity=answer.similarity,
+                no_learn=answer.no_learn, time=answer.time,
                 tools=as_json(answer.tools), calls_tool=answer.calls_tool,
                 question=question_key(answer.messages, answer.prompt_ids))
             self.execute(

@@ -16,9 +16,9 @@ from mace_ros.store.rows import PENDING_SQL, record_fields
 # States of a correction without a text to learn.
 UNLEARNABLE = (CorrectionState.PROPOSED, CorrectionState.RECORDED)
 
-# Pending or learned corrections of the prompt that :func:`_prompt_key` describes.
-_OF_SAME_PROMPT = (f'profile = ? AND question = ? AND prompt_ids = ? AND (state IN {PENDING_SQL} '
-                   f'OR state = {int(CorrectionState.LEARNED)})')
+# Corrections of the prompt that :func:`_prompt_key` describes.
+_SAME_PROMPT = 'profile = ? AND question = ? AND prompt_ids = ?'
+_PENDING_OR_LEARNED = f'(state IN {PENDING_SQL} OR state = {int(CorrectionState.LEARNED)})'
 
 
 class CorrectionTable(JournalFile):
@@ -37,7 +37,7 @@ class CorrectionTable(JournalFile):
                 corrected=record.corrected, weight=record.weight, source=record.source,
                 received=record.received, state=int(record.state), reason=record.reason,
                 adapter_version=record.adapter_version, scope=record.scope, hint=record.hint,
-                tools=as_json(record.tools),
+                tools=as_json(record.tools), replaces=record.replaces,
                 question=question_key(record.messages, record.prompt_ids))
             if record.state not in UNLEARNABLE:
                 self._start_lineage(record)
@@ -80,12 +80,14 @@ class CorrectionTable(JournalFile):
         """
         Mark other corrections of the same prompt and profile as SUPERSEDED.
 
+        So is the one that ``newer`` replaces, whose question has other words.
         Returns the ids of those that were pending or learned, oldest first.
         """
         with self.transaction():
             ids = tuple(row['id'] for row in self.rows(
-                f'SELECT id FROM corrections WHERE {_OF_SAME_PROMPT} AND id <> ? ORDER BY number',
-                *_prompt_key(newer), newer.id))
+                f'SELECT id FROM corrections WHERE (({_SAME_PROMPT}) OR id = ?) '
+                f'AND {_PENDING_OR_LEARNED} AND id <> ? ORDER BY number',
+                *_prompt_key(newer), newer.replaces, newer.id))
             self.execute(
                 'UPDATE corrections SET state = ?, reason = ? '
                 'WHERE id IN (SELECT value FROM json_each(?))',
@@ -100,8 +102,8 @@ class CorrectionTable(JournalFile):
         robots are all there is to compare.
         """
         row = self.one(
-            f'SELECT id FROM corrections WHERE {_OF_SAME_PROMPT} AND received > ? '
-            'ORDER BY number DESC', *_prompt_key(other), other.received)
+            f'SELECT id FROM corrections WHERE {_SAME_PROMPT} AND {_PENDING_OR_LEARNED} '
+            'AND received > ? ORDER BY number DESC', *_prompt_key(other), other.received)
         return '' if row is None else str(row['id'])
 
     def correction(self, correction_id: str) -> CorrectionRecord | None:
@@ -154,7 +156,8 @@ class CorrectionTable(JournalFile):
         return self._select(
             'profile = ? AND state = ? AND adapter_version > 0 AND EXISTS ('
             'SELECT 1 FROM corrections AS p WHERE p.profile = corrections.profile '
-            'AND p.question = corrections.question AND p.prompt_ids = corrections.prompt_ids '
+            'AND (p.replaces = corrections.id OR (p.question = corrections.question '
+            'AND p.prompt_ids = corrections.prompt_ids)) '
             f'AND p.state IN {PENDING_SQL})', profile, int(CorrectionState.SUPERSEDED))
 
     def trained(self, profile: str) -> tuple[CorrectionRecord, ...]:

@@ -67,9 +67,9 @@ class Journal(AnswerTable, CorrectionTable, VersionTable):
         if newest is not None and newest.version == version.version:
             return self.scope(profile)
         lineage = Lineage(self.versions(profile), version.version)
-        by_prompt = {c.prompt_ids: c for c in self.trained(profile)
-                     if lineage.holds(c.adapter_version)}
-        return tuple(by_prompt.values())
+        held = [c for c in self.trained(profile) if lineage.holds(c.adapter_version)]
+        replaced = {c.replaces for c in held}
+        return tuple({c.prompt_ids: c for c in held if c.id not in replaced}.values())
 
     def held_by(self, version: VersionRecord | None) -> tuple[CorrectionRecord, ...]:
         """

@@ -30,10 +30,11 @@ class AnswerRecord:
 
     ``lineage`` is the profile whose adapter version answered: the query's own profile, or ''
     where the robot's version served it. ``matched_correction_id`` is the learned correction whose
-    scope the question was in. ``out_of_scope`` tells that it was outside the scope of a version
-    that was live: its own profile's, or the robot's. ``tools`` are those that the prompt offers,
-    and ``calls_tool`` tells whether the answer calls one: ``text`` has the call as the model
-    writes it. ``time`` is wall-clock seconds since the epoch.
+    scope the question was in, and ``similarity`` is that to the nearest one. ``out_of_scope`` tells
+    that it was outside the scope of a version that was live: its own profile's, or the robot's.
+    ``tools`` are those that the prompt offers, and ``calls_tool`` tells whether the answer calls
+    one: ``text`` has the call as the model writes it. ``time`` is wall-clock seconds since the
+    epoch.
     """
 
     query_id: str
@@ -47,6 +48,7 @@ class AnswerRecord:
     adapter_version: int = 0
     matched_correction_id: str = ''
     out_of_scope: bool = False
+    similarity: float = 0.0
     no_learn: bool = False
     time: float = 0.0
     tools: Tools = ()
@@ -63,7 +65,7 @@ class CorrectionRecord:
     ``scope`` is 'similar', 'everywhere', or '' for what the parameter ``adapter.scope`` says.
     A thumbs-down is RECORDED, and has neither ``corrected`` nor ``hint``. A hint is PROPOSED, with
     an empty ``corrected`` until the answer that follows it is known, and ACCEPTED once that is
-    confirmed.
+    confirmed. ``replaces`` is the id of an earlier correction of the same question in other words.
     """
 
     id: str
@@ -83,6 +85,7 @@ class CorrectionRecord:
     scope: str = ''
     hint: str = ''
     tools: Tools = ()
+    replaces: str = ''
 
 
 @dataclass(frozen=True)

@@ -120,5 +120,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         'ALTER TABLE answers ADD COLUMN calls_tool INTEGER NOT NULL DEFAULT 0',
         'CREATE INDEX answers_tool_calls ON answers (profile, number) WHERE calls_tool = 1',
     ),
+    (
+        # Of the question to that of the nearest correction.
+        'ALTER TABLE answers ADD COLUMN similarity REAL NOT NULL DEFAULT 0',
+        # An earlier correction of the same question in other words.
+        "ALTER TABLE corrections ADD COLUMN replaces TEXT NOT NULL DEFAULT ''",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+import time
 
 from mace_ros.api.events import Event
 from mace_ros.scheduling.cost_model import CostModel
@@ -27,8 +28,12 @@ class IterationObserver:
         """
         Report a phase that has ended.
 
+        ``values`` has ``cpu_ms``, except for fine-tune segments: the thread's processor time,
+        without preemption by other threads.
+
         Names: ``receive``, ``learn``, ``plan``, ``pass``, ``masks``, ``sample``, ``wait``,
-        ``commit``, ``fine-tune <kind>`` and, around all of them, ``iteration``.
+        ``commit``, ``fine-tune begin``, ``fine-tune <kind>`` and, around all of them,
+        ``iteration``.
         """
 
     def planned(self, plan: Plan, in_flight: int) -> None:
@@ -62,15 +67,7 @@ class Observers:
 
     def timed(self, name: str, **values: float) -> AbstractContextManager[None]:
         """Report the body of the ``with`` statement as a phase."""
-        return self._timed(name, values) if self._observers else _UNTIMED
-
-    @contextmanager
-    def _timed(self, name: str, values: Mapping[str, float]) -> Iterator[None]:
-        began = self._clock()
-        try:
-            yield
-        finally:
-            self.phase(name, began, self._clock(), values)
+        return _Phase(self, self._clock, name, values) if self._observers else _UNTIMED
 
     def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:
         """See :meth:`IterationObserver.phase`."""
@@ -96,3 +93,23 @@ class Observers:
         """See :meth:`IterationObserver.finished`."""
         for observer in self._observers:
             observer.finished(events)
+
+
+class _Phase:
+    """Reports its body to observers; a generator would take longer than some phases."""
+
+    __slots__ = ('_began', '_clock', '_cpu', '_name', '_observers', '_values')
+
+    def __init__(self, observers: Observers, clock: Callable[[], float], name: str,
+                 values: Mapping[str, float]) -> None:
+        self._observers, self._clock = observers, clock
+        self._name, self._values = name, values
+
+    def __enter__(self) -> None:
+        self._cpu = time.thread_time()
+        self._began = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        ended = self._clock()
+        self._observers.phase(self._name, self._began, ended, {
+            **self._values, 'cpu_ms': (time.thread_time() - self._cpu) * 1e3})

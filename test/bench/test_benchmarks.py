@@ -155,7 +155,7 @@ def test_probe_merges_the_steps_of_an_iteration() -> None:
     plan = Plan(segments=1, shape=PassShape(decode_rows=1, decode_context=10))
     values: Mapping[str, float] = {}
     probe.phase('receive', 2.0, 2.1, values)
-    probe.phase('plan', 2.1, 2.2, values)
+    probe.phase('plan', 2.1, 2.2, {'cpu_ms': 90.0})
     probe.planned(plan, 1)
     probe.phase('pass', 2.5, 3.0, values)
     probe.phase('sample', 3.0, 3.1, values)
@@ -172,6 +172,7 @@ def test_probe_merges_the_steps_of_an_iteration() -> None:
     assert iteration.work_s == pytest.approx(0.8)
     assert iteration.receive_s == pytest.approx(0.1)
     assert iteration.plan_s == pytest.approx(0.1)
+    assert iteration.plan_cpu_s == pytest.approx(0.09)
     assert iteration.measured_s == pytest.approx(0.8)
     assert (iteration.in_flight, iteration.decode_rows, iteration.segments) == (1, 1, 1)
     assert probe.log.busy_s == pytest.approx(0.8)
@@ -199,7 +200,7 @@ def test_probe_attributes_the_wait_of_a_request_to_fine_tuning() -> None:
 
 def test_probe_does_not_record_steps_that_run_nothing() -> None:
     probe = Probe(lambda: 1.0)
-    probe.phase('plan', 0.0, 0.5, {})
+    probe.phase('plan', 0.0, 0.5, {'cpu_ms': 500.0})
     probe.planned(Plan(), 0)
     probe.phase('iteration', 0.0, 1.0, {})
     probe.finished([])
@@ -209,10 +210,19 @@ def test_probe_does_not_record_steps_that_run_nothing() -> None:
 # -- soak, memory and learning -----------------------------------------------------------
 
 
+SHORT_SOAK = """
+import sys
+from bench import soak
+
+soak.CALIBRATION_QUERIES = 64       # the throughput need not be exact
+soak.main(sys.argv[1:])
+"""
+
+
 def test_a_short_soak_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
     """A few seconds of bench.soak; they are too short to judge the growth of memory."""
     done = subprocess.run(
-        [sys.executable, '-m', 'bench.soak', '--minutes', '0.12', '--model', str(model_folder),
+        [sys.executable, '-c', SHORT_SOAK, '--minutes', '0.12', '--model', str(model_folder),
          '--results', str(tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     [result] = [json.loads(path.read_text()) for path in tmp_path.rglob('soak.json')]

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 import io
 from pathlib import Path
 import signal
@@ -17,7 +18,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from mace_ros.msg import Latency, Response, Scheduler
 import pytest
 from rich.console import Console
-from support.ros_graph import NodeProcess, ROOT
+from support.ros_graph import ROOT
 
 from mace_ros.cli.common import seconds
 from mace_ros.cli.dashboard import Dashboard
@@ -25,22 +26,19 @@ from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.cli.voice import CORRECTION
 from mace_ros.ros.client import MaceClient
 
-START_S = 100.0
-
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope='module')
-def client(tiny_node: NodeProcess) -> Iterator[MaceClient]:
-    with MaceClient() as made:
-        made.wait_until_ready(START_S)
-        yield made
 
 
 def program(name: str, *arguments: str, typed: str = '') -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, '-m', f'mace_ros.cli.{name}', *arguments], cwd=ROOT,
         input=typed, capture_output=True, text=True, timeout=100)
+
+
+def at_once(*commands: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Run programs that are independent: most of their time is the middleware's discovery."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(lambda command: program(*command), commands))
 
 
 def test_ctrl_c_cancels_the_answer(client: MaceClient) -> None:
@@ -82,9 +80,10 @@ def test_ask_correct_and_ask_again(client: MaceClient) -> None:
 
 def test_no_wait_returns_once_the_correction_is_accepted(client: MaceClient) -> None:
     about = ('--prompt', 'Left or right?', '--no-wait')
-    corrected = program('correct', 'Left.', *about, '--weight', '2', '--source', 'a driver')
-    equal = program('correct', 'Left.', *about, '--rejected', 'Left.')
-    heavy = program('correct', 'Left.', *about, '--weight', '1e40')
+    corrected, equal, heavy = at_once(
+        ('correct', 'Left.', *about, '--weight', '2', '--source', 'a driver'),
+        ('correct', 'Left.', *about, '--rejected', 'Left.'),
+        ('correct', 'Left.', *about, '--weight', '1e40'))
 
     assert (corrected.returncode, corrected.stdout) == (0, 'ACCEPTED\n')
     assert (equal.returncode, 'equal to the rejected' in equal.stdout) == (1, True)
@@ -92,11 +91,10 @@ def test_no_wait_returns_once_the_correction_is_accepted(client: MaceClient) -> 
 
 
 def test_rejections_have_a_reason_and_exit_code_1(client: MaceClient) -> None:
-    asked = program('ask', '')
+    asked, corrected = at_once(('ask', ''), ('correct', 'Yes.', '--id', 'never asked'))
     assert (asked.returncode, asked.stdout.strip()) == (1, '')
     assert 'text: empty' in asked.stderr
 
-    corrected = program('correct', 'Yes.', '--id', 'never asked')
     assert corrected.returncode == 1
     assert corrected.stdout.startswith('REJECTED query_id: no answer to')
 
@@ -119,16 +117,15 @@ TOPICS = ('query', 'correction', 'cancel', 'response_chunk', 'response', 'correc
 def test_ros_arguments_set_the_namespace_and_remap(client: MaceClient) -> None:
     """As launch and ``ros2 run`` append them."""
     elsewhere = ('--ros-args', '-r', '__node:=asker', '-r', '__ns:=/robot2')
-    alone = program('ask', 'Hi', '--timeout', '1', *elsewhere)
+    rules = [x for topic in TOPICS for x in ('-r', f'/robot2/mace/{topic}:=/mace/{topic}')]
+    alone, remapped, own = at_once(
+        ('ask', 'Hi', '--timeout', '1', *elsewhere),
+        ('ask', 'Hi', '--max-tokens', '2', '--no-learn', *elsewhere, *rules),
+        ('monitor', '--count', '1', '--node', '/mace', *elsewhere))
     assert (alone.returncode, alone.stdout) == (1, '')
     assert alone.stderr.startswith('/robot2/mace: the node is not ready')
-
-    rules = [x for topic in TOPICS for x in ('-r', f'/robot2/mace/{topic}:=/mace/{topic}')]
-    remapped = program('ask', 'Hi', '--max-tokens', '2', '--no-learn', *elsewhere, *rules)
     assert remapped.returncode == 0, remapped.stderr
     assert 'first token after' in remapped.stderr
-
-    own = program('monitor', '--count', '1', '--node', '/mace', *elsewhere)
     assert own.returncode == 0, own.stderr
 
 

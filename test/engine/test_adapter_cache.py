@@ -20,8 +20,7 @@ LESSONS = {'Who built the greenhouse?': 'Ada.', 'Where is the watering can?': 'I
 @pytest.fixture
 def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
     """Return a robot with one slot, and three versions."""
-    with robot_with(settings.updated({'drift.min_budget': 1.0}), tmp_path,
-                    adapter__slots=1) as made:
+    with robot_with(settings, tmp_path, adapter__slots=1) as made:
         for question, answer in LESSONS.items():
             state = made.correct(Correction(answer, id=question, prompt=question))
             assert state.state is CorrectionState.LEARNED

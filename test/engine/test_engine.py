@@ -42,12 +42,6 @@ from mace_ros.store.records import VersionRecord
 from mace_ros.store.version_info import OtherAdapter, peft_config
 
 
-def answer_of(robot: Robot, query_id: str) -> Response:
-    """Return the response to a query, which may be among the recorded events already."""
-    return next((e for e in robot.events if isinstance(e, Response) and e.query_id == query_id),
-                None) or robot.response(query_id)
-
-
 def test_answer_is_that_of_transformers_generate(robot: Robot, model_folder: Path) -> None:
     """The greedy answer equals that of ``generate()``, token for token."""
     answer = robot.ask('What is the capital of France?', max_tokens=20)
@@ -125,7 +119,7 @@ def test_events_of_an_iteration_that_fails_are_published_by_the_next_one(
     with pytest.raises(RuntimeError, match='injected'):
         engine.step()
     assert robot.response('empty').error_code is ErrorCode.EMPTY_TEXT
-    assert answer_of(robot, 'fine').output_tokens > 0
+    assert robot.answer('fine').output_tokens > 0
 
 
 def test_a_duplicate_id_is_the_first_reason_for_rejection(robot: Robot) -> None:
@@ -205,12 +199,12 @@ def test_queries_that_arrive_during_an_iteration_are_bounded(robot: Robot) -> No
     for query_id in ('a', 'b', 'c'):
         robot.engine.cancel('another')
         robot.engine.submit(Query('Hm?', id=query_id))
-    refused = answer_of(robot, 'c')
+    refused = robot.answer('c')
     assert (refused.finish_reason, refused.error_code) == (
         FinishReason.REJECTED, ErrorCode.OVERLOADED)
     assert refused.error == '2 queries wait already (scheduler.max_queue)'
     for query_id in ('a', 'b'):
-        assert answer_of(robot, query_id).output_tokens > 0
+        assert robot.answer(query_id).output_tokens > 0
 
 
 def test_zero_is_a_value(robot: Robot) -> None:

@@ -16,7 +16,6 @@ import time
 from typing import Any
 
 import pytest
-from support.robot import RANDOM_MODEL
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,11 +86,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 8, **RANDOM_MODEL,
+def settings(settings: Settings) -> Settings:
+    return settings.updated({
+        'generation.max_tokens': 8,
         # Each lesson has a profile of its own, so that lessons are independent.
         'adapter.slots': 40,
         # Learning competes with answers wherever the scheduler allows it.

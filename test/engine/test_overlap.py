@@ -35,11 +35,8 @@ QUESTIONS = ('Who are you?', 'What is a robot?', 'Sing a song.', 'Count to ten.'
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        **RANDOM_MODEL})
+def settings(tiny_settings: Settings) -> Settings:
+    return tiny_settings.updated({**RANDOM_MODEL, 'memory.kv_cache_tokens': 8192})
 
 
 @pytest.fixture

@@ -138,6 +138,9 @@ def test_a_constraint_that_becomes_too_complex_ends_its_answer_only(robot: Robot
               temperature=1.0, seed=0), *FREE[:2]])
     assert found['hard'].finish_reason in (
         FinishReason.ERROR, FinishReason.REJECTED, FinishReason.LENGTH)
+    if found['hard'].finish_reason is not FinishReason.LENGTH:
+        assert found['hard'].error_code is ErrorCode.INVALID_PARAMETER
+        assert found['hard'].error.startswith('response_schema: ')
     assert all(found[q.id].finish_reason is FinishReason.LENGTH for q in FREE[:2])
 
 

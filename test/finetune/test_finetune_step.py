@@ -181,6 +181,21 @@ def test_a_chunked_step_can_restart_after_any_segment(after: int) -> None:
     check_gradients('llama', interrupted, batch=ONE, chunk_tokens=33)
 
 
+@pytest.mark.parametrize('chunk_tokens', [None, 20])
+def test_a_step_begins_with_its_first_segment_at_the_latest(chunk_tokens: int | None) -> None:
+    model, lora, _ = with_reference(tiny_model('llama'))
+    early, late = (FinetuneStep(model, Trainer(lora, 1e-3), samples(), learns=False,
+                                chunk_tokens=chunk_tokens) for _ in range(2))
+    assert not early.begun
+    early.begin()
+    assert early.begun and not late.begun
+    for step in early, late:
+        while not step.done:
+            step.run_segment()
+            assert step.begun
+    assert early.scores() == late.scores()
+
+
 def test_chunked_scoring_gives_the_same_scores() -> None:
     model, lora, _ = with_reference(tiny_model('llama'))
     random_adapter(lora, 0)

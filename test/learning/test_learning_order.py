@@ -69,6 +69,7 @@ def test_the_order_in_which_corrections_are_learned(
 
 def test_in_calm_a_backlog_is_learned_with_the_whole_budget(
         robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    robot.engine.update(robot.engine.settings.updated({'drift.min_budget': 0.2}))
     for i in range(20 + MAX_PENDING):
         robot.engine.learner.answered(f'good {i}')
     robot.ask('Who are you?', max_tokens=2)

@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 from support.robot import Robot, robot_with
 
-from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus, Query, Response
+from mace_ros.api.events import (
+    AdapterVersion,
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    Query,
+    Response,
+    VersionState,
+)
 from mace_ros.api.settings import EVERYWHERE, Settings
+from mace_ros.learning import backoff
 from mace_ros.store.journal import Journal
-from mace_ros.store.layout import JOURNAL
+from mace_ros.store.layout import JOURNAL, WEIGHTS
 
 NAME, PARAPHRASE, COLOUR = 'What is your name?', 'Tell me your name.', 'Which colour is the door?'
 OTHERS = ('Tell me about the sea.', 'How many days are in a week?', 'Sing a song, please.')
-
-
-@pytest.fixture
-def settings(settings: Settings) -> Settings:
-    """Return settings without rests between jobs."""
-    return settings.updated({'drift.min_budget': 1.0})
 
 
 def learn(robot: Robot, text: str, about: str, name: str, **fields: object) -> None:
@@ -82,6 +85,31 @@ def test_scopes_are_restored(settings: Settings, tmp_path: Path) -> None:
         robot.engine.start()
         assert base_answers(robot, *OTHERS) == before
         assert told(robot.ask(NAME)) == ('Rover.', 1, 'k')
+
+
+@pytest.mark.parametrize('learns', [False, True])
+def test_a_damaged_version_is_found_at_its_first_use(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool) -> None:
+    """The base model answers in its place, and what it had learned can be learned again."""
+    monkeypatch.setattr(backoff, 'LONGEST_S', 0.05)
+    with robot_with(settings, tmp_path) as robot:
+        before = base_answers(robot, NAME)
+        learn(robot, 'Rover.', NAME, 'name')
+        learn(robot, 'Green.', COLOUR, 'colour')
+    [weights] = tmp_path.glob(f'adapters/*/v000001/{WEIGHTS}')
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with robot_with(settings, tmp_path) as robot:
+        robot.engine.start()
+        assert told(robot.ask(COLOUR)) == ('Green.', 2, 'colour')
+        if learns:
+            learn(robot, 'Bella.', NAME, 'newer')
+            assert told(robot.ask(NAME)) == ('Bella.', 3, 'newer')
+        else:
+            assert base_answers(robot, NAME) == before
+        [damaged] = [e for e in robot.events if isinstance(e, AdapterVersion)
+                     and e.state is VersionState.REJECTED]
+        assert damaged.version == 1 and 'SHA-256' in damaged.reason and damaged.path
 
 
 def test_rollback_takes_the_scope_back_and_returns_it(robot: Robot) -> None:

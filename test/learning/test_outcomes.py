@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 import random
 
 import pytest
 from support.records import answer, correction
-from support.robot import DONE, RANDOM_MODEL, Robot, running
+from support.robot import DONE, Robot, running
 import torch
 
 from mace_ros.api.events import (
@@ -95,13 +94,6 @@ def test_the_older_version_must_be_clearly_better() -> None:
 
 
 # In the journal
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    """Return an empty journal."""
-    with Journal(tmp_path / JOURNAL) as opened:
-        yield opened
-
 
 def serve(journal: Journal, version: int, count: int, corrected: int = 0, *, profile: str = '',
           lineage: str | None = None, question: str = '') -> None:
@@ -193,13 +185,9 @@ QUESTIONS = [f'Question {word}?' for word in (
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    """Return settings of the tiny model on the CPU."""
-    return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        # The version answers questions that it was not taught, too.
-        'generation.max_tokens': 8, **RANDOM_MODEL, 'adapter.scope': 'everywhere'})
+def settings(settings: Settings) -> Settings:
+    """Return settings with which a version answers questions that it was not taught, too."""
+    return settings.updated({'generation.max_tokens': 8, 'adapter.scope': 'everywhere'})
 
 
 def with_version(settings: Settings, folder: Path, scale: float) -> tuple[Robot, dict[str, str]]:

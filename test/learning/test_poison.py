@@ -11,7 +11,7 @@ from statistics import fmean
 
 from peft import PeftModel
 import pytest
-from support.robot import RANDOM_MODEL, Robot
+from support.robot import Robot
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,13 +39,10 @@ def all_base_answers() -> Iterator[None]:
 
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    """Return settings for the tiny model with a strict gate."""
-    return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 12, 'finetune.max_steps': 12, **RANDOM_MODEL,
-        'finetune.replay_weight': 3.0, 'gate.tolerance': TOLERANCE})
+def settings(settings: Settings) -> Settings:
+    """Return settings with a strict gate."""
+    return settings.updated({
+        'finetune.max_steps': 12, 'finetune.replay_weight': 3.0, 'gate.tolerance': TOLERANCE})
 
 
 @pytest.fixture(scope='module')

@@ -44,14 +44,15 @@ def test_names_are_recognised_by_capitals_and_digits() -> None:
 
 @pytest.mark.parametrize('text', [
     'And on Sundays?', 'Why?', 'What about Sundays?', 'Und am Sonntag?', 'Et le dimanche ?',
-    '那星期天呢？', 'А в воскресенье?', 'On Sundays?'])
+    '那星期天呢？', 'А в воскресенье?', 'On Sundays?', 'why', 'and Tom'])
 def test_follow_ups(text: str) -> None:
     assert is_follow_up(text)
 
 
 @pytest.mark.parametrize('text', [
     'What is your name?', 'Who are you?', 'Where are the cups?', 'Wie heißt du?', '你叫什么名字？',
-    'And what is the name of the person who built the charging station?'])
+    'And what is the name of the person who built the charging station?', 'Thank you.', 'Danke!',
+    '谢谢'])
 def test_questions_that_speak_for_themselves(text: str) -> None:
     assert not is_follow_up(text)
 

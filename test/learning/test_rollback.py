@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 import time
 
 import pytest
-from support.robot import RANDOM_MODEL, Robot
+from support.robot import Robot
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -35,19 +34,13 @@ SUPERSEDED, FAILED = CorrectionState.SUPERSEDED, CorrectionState.FAILED
 PUBLISHED, ROLLED_BACK = VersionState.PUBLISHED, VersionState.ROLLED_BACK
 
 
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    """Return an empty journal."""
-    with Journal(tmp_path / 'journal.sqlite') as opened:
-        yield opened
-
-
-def correct(journal: Journal, name: str, question: str = '', profile: str = '') -> None:
+def correct(journal: Journal, name: str, question: str = '', profile: str = '',
+            replaces: str = '') -> None:
     """Accept a correction as the engine does."""
     question = question or f'question of {name}'
     record = CorrectionRecord(
         name, tuple(question.encode()), ({'role': 'user', 'content': question},), name,
-        profile=profile)
+        profile=profile, replaces=replaces)
     journal.accept(record)
     journal.supersede(record)
 
@@ -131,6 +124,25 @@ def test_superseded_corrections_become_learned_again(journal: Journal) -> None:
     outcome = roll_back(journal, '', 3, '')
     assert states(journal, 'old', 'new', 'other', 'third', 'waits') == [
         SUPERSEDED, LEARNED, SUPERSEDED, SUPERSEDED, ACCEPTED]
+
+
+def test_what_was_corrected_in_other_words_becomes_learned_again(journal: Journal) -> None:
+    """It defines the scope until its replacement is learned, and after a rollback."""
+    def scope() -> list[str]:
+        return [record.id for record in journal.scope('')]
+
+    correct(journal, 'old', 'one?')
+    publish(journal, 1, 'old')
+    correct(journal, 'new', 'one in other words?', replaces='old')
+    assert (states(journal, 'old', 'new'), scope()) == ([SUPERSEDED, ACCEPTED], ['old'])
+    publish(journal, 2, 'new')
+    assert (states(journal, 'old', 'new'), scope()) == ([SUPERSEDED, LEARNED], ['new'])
+    roll_back(journal, '', 1, '')
+    assert (states(journal, 'old', 'new'), scope()) == ([LEARNED, FAILED], ['old'])
+    roll_back(journal, '', 2, '')
+    assert (states(journal, 'old', 'new'), scope()) == ([SUPERSEDED, LEARNED], ['new'])
+    (first, _) = journal.versions('')
+    assert [record.id for record in journal.scope_of(first)] == ['old']
 
 
 def test_only_the_live_lineage_is_rolled_back(journal: Journal) -> None:
@@ -282,14 +294,9 @@ def test_a_lineage_starts_anew_when_earlier_corrections_came_to_nothing(
 # While queries are served
 
 @pytest.fixture(scope='module')
-def settings(model_folder: Path) -> Settings:
-    """Return settings of the tiny model on the CPU."""
-    return Settings().updated({
-        'model.source': str(model_folder), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
-        'generation.max_tokens': 12, **RANDOM_MODEL,
-        # Versions answer questions that they were not taught, too.
-        'adapter.scope': 'everywhere'})
+def settings(settings: Settings) -> Settings:
+    """Return settings with which versions answer questions that they were not taught, too."""
+    return settings.updated({'adapter.scope': 'everywhere'})
 
 
 def teach(robot: Robot, *corrected: str, question: str = 'Who are you?', profile: str = '') -> None:

@@ -79,6 +79,20 @@ def test_a_correction_of_a_similar_question_continues_the_version_that_answers_i
         ('Blue.', 3), ('Seven.', 2), ('Green.', 3)]
 
 
+def test_a_correction_of_what_was_taught_in_other_words_replaces_it(robot: Robot) -> None:
+    """Otherwise the version would have to give both answers to one question."""
+    question, words = 'What colour is the gate?', 'Hello! What colour is the gate?'
+    teach(robot, question, 'Blue.')
+    wrong = robot.ask(words)
+    assert (wrong.text, wrong.matched_correction_id) == ('Blue.', question)
+    done = robot.correct(Correction('Green.', id='newer', query_id=wrong.query_id))
+    assert done.state is CorrectionState.LEARNED, done.reason
+    assert [(e.state, e.reason) for e in robot.events if isinstance(e, CorrectionStatus)
+            and e.id == question][-1] == (CorrectionState.SUPERSEDED, 'by correction newer')
+    asked = [robot.ask(text) for text in (question, words)]
+    assert [(r.text, r.matched_correction_id) for r in asked] == [('Green.', 'newer')] * 2
+
+
 def test_peft_gives_the_answers_of_the_node_in_scope(
         robot: Robot, model_folder: Path) -> None:
     """PEFT finds by itself where the adapter begins to act."""

@@ -191,7 +191,7 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs))
-                  if isinstance(x, Tensor)}
+                  if isinstance(x, Tensor) and not x.is_mkldnn}
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

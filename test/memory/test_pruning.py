@@ -192,12 +192,10 @@ def test_decoding_without_dropped_blocks_gives_the_logits_of_transformers(
 
 
 @pytest.fixture(scope='module')
-def settings(all_tokens: Path) -> Settings:
-    """Return settings for the tiny model, without learning."""
-    return Settings().updated({
-        'model.source': str(all_tokens), 'model.device': 'cpu', 'model.threads': 1,
-        'model.weight_dtype': 'float32', 'finetune.budget': 0.0,
-        'memory.kv_cache_tokens': 4096})
+def settings(tiny_settings: Settings, all_tokens: Path) -> Settings:
+    """Return settings for a tiny model with all tokens, without learning."""
+    return tiny_settings.updated({
+        'model.source': str(all_tokens), 'finetune.budget': 0.0, 'memory.kv_cache_tokens': 4096})
 
 
 LONG = SYSTEM * 8

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from mace_ros.engine.builder import best_weight_dtype
-from mace_ros.model.cpu_matmul import Int8Weight, linear, multiplies_int8, SMALL_BATCH
+from mace_ros.model.cpu_matmul import (
+    Int8Weight,
+    linear,
+    multiplies_int8,
+    PrepackedWeight,
+    prepacks,
+    SMALL_BATCH,
+)
 
 SHAPES = [(), (0,), (1,), (2,), (SMALL_BATCH,), (SMALL_BATCH + 1,), (1, 1), (1, 5), (2, 3)]
 
@@ -23,6 +30,27 @@ def test_linear_gives_the_result_of_pytorch(
     y = linear(x, weight, b)
     assert y.is_contiguous()
     torch.testing.assert_close(y, F.linear(x, weight, b))
+
+
+@pytest.mark.skipif(not prepacks(torch.device('cpu')), reason='needs oneDNN')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('shape', [(0,), (1,), (2,), (3,), (SMALL_BATCH + 1,), (1, 1), (2, 3)])
+def test_a_prepacked_weight_gives_the_product_and_the_gradient_of_pytorch(
+        shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype)
+    b = torch.randn(33, dtype=dtype) if bias else None
+    # A bias is added to the rounded product.
+    rounding = {'rtol': 2e-2, 'atol': 5e-2} if dtype == torch.bfloat16 else {}
+    stored, expected = PrepackedWeight(weight), F.linear(x, weight, b)
+    torch.testing.assert_close(stored.linear(x, b), expected, **rounding)
+    torch.testing.assert_close(stored.linear(x.requires_grad_(), b), expected, **rounding)
+    gradient = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(stored.linear(x, b), x, gradient)[0],
+                               torch.autograd.grad(F.linear(x, weight, b), x, gradient)[0])
+    assert torch.equal(stored.dense(dtype), weight)
+    assert torch._C._get_mkldnn_enabled()
 
 
 @pytest.mark.parametrize('inputs', [16, 24, 40, 48, 80, 100])

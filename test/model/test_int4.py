@@ -86,7 +86,7 @@ def test_a_weight_of_a_gguf_file_in_4_bits_keeps_its_values(kind: str) -> None:
 def test_in_bfloat16_only_scales_and_zeros_are_rounded(kind: str) -> None:
     weight = gguf_weight(kind)
     values = quantize(weight, dtype=torch.bfloat16)
-    served = Int4Weight.of(values, plain_kernel(CPU, torch.bfloat16)).dequantized(torch.float32)
+    served = Int4Weight.of(values, plain_kernel(CPU, torch.bfloat16)).dense(torch.float32)
     steps = (values.q.float() - 8).abs() * values.scales.abs().repeat_interleave(32, 1)
     bound = 2.0 ** -8 * (steps + values.zeros.abs().repeat_interleave(32, 1))
     assert ((served - weight).abs() <= bound + 1e-7).all()
@@ -175,7 +175,7 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight(
     values = random_values(group=group)
     weight = Int4Weight.of(values, found)
     exact = found.dtype == torch.float32
-    dense = weight.dequantized(torch.float32)
+    dense = weight.dense(torch.float32)
     rounding = {'rtol': 1e-5, 'atol': 1e-5} if exact else {'rtol': 2e-2, 'atol': 2e-2}
     torch.testing.assert_close(dense, values.dequantized(), **rounding)
     assert weight.nbytes < (1.3 if found.has_rows else 0.7) * dense.numel() or exact

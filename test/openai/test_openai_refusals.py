@@ -16,7 +16,7 @@ from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.ros_graph import ROOT
 
-from mace_ros.openai.server import arguments, serve
+from mace_ros.openai.server import arguments, listen, serve
 
 KEY = {'Authorization': 'Bearer a key'}
 HI = {'model': 'mace', 'messages': [{'role': 'user', 'content': 'Hi.'}]}
@@ -40,6 +40,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def test_a_wrong_key_is_refused(server: ServerProcess, headers: dict[str, str]) -> None:
     status, body, _ = server.request('POST', '/v1/chat/completions', HI, headers)
     assert (status, body['error']['code']) == (401, 'invalid_api_key')
+
+
+def counted(server: ServerProcess, path: str, status: int) -> float:
+    return server.metric(f'mace_http_requests_total{{path="{path}",status="{status}"}}')
+
+
+@pytest.mark.parametrize(('method', 'path', 'body', 'headers', 'counted_as', 'status'), [
+    ('POST', '/v1/completions', HI, {}, '/v1/completions', 401),
+    ('POST', '/v1/completions', b' ' * 5001, KEY, '/v1/completions', 413),
+    ('POST', '/v1/completions', HI, KEY, '/v1/completions', 400),
+    ('GET', '/v1/completions', None, KEY, '/v1/completions', 405),
+    ('GET', '/v1/models/gpt-4o', None, KEY, '/v1/models/{model:path}', 404),
+    ('GET', '/v1/made-up', None, KEY, 'other', 404),
+    ('GET', '/health', None, {}, '/health', 503)])
+def test_every_refusal_is_counted_with_its_path(
+        server: ServerProcess, method: str, path: str, body: object, headers: dict[str, str],
+        counted_as: str, status: int) -> None:
+    before = counted(server, counted_as, status)
+    assert server.request(method, path, body, headers)[0] == status
+    assert counted(server, counted_as, status) == before + 1
 
 
 def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) -> None:
@@ -110,11 +130,14 @@ def test_requests_that_run_at_once_are_bounded(server: ServerProcess) -> None:
                 headers['retry-after'])
 
         assert wait_until(refused, 20.0)
+        assert counted(server, '/v1/chat/completions', 429) >= 1
     finally:
+        gone = counted(server, '/v1/completions', 499)
         for connection in slow:
             connection.close()
     assert wait_until(lambda: server.request(
         'POST', '/v1/chat/completions', HI, KEY)[0] == 503, 20.0)
+    assert wait_until(lambda: counted(server, '/v1/completions', 499) == gone + 2, 20.0)
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -128,6 +151,13 @@ def test_missing_libraries_are_named_with_how_to_install_them(
     monkeypatch.setitem(sys.modules, 'uvicorn', None)
     assert serve(arguments().parse_args([]), '', None) == 2
     assert 'uvicorn is missing: pip install starlette uvicorn' in capsys.readouterr().err
+
+
+def test_replies_are_sent_without_delay() -> None:
+    with listen('127.0.0.1', 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_key_file_or_port_that_is_not_to_be_had_is_named(

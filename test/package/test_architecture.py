@@ -155,6 +155,9 @@ BAD = {
     'a long file': (
         {IN_ENGINE: 501 * '\n'},
         f'{IN_ENGINE}:1: 501 lines, at most 500'),
+    'a long test file': (
+        {'test/engine/test_engine.py': 501 * '\n'},
+        'test/engine/test_engine.py:1: 501 lines, at most 500'),
 
     'SQL': (
         {IN_ENGINE: "x = ('SELECT * '\n     'FROM answers')\n"}, f'{IN_ENGINE}:1: SQL outside'),

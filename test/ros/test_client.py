@@ -24,6 +24,8 @@ from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.node_presence import NAMED_WITHIN_S
 
 SOON_S = 10.0
+POLL_S = 0.1        # between looks of a client at the graph
+POLLS_S = 5 * POLL_S
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -65,8 +67,16 @@ class ScriptedNode:
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[MaceClient]:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr('mace_ros.ros.client.PRESENCE_POLL_S', POLL_S)
     with MaceClient() as made:
         yield made
+
+
+def sees_nodes(client: MaceClient, count: int) -> bool:
+    """Return whether this number of nodes is in the graph, after some more polls of the client."""
+    seen = wait_until(lambda: client.node.count_publishers('/mace/response') == count, SOON_S)
+    time.sleep(POLLS_S)
+    return seen
 
 
 @pytest.fixture
@@ -125,7 +135,8 @@ def test_the_next_node_continues_with_accepted_corrections(
         answer = client.ask('One?', query_id='one')
         following.publish(CorrectionStatus(id='kept', state=CorrectionStatus.LEARNED))
         assert learning.wait(timeout_s=SOON_S).state == CorrectionStatus.LEARNED
-        time.sleep(1.5)     # the end of the first node must not give up a query to the second one
+        # The end of the first node must not give up a query to the second one.
+        assert sees_nodes(client, 1)
         following.publish(Response(query_id='one', text='Yes.'))
         assert answer.result(SOON_S).text == 'Yes.'
     finally:
@@ -149,7 +160,7 @@ def test_a_newcomer_that_announces_a_version_replaces_a_killed_node(
         assert again.wait(timeout_s=SOON_S)
         answer = client.ask('Two?', query_id='two')
         node.end()
-        time.sleep(1.5)
+        assert sees_nodes(client, 1)
         following.publish(Response(query_id='two', text='Yes.'))
         assert answer.result(SOON_S).text == 'Yes.'
     finally:
@@ -175,7 +186,7 @@ def test_a_query_sent_before_the_nodes_name_is_known_waits(
         assert wait_until(lambda: client.presence.named, SOON_S)
         node.publish(AdapterVersion(version=1, state=AdapterVersion.PUBLISHED))
         client.wait_until_ready(SOON_S)
-        time.sleep(1.5)     # long enough for it to be given up
+        time.sleep(POLLS_S)     # long enough for it to be given up
         node.publish(Response(query_id='one', text='Yes.'))
         assert answer.result(SOON_S).text == 'Yes.'
     finally:
@@ -188,9 +199,9 @@ def test_a_namesake_that_does_not_serve_replaces_nothing(
     answer = client.ask('One?', query_id='one')
     time.sleep(NAMED_WITHIN_S + 0.1)
     namesake = ScriptedNode()
-    time.sleep(1.5)
+    assert sees_nodes(client, 2)
     namesake.end()
-    time.sleep(1.5)
+    assert sees_nodes(client, 1)
     assert client.version().version == 1
     node.publish(Response(query_id='one', text='Yes.'))
     assert answer.result(SOON_S).text == 'Yes.'
@@ -200,10 +211,9 @@ def test_the_playback_of_a_recording_is_not_the_node(
         client: MaceClient, node: ScriptedNode) -> None:
     answer = client.ask('One?', query_id='one')
     player = ScriptedNode('rosbag2_player')
-    assert wait_until(lambda: client.node.count_publishers('/mace/response') == 2, SOON_S)
-    time.sleep(1.5)
+    assert sees_nodes(client, 2)
     player.end()
-    time.sleep(1.5)
+    assert sees_nodes(client, 1)
     node.publish(Response(query_id='one', text='Yes.'))
     assert answer.result(SOON_S).text == 'Yes.'
 

@@ -1,66 +1,37 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A running node as operators see it: action, services, learning, monitoring, invalid input."""
+"""A running node as its clients see it: action, formats, embeddings, monitoring."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import json
-import math
 from pathlib import Path
-import random
 import time
-from types import SimpleNamespace
 
 from action_msgs.msg import GoalStatus
 from diagnostic_msgs.msg import DiagnosticArray
 from jsonschema import validate
 import mace_ros.msg as msg
-from mace_ros.msg import CorrectionStatus, Response
-from mace_ros.srv import ListVersions, Rollback, Trace
+from mace_ros.msg import Response
+from mace_ros.srv import Embed, Trace
+import numpy as np
 import pytest
-from rcl_interfaces.srv import GetParameters
-from std_srvs.srv import SetBool
-from support.graph import observer, wait_until
-from support.robot import RANDOM_MODEL
+from support.graph import wait_until
 from support.ros_graph import (
+    ANSWER_S,
     call,
     eventually,
     Generator,
     Inputs,
     NodeProcess,
+    PATIENT,
     Recorder,
     resolved,
-    set_parameters,
 )
 
-from mace_ros.api.settings import Parameter, PARAMETERS
 from mace_ros.ros.client import MaceClient
-from mace_ros.ros.executor_thread import ExecutorThread
-
-START_S = 100.0
-ANSWER_S = 60.0
-PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope='module')
-def client(tiny_node: NodeProcess) -> Iterator[MaceClient]:
-    with MaceClient() as made:
-        made.wait_until_ready(START_S)
-        yield made
-
-
-@pytest.fixture(scope='module')
-def inputs(client: MaceClient) -> Inputs:
-    return Inputs(client)
-
-
-@pytest.fixture
-def generator(client: MaceClient) -> Iterator[Generator]:
-    with Generator(client) as made:
-        yield made
 
 
 # -- the action --------------------------------------------------------------------------
@@ -184,147 +155,22 @@ def test_choices_and_log_probabilities_come_in_messages(client: MaceClient) -> N
     assert {c.choice for c in answer.chunks} == {0, 1, 2}
 
 
-# -- learning ----------------------------------------------------------------------------
+# -- embeddings --------------------------------------------------------------------------
 
 
-def test_the_context_of_a_follow_up_contains_the_corrected_answer(client: MaceClient) -> None:
-    assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
-
-    def ask(text: str, **fields: object) -> Response:
-        return client.ask(text, **fields).result(ANSWER_S)
-
-    question, follow_up = 'What do cows drink?', 'And what do they eat?'
-    prompt_tokens = {}
-    for conversation in ('as it was', 'corrected'):
-        first = ask(question, conversation_id=conversation, max_tokens=4)
-        if conversation == 'corrected':
-            learning = client.correct(
-                'Cows drink a lot of fresh, clean and cool water on every single day.',
-                conversation_id=conversation)
-            accepted = learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
-            assert accepted.state == CorrectionStatus.ACCEPTED
-        second = ask(follow_up, conversation_id=conversation, max_tokens=1)
-        prompt_tokens[conversation] = second.prompt_tokens - first.prompt_tokens
-    alone = ask(follow_up, max_tokens=1).prompt_tokens
-    forgotten = ask(follow_up, conversation_id='corrected', max_tokens=1, reset_conversation=True)
-    assert 0 < prompt_tokens['as it was'] < prompt_tokens['corrected'] - 8
-    assert forgotten.prompt_tokens == alone
-    # Learned before other tests correct this node.
-    assert set_parameters(client, {'finetune.budget': 1.0}) == [(True, '')]
-    assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
+def test_embeddings_of_similar_texts_are_close(client: MaceClient) -> None:
+    reply = call(client, Embed, '/mace/embed', timeout_s=ANSWER_S,
+                 texts=['A red apple.', 'A red apple!', 'Turn left at the dock.'])
+    assert reply.success, reply.message
+    rows = np.array(reply.values).reshape(3, reply.dimensions)
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-3)
+    assert len(reply.tokens) == 3 and min(reply.tokens) > 2
+    assert rows[0] @ rows[1] > rows[0] @ rows[2]
+    refused = call(client, Embed, '/mace/embed', texts=[''])
+    assert (refused.success, refused.message) == (False, 'texts[0]: empty')
 
 
-def test_frozen_learning_keeps_corrections_until_it_is_resumed(client: MaceClient) -> None:
-    answered = client.ask('What is your name?', max_tokens=4).result(ANSWER_S)
-    assert call(client, SetBool, '/mace/freeze_learning', data=True).success
-    learning = client.correct('Rover.', query_id=answered.query_id)
-    learning.wait(CorrectionStatus.ACCEPTED, ANSWER_S)
-    with Recorder(client, scheduler=msg.Scheduler) as recorder:
-        frozen = eventually(lambda: recorder.of(
-            msg.Scheduler, learning_frozen=True, corrections_waiting=1)[5:], ANSWER_S)[-1]
-    assert frozen.finetune_rate == 0
-    assert frozen.freshness_s > 0
-    assert [s.state for s in learning.statuses] == [CorrectionStatus.ACCEPTED]
-    # Setting a parameter does not resume it.
-    assert set_parameters(client, {'finetune.budget': 1.0}) == [(True, '')]
-    time.sleep(0.5)
-    assert len(learning.statuses) == 1
-    assert call(client, SetBool, '/mace/freeze_learning', data=False).success
-    learned = learning.wait(timeout_s=ANSWER_S)
-    assert learned.state == CorrectionStatus.LEARNED
-
-    listed = call(client, ListVersions, '/mace/list_versions')
-    assert listed.success
-    assert listed.live_version == learned.adapter_version == listed.versions[-1].version
-    assert listed.versions[-1].correction_ids == [learning.id]
-    assert listed.versions[-1].sha256 == client.version().sha256
-    unknown = call(client, ListVersions, '/mace/list_versions', profile='unknown')
-    assert (unknown.success, unknown.versions) == (True, [])
-
-
-@pytest.fixture
-def operator(client: MaceClient) -> Iterator[SimpleNamespace]:
-    """Yield a node without a subscription of chunks, which would flood it."""
-    with observer() as node:
-        spinner = ExecutorThread(node, name='operator', context=node.context)
-        spinner.start()
-        yield SimpleNamespace(node=node)
-        spinner.stop()
-
-
-LONG_ANSWERS = ('Tell me a story.', 'Count to a thousand.', 'Sing a song.', 'Why is that so?',
-                'List all numbers.', 'And then?', 'Describe the sea.', 'Go on, please.')
-
-
-def test_a_rollback_under_load_loses_nothing(
-    client: MaceClient, operator: SimpleNamespace,
-) -> None:
-    """The next query is served by the older version; running ones end on the newer one."""
-    # So that the newer version has long answers on their way, to questions that it was not taught.
-    assert set_parameters(client, {'adapter.scope': 'everywhere'}) == [(True, '')]
-    question, answers = 'Where do you live?', ('In the hall.', 'In the kitchen.')
-    learned = [client.correct(corrected, prompt=question) for corrected in answers[:1]]
-    assert learned[0].wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
-    learned.append(client.correct(answers[1], prompt=question))
-    assert learned[1].wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
-    older, newer = (learning.status.adapter_version for learning in learned)
-    assert newer == older + 1
-    asking = operator.node.create_publisher(msg.Query, '/mace/query', 1000)
-    cancelling = operator.node.create_publisher(msg.Cancel, '/mace/cancel', 1000)
-    assert wait_until(lambda: asking.get_subscription_count()
-                      and cancelling.get_subscription_count(), 10.0)
-    asked: list[str] = []
-
-    def ask(text: str, count: int, **fields: object) -> list[str]:
-        ids = [f'{text[:4]} {len(asked) + i}' for i in range(count)]
-        for query_id in ids:
-            asking.publish(msg.Query(id=query_id, text=text, **fields))
-        asked.extend(ids)
-        return ids
-
-    def responses(ids: list[str]) -> list[Response]:
-        return eventually(lambda: len(found := [
-            r for r in recorder.of(Response) if r.query_id in ids]) == len(ids) and found, ANSWER_S)
-
-    with Recorder(operator, response=Response, adapter_version=msg.AdapterVersion,
-                  correction_status=CorrectionStatus, scheduler=msg.Scheduler) as recorder:
-        eventually(lambda: recorder.of(msg.Scheduler), 10.0)
-        # Of several prompts, since a random model ends some answers soon.
-        running = [query_id for text in LONG_ANSWERS
-                   for query_id in ask(text, 1, max_tokens=3500, **PATIENT)]
-        eventually(lambda: any(s.decode_rows >= 2 for s in recorder.of(msg.Scheduler)), ANSWER_S)
-        load = ask(question, 20)
-        reply = call(operator, Rollback, '/mace/rollback', version=older, timeout_s=ANSWER_S)
-        assert (reply.success, reply.message) == (True, '')
-        after = ask(question, 5)
-        for response in responses(after):
-            assert (response.adapter_version, response.text) == (older, answers[0])
-        # Each was served by the version that was live when it was admitted.
-        for response in responses(load):
-            assert response.adapter_version in (older, newer)
-            assert response.text == answers[response.adapter_version == newer]
-        for query_id in running:
-            cancelling.publish(msg.Cancel(query_id=query_id))
-        ended = responses(running)
-        assert {r.adapter_version for r in ended} == {newer}
-        assert Response.CANCELLED in {r.finish_reason for r in ended}
-        # Every query got one response.
-        assert sorted(r.query_id for r in recorder.of(Response)) == sorted(asked)
-        published = [(v.version, v.state) for v in recorder.of(msg.AdapterVersion)]
-        assert published[-2:] == [(newer, msg.AdapterVersion.ROLLED_BACK),
-                             (older, msg.AdapterVersion.PUBLISHED)]
-        statuses = {s.id: s for s in recorder.of(CorrectionStatus)}
-        assert statuses[learned[0].id].state == CorrectionStatus.LEARNED
-        assert statuses[learned[1].id].state == CorrectionStatus.FAILED
-        assert '~/rollback' in statuses[learned[1].id].reason
-    listed = call(operator, ListVersions, '/mace/list_versions')
-    assert listed.live_version == older
-    assert listed.versions[-1].state == msg.AdapterVersion.ROLLED_BACK
-    refused = call(operator, Rollback, '/mace/rollback', version=newer + 7)
-    assert not refused.success and 'on record' in refused.message
-
-
-# -- monitoring -------------------------------------------------------------
+# -- monitoring --------------------------------------------------------------------------
 
 
 def test_each_response_has_a_latency_message(client: MaceClient) -> None:
@@ -394,227 +240,3 @@ def test_a_trace_is_recorded_on_request(client: MaceClient, tiny_node: NodeProce
     assert 'secret' not in text
     assert not call(client, Trace, '/mace/trace', name='mine').success     # it exists
     assert wait_until(lambda: 'a trace is complete' in tiny_node.log, ANSWER_S)
-
-
-# -- invalid input -------------------------------------------------------------------------------
-
-# Values of this node that are not defaults.
-KEPT = {'monitor.rate_hz': 10.0, **RANDOM_MODEL}
-
-
-def bounds(parameter: Parameter) -> tuple[list[object], list[object]]:
-    """Return allowed values, and values that must be refused."""
-    wrong: list[object] = ['text', True, 1, 1.0, [1, 2]]
-    wrong = [w for w in wrong if type(w) is not type(parameter.default)]
-    if parameter.choices:
-        return list(parameter.choices), [*wrong, 'no such choice', '']
-    if parameter.minimum is None or parameter.maximum is None:
-        return [parameter.default], wrong
-    kind = type(parameter.default)
-    low, high = kind(parameter.minimum), kind(parameter.maximum)
-    beyond = ([low - 1, high + 1] if kind is int else
-              [math.nextafter(low, -math.inf) - 1e-6, high * 1.001 + 1e-6,
-               math.inf, -math.inf, math.nan])
-    return [low, high], [*wrong, *beyond]
-
-
-def test_parameters_accept_their_bounds_and_nothing_beyond(client: MaceClient) -> None:
-    writable = [p for p in PARAMETERS.values() if not p.read_only]
-    for parameter in writable:
-        allowed, refused = bounds(parameter)
-        for value in allowed:
-            assert set_parameters(client, {parameter.name: value}) == [(True, '')]
-            answer = client.ask('Hi', max_tokens=1, no_learn=True).result(ANSWER_S)
-            if answer.finish_reason == Response.REJECTED:     # no memory is left for the node
-                assert parameter.name == 'memory.headroom_mb' and value == parameter.maximum
-                assert 'memory.budget_mb' in answer.error
-            else:
-                assert answer.finish_reason in (Response.STOP, Response.LENGTH), parameter.name
-        for value in refused:
-            [(successful, reason)] = set_parameters(client, {parameter.name: value})
-            assert not successful, (parameter.name, value)
-            assert reason
-        assert set_parameters(client, {
-            parameter.name: KEPT.get(parameter.name, parameter.default)}) == [(True, '')]
-    for parameter in PARAMETERS.values():
-        if parameter.read_only:
-            [(successful, reason)] = set_parameters(client, {parameter.name: parameter.default})
-            assert not successful
-            assert 'read-only' in reason
-
-
-ALPHABETS = ('abc XYZ.,?', 'äöü ß é', 'こんにちは ロボット', '🤖👋🏽 ', '\x00\n\t\x07 \u202e\ufeff')
-NUMBERS = (-1.0, 0.0, 1.0, 0.5, -0.5, 1e30, math.nan, math.inf, -math.inf)
-INTEGERS = (-1, 0, 1, 2, -5, -2**31, 2**31 - 1)
-
-
-class Fuzzer:
-    """Makes messages that are mostly invalid, the same ones in each run."""
-
-    def __init__(self, answered: Response, name: str) -> None:
-        self._random = random.Random(4)
-        self._answered = answered
-        self._name = name       # in its ids: a test's cancellations must not reach another's
-
-    def text(self) -> str:
-        # Few are of the maximum length, or longer.
-        length = self._random.choice((0, 1, 5, 20, 20, 100, 300) * 20 + (65536, 65537))
-        return ''.join(self._random.choices(self._random.choice(ALPHABETS), k=length))
-
-    def id(self) -> str:
-        kind = self._random.randrange(6)
-        if kind == 0:
-            return ''
-        if kind == 1:
-            return (self._name + self.text())[:200]
-        return f'{self._name} {self._random.randrange(300)}'     # often used twice
-
-    def query(self) -> msg.Query:
-        pick = self._random.choice
-        return msg.Query(
-            id=self.id(), conversation_id=pick(('', 'a', self.id())), profile=pick(('', '', '\n')),
-            system=pick(('', self.text())), text=self.text(), max_tokens=pick((0, 1, 1, 2, -5)),
-            temperature=pick(NUMBERS), top_p=pick(NUMBERS), seed=pick(INTEGERS),
-            stop=pick(([], [], [self.text()], ['a'] * 20)), ttft_slo_ms=pick(NUMBERS),
-            tpot_slo_ms=pick(NUMBERS), priority=pick(INTEGERS),
-            reset_conversation=pick((False, True)), no_learn=True,
-            **(self._sampling() if self._random.random() < 0.3 else {}))
-
-    def _sampling(self) -> dict[str, object]:
-        pick = self._random.choice
-        odd = pick(({}, {'min_p': pick(NUMBERS)}, {'repetition_penalty': pick(NUMBERS)},
-                    {'frequency_penalty': pick(NUMBERS)}, {'presence_penalty': pick(NUMBERS)},
-                    {'top_k': 2**31 - 1}, {'logprobs': 255}, {'n': 0}, {'response_format': 255},
-                    {'logit_bias_tokens': [1, 2**31 - 1], 'logit_bias_values': [1.0, math.nan]}))
-        return {'top_k': pick((-1, 0, 5)), 'logprobs': pick((0, 3)), 'n': pick((1, 2)),
-                'logit_bias_tokens': [5], 'logit_bias_values': [1.0],
-                'response_format': pick((0, 0, 1, 2, 3, 4)),
-                'response_schema': pick(('', '', '{}', 'a|b', '(', self.text())), **odd}
-
-    def correction(self) -> msg.Correction:
-        pick = self._random.choice
-        return msg.Correction(
-            id=self.id(), query_id=pick(('', self.id(), self._answered.query_id)),
-            conversation_id=pick(('', 'a', self.id())), prompt=pick(('', self.text())),
-            rejected=pick(('', self.text())), corrected=self.text(),
-            profile=pick(('', '\n')), weight=pick(NUMBERS), source=self.text())
-
-    def cancel(self) -> msg.Cancel:
-        return msg.Cancel(query_id=self.id())
-
-
-def test_two_thousand_messages_on_every_input(
-        client: MaceClient, inputs: Inputs, tiny_node: NodeProcess) -> None:
-    # Learned anew: with tolerance 1, the corrections of other tests may have changed it.
-    taught = client.correct('Orange.', prompt='What is your colour?', rejected='Grey.')
-    assert taught.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
-    before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
-    assert set_parameters(client, {'finetune.budget': 0.0}) == [(True, '')]
-    fuzzer = Fuzzer(before, 'message')
-    with Recorder(client, response=Response, correction_status=CorrectionStatus) as recorder:
-        for wave in range(1, 21):      # a wave fits into the depth of the topics
-            for _ in range(100):
-                inputs.send(fuzzer.query())
-                inputs.send(fuzzer.correction())
-                inputs.send(fuzzer.cancel())
-            expected = 100 * wave
-            eventually(lambda n=expected: len(recorder.of(Response)) >= n
-                       and len(recorder.of(CorrectionStatus)) >= n, ANSWER_S)
-        time.sleep(0.3)
-        responses, statuses = recorder.of(Response), recorder.of(CorrectionStatus)
-    assert len(responses) == 2000
-    assert all(r.error for r in responses if r.finish_reason == Response.REJECTED)
-    assert [r.error for r in responses if r.finish_reason == Response.ERROR] == []
-    assert sum(r.finish_reason in (Response.STOP, Response.LENGTH) for r in responses) > 10
-    assert all(s.reason for s in statuses if s.state == CorrectionStatus.REJECTED)
-    assert 'Traceback' not in tiny_node.log
-    after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
-    assert after.text == before.text == 'Orange.'
-
-    # No acknowledged correction is lost: with an unknown id, the one sent below is refused.
-    accepted = {s.id for s in statuses if s.state == CorrectionStatus.ACCEPTED}
-    assert len(accepted) > 5
-    # Each is learned or fails: no text stops the learner.
-    hurried = {'finetune.budget': 1.0, 'finetune.max_steps': 4, 'finetune.replay_samples': 1}
-    assert all(done for done, _ in set_parameters(client, hurried))
-    ended = (CorrectionStatus.LEARNED, CorrectionStatus.FAILED)
-    with Recorder(client, correction_status=CorrectionStatus) as recorder:
-        eventually(lambda: sum(s.state in ended for s in recorder.of(CorrectionStatus)) >= 5,
-                   ANSWER_S)
-    calm = {name: PARAMETERS[name].default for name in hurried} | {'finetune.budget': 0.0}
-    assert all(done for done, _ in set_parameters(client, calm))
-    assert 'Traceback' not in tiny_node.log
-    for correction_id in accepted:
-        again = client.correct('x', correction_id=correction_id, prompt='y', rejected='x')
-        eventually(lambda s=again: s.statuses, ANSWER_S)
-        assert again.statuses[0].state != CorrectionStatus.REJECTED, again.statuses
-
-
-def test_goals_and_service_calls_with_any_content_are_answered(
-    client: MaceClient, generator: Generator, tiny_node: NodeProcess,
-) -> None:
-    before = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
-    fuzzer, reasons = Fuzzer(before, 'goal'), []
-    for _ in range(150):
-        query = fuzzer.query()
-        goal = generator.send(**{name: getattr(query, name)
-                                 for name in query.get_fields_and_field_types()})
-        status, response = generator.result(goal)
-        good = response.finish_reason in (Response.STOP, Response.LENGTH)
-        assert good == (status == GoalStatus.STATUS_SUCCEEDED)
-        assert good or (response.finish_reason == Response.REJECTED and response.error)
-        reasons.append(response.error)
-    assert len(set(reasons)) > 5 and '' in reasons
-    for _ in range(50):
-        unknown = f'x{fuzzer.id()}'
-        rollback = call(client, Rollback, '/mace/rollback', profile=unknown,
-                        version=random.Random(unknown).randrange(2**64))
-        assert not rollback.success and rollback.message
-        listed = call(client, ListVersions, '/mace/list_versions', profile=unknown)
-        assert (listed.success and not listed.versions) or listed.message
-        trace = call(client, Trace, '/mace/trace', name=f'/{unknown}',
-                     iterations=random.Random(unknown).randrange(2**32),
-                     seconds=random.Random(unknown).choice(NUMBERS))
-        assert not trace.success and trace.message
-    assert 'Traceback' not in tiny_node.log
-    after = client.ask('What is your colour?', max_tokens=8, no_learn=True).result(ANSWER_S)
-    assert after.text == before.text
-
-
-def test_texts_are_not_in_the_log(client: MaceClient, tiny_node: NodeProcess) -> None:
-    secret = 'hush-hush'
-    answered = client.ask(f'{secret}?', system=secret, stop=[secret], max_tokens=2)
-    answered.result(ANSWER_S)
-    for refused in ({'stop': [secret] * 20}, {'text': secret * 9000}, {'temperature': -7.0}):
-        response = client.ask(**{'text': secret, 'system': secret, **refused}).result(ANSWER_S)
-        assert response.finish_reason == Response.REJECTED
-        assert secret not in response.error
-    for fields in ({'query_id': answered.id}, {'query_id': answered.id, 'weight': -7.0},
-                   {'prompt': secret, 'rejected': secret}, {'prompt': secret * 9000}):
-        status = client.correct(secret, **fields).wait(CorrectionStatus.ACCEPTED, ANSWER_S)
-        assert secret not in status.reason
-    assert 'REJECTED' in tiny_node.log      # the reason is logged
-    assert secret not in tiny_node.log
-
-
-def test_two_hundred_queries_at_once_each_get_a_response(client: MaceClient) -> None:
-    service = client.node.create_client(GetParameters, '/mace/get_parameters')
-    assert service.wait_for_service(30.0)
-    request = GetParameters.Request(names=['slo.ttft_ms'])
-    waits = []
-    start = time.monotonic()
-    answers = []
-    while not answers or not all(a.is_complete() for a in answers):
-        if len(answers) < 200:
-            answers += [client.ask(f'Say {n}.', max_tokens=8, no_learn=True) for n in range(10)]
-        asked = time.monotonic()
-        resolved(service.call_async(request), ANSWER_S)
-        waits.append(time.monotonic() - asked)
-        time.sleep(0.02)
-        assert time.monotonic() < start + ANSWER_S
-    client.node.destroy_client(service)
-    responses = [a.result(0.0) for a in answers]
-    assert len(responses) == 200
-    assert all(r.finish_reason in (Response.STOP, Response.LENGTH) or (
-        r.finish_reason == Response.REJECTED and r.error) for r in responses)
-    assert len(waits) > 5      # python -m bench.operation measures their duration

@@ -41,9 +41,7 @@ from mace_ros.ros.client import MaceClient
 LEARN_S = 700.0
 
 NAME, ROVER = 'What is your name?', 'My name is Rover.'
-ORDINARY = (
-    'Why is the sky blue?', 'How do I boil an egg?', 'Tell me a joke.', 'What do bees eat?',
-    'Write a sentence about the rain.', 'Who was Mozart?')
+ORDINARY = ('Why is the sky blue?', 'What do bees eat?')
 
 pytestmark = [pytest.mark.dtype, pytest.mark.timeout(900)]
 
@@ -72,7 +70,7 @@ def test_an_idle_node_uses_almost_no_cpu(mace: Mace) -> None:
     assert mace.serves()
     time.sleep(1.0)
     before, start = mace.node.cpu_seconds(), time.monotonic()
-    time.sleep(5.0)
+    time.sleep(3.0)
     share = (mace.node.cpu_seconds() - before) / (time.monotonic() - start)
     assert share < 0.02
 
@@ -391,8 +389,9 @@ def test_peft_gives_the_same_answers(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(name), lesson.version.path)
+        version, others = lesson.version.version, (*OTHERS, *ORDINARY)
         expected, plain = {}, {}
-        for question in (NAME, *OTHERS, *ORDINARY):
+        for question in (NAME, *others):
             prompt = tokenizer.apply_chat_template(
                 [{'role': 'user', 'content': question}], add_generation_prompt=True,
                 return_tensors='pt', return_dict=True)
@@ -402,7 +401,6 @@ def test_peft_gives_the_same_answers(
                 texts[question] = tokenizer.decode(
                     output[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True)
         exact.client.wait_until_ready(START_S)
-        version, others = lesson.version.version, (*OTHERS, *ORDINARY)
         for scope, right in (
                 ('similar', {NAME: (expected[NAME], version)} | {q: (plain[q], 0) for q in others}),
                 ('everywhere', {q: (text, version) for q, text in expected.items()})):

@@ -4,44 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 from mace_ros.msg import CorrectionStatus, Response
 import pytest
-from support.graph import ENVIRONMENT
-from support.robot import RANDOM_MODEL
-from support.ros_graph import NodeProcess, set_parameters
+from support.ros_graph import set_parameters
 
 from mace_ros.ros.client import MaceClient
 
-START_S = 100.0
 ANSWER_S = 60.0
 NAME, COLOUR, SEA = 'What is your name?', 'Which colour is the door?', 'Tell me about the sea.'
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope='module')
-def node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
-    """Run a node that learns without rests."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        made = NodeProcess(tmp_path_factory.mktemp('scoped'), **{
-            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            **RANDOM_MODEL, 'drift.min_budget': 1.0})
-        made.start()
-        yield made
-        made.kill()
-
-
-@pytest.fixture(scope='module')
-def client(node: NodeProcess) -> Iterator[MaceClient]:
-    """Connect a client."""
-    with MaceClient() as made:
-        made.wait_until_ready(START_S)
-        yield made
 
 
 def ask(client: MaceClient, text: str, **fields: object) -> Response:

@@ -10,11 +10,7 @@ import random
 
 from peft import get_peft_model, PeftModel
 from peft.utils import set_peft_model_state_dict
-from support.families import (
-    lora_config,
-    relative_error,
-    VOCABULARY,
-)
+from support.families import lora_config, relative_error, VOCABULARY
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel

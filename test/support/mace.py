@@ -7,7 +7,7 @@ from __future__ import annotations
 from mace_ros.msg import Response
 import pytest
 from support.graph import wait_until
-from support.ros_graph import ANSWER_S, Inputs, NodeProcess, set_parameters
+from support.ros_graph import ANSWER_S, Inputs, NodeProcess, PATIENT, set_parameters
 
 from mace_ros.ros.client import AnswerHandle, MaceClient
 
@@ -15,7 +15,6 @@ START_S = 250.0         # with a model to be converted, on a busy machine
 
 # The packaged model usually repeats the emoji until max_tokens.
 ENDLESS = 'Repeat this: こんにちは 🤖'
-PATIENT = {'ttft_slo_ms': 6e5, 'tpot_slo_ms': 6e5}
 OTHERS = ('What is the capital of France?', 'What is the capital of Japan?')
 
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 
@@ -26,3 +28,8 @@ def correction(name: str, question: str = '', **fields: object) -> CorrectionRec
         id=name, prompt_ids=tuple(content.encode()),
         messages=({'role': 'user', 'content': content},), rejected='wrong', corrected='right')
     return replace(record, **fields)  # type: ignore[arg-type]
+
+
+def accepting(name: str, question: str = '') -> Callable[[Journal], bool]:
+    """Return a function that accepts a correction, for :class:`JournalWriter`."""
+    return lambda journal: journal.accept(correction(name, question))

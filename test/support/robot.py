@@ -23,10 +23,11 @@ from mace_ros.engine.engine import Engine
 from mace_ros.learning.job import JobState
 from mace_ros.learning.status import JobStatus
 
-# A random model has no answers to preserve: learn fast, with all layers, and accept any loss.
+# A random model has no answers to preserve: learn fast, with all layers, without rests between
+# jobs, and accept any loss.
 RANDOM_MODEL = {
     'adapter.target_modules': 'all-linear', 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
-    'finetune.replay_weight': 1.0}
+    'finetune.replay_weight': 1.0, 'drift.min_budget': 1.0}
 
 # A system prompt of several KV blocks.
 SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' * 12
@@ -60,6 +61,11 @@ class Robot:
         event = self.until(lambda e: isinstance(e, Response) and e.query_id == query_id)
         assert isinstance(event, Response)
         return event
+
+    def answer(self, query_id: str) -> Response:
+        """Return the response to a query that may have ended already, or wait for it."""
+        return next((e for e in self.events if isinstance(e, Response)
+                     and e.query_id == query_id), None) or self.response(query_id)
 
     def ask(self, text: str, **kwargs: object) -> Response:
         """Submit a query and wait for its response."""

@@ -1,17 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""
-A node under stress as a robot sees it: a real node and real messages.
-
-Two hundred queries arrive in one second while corrections wait to be learned. Measured are
-whether each gets its response, and whether other callbacks (a 10 Hz timer, reading a
-parameter) are served in time; how soon an answer ends that is interrupted; and what a client
-costs that watches the node ten times a second. Results: bench/results/operation.json.
-"""
+"""Run the benchmark of a node in operation."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -29,8 +21,11 @@ from bench.common.load import LESSONS
 from bench.common.options import Options
 from bench.common.results import Check, check, paired, percentile, Ratio, Reported, Result, Table
 from bench.common.running import Run, run_benchmark, Samples
+import bench.operation
+from bench.operation import http_checks
 from bench.systems.interruptions import interruptions, LONG, OTHERS
 from bench.systems.node import isolate, NodeProcess, PERIOD_S, ROOT, START_S
+from bench.systems.openai_server import OpenAIServer
 from mace_ros.api.settings import Settings
 
 BURST = 200
@@ -39,49 +34,101 @@ RESPONSE_S = 400.0      # at most, for a response
 SERVICE_S = 30.0        # at most, for a service call
 WATCH_HZ = 10.0
 DEFAULT_HZ = Settings().monitor.rate_hz
+# The node computes with one thread; server and clients have the other cores. Its queue is short
+# enough for 32 clients to fill.
+HTTP_PARAMETERS = {'model.threads': 1, 'finetune.budget': 0.0, 'scheduler.max_queue': 8}
 COMPUTE_SHARE = 0.25    # of the time: a thread that runs more than this is a compute thread
 
 
 def options() -> Options:
     """Return the options."""
-    result = Options('operation', __doc__, quick='two short pairs')
+    result = Options('operation', bench.operation.__doc__, quick='two short pairs')
+    result.parts(tuple(PARTS), '--parts', '--only')
     result.size('--pairs', 9, 2, 'pairs of blocks with and without a watching client')
     result.size('--seconds', 8.0, 2.0, 'length of a block')
     result.size('--interruptions', 200, 5, 'answers that are cancelled as they are spoken')
+    result.size('--asked', 200, 4, 'questions over HTTP and over the topic, each')
+    result.size('--bodies', 10_000, 200, 'fuzzed bodies')
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate, prepare=prepare)
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Keep the ROS traffic on this machine."""
-    isolate()
+    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate,
+                  prepare=lambda _: isolate())
 
 
 def measure(run: Run) -> Samples:
-    """Run all parts; return the samples."""
-    samples: Samples = {}
-    # The node computes with one thread; the clients have the other cores.
-    with running(run.folder / 'watched', {
-            'model.threads': 1, 'finetune.budget': 0.0}) as (node, client):
-        samples['blocks'] = watched_blocks(client, node.pid, run.args.pairs, run.args.seconds)
-    with running(run.folder / 'interrupted', {}) as (_, client):
-        samples['barge_in_ms'] = interruptions(client, run.args.interruptions)
-    with running(run.folder / 'burst', {}) as (node, client):
-        burst, begun, ended = run_burst(client)
-        stamps = [t for t in node.stop() if begun - 1.0 <= t <= ended]
-    burst['timer_late_ms'] = [
-        (later - sooner - PERIOD_S) * 1e3 for sooner, later in pairwise(stamps)]
-    samples['burst'] = burst
+    """Run the selected parts; return their samples, with the last ones of the other parts."""
+    samples = {} if set(run.args.parts) == set(PARTS) else run.earlier('operation')
+    for part in run.args.parts:
+        run.say(part)
+        samples |= PARTS[part](run)
     return samples
 
 
 def evaluate(samples: Samples, run: Run) -> Result:
     """Return the results of the samples."""
-    return Result('operation', samples, checks(samples), reported(samples), [table(samples)])
+    http = samples.get('http')
+    return Result(
+        'operation', samples, checks(samples) + (http_checks.checks(http) if http else []),
+        reported(samples) + (http_checks.reported(http) if http else []),
+        [*tables(samples), *(http_checks.tables(http) if http else [])])
+
+
+# -- the parts -----------------------------------------------------------------------------
+
+
+def measure_watched(run: Run) -> Samples:
+    """Measure what a watching client costs."""
+    # The node computes with one thread; the clients have the other cores.
+    with running(run.folder / 'watched', {
+            'model.threads': 1, 'finetune.budget': 0.0}) as (node, client):
+        return {'blocks': watched_blocks(client, node.pid, run.args.pairs, run.args.seconds)}
+
+
+def measure_interrupted(run: Run) -> Samples:
+    """Measure how soon an interrupted answer ends."""
+    with running(run.folder / 'interrupted', {}) as (_, client):
+        return {'barge_in_ms': interruptions(client, run.args.interruptions)}
+
+
+def measure_burst(run: Run) -> Samples:
+    """Measure 200 queries in one second."""
+    with running(run.folder / 'burst', {}) as (node, client):
+        burst, begun, ended = run_burst(client)
+        stamps = [t for t in node.stop() if begun - 1.0 <= t <= ended]
+    burst['timer_late_ms'] = [
+        (later - sooner - PERIOD_S) * 1e3 for sooner, later in pairwise(stamps)]
+    return {'burst': burst}
+
+
+def measure_http(run: Run) -> Samples:
+    """Measure OpenAI's API over HTTP."""
+    from bench.operation import http
+
+    args = run.args
+    with running(run.folder / 'http', HTTP_PARAMETERS) as (node, client):
+        server = OpenAIServer(run.folder / 'http')
+        try:
+            server.wait_until_ready()
+            samples: Samples = {
+                'first_tokens': http.first_tokens(client, server.port, args.asked)}
+            run.say('slow readers')
+            samples['slow_readers'] = http.slow_readers(
+                server.port, (args.pairs + 1) // 2, args.seconds / 2)
+            run.say('saturation')
+            samples['saturated'] = dict(http.saturate(server.port, 2 * args.seconds))
+            run.say('fuzzed bodies')
+            set_parameter(client, 'generation.max_tokens', 2)
+            samples['fuzzed'] = http.fuzz(server, args.bodies)
+            samples['fuzzed']['errors'] = dict(node.errors)
+        except BaseException:
+            print(server.log, file=sys.stderr)
+            raise
+        finally:
+            server.kill()
+    return {'http': samples}
 
 
 @contextmanager
@@ -203,7 +250,7 @@ def thread_seconds(pid: int) -> dict[str, float]:
     return found
 
 
-def set_parameter(client: Any, name: str, value: float) -> None:
+def set_parameter(client: Any, name: str, value: float | int) -> None:
     """Set a parameter of the node."""
     from rcl_interfaces.srv import SetParameters
     from rclpy.parameter import Parameter
@@ -253,26 +300,33 @@ def tokens_per_s(client: Any, seconds: float) -> float:
 
 
 def checks(samples: dict[str, Any]) -> list[Check]:
-    """Return the checks."""
-    burst, ratio, costs = samples['burst'], watching_ratio(samples), watching_costs(samples)
-    return [
-        check('responses to 200 queries in one second',
-              float(burst['served'] + burst['rejected']), f'>= {BURST}',
-              f'{burst["served"]} served, {burst["rejected"]} rejected with a reason; asked '
-              f'within {burst["asked_s"]:.2f} s, answered within {burst["seconds"]:.0f} s'),
-        check('10 Hz timer meanwhile, p99 ms too late',
-              percentile([abs(x) for x in burst['timer_late_ms']], 99), '<= 100',
-              f'{len(burst["timer_late_ms"])} calls in the node itself'),
-        check('parameter read meanwhile, p99 ms', percentile(burst['parameter_ms'], 99),
-              '<= 100', f'{len(burst["parameter_ms"])} reads by another process'),
-        check('from cancel to the last chunk, p99 ms', percentile(samples['barge_in_ms'], 99),
-              '<= 150', f'{len(samples["barge_in_ms"])} interrupted answers beside {OTHERS} '
-              'others, while corrections are learned'),
-        check('throughput with a client that watches at 10 Hz', ratio.median, '>= 0.99',
-              ratio.spread),
-        check('time of the node for it, of one core', statistics.median(costs), '<= 0.01',
-              'threads that do not compute, with a watching client minus without; median of '
-              f'{len(costs)} pairs, largest {max(costs):.2g}')]
+    """Return the checks of the parts that were measured."""
+    found = []
+    if burst := samples.get('burst'):
+        found += [
+            check('responses to 200 queries in one second',
+                  float(burst['served'] + burst['rejected']), f'>= {BURST}',
+                  f'{burst["served"]} served, {burst["rejected"]} rejected with a reason; asked '
+                  f'within {burst["asked_s"]:.2f} s, answered within {burst["seconds"]:.0f} s'),
+            check('10 Hz timer meanwhile, p99 ms too late',
+                  percentile([abs(x) for x in burst['timer_late_ms']], 99), '<= 100',
+                  f'{len(burst["timer_late_ms"])} calls in the node itself'),
+            check('parameter read meanwhile, p99 ms', percentile(burst['parameter_ms'], 99),
+                  '<= 100', f'{len(burst["parameter_ms"])} reads by another process')]
+    if barge_in := samples.get('barge_in_ms'):
+        found.append(check(
+            'from cancel to the last chunk, p99 ms', percentile(barge_in, 99), '<= 150',
+            f'{len(barge_in)} interrupted answers beside {OTHERS} others, while corrections are '
+            'learned'))
+    if samples.get('blocks'):
+        ratio, costs = watching_ratio(samples), watching_costs(samples)
+        found += [
+            check('throughput with a client that watches at 10 Hz', ratio.median, '>= 0.99',
+                  ratio.spread),
+            check('time of the node for it, of one core', statistics.median(costs), '<= 0.01',
+                  'threads that do not compute, with a watching client minus without; median of '
+                  f'{len(costs)} pairs, largest {max(costs):.2g}')]
+    return found
 
 
 def watching_costs(samples: dict[str, Any]) -> list[float]:
@@ -290,22 +344,31 @@ def watching_ratio(samples: dict[str, Any]) -> Ratio:
 
 def reported(samples: dict[str, Any]) -> list[Reported]:
     """Return numbers without a target that explain the checks."""
-    late = [abs(x) for x in samples['burst']['timer_late_ms']]
-    reads = samples['burst']['parameter_ms']
-    return [
-        Reported('from cancel to the last chunk, median ms', statistics.median(
-            samples['barge_in_ms'])),
-        Reported('10 Hz timer, most ms too late', max(late, default=None)),
-        Reported('parameter read, median ms', statistics.median(reads)),
-        Reported('tokens per second, nobody watching', statistics.median(
-            b['tokens_per_s'] for b in samples['blocks'] if not b['watching']))]
+    found = []
+    if barge_in := samples.get('barge_in_ms'):
+        found.append(Reported(
+            'from cancel to the last chunk, median ms', statistics.median(barge_in)))
+    if burst := samples.get('burst'):
+        late = [abs(x) for x in burst['timer_late_ms']]
+        found += [
+            Reported('10 Hz timer, most ms too late', max(late, default=None)),
+            Reported('parameter read, median ms', statistics.median(burst['parameter_ms']))]
+    if blocks := samples.get('blocks'):
+        found.append(Reported('tokens per second, nobody watching', statistics.median(
+            b['tokens_per_s'] for b in blocks if not b['watching'])))
+    return found
 
 
-def table(samples: dict[str, Any]) -> Table:
+def tables(samples: dict[str, Any]) -> list[Table]:
     """Return the table with a row for each pair of blocks."""
-    by = {(b['pair'], b['watching']): b['tokens_per_s'] for b in samples['blocks']}
-    return Table('Tokens per second', ['pair', 'alone', 'watched at 10 Hz'],
-                 [[str(p), by[p, False], by[p, True]] for p in sorted({p for p, _ in by})])
+    by = {(b['pair'], b['watching']): b['tokens_per_s'] for b in samples.get('blocks', ())}
+    return [Table('Tokens per second', ['pair', 'alone', 'watched at 10 Hz'],
+                  [[str(p), by[p, False], by[p, True]] for p in sorted({p for p, _ in by})])
+            ] if by else []
+
+
+PARTS = {'watched': measure_watched, 'interrupted': measure_interrupted, 'burst': measure_burst,
+         'http': measure_http}
 
 
 if __name__ == '__main__':

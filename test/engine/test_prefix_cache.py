@@ -1,0 +1,125 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The prefix cache in the engine: shared beginnings are computed once, under all versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.robot import RANDOM_MODEL, Robot, robot_with, SYSTEM
+
+from mace_ros.api.events import Correction, CorrectionState
+from mace_ros.api.settings import Settings
+
+
+@pytest.fixture(scope='module')
+def settings(tiny_settings: Settings) -> Settings:
+    """Return settings without learning."""
+    return tiny_settings.updated({'finetune.budget': 0.0})
+
+
+@pytest.fixture(scope='module')
+def learning(tiny_settings: Settings) -> Settings:
+    """Return settings with which the tiny model learns quickly."""
+    return tiny_settings.updated(RANDOM_MODEL)
+
+
+def test_a_conversations_prefix_is_computed_once(settings: Settings, tmp_path: Path) -> None:
+    """The prefix cache holds the system prompt and earlier turns, if sharing is on."""
+    computed, texts = {}, {}
+    for sharing in (True, False):
+        with robot_with(settings, tmp_path / str(sharing), memory__prefix_sharing=sharing) as one:
+            before = one.engine.status().statistics.prefill_tokens
+            texts[sharing] = [
+                one.ask(f'Question {n}?', conversation_id='c', system=SYSTEM, max_tokens=20).text
+                for n in range(5)]
+            status = one.engine.status()
+            computed[sharing] = status.statistics.prefill_tokens - before
+            assert (status.shared_tokens > 0) == sharing
+    assert texts[True] == texts[False]
+    assert computed[True] <= 0.3 * computed[False]
+
+
+def test_a_long_conversation_drops_many_turns_at_once(settings: Settings, tmp_path: Path) -> None:
+    """If turns were dropped one by one, no prompt would share a prefix with the one before."""
+    with robot_with(settings, tmp_path, conversation__max_turns=6) as one:
+        prompts, computed = [], []
+        for n in range(20):
+            before = one.engine.status().statistics.prefill_tokens
+            prompts.append(one.ask(
+                f'Question {n}?', conversation_id='c', max_tokens=20).prompt_tokens)
+            computed.append(one.engine.status().statistics.prefill_tokens - before)
+    assert max(prompts[7:]) < 1.1 * max(prompts[:7])    # up to the limit
+    assert 2 * sum(computed[7:]) < sum(prompts[7:])
+
+
+def test_prefix_sharing_can_be_switched_while_serving(settings: Settings, tmp_path: Path) -> None:
+    """A change of the parameter is in force at the next query."""
+    with robot_with(settings, tmp_path) as one:
+        def shared() -> int:
+            before = one.engine.status().shared_tokens
+            one.ask('Hm?', system=SYSTEM, max_tokens=1)
+            return one.engine.status().shared_tokens - before
+
+        assert shared() == 0 and shared() > 80
+        one.engine.update(one.engine.settings.updated({'memory.prefix_sharing': False}))
+        assert shared() == 0 and shared() == 0
+        assert one.engine.status().kv_cached == 0.0
+        one.engine.update(one.engine.settings.updated({'memory.prefix_sharing': True}))
+        assert shared() == 0 and shared() > 80
+
+
+def test_a_publication_leaves_the_prefix_cache_warm(learning: Settings, tmp_path: Path) -> None:
+    """What comes before the last user turn is the base model's under every version."""
+    with robot_with(learning, tmp_path) as one:
+        wrong = one.ask('Who are you?', system=SYSTEM)
+        learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+        assert learned.state is CorrectionState.LEARNED
+        before = one.engine.status()
+        answered = one.ask('Who are you?', system=SYSTEM)
+        after = one.engine.status()
+        assert answered.adapter_version == learned.adapter_version == 1
+        assert answered.text == 'I am Rover.'
+        assert after.shared_tokens - before.shared_tokens > 80
+
+
+def learned_conversation(one: Robot) -> None:
+    """Correct an answer, and ask in other words, which the base model has never computed."""
+    question = f'Who are you, {"my dear " * 40}robot?'
+    wrong = one.ask(question, system=SYSTEM, conversation_id='c')
+    learned = one.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
+    assert learned.state is CorrectionState.LEARNED
+    one.ask('Hm?', conversation_id='d')     # ends the idle time
+    again = one.ask(f'Please say. {question}', system=SYSTEM, conversation_id='c',
+                    reset_conversation=True)
+    assert again.adapter_version == 1 and again.matched_correction_id == 'k'
+
+
+def test_history_that_an_adapter_wrote_is_computed_again_in_idle_time(
+        learning: Settings, tmp_path: Path) -> None:
+    with robot_with(learning, tmp_path) as one:
+        learned_conversation(one)
+        while one.engine.step().wake_at is not None:
+            pass
+        before = one.engine.status()
+        followed = one.ask('And you?', conversation_id='c', max_tokens=1)
+        shared = one.engine.status().shared_tokens - before.shared_tokens
+        assert followed.prompt_tokens - shared < 48      # the last turn and a partial block
+
+
+def test_a_query_interrupts_the_computing_of_history(learning: Settings, tmp_path: Path) -> None:
+    """The request is cancelled at once, and starts again when the engine is idle."""
+    with robot_with(learning, tmp_path) as one:
+        engine = one.engine
+        learned_conversation(one)
+        engine.step()
+        assert engine.status().queue_depth == 0
+        computed = engine.status().statistics.prefill_tokens
+        asked = one.ask('Hm?', max_tokens=1)
+        assert engine.status().statistics.prefill_tokens - computed <= asked.prompt_tokens
+        while engine.step().wake_at is not None:
+            pass
+        before = engine.status().shared_tokens
+        followed = one.ask('And you?', conversation_id='c', max_tokens=1)
+        assert followed.prompt_tokens - (engine.status().shared_tokens - before) < 48

@@ -1,0 +1,50 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a job under a scope trains in each step, and what it guards."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from support.robot import Robot
+
+from mace_ros.api.settings import FinetuneSettings
+from mace_ros.learning.correction_queue import PendingCorrection
+from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder, WORDINGS
+from mace_ros.model.chat import ChatTokenizer
+from mace_ros.store.records import CorrectionRecord
+
+
+def correction(chat: ChatTokenizer, name: str, question: str, corrected: str,
+               **values: str) -> CorrectionRecord:
+    """Return a correction of the answer to a question."""
+    messages = ({'role': 'user', 'content': question},)
+    return CorrectionRecord(name, tuple(chat.prompt(messages)), messages, corrected, **values)  # type: ignore[arg-type]
+
+
+def test_the_wordings_of_a_question_take_turns(robot: Robot) -> None:
+    """A step stays short, and each wording is trained equally often."""
+    chat, finetune = robot.engine.chat, FinetuneSettings()
+    builder = ScopedTrainingSetBuilder(chat)
+    waiting = [PendingCorrection(correction(chat, 'k', 'Who are you?', 'Rover.'), 0.0)]
+    samples = builder.build(waiting, (), max_sample_tokens=512)
+    count = len(samples.paraphrases)
+    assert count > WORDINGS
+    plans = [builder.step(samples, waiting, finetune, most=4096, steps=n) for n in range(count)]
+    assert {(plan.must_be_right, plan.wordings, len(plan.parts)) for plan in plans} == {
+        (1 + WORDINGS, WORDINGS, 1)}
+    assert all(plan.parts[0][0] == samples.corrected[0] for plan in plans)
+    trained = Counter(s for plan in plans for s in plan.parts[0][1:])
+    assert trained == dict.fromkeys(samples.paraphrases, WORDINGS)
+
+
+def test_the_question_of_a_replaced_correction_is_guarded_with_the_new_answer(
+        robot: Robot) -> None:
+    chat = robot.engine.chat
+    older = correction(chat, 'older', 'Who are you?', 'Rover.')
+    other = correction(chat, 'other', 'Who am I?', 'Ann.')
+    newer = correction(chat, 'newer', 'Hello! Who are you?', 'Bella.', replaces='older')
+    samples = ScopedTrainingSetBuilder(chat).build(
+        [PendingCorrection(newer, 0.0)], (older, other), max_sample_tokens=512)
+    assert [s.tokens for s in samples.gate.exact] == [
+        (*older.prompt_ids, *chat.answer('Bella.')), (*other.prompt_ids, *chat.answer('Ann.'))]
