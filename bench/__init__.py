@@ -4,8 +4,8 @@
 Benchmarks that measure what mace_ros promises.
 
 Each benchmark writes ``bench/results/<name>.json`` with all samples and the checks computed
-from them; ``python -m bench.report`` reads these files. ``docs/performance.md`` describes what
-is measured and how.
+from them; ``python -m bench.report`` reads these files. ``docs/evidence/`` describes what is
+measured and how.
 
 - ``common/``: options, the skeleton of a run, results and their rendering, arrivals
 - ``systems/``: the systems under test: engines, a node process, and the peers

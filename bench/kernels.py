@@ -91,12 +91,13 @@ def products() -> dict[str, Callable[[int], Callable[[], object]]]:
     import torch
     import torch.nn.functional as F
 
-    from mace_ros.model.cpu_matmul import Int8Weight, linear
+    from mace_ros.model.cpu_matmul import Int8Weight, PrepackedWeight
     from mace_ros.model.int4 import Int4Weight, quantize
     from mace_ros.model.int4_kernels import find_kernel
 
     fp32 = [torch.randn(shape) * 0.02 for shape in WEIGHTS]
     bf16 = [w.bfloat16() for w in fp32]
+    fp32_ours, bf16_ours = ([PrepackedWeight(w) for w in plain] for plain in (fp32, bf16))
     int8 = [Int8Weight(w.clone()) for w in bf16]
     int4_kernel = find_kernel(torch.device('cpu'), torch.bfloat16)
     int4 = [Int4Weight.of(quantize(w), int4_kernel) for w in fp32]
@@ -115,8 +116,9 @@ def products() -> dict[str, Callable[[int], Callable[[], object]]]:
     return {
         'float32 F.linear': kernel(fp32, torch.float32, F.linear),
         'float32 W @ x.T': kernel(fp32, torch.float32, lambda x, w: torch.mm(w, x.t())),
-        'float32 ours': kernel(fp32, torch.float32, linear),
+        'float32 ours': kernel(fp32_ours, torch.float32, lambda x, w: w.linear(x)),
         'bfloat16 F.linear': kernel(bf16, torch.bfloat16, F.linear),
+        'bfloat16 ours': kernel(bf16_ours, torch.bfloat16, lambda x, w: w.linear(x)),
         'int8 weights': kernel(int8, torch.bfloat16, lambda x, w: w.linear(x)),
         'int4 weights': kernel(int4, torch.bfloat16, lambda x, w: w.linear(x)),
     }

@@ -3,8 +3,9 @@
 """
 Print the checks of all benchmarks that have results, failed ones first.
 
-The exit code is 1 if a check fails or if there are no results. ``--markdown`` writes the
-numbers into docs/performance.md, between its two markers, so that none is typed by hand.
+The exit code is 1 if a check fails or if there are no results. ``--markdown`` writes all numbers
+into bench/results/REPORT.md, those that README and docs quote into these pages, and draws the
+pictures in docs/pictures/, so that none is typed or drawn by hand.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 import sys
+from typing import Any
 
+from bench.common.figures import can_draw
+from bench.common.pages import pages, updated
 from bench.common.recording import FOLDER, QUICK_FOLDER, read
 from bench.common.rendering import markdown, text, text_table
+from bench.pictures import draw_all
 
-DOCUMENT = Path(__file__).parents[1] / 'docs' / 'performance.md'
-BEGIN = '<!-- results: python -m bench.report --markdown -->'
-END = '<!-- end of results -->'
+REPORT = FOLDER / 'REPORT.md'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--quick', action='store_true', help='report the quick runs')
     parser.add_argument('--tables', action='store_true', help='print the tables as well')
     parser.add_argument('--markdown', action='store_true',
-                        help='write the numbers into docs/performance.md')
+                        help='write bench/results/REPORT.md, and the figures and pictures of the '
+                        'documentation')
     args = parser.parse_args(arguments)
     folder = args.results or (QUICK_FOLDER if args.quick else FOLDER)
     results = read(folder)
@@ -43,17 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f'{result["bench"]}: {table["title"]}\n{text_table(table)}\n')
     print(text(results))
     if args.markdown:
-        insert(DOCUMENT, markdown(results))
+        REPORT.write_text(report(results))
+        for page in pages():
+            page.write_text(updated(page.read_text(), results))
+        if can_draw():
+            draw_all(results)
     return 0 if all(c['holds'] for r in results for c in r['checks']) else 1
 
 
-def insert(document: Path, numbers: str) -> None:
-    """Replace the text between the markers; raises ``ValueError`` if a marker is missing."""
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f'{document} lacks {BEGIN} or {END}')
-    document.write_text(f'{before}{begin}\n\n{numbers}\n{end}{after}')
+def report(results: Sequence[dict[str, Any]]) -> str:
+    """Return the page with the numbers of all results."""
+    return ('# All results\n\n'
+            'Generated from the JSON files in `bench/results/` by '
+            '`python -m bench.report --markdown`.\n\n' + markdown(results))
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ PATH = re.compile(r'`([\w/]+\.py)(?::[\w.]+)?`')
 
 def missing_paths(root: Path) -> Iterator[Finding]:
     """Yield paths in code spans of README, CONTRIBUTING and docs that lead to no file."""
-    for page in (root / 'README.md', root / 'CONTRIBUTING.md', *sorted(root.glob('docs/*.md'))):
+    for page in (root / 'README.md', root / 'CONTRIBUTING.md', *sorted(root.glob('docs/**/*.md'))):
         lines = page.read_text(encoding='utf-8').splitlines() if page.is_file() else []
         for number, line in enumerate(lines, 1):
             for path in PATH.findall(line):

@@ -64,7 +64,7 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
         software = ', '.join([*(f'{k} {v}' for k, v in packages.items()),
                               *(f'{k}={v}' for k, v in where['environment'].items())])
         parts.append(
-            f'### `{result["command"]}`\n\n{result["started"][:10]}, commit {where["commit"]}, '
+            f'## `{result["command"]}`\n\n{result["started"][:10]}, commit {where["commit"]}, '
             f'{device} ({", ".join(where["flags"])}), {where["memory_gib"]:g} GiB, Python '
             f'{where["python"]}, {software}; took {result["seconds"] / 60:.0f} minutes; load '
             f'before it {where["load_before"]:g}.\n')

@@ -4,8 +4,8 @@
 All parameters of the node in one typed table.
 
 The dataclasses below are the only place that defines the name, default, description and bounds
-of a parameter. The declaration in ROS, validation, ``config/mace.yaml`` and the table in the
-README are derived from :func:`parameters`.
+of a parameter. The declaration in ROS, validation, ``config/mace.yaml`` and the table in
+``docs/reference/parameters.md`` are derived from :func:`parameters`.
 """
 
 from __future__ import annotations

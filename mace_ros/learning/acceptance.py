@@ -20,7 +20,7 @@ from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 # From this similarity on, two questions are the same one in other words: four of five paraphrases
-# of the benchmark, and one of a hundred questions about another subject (docs/scope.md).
+# of the benchmark, and one of a hundred questions about another subject (docs/log/).
 SAME_QUESTION = 0.85
 
 

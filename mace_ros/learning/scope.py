@@ -24,7 +24,7 @@ from mace_ros.api.settings import EVERYWHERE
 from mace_ros.learning.question import ASKING, questions, Sentence, sentences
 from mace_ros.store.records import CorrectionRecord
 
-# Chosen by measurement; docs/scope.md has the figures.
+# Chosen by measurement; docs/evidence/learning.md has the figures.
 # The weight of a word is this power of its information, so that a subject outweighs the words
 # around it.
 POWER = 2.0

@@ -5,7 +5,7 @@ Causal attention of short sequences with its backward, for training on a CPU.
 
 The backward of PyTorch's CPU kernel is optimised for long sequences: at 128 tokens in bfloat16
 the plain matrix products below take a third of its time. Several short sequences are cheaper
-to compute behind one mask than in separate calls (``docs/performance.md``).
+to compute behind one mask than in separate calls (``docs/explanation/precisions.md``).
 """
 
 from __future__ import annotations

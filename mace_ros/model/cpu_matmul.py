@@ -4,7 +4,7 @@
 Products of small batches with a weight matrix, in the fastest form on a CPU.
 
 A decode row reads every weight for one token, so memory bandwidth bounds it. Kernels differ by
-a factor of three in how close they come to that bound (``docs/performance.md``).
+a factor of three in how close they come to that bound (``docs/explanation/precisions.md``).
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ NOT_ACTIVE, STOPPING = 'the node is not active', 'the node is stopping'
 
 class MaceNode(LifecycleNodeMixin, Node):
     """
-    Answers queries and learns from corrections; see docs/interfaces.md.
+    Answers queries and learns from corrections; see docs/reference/interfaces.md.
 
     A lifecycle node. Its transitions run in the engine thread, between two iterations, so that
     ROS is served while a model is loaded.

@@ -36,7 +36,7 @@ class PowerMode:
     bandwidth: Number = Number(1.0, 'all clocks at their maximum')
 
 
-# Shares of the peak rates that a pass reaches; see docs/simulation.md.
+# Shares of the peak rates that a pass reaches; see docs/guides/simulate.md.
 _COMPUTE_SHARE = Number(
     0.5, f'{ASSUMED}: packed passes of some hundred tokens reach half the peak of the products')
 _BANDWIDTH_SHARE = Number(0.8, f'{ASSUMED}: reading weights reaches four fifths of the peak')

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ElementTree.parse(ROOT / 'package.xml')
 VERSION = MANIFEST.findtext('version')
 PYTHON_FILES = sorted(
-    path for folder in ('bench', 'launch', 'mace_ros', 'test', 'tools')
+    path for folder in ('bench', 'docs', 'launch', 'mace_ros', 'test', 'tools')
     for path in (ROOT / folder).rglob('*.py'))
 PROGRAMS = dict(
     line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
@@ -74,10 +74,10 @@ def test_every_interface_file_is_built():
 def test_every_launch_argument_is_documented():
     declared = re.findall(
         r"DeclareLaunchArgument\(\s*'(\w+)'", (ROOT / 'launch/mace.launch.py').read_text())
-    section = (ROOT / 'docs/interfaces.md').read_text().partition('## Launch')[2]
+    page = (ROOT / 'docs/reference/launch.md').read_text()
 
     assert len(declared) > 4
-    assert sorted(declared) == sorted(re.findall(r'^\| `(\w+)` \|', section, re.MULTILINE))
+    assert sorted(declared) == sorted(re.findall(r'^\| `(\w+)` \|', page, re.MULTILINE))
 
 
 @pytest.mark.parametrize('path', PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -95,7 +95,7 @@ def test_other_files_name_authors_and_licence():
     folders = ('action', 'cmake', 'config', 'msg', 'security', 'srv')
     files = [path for folder in folders for kind in kinds for path in (ROOT / folder).rglob(kind)]
     files += [ROOT / name for name in (
-        'CMakeLists.txt', 'Makefile', 'package.xml', 'pyproject.toml', '.ci/run',
+        'CMakeLists.txt', 'Makefile', 'package.xml', 'pyproject.toml', 'rosdoc2.yaml', '.ci/run',
         'cmake/executables.txt')]
     assert len(files) > 15
     for path in files:
@@ -143,7 +143,7 @@ def messages():
 def test_troubleshooting_quotes_messages_of_the_package():
     texts = [*messages(), *ErrorCode.__members__]
     rows = re.findall(
-        r'^\| (`.*?) \| ', (ROOT / 'docs/troubleshooting.md').read_text(), re.MULTILINE)
+        r'^\| (`.*?) \| ', (ROOT / 'docs/troubleshooting/messages.md').read_text(), re.MULTILINE)
     quoted = [quote for row in rows for quote in re.findall('`([^`]+)`', row)]
     parts = {part for quote in quoted for part in re.split(r'\.\.\.| ?\bN\b ?|: ', quote)
              if len(part) > 4 and not part.endswith('MemoryError')}
@@ -154,7 +154,7 @@ def test_troubleshooting_quotes_messages_of_the_package():
 
 def test_shell_lines_of_the_documents_survive_discovery_and_typing():
     """A publisher that ends at once loses its message, and ROS takes 300 for an integer."""
-    lines = [line for path in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
+    lines = [line for path in [ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')]
              for line in path.read_text().splitlines()]
     published = [line for line in lines if line.startswith('ros2 topic pub')]
     assert len(published) >= 2

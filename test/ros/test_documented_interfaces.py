@@ -51,12 +51,12 @@ def table(file: str, columns: int) -> list[list[str]]:
 def documented_topics() -> dict[tuple[str, str], str]:
     """Return {(name, type): direction}."""
     return {(name, kind): direction
-            for name, kind, direction, *_ in table('docs/interfaces.md', 5)}
+            for name, kind, direction, *_ in table('docs/reference/interfaces.md', 5)}
 
 
 def documented_services() -> set[tuple[str, str]]:
     """Return the (name, type) of services and actions."""
-    return {(name, kind) for name, kind, _ in table('docs/interfaces.md', 3)}
+    return {(name, kind) for name, kind, _ in table('docs/reference/interfaces.md', 3)}
 
 
 def interfaces(node: Node, kind: str) -> dict[tuple[str, str], str]:
@@ -86,7 +86,7 @@ def test_the_documented_topics_are_those_of_the_node(seen_by: Node) -> None:
 
 
 def test_the_documented_qos_is_that_of_the_node(seen_by: Node) -> None:
-    for name, _, direction, qos, _ in table('docs/interfaces.md', 5):
+    for name, _, direction, qos, _ in table('docs/reference/interfaces.md', 5):
         topic = name.replace('~', '/mace')
         ends = (seen_by.get_publishers_info_by_topic(topic) if direction == 'out'
                 else seen_by.get_subscriptions_info_by_topic(topic))

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter table agrees with the node, the shipped parameter file and the README."""
+"""The parameter table agrees with the node, the shipped parameter file and the documentation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mace_ros.store.layout import default_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'config' / 'mace.yaml'
-README = ROOT / 'README.md'
+PAGE = ROOT / 'docs/reference/parameters.md'
 
 # Name, value, and a part of the reason for its refusal.
 WRONG = {
@@ -216,10 +216,9 @@ def test_the_shipped_file_has_the_defaults(context: Context, node: str) -> None:
         {'storage.folder': str(default_folder(f'/robot1/{node}'))})
 
 
-@pytest.mark.skipif(not README.exists(), reason='there is no README yet')
-def test_the_readme_shows_the_table() -> None:
-    """If it fails, paste the output of ``python -m mace_ros.ros.parameter_table markdown``."""
-    assert parameter_table.markdown() in README.read_text()
+def test_the_documentation_has_the_table() -> None:
+    """If it fails, store what ``python -m mace_ros.ros.parameter_table markdown`` prints."""
+    assert PAGE.read_text() == parameter_table.markdown()
 
 
 def test_the_launch_file_offers_exactly_the_policies() -> None:

@@ -41,7 +41,7 @@ def allowed(enclave: str, kind: str, rule: str) -> set[str]:
 
 
 def documented(pattern: str) -> set[str]:
-    text = (ROOT / 'docs/interfaces.md').read_text()
+    text = (ROOT / 'docs/reference/interfaces.md').read_text()
     return set(re.findall(rf'^\| `(~?/[\w/]+)` \| `{pattern}', text, re.MULTILINE))
 
 
