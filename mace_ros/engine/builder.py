@@ -187,7 +187,7 @@ class _LoadedDevice:
 
 
 def best_weight_dtype(device: str) -> str:
-    """Return what ``model.weight_dtype: auto`` stands for unless the source has 4 bits."""
+    """Return what ``model.weight_dtype: auto`` stands for."""
     dtype = best_dtype(device)
     if device != 'cpu' or prepacks(torch.device(device)):
         return dtype

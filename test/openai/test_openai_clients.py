@@ -396,6 +396,14 @@ def test_the_agent_of_the_examples_calls_the_robots_functions(
     assert 'battery({}) -> 71' in capsys.readouterr().out
 
 
+def test_a_web_page_can_neither_ask_nor_teach_without_a_key(server: ServerProcess) -> None:
+    for path, body in (('/v1/feedback', {'id': 'x', 'corrected': 'Wrong.'}),
+                       ('/v1/chat/completions', {'model': 'mace', 'messages': []})):
+        status, reply, _ = server.request(
+            'POST', path, body, {'Origin': 'https://example.com', 'Content-Type': 'text/plain'})
+        assert (status, reply['error']['code']) == (403, 'origin_refused')
+
+
 def refused_or_answered(server: ServerProcess, path: str, body: bytes) -> None:
     status, reply, _ = server.request('POST', path, body)
     assert status in (200, 400, 404, 413, 429), (status, reply)
