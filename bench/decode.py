@@ -135,7 +135,7 @@ class LoadedSystems:
 
     def _load_engines(self, settings: Any, published: Any) -> None:
         """Load an engine for each precision, the default first."""
-        from bench.systems.engine_under_load import EngineUnderLoad, precision_of
+        from bench.systems.engine_under_load import EngineUnderLoad
         from mace_ros.api.settings import PARAMETERS
 
         for dtype in PARAMETERS['model.weight_dtype'].choices:
@@ -143,7 +143,7 @@ class LoadedSystems:
             engine = EngineUnderLoad(
                 settings.updated({'model.weight_dtype': dtype}),
                 published.copy(self._run.folder / f'served-{dtype}'), (), lambda text: None)
-            name = precision_of(engine.engine)
+            name = engine.engine.model.weight_dtype
             if dtype == 'auto':
                 self.default = name
             elif name == self.default:

@@ -165,7 +165,7 @@ class Comparison:
 
     def _calibrate(self) -> None:
         """Fit the cost model to the measurements; keep the relative errors as noise."""
-        from mace_ros.simulation.cost_file import to_dict
+        from mace_ros.scheduling.cost_file import to_dict
 
         cost = deepcopy(self._engine.engine.scheduler.cost)
         passes = [(m.plan.shape, m.pass_s) for m in self._measurements.all if m.pass_s > 0.0]

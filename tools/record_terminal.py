@@ -7,7 +7,7 @@ Run a command in a terminal, and save what it prints as a moving SVG.
 A line of the picture appears when it did in the terminal, but long waits are shortened.
 
     .venv/bin/python tools/record_terminal.py docs/pictures/demo.svg --title 'make demo' \
-        --skip '^   (node \||\.\.\. )' -- .venv/bin/python -m mace_ros.cli.demo
+        --skip '^   (node \||\.\.\. )' -- .venv/bin/python -m mace_ros.cli.demo --plain
 
 The exit code is that of the command; a run that fails is not saved.
 """

@@ -35,7 +35,7 @@ class ColocationRun:
         """Learn the adapter, load and warm up all systems, and choose the arrival rate."""
         # Imported here, so that --help does not load torch.
         from bench.systems.adapter import publish
-        from bench.systems.engine_under_load import EngineUnderLoad, POLICIES, precision_of
+        from bench.systems.engine_under_load import EngineUnderLoad, POLICIES
         from mace_ros.api.settings import Settings
         from mace_ros.model.chat import ChatTokenizer
         from mace_ros.model.loading import load_model
@@ -59,7 +59,7 @@ class ColocationRun:
             settings, published.copy(self._folder / 'served'), ids, lambda text: None)
         dtype = args.peer_dtype or str(self._ours.engine.model.dtype).removeprefix('torch.')
         run.notes.append(
-            f'{args.threads} threads; weights of mace_ros: {precision_of(self._ours.engine)} '
+            f'{args.threads} threads; weights of mace_ros: {self._ours.engine.model.weight_dtype} '
             f'(model.weight_dtype {args.dtype}); weights of the peers: {dtype}.')
         self._load_peers(model, published.path, dtype, ids, settings)
         self._warm_up(POLICIES)

@@ -20,7 +20,6 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine, default_learner
 from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.engine.parts import Parts
-from mace_ros.model.int4 import Int4Weight
 
 POLICIES = ('mace', 'inference_only', 'continuous', 'periodic', 'static_split')
 DEADLINE_S = 600.0      # a block that takes longer has failed
@@ -34,16 +33,6 @@ class Block:
     block: dict[str, Any]
     waits: list[dict[str, Any]] = field(default_factory=list)
     iterations: list[dict[str, Any]] = field(default_factory=list)
-
-
-def precision_of(engine: Any) -> str:
-    """Return the precision of an engine's weights: a value of ``model.weight_dtype``."""
-    first = engine.model.linears[0]
-    if isinstance(first.stored, Int4Weight):
-        return 'int4'
-    if first.int8 is not None:
-        return 'int8'
-    return str(engine.model.dtype).removeprefix('torch.')
 
 
 class EngineUnderLoad:

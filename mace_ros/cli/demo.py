@@ -27,7 +27,8 @@ from typing import TypeVar
 
 from mace_ros.api.wording import counted
 from mace_ros.cli.common import STATES
-from mace_ros.msg import AdapterVersion, CorrectionStatus, Response
+from mace_ros.cli.demo_screen import ANSWER, ASIDE, FAILED, PASSED, QUESTION, Screen, screen
+from mace_ros.msg import AdapterVersion, CorrectionStatus, Response, Scheduler
 from mace_ros.ros.client import CorrectionHandle, MaceClient
 
 T = TypeVar('T')
@@ -41,61 +42,10 @@ MAX_TOKENS = 40
 START_TIMEOUT_S = 900.0    # includes the conversion of the model
 ANSWER_TIMEOUT_S = 120.0
 LEARN_TIMEOUT_S = 600.0
-QUIET_S = 2.0              # without output, after which the elapsed time is printed
 
 
 class DemoFailed(Exception):
     """The demo could not be completed."""
-
-
-class Screen:
-    """Prints the demo, and the elapsed time when nothing else is printed for a while."""
-
-    def __init__(self) -> None:
-        self._colours = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-        self._lock = threading.RLock()
-        self._started = self._printed = time.monotonic()
-        self._line_open = False
-        self._node_lines: list[str] = []    # printed once the open line is complete
-        threading.Thread(target=self._tick, daemon=True).start()
-
-    def step(self, text: str) -> None:
-        """Begin a part of the demo."""
-        self._started = time.monotonic()
-        self.line(f'\n== {text}', '1;36')
-
-    def line(self, text: str, colour: str = '') -> None:
-        """Print a line."""
-        with self._lock:
-            self.piece(('\n' if self._line_open else '') + self._coloured(text, colour) + '\n')
-            self._line_open = False
-            while self._node_lines:
-                self.piece(self._coloured(self._node_lines.pop(0), '2') + '\n')
-            self._line_open = False
-
-    def node_line(self, text: str) -> None:
-        """Print a line of the node, once no other line is open."""
-        with self._lock:
-            if self._line_open:
-                self._node_lines.append(text)
-            else:
-                self.line(text, '2')
-
-    def piece(self, text: str, colour: str = '') -> None:
-        """Print a part of a line."""
-        with self._lock:
-            print(self._coloured(text, colour), end='', flush=True)
-            self._line_open, self._printed = True, time.monotonic()
-
-    def _coloured(self, text: str, colour: str) -> str:
-        return f'\033[{colour}m{text}\033[0m' if colour and self._colours else text
-
-    def _tick(self) -> None:
-        while True:
-            time.sleep(0.2)
-            with self._lock:
-                if time.monotonic() - self._printed > QUIET_S:
-                    self.line(f'   ... {time.monotonic() - self._started:.0f} s', '2')
 
 
 class Demo:
@@ -134,17 +84,17 @@ class Demo:
 
     def _ask(self, question: str, *, no_learn: bool = False) -> Response:
         screen = self._screen
-        screen.piece(f'   {question} ', '1')
+        screen.piece(f'   {question} ', QUESTION)
         answer = self._client.ask(question, max_tokens=MAX_TOKENS, no_learn=no_learn)
         for text in answer.stream(ANSWER_TIMEOUT_S):
-            screen.piece(text.replace('\n', ' '), '32')
+            screen.piece(text.replace('\n', ' '), ANSWER)
         response = answer.result()
         if response.finish_reason not in (Response.STOP, Response.LENGTH):
             raise DemoFailed(f'no answer to "{question}": {response.error}')
         screen.line(
             f'      first token after {response.ttft_ms:.0f} ms, '
             f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each, '
-            f'adapter version {response.adapter_version}', '2')
+            f'adapter version {response.adapter_version}', ASIDE)
         return response
 
     def _follow(self, handle: CorrectionHandle) -> CorrectionStatus:
@@ -226,6 +176,8 @@ def main() -> int:
                         '(default: SmolLM2-135M-Instruct)')
     parser.add_argument('--keep', action='store_true',
                         help='keep the folder with journal and adapter versions')
+    parser.add_argument('--plain', action='store_true',
+                        help='print lines only, as without a terminal')
     arguments = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp(prefix='mace_demo_'))
@@ -233,11 +185,12 @@ def main() -> int:
         # Isolated from other nodes.
         ROS_AUTOMATIC_DISCOVERY_RANGE='LOCALHOST', ROS_DOMAIN_ID=str(random.randint(1, 101)),
         ROS_LOG_DIR=str(folder / 'log'), RCUTILS_CONSOLE_OUTPUT_FORMAT='[{severity}] {message}')
-    screen = Screen()
-    screen.step(f'Start the node; its storage folder is {folder}')
+    shown = screen(plain=arguments.plain)
+    shown.step(f'Start the node; its storage folder is {folder}')
     try:
-        with running_node(screen, folder, arguments.model) as node, MaceClient() as client:
-            failures = Demo(screen, node, client).run()
+        with running_node(shown, folder, arguments.model) as node, MaceClient() as client:
+            client.node.create_subscription(Scheduler, f'{client.name}/scheduler', shown.now, 10)
+            failures = Demo(shown, node, client).run()
         if node.returncode:
             failures.append(f'the node ended with exit code {node.returncode}')
     except (DemoFailed, TimeoutError, ConnectionError) as error:
@@ -245,12 +198,13 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
+        shown.close()
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if failures:
-        screen.line('\n'.join(['\nDemo failed:', *failures]), '1;31')
+        shown.line('\n'.join(['\nDemo failed:', *failures]), FAILED)
         return 1
-    screen.line('\nDemo passed: the correction is learned; other answers are unchanged.', '1;32')
+    shown.line('\nDemo passed: the correction is learned; other answers are unchanged.', PASSED)
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
+import json
 import math
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ from mace_ros.api.settings import InvalidSetting, Settings
 from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.engine import Engine
 from mace_ros.engine.learner_port import LearnerPort
+from mace_ros.engine.measured_device import MeasuredDevice
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.engine.parts import budget_bytes, Parts
 from mace_ros.engine.router import Router
@@ -68,10 +70,11 @@ from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.store.adapter_store import AdapterStore, check_same_model
 from mace_ros.store.journal_writer import JournalWriter
-from mace_ros.store.layout import JOURNAL, model_note
+from mace_ros.store.layout import DEVICE, JOURNAL, model_note
 from mace_ros.telemetry.device_counters import DeviceCounters
 
 CUDA_KV_SHARE = 0.5        # largest share of the budget for a KV cache that can't shrink
+REFRESH_S = 2.0            # longest measurement of a device that was measured at an earlier start
 CAPTURE_S = 45.0           # longest time for graph capture; the rest runs eagerly
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 
@@ -125,7 +128,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         vocabulary=config.vocab_size))
     longest = min(model.context_length, memory.max_request_tokens)
     _capture_graphs(settings, model, longest, progress, clock)
-    cost = _calibrate(settings, model, lora, progress, clock)
+    measured = MeasuredDevice(folder / DEVICE, _identity(settings, device, lora))
+    cost = _calibrate(settings, model, lora, measured, progress, clock)
     return Parts(
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
         chat=chat, constraints=ConstraintCompiler(Vocabulary(
@@ -134,7 +138,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         live=live, router=Router(live), adapters=AdapterCache(slots, lora, live),
         state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,
         paged=PagedKVCache(model, pool, kv_cache, settings.memory.kv_prune), cost=cost,
-        journal=journal, store=AdapterStore(folder))
+        measured=measured, journal=journal, store=AdapterStore(folder))
 
 
 class EngineStepCost:
@@ -183,7 +187,7 @@ class _LoadedDevice:
 
 
 def best_weight_dtype(device: str) -> str:
-    """Return what ``model.weight_dtype: auto`` stands for unless the source has 4 bits."""
+    """Return what ``model.weight_dtype: auto`` stands for."""
     dtype = best_dtype(device)
     if device != 'cpu' or prepacks(torch.device(device)):
         return dtype
@@ -255,14 +259,30 @@ def _capture_graphs(settings: Settings, model: PackedModel, max_context: int,
     progress(str(captured))
 
 
-def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager, progress: Progress,
+def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> str:
+    """Return all that the times of passes and segments depend on."""
+    model, config, kind = device.model, device.loaded.model.config, device.hardware.kind
+    processor = (torch.get_num_threads(), torch.cpu.get_capabilities()) if kind == 'cpu' else ()
+    return json.dumps([
+        kind, device.hardware.name, *processor, torch.__version__, config.to_dict(),
+        str(model.dtype), model.weight_dtype, model.kv_blocks, settings.model.device_graphs,
+        settings.scheduler.max_batch_tokens, [list(p.shape) for p in lora.parameters()],
+    ], default=str)
+
+
+def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager,
+               measured: MeasuredDevice, progress: Progress,
                clock: Callable[[], float]) -> CostModel:
-    cost = CostModel()
+    """Measure the device; where an earlier start did, only enough to run everything once."""
+    known = measured.load()
+    cost, limit_s = (CostModel(), CALIBRATION_S) if known is None else (
+        known, min(REFRESH_S, CALIBRATION_S))
     with reporting(progress, 'measuring the device'):
-        end = clock() + CALIBRATION_S
+        end = clock() + limit_s
         cost.calibrate(takewhile(lambda _: clock() < end, measure(
             model, lora, max_tokens=settings.scheduler.max_batch_tokens, clock=clock)))
     model.drop_blocks(0)       # the contents that the measurement has left
+    measured.save(cost)
     return cost
 
 

@@ -493,7 +493,7 @@ class Engine:
             events = self.pause()
         finally:    # otherwise the folder would stay locked
             self.learner.close('the node is stopping')
-            self._journal.close()
+            self.parts.close()
             gc.unfreeze()
         events += self._receive()    # what the journal has written meanwhile
         self.learner.close('the node is stopping')    # rollbacks that have arrived since

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import Settings
 from mace_ros.engine.adapter_cache import AdapterCache
+from mace_ros.engine.measured_device import MeasuredDevice
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.engine.router import Router
 from mace_ros.learning.live_versions import LiveVersions
@@ -47,8 +48,14 @@ class Parts:
     memory: MemoryArbiter
     paged: PagedKVCache
     cost: CostModel
+    measured: MeasuredDevice    # keeps it for the next start
     journal: JournalWriter
     store: AdapterStore
+
+    def close(self) -> None:
+        """Keep what was measured for the next start, and wait until the journal is on disk."""
+        self.measured.save(self.cost)
+        self.journal.close()
 
 
 def budget_bytes(settings: Settings, free_bytes: float) -> float:

@@ -79,6 +79,14 @@ class PackedModel:
         self.kv_blocks = 0
         self.scratch_block = 0      # KV block of padding tokens
 
+    @property
+    def weight_dtype(self) -> str:
+        """The precision of the linear layers' weights: a value of ``model.weight_dtype``."""
+        first = self.linears[0]
+        if isinstance(first.stored, Int4Weight):
+            return 'int4'
+        return 'int8' if first.int8 is not None else str(self.dtype).removeprefix('torch.')
+
     # -- KV cache --------------------------------------------------------------------
 
     @property

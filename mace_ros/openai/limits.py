@@ -54,6 +54,10 @@ class LimitsMiddleware:
             if not hmac.compare_digest(given, self._limits.key.encode()):
                 raise ApiError(401, 'the API key is missing or wrong',
                                kind='authentication_error', code='invalid_api_key')
+        elif b'origin' in headers:
+            # Any page that is open in a browser on this machine could teach the robot.
+            raise ApiError(403, 'requests of web pages need an API key (--api-key-file)',
+                           kind='permission_error', code='origin_refused')
         if self._running >= self._limits.max_concurrent:
             raise ApiError(
                 429, f'{self._limits.max_concurrent} requests run already (--max-concurrent)',

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mace_ros.api.settings import Settings
+from mace_ros.scheduling.cost_file import from_dict
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import Plan, SegmentKind
 from mace_ros.scheduling.request import Request
 from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.simulation.arrival_trace import Arrival
-from mace_ros.simulation.cost_file import from_dict
 from mace_ros.simulation.devices import DeviceProfile, DEVICES
 from mace_ros.simulation.models import MODELS, ModelShape
 from mace_ros.simulation.roofline import DeviceTimes, Measured, Roofline, SteadyCost

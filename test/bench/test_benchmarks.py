@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize('module', [
     'bench', 'bench.colocation', 'bench.constrained', 'bench.decode', 'bench.durability',
     'bench.edits', 'bench.gpu', 'bench.kernels', 'bench.learning', 'bench.memory',
-    'bench.operation', 'bench.orin', 'bench.pictures', 'bench.report', 'bench.simulation',
-    'bench.soak'])
+    'bench.operation', 'bench.orin', 'bench.pictures', 'bench.publication', 'bench.report',
+    'bench.simulation', 'bench.soak'])
 def test_help(module: str) -> None:
     done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
                           capture_output=True, timeout=60)

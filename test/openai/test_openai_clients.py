@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 import json
 from pathlib import Path
+import runpy
 import shutil
 from typing import Literal
 
@@ -23,7 +24,7 @@ from support.chat_templates import HERMES
 from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.robot import RANDOM_MODEL
-from support.ros_graph import NodeProcess
+from support.ros_graph import NodeProcess, ROOT
 
 from bench.operation.fuzzed_bodies import by_hand, requests
 from mace_ros.ros.client import MaceClient
@@ -378,6 +379,29 @@ def test_langchain_binds_tools(client: OpenAI, server: ServerProcess) -> None:
     assert isinstance(result, ToolMessage) and result.content == 'arrived at the dock'
     assert bound.invoke([question, called, result]).response_metadata['finish_reason']
     assert ''.join(chunk.content for chunk in llm.stream('Who are you?'))
+
+
+def test_the_agent_of_the_examples_calls_the_robots_functions(
+        client: OpenAI, server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    agent = runpy.run_path(str(ROOT / 'examples' / 'langchain_agent.py'))
+    llm = ChatOpenAI(base_url=server.url, api_key='none', model='mace', temperature=0.0,
+                     max_tokens=20)
+    question = 'How full is the battery?'
+    wrong = llm.bind_tools(list(agent['TOOLS'].values())).invoke([HumanMessage(question)])
+    _, feedback, _ = server.request('POST', '/v1/feedback', {
+        'id': wrong.response_metadata['id'],
+        'corrected': '<tool_call>\n{"name": "battery", "arguments": {}}\n</tool_call>'})
+    assert learned(server, feedback)
+    assert agent['answer'](llm, question)
+    assert 'battery({}) -> 71' in capsys.readouterr().out
+
+
+def test_a_web_page_can_neither_ask_nor_teach_without_a_key(server: ServerProcess) -> None:
+    for path, body in (('/v1/feedback', {'id': 'x', 'corrected': 'Wrong.'}),
+                       ('/v1/chat/completions', {'model': 'mace', 'messages': []})):
+        status, reply, _ = server.request(
+            'POST', path, body, {'Origin': 'https://example.com', 'Content-Type': 'text/plain'})
+        assert (status, reply['error']['code']) == (403, 'origin_refused')
 
 
 def refused_or_answered(server: ServerProcess, path: str, body: bytes) -> None:

@@ -6,9 +6,9 @@ import json
 
 from support.virtual_device import observe, shapes, VirtualDevice
 
+from mace_ros.scheduling.cost_file import from_dict, to_dict
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind
-from mace_ros.simulation.cost_file import from_dict, to_dict
 
 
 def test_survives_json_and_continues_to_learn_alike():

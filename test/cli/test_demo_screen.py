@@ -1,0 +1,65 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The output of the demo."""
+
+from __future__ import annotations
+
+import io
+import time
+
+from mace_ros.msg import Scheduler
+import pytest
+from rich.console import Console
+
+from mace_ros.cli import demo_screen
+from mace_ros.cli.demo_screen import ANSWER, LiveScreen, PlainScreen, QUESTION, Screen
+
+
+def show(screen: Screen) -> None:
+    """Print a question, its answer, and a line of the node that comes between them."""
+    screen.step('Ask')
+    screen.piece('Who? ', QUESTION)
+    screen.node_line('node | ready')
+    screen.piece('Rover.', ANSWER)
+    screen.line('after 1 ms')
+    screen.node_line('node | done')
+    screen.close()
+
+
+def test_without_a_terminal_lines_of_the_node_wait_for_the_end_of_a_line(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    show(PlainScreen())
+    assert capsys.readouterr().out == (
+        '\n== Ask\nWho? Rover.\nafter 1 ms\nnode | ready\nnode | done\n')
+
+
+def test_without_a_terminal_the_time_is_printed_while_nothing_else_is(
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_screen, 'QUIET_S', 0.1)
+    screen = PlainScreen()
+    screen.piece('Who? ')
+    end = time.monotonic() + 10.0
+    shown = ''
+    while '   ... 0 s\n' not in shown and time.monotonic() < end:
+        time.sleep(0.05)
+        shown += capsys.readouterr().out
+    screen.close()
+    assert shown.startswith('Who? \n   ... 0 s\n')
+
+
+def test_in_a_terminal_lines_stay_above_what_the_device_does() -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=80, color_system=None)
+    screen = LiveScreen(console)
+    screen.now(Scheduler(serving_share=0.25, learning_share=0.7, finetune_steps=3,
+                         decode_rate=20.0, finetune_rate=150.0))
+    page = Console(width=80, color_system=None)
+    with page.capture() as captured:
+        page.print(screen._page())
+    assert 'learning' in captured.get() and '70%' in captured.get()
+    assert '150 tokens/s, step 3' in captured.get()
+    show(screen)
+    lines = [line for line in output.getvalue().splitlines()
+             if line.strip().startswith(('== ', 'Who?', 'after', 'node |'))]
+    kept = list(dict.fromkeys(line.strip() for line in lines))
+    assert kept[-5:] == ['== Ask', 'Who? Rover.', 'after 1 ms', 'node | ready', 'node | done']
