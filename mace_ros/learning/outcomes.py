@@ -30,7 +30,7 @@ MAX_ANSWERS = 100
 MAX_SUSPECTS = 8
 # The older version is better on a corrected text if it leads by this (mean log p per token).
 MIN_LEAD = 0.1
-# It must be better on so many texts that the probability of chance is at most this.
+# The probability that it is better on as many texts by chance must be at most this.
 SIGNIFICANCE = 0.05
 MAX_COMPARED = 32       # corrections
 

@@ -66,7 +66,8 @@ class Policy(ABC):
         """
         Return whether a correction that has waited since ``since`` takes precedence.
 
-        Then memory is reserved for its step, and requests that learning waits for yield to none.
+        Then memory is reserved for its step, and the requests that learning waits for are served
+        like those of users.
         """
         return (self._settings.finetune.budget > 0.0
                 and now - since > self._settings.slo.freshness_s)

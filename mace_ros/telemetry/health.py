@@ -24,7 +24,7 @@ from mace_ros.telemetry.latency import Attainment, LatencyWindow
 from mace_ros.telemetry.status import Status
 
 MIN_REQUESTS = 5          # in the window, to judge the SLO attainment
-# The engine's thread is stalled after this time without a status, if so many are missing.
+# The engine's thread is stalled once a status is this late and this many samples are missing.
 STALLED_S, STALLED_SAMPLES = 10.0, 3
 MAX_BACKLOG = 100         # journal writes that wait for the disk, before a warning
 MEMORY_WARN, MEMORY_ERROR = 0.92, 0.98
