@@ -14,8 +14,8 @@ from mace_ros.learning.anchors import ANCHOR_TOKENS, ANCHORS
 from mace_ros.scheduling.plan import State
 from mace_ros.store.journal_writer import JournalWriter
 
-IDLE_BATCH = 8     # questions at once while no user request is active ...
-BUSY_BATCH = 4     # ... and beside user requests, each of which they slow down a little
+IDLE_BATCH = 8     # questions at once while no user request is active
+BUSY_BATCH = 4     # questions at once beside user requests, which each one slows down a little
 MIN_TOKENS = ANCHOR_TOKENS // 3     # an aborted answer of this length is kept
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Silent requests of the engine itself, all but those with hints to the base model."""
+"""Silent requests of the engine itself; :mod:`mace_ros.engine.hint_answers` has those for hints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mace_ros.scheduling.plan import State
 
 
 class BackgroundRequests:
-    """Builds silent internal requests."""
+    """Builds silent requests, and takes their outcomes."""
 
     def __init__(self, *, chat: ChatTokenizer, state: State, kv_cache: KVCacheManager,
                  paged: PagedKVCache, anchors: AnchorRequests, hints: HintAnswers,
@@ -74,7 +74,7 @@ class BackgroundRequests:
     # -- conversations ---------------------------------------------------------------
 
     def answered(self, active: ActiveRequest) -> None:
-        """Plan to compute the conversation of an answer again, if an adapter gave it."""
+        """Note that a conversation must be computed again, if an adapter gave its last answer."""
         query = active.query
         # A conversation that the client keeps has no id, but may go on all the same.
         conversation_id = query.conversation_id or (query.id if query.messages else '')
@@ -84,7 +84,7 @@ class BackgroundRequests:
             self._history.drop(conversation_id)
 
     def next_history(self, *, sharing: bool) -> ActiveRequest | None:
-        """Return a request that computes some of a conversation, if the engine is idle."""
+        """Return a request that computes a part of a conversation, if the engine is idle."""
         if self._state.has_requests:
             return None
         if not sharing:

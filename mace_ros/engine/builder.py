@@ -197,7 +197,7 @@ def best_weight_dtype(device: str) -> str:
 def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
-    # Of int4, decoding is faster, but prefill and learning are slower.
+    # auto is never int4, which decodes faster, but prefills and learns more slowly.
     dtype = best_weight_dtype(device) if model.weight_dtype == 'auto' else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')
@@ -230,7 +230,11 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
 
 def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, free_bytes: float,
                    kv_cache: KVCacheManager) -> MemoryArbiter:
-    """Raise :class:`InvalidSetting` if the budget has no room for a single short answer."""
+    """
+    Return the arbiter of the memory budget.
+
+    Raises :class:`InvalidSetting` if the budget has no room for a single short answer.
+    """
     budget = MemoryBudget(
         measure_footprint(model, lora), budget_bytes(settings, free_bytes),
         max_blocks=model.kv_blocks, pass_tokens=settings.scheduler.max_batch_tokens,

@@ -36,7 +36,7 @@ class CorrectionIntake:
     Checks corrections and writes them to the journal, whose thread puts the outcome into the inbox.
 
     :meth:`take` may be called from any thread, the other methods from the device's. A correction
-    is acknowledged once it is written, so not while it waits for the end of its answer.
+    is acknowledged once it is written; one that waits for the end of its answer is not yet.
     """
 
     def __init__(self, *, chat: ChatTokenizer, journal: JournalWriter, inbox: Inbox,

@@ -3,8 +3,8 @@
 """
 The engine: queries and corrections in, events out, one iteration at a time.
 
-One thread, which owns the device, calls :meth:`Engine.step`. Any thread may put messages into the
-inbox by the methods that take them; a correction's comes from the journal's thread, once written.
+One thread owns the device and calls :meth:`Engine.step`. Other threads put messages into the inbox:
+callers through the methods of the first section, and the journal's thread when a write has ended.
 """
 
 from __future__ import annotations
@@ -427,7 +427,7 @@ class Engine:
         with self._observers.timed('commit'):
             try:
                 events += self.requests.commit(result.sampled, result.tokens, result.scores)
-            except Exception as error:    # the pass is committed whole or not at all
+            except Exception as error:    # unexpected: all requests of the pass end
                 events += self._fail_requests(result.plan, error)
         self._observers.committed([active.request for active in result.sampled])
         if result.learning_error is not None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What learning needs of the base model: answers to the anchors, and prefixes of samples."""
+"""What learning needs from the base model: answers to the anchors, and prefixes of samples."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ class ModelRunner:
             pooled=self._pooled(active))
 
     def _pooled(self, active: ActiveRequest) -> Tensor | None:
-        """Return where the pass adds up hidden states, zero before the first token."""
+        """Return the tensor to which a pass adds hidden states; create it for the first token."""
         if active.kind is RequestKind.EMBED and not active.request.computed_tokens:
             active.pooled = torch.zeros(
                 self._model.model.config.hidden_size, device=self._model.device)
@@ -224,7 +224,7 @@ class ModelRunner:
 
     def _piggyback(self, step: FinetuneStep | None, tokens: int,
                    ) -> tuple[PiggybackSpans | None, Exception | None]:
-        """Return the fine-tune tokens of a pass; an error of theirs must not fail the pass."""
+        """Return the fine-tune tokens of a pass, or an error, which must not fail the pass."""
         if step is None or not tokens:
             return None, None
         try:

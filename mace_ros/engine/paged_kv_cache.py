@@ -29,7 +29,7 @@ class PagedKVCache:
         self._prune_share = prune_share
 
     def update(self, prune_share: float) -> None:
-        """Prune other shares of the prompts that are computed from now on."""
+        """Set the share to prune of the prompts that are computed from now on."""
         self._prune_share = prune_share
 
     # -- pruning ---------------------------------------------------------------------

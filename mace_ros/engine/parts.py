@@ -39,9 +39,9 @@ class Parts:
     hardware: Hardware
     free_bytes: float           # beside the base model, when it was loaded
     lora: LoRAManager
-    live: LiveVersions          # what they have learned
-    router: Router              # which of them answers a query
-    adapters: AdapterCache      # those that queries need, on the device
+    live: LiveVersions          # the live versions and their scopes
+    router: Router              # chooses the version that answers a query
+    adapters: AdapterCache      # loads the versions that queries need into slots
     state: State                # the scheduler's input
     pool: BlockPool
     kv_cache: KVCacheManager

@@ -61,7 +61,7 @@ class RequestManager:
         Begin without a request.
 
         ``context_length`` is the model's; ``answered`` receives the id of each answer that
-        learning may use. ``corrections`` may have to wait for the end of an answer.
+        learning may use. ``corrections`` is notified when queries begin and end.
         """
         self._settings, self._chat, self._state = settings, chat, state
         self._kv_cache, self._recorder = kv_cache, recorder

@@ -38,13 +38,13 @@ class Router:
 
     def route(self, profile: str, messages: Messages, settings: AdapterSettings) -> Route:
         """Return the first version in whose scope the last question of a conversation lies."""
-        readings, nearest, passed = questions(messages), 0.0, False
+        readings, nearest, passed_over = questions(messages), 0.0, False
         for owner in dict.fromkeys((profile, '')):
             found, similarity = self._live.answering(owner, readings, settings)
             nearest = max(nearest, similarity)
             if found is not None:
-                drew_on = found.match.correction_id if found.match is not None and (
+                correction_id = found.match.correction_id if found.match is not None and (
                     found.version != BASE) else ''
-                return Route(found.version, drew_on, nearest, passed)
-            passed = passed or self._live.newest(owner) > 0
-        return Route(similarity=nearest, out_of_scope=passed)
+                return Route(found.version, correction_id, nearest, passed_over)
+            passed_over = passed_over or self._live.newest(owner) > 0
+        return Route(similarity=nearest, out_of_scope=passed_over)

@@ -45,10 +45,10 @@ class FinetuneStep:
     Implements :class:`mace_ros.scheduling.plan.FinetuneWork`.
 
     Only the tokens that the adapter acts on are computed: keys and values of the tokens before
-    them are the base model's. A segment takes as long as the packed sequences: a large step is
-    therefore
-    done in parts, each a FinetuneStep, whose gradients accumulate in the trainer. If a part has
-    more than ``chunk_tokens`` nevertheless, such as one long sequence, each layer runs in chunks.
+    them are the base model's. The time of a segment grows with the packed tokens. A large step is
+    therefore done in parts, each a FinetuneStep, whose gradients accumulate in the trainer. If a
+    part has more than ``chunk_tokens`` nevertheless, such as one long sequence, each layer runs in
+    chunks.
     """
 
     def __init__(self, model: PackedModel, trainer: Trainer, samples: Sequence[Sample], *,

@@ -63,7 +63,7 @@ class Accepted:
 def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, settings: Settings,
            longest: int, arrived: float) -> Accepted:
     """
-    Write a checked correction to the journal unless its id is on record; in its thread.
+    Write a checked correction to the journal, in its thread, unless the id is on record.
 
     A text for a hint that is on record confirms the hint. ``longest`` is the maximum number of
     tokens of a prompt with its answer. Raises :class:`InvalidCorrection`.

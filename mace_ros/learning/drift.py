@@ -22,7 +22,7 @@ FALSE_ALARMS = 0.05
 MIN_OUTCOMES = 5
 # A rise ends when the mean has fallen to this share of its peak.
 RECOVERY_SHARE = 0.5
-# Maximum of answers without an outcome; beyond it the oldest counts as right.
+# Maximum number of answers without an outcome; beyond it the oldest counts as right.
 MAX_PENDING = 8
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-LULL_S = 20.0   # unused time that counts at most
+LULL_S = 20.0   # maximum of the unused time that counts
 
 
 class DutyCycle:

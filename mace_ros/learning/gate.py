@@ -31,7 +31,11 @@ class Measure(Enum):
 
 @dataclass(frozen=True)
 class Group:
-    """Guarded samples of one kind; ``name`` is what a rejection's reason calls them."""
+    """
+    Guarded samples of one kind; ``name`` is what a rejection's reason calls them.
+
+    The score of a group that ``must_rise`` may stay as it is, but not fall at all.
+    """
 
     name: str
     samples: tuple[Sample, ...]
@@ -78,7 +82,7 @@ class Gate:
         """
         Compare the scores of all samples under the live version and under the candidate.
 
-        No group's score may fall by more than ``tolerance``, and that of a group that must rise
+        No group's score may fall by more than ``tolerance``, and that of a group that ``must_rise``
         may not fall at all.
         """
         reasons: list[str] = []
@@ -88,15 +92,15 @@ class Gate:
             rows = slice(start, start + len(group.samples))
             start = rows.stop
             pairs = list(zip(before[rows], after[rows], strict=True))
-            had, has = (fmean(_value(s, group.measure) for s in side)
+            old, new = (fmean(_value(s, group.measure) for s in side)
                         for side in zip(*pairs, strict=True))
-            limit = had if group.must_rise else had - tolerance
-            if has < limit - 1e-6:
+            limit = old if group.must_rise else old - tolerance
+            if new < limit - 1e-6:
                 allowed = '' if group.must_rise else f' (gate.tolerance {tolerance:g})'
-                reasons.append(f'{group.name}: {had:.2f} would become {has:.2f}{allowed}')
+                reasons.append(f'{group.name}: {old:.2f} would become {new:.2f}{allowed}')
             if group.measure is Measure.EXACT:
-                lost += [s for s, (b, a) in zip(group.samples, pairs, strict=True)
-                         if b.exact and not a.exact]
+                lost += [s for s, (live, candidate) in zip(group.samples, pairs, strict=True)
+                         if live.exact and not candidate.exact]
         return Verdict('; '.join(reasons), tuple(lost))
 
 

@@ -330,7 +330,7 @@ class Learner:
 
     def _end_job(self) -> None:
         """
-        Close the job's generator, which gives back its slot and frees its tensors.
+        Close the job's generator, which frees its tensors.
 
         The next poll begins the next job, after a rollback that this one may have asked for.
         """

@@ -56,9 +56,8 @@ class LearningJob(Job):
         """
         Nothing is read or computed before :meth:`run` is resumed.
 
-        Under a scope, the job trains on the version that it ``continues``.
-        Only a job of the kind LEARNING reports the states of its corrections, which the
-        others have learned before.
+        Under a scope, the job trains on the version that it ``continues``. Only a job of the kind
+        LEARNING reports states of its corrections: those of a rehearsal are LEARNED already.
         """
         super().__init__(kind, number, profile, corrections)
         self._context = context
@@ -298,6 +297,7 @@ class LearningJob(Job):
         return candidates(came, by_priority=finetune.order == 'priority')
 
     def _may_learn(self, record: CorrectionRecord) -> bool:
+        """Return whether this job's version is the one that a correction is to be learned in."""
         context = self._context
         if self.everywhere or context.answers_everything(self.profile, [record]):
             return self.everywhere
@@ -323,7 +323,7 @@ class LearningJob(Job):
                 earlier * self._score_before + sum(new)) / len(self.corrections)
 
     def _has_candidate(self, scores: StepScores) -> Task[bool]:
-        """Drop the corrections that are not learned; return whether any was."""
+        """Report the corrections that are not learned as FAILED; return whether any is learned."""
         learned: list[PendingCorrection] = []
         reason = 'not learned without losing what was right before'
         if scores.keeps:
@@ -344,7 +344,7 @@ class LearningJob(Job):
         """
         Train on until the samples that a candidate has lost are right as well.
 
-        Runs ``at_least`` this many steps, in case the first part of a step has no room for them.
+        Runs no fewer than ``at_least`` steps, in case the first part of one has no room for them.
         """
         self._set.add_lost(lost)
         self.lost = len(self._set.lost)

@@ -32,7 +32,8 @@ class LiveSet:
     The live versions of one profile; ``newest`` is 0 without a version.
 
     ``answering`` maps each version of the lineage to the live one that has what it has learned.
-    ``unread`` reads the weights of those that were not used since the start.
+    ``unread`` has a function for each version that was not used since the start: it reads the
+    weights.
     """
 
     newest: int = 0

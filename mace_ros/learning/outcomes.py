@@ -28,9 +28,9 @@ MIN_ANSWERS = 5
 MAX_ANSWERS = 100
 # Newest versions of a lineage that are examined: a fast learner publishes many in a minute.
 MAX_SUSPECTS = 8
-# The older version must be better by this much (mean log p per token) on a corrected text, ...
+# The older version is better on a corrected text if it leads by this (mean log p per token).
 MIN_LEAD = 0.1
-# ... on enough texts that the probability of chance is at most this.
+# The probability that it is better on as many texts by chance must be at most this.
 SIGNIFICANCE = 0.05
 MAX_COMPARED = 32       # corrections
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""How a candidate becomes a version: on disk, in the journal, and live in a slot."""
+"""How a candidate becomes a version: on disk, in the journal, and live."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ class Publisher:
         """
         Load the live versions from disk; return an event for the newest one of each profile.
 
-        Without any, that is the base model. A version that cannot be read is reported as REJECTED,
-        and the base model serves in its place. The weights of a version are read, and their
-        checksum verified, at its first use: those of a thousand versions would take seconds. The
-        corrections of the newest versions are reported again, because the last stop may have come
-        before the report. Blocks; for configuration only. Raises ``OtherAdapter``.
+        If the robot has none, an event announces the base model. A version that cannot be read is
+        reported as REJECTED, and the base model serves in its place. The weights of a version are
+        read, and their checksum verified, at its first use: those of a thousand versions would
+        take seconds. The corrections of the newest versions are reported again, because the last
+        stop may have come before the report. Blocks; for configuration only. Raises
+        ``OtherAdapter``.
         """
         events: list[Event] = []
         restored = self._disk.submit(lambda journal: {
@@ -173,7 +174,7 @@ class Publisher:
         self._live.failed(record)
         return self._disk.set_state(record, CorrectionState.FAILED, reason)
 
-    # -- and one that did not --------------------------------------------------------
+    # -- a candidate that the gate rejected ------------------------------------------
 
     def reject(self, record: VersionRecord, reason: str) -> None:
         """Record a candidate that is not published, under the next version number."""

@@ -17,7 +17,7 @@ from mace_ros.store.records import Messages
 
 # A longer text is read as its first and its last half of this many characters.
 MAX_CHARACTERS = 4000
-# Questions of a conversation that are put together at most.
+# Maximum number of questions of a conversation that are read together.
 MAX_TURNS = 4
 # A question of more words needs no context; nor does one of more than two that begins otherwise.
 FOLLOW_UP_WORDS = 6

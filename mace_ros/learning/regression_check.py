@@ -3,8 +3,8 @@
 """
 The regression check: whether the live version is worse than an earlier one.
 
-The corrected texts are scored under both versions. For the live version, use scores recorded when
-corrections arrived. It may have learned them since.
+The corrected texts are scored under both versions. For the live version, the scores recorded when
+the corrections arrived count, because it may have learned them since.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Rehearsal:
     def corrections(self, number: int, now: float) -> list[PendingCorrection]:
         """Return the corrections of the profile for one job, in rotation by its number."""
         again = rotate([r for r in self._recent if r.profile == self.profile],
-                     min(JOB_CORRECTIONS, len(self._recent)), number)
+                       min(JOB_CORRECTIONS, len(self._recent)), number)
         return [PendingCorrection(r, now) for r in {r.id: r for r in again}.values()]
 
     def _keep(self, records: Iterable[CorrectionRecord]) -> None:

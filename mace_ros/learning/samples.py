@@ -15,10 +15,10 @@ T = TypeVar('T')
 
 
 def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
-    """Return the first samples that fit into ``tokens``, and ``at_least`` this many of them."""
+    """Return the first samples that fit into ``tokens``, and no fewer than ``at_least``."""
     count = total = 0
-    for sample in samples:
-        total += sample.own_tokens
+    for each in samples:
+        total += each.own_tokens
         if total > tokens and count >= at_least:
             break
         count += 1

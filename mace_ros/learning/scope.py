@@ -78,7 +78,7 @@ def entry(record: CorrectionRecord) -> Entry:
 
 class Scope:
     """
-    The corrections that one live version has learned, as an inverted index of words.
+    The corrections that the versions of a profile have learned, as an inverted index of words.
 
     A correction replaces an earlier one of the same question. With 1,000 corrections,
     :meth:`match` takes about a tenth of a millisecond.
@@ -153,8 +153,8 @@ class _Index:
         self._entries: list[Entry] = []         # of each text
         self._numbers: dict[str, int] = {}      # of each word
         self._sorted: list[str] = []            # the words, for common beginnings
-        self._postings: list[array[int]] = []   # texts that have a word ...
-        self._factors: list[array[float]] = []  # ... and how much more it counts there
+        self._postings: list[array[int]] = []   # of each word, the texts that have it
+        self._factors: list[array[float]] = []  # how much more the word counts in each of them
         self._background = array('d')           # frequency of each word in general
         # Each word of each text: number, text and factor.
         self._words, self._texts, self._flat_factors = array('q'), array('q'), array('d')
@@ -178,7 +178,7 @@ class _Index:
 
     def discard(self, known: Entry) -> None:
         """Exclude the texts of a correction from matches; they stay in the index."""
-        self._discarded.update(n for n, of in enumerate(self._entries) if of is known)
+        self._discarded.update(n for n, each in enumerate(self._entries) if each is known)
         self._weights = None
 
     @property

@@ -25,8 +25,8 @@ from mace_ros.model.prefix_kv import PackedPrefixes
 
 NAME = 'mace_packed'
 
-TILED_QUERIES = 64      # from this many queries on, PyTorch multiplies bfloat16 in tiles ...
-SHAPE_MULTIPLE = 32     # ... and lengths are padded to a multiple of this
+TILED_QUERIES = 64      # from this many queries on, PyTorch multiplies bfloat16 in tiles
+SHAPE_MULTIPLE = 32     # to a multiple of this, lengths are then padded
 
 # Arguments of the interface that have no effect here: dropout is off, and the metadata holds
 # positions and masks.
@@ -201,9 +201,9 @@ class ForwardContext:
     def __init__(self) -> None:
         self.metadata = AttentionMetadata()
         self.kv_cache: KVCache | None = None
-        # While set, each layer adds its KV shape here, from which the cache is allocated, ...
+        # While set, each layer adds its KV shape; the cache is allocated from these shapes.
         self.kv_shapes: dict[int, tuple[int, int, int]] | None = None
-        # ... and the names of arguments that :func:`packed_attention` does not support here.
+        # Names of arguments that layers passed meanwhile and packed_attention() does not support.
         self.unsupported: set[str] = set()
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # At most one space where JSON allows white space, since a model may never stop writing it.
 JSON_OPTIONS: JsonCompileOptions = {'whitespace_pattern': ' ?'}
-# At the library's own rates, 20 ms for the lexer of a format, and 10 ms for a mask, which other
-# requests would wait for; most masks take less than 0.1 ms.
+# At the library's own rates, these allow 20 ms for the lexer of a format and 10 ms for a mask, for
+# which other requests would wait; most masks take less than 0.1 ms.
 LIMITS = LLParserLimits(
     max_grammar_size=100_000, initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000,
     step_max_items=50_000, verbose_errors=False)

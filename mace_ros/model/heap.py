@@ -3,7 +3,8 @@
 """
 The heap of this process: how much free memory glibc may keep.
 
-Passes and fine-tune steps change in size, and leave gaps in the heap that do not fit the next.
+Passes and fine-tune steps change in size, and leave gaps in the heap into which the next ones do
+not fit.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class Int4Weight(StoredWeight):
     def workspace_nbytes(self, dtype: torch.dtype) -> int:
         """Return the memory that dequantising takes, in bytes."""
         values = min(self.out_features * self.in_features, TILE_VALUES)
-        # On a CPU, a half of them as uint8 and as fp32.
+        # On a CPU, half of the values also as uint8 and as fp32.
         return values * (dtype.itemsize + 3)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:

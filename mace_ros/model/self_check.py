@@ -27,7 +27,7 @@ from mace_ros.model.spans import Span
 # Samples have TOKENS tokens, of which PREFIX are computed in an earlier pass. Attention windows
 # are shortened to at most WINDOW, so that the samples cross them.
 TOKENS, PREFIX, WINDOW = 12, 5, 4
-KV_BLOCKS = 2       # that the check uses: one for each of two sequences
+KV_BLOCKS = 2       # used by the check: one for each of two sequences
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class MaceClient:
         self._leaving: list[AnswerHandle | CorrectionHandle] = []
         self.node = Node(
             f'mace_client_{uuid.uuid4().hex[:8]}', context=context,
-            # Those of a context that is shared are for the program's own node.
+            # The arguments of a shared context are for the program's own node.
             use_global_arguments=self._own_context,
             enable_rosout=False, start_parameter_services=False,
             # The security policy allows a client no services.

@@ -34,7 +34,7 @@ import mace_ros.msg as msg
 
 Number = TypeVar('Number', int, float)
 
-# Of events, and of what they contain.
+# The message types of events, and of what events contain.
 MESSAGE_TYPES: dict[type, type] = {
     Choice: msg.Choice,
     Logprob: msg.Logprob,

@@ -5,8 +5,8 @@ The thread that owns the engine and the device.
 
 Its executor has a guard condition whose callback runs one iteration of the engine. The callback
 triggers the condition again while there is work, and an idle engine costs nothing. ROS is served
-by another executor, since rclpy takes one message per subscription and pass: behind iterations
-of 80 ms, two thirds of 200 messages in one second were lost.
+by another executor, since rclpy takes one message of a subscription each time it spins: behind
+iterations of 80 ms, two thirds of 200 messages in one second were lost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar('T')
 
-MAX_FAILED_ITERATIONS = 3        # of iterations in a row
+MAX_FAILED_ITERATIONS = 3        # in a row
 RETRY_S = 0.1
 
 

@@ -3,9 +3,9 @@
 """
 The bond with Nav2's lifecycle manager, which notices by it that the node has died.
 
-It is that of Nav2's own nodes: on the topic ``bond`` of their namespace, with the node's name as
-its id, while the node is active. ``bondpy`` is a package of ROS that no Python registry has, so
-it is imported only where a bond is asked for.
+Like the bonds of Nav2's own nodes, it uses the topic ``bond`` in the node's namespace and the
+node's name as its id, and exists while the node is active. ``bondpy`` is a package of ROS that no
+Python registry has, so it is imported only where a bond is asked for.
 """
 
 from __future__ import annotations

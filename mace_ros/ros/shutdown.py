@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import time
 
-SHORTEST_S = 0.1        # a wait of any step, also after the time is over
+SHORTEST_S = 0.1        # every step may wait this long, even after the limit
 NOTED_S = 0.05          # shorter waits are not mentioned
 
 

@@ -101,7 +101,7 @@ class Batcher:
         context = missing = unfinished = 0
         due = next_due = math.inf
         for request in running:
-            # Request.is_decoding and .deadline, and _needs_block(), inlined: there may be many.
+            # Request.is_decoding and .deadline, and _needs_block() are inlined: many may run.
             output = request.output_tokens
             known = request.prompt_tokens + output
             if not output or known - request.computed_tokens != 1:

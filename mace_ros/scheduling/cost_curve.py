@@ -62,7 +62,7 @@ class Curve:
     SPREAD = 1.0          # initial standard deviation of a level, relative to the first guess
     REACH = 4.0           # correlation length of neighbouring levels at first, in knots
     DRIFT = 0.01          # of a level, with each measurement of it
-    LEAST = 0.02          # level
+    LEAST = 0.02          # smallest level, relative to the first guess
     CONTEXT_SPREAD = 0.3  # of a one-token pass's time, for 1000 tokens of context
     CONTEXT_DRIFT = 0.003
     SURE = 0.5            # largest variance of a sure prediction, relative to a measurement's

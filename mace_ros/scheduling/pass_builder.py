@@ -8,7 +8,8 @@ from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import PassShape, PrefillChunk
 from mace_ros.scheduling.request import Request
 
-# Minimum prefill chunk, in tokens; the last chunk of a prompt may be smaller.
+# Minimum prefill chunk, in tokens, if deadlines limit it. A chunk that the end of its prompt, the
+# size of the pass or the KV cache limits may be smaller.
 MIN_PREFILL_CHUNK = 16
 
 

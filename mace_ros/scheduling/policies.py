@@ -7,11 +7,16 @@ All policies serve requests alike (:mod:`mace_ros.scheduling.batching`); they di
 learn. To add a policy:
 
 1. Derive a class from :class:`Policy`, in a module of its own, and implement :meth:`Policy.plan`.
-2. Name it in :mod:`mace_ros.api.policies`, and add the class to ``POLICY_CLASSES`` in
-   :mod:`mace_ros.scheduling.scheduler`. The parameter follows; a test names the launch file.
+2. Name it in :mod:`mace_ros.api.policies`, add the class to ``POLICY_CLASSES`` in
+   :mod:`mace_ros.scheduling.scheduler`, and the name to the choices in ``launch/mace.launch.py``.
+   The parameter follows; its table and file are generated.
 3. An input that plans do not have yet, such as the time of day, is a field of
-   :class:`mace_ros.scheduling.plan.State`, set in ``Engine._plan`` and by the simulator. A policy
-   reads no clock itself: the same plans must come out of a test and of a simulation.
+   :class:`mace_ros.scheduling.plan.State`, set in ``Engine._plan`` and in
+   ``VirtualEngine._receive``. A policy reads no clock itself: the same plans must come out of a
+   test and of a simulation.
+4. A policy that leaves a pending step alone for a time sets the plan's ``wake_at`` when there is
+   nothing to run, since an idle engine otherwise waits for a message. It also overrides
+   :meth:`Policy.is_overdue`, which gets no state: remember what the latest plan found.
 
 The simulator then runs it, too: ``python -m mace_ros.simulation --policy NAME ...``.
 """
@@ -58,7 +63,12 @@ class Policy(ABC):
         """Take in an iteration's device time, and how many fine-tune steps it completed."""
 
     def is_overdue(self, since: float, now: float) -> bool:
-        """Return whether a correction that has waited since ``since`` takes precedence."""
+        """
+        Return whether a correction that has waited since ``since`` takes precedence.
+
+        Then memory is reserved for its step, and the requests that learning waits for are served
+        like those of users.
+        """
         return (self._settings.finetune.budget > 0.0
                 and now - since > self._settings.slo.freshness_s)
 

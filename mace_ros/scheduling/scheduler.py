@@ -14,7 +14,7 @@ from mace_ros.scheduling.mace import Mace
 from mace_ros.scheduling.plan import EMPTY_SHAPE, Measurement, PassShape, Plan, SegmentKind, State
 from mace_ros.scheduling.policies import Continuous, InferenceOnly, Periodic, Policy, StaticSplit
 
-# Of each policy in :mod:`mace_ros.api.policies`.
+# The class of each policy in :mod:`mace_ros.api.policies`, in the same order.
 POLICY_CLASSES: Mapping[str, type[Policy]] = {
     'mace': Mace,
     'inference_only': InferenceOnly,

@@ -3,7 +3,8 @@
 """
 How long decode passes repeat without learning, so that a replay need not plan each of them.
 
-A policy needs no support for this: passes under a policy that is unknown here are all planned.
+A policy needs no support for this: passes under a policy that is unknown here are all planned. One
+that derives from a policy below must not learn earlier than that policy does.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class AdapterStore:
         """
         Return the tensors of a saved version, mapped from its file.
 
-        So they take memory only while they are used. Raises :class:`CorruptVersion` if they are
+        They take memory only while they are used. Raises :class:`CorruptVersion` if they are
         missing or not those that were saved.
         """
         file = self.absolute(path) / WEIGHTS

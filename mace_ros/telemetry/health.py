@@ -24,8 +24,8 @@ from mace_ros.telemetry.latency import Attainment, LatencyWindow
 from mace_ros.telemetry.status import Status
 
 MIN_REQUESTS = 5          # in the window, to judge the SLO attainment
-STALLED_S = 10.0          # without a status from the engine's thread, and ...
-STALLED_SAMPLES = 3       # ... this many of them missing
+# The engine's thread is stalled once a status is this late and this many samples are missing.
+STALLED_S, STALLED_SAMPLES = 10.0, 3
 MAX_BACKLOG = 100         # journal writes that wait for the disk, before a warning
 MEMORY_WARN, MEMORY_ERROR = 0.92, 0.98
 ACTIVE = 'active'
