@@ -37,12 +37,15 @@ class Answers:
         self._corrections = {}
         node, name = client.node, client.name
         node.create_subscription(Query, f'{name}/query', self._on_query, RELIABLE)
-        node.create_subscription(Response, f'{name}/response', self._answers.append, RELIABLE)
+        node.create_subscription(Response, f'{name}/response', self._on_response, RELIABLE)
 
     def _on_query(self, query: Query) -> None:
         self._questions[query.id] = query.text or query.messages[-1].content
         while len(self._questions) > 2 * self._answers.maxlen:
             del self._questions[next(iter(self._questions))]
+
+    def _on_response(self, response: Response) -> None:
+        self._answers.append(response)
 
     def correct(self, query_id: str, corrected: str) -> None:
         """Send the right answer to a query."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 from mace_ros.msg import Scheduler
@@ -59,7 +60,7 @@ def test_in_a_terminal_lines_stay_above_what_the_device_does() -> None:
     assert 'learning' in captured.get() and '70%' in captured.get()
     assert '150 tokens/s, step 3' in captured.get()
     show(screen)
-    lines = [line for line in output.getvalue().splitlines()
-             if line.strip().startswith(('== ', 'Who?', 'after', 'node |'))]
-    kept = list(dict.fromkeys(line.strip() for line in lines))
-    assert kept[-5:] == ['== Ask', 'Who? Rover.', 'after 1 ms', 'node | ready', 'node | done']
+    plain = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', output.getvalue().replace('\r', '\n'))
+    kept = [line.strip() for line in plain.splitlines()
+            if line.startswith(('== ', 'Who? Rover.', 'after', 'node |'))]
+    assert kept == ['== Ask', 'Who? Rover.', 'after 1 ms', 'node | ready', 'node | done']

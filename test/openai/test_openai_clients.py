@@ -385,7 +385,7 @@ def test_the_agent_of_the_examples_calls_the_robots_functions(
         client: OpenAI, server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     agent = runpy.run_path(str(ROOT / 'examples' / 'langchain_agent.py'))
     llm = ChatOpenAI(base_url=server.url, api_key='none', model='mace', temperature=0.0,
-                     max_tokens=20)
+                     max_tokens=60)
     question = 'How full is the battery?'
     wrong = llm.bind_tools(list(agent['TOOLS'].values())).invoke([HumanMessage(question)])
     _, feedback, _ = server.request('POST', '/v1/feedback', {

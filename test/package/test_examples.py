@@ -91,11 +91,16 @@ def test_the_notebook_shows_what_was_taught(
     assert client.ask('What is it?', max_tokens=12).result(ANSWER_S).text == 'It is a rose.'
     monkeypatch.setenv('MACE_STORAGE', str(tiny_node.folder / 'storage'))
     monkeypatch.setenv('MPLBACKEND', 'agg')
+    cells = json.loads((EXAMPLES / 'journal.ipynb').read_text())['cells']
     seen: dict[str, Any] = {}
-    for cell in json.loads((EXAMPLES / 'journal.ipynb').read_text())['cells']:
-        if cell['cell_type'] == 'code':
-            exec(''.join(cell['source']), seen)
-    corrections, answers = seen['corrections'], seen['answers']
+
+    def shows_what_was_taught() -> bool:
+        for cell in cells:
+            if cell['cell_type'] == 'code':
+                exec(''.join(cell['source']), seen)
+        return bool(seen['answers']['taught'].any())
+
+    assert wait_until(shows_what_was_taught, ANSWER_S)      # the journal may be a moment behind
+    corrections = seen['corrections']
     taught = corrections[corrections['corrected'] == 'It is a rose.']
-    assert list(taught['state']) == ['LEARNED']
-    assert answers['taught'].any() and len(seen['versions']) >= 1
+    assert list(taught['state']) == ['LEARNED'] and len(seen['versions']) >= 1
