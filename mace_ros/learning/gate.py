@@ -34,13 +34,13 @@ class Group:
     """
     Guarded samples of one kind; ``name`` is what a rejection's reason calls them.
 
-    The score of a group that ``must_rise`` may stay as it is, but not fall at all.
+    With ``may_not_fall``, its score may stay as it is, but not fall at all.
     """
 
     name: str
     samples: tuple[Sample, ...]
     measure: Measure
-    must_rise: bool = False
+    may_not_fall: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Gate:
         """
         Compare the scores of all samples under the live version and under the candidate.
 
-        No group's score may fall by more than ``tolerance``, and that of a group that ``must_rise``
-        may not fall at all.
+        No group's score may fall by more than ``tolerance``, and that of a group with
+        ``may_not_fall`` may not fall at all.
         """
         reasons: list[str] = []
         lost: list[Sample] = []
@@ -94,9 +94,9 @@ class Gate:
             pairs = list(zip(before[rows], after[rows], strict=True))
             old, new = (fmean(_value(s, group.measure) for s in side)
                         for side in zip(*pairs, strict=True))
-            limit = old if group.must_rise else old - tolerance
+            limit = old if group.may_not_fall else old - tolerance
             if new < limit - 1e-6:
-                allowed = '' if group.must_rise else f' (gate.tolerance {tolerance:g})'
+                allowed = '' if group.may_not_fall else f' (gate.tolerance {tolerance:g})'
                 reasons.append(f'{group.name}: {old:.2f} would become {new:.2f}{allowed}')
             if group.measure is Measure.EXACT:
                 lost += [s for s, (live, candidate) in zip(group.samples, pairs, strict=True)

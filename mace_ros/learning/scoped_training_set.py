@@ -61,8 +61,8 @@ class ScopedTrainingSetBuilder:
             paraphrases=[s for same in zip_longest(*wordings) for s in same if s is not None],
             earlier=earlier[:REHEARSED],
             gate=Gate([Group('earlier corrections', tuple(earlier), Measure.EXACT,
-                             must_rise=True),
-                       Group('tool calls', tuple(calls), Measure.EXACT, must_rise=True)]))
+                             may_not_fall=True),
+                       Group('tool calls', tuple(calls), Measure.EXACT, may_not_fall=True)]))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
              finetune: FinetuneSettings, *, most: int, steps: int) -> StepPlan:

@@ -90,13 +90,13 @@ class TrainingSetBuilder:
             gate=Gate([
                 Group('paraphrases', tuple(
                     s for w in corrections for s in self._paraphrased(w.record, JUDGED)),
-                    Measure.PROBABILITY, must_rise=True),
+                    Measure.PROBABILITY, may_not_fall=True),
                 Group('earlier corrections', tuple(
                     rotate(earlier, min(GUARDED, len(earlier)), number)), Measure.EXACT),
                 Group('probes', self._probes(prompts), Measure.PROBABILITY),
                 Group('good answers', tuple(own), Measure.PROBABILITY),
                 # A program reads them: they are right word for word, or wrong.
-                Group('tool calls', tuple(calls), Measure.EXACT, must_rise=True)]))
+                Group('tool calls', tuple(calls), Measure.EXACT, may_not_fall=True)]))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
              finetune: FinetuneSettings, *, most: int, steps: int = 0,

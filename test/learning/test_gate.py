@@ -63,8 +63,8 @@ def test_answers_may_change_their_words_but_not_become_unlikely() -> None:
     assert 'probes: 0.60 would become 0.45' in verdict.reason and not verdict.lost
 
 
-def test_a_group_that_must_rise_may_not_fall() -> None:
-    gate = Gate([Group('paraphrases', samples(2), Measure.PROBABILITY, must_rise=True)])
+def test_a_group_may_be_allowed_no_fall_at_all() -> None:
+    gate = Gate([Group('paraphrases', samples(2), Measure.PROBABILITY, may_not_fall=True)])
     wrong = [False, False]
     assert not gate.judge(scores(wrong, 0.2), scores(wrong, 0.2), 0.1).reason
     assert 'paraphrases' in gate.judge(scores(wrong, 0.2), scores(wrong, 0.19), 0.1).reason
