@@ -90,7 +90,7 @@ class Int8Weight:
 
     def is_faster(self, x: Tensor) -> bool:
         """Return whether ``x`` has so few tokens that 16-bit products take longer."""
-        if prepacks(self._scales.device):
+        if prepacks(self._scales.device, self._scales.dtype):
             return 0 < x.numel() <= PLAIN_TOKENS * x.shape[-1]
         return is_small_batch(x)
 
@@ -101,10 +101,13 @@ class Int8Weight:
         return y if bias is None else y.add_(bias)
 
 
-def prepacks(device: torch.device) -> bool:
+def prepacks(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether :class:`PrepackedWeight` is supported, and faster than a plain weight."""
-    return (device.type == 'cpu' and platform.machine() == 'x86_64'
-            and torch.backends.mkldnn.is_available())
+    if (device.type != 'cpu' or platform.machine() != 'x86_64'
+            or not torch.backends.mkldnn.is_available()):
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class PrepackedWeight(StoredWeight):

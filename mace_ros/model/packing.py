@@ -48,7 +48,7 @@ def pack(model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
         packed.round_to_int8()
     elif int4:
         packed.use_int4(int4)
-    if not int4 and prepacks(packed.device):
+    if not int4 and prepacks(packed.device, packed.dtype):
         packed.prepack()
     block_bytes = packed.kv_cache.slot_bytes * BLOCK_TOKENS
     packed.allocate_kv_cache(
