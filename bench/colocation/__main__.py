@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import bench.colocation
 from bench.colocation.benchmark import ColocationRun
 from bench.colocation.checks import checks, reported, SPLIT, SYSTEMS, table
-from bench.colocation.plot import draw
-from bench.common.figures import can_draw
 from bench.common.options import Options
 from bench.common.results import check, Result
 from bench.common.running import Run, run_benchmark, Samples
@@ -46,11 +44,7 @@ def options() -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    recorded = run_benchmark(options(), arguments, measure=measure, evaluate=evaluate)
-    if can_draw():
-        draw(recorded.result.samples, recorded.path.with_suffix('.svg'))
-    else:
-        print('matplotlib is not installed: no figure was drawn')
+    run_benchmark(options(), arguments, measure=measure, evaluate=evaluate)
 
 
 def measure(run: Run) -> Samples:
