@@ -126,12 +126,15 @@ def show_scope(given: argparse.Namespace) -> None:
             versions = [v for v in journal.versions(profile) if v.version == given.version]
             if not versions:
                 raise Refused(f'profile {profile!r} has no version {given.version} on record')
-        for version in versions:
-            for correction in journal.scope_of(version):
-                print(format_line(
-                    version.profile, f'version {version.version}', correction.id,
-                    correction.scope or 'adapter.scope', last_question(correction),
-                    correction.corrected, correction.source))
+        found = [(version, correction) for version in versions
+                 for correction in journal.scope_of(version)]
+        for version, correction in found:
+            print(format_line(
+                version.profile, f'version {version.version}', correction.id,
+                correction.scope or 'adapter.scope', last_question(correction),
+                correction.corrected, correction.source))
+        if not found:
+            print('nothing is learned yet', file=sys.stderr)
 
 
 def export_records(given: argparse.Namespace) -> None:

@@ -177,12 +177,12 @@ def storage(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
-    """Run the program; return what it prints, on stderr if it fails."""
+    """Run the program; return what it prints, on stderr if nothing on stdout."""
     done = subprocess.run(
         [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', folder, *arguments],
         cwd=ROOT, input=text, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
+    return done.stdout or done.stderr
 
 
 def test_list_prints_one_line_per_record(storage: Path) -> None:
@@ -209,10 +209,10 @@ def test_scope_prints_what_versions_have_learned(storage: Path) -> None:
     line = f'\tversion 2\tk1\teverywhere\tWhere do I live?\t{SECRET}\tAnn\n'
     assert run(storage, 'scope') == run(storage, 'scope', '--version', '2') == line
     assert run(storage, 'scope', '--version', '1') == line.replace('version 2', 'version 1')
-    assert run(storage, 'scope', '--profile', 'ann') == ''
+    assert run(storage, 'scope', '--profile', 'ann') == 'nothing is learned yet\n'
     assert 'no version 7' in run(storage, 'scope', '--version', '7', code=1)
     run(storage, 'delete', 'corrections', 'k1')
-    assert run(storage, 'scope') == ''
+    assert run(storage, 'scope') == 'nothing is learned yet\n'
 
 
 def test_a_command_that_fails_says_why_and_changes_nothing(storage: Path) -> None:
