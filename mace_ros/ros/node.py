@@ -34,7 +34,7 @@ from mace_ros.api.events import Event
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
 import mace_ros.msg as msg
-from mace_ros.ros.conversion import correction_from, query_from
+from mace_ros.ros.conversion import cancel_from, correction_from, query_from
 from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.event_log import log_event
 from mace_ros.ros.event_topics import EventTopics, RELIABLE
@@ -295,7 +295,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._gate.put(correction_from(message))
 
     def _on_cancel(self, message: msg.Cancel) -> None:
-        self._gate.put(message.query_id)
+        self._gate.put(cancel_from(message))
 
     def _freeze_learning(self, frozen: bool) -> None:
         self._health.frozen = frozen
