@@ -374,7 +374,7 @@ class Engine:
     def _start_learner_requests(self) -> list[Event]:
         try:
             self._learner_requests.start(self._settings, overdue=self.scheduler.is_overdue(
-                self.learner.oldest_unlearned_at, self._clock()))
+                self._state, self.learner.oldest_unlearned_at, self._clock()))
         except RuntimeError as error:
             return self._fail_learning(error)
         return []
@@ -404,7 +404,7 @@ class Engine:
     def _is_overdue(self) -> bool:
         """Return whether the step trains a correction that has waited too long."""
         return self._step is not None and self.scheduler.is_overdue(
-            self._step.oldest_correction_at, self._clock())
+            self._state, self._step.oldest_correction_at, self._clock())
 
     def _tend_memory(self, plan: Plan) -> None:
         """When the last request has ended, account for every KV block; trim the heap."""

@@ -12,6 +12,7 @@ import pytest
 from support.virtual_device import (
     CheckedEngine,
     CPU_PASS,
+    FixedCache,
     GPU_PASS,
     poisson,
     quantile,
@@ -26,7 +27,7 @@ from support.virtual_device import (
 
 from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import SegmentKind
+from mace_ros.scheduling.plan import SegmentKind, State
 from mace_ros.scheduling.scheduler import POLICY_CLASSES, Scheduler
 
 
@@ -282,13 +283,13 @@ def test_overdue_corrections_get_their_minimum_share_of_a_saturated_device(min_s
     ({'finetune.min_share': 0.0}, {'continuous', 'periodic', 'static_split'}),
     ({'finetune.budget': 0.0}, set())])
 def test_a_correction_takes_precedence_only_if_it_can_be_learned(values, policies):
-    overdue = set()
+    overdue, state = set(), State(FixedCache(10000))
     for name in POLICY_CLASSES:
         settings = Settings().updated(
             {'slo.freshness_s': 30.0, 'scheduler.policy': name, **values})
         scheduler = Scheduler(settings, CostModel())
-        assert not scheduler.is_overdue(70.0, now=100.0)
-        if scheduler.is_overdue(69.0, now=100.0):
+        assert not scheduler.is_overdue(state, 70.0, now=100.0)
+        if scheduler.is_overdue(state, 69.0, now=100.0):
             overdue.add(name)
     assert overdue == policies
 
