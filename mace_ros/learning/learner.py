@@ -85,7 +85,7 @@ class Learner:
             training=Training(
                 model, lora, cost, settings.finetune, lambda: self.oldest_unlearned_at),
             anchors=anchors, builder=TrainingSetBuilder(chat, anchors),
-            scoped_builder=ScopedTrainingSetBuilder(chat), live=live,
+            scoped_builder=ScopedTrainingSetBuilder(chat, live), live=live,
             baseline=BaselineScores(), queue=self._queue, disk=self._disk, store=store,
             publisher=self._publisher, drift=Drift(), regression_check=RegressionCheck(),
             backoff=Backoff(), clock=clock)
@@ -207,8 +207,8 @@ class Learner:
         for segment, seconds in segments:
             # The optimizer's segment counts the tokens of the whole step.
             if segment.kind is SegmentKind.OPTIMIZER:
-                job.train_tokens += segment.tokens
-            job.train_seconds += seconds
+                job.progress.train_tokens += segment.tokens
+            job.progress.train_seconds += seconds
             self._planner.spent(seconds)
 
     def fail(self, reason: str) -> list[Event]:

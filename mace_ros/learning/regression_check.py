@@ -22,7 +22,7 @@ from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_inputs import Unreadable
 from mace_ros.learning.outcomes import older_is_better, SuspectedRegression
 from mace_ros.learning.rollback import rollback_lineage, RollbackRefused
-from mace_ros.learning.samples import sample
+from mace_ros.learning.samples import corrected
 from mace_ros.learning.task import on_disk, Task
 from mace_ros.learning.training import Training
 from mace_ros.model.chat import ChatTokenizer
@@ -159,4 +159,4 @@ class ComparisonJob(Job):
             self._store.load(r.path, r.sha256) if r else None for r in (live, older)))
 
     def _samples(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
-        return [sample(self._chat, r.prompt_ids, self._chat.answer(r.corrected)) for r in records]
+        return [corrected(self._chat, record) for record in records]
