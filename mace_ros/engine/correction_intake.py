@@ -81,7 +81,7 @@ class CorrectionIntake:
         """Hand a correction that the journal has accepted to the learner, or report its refusal."""
         error = message.outcome.exception()
         if not isinstance(error, InvalidCorrection):
-            self._recorder.journal_error = str(error or '')
+            self._recorder.note_write(error)
         if error is not None:
             return [_rejected(message.correction, error)]
         accepted = message.outcome.result()

@@ -80,7 +80,6 @@ class Engine:
         self.model, self.lora, self.chat = parts.model, parts.lora, parts.chat
         self.hardware, self.learner = parts.hardware, learner
         self.scheduler = Scheduler(settings, parts.cost)
-        self._state, self._memory, self._journal = parts.state, parts.memory, parts.journal
         self._inbox, self._observers = Inbox(wake), Observers(clock)
         self._recorder = AnswerRecorder(journal=parts.journal, inbox=self._inbox)
         hints = HintAnswers(
@@ -303,8 +302,8 @@ class Engine:
         self.parts.kv_cache.set_sharing(settings.memory.prefix_sharing)
         self.parts.paged.update(settings.memory.kv_prune)
         limits = settings.scheduler
-        self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
-        self._memory.resize(budget_bytes(settings, self.parts.free_bytes))
+        self.parts.memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
+        self.parts.memory.resize(budget_bytes(settings, self.parts.free_bytes))
         return self.requests.update(settings)
 
     # -- learn -----------------------------------------------------------------------
@@ -313,7 +312,7 @@ class Engine:
         with self._observers.timed('learn'):
             events = self._driver.poll()
         if any(isinstance(event, AdapterVersion) for event in events):
-            tidy(self._journal, self.parts.store, self._settings.storage.max_versions)
+            tidy(self.parts.journal, self.parts.store, self._settings.storage.max_versions)
         return events
 
     # -- plan ------------------------------------------------------------------------
@@ -331,17 +330,17 @@ class Engine:
     def _plan(self) -> Plan:
         with self._observers.timed('plan'):
             plan = self.runner.take_planned_ahead() or self.scheduler.plan(
-                self._state, self._clock())
+                self.parts.state, self._clock())
         return plan
 
     def _tend_memory(self, plan: Plan) -> None:
         """When the last request has ended, account for every KV block; trim the heap."""
-        idle = not self._state.has_requests
+        idle = not self.parts.state.has_requests
         if idle and not self._was_idle:
             step = self._driver.step
             self.parts.pool.check(() if step is None else step.blocks)
         self._was_idle = idle
-        self._heap.trim(self._clock(), self._memory.budget.total, idle=(
+        self._heap.trim(self._clock(), self.parts.memory.budget.total, idle=(
             plan.is_empty and idle and not self.learner.busy))
 
     # -- commit ----------------------------------------------------------------------
@@ -397,7 +396,7 @@ class Engine:
             events += self._finish_plan()
             # Wait for what was submitted, and again for corrections of the cancelled answers.
             for _ in range(2):
-                self._journal.submit(lambda _: None).exception()
+                self.parts.journal.submit(lambda _: None).exception()
                 events += self._receive()
                 events += self.requests.cancel_all()
         if self._tracing.ends_at is not None:
