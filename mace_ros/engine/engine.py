@@ -82,8 +82,8 @@ class Engine:
         self.scheduler = Scheduler(settings, parts.cost)
         self._inbox, self._observers = Inbox(wake), Observers(clock)
         self._recorder = AnswerRecorder(journal=parts.journal, inbox=self._inbox)
-        hints = HintAnswers(
-            chat=parts.chat, journal=parts.journal, inbox=self._inbox, clock=clock)
+        hints = HintAnswers(settings, chat=parts.chat, journal=parts.journal, inbox=self._inbox,
+                            clock=clock)
         self._background = BackgroundRequests(
             chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache, paged=parts.paged,
             anchors=recorded_anchors(parts.journal, parts.weights_digest), hints=hints,
@@ -299,6 +299,7 @@ class Engine:
         self.runner.drop_planned_ahead()
         self.scheduler.update(settings)
         self._driver.update(settings)
+        self._background.hints.update(settings)
         self.parts.kv_cache.set_sharing(settings.memory.prefix_sharing)
         self.parts.paged.update(settings.memory.kv_prune)
         limits = settings.scheduler
@@ -322,7 +323,7 @@ class Engine:
         background = self._background
         for request in (
                 background.next_history(sharing=self._settings.memory.prefix_sharing),
-                background.hints.next(self._settings, self.requests.max_length)):
+                background.hints.next(self.requests.max_length)):
             if request is not None:
                 self.requests.start(request)
         return self._driver.prepare()
