@@ -44,10 +44,10 @@ def scopes_with(frequency: Callable[[str], float], *questions: str, profile: str
     return live
 
 
-def match(live: LiveVersions, *readings: str, settings: AdapterSettings = SETTINGS,
+def match(live: LiveVersions, *asked: str, settings: AdapterSettings = SETTINGS,
           profile: str = '') -> tuple[bool, str]:
     """Return whether a question is in scope, and what it resembles then."""
-    found, _ = live.match(profile, readings, settings)
+    found, _ = live.match(profile, asked, settings)
     return found is not None, '' if found is None or found.match is None else (
         found.match.correction_id)
 
