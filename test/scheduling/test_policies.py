@@ -28,7 +28,9 @@ from support.virtual_device import (
 from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind, State
+from mace_ros.scheduling.policies import InferenceOnly
 from mace_ros.scheduling.scheduler import POLICY_CLASSES, Scheduler
+from mace_ros.scheduling.waiting_queue import WaitingQueue
 
 
 def saturated(policy: str, seconds: float = 60.0, **kinds) -> CheckedEngine:
@@ -292,6 +294,19 @@ def test_a_correction_takes_precedence_only_if_it_can_be_learned(values, policie
         if scheduler.is_overdue(state, 69.0, now=100.0):
             overdue.add(name)
     assert overdue == policies
+
+
+def test_a_policy_may_decide_by_the_state_whether_a_correction_takes_precedence(monkeypatch):
+    class Patient(InferenceOnly):
+        def is_overdue(self, state, since, now):
+            return not state.has_requests
+
+    monkeypatch.setitem(POLICY_CLASSES, 'inference_only', Patient)
+    scheduler = Scheduler(
+        Settings().updated({'scheduler.policy': 'inference_only'}), CostModel())
+    busy = State(FixedCache(10000), WaitingQueue([query(0, 0.0)]))
+    assert scheduler.is_overdue(State(FixedCache(10000)), 0.0, now=1.0)
+    assert not scheduler.is_overdue(busy, 0.0, now=1.0)
 
 
 def test_requests_made_late_by_overdue_learning_are_counted():
