@@ -15,7 +15,7 @@ from mace_ros.learning.job_context import JobContext
 from mace_ros.learning.job_inputs import Unreadable
 from mace_ros.learning.outcomes import SuspectedRegression
 from mace_ros.learning.rollback import rollback_lineage, RollbackRefused
-from mace_ros.learning.samples import corrected
+from mace_ros.learning.samples import correction_sample
 from mace_ros.learning.task import on_disk, Task
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import CorrectionRecord
@@ -81,4 +81,4 @@ class ComparisonJob(Job):
             self._context.store.load(r.path, r.sha256) if r else None for r in (live, older)))
 
     def _samples(self, records: Sequence[CorrectionRecord]) -> list[Sample]:
-        return [corrected(self._context.chat, record) for record in records]
+        return [correction_sample(self._context.chat, record) for record in records]

@@ -30,7 +30,7 @@ from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
 from mace_ros.learning.job_inputs import JobRecords, read_newest, read_scoped, Unreadable
 from mace_ros.learning.live_versions import Weights
-from mace_ros.learning.samples import corrected, rejected
+from mace_ros.learning.samples import correction_sample, rejected_samples
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
@@ -160,8 +160,8 @@ class LearningJob(Job):
         # Scores stay valid, except that a preference needs those of the live version.
         unscored = [w for w in self.corrections if prefers or not w.log_probabilities]
         scored = yield from context.training.score([
-            s for w in unscored for s in (
-                corrected(context.chat, w.record), *rejected(context.chat, w.record))])
+            s for w in unscored for s in (correction_sample(context.chat, w.record),
+                                          *rejected_samples(context.chat, w.record))])
         right = self._note_scores(unscored, scored.scores)
         trained = [w for w in self.corrections if w.record.id in self.announced]
         wrong = [w for w in self.corrections if w not in right and w not in trained]

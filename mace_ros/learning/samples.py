@@ -48,18 +48,19 @@ def sample(chat: ChatTokenizer, prompt: Sequence[int], answer: Sequence[int],
                   adapted_from=chat.adapted_from(prompt))
 
 
-def corrected(chat: ChatTokenizer, record: CorrectionRecord, weight: float = 1.0) -> Sample:
+def correction_sample(chat: ChatTokenizer, record: CorrectionRecord,
+                      weight: float = 1.0) -> Sample:
     """Return the sample of a corrected text; ``weight`` is that of each of its tokens."""
     return sample(chat, record.prompt_ids, chat.answer(record.corrected), weight)
 
 
-def rejected(chat: ChatTokenizer, record: CorrectionRecord) -> list[Sample]:
+def rejected_samples(chat: ChatTokenizer, record: CorrectionRecord) -> list[Sample]:
     """Return the sample of the text that was corrected; none if it is unknown."""
     return [sample(chat, record.prompt_ids, chat.answer(text)) for text in texts(record)[1:]]
 
 
-def paraphrased(chat: ChatTokenizer, records: Iterable[CorrectionRecord],
-                templates: Sequence[str]) -> list[Sample]:
+def paraphrase_samples(chat: ChatTokenizer, records: Iterable[CorrectionRecord],
+                       templates: Sequence[str]) -> list[Sample]:
     """
     Return a sample of each corrected question in each of the templates.
 
@@ -70,9 +71,13 @@ def paraphrased(chat: ChatTokenizer, records: Iterable[CorrectionRecord],
     return [s for same in zip_longest(*of_each) for s in same if s is not None]
 
 
-def answered(chat: ChatTokenizer, records: Iterable[AnswerRecord], *,
-             but: Collection[tuple[int, ...]], max_tokens: int) -> list[Sample]:
-    """Return a sample of each answer that is no longer than this, ``but`` to these prompts."""
+def answer_samples(chat: ChatTokenizer, records: Iterable[AnswerRecord], *,
+                   but: Collection[tuple[int, ...]], max_tokens: int) -> list[Sample]:
+    """
+    Return a sample of each answer, except those to the prompts ``but``.
+
+    Answers of more than ``max_tokens`` together with their prompts are left out.
+    """
     return [sample(chat, a.prompt_ids, a.output_ids) for a in records
             if a.prompt_ids not in but and a.output_ids
             and len(a.prompt_ids) + len(a.output_ids) <= max_tokens]

@@ -21,7 +21,7 @@ from mace_ros.learning.job_inputs import JobRecords
 from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.learning.paraphrases import TRAINED
 from mace_ros.learning.question import questions
-from mace_ros.learning.samples import answered, corrected, paraphrased, rotate
+from mace_ros.learning.samples import answer_samples, correction_sample, paraphrase_samples, rotate
 from mace_ros.learning.step_plan import plan_step, StepPlan
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.memory.adapter_slots import ServedVersion
@@ -49,16 +49,18 @@ class ScopedTrainingSetBuilder:
         # The question of a replaced correction has the new answer from now on.
         renewed = {r.replaces: r.corrected for r in new}
         learned = self._nearest_first(records.learned, new, continues.profile)
-        earlier = [corrected(chat, replace(r, corrected=renewed.get(r.id, r.corrected)))
+        earlier = [correction_sample(chat, replace(r, corrected=renewed.get(r.id, r.corrected)))
                    for r in learned if r.prompt_ids not in prompts]
-        calls = answered(chat, self._in_scope(records.tool_calls, new, continues, settings),
-                         but=prompts, max_tokens=settings.finetune.max_sample_tokens)
+        calls = answer_samples(
+            chat, self._in_scope(records.tool_calls, new, continues, settings), but=prompts,
+            max_tokens=settings.finetune.max_sample_tokens)
         gate = Gate([
             Group('earlier corrections', tuple(earlier), Measure.EXACT, may_not_fall=True),
             Group('tool calls', tuple(calls), Measure.EXACT, may_not_fall=True)])
         return TrainingSet(
-            corrected=[corrected(chat, r, r.weight) for r in new],
-            paraphrases=paraphrased(chat, new, TRAINED), earlier=earlier[:REHEARSED], gate=gate,
+            corrected=[correction_sample(chat, r, r.weight) for r in new],
+            paraphrases=paraphrase_samples(chat, new, TRAINED),
+            earlier=earlier[:REHEARSED], gate=gate,
             # They are LEARNED: what the live version has lost is to be repaired as well.
             before=[RIGHT] * len(gate.samples))
 
@@ -75,7 +77,7 @@ class ScopedTrainingSetBuilder:
         return plan_step(
             self._chat, corrections, [*training_set.corrected, *training_set.lost, *wordings],
             [s for s in training_set.earlier if s not in training_set.lost], finetune,
-            most=most, corrected=len(training_set.corrected), wordings=len(wordings))
+            most=most, at_least=len(training_set.corrected), wordings=len(wordings))
 
     def _nearest_first(self, learned: Sequence[CorrectionRecord], new: Sequence[CorrectionRecord],
                        profile: str) -> list[CorrectionRecord]:

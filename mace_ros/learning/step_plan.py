@@ -11,7 +11,7 @@ from mace_ros.api.settings import FinetuneSettings
 from mace_ros.finetune.sample import Preference, Sample
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.gate import batches
-from mace_ros.learning.samples import first_within, rejected
+from mace_ros.learning.samples import first_within, rejected_samples
 from mace_ros.model.chat import ChatTokenizer
 
 
@@ -33,19 +33,19 @@ class StepPlan:
 
 def plan_step(chat: ChatTokenizer, corrections: Sequence[PendingCorrection],
               needed: Sequence[Sample], others: Iterable[Sample], finetune: FinetuneSettings, *,
-              most: int, corrected: int, wordings: int = 0) -> StepPlan:
+              most: int, at_least: int, wordings: int = 0) -> StepPlan:
     """
     Divide the samples of a step into parts of ``most`` tokens each if possible.
 
-    ``needed`` are those that must be right, as many as the first part has room for. They begin
-    with the ``corrected`` samples, which are never left out, and end with ``wordings``. Under
+    ``needed`` are those that must be right, as many as the first part has room for, but
+    ``at_least`` the first ones, which are the corrections; the last ones are ``wordings``. Under
     ``finetune.objective: dpo``, the rejected answers of ``corrections`` come behind them.
     """
     pairs = [(i, w.reference, s) for i, w in enumerate(corrections)
-             for s in rejected(chat, w.record)] if finetune.objective == 'dpo' else []
+             for s in rejected_samples(chat, w.record)] if finetune.objective == 'dpo' else []
     worse = [s for _, _, s in pairs]
     must_be_right = first_within(
-        needed, most - sum(s.own_tokens for s in worse), at_least=corrected)
+        needed, most - sum(s.own_tokens for s in worse), at_least=at_least)
     first = [*must_be_right, *worse]
     rest = [*needed[len(must_be_right):], *others]
     beside = first_within(rest, most - sum(s.own_tokens for s in first))

@@ -21,10 +21,10 @@ from mace_ros.learning.gate import Gate, Group, Measure
 from mace_ros.learning.job_inputs import JobRecords
 from mace_ros.learning.paraphrases import JUDGED, TRAINED
 from mace_ros.learning.samples import (
-    answered,
-    corrected,
+    answer_samples,
+    correction_sample,
     interleaved,
-    paraphrased,
+    paraphrase_samples,
     rotate,
     weighted,
 )
@@ -79,17 +79,18 @@ class TrainingSetBuilder:
         prompts = {tuple(r.prompt_ids) for r in new}
         # Of each question, the newest correction is kept.
         newest = {r.prompt_ids: r for r in records.learned if r.prompt_ids not in prompts}
-        earlier = [corrected(chat, r) for r in newest.values()]
+        earlier = [correction_sample(chat, r) for r in newest.values()]
         prompts |= newest.keys()
-        own, calls = (answered(chat, answers, but=prompts, max_tokens=max_sample_tokens)
+        own, calls = (answer_samples(chat, answers, but=prompts, max_tokens=max_sample_tokens)
                       for answers in (records.answers, records.tool_calls))
         return TrainingSet(
-            corrected=[corrected(chat, r, r.weight) for r in new],
-            paraphrases=paraphrased(chat, new, TRAINED), earlier=earlier, answers=own,
+            corrected=[correction_sample(chat, r, r.weight) for r in new],
+            paraphrases=paraphrase_samples(chat, new, TRAINED), earlier=earlier, answers=own,
             replayed=[s for s in self._anchors.replayed if s.prompt not in prompts],
             gate=Gate([
-                Group('paraphrases', tuple(s for r in new for s in paraphrased(chat, [r], JUDGED)),
-                      Measure.PROBABILITY, may_not_fall=True),
+                Group('paraphrases', tuple(
+                    s for r in new for s in paraphrase_samples(chat, [r], JUDGED)),
+                    Measure.PROBABILITY, may_not_fall=True),
                 Group('earlier corrections', tuple(
                     rotate(earlier, min(GUARDED, len(earlier)), number)), Measure.EXACT),
                 Group('probes', tuple(s for s in self._anchors.probes if s.prompt not in prompts),
@@ -121,4 +122,4 @@ class TrainingSetBuilder:
                   *(s for s in forgotten if s not in needed),
                   *(weighted(s, finetune.replay_weight) for s in replayed)]
         return plan_step(self._chat, corrections, needed, others, finetune, most=most,
-                         corrected=len(training_set.corrected))
+                         at_least=len(training_set.corrected))
