@@ -129,7 +129,7 @@ def is_follow_up(text: str) -> bool:
 
 def questions(messages: Messages) -> list[str]:
     """
-    Return the readings of a conversation's last question, the shortest first.
+    Return the texts by which a conversation's last question is compared, the shortest first.
 
     The first is the last user turn alone. If that follows up an earlier one, the second is both
     together, with all the turns between them.
