@@ -126,7 +126,10 @@ def turn(agent: tuple[str, str], server: ServerProcess) -> list[dict[str, object
         cwd=server.folder, env={**os.environ, **ENVIRONMENT, 'OPENAI_API_KEY': 'none'},
         capture_output=True, text=True, timeout=TURN_S)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+    print(name, told)
+    assert not any('error' in what for what in told), told
+    return told
 
 
 def test_a_turn_uses_a_tool(agent: tuple[str, str], server: ServerProcess) -> None:
