@@ -375,12 +375,12 @@ def test_a_turn_of_rosas_agent_uses_a_tool(client: OpenAI, server: ServerProcess
         ('system', 'You are ROSA.'), MessagesPlaceholder('chat_history'), ('user', '{input}'),
         MessagesPlaceholder('agent_scratchpad')]) | llm.bind_tools([move])
 
-    def turn(*history: BaseMessage) -> list[BaseMessage]:
+    def turn() -> list[BaseMessage]:
         steps: list[BaseMessage] = []
         for _ in range(3):
             reply = reduce(add, agent.stream({
-                'input': 'Go to the dock now.', 'chat_history': history,
-                'agent_scratchpad': steps}))
+                'input': 'Go to the dock now.', 'agent_scratchpad': steps,
+                'chat_history': [HumanMessage('Hello.'), AIMessage('Hello, I am ROSA.')]}))
             steps.append(reply)
             for call in reply.tool_calls:
                 result = move.invoke(call)
@@ -390,10 +390,9 @@ def test_a_turn_of_rosas_agent_uses_a_tool(client: OpenAI, server: ServerProcess
                 break
         return steps
 
-    history = HumanMessage('Hello.'), AIMessage('Hello, I am ROSA.')
-    [wrong] = turn(*history)
+    [wrong] = turn()
     teach(server, wrong.response_metadata['id'], CALL)
-    called, result, *_, last = turn(*history)
+    called, result, *_, last = turn()
     assert [(c['name'], c['args']) for c in called.tool_calls] == [('move', {'to': 'dock'})]
     assert result.content == '"arrived at the dock"'
     assert last.response_metadata['finish_reason'] in ('stop', 'length', 'tool_calls')
