@@ -6,32 +6,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 import json
+from operator import add
 from pathlib import Path
 import runpy
-import shutil
 from typing import Literal
 
 from hypothesis import given, HealthCheck, settings
 import jsonschema
-from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from openai import BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel, Field
 import pytest
-from support.chat_templates import HERMES
-from support.graph import ENVIRONMENT, wait_until
-from support.openai_server import ServerProcess
-from support.robot import RANDOM_MODEL
-from support.ros_graph import NodeProcess, ROOT
+from support.graph import wait_until
+from support.openai_server import served_node, ServerProcess
+from support.records import replayed_and_bad
+from support.ros_graph import ROOT
 
 from bench.operation.fuzzed_bodies import by_hand, requests
 from mace_ros.ros.client import MaceClient
 
 pytestmark = pytest.mark.timeout(300)
 
-LEARNED_S = 200.0
 MOVE = {'type': 'function', 'function': {
     'name': 'move', 'description': 'Moves to a place.', 'parameters': {
         'type': 'object', 'properties': {'to': {'type': 'string'}}, 'required': ['to']}}}
@@ -42,25 +42,8 @@ CALL = '<tool_call>\n{"name": "move", "arguments": {"to": "dock"}}\n</tool_call>
 def server(tmp_path_factory: pytest.TempPathFactory,
            model_folder: Path) -> Iterator[ServerProcess]:
     """Yield a server of a node whose tiny model has tools in its template."""
-    folder = tmp_path_factory.mktemp('openai')
-    shutil.copytree(model_folder, folder / 'model')
-    (folder / 'model' / 'chat_template.jinja').write_text(HERMES)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        node = NodeProcess(folder, **{
-            'model.source': folder / 'model', 'model.threads': 1, 'model.weight_dtype': 'float32',
-            **RANDOM_MODEL, 'monitor.rate_hz': 10.0})
-        node.start()
-        made = ServerProcess(folder)
-        try:
-            assert wait_until(lambda: made.request('GET', '/health')[0] == 200, 100.0), node.log
-            yield made
-            assert made.stop() == 0, made.log
-            assert 'Traceback' not in made.log
-        finally:
-            made.process.kill()
-            node.kill()
+    with served_node(tmp_path_factory.mktemp('openai'), model_folder) as made:
+        yield made
 
 
 @pytest.fixture(scope='module')
@@ -83,10 +66,10 @@ def ask(client: OpenAI, *texts: str, **options: object) -> object:
         **{'temperature': 0.0, 'max_tokens': 12, **options})
 
 
-def learned(server: ServerProcess, feedback: dict[str, object]) -> bool:
-    path = f'/v1/feedback/{feedback["id"]}'
-    return wait_until(
-        lambda: server.request('GET', path)[1]['status'] == 'learned', LEARNED_S)
+def teach(server: ServerProcess, completion_id: str, corrected: str) -> None:
+    taught = server.feedback(id=completion_id, corrected=corrected)
+    status = server.status(taught, 'learned', 'failed')
+    assert status['status'] == 'learned', status
 
 
 def test_a_chat_is_answered_as_by_the_topics(client: OpenAI) -> None:
@@ -261,7 +244,7 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
     status, feedback, _ = server.request(
         'POST', '/v1/feedback', {'id': wrong.id, 'corrected': 'Orange.'})
     assert (status, feedback['status'], feedback['completion_id']) == (200, 'accepted', wrong.id)
-    assert learned(server, feedback)
+    assert server.status(feedback['id'], 'learned', 'failed')['status'] == 'learned'
     again = ask(client, question)
     assert again.choices[0].message.content == 'Orange.'
     assert again.model_extra['mace_ros']['matched_correction_id'] == feedback['id']
@@ -271,39 +254,40 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
         assert server.request('POST', '/v1/feedback', body)[0] == status
 
 
-def test_a_thumbs_down_is_recorded(client: OpenAI, server: ServerProcess) -> None:
-    wrong = ask(client, 'Is it late?')
-    status, feedback, _ = server.request(
-        'POST', '/v1/feedback', {'id': wrong.id, 'rating': 'down'})
-    assert status == 200
-    assert wait_until(lambda: server.request(
-        'GET', f'/v1/feedback/{feedback["id"]}')[1]['status'] == 'recorded', LEARNED_S)
-
-
-def test_a_hint_leads_to_a_proposal_that_can_be_confirmed(
+def test_a_thumbs_down_is_a_bad_outcome_and_never_replayed(
         client: OpenAI, server: ServerProcess) -> None:
-    """A random model rarely ends an answer, which can't be learned then."""
-    wrong = ask(client, 'Is it far?')
-    status, feedback, _ = server.request(
-        'POST', '/v1/feedback', {'id': wrong.id, 'hint': 'Say yes or no.'})
-    assert (status, feedback['status']) == (200, 'accepted')
-    path = f'/v1/feedback/{feedback["id"]}'
-    assert wait_until(lambda: server.request('GET', path)[1]['status'] in (
-        'proposed', 'failed'), LEARNED_S)
-    outcome = server.request('GET', path)[1]
-    if outcome['status'] == 'failed':
-        assert outcome['reason'].startswith('hint: ')
-        return
-    assert server.request('POST', '/v1/feedback', {
-        'id': feedback['id'], 'corrected': outcome['corrected']})[0] == 200
-    assert learned(server, feedback)
+    teach(server, ask(client, 'Is it late today?').id, 'Never.')
+    wrong = ask(client, 'Is it very late today?')       # answered by what was just learned
+    assert wrong.choices[0].message.content == 'Never.'
+    assert wait_until(lambda: wrong.id in replayed_and_bad(server.folder)[0], 20.0)
+    assert wrong.id not in replayed_and_bad(server.folder)[1]
+    down = server.feedback(id=wrong.id, rating='down')
+    assert server.status(down, 'recorded', 'failed')['status'] == 'recorded'
+    replayed, bad = replayed_and_bad(server.folder)
+    assert wrong.id in bad and wrong.id not in replayed
+
+
+def test_a_hint_is_proposed_and_its_confirmation_changes_the_answer(
+        client: OpenAI, server: ServerProcess) -> None:
+    """The node is taught what to answer with the hint, so that it must come to a proposal."""
+    question, hint = 'Is it far?', 'Say yes or no.'
+    for asked, text in ((question, 'I am not sure.'), (f'{hint}\n\n{question}', 'No.')):
+        teach(server, ask(client, asked).id, text)
+    wrong = ask(client, question)
+    given = server.feedback(id=wrong.id, hint=hint)
+    proposal = server.status(given, 'proposed', 'failed')
+    assert (proposal['status'], proposal['corrected']) == ('proposed', 'No.')
+    before = ask(client, question).choices[0].message.content
+    assert before == wrong.choices[0].message.content == 'I am not sure.'
+    assert server.feedback(id=given, corrected=proposal['corrected']) == given     # confirms it
+    assert server.status(given, 'learned', 'failed')['status'] == 'learned'
+    assert ask(client, question).choices[0].message.content == 'No.'
 
 
 def test_a_tool_call_and_its_result(client: OpenAI, server: ServerProcess) -> None:
     question = 'Drive to the dock.'
     wrong = ask(client, question, tools=[MOVE])
-    _, feedback, _ = server.request('POST', '/v1/feedback', {'id': wrong.id, 'corrected': CALL})
-    assert learned(server, feedback)
+    teach(server, wrong.id, CALL)
     reply = ask(client, question, tools=[MOVE], max_tokens=40).choices[0]
     [call] = reply.message.tool_calls
     assert (reply.finish_reason, reply.message.content) == ('tool_calls', None)
@@ -369,9 +353,7 @@ def test_langchain_binds_tools(client: OpenAI, server: ServerProcess) -> None:
     bound = llm.bind_tools([move])
     question = HumanMessage('Bring it to the dock.')
     wrong = bound.invoke([question])
-    _, feedback, _ = server.request('POST', '/v1/feedback', {
-        'id': wrong.response_metadata['id'], 'corrected': CALL})
-    assert learned(server, feedback)
+    teach(server, wrong.response_metadata['id'], CALL)
     called = bound.invoke([question])
     [call] = called.tool_calls
     assert (call['name'], call['args']) == ('move', {'to': 'dock'})
@@ -381,6 +363,44 @@ def test_langchain_binds_tools(client: OpenAI, server: ServerProcess) -> None:
     assert ''.join(chunk.content for chunk in llm.stream('Who are you?'))
 
 
+def test_a_turn_of_rosas_agent_uses_a_tool(client: OpenAI, server: ServerProcess) -> None:
+    """
+    The LangChain calls of ROSA 1.0.10, whose own code runs in ``test_agents.py``.
+
+    ``create_tool_calling_agent`` makes this chain, and ``AgentExecutor`` this loop; ROSA streams.
+    """
+    llm = ChatOpenAI(base_url=server.url, api_key='none', model='mace', temperature=0.0,
+                     max_tokens=40).with_config({'streaming': True})
+    agent = ChatPromptTemplate.from_messages([
+        ('system', 'You are ROSA.'), MessagesPlaceholder('chat_history'), ('user', '{input}'),
+        MessagesPlaceholder('agent_scratchpad')]) | llm.bind_tools([move])
+
+    def asked(steps: list[BaseMessage]) -> dict[str, object]:
+        return {'input': 'Go to the dock now.', 'agent_scratchpad': steps,
+                'chat_history': [HumanMessage('Hello.'), AIMessage('Hello, I am ROSA.')]}
+
+    def turn() -> list[BaseMessage]:
+        steps: list[BaseMessage] = []
+        for _ in range(3):
+            reply = reduce(add, agent.stream(asked(steps)))
+            steps.append(reply)
+            for call in reply.tool_calls:
+                result = move.invoke(call)
+                steps.append(ToolMessage(json.dumps(result.content), tool_call_id=call['id'],
+                                         additional_kwargs={'name': call['name']}))
+            if not reply.tool_calls:
+                break
+        return steps
+
+    wrong = agent.invoke(asked([]))     # LangChain gives the id of an answer that is not streamed
+    assert [step.content for step in turn()] == [wrong.content]
+    teach(server, wrong.response_metadata['id'], CALL)
+    called, result, *_, last = turn()
+    assert [(c['name'], c['args']) for c in called.tool_calls] == [('move', {'to': 'dock'})]
+    assert result.content == '"arrived at the dock"'
+    assert last.response_metadata['finish_reason'] in ('stop', 'length', 'tool_calls')
+
+
 def test_the_agent_of_the_examples_calls_the_robots_functions(
         client: OpenAI, server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     agent = runpy.run_path(str(ROOT / 'examples' / 'langchain_agent.py'))
@@ -388,10 +408,8 @@ def test_the_agent_of_the_examples_calls_the_robots_functions(
                      max_tokens=60)
     question = 'How full is the battery?'
     wrong = llm.bind_tools(list(agent['TOOLS'].values())).invoke([HumanMessage(question)])
-    _, feedback, _ = server.request('POST', '/v1/feedback', {
-        'id': wrong.response_metadata['id'],
-        'corrected': '<tool_call>\n{"name": "battery", "arguments": {}}\n</tool_call>'})
-    assert learned(server, feedback)
+    teach(server, wrong.response_metadata['id'],
+          '<tool_call>\n{"name": "battery", "arguments": {}}\n</tool_call>')
     assert agent['answer'](llm, question)
     assert 'battery({}) -> 71' in capsys.readouterr().out
 

@@ -42,6 +42,16 @@ def test_a_wrong_key_is_refused(server: ServerProcess, headers: dict[str, str]) 
     assert (status, body['error']['code']) == (401, 'invalid_api_key')
 
 
+def test_ros_arguments_set_the_namespace_of_the_node(tmp_path: Path) -> None:
+    """As launch and ``ros2 run`` append them."""
+    made = ServerProcess(tmp_path, '--ros-args', '-r', '__node:=http', '-r', '__ns:=/robot2')
+    try:
+        assert made.log.startswith('/robot2/mace is served on ')
+        assert made.stop() == 0, made.log
+    finally:
+        made.process.kill()
+
+
 def counted(server: ServerProcess, path: str, status: int) -> float:
     return server.metric(f'mace_http_requests_total{{path="{path}",status="{status}"}}')
 

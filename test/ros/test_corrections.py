@@ -14,7 +14,16 @@ from mace_ros.srv import ListVersions, Rollback
 import pytest
 from std_srvs.srv import SetBool
 from support.graph import observer, wait_until
-from support.ros_graph import ANSWER_S, call, eventually, PATIENT, Recorder, set_parameters
+from support.records import replayed_and_bad
+from support.ros_graph import (
+    ANSWER_S,
+    call,
+    eventually,
+    NodeProcess,
+    PATIENT,
+    Recorder,
+    set_parameters,
+)
 
 from mace_ros.ros.client import MaceClient
 from mace_ros.ros.executor_thread import ExecutorThread
@@ -62,22 +71,40 @@ def test_a_correction_during_its_answer_is_accepted(client: MaceClient) -> None:
     assert after.text == 'Once upon a time.'
 
 
-def test_a_thumbs_down_is_recorded(client: MaceClient) -> None:
-    answered = client.ask('Is it late?', max_tokens=4).result(ANSWER_S)
-    status = client.correct(query_id=answered.query_id).wait(timeout_s=ANSWER_S)
+def learned(client: MaceClient, corrected: str, prompt: str) -> None:
+    status = client.correct(corrected, prompt=prompt).wait(timeout_s=ANSWER_S)
+    assert status.state == CorrectionStatus.LEARNED, status
+
+
+def test_a_thumbs_down_is_a_bad_outcome_and_never_replayed(
+        client: MaceClient, tiny_node: NodeProcess) -> None:
+    learned(client, 'Never.', 'Is it late today?')
+    wrong = client.ask('Is it very late today?').result(ANSWER_S)
+    assert wrong.text == 'Never.'       # answered by what was just learned
+    assert wait_until(lambda: wrong.query_id in replayed_and_bad(tiny_node.folder)[0], ANSWER_S)
+    assert wrong.query_id not in replayed_and_bad(tiny_node.folder)[1]
+    status = client.correct(query_id=wrong.query_id).wait(timeout_s=ANSWER_S)
     assert (status.state, status.reason) == (CorrectionStatus.RECORDED, '')
+    replayed, bad = replayed_and_bad(tiny_node.folder)
+    assert wrong.query_id in bad and wrong.query_id not in replayed
 
 
-def test_a_hint_leads_to_a_proposal_or_a_reason(client: MaceClient) -> None:
-    """A random model rarely ends an answer, which can't be learned then."""
-    answered = client.ask('Is it far?', max_tokens=4).result(ANSWER_S)
-    correction = client.correct(query_id=answered.query_id, hint='Say yes or no.')
+def test_a_hint_is_proposed_and_its_confirmation_changes_the_answer(client: MaceClient) -> None:
+    """The node is taught what to answer with the hint, so that it must come to a proposal."""
+    question, hint = 'Is it far?', 'Say yes or no.'
+    learned(client, 'I am not sure.', question)
+    learned(client, 'No.', f'{hint}\n\n{question}')
+    wrong = client.ask(question).result(ANSWER_S)
+    correction = client.correct(query_id=wrong.query_id, hint=hint)
     status = correction.wait(CorrectionStatus.PROPOSED, ANSWER_S)
-    assert correction.statuses[0].state == CorrectionStatus.ACCEPTED
-    if status.state == CorrectionStatus.PROPOSED:
-        assert status.corrected
-    else:
-        assert status.state == CorrectionStatus.FAILED and status.reason.startswith('hint: ')
+    assert (status.state, status.corrected) == (CorrectionStatus.PROPOSED, 'No.'), status
+    assert client.ask(question).result(ANSWER_S).text == wrong.text == 'I am not sure.'
+    client.correct(status.corrected, correction_id=correction.id, query_id=wrong.query_id)
+    assert correction.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
+    assert client.ask(question).result(ANSWER_S).text == 'No.'
+    assert [s.state for s in correction.statuses] == [
+        CorrectionStatus.ACCEPTED, CorrectionStatus.PROPOSED, CorrectionStatus.ACCEPTED,
+        CorrectionStatus.TRAINING, CorrectionStatus.LEARNED]
 
 
 def test_frozen_learning_keeps_corrections_until_it_is_resumed(client: MaceClient) -> None:

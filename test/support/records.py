@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from mace_ros.cli.journal_admin import opened
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
@@ -33,3 +35,10 @@ def correction(name: str, question: str = '', **fields: object) -> CorrectionRec
 def accepting(name: str, question: str = '') -> Callable[[Journal], bool]:
     """Return a function that accepts a correction, for :class:`JournalWriter`."""
     return lambda journal: journal.accept(correction(name, question))
+
+
+def replayed_and_bad(folder: Path) -> tuple[set[str], set[str]]:
+    """Return which answers of a running node may be replayed as right ones, and which were bad."""
+    with opened(folder / 'storage') as journal:
+        return ({a.query_id for a in journal.replay_candidates('', 1000)},
+                {o.query_id for o in journal.answer_outcomes('', 1000) if o.corrected})
