@@ -136,9 +136,9 @@ def show_scope(given: argparse.Namespace) -> None:
 
 def scope_lines(journal: Journal, newest: VersionRecord) -> Iterator[str]:
     """Yield a line for each correction that is answered while a version is the newest one."""
-    answering = Lineage(journal.versions(newest.profile), newest.version).answering
+    successors = Lineage(journal.versions(newest.profile), newest.version).successors
     for correction in journal.scope_of(newest):
-        version = answering.get(correction.adapter_version, newest.version)
+        version = successors.get(correction.adapter_version, newest.version)
         yield format_line(
             newest.profile, f'version {version}', correction.id,
             correction.scope or 'adapter.scope', last_question(correction),
