@@ -154,7 +154,7 @@ def test_missing_libraries_are_named_with_how_to_install_them(
 
 
 def test_replies_are_sent_without_delay() -> None:
-    with listen('127.0.0.1', 0) as listener, socket.create_connection(listener.getsockname()):
+    with listen('127.0.0.1', 0, 60.0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
