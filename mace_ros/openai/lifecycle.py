@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lifecycle_msgs.srv import GetState
 
 from mace_ros.openai.arrivals import Arrivals
@@ -17,7 +19,7 @@ class LifecycleState:
 
     def __init__(self, client: MaceClient) -> None:
         """Create the client of the service in the ROS client's node."""
-        self._service = client.node.create_client(GetState, f'{client.name}/get_state')
+        self._service: Any = client.node.create_client(GetState, f'{client.name}/get_state')
 
     async def label(self) -> str:
         """Return the name of the state, ``absent``, or ``silent`` if no reply comes."""

@@ -66,6 +66,7 @@ def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) ->
     for method, path, body in (('POST', '/v1/chat/completions', HI), ('GET', '/health', None)):
         status, reply, headers = server.request(method, path, body, KEY)
         assert (status, reply['error']['code'], headers['retry-after']) == (503, 'not_ready', '1')
+    assert server.request('GET', '/health')[1]['state'] == 'absent'
     assert server.request('GET', '/v1/models', None, KEY)[1] == {'object': 'list', 'data': []}
 
 

@@ -175,7 +175,7 @@ def test_a_node_that_has_too_much_to_do_is_to_be_asked_again(
 
 def test_feedback_during_an_answer_waits_for_its_end(
         server: ServerProcess, node: NodeProcess) -> None:
-    with streamed(server, max_tokens=600, logit_bias=END_TOKENS) as reply:
+    with streamed(server, max_tokens=300, logit_bias=END_TOKENS) as reply:
         completion = json.loads(reply.readline().removeprefix(b'data: '))['id']
         body = {'id': completion, 'corrected': 'Hello.', 'feedback_id': 'greeting'}
         status, feedback, _ = server.request('POST', '/v1/feedback', body)
@@ -220,7 +220,7 @@ def unread(server: ServerProcess, **options: object) -> Iterator[socket.socket]:
 
 def test_a_stream_that_is_not_read_does_not_fill_the_memory(server: ServerProcess) -> None:
     before = cancelled(server)
-    with unread(server, max_tokens=3500) as connection:
+    with unread(server, n=4, max_tokens=900) as connection:
         assert wait_until(lambda: cancelled(server) == before + 1, 60.0)
         connection.settimeout(30.0)
         end = b''
