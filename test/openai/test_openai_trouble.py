@@ -130,7 +130,8 @@ def test_a_node_that_does_not_answer_is_not_healthy(
         server: ServerProcess, node: NodeProcess) -> None:
     with stopped(node):
         status, body, headers = server.request('GET', '/health')
-        assert (status, body['state'], headers['retry-after']) == (503, 'silent', '1')
+        assert (status, headers.get('retry-after')) == (503, '1')
+        assert body['state'] == 'silent'
     assert wait_until(lambda: server.request('GET', '/health')[0] == 200, 20.0)
 
 
@@ -141,12 +142,14 @@ def test_an_inactive_node_is_not_healthy(server: ServerProcess, node: NodeProces
                         transition=Transition(id=transition)).success
 
         change(Transition.TRANSITION_DEACTIVATE)
-        status, body, headers = server.request('GET', '/health')
-        assert (status, body['state'], headers['retry-after']) == (503, 'inactive', '1')
-        assert body['error']['message'] == '/mace is inactive'
-        status, body, _ = server.request('POST', CHAT, hi())
-        assert (status, body['error']['code']) == (503, 'not_serving')
-        change(Transition.TRANSITION_ACTIVATE)
+        try:
+            status, body, headers = server.request('GET', '/health')
+            assert (status, headers.get('retry-after')) == (503, '1')
+            assert (body['state'], body['error']['message']) == ('inactive', '/mace is inactive')
+            status, body, _ = server.request('POST', CHAT, hi())
+            assert (status, body['error']['code']) == (503, 'not_serving')
+        finally:
+            change(Transition.TRANSITION_ACTIVATE)
     status, body, _ = server.request('GET', '/health')
     assert (status, body) == (200, {'status': 'ok', 'state': 'active'})
 
