@@ -56,9 +56,16 @@ ARGUMENTS = [
         description='Restart the node when it ends; what it has learned is kept'),
     DeclareLaunchArgument(
         'openai', default_value='false', choices=['true', 'false'],
-        description="Serve OpenAI's API over HTTP on this machine"),
+        description="Serve OpenAI's API over HTTP"),
+    DeclareLaunchArgument(
+        'openai_host', default_value='127.0.0.1',
+        description="Address that OpenAI's API listens on; the default is this machine only"),
     DeclareLaunchArgument(
         'openai_port', default_value='8000', description="Port of OpenAI's API"),
+    DeclareLaunchArgument(
+        'openai_key_file', default_value='',
+        description="File whose first line is the key that requests of OpenAI's API must have; "
+                    'empty for no key'),
     DeclareLaunchArgument(
         'monitor', default_value='none', choices=['none', 'terminal', 'rqt'],
         description='Monitor of the node: terminal prints a line of numbers every ten seconds, '
@@ -106,13 +113,16 @@ def start_openai(context: LaunchContext) -> list[Node]:
     """Return the process of the argument ``openai``."""
     if LaunchConfiguration('openai').perform(context) != 'true':
         return []
+    key_file = LaunchConfiguration('openai_key_file')
     return [Node(
         package='mace_ros',
         executable='openai',
         namespace=LaunchConfiguration('namespace'),
         remappings=remappings(context),
         arguments=['--node', LaunchConfiguration('name'),
-                   '--port', LaunchConfiguration('openai_port')],
+                   '--host', LaunchConfiguration('openai_host'),
+                   '--port', LaunchConfiguration('openai_port'),
+                   *(['--api-key-file', key_file] if key_file.perform(context) else [])],
         output='both', respawn=LaunchConfiguration('respawn'), respawn_delay=2.0)]
 
 

@@ -40,11 +40,12 @@ START_S = 100.0
 # The longest test files, in the order in which workers start them. A long file that starts last
 # would keep one worker busy while the others are idle.
 LONGEST = (
-    'ros/test_node.py', 'package/test_colcon.py', 'ros/test_lifecycle.py', 'cli/test_programs.py',
-    'bench/test_durability.py', 'ros/test_invalid_input.py', 'bench/test_benchmarks.py',
-    'ros/test_shutdown.py', 'bench/test_edits.py', 'openai/test_openai_clients.py',
-    'engine/test_engine.py', 'finetune/test_finetune_step.py', 'learning/test_outcomes.py',
-    'ros/test_interfaces.py', 'ros/test_corrections.py', 'learning/test_rollback.py',
+    'ros/test_node.py', 'package/test_colcon.py', 'ros/test_lifecycle.py',
+    'cli/test_programs.py', 'bench/test_durability.py', 'ros/test_invalid_input.py',
+    'bench/test_benchmarks.py', 'ros/test_shutdown.py', 'bench/test_edits.py',
+    'openai/test_openai_clients.py', 'openai/test_openai_trouble.py', 'engine/test_engine.py',
+    'finetune/test_finetune_step.py', 'learning/test_outcomes.py', 'ros/test_interfaces.py',
+    'ros/test_corrections.py', 'learning/test_rollback.py',
     'learning/test_learning_failures.py', 'learning/test_learning.py', 'learning/test_poison.py')
 
 

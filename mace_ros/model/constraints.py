@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 # At most one space where JSON allows white space, since a model may never stop writing it.
 JSON_OPTIONS: JsonCompileOptions = {'whitespace_pattern': ' ?'}
-# At the library's own rates, these allow 20 ms for the lexer of a format and 10 ms for a mask, for
-# which other requests would wait; most masks take less than 0.1 ms.
+# What a format may cost in the thread that receives queries (its lexer, and the first mask), and
+# then in each pass, for which other requests wait: at most some 50 and 20 ms, where a text of many
+# thousand characters is the only one that is possible. Most masks take less than 0.1 ms; those of
+# usual formats need less than a tenth of these limits.
 LIMITS = LLParserLimits(
-    max_grammar_size=100_000, initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000,
+    max_grammar_size=100_000, initial_lexer_fuel=100_000, step_lexer_fuel=20_000,
     step_max_items=50_000, verbose_errors=False)
 MAX_REASON = 500    # characters
 KEPT = 32       # compiled formats, the latest ones; the next mask of one is found faster
@@ -91,13 +93,7 @@ class ConstraintCompiler:
         with self._lock:
             matcher = self._compiled.get((kind, schema))
         if matcher is None:
-            try:
-                matcher = LLMatcher(self.vocabulary.index(), _grammar(kind, schema),
-                                    limits=LIMITS, log_level=0)
-            except (ValueError, UnreadableVocabulary) as error:
-                raise InvalidFormat(_reason(str(error))) from error
-            if matcher.is_error():
-                raise InvalidFormat(_reason(matcher.get_error()))
+            matcher = self._matcher(kind, schema)
         with self._lock:
             self._compiled[kind, schema] = matcher
             self._compiled.move_to_end((kind, schema))
@@ -107,6 +103,23 @@ class ConstraintCompiler:
         # the format is compiled again.
         return Constraint(
             matcher.deep_copy(), broken=partial(self._compiled.pop, (kind, schema), None))
+
+    def _matcher(self, kind: int, schema: str) -> LLMatcher:
+        try:
+            matcher = LLMatcher(self.vocabulary.index(), _grammar(kind, schema),
+                                limits=LIMITS, log_level=0)
+        except (ValueError, UnreadableVocabulary) as error:
+            raise InvalidFormat(_reason(str(error))) from error
+        trial = matcher
+        if not matcher.is_error():
+            # Compute the text that every answer begins with, of any length, which the first mask
+            # would do otherwise. Whether it has reached a limit shows with the next token.
+            certain = matcher.compute_ff_tokens()
+            trial = matcher.deep_copy()
+            trial.try_consume_tokens(certain[:1])
+        if trial.is_error():
+            raise InvalidFormat(_reason(trial.get_error()))
+        return matcher
 
 
 def _grammar(kind: int, schema: str) -> str:
@@ -120,4 +133,4 @@ def _grammar(kind: int, schema: str) -> str:
 
 def _reason(error: str) -> str:
     """Return the library's message as one line of bounded length."""
-    return ' '.join(error.split())[:MAX_REASON] or 'unknown error'
+    return ' '.join(error.replace('<non-verbose/>', '').split())[:MAX_REASON] or 'unknown error'

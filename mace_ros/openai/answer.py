@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 from mace_ros.msg import Response, ResponseChunk
+from mace_ros.openai.arrivals import Arrivals
 from mace_ros.openai.errors import ApiError, error_of
 from mace_ros.ros.client import MaceClient
+
+MAX_UNREAD = 1000       # chunks of a stream that its client has not read
 
 
 class Answer:
@@ -22,9 +23,10 @@ class Answer:
         """``timeout_s`` is how long to wait for a message; ``fields`` are those of the query."""
         self.id = query_id
         self._timeout_s = timeout_s
-        self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-        self._known = 0     # chunks that :meth:`chunks` has yielded
-        self._handle = client.ask(query_id=query_id, watch=self._wake, **fields)
+        self._arrivals = Arrivals()
+        self._read: int | None = None       # chunks that :meth:`chunks` has yielded
+        self._is_slow = False               # whether too many waited to be read
+        self._handle = client.ask(query_id=query_id, watch=self._on_message, **fields)
 
     def close(self) -> None:
         """Cancel the query unless it has ended."""
@@ -42,13 +44,21 @@ class Answer:
         return None if response is None else error_of(response)
 
     async def chunks(self) -> AsyncIterator[ResponseChunk]:
-        """Yield the chunks up to the response; raises :class:`ApiError`."""
+        """
+        Yield the chunks up to the response; raises :class:`ApiError`.
+
+        The query is cancelled once more than ``MAX_UNREAD`` of them wait to be taken.
+        """
+        self._read = 0
         while True:
-            await self._wait(self._known)
+            await self._wait(self._read)
             done = self._handle.response is not None
-            for chunk in self._handle.chunks[self._known:]:
-                self._known += 1
+            for chunk in self._handle.chunks[self._read:]:
+                self._read += 1
                 yield chunk
+            if done and self._is_slow and self.refused:
+                raise ApiError(408, f'more than {MAX_UNREAD} chunks of the answer were not read',
+                               code='slow_reader')
             if done:
                 return
 
@@ -60,18 +70,20 @@ class Answer:
 
     async def _wait(self, known: int) -> None:
         """Wait until more than ``known`` chunks or the response have arrived."""
-        while self._handle.response is None and len(self._handle.chunks) <= known:
-            if self._handle.lost:
-                raise ApiError(503, self._handle.lost, kind='server_error', code='node_ended')
-            self._changed.clear()    # a message that has arrived since sets it during the wait
-            try:
-                await asyncio.wait_for(self._changed.wait(), self._timeout_s)
-            except (TimeoutError, asyncio.TimeoutError) as error:
-                raise ApiError(
-                    408, f'nothing arrived for {self._timeout_s:g} s', kind='server_error',
-                    code='timeout') from error
+        def arrived() -> bool:
+            handle = self._handle
+            return handle.response is not None or len(handle.chunks) > known
 
-    def _wake(self) -> None:
-        """Wake the event loop; in the client's thread."""
-        with suppress(RuntimeError):    # the loop has ended
-            self._loop.call_soon_threadsafe(self._changed.set)
+        if not await self._arrivals.wait_for(lambda: arrived() or self._handle.lost,
+                                             self._timeout_s):
+            raise ApiError(408, f'nothing arrived for {self._timeout_s:g} s', kind='server_error',
+                           code='timeout')
+        if not arrived():
+            raise ApiError(503, self._handle.lost, kind='server_error', code='node_ended')
+
+    def _on_message(self) -> None:
+        """Let the event loop look; end an answer that is not read; in the client's thread."""
+        if self._read is not None and len(self._handle.chunks) > self._read + MAX_UNREAD:
+            self._is_slow = True
+            self.close()
+        self._arrivals.announce()

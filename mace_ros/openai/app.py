@@ -23,7 +23,8 @@ from starlette.types import Receive, Scope, Send
 from mace_ros.openai.answer import Answer
 from mace_ros.openai.counting import CountingMiddleware
 from mace_ros.openai.errors import ApiError, error_of, error_of_body
-from mace_ros.openai.feedback import Feedback
+from mace_ros.openai.feedback import Feedback, WAITING
+from mace_ros.openai.lifecycle import LifecycleState
 from mace_ros.openai.limits import Limits, LimitsMiddleware
 from mace_ros.openai.metrics import Metrics
 from mace_ros.openai.models import Models
@@ -42,7 +43,8 @@ class Server:
                  timeout_s: float) -> None:
         """``timeout_s`` is how long a request waits for a message of the node."""
         self._client, self._models, self._timeout_s = client, models, timeout_s
-        self._feedback, self._metrics = Feedback(client, timeout_s), metrics
+        self._feedback, self._metrics = Feedback(client), metrics
+        self._lifecycle = LifecycleState(client)
 
     # -- endpoints -------------------------------------------------------------------
 
@@ -65,19 +67,23 @@ class Server:
         return JSONResponse(self._models.one(http.path_params['model']))
 
     async def give_feedback(self, http: HttpRequest) -> HttpResponse:
-        """Correct a completion."""
+        """Correct a completion; the reply is a 202 if the correction has no status yet."""
         request = await _parsed(http, FeedbackRequest)
         self._must_serve()
-        return JSONResponse(await self._feedback.give(request))
+        given = await self._feedback.give(request)
+        return JSONResponse(given, 202 if given['status'] == WAITING else 200)
 
     async def feedback_status(self, http: HttpRequest) -> HttpResponse:
         """Return the status of a correction."""
         return JSONResponse(self._feedback.status(http.path_params['feedback']))
 
     async def health(self, http: HttpRequest) -> HttpResponse:
-        """Return 200 if the node is ready."""
+        """Return 200 if the node is active, otherwise 503; both with its lifecycle state."""
+        state = await self._lifecycle.label()
+        if state != 'active':
+            return self._not_ready(state).reply(state=state)
         self._must_serve()
-        return JSONResponse({'status': 'ok'})
+        return JSONResponse({'status': 'ok', 'state': state})
 
     async def metrics(self, http: HttpRequest) -> HttpResponse:
         """Return the metrics in Prometheus' text format."""
@@ -114,8 +120,11 @@ class Server:
 
     def _must_serve(self) -> None:
         if self._client.version() is None or not self._client.is_connected():
-            raise ApiError(503, f'{self._client.name} is not ready', kind='server_error',
-                           code='not_ready')
+            raise self._not_ready('not ready')
+
+    def _not_ready(self, state: str) -> ApiError:
+        return ApiError(503, f'{self._client.name} is {state}', kind='server_error',
+                        code='not_ready')
 
 
 class AnswerStream(StreamingResponse):

@@ -41,10 +41,14 @@ class ApiError(Exception):
         return {'error': {'message': str(self), 'type': self.kind, 'param': self.param,
                           'code': self.code}}
 
-    def reply(self) -> JSONResponse:
-        """Return the reply; clients wait and try again after 429 and 503."""
+    def reply(self, **beside: str) -> JSONResponse:
+        """
+        Return the reply, with other fields ``beside`` the error.
+
+        Clients wait and try again after 429 and 503.
+        """
         headers = {'Retry-After': str(RETRY_AFTER_S)} if self.status in (429, 503) else None
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse({**self.body, **beside}, self.status, headers)
 
 
 def error_of(response: Response) -> ApiError | None:

@@ -12,8 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mace_ros.openai.errors import ApiError
 
-BODY_TIMEOUT_S = 30.0       # for the whole body to arrive
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,6 +20,7 @@ class Limits:
     key: str = ''
     max_body_bytes: int = 2**20
     max_concurrent: int = 64
+    body_timeout_s: float = 30.0        # for the whole body to arrive
 
 
 class LimitsMiddleware:
@@ -68,7 +67,7 @@ class LimitsMiddleware:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await asyncio.wait_for(self._body(receive), BODY_TIMEOUT_S)
+            body = await asyncio.wait_for(self._body(receive), self._limits.body_timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
             error = ApiError(408, 'the body did not arrive', code='timeout')
             await error.reply()(scope, receive, send)

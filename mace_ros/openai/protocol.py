@@ -182,10 +182,12 @@ class FeedbackRequest(Body):
     """
     The body of /v1/feedback; one of ``corrected``, ``hint`` and ``rating`` is needed.
 
-    ``id`` is that of a completion, or of the feedback whose proposal is confirmed.
+    ``id`` is that of a completion, or of the feedback whose proposal is confirmed;
+    ``feedback_id`` is the one that this feedback shall have.
     """
 
     id: Text = Field(min_length=1)
+    feedback_id: str | None = Field(None, pattern=r'^[\w.:-]{1,128}$')
     corrected: Text | None = None
     hint: Text | None = None
     rating: Literal['down'] | None = None

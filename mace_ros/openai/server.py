@@ -15,6 +15,8 @@ from mace_ros.cli.common import parse, parser, run
 from mace_ros.ros.client import MaceClient
 
 LIBRARIES = 'starlette uvicorn pydantic prometheus-client'     # the extra mace-ros[openai]
+MAX_TIMEOUT_S = 1e6     # of a socket
+SEND_BUFFER = 2**18     # bytes of a reply in the kernel that the client has not read
 SHUTDOWN_S = 2      # for running answers, after which they are cancelled
 
 
@@ -29,13 +31,14 @@ def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
         print(f'{error.name} is missing: pip install {LIBRARIES}', file=sys.stderr)
         return 2
     try:
-        listener = listen(given.host, given.port)
+        listener = listen(given.host, given.port, given.timeout)
     except OSError as error:
         print(f'--host {given.host} --port {given.port}: {error}', file=sys.stderr)
         return 2
     app = build_app(
         client, model_name=given.model_name or client.name.strip('/'), timeout_s=given.timeout,
-        limits=Limits(key, given.max_body_bytes, given.max_concurrent))
+        limits=Limits(key, given.max_body_bytes, given.max_concurrent,
+                      min(Limits.body_timeout_s, given.timeout)))
     server = uvicorn.Server(uvicorn.Config(
         app, log_level='warning', access_log=False, timeout_graceful_shutdown=SHUTDOWN_S))
     host = f'[{given.host}]' if ':' in given.host else given.host
@@ -48,13 +51,22 @@ def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
     return 0
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raises ``OSError``."""
+def listen(host: str, port: int, unread_s: float) -> socket.socket:
+    """
+    Return a listening socket; raises ``OSError``.
+
+    Its connections end once a client has read nothing of what waits for it for ``unread_s``.
+    """
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=512)
-    # Connections inherit it. asyncio sets it only on sockets that name their protocol; without it
-    # the second part of a reply waits 40 ms for the client's delayed acknowledgement.
+    # Connections inherit these options. asyncio sets TCP_NODELAY only on sockets that name their
+    # protocol; without it the second part of a reply waits 40 ms for the client's delayed
+    # acknowledgement. The kernel ends a connection whose client does not read, whatever waits for
+    # it in asyncio; uvicorn then reports a client that has disconnected.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT,
+                        int(min(max(unread_s, 1.0), MAX_TIMEOUT_S) * 1e3))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     return listener
 
 

@@ -171,6 +171,11 @@ class MaceClient:
         self._query.publish(query)
         return answer
 
+    def is_answering(self, query_id: str) -> bool:
+        """Return whether a query of this client has no response yet."""
+        with self._changed:
+            return query_id in self._answers
+
     def cancel(self, query_id: str) -> None:
         """Cancel a query, of this client or of another one."""
         message = Cancel(query_id=query_id)
@@ -180,9 +185,11 @@ class MaceClient:
     # -- corrections and versions --------------------------------------------------------
 
     def correct(self, corrected: str = '', *, correction_id: str = '',
-                **fields: Any) -> CorrectionHandle:
+                watch: Callable[[], None] | None = None, **fields: Any) -> CorrectionHandle:
         """
         Send the right answer; ``fields`` are other fields of ``Correction.msg``.
+
+        ``watch`` is called as that of :meth:`ask`, after each status.
 
         One of ``query_id``, ``conversation_id`` and ``prompt`` is required. An empty
         ``corrected`` with a ``hint`` asks for a proposal, and without one is a thumbs-down. The
@@ -197,7 +204,7 @@ class MaceClient:
             handle = self._corrections.get(correction.id)
             if handle is None or handle.lost or handle in self._leaving:
                 handle = self._corrections[correction.id] = CorrectionHandle(
-                    correction.id, self._changed)
+                    correction.id, self._changed, watch)
         self._correction.publish(correction)
         return handle
 
@@ -252,7 +259,7 @@ class MaceClient:
                 handle.statuses.append(message)
                 if handle.is_final():
                     del self._corrections[message.id]
-                self._changed.notify_all()
+                handle.notify()
 
     def _on_version(self, message: AdapterVersion) -> None:
         if message.state == AdapterVersion.PUBLISHED:
@@ -267,10 +274,9 @@ class MaceClient:
         with self._changed:
             for handle in self._leaving:
                 handle.lost = f'{self.name} has disappeared'
-                if isinstance(handle, AnswerHandle):
-                    if self._answers.get(handle.id) is handle:
-                        del self._answers[handle.id]
-                    handle.notify()
+                if self._answers.get(handle.id) is handle:
+                    del self._answers[handle.id]
+                handle.notify()
             self._leaving = []
             self._poll_presence()
             self._changed.notify_all()

@@ -17,7 +17,23 @@ FINAL_STATES = (CorrectionStatus.LEARNED, CorrectionStatus.SUPERSEDED,
 UNTIL_POLL_S = 0.02
 
 
-class AnswerHandle:
+class Handle:
+    """What was sent under ``id``; ``lost`` says why nothing will arrive, if the node has ended."""
+
+    def __init__(self, sent_id: str, changed: threading.Condition,
+                 watch: Callable[[], None] | None) -> None:
+        """``watch`` is called in the client's thread after each change."""
+        self.id, self.lost = sent_id, ''
+        self._changed, self._watch = changed, watch
+
+    def notify(self) -> None:
+        """Wake all that wait for a change; the condition is held."""
+        self._changed.notify_all()
+        if self._watch is not None:
+            self._watch()
+
+
+class AnswerHandle(Handle):
     """
     A query that was sent; iterate over it for the text of its answer as it arrives.
 
@@ -28,14 +44,12 @@ class AnswerHandle:
     def __init__(self, query_id: str, changed: threading.Condition,
                  cancel: Callable[[str], None], watch: Callable[[], None] | None = None) -> None:
         """``watch`` is called in the client's thread after each change."""
-        self.id = query_id
-        self._watch = watch
+        super().__init__(query_id, changed, watch)
         self.asked_at = time.monotonic()
         self.first_text_at: float | None = None
         self.chunks: list[ResponseChunk] = []
         self.response: Response | None = None
-        self.lost = ''      # why no response will arrive, if the node has ended
-        self._changed, self._cancel = changed, cancel
+        self._cancel = cancel
 
     def __iter__(self) -> Iterator[str]:
         return self.stream()
@@ -85,12 +99,6 @@ class AnswerHandle:
             self._wait(self.is_complete, timeout_s)
         return self.response
 
-    def notify(self) -> None:
-        """Wake all that wait for a change; the condition is held."""
-        self._changed.notify_all()
-        if self._watch is not None:
-            self._watch()
-
     def cancel(self) -> None:
         """Cancel the query; its response will say CANCELLED."""
         self._cancel(self.id)
@@ -119,14 +127,18 @@ class AnswerHandle:
             raise ConnectionError(f'query {self.id}: {self.lost}')
 
 
-class CorrectionHandle:
-    """A correction that was sent; ``statuses`` are those received so far."""
+class CorrectionHandle(Handle):
+    """
+    A correction that was sent; ``statuses`` are those received so far.
 
-    def __init__(self, correction_id: str, changed: threading.Condition) -> None:
-        self.id = correction_id
+    If it is lost before the first one, the node may not have received it.
+    """
+
+    def __init__(self, correction_id: str, changed: threading.Condition,
+                 watch: Callable[[], None] | None = None) -> None:
+        """``watch`` is called in the client's thread after each change."""
+        super().__init__(correction_id, changed, watch)
         self.statuses: list[CorrectionStatus] = []
-        self.lost = ''      # why the node may not have received it, if the node has ended
-        self._changed = changed
 
     @property
     def status(self) -> CorrectionStatus | None:

@@ -120,6 +120,8 @@ def test_a_token_that_is_not_allowed_is_an_error(
     (ResponseFormat.JSON_SCHEMA, '{"not": ' * 5000 + '{}' + '}' * 5000, 'recursion'),
     (ResponseFormat.REGEX, '(', 'unclosed|parenthes'),
     (ResponseFormat.REGEX, '(?=a)b', 'look'),
+    (ResponseFormat.REGEX, 'a{1000}{1000}', 'too many'),        # not with the first mask
+    (ResponseFormat.JSON_SCHEMA, '{"type": "string", "pattern": "^a{1000000}$"}', 'too many'),
     (ResponseFormat.GRAMMAR, 'start: undefined', 'undefined'),
     (ResponseFormat.GRAMMAR, '%&/()', '.')])
 def test_an_invalid_format_is_refused_with_the_reason(
@@ -131,6 +133,7 @@ def test_an_invalid_format_is_refused_with_the_reason(
 
 @pytest.mark.parametrize(('kind', 'schema'), [
     (ResponseFormat.REGEX, '(a{1,900}){1,900}'),
+    (ResponseFormat.REGEX, 'a{1000}{1000}'),
     (ResponseFormat.REGEX, '(a|b)*a(a|b){40}(c|d)*c(c|d){40}'),
     (ResponseFormat.GRAMMAR, 'start: a{1,30000}\n' + 'a: "x" | "y" a'),
     (ResponseFormat.JSON_SCHEMA, json.dumps({'enum': [f'{i:x}' * 4 for i in range(5000)]})),
@@ -147,6 +150,17 @@ def test_no_format_takes_long(compiler: ConstraintCompiler, kind: ResponseFormat
     except (InvalidFormat, ConstraintBroken):
         pass
     assert time.process_time() - began < 2.0
+
+
+def test_a_long_text_that_becomes_certain_ends_the_answer(
+        chat: ChatTokenizer, compiler: ConstraintCompiler) -> None:
+    """One mask would compute it for a second, and each later one for some milliseconds."""
+    constraint = compiler.compile(ResponseFormat.REGEX, 'b|xa{1000}{60}')
+    [x] = chat.tokenizer.encode('x', add_special_tokens=False)
+    constraint.advance(x)
+    [forced] = allowed(constraint)
+    with pytest.raises(ConstraintBroken, match='too many'):
+        constraint.advance(forced)
 
 
 def test_tokens_have_their_bytes(chat: ChatTokenizer, compiler: ConstraintCompiler) -> None:

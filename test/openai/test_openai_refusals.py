@@ -76,6 +76,7 @@ def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) ->
     for method, path, body in (('POST', '/v1/chat/completions', HI), ('GET', '/health', None)):
         status, reply, headers = server.request(method, path, body, KEY)
         assert (status, reply['error']['code'], headers['retry-after']) == (503, 'not_ready', '1')
+    assert server.request('GET', '/health')[1]['state'] == 'absent'
     assert server.request('GET', '/v1/models', None, KEY)[1] == {'object': 'list', 'data': []}
 
 
@@ -166,7 +167,7 @@ def test_missing_libraries_are_named_with_how_to_install_them(
 
 
 def test_replies_are_sent_without_delay() -> None:
-    with listen('127.0.0.1', 0) as listener, socket.create_connection(listener.getsockname()):
+    with listen('127.0.0.1', 0, 60.0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from lifecycle_msgs.srv import GetState
 import pytest
@@ -144,10 +146,18 @@ def test_a_killed_node_is_restarted(tmp_path):
 
 
 def test_openais_api_is_served_for_the_node_of_the_namespace(tmp_path):
-    with launched(tmp_path, 'namespace:=robot1 autostart:=false openai:=true '
-                            'openai_port:=0') as printed:
-        assert wait_until(lambda: re.search(
-            r'/robot1/mace is served on http://127\.0\.0\.1:\d+/v1', printed()), START_S), printed()
+    (tmp_path / 'key').write_text('a key\n')
+    with launched(tmp_path, 'namespace:=robot1 autostart:=false openai:=true openai_port:=0 '
+                            f'openai_host:=127.0.0.2 openai_key_file:={tmp_path}/key') as printed:
+        def served() -> re.Match[str] | None:
+            return re.search(
+                r'/robot1/mace is served on (http://127\.0\.0\.2:\d+/v1)', printed())
+
+        assert wait_until(served, START_S), printed()
+        models = f'{served()[1]}/models'
+        with pytest.raises(HTTPError, match='401'):
+            urlopen(models, timeout=20.0)
+        assert urlopen(Request(models, headers={'Authorization': 'Bearer a key'}), timeout=20.0)
 
 
 def test_rqt_shows_the_topics_of_the_namespace(tmp_path):

@@ -1,0 +1,240 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The server beside a node that is stopped, busy or inactive, and clients that do not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, ExitStack
+import http.client
+import json
+from pathlib import Path
+import signal
+import socket
+import time
+
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+import pytest
+from support.graph import ENVIRONMENT, wait_until
+from support.openai_server import ServerProcess
+from support.robot import RANDOM_MODEL
+from support.ros_graph import call, NodeProcess, set_parameters
+
+from mace_ros.ros.client import MaceClient
+
+pytestmark = pytest.mark.timeout(200)
+
+TIMEOUT_S = 2.0         # of the impatient server
+END_TOKENS = dict.fromkeys(('0', '2'), -100)    # of the model: the answer does not end by itself
+CHAT = '/v1/chat/completions'
+
+
+def hi(**options: object) -> dict[str, object]:
+    return {'model': 'mace', 'messages': [{'role': 'user', 'content': 'Hi.'}], 'max_tokens': 5,
+            'temperature': 0.0, **options}
+
+
+@pytest.fixture(scope='module')
+def node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        made = NodeProcess(tmp_path_factory.mktemp('node'), **{
+            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
+            **RANDOM_MODEL})
+        made.start()
+        try:
+            yield made
+        finally:
+            made.kill()
+
+
+@contextmanager
+def serving(folder: Path, node: NodeProcess, *arguments: str) -> Iterator[ServerProcess]:
+    """Yield a server that is ready, and must end by itself when it is told to."""
+    made = ServerProcess(folder, *arguments)
+    try:
+        assert wait_until(lambda: made.request('GET', '/health')[0] == 200, 100.0), node.log
+        yield made
+        assert made.stop() == 0, made.log
+        assert 'Traceback' not in made.log
+    finally:
+        made.process.kill()
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory: pytest.TempPathFactory, node: NodeProcess) -> Iterator[ServerProcess]:
+    with serving(tmp_path_factory.mktemp('server'), node) as made:
+        yield made
+
+
+@pytest.fixture(scope='module')
+def impatient(tmp_path_factory: pytest.TempPathFactory,
+              node: NodeProcess) -> Iterator[ServerProcess]:
+    """Yield a server that waits two seconds for the node and for its clients."""
+    with serving(tmp_path_factory.mktemp('impatient'), node, '--timeout', str(TIMEOUT_S),
+                 '--max-concurrent', '3') as made:
+        yield made
+
+
+@contextmanager
+def stopped(node: NodeProcess) -> Iterator[None]:
+    node.send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        node.send(signal.SIGCONT)
+
+
+@contextmanager
+def streamed(server: ServerProcess, **options: object) -> Iterator[http.client.HTTPResponse]:
+    """Yield the reply to a streamed request; leave it early by closing its connection."""
+    connection = http.client.HTTPConnection('127.0.0.1', server.port, timeout=100.0)
+    try:
+        connection.request('POST', CHAT, json.dumps(hi(stream=True, **options)))
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def cancelled(server: ServerProcess) -> float:
+    return server.metric('mace_queries_total{finish_reason="cancelled"}')
+
+
+def test_a_node_that_sends_nothing_is_a_timeout(
+        impatient: ServerProcess, node: NodeProcess) -> None:
+    with streamed(impatient, max_tokens=3000, logit_bias=END_TOKENS) as begun:
+        assert begun.readline().startswith(b'data: {')
+        with stopped(node), ThreadPoolExecutor(2) as threads:
+            replies = threads.map(lambda stream: impatient.request(
+                'POST', CHAT, hi(stream=stream)), (False, True))
+            for status, body, _ in replies:
+                assert (status, body['error']['code']) == (408, 'timeout')
+            *_, error, done = [line for line in begun.read().decode().split('\n') if line]
+    assert json.loads(error.removeprefix('data: '))['error']['code'] == 'timeout'
+    assert done == 'data: [DONE]'
+
+
+def test_a_body_that_does_not_arrive_is_a_timeout(impatient: ServerProcess) -> None:
+    with socket.create_connection(('127.0.0.1', impatient.port), 30.0) as connection:
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\n'
+                           b'Content-Length: 9\r\n\r\nhalf')
+        reply = http.client.HTTPResponse(connection)
+        reply.begin()
+        assert (reply.status, json.load(reply)['error']['code']) == (408, 'timeout')
+
+
+def test_a_node_that_does_not_answer_is_not_healthy(
+        server: ServerProcess, node: NodeProcess) -> None:
+    with stopped(node):
+        status, body, headers = server.request('GET', '/health')
+        assert (status, headers.get('retry-after')) == (503, '1')
+        assert body['state'] == 'silent'
+    assert wait_until(lambda: server.request('GET', '/health')[0] == 200, 20.0)
+
+
+def test_an_inactive_node_is_not_healthy(server: ServerProcess, node: NodeProcess) -> None:
+    with MaceClient() as client:
+        def change(transition: int) -> None:
+            assert call(client, ChangeState, '/mace/change_state',
+                        transition=Transition(id=transition)).success
+
+        change(Transition.TRANSITION_DEACTIVATE)
+        try:
+            status, body, headers = server.request('GET', '/health')
+            assert (status, headers.get('retry-after')) == (503, '1')
+            assert (body['state'], body['error']['message']) == ('inactive', '/mace is inactive')
+            status, body, _ = server.request('POST', CHAT, hi())
+            assert (status, body['error']['code']) == (503, 'not_serving')
+        finally:
+            change(Transition.TRANSITION_ACTIVATE)
+    status, body, _ = server.request('GET', '/health')
+    assert (status, body) == (200, {'status': 'ok', 'state': 'active'})
+
+
+@pytest.mark.parametrize(('values', 'options', 'code'), [
+    ({'slo.admission': 'reject'}, {'ttft_slo_ms': 0.001}, 'slo_unreachable'),
+    ({'scheduler.max_queue': 1, 'scheduler.max_requests': 1}, {'max_tokens': 200}, 'overloaded')])
+def test_a_node_that_has_too_much_to_do_is_to_be_asked_again(
+        server: ServerProcess, values: dict[str, object], options: dict[str, object],
+        code: str) -> None:
+    with MaceClient() as client, ThreadPoolExecutor(8) as threads:
+        before = {'slo.admission': 'serve_late', 'scheduler.max_queue': 1000,
+                  'scheduler.max_requests': 16}
+        assert all(ok for ok, _ in set_parameters(client, values))
+        try:
+            replies = list(threads.map(lambda stream: server.request(
+                'POST', CHAT, hi(stream=stream, **options)), (False, True) * 4))
+        finally:
+            set_parameters(client, before)
+    refused = [(body, headers) for status, body, headers in replies if status == 429]
+    assert refused and all(status in (200, 429) for status, _, _ in replies)
+    for body, headers in refused:
+        assert (body['error']['type'], body['error']['code']) == ('rate_limit_error', code)
+        assert body['error']['message'] and headers['retry-after'] == '1'
+
+
+def test_feedback_during_an_answer_waits_for_its_end(
+        server: ServerProcess, node: NodeProcess) -> None:
+    with streamed(server, max_tokens=300, logit_bias=END_TOKENS) as reply:
+        completion = json.loads(reply.readline().removeprefix(b'data: '))['id']
+        body = {'id': completion, 'corrected': 'Hello.', 'feedback_id': 'greeting'}
+        status, feedback, _ = server.request('POST', '/v1/feedback', body)
+        assert (status, feedback['id'], feedback['status']) == (202, 'greeting', 'waiting')
+        assert server.request('GET', '/v1/feedback/greeting')[1] == feedback
+        assert server.request('POST', '/v1/feedback', body)[0] == 409
+        assert reply.read().endswith(b'data: [DONE]\n\n')
+    assert wait_until(lambda: server.request('GET', '/v1/feedback/greeting')[1]['status'] in (
+        'accepted', 'training', 'learned'), 20.0)
+
+
+def test_feedback_on_an_answer_that_another_client_gets_does_not_hold_the_server_up(
+        tmp_path: Path, node: NodeProcess) -> None:
+    with MaceClient() as client:
+        client.wait_until_ready(20.0)
+        answer = client.ask('Sing.', max_tokens=3900, logit_bias_tokens=[0, 2],
+                            logit_bias_values=[-100.0, -100.0])
+        assert next(iter(answer))
+        with serving(tmp_path, node) as server, ThreadPoolExecutor(40) as threads:
+            replies = list(threads.map(lambda _: server.request(
+                'POST', '/v1/feedback', {'id': answer.id, 'rating': 'down'}), range(40)))
+            assert {(status, body['status']) for status, body, _ in replies} == {(202, 'waiting')}
+            ending = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() < ending + 10.0
+            assert not answer.is_complete()
+        answer.cancel()
+
+
+@contextmanager
+def unread(server: ServerProcess, **options: object) -> Iterator[socket.socket]:
+    """Ask for a long stream; yield its connection, which has read nothing."""
+    body = json.dumps(hi(stream=True, logprobs=True, top_logprobs=20, logit_bias=END_TOKENS,
+                         **options)).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(('127.0.0.1', server.port))
+        connection.sendall(b'POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n' % (
+            CHAT.encode(), len(body)) + body)
+        yield connection
+
+
+def test_a_stream_that_is_not_read_does_not_fill_the_memory(server: ServerProcess) -> None:
+    before = cancelled(server)
+    with unread(server, n=4, max_tokens=900) as connection:
+        assert wait_until(lambda: cancelled(server) == before + 1, 60.0)
+        connection.settimeout(30.0)
+        end = b''
+        while b'[DONE]' not in end:
+            end = end[-1000:] + connection.recv(2**16)
+    assert b'"code":"slow_reader"' in end
+
+
+def test_a_client_that_does_not_read_loses_its_connection(impatient: ServerProcess) -> None:
+    with ExitStack() as clients:
+        for _ in range(3):      # all that may run at once
+            clients.enter_context(unread(impatient, max_tokens=900))
+        assert wait_until(lambda: impatient.request('POST', CHAT, hi())[0] == 429, 20.0)
+        assert wait_until(lambda: impatient.request('POST', CHAT, hi())[0] == 200, 60.0)
