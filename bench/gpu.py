@@ -131,7 +131,8 @@ def measure_passes(shape: str, run: Run, samples: Samples) -> None:
     if args.device == 'cuda':
         end = time.monotonic() + CAPTURE_S
         captured = capture(model, max_rows=4, max_tokens=256, max_context=1024,
-                           may_continue=lambda: time.monotonic() < end)
+                           may_continue=lambda: time.monotonic() < end,
+                           free_bytes=lambda: torch.cuda.mem_get_info()[0])
         run.notes.append(f'{shape}: {captured}')
         run.say(run.notes[-1])
     trainer = Trainer(lora, 1e-9)
