@@ -12,6 +12,7 @@ import torch
 from mace_ros.memory.budget import MB
 from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor, largest_first
 from mace_ros.model.cuda_graph_runner import CudaGraphRunner
+from mace_ros.model.graph_check import largest_error, limit
 from mace_ros.model.graphed_layers import GraphedLayers
 from mace_ros.model.packed_model import PackedModel
 
@@ -51,10 +52,12 @@ def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: 
     """
     Capture graphs while ``may_continue()`` and enough of ``free_bytes()`` is left.
 
-    Shapes that are not captured run eagerly. Without ``steps``, only passes are captured:
-    graphs of training layers hold what each layer keeps for its backward. Call this after the
-    adapter slots were allocated, since graphs replay on their addresses.
+    Shapes that are not captured run eagerly, and all do if a graph does not compute the logits
+    of an eager pass; the check overwrites the first KV blocks. Without ``steps``, only passes
+    are captured: graphs of training layers hold what each layer keeps for its backward. Call
+    this after the adapter slots were allocated, since graphs replay on their addresses.
     """
+    torch.cuda.empty_cache()
     report, before = CaptureReport(), torch.cuda.memory_reserved()
 
     def may_go_on() -> bool:
@@ -69,7 +72,11 @@ def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: 
     runner = CudaGraphRunner(model)
     intact = _capture_passes(runner, report, may_go_on, largest_first(
         batch_descriptors(max_rows, max_tokens, max_context)))
-    report.passes = len(runner)
+    error, where = largest_error(model, runner)
+    if error > limit(model):
+        report.failures.insert(0, f'{where} under a graph is off by {error:.2g} (relative)')
+    else:
+        report.passes = len(runner)
     model.graphs = runner if report.passes else None
     if steps and intact:
         _capture_steps(model, report, may_go_on)
