@@ -15,6 +15,8 @@ from mace_ros.model import attention
 from mace_ros.model.batch_descriptor import BatchDescriptor
 from mace_ros.model.cuda_graph_runner import CudaGraphRunner
 from mace_ros.model.graphed_layers import GraphedLayers
+from mace_ros.model.int4 import GROUP, Int4Values, Int4Weight
+from mace_ros.model.int4_kernels import Int4Kernel, TensorCoreLayout
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 META = torch.device('meta')
 
 
-def on_meta(family: str, layers: int = 3) -> PackedModel:
+def on_meta(family: str, layers: int = 3, *, int4: bool = False) -> PackedModel:
     """Return a packed model without values."""
     changes = {} if layers == 3 else {'num_hidden_layers': layers}
     cache = pack(tiny_model(family, **changes), kv_tokens=16).kv_cache
@@ -34,9 +36,20 @@ def on_meta(family: str, layers: int = 3) -> PackedModel:
               for k, v in zip(cache.keys, cache.values, strict=True)]
     model = PackedModel(tiny_model(family, **changes).to(torch.bfloat16).to(META))
     model.allocate_kv_cache(shapes, 64)
+    if int4:
+        model.use_int4({x.name: four_bits(x.weight) for x in model.linears})
     LoRAManager(model.linears, targets=TARGETS.get(family, 'all-linear'), rank=RANK, alpha=4.0,
                 slots=2)
     return model
+
+
+def four_bits(weight: torch.Tensor) -> Int4Weight:
+    """Return a weight of the shape of ``weight`` as CUDA's product takes it."""
+    kernel = Int4Kernel(META, torch.bfloat16, TensorCoreLayout(), has_product=True)
+    outputs, inputs = weight.shape
+    scales = torch.zeros(outputs, inputs // GROUP, device=META)
+    return Int4Weight.of(Int4Values(
+        torch.zeros(outputs, inputs, dtype=torch.uint8, device=META), scales, scales), kernel)
 
 
 def passes(model: PackedModel) -> dict[str, tuple[list[Span], PiggybackSpans | None]]:
@@ -51,9 +64,10 @@ def passes(model: PackedModel) -> dict[str, tuple[list[Span], PiggybackSpans | N
             'all': ([*decode, chunk], piggyback)}
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_captured_passes_never_wait_and_attend_by_fused_kernels(family: str) -> None:
-    model = on_meta(family)
+@pytest.mark.parametrize('family, int4', [
+    *((family, False) for family in FAMILIES), ('llama', True), ('qwen2', True)])
+def test_captured_passes_never_wait_and_attend_by_fused_kernels(family: str, int4: bool) -> None:
+    model = on_meta(family, int4=int4)
     faults = {}
     for name, (spans, piggyback) in passes(model).items():
         runner = CudaGraphRunner(model)
@@ -62,6 +76,7 @@ def test_captured_passes_never_wait_and_attend_by_fused_kernels(family: str) -> 
             logits = prepared.run(spans, piggyback)
         assert logits.shape[0] == len(spans)
         faults[name] = (log.uploads, log.faults)
+        assert ('_weight_int4pack_mm' in log.kernels) == int4
     assert faults == dict.fromkeys(faults, (1, []))
 
 
