@@ -54,7 +54,8 @@ class DeviceLog(TorchDispatchMode):
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         """Record an operation, and run it."""
         name = func.name().removeprefix('aten::').split('.')[0]
-        result = func(*args, **(kwargs or {}))
+        result = (_int4_product(*args) if name == '_weight_int4pack_mm'
+                  else func(*args, **(kwargs or {})))
         given, made = (_places(x) for x in ((args, kwargs), result))
         if name in ('copy_', '_to_copy', '_foreach_copy_') and given | made == {'cpu', 'meta'}:
             self.uploads += 1
@@ -110,6 +111,16 @@ def runs_as_plain_products(query: Tensor, key: Tensor, value: Tensor,
     if attn_mask is None and is_causal and query.shape[2] > key.shape[2]:
         return 'with more queries than keys'
     return ''
+
+
+def _int4_product(rows: Tensor, packed: Tensor, group: int, scales_and_zeros: Tensor) -> Tensor:
+    """Return an empty product; torch 2.13 knows its shape only under FakeTensorMode."""
+    eighths, columns, lanes, pairs = packed.shape
+    inputs = columns * pairs * 32
+    assert (lanes, packed.dtype) == (32, torch.int32) and rows.shape[1] == inputs
+    assert rows.dtype == scales_and_zeros.dtype == torch.bfloat16 and rows.is_contiguous()
+    assert scales_and_zeros.shape == (inputs // group, eighths * 8, 2)
+    return rows.new_empty(len(rows), eighths * 8)
 
 
 def _places(tree: Any) -> set[str]:
