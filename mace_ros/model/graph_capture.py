@@ -72,9 +72,9 @@ def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: 
     runner = CudaGraphRunner(model)
     intact = _capture_passes(runner, report, may_go_on, largest_first(
         batch_descriptors(max_rows, max_tokens, max_context)))
-    error, where = largest_error(model, runner)
-    if error > limit(model):
-        report.failures.insert(0, f'{where} under a graph is off by {error:.2g} (relative)')
+    difference = _difference(model, runner)
+    if difference:
+        report.failures.insert(0, difference)
     else:
         report.passes = len(runner)
     model.graphs = runner if report.passes else None
@@ -98,6 +98,17 @@ def _capture_passes(runner: CudaGraphRunner, report: CaptureReport,
         if in_a_row == MAX_FAILURES or not may_go_on():
             break
     return True
+
+
+def _difference(model: PackedModel, runner: CudaGraphRunner) -> str:
+    """Return how passes under graphs differ from eager ones; empty if only by rounding."""
+    try:
+        error, where = largest_error(model, runner)
+    except RuntimeError as failure:     # includes lack of memory
+        return f'passes under graphs fail: {failure}'
+    if error <= limit(model):
+        return ''
+    return f'{where} under a graph is off by {error:.2g} (relative)'
 
 
 def _capture_steps(model: PackedModel, report: CaptureReport,

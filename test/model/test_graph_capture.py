@@ -131,19 +131,22 @@ def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
     assert (report.passes, report.failures) == (PASSES, [])
 
 
+@pytest.mark.parametrize('raises', [False, True])
 def test_graphs_that_compute_something_else_are_not_used(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        raises: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lora, reference = with_reference(tiny_model('llama'))
     run = CapturedPass.run
 
     def wrong(*args: Any) -> torch.Tensor:
+        if raises:
+            raise RuntimeError('injected')
         return run(*args) * 1.01
 
     with monkeypatch.context() as patch:
         patch.setattr(CapturedPass, 'run', wrong)
         report = captured(model, monkeypatch)
     assert (report.passes, report.steps, model.graphs) == (0, STEPS, None)
-    assert 'off by 0.01' in str(report)
+    assert ('injected' if raises else 'off by 0.01') in str(report)
     assert_serves(model, lora, reference)
 
 
