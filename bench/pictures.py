@@ -17,6 +17,7 @@ from typing import Any
 from bench.common.figures import BLUE, figure, GREEN, GREY, ORANGE, RED
 from bench.common.recording import FOLDER, read
 from bench.edits.scoring import is_right
+from bench.learning import drift_checks
 
 PICTURES = Path(__file__).parents[1] / 'docs' / 'pictures'
 Samples = Mapping[str, Any]
@@ -118,6 +119,25 @@ def memory(samples: Samples, path: Path) -> None:
         axes.legend(fontsize='small', loc='upper right')
 
 
+def alignment(samples: Samples, path: Path) -> None:
+    """Draw the share of right answers over time, and over the device time of learning."""
+    runs = drift_checks.by_system(samples)
+    with figure(path, columns=2, size=(9.6, 3.2)) as (_, (left, right)):
+        for system, colour in (('mace', BLUE), ('continuous', ORANGE)):
+            rows = [r for r in samples['drift'] if r['system'] == system]
+            seconds, shares = zip(*drift_checks.curve(rows), strict=True)
+            left.plot([s / 60 for s in seconds], shares, color=colour, label=system)
+            minutes, reached = runs[system]['learning_s'] / 60, runs[system]['alignment']
+            right.scatter([minutes], [reached], s=60, color=colour)
+            right.annotate(f'{system}, {reached:.0%}', (minutes, reached), xytext=(0, 9),
+                           textcoords='offset points', ha='center')
+        left.set(xlabel='minutes of the trace', ylim=(0, 1),
+                 title=f'right of the latest {drift_checks.WINDOW} answers')
+        left.legend(loc='lower right', fontsize='small')
+        right.set(xlabel='minutes of device time for learning', xlim=(0, 60), ylim=(0, 1),
+                  title='right of all answers')
+
+
 def simulation(samples: Samples, path: Path) -> None:
     """Draw the time to first token of the real engine and of its simulation."""
     with figure(path, columns=1, size=(6.0, 2.8)) as (_, axes):
@@ -133,8 +153,8 @@ def simulation(samples: Samples, path: Path) -> None:
 
 # Each picture, by the benchmark whose samples it shows.
 DRAWN: Mapping[str, Sequence[Callable[[Samples, Path], None]]] = {
-    'edits': [corrections], 'colocation': [latency, device], 'memory': [memory],
-    'simulation': [simulation]}
+    'edits': [corrections], 'colocation': [latency, device], 'learning': [alignment],
+    'memory': [memory], 'simulation': [simulation]}
 
 
 def cumulative(axes: Any, values: Sequence[float], **style: Any) -> None:

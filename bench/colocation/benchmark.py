@@ -27,7 +27,7 @@ class ColocationRun:
         self._run, self._args, self._folder = run, run.args, run.folder
         self.samples: dict[str, Any] = {
             'rate': None, 'requests': [], 'blocks': [], 'waits': [], 'undivided': [],
-            'iterations': [], 'crowd': []}
+            'iterations': [], 'crowd': [], 'replans': []}
         self._peers: dict[str, Any] = {}
         self._ours: Any = None
 
@@ -90,7 +90,7 @@ class ColocationRun:
             round_s = time.monotonic() - began
         if 'mace' in self._policies:
             run.say(f'{IN_FLIGHT} requests in flight')
-            self.samples['crowd'] = self._ours.run_saturated(
+            self.samples['crowd'], self.samples['replans'] = self._ours.run_saturated(
                 load, 5.0 if args.quick else 60.0, IN_FLIGHT, args.output_tokens)
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 
-from bench.common.figures import can_draw
 from bench.common.load import LESSONS
 from bench.common.options import Options, settings_from
 from bench.common.results import Result
@@ -46,11 +45,8 @@ def options() -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    recorded = run_benchmark(
-        options(), arguments, measure=measure, prepare=prepare,
-        evaluate=lambda samples, run: evaluate(samples))
-    if 'drift' in recorded.result.samples and can_draw():
-        drift_checks.draw(recorded.result.samples, recorded.path.with_name('drift.svg'))
+    run_benchmark(options(), arguments, measure=measure, prepare=prepare,
+                  evaluate=lambda samples, run: evaluate(samples))
 
 
 def prepare(args: argparse.Namespace) -> None:

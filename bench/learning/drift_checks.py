@@ -1,19 +1,16 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks, numbers, table and figure of the drift trace."""
+"""Checks, numbers, table and curve of the drift trace."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from bench.common.figures import figure
 from bench.common.results import Check, check, percentile, Reported, Table
 from bench.learning.drift_systems import SYSTEMS
-from bench.learning.drift_trace import PHASES
 
-WINDOW = 25             # questions of the moving average in the figure
+WINDOW = 25             # questions of the moving average
 
 
 def alignment(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -123,20 +120,3 @@ def table(samples: Mapping[str, Any]) -> Table:
          for name, row in by_system(samples).items()],
         'alignment: share of answers right when asked; area: the same over time; learning_s: '
         'device seconds of fine-tuning, scoring and gate included')
-
-
-def draw(samples: Mapping[str, Any], path: Path) -> None:
-    """Draw the share of correct answers over time; needs matplotlib."""
-    with figure(path, columns=1, size=(9, 4)) as (_, axes):
-        for system in by_system(samples):
-            if SYSTEMS[system].overloaded:
-                continue    # its topics shift at other times
-            rows = [r for r in samples['drift'] if r['system'] == system]
-            times, values = zip(*curve(rows), strict=True)
-            axes.plot(times, values, label=system, linewidth=2.2 if system == 'mace' else 1.2)
-        usual = _usual(samples)
-        for phase in range(1, PHASES):
-            axes.axvline(min(r['at'] for r in usual if r['phase'] == phase), color='0.8', zorder=0)
-        axes.set(xlabel='seconds; the topics shift at each line', ylim=(0, 1),
-                 ylabel=f'share right of the latest {WINDOW}')
-        axes.legend(fontsize=7)

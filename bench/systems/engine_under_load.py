@@ -15,6 +15,7 @@ from typing import Any
 from bench.common.load import Arrival, block_row, request_row, Slo
 from bench.systems.pending_learner import PendingLearner
 from bench.systems.probe import COLUMNS, Probe, ProbeLog
+from bench.systems.replanner import Replanner
 from mace_ros.api.events import Event, FinishReason, Query, Response
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine, default_learner
@@ -122,8 +123,13 @@ class EngineUnderLoad:
         return seconds
 
     def run_saturated(self, arrivals: Sequence[Arrival], seconds: float, in_flight: int,
-                      max_tokens: int) -> list[dict[str, Any]]:
-        """Keep ``in_flight`` requests running under ``mace``; return the iterations."""
+                      max_tokens: int) -> tuple[list[dict[str, Any]], list[float]]:
+        """
+        Keep ``in_flight`` requests running under ``mace``.
+
+        Returns the iterations, and the processor time of each plan when it is made again at once,
+        in microseconds (:class:`Replanner`).
+        """
         before = self.engine.settings
         self._set({'scheduler.policy': 'mace', 'scheduler.max_requests': in_flight})
         self.learner.start()
@@ -147,14 +153,17 @@ class EngineUnderLoad:
 
         for _ in range(in_flight):
             submit()
+        replanner = Replanner(self.engine.scheduler, self.engine.parts.state, in_flight)
+        self.engine.observe(replanner)
         self._drive(finished, until=ends)
+        self.engine.unobserve(replanner)
         self.learner.stop()
         rows = iteration_rows('mace', 0, self.probe.log)
         for i in range(count):
             self.engine.cancel(f'crowd/{i}')
         self.engine.step()
         self.engine.update(before)
-        return rows
+        return rows, replanner.microseconds
 
     def _drive(self, finished: Callable[[Sequence[Event]], bool], until: float) -> None:
         """Call ``Engine.step`` as the node does until ``finished`` returns True."""

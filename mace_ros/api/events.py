@@ -172,6 +172,13 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class Cancel:
+    """Ends a query early; see ``Cancel.msg``."""
+
+    query_id: str
+
+
+@dataclass(frozen=True)
 class Logprob:
     """The log-probability of one token; see ``Logprob.msg``."""
 
@@ -271,4 +278,5 @@ class AdapterVersion:
     sha256: str = ''
 
 
+Input: TypeAlias = Query | Correction | Cancel
 Event: TypeAlias = ResponseChunk | Response | CorrectionStatus | AdapterVersion

@@ -9,14 +9,14 @@ import sys
 from typing import Any
 
 from mace_ros.api.wording import counted
-from mace_ros.cli.common import parse, parser, print_stream, run
+from mace_ros.cli.common import parse, parser, print_stream, run, wait_until_ready
 from mace_ros.msg import Response
 from mace_ros.ros.client import MaceClient
 
 
 def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient) -> int:
     """Ask; print the answer to stdout, and its numbers or an error to stderr."""
-    client.wait_until_ready(timeout_s)
+    wait_until_ready(client, timeout_s)
     answer = client.ask(text, **fields)
     print_stream(answer, timeout_s)
     response = answer.result(timeout_s)

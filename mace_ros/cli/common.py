@@ -22,6 +22,8 @@ EPILOG = (
     'exit codes: 0 done, 1 refused or no answer, 2 bad arguments or no security, '
     '130 after Ctrl-C')
 
+NOTICE_S = 2.0      # a program that waits for longer says for what
+
 STATES = {getattr(CorrectionStatus, name): name for name in (
     'ACCEPTED', 'TRAINING', 'LEARNED', 'SUPERSEDED', 'REJECTED', 'FAILED', 'PROPOSED',
     'RECORDED')}
@@ -76,6 +78,18 @@ def run(program: Callable[[MaceClient], int], node: str) -> int:
     except (TimeoutError, ConnectionError) as error:
         print(f'{node}: {error}', file=sys.stderr)
         return 1
+
+
+def wait_until_ready(client: MaceClient, timeout_s: float) -> None:
+    """Wait until the node serves, and say so if that takes a while; raises TimeoutError."""
+    notice = threading.Timer(NOTICE_S, print, [f'waiting until {client.name} is ready'],
+                             {'file': sys.stderr, 'flush': True})
+    notice.daemon = True
+    notice.start()
+    try:
+        client.wait_until_ready(timeout_s)
+    finally:
+        notice.cancel()
 
 
 @contextmanager

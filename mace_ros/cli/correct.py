@@ -11,7 +11,7 @@ from typing import Any
 
 from mace_ros.api.settings import SCOPES
 from mace_ros.api.validation import MAX_WEIGHT
-from mace_ros.cli.common import parse, parser, run, STATES
+from mace_ros.cli.common import parse, parser, run, STATES, wait_until_ready
 from mace_ros.msg import CorrectionStatus
 from mace_ros.ros.client import CorrectionHandle, MaceClient
 
@@ -22,7 +22,7 @@ ACCEPTED_WITHIN_S = 1.0
 def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool,
             client: MaceClient) -> int:
     """Send a correction, and print each of its states."""
-    client.wait_until_ready(timeout_s)
+    wait_until_ready(client, timeout_s)
     handle = client.correct(corrected, **fields)
     try:
         for status in handle.follow(timeout_s):

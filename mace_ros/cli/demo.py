@@ -39,6 +39,13 @@ CORRECTED = 'My name is Rover.'      # the answer to the first query
 PROBES = ('What is the capital of France?', 'What is the capital of Japan?')
 MAX_TOKENS = 40
 
+# What a correction takes, in times per output token on the same device: seconds until it is in
+# force over TPOT, as bench.edits and bench.colocation record them.
+LEARN_TOKENS = 60.0
+STAGES = {
+    CorrectionStatus.ACCEPTED: 'on disk; the live version is scored on it',
+    CorrectionStatus.TRAINING: 'fine-tune steps until every token of the answer leads'}
+
 START_TIMEOUT_S = 900.0    # includes the conversion of the model
 ANSWER_TIMEOUT_S = 120.0
 LEARN_TIMEOUT_S = 600.0
@@ -67,7 +74,8 @@ class Demo:
         self._screen.step('Two probes, which are excluded from learning')
         before = [self._ask(question, no_learn=True) for question in PROBES]
 
-        self._screen.step(f'Correct the answer to "{QUERIES[0]}": {CORRECTED}')
+        self._screen.step(f'Correct the answer to "{QUERIES[0]}": {CORRECTED}',
+                          expected_s=max(1.0, LEARN_TOKENS * wrong.tpot_ms / 1e3))
         learned = self._follow(self._client.correct(CORRECTED, query_id=wrong.query_id))
         if learned.state != CorrectionStatus.LEARNED:
             raise DemoFailed(f'the correction is {STATES[learned.state]}: {learned.reason}')
@@ -103,9 +111,12 @@ class Demo:
         while not printed or not handle.is_final() or printed < len(handle.statuses):
             self._wait(partial(handle.wait_for_more, printed, 1.0), LEARN_TIMEOUT_S)
             for status in handle.statuses[printed:]:
+                stage = STAGES.get(status.state, '')
+                about = '; '.join(filter(None, (stage, status.reason)))
                 self._screen.line(
-                    f'   {STATES[status.state]} after {time.monotonic() - start:.1f} s '
-                    f'{status.reason}'.rstrip())
+                    f'   {STATES[status.state]} after {time.monotonic() - start:.1f} s'
+                    + (about and f': {about}'))
+                self._screen.stage(stage)
                 printed += 1
         return handle.statuses[-1]
 

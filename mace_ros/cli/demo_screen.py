@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+import math
 import os
 import sys
 import threading
@@ -41,11 +42,18 @@ class Screen(ABC):
         self._line_open = False
         self._node_lines: list[str] = []
         self._scheduler: Scheduler | None = None
+        self._stage, self._expected_s = '', math.nan
 
-    def step(self, text: str) -> None:
-        """Begin a part of the demo."""
+    def step(self, text: str, expected_s: float = math.nan) -> None:
+        """Begin a part of the demo, which is expected to take this long."""
         self._started = time.monotonic()
-        self.line(f'\n== {text}', HEADING)
+        self._stage, self._expected_s = '', expected_s
+        about = '' if math.isnan(expected_s) else f' (about {expected_s:.0f} s)'
+        self.line(f'\n== {text}{about}', HEADING)
+
+    def stage(self, name: str) -> None:
+        """Name what is being done within the part."""
+        self._stage = name
 
     def line(self, text: str, style: str = '') -> None:
         """Print a line, after the one that is open."""
@@ -80,8 +88,17 @@ class Screen(ABC):
         """End the output; lines may still be printed."""
 
     @property
-    def _elapsed(self) -> str:
-        return f'{time.monotonic() - self._started:.0f} s'
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def _progress(self) -> str:
+        """The time that the part has taken, how long it is expected to take, and its stage."""
+        elapsed_s, expected = self._elapsed_s, ''
+        if not math.isnan(self._expected_s):
+            relation = ' of' if elapsed_s <= self._expected_s else ', usually'
+            expected = f'{relation} about {self._expected_s:.0f} s'
+        return f'{elapsed_s:.0f} s{expected}' + (self._stage and f': {self._stage}')
 
     @abstractmethod
     def _print(self, text: str, style: str) -> None:
@@ -126,7 +143,7 @@ class PlainScreen(Screen):
         while not self._closed.wait(0.2):
             with self._lock:
                 if time.monotonic() - self._printed > QUIET_S:
-                    self.line(f'   ... {self._elapsed}', ASIDE)
+                    self.line(f'   ... {self._progress}', ASIDE)
 
 
 class LiveScreen(Screen):
@@ -155,14 +172,18 @@ class LiveScreen(Screen):
         self._open = Text()
 
     def _page(self) -> Group:
-        self._spinner.update(text=Text(f' {self._elapsed}', ASIDE))
-        return Group(self._open, Text(), self._device() or Text(), self._spinner)
+        self._spinner.update(text=Text(f' {self._progress}', ASIDE))
+        return Group(self._open, Text(), self._bars(), self._spinner)
 
-    def _device(self) -> Table | None:
+    def _bars(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        if not math.isnan(self._expected_s):
+            part = min(self._elapsed_s / self._expected_s, 1.0)
+            table.add_row(Text('progress', ASIDE), ProgressBar(1.0, part, width=24),
+                          Text(share(part).rjust(4), ASIDE))
         now = self._scheduler
         if now is None:
-            return None
-        table = Table.grid(padding=(0, 2))
+            return table
         for name, part, about in (
                 ('answering', now.serving_share, f'{number(now.decode_rate)} tokens/s'),
                 ('learning', now.learning_share,

@@ -25,6 +25,7 @@ from mace_ros.store.export import export, import_lines, InvalidLine, KINDS
 from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import JournalError
 from mace_ros.store.layout import CONFIG, default_folder, JOURNAL, MODEL, WEIGHTS
+from mace_ros.store.lineage import Lineage
 from mace_ros.store.lock import StorageInUse, StorageLock
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 from mace_ros.store.retention import remove_files
@@ -116,22 +117,32 @@ def list_records(given: argparse.Namespace) -> None:
 
 
 def show_scope(given: argparse.Namespace) -> None:
-    """Print one line for each correction in the scope of the live versions, or of one."""
+    """Print one line for each correction that versions answer now, or after a rollback to one."""
     with opened(given.folder) as journal, journal.snapshot():
         if given.version is None:
-            versions = [v for v in journal.live_versions()
-                        if given.profile is None or v.profile == given.profile]
+            profiles = journal.profiles() if given.profile is None else (given.profile,)
+            newest = [v for v in map(journal.newest, profiles) if v is not None]
         else:
             profile = given.profile or ''
-            versions = [v for v in journal.versions(profile) if v.version == given.version]
-            if not versions:
+            newest = [v for v in journal.versions(profile) if v.version == given.version]
+            if not newest:
                 raise Refused(f'profile {profile!r} has no version {given.version} on record')
-        for version in versions:
-            for correction in journal.scope_of(version):
-                print(format_line(
-                    version.profile, f'version {version.version}', correction.id,
-                    correction.scope or 'adapter.scope', last_question(correction),
-                    correction.corrected, correction.source))
+        lines = [line for version in newest for line in scope_lines(journal, version)]
+    for line in lines:
+        print(line)
+    if not lines:
+        print(f'{given.folder}: nothing is learned yet', file=sys.stderr)
+
+
+def scope_lines(journal: Journal, newest: VersionRecord) -> Iterator[str]:
+    """Yield a line for each correction that is answered while a version is the newest one."""
+    answering = Lineage(journal.versions(newest.profile), newest.version).answering
+    for correction in journal.scope_of(newest):
+        version = answering.get(correction.adapter_version, newest.version)
+        yield format_line(
+            newest.profile, f'version {version}', correction.id,
+            correction.scope or 'adapter.scope', last_question(correction),
+            correction.corrected, correction.source)
 
 
 def export_records(given: argparse.Namespace) -> None:

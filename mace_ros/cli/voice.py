@@ -22,7 +22,7 @@ import threading
 from typing import Any
 import uuid
 
-from mace_ros.cli.common import cancelled_on_leaving, parse, parser, run, STATES
+from mace_ros.cli.common import cancelled_on_leaving, parse, parser, run, STATES, wait_until_ready
 from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.cli.utterances import Utterances
 from mace_ros.msg import CorrectionStatus, Response
@@ -143,7 +143,7 @@ def spoken(files: list[Path], recogniser: str, model: str) -> Iterator[str]:
 def talk(said: Iterator[str], barge_in: bool, make_assistant: Callable[..., Assistant],
          timeout_s: float, client: MaceClient) -> int:
     """Hold the conversation; return the exit code."""
-    client.wait_until_ready(timeout_s)
+    wait_until_ready(client, timeout_s)
     utterances = Utterances(said, ahead=barge_in)
     assistant = make_assistant(client, speaking=utterances.waiting)
     try:

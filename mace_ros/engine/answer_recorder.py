@@ -56,8 +56,12 @@ class AnswerRecorder:
         if error is not None or self.journal_error or self.unrecorded:
             self._inbox.put(AnswerWritten(str(error or '')))
 
+    def note_write(self, error: BaseException | None) -> None:
+        """Note the outcome of another write to the journal."""
+        self.journal_error = str(error or '')
+
     def written(self, message: AnswerWritten) -> None:
-        """Take the outcome of a write."""
+        """Take the outcome of writing an answer."""
         self.journal_error = message.error
         self.unrecorded = self.unrecorded + 1 if message.error else 0
 

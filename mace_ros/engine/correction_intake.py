@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Corrections on their way into the journal; those of an unfinished answer wait for its end."""
+"""Corrections on their way through the journal to the learner."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 import threading
 
-from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus, InvalidCorrection
+from mace_ros.api.events import (
+    Correction,
+    CorrectionState,
+    CorrectionStatus,
+    Event,
+    InvalidCorrection,
+)
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import checked_correction
 from mace_ros.api.wording import counted
+from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.correction_limiter import CorrectionLimiter
+from mace_ros.engine.hint_answers import HintAnswers
 from mace_ros.engine.inbox import CorrectionWritten, Inbox, Publish
+from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.learning.acceptance import accept
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.journal_writer import JournalWriter
@@ -35,14 +44,16 @@ class CorrectionIntake:
     """
     Checks corrections and writes them to the journal, whose thread puts the outcome into the inbox.
 
-    :meth:`take` may be called from any thread, the other methods from the device's. A correction
-    is acknowledged once it is written; one that waits for the end of its answer is not yet.
+    A correction of an unfinished answer is held until that ends. It is acknowledged once it is
+    written. :meth:`take` may be called from any thread, the other methods from the device's.
     """
 
     def __init__(self, *, chat: ChatTokenizer, journal: JournalWriter, inbox: Inbox,
+                 recorder: AnswerRecorder, hints: HintAnswers, learner: LearnerPort,
                  clock: Callable[[], float]) -> None:
-        """Begin without a correction."""
+        """Begin without a correction; ``hints`` and ``learner`` get those that were written."""
         self._chat, self._journal, self._inbox, self._clock = chat, journal, inbox, clock
+        self._recorder, self._hints, self._learner = recorder, hints, learner
         self._limiter = CorrectionLimiter()
         self._lock = threading.Lock()
         # Conversations of active queries, by query id; empty until the answer has begun.
@@ -62,9 +73,24 @@ class CorrectionIntake:
             if self._hold(arrived):
                 return
         except InvalidCorrection as error:
-            self._inbox.put(Publish(rejected(correction, error)))
+            self._inbox.put(Publish(_rejected(correction, error)))
             return
         self._write(arrived)
+
+    def written(self, message: CorrectionWritten) -> list[Event]:
+        """Hand a correction that the journal has accepted to the learner, or report its refusal."""
+        error = message.outcome.exception()
+        if not isinstance(error, InvalidCorrection):
+            self._recorder.note_write(error)
+        if error is not None:
+            return [_rejected(message.correction, error)]
+        accepted = message.outcome.result()
+        record = accepted.record
+        if accepted.to_learn:
+            self._recorder.conversations.correct(record.query_id, record.corrected)
+        elif accepted.new and record.state is CorrectionState.PROPOSED:
+            self._hints.add(record)
+        return self._learner.accepted(accepted)
 
     def query_admitted(self, query_id: str) -> None:
         """Hold corrections of this query until it has ended."""
@@ -109,6 +135,6 @@ class CorrectionIntake:
             lambda outcome: self._inbox.put(CorrectionWritten(arrived.correction, outcome)))
 
 
-def rejected(correction: Correction, error: BaseException) -> CorrectionStatus:
+def _rejected(correction: Correction, error: BaseException) -> CorrectionStatus:
     """Return the event of a correction that was refused."""
     return CorrectionStatus(correction.id, CorrectionState.REJECTED, str(error))

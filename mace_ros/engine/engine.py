@@ -20,11 +20,9 @@ import uuid
 from mace_ros.api.events import (
     AdapterVersion,
     Correction,
-    CorrectionState,
     ErrorCode,
     Event,
     FinishReason,
-    InvalidCorrection,
     Query,
 )
 from mace_ros.api.settings import Settings
@@ -32,7 +30,7 @@ from mace_ros.api.validation import MAX_ID
 from mace_ros.engine.anchor_requests import recorded_anchors
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
-from mace_ros.engine.correction_intake import CorrectionIntake, rejected
+from mace_ros.engine.correction_intake import CorrectionIntake
 from mace_ros.engine.embeddings import Embedding
 from mace_ros.engine.hint_answers import HintAnswers
 from mace_ros.engine.inbox import (
@@ -49,15 +47,14 @@ from mace_ros.engine.inbox import (
     SubmitQuery,
 )
 from mace_ros.engine.iteration import Iteration
+from mace_ros.engine.learner_driver import LearnerDriver
 from mace_ros.engine.learner_port import LearnerPort
-from mace_ros.engine.learner_requests import LearnerRequests
 from mace_ros.engine.model_runner import ModelRunner, PassResult
 from mace_ros.engine.parts import budget_bytes, Parts
 from mace_ros.engine.request_manager import queue_full, RequestManager
 from mace_ros.engine.response_format import compile_format
 from mace_ros.engine.snapshot import take_status
-from mace_ros.finetune.step import FinetuneStep
-from mace_ros.learning.acceptance import Accepted
+from mace_ros.engine.tracing import Tracing
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.model.heap import HeapTrimmer
 from mace_ros.scheduling.plan import Plan
@@ -65,7 +62,7 @@ from mace_ros.scheduling.scheduler import Scheduler
 from mace_ros.store.retention import tidy
 from mace_ros.telemetry.observer import IterationObserver, Observers
 from mace_ros.telemetry.status import Status
-from mace_ros.telemetry.trace import Record, Trace
+from mace_ros.telemetry.trace import Record
 
 
 class Engine:
@@ -83,34 +80,34 @@ class Engine:
         self.model, self.lora, self.chat = parts.model, parts.lora, parts.chat
         self.hardware, self.learner = parts.hardware, learner
         self.scheduler = Scheduler(settings, parts.cost)
-        self._state, self._memory, self._journal = parts.state, parts.memory, parts.journal
         self._inbox, self._observers = Inbox(wake), Observers(clock)
         self._recorder = AnswerRecorder(journal=parts.journal, inbox=self._inbox)
+        hints = HintAnswers(settings, chat=parts.chat, journal=parts.journal, inbox=self._inbox,
+                            clock=clock)
         self._background = BackgroundRequests(
             chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache, paged=parts.paged,
-            anchors=recorded_anchors(parts.journal, parts.weights_digest),
-            hints=HintAnswers(
-                chat=parts.chat, journal=parts.journal, inbox=self._inbox, clock=clock),
+            anchors=recorded_anchors(parts.journal, parts.weights_digest), hints=hints,
             clock=clock)
         self._corrections = CorrectionIntake(
-            chat=parts.chat, journal=parts.journal, inbox=self._inbox, clock=clock)
+            chat=parts.chat, journal=parts.journal, inbox=self._inbox, recorder=self._recorder,
+            hints=hints, learner=learner, clock=clock)
         self.requests = RequestManager(
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
             router=parts.router, adapters=parts.adapters, recorder=self._recorder,
             background=self._background, corrections=self._corrections, memory=parts.memory,
             context_length=parts.model.context_length, vocabulary=parts.constraints.vocabulary,
             answered=learner.answered, clock=clock)
-        self._learner_requests = LearnerRequests(
-            learner, self.requests, self._background, self._inbox.wake)
         self.runner = ModelRunner(
             model=parts.model, state=parts.state, paged=parts.paged, kv_cache=parts.kv_cache,
             cost=parts.cost, requests=self.requests, inbox=self._inbox,
             observers=self._observers, clock=clock)
-        self._trace: Trace | None = None
+        self._driver = LearnerDriver(
+            settings, parts, learner, scheduler=self.scheduler, requests=self.requests,
+            background=self._background, runner=self.runner, wake=self._inbox.wake, clock=clock)
+        self._tracing = Tracing(self._observers, parts.state, clock)
         self._unpublished: list[Event] = []    # of an iteration that raised
         self._published_first = False          # the last iteration only published events
         self._was_idle = True
-        self._step: FinetuneStep | None = None
         # Move long-lived objects out of the garbage collector's sight.
         gc.collect()
         gc.freeze()
@@ -207,15 +204,8 @@ class Engine:
 
     def step(self) -> Iteration:
         """Run one iteration: receive, learn, plan, run, commit."""
-        with self._observers.timed('iteration'):
-            iteration = self._iterate()
-        self._observers.finished(iteration.events)
-        return iteration if self._trace is None else self._end_trace_in_time(
-            self._trace, iteration)
-
-    def _iterate(self) -> Iteration:
         self.runner.check()
-        with self._events_survive_errors() as events:
+        with self._observed() as events:
             if self.runner.has_segments:        # the events of their pass are published by now
                 events += self._finish_plan()
                 return Iteration(events, self._clock())
@@ -228,20 +218,27 @@ class Engine:
             events += self._prepare()
             plan = self._plan()
             events += self.requests.reject(plan.rejected)
-            if self._memory.reclaim(
-                    plan.lacks_memory, overdue=plan.lacks_memory and self._is_overdue()):
+            if self._driver.reclaim(plan):
                 return Iteration(events, self._clock())     # plan again, with more memory
             self._observers.planned(plan, len(self.requests))
             self._tend_memory(plan)
             if not plan.is_empty:
-                events += self._commit(self.runner.execute(plan, self._step))
+                events += self._commit(self.runner.execute(plan, self._driver.step))
                 if not (events and self.runner.has_segments):
                     events += self._finish_plan()
             return Iteration(events, self._wake_at(plan, events))
 
     @contextmanager
+    def _observed(self) -> Iterator[list[Event]]:
+        """Give the body a list for its events, and report them to the observers."""
+        with self._observers.timed('iteration'), self._events_survive_errors() as events:
+            yield events
+        self._observers.finished(events)
+        self._tracing.end_if_complete()
+
+    @contextmanager
     def _events_survive_errors(self) -> Iterator[list[Event]]:
-        """Keep the events of an iteration that raises for the next one."""
+        """Keep the events of a body that raises for the next one."""
         events, self._unpublished = self._unpublished, []
         try:
             yield events
@@ -263,7 +260,7 @@ class Engine:
     def _wake_at(self, plan: Plan, events: Sequence[Event]) -> float | None:
         if events or not plan.is_empty:
             return self._clock()
-        times = (plan.wake_at, self.learner.wake_at)
+        times = (plan.wake_at, self.learner.wake_at, self._tracing.ends_at)
         return min((t for t in times if t is not None), default=None)
 
     # -- receive ---------------------------------------------------------------------
@@ -279,15 +276,16 @@ class Engine:
                 return self.requests.admit(query, arrival, constraint)
             case AbortQuery(query_id):
                 return self.requests.cancel(query_id)
-            case CorrectionWritten(correction, outcome):
-                return self._correction_written(correction, outcome)
+            case CorrectionWritten():
+                events = self._corrections.written(message)
+                self._driver.follow_step()      # the learner may have given up its job
+                return events
             case ChangeSettings(settings):
                 return self._change(settings)
             case RollBack(profile, version, reason, done):
                 self.learner.rollback(profile, version, reason, done)
-            case BeginTrace(iterations, seconds, done):
-                self._trace = Trace(iterations, self._clock() + seconds, done, self._clock)
-                self.observe(self._trace)
+            case BeginTrace():
+                self._tracing.begin(message)
             case AnswerWritten():
                 self._recorder.written(message)
             case EmbedTexts(texts, done):
@@ -296,63 +294,27 @@ class Engine:
                 return [event]
         return []
 
-    def _correction_written(self, correction: Correction,
-                            outcome: Future[Accepted]) -> list[Event]:
-        error = outcome.exception()
-        if not isinstance(error, InvalidCorrection):
-            self._recorder.journal_error = str(error or '')
-        if error is not None:
-            return [rejected(correction, error)]
-        accepted = outcome.result()
-        if accepted.to_learn:
-            self._recorder.conversations.correct(
-                accepted.record.query_id, accepted.record.corrected)
-        elif accepted.new and accepted.record.state is CorrectionState.PROPOSED:
-            self._background.hints.add(accepted.record)
-        events = self.learner.accepted(accepted)
-        self._follow_step()
-        return events
-
     def _change(self, settings: Settings) -> list[Event]:
         self._settings = settings
         self.runner.drop_planned_ahead()
         self.scheduler.update(settings)
-        self.learner.update(settings)
+        self._driver.update(settings)
+        self._background.hints.update(settings)
         self.parts.kv_cache.set_sharing(settings.memory.prefix_sharing)
         self.parts.paged.update(settings.memory.kv_prune)
         limits = settings.scheduler
-        self._memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
-        self._memory.resize(budget_bytes(settings, self.parts.free_bytes))
+        self.parts.memory.budget.limit_passes(limits.max_batch_tokens, limits.max_requests)
+        self.parts.memory.resize(budget_bytes(settings, self.parts.free_bytes))
         return self.requests.update(settings)
 
     # -- learn -----------------------------------------------------------------------
 
     def _learn(self) -> list[Event]:
         with self._observers.timed('learn'):
-            try:
-                events = self.learner.poll()
-            except Exception as error:    # such as an allocation for the next step
-                if not self.learner.busy:
-                    raise                 # no failure of a job, and nothing else would report it
-                events = self._fail_learning(error)
-            self._follow_step()
+            events = self._driver.poll()
         if any(isinstance(event, AdapterVersion) for event in events):
-            tidy(self._journal, self.parts.store, self._settings.storage.max_versions)
+            tidy(self.parts.journal, self.parts.store, self._settings.storage.max_versions)
         return events
-
-    def _fail_learning(self, error: Exception) -> list[Event]:
-        """Let the learner retry its job; requests are unaffected."""
-        events = self.learner.fail(f'{type(error).__name__}: {error}')
-        self._follow_step()
-        return events
-
-    def _follow_step(self) -> None:
-        """Release the KV blocks of a fine-tune step that the learner has given up."""
-        step = self.learner.step
-        if self._step is not None and self._step is not step:
-            self.parts.paged.release(self._step)
-            self.runner.skip_segments()
-        self._step = step
 
     # -- plan ------------------------------------------------------------------------
 
@@ -361,58 +323,25 @@ class Engine:
         background = self._background
         for request in (
                 background.next_history(sharing=self._settings.memory.prefix_sharing),
-                background.hints.next(self._settings, self.requests.max_length)):
+                background.hints.next(self.requests.max_length)):
             if request is not None:
                 self.requests.start(request)
-        events = self._start_learner_requests() + self._offer_step()
-        try:
-            self.parts.paged.move(self._step)
-        except Exception as error:    # requests are computed again
-            events += self._fail_learning(error)
-        return events
-
-    def _start_learner_requests(self) -> list[Event]:
-        try:
-            self._learner_requests.start(self._settings, overdue=self.scheduler.is_overdue(
-                self.learner.oldest_unlearned_at, self._clock()))
-        except RuntimeError as error:
-            return self._fail_learning(error)
-        return []
-
-    def _offer_step(self) -> list[Event]:
-        """Let the scheduler plan the learner's step if there is memory for it."""
-        step = self._step
-        try:
-            allowed = self._memory.grant(step, overdue=self._is_overdue())
-        except Exception as error:    # the step could not be laid out in smaller chunks
-            self._state.finetune = None
-            return self._fail_learning(error)
-        self._state.finetune = step if allowed else None
-        lack = self._memory.shortage(step) if step is not None and not allowed else ''
-        if not lack:
-            return []
-        events = self.learner.fail(lack)    # with fewer corrections it may fit
-        self._follow_step()
-        return events
+        return self._driver.prepare()
 
     def _plan(self) -> Plan:
         with self._observers.timed('plan'):
             plan = self.runner.take_planned_ahead() or self.scheduler.plan(
-                self._state, self._clock())
+                self.parts.state, self._clock())
         return plan
-
-    def _is_overdue(self) -> bool:
-        """Return whether the step trains a correction that has waited too long."""
-        return self._step is not None and self.scheduler.is_overdue(
-            self._step.oldest_correction_at, self._clock())
 
     def _tend_memory(self, plan: Plan) -> None:
         """When the last request has ended, account for every KV block; trim the heap."""
-        idle = not self._state.has_requests
+        idle = not self.parts.state.has_requests
         if idle and not self._was_idle:
-            self.parts.pool.check(self._step.blocks if self._step is not None else ())
+            step = self._driver.step
+            self.parts.pool.check(() if step is None else step.blocks)
         self._was_idle = idle
-        self._heap.trim(self._clock(), self._memory.budget.total, idle=(
+        self._heap.trim(self._clock(), self.parts.memory.budget.total, idle=(
             plan.is_empty and idle and not self.learner.busy))
 
     # -- commit ----------------------------------------------------------------------
@@ -431,7 +360,7 @@ class Engine:
                 events += self._fail_requests(result.plan, error)
         self._observers.committed([active.request for active in result.sampled])
         if result.learning_error is not None:
-            events += self._fail_learning(result.learning_error)
+            events += self._driver.fail(result.learning_error)
         return events
 
     def _fail_requests(self, plan: Plan, error: Exception) -> list[Event]:
@@ -445,26 +374,15 @@ class Engine:
         if result is None:
             return []
         measurement, now = result.measurement, self._clock()
-        if measurement.segments and self._step is not None and self._step.done:
+        step = self._driver.step
+        if measurement.segments and step is not None and step.done:
             self._heap.step_ended(now)
         self.learner.commit(measurement.segments)
         self._observers.measured(measurement, self.scheduler.cost)
         self.scheduler.observe(measurement, now)
-        return [] if result.error is None else self._fail_learning(result.error)
+        return [] if result.error is None else self._driver.fail(result.error)
 
-    # -- trace, status, end ----------------------------------------------------------
-
-    def _end_trace_in_time(self, trace: Trace, iteration: Iteration) -> Iteration:
-        if trace.complete:
-            self._end_trace(trace)
-            return iteration
-        wake_at = trace.ends_at if iteration.wake_at is None else iteration.wake_at
-        return replace(iteration, wake_at=min(wake_at, trace.ends_at))
-
-    def _end_trace(self, trace: Trace) -> None:
-        self._trace = None
-        self.unobserve(trace)
-        trace.finish(self._state.waiting)
+    # -- status, end ---------------------------------------------------------------
 
     def status(self) -> Status:
         """Return a snapshot between two iterations."""
@@ -479,12 +397,12 @@ class Engine:
             events += self._finish_plan()
             # Wait for what was submitted, and again for corrections of the cancelled answers.
             for _ in range(2):
-                self._journal.submit(lambda _: None).exception()
+                self.parts.journal.submit(lambda _: None).exception()
                 events += self._receive()
                 events += self.requests.cancel_all()
-        if self._trace is not None:
+        if self._tracing.ends_at is not None:
             self._observers.finished(events)
-            self._end_trace(self._trace)
+            self._tracing.end()
         return events
 
     def close(self) -> list[Event]:

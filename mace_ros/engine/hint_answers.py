@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from mace_ros.api.events import Correction, FinishReason, Query
 from mace_ros.api.settings import Settings
@@ -25,58 +26,70 @@ from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.records import CorrectionRecord, Messages
 
 
+@dataclass(frozen=True)
+class _Hint:
+    """A hint, and the maximum number of tokens of its prompt with the answer."""
+
+    record: CorrectionRecord
+    longest: int
+
+
 class HintAnswers:
     """The hints that wait for an answer, and the one that is being answered."""
 
-    def __init__(self, *, chat: ChatTokenizer, journal: JournalWriter, inbox: Inbox,
-                 clock: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, *, chat: ChatTokenizer, journal: JournalWriter,
+                 inbox: Inbox, clock: Callable[[], float]) -> None:
         """Continue with the hints in the journal; blocks."""
-        self._chat, self._journal, self._inbox, self._clock = chat, journal, inbox, clock
+        self._settings, self._chat, self._journal = settings, chat, journal
+        self._inbox, self._clock = inbox, clock
         self._waiting = deque(journal.submit(lambda j: j.unanswered_hints()).result())
-        self._asked: CorrectionRecord | None = None
-        self._settings, self._longest = Settings(), 0
+        self._asked: _Hint | None = None
+
+    def update(self, settings: Settings) -> None:
+        """Use other settings from now on."""
+        self._settings = settings
 
     def add(self, record: CorrectionRecord) -> None:
         """Queue a hint that is in the journal."""
         self._waiting.append(record)
 
-    def next(self, settings: Settings, longest: int) -> ActiveRequest | None:
+    def next(self, longest: int) -> ActiveRequest | None:
         """
         Return the request to start now, one at a time.
 
         ``longest`` is the maximum number of tokens of a prompt with its answer.
         """
-        self._settings, self._longest = settings, longest
         while self._waiting and self._asked is None:
-            record = self._waiting.popleft()
+            hint = _Hint(self._waiting.popleft(), longest)
+            record = hint.record
             try:
                 ids = self._chat.prompt(with_hint(record.messages, record.hint))
             except Exception as error:    # a chat template that refuses the messages
-                self._answered(record, '', f'{type(error).__name__}: {error}')
+                self._answered(hint, '', f'{type(error).__name__}: {error}')
                 continue
             if len(ids) < longest:
-                self._asked = record
-                return self._request(record, ids, settings)
-            self._answered(record, '', f'{len(ids)} tokens with its prompt; {longest - 1} at most')
+                self._asked = hint
+                return self._request(hint, ids)
+            self._answered(hint, '', f'{len(ids)} tokens with its prompt; {longest - 1} at most')
         return None
 
     def ended(self, active: ActiveRequest, reason: FinishReason, error: str) -> None:
         """Take the outcome of the request."""
-        record, self._asked = self._asked, None
-        assert record is not None
+        hint, self._asked = self._asked, None
+        assert hint is not None
         if reason is FinishReason.CANCELLED:     # the node is deactivated
-            self._waiting.appendleft(record)
+            self._waiting.appendleft(hint.record)
         elif reason is FinishReason.LENGTH:
-            self._answered(record, '', 'the answer does not end within generation.max_tokens')
+            self._answered(hint, '', 'the answer does not end within generation.max_tokens')
         else:
-            self._answered(record, active.stream.text, error)
+            self._answered(hint, active.stream.text, error)
 
-    def _request(self, record: CorrectionRecord, ids: list[int],
-                 settings: Settings) -> ActiveRequest:
+    def _request(self, hint: _Hint, ids: list[int]) -> ActiveRequest:
+        record, settings = hint.record, self._settings
         request = Request(
             id=f'{PREFILL_ID}{RequestKind.HINT.name}', arrival=self._clock(),
             prompt_tokens=len(ids),
-            max_tokens=min(settings.generation.max_tokens, self._longest - len(ids)),
+            max_tokens=min(settings.generation.max_tokens, hint.longest - len(ids)),
             ttft_slo=settings.slo.ttft_ms / 1e3, tpot_slo=settings.slo.tpot_ms / 1e3, priority=0)
         return ActiveRequest(
             query=Query('', id=request.id, profile=record.profile),
@@ -85,14 +98,14 @@ class HintAnswers:
             sampling=Sampling(0.0, 1.0, 0), stream=TextStream(self._chat),
             kind=RequestKind.HINT, adapted_from=self._chat.adapted_from(ids))
 
-    def _answered(self, record: CorrectionRecord, text: str, problem: str) -> None:
+    def _answered(self, hint: _Hint, text: str, problem: str) -> None:
         """Write the answer to the journal, or the reason why there is none."""
-        settings, longest, now = self._settings, self._longest, self._clock()
+        record, settings, now = hint.record, self._settings, self._clock()
         if not text.strip() and not problem:
             problem = 'the answer is empty'
         written: Future[Accepted] = self._journal.submit(lambda journal: take_hint_answer(
             record, text, problem, journal, chat=self._chat, settings=settings,
-            longest=longest, arrived=now))
+            longest=hint.longest, arrived=now))
         written.add_done_callback(lambda outcome: self._report(record, outcome))
 
     def _report(self, record: CorrectionRecord, outcome: Future[Accepted]) -> None:

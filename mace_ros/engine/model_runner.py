@@ -86,6 +86,15 @@ class PassResult:
 
 
 @dataclass(frozen=True)
+class UnfinishedPlan:
+    """A plan whose segments have not run yet; its pass took ``pass_s`` seconds."""
+
+    plan: Plan
+    step: FinetuneStep | None
+    pass_s: float
+
+
+@dataclass(frozen=True)
 class SegmentResult:
     """Measured times of a plan, and the error that ended its segments early."""
 
@@ -112,15 +121,14 @@ class ModelRunner:
         self.overlaps = model.device.type == 'cuda'
         self.in_flight: InFlightBatch | None = None
         self.planned_ahead: Plan | None = None
-        # A plan whose segments have not run yet, its step, and the seconds of its pass.
-        self._unfinished: tuple[Plan, FinetuneStep | None, float] | None = None
+        self._unfinished: UnfinishedPlan | None = None
         self._failures = 0      # failed passes in a row
         self._fatal_error: Exception | None = None
 
     @property
     def has_segments(self) -> bool:
         """Whether segments of the plan whose pass has ended are still to run."""
-        return self._unfinished is not None and self._unfinished[0].segments > 0
+        return self._unfinished is not None and self._unfinished.plan.segments > 0
 
     def check(self) -> None:
         """Raise the last error once :data:`MAX_FAILED_PASSES` passes in a row have failed."""
@@ -257,7 +265,7 @@ class ModelRunner:
                tokens: Sequence[int] = (), scores: Mapping[int, Scores] | None = None,
                ) -> PassResult:
         """Return the result of a pass, after which the plan's segments may run."""
-        self._unfinished = batch.plan, batch.step, seconds
+        self._unfinished = UnfinishedPlan(batch.plan, batch.step, seconds)
         return PassResult(batch.plan, sampled, tokens, scores or {},
                           learning_error=batch.learning_error)
 
@@ -275,14 +283,15 @@ class ModelRunner:
     def skip_segments(self) -> None:
         """Run no segments of the plan whose pass has ended: their step was given up."""
         if self._unfinished is not None:
-            plan, _, pass_s = self._unfinished
-            self._unfinished = plan._replace(segments=0), None, pass_s
+            self._unfinished = UnfinishedPlan(
+                self._unfinished.plan._replace(segments=0), None, self._unfinished.pass_s)
 
     def run_segments(self) -> SegmentResult | None:
         """Run the segments of the plan whose pass has ended; return the times of both."""
-        if self._unfinished is None:
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is None:
             return None
-        (plan, step, pass_s), self._unfinished = self._unfinished, None
+        plan, step = unfinished.plan, unfinished.step
         timed: list[tuple[Segment, float]] = []
         error = None
         try:
@@ -297,7 +306,7 @@ class ModelRunner:
                     break      # the learner may decide that these scores are good enough
         except Exception as failure:
             error = failure
-        return SegmentResult(Measurement(plan, pass_s, tuple(timed)), error)
+        return SegmentResult(Measurement(plan, unfinished.pass_s, tuple(timed)), error)
 
     def _run_segment(self, step: FinetuneStep) -> tuple[Segment, float]:
         started = self._clock()

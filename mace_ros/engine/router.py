@@ -38,9 +38,9 @@ class Router:
 
     def route(self, profile: str, messages: Messages, settings: AdapterSettings) -> Route:
         """Return the first version in whose scope the last question of a conversation lies."""
-        readings, nearest, passed_over = questions(messages), 0.0, False
+        asked, nearest, passed_over = questions(messages), 0.0, False
         for owner in dict.fromkeys((profile, '')):
-            found, similarity = self._live.answering(owner, readings, settings)
+            found, similarity = self._live.match(owner, asked, settings)
             nearest = max(nearest, similarity)
             if found is not None:
                 correction_id = found.match.correction_id if found.match is not None and (

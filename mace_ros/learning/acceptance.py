@@ -133,25 +133,25 @@ def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
         conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
         weight=correction.weight, source=correction.source, received=time.time(),
         scope=correction.scope, hint=correction.hint, tools=answer.tools,
-        replaces=_taught(answer, correction.profile or answer.profile, journal))
+        replaces=_source_of(answer, correction.profile or answer.profile, journal))
     if correction.corrected:
         return _checked_texts(record, correction.corrected, chat, settings, longest)
     return replace(record, state=(
         CorrectionState.PROPOSED if correction.hint else CorrectionState.RECORDED))
 
 
-def _taught(answer: AnswerRecord, profile: str, journal: Journal) -> str:
+def _source_of(answer: AnswerRecord, profile: str, journal: Journal) -> str:
     """
-    Return the id of the profile's correction that taught a wrong answer, '' if none did.
+    Return the id of the profile's correction from which a wrong answer was learned, '' if none.
 
     The answer is that correction's, word for word, and its question the same in other words.
     """
     if answer.similarity < SAME_QUESTION:
         return ''
     known = journal.correction(answer.matched_correction_id)
-    taught = known is not None and known.profile == profile and (
+    is_source = known is not None and known.profile == profile and (
         known.corrected.strip() == answer.text.strip())
-    return answer.matched_correction_id if taught else ''
+    return answer.matched_correction_id if is_source else ''
 
 
 def _checked_texts(record: CorrectionRecord, corrected: str, chat: ChatTokenizer,

@@ -30,5 +30,5 @@ def group(live: LiveVersions, corrections: Sequence[PendingCorrection],
 
 def version_of(live: LiveVersions, record: CorrectionRecord, settings: AdapterSettings) -> int:
     """Return the version of its profile in whose scope the question of a correction is."""
-    found, _ = live.answering(record.profile, questions(record.messages), settings)
+    found, _ = live.match(record.profile, questions(record.messages), settings)
     return FRESH if found is None else found.version.version

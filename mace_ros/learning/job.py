@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -37,6 +37,17 @@ class JobState(Enum):
     COMPARING = 'comparing'
 
 
+@dataclass
+class Progress:
+    """What a job has done so far."""
+
+    steps: int = 0              # optimizer steps
+    rejections: int = 0         # candidates that the gate has rejected
+    lost: int = 0               # samples that candidates have lost
+    train_tokens: int = 0
+    train_seconds: float = 0.0
+
+
 class Job:
     """
     A piece of work for the learner: a generator, and its visible progress.
@@ -53,11 +64,7 @@ class Job:
         self.announced: set[str] = set()    # corrections that were reported as TRAINING
         # The trained weights are swapped out while corrections that join are scored.
         self.swapped_out = False
-        self.steps = 0
-        self.rejections = 0         # candidates that the gate has rejected
-        self.lost = 0               # samples that candidates have lost
-        self.train_tokens = 0
-        self.train_seconds = 0.0
+        self.progress = Progress()
 
     def run(self) -> Task[Any]:
         """Do the work; closing the generator cancels it."""

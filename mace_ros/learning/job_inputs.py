@@ -1,20 +1,22 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The inputs that a job of learning reads from disk."""
+"""What a job of learning reads from disk."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TypeVar
 
 from mace_ros.api.events import CorrectionState
 from mace_ros.learning.disk import Disk
+from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.task import on_disk, Task
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
+
+T = TypeVar('T')
 
 TOOL_CALLS = 16     # answers that call a tool and are guarded in one job, the newest ones
 
@@ -24,53 +26,62 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True)
-class JobInputs:
+class JobRecords:
     """
-    The live version, None for the base model, and the records to replay.
+    The records that a training set is made of, beside the corrections of the job.
 
-    ``tool_calls`` are answers that call a tool, which a version must not change.
+    ``learned`` are corrections of the version that the job trains on, ``tool_calls`` answers that
+    call a tool, which a version must not change, and ``answers`` those to replay.
     """
 
-    live: VersionRecord | None
-    answers: tuple[AnswerRecord, ...]
-    learned: tuple[CorrectionRecord, ...]
-    tensors: dict[str, Tensor] | None
+    learned: tuple[CorrectionRecord, ...] = ()
     tool_calls: tuple[AnswerRecord, ...] = ()
+    answers: tuple[AnswerRecord, ...] = ()
 
 
-def read_inputs(disk: Disk, store: AdapterStore, profile: str, answers: int) -> Task[JobInputs]:
-    """Read the live version and up to ``answers`` answers; raises :class:`Unreadable`."""
-    def read(journal: Journal) -> JobInputs:
+@dataclass(frozen=True)
+class NewestVersion:
+    """The version that answers all queries, with its weights; None is the base model."""
+
+    record: VersionRecord | None
+    weights: Weights | None
+
+
+def read_newest(disk: Disk, store: AdapterStore, profile: str,
+                answers: int) -> Task[tuple[NewestVersion, JobRecords]]:
+    """Read the newest version and up to ``answers`` answers; raises :class:`Unreadable`."""
+    def read(journal: Journal) -> tuple[NewestVersion, JobRecords]:
         # A profile without a version begins from the robot's at its first correction.
         live = journal.next_parent(profile)
-        return JobInputs(
-            live, journal.replay_candidates(profile, answers), journal.held_by(live),
-            store.load(live.path, live.sha256) if live else None,
-            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True))
+        return (
+            NewestVersion(live, store.load(live.path, live.sha256) if live else None),
+            JobRecords(journal.held_by(live),
+                       journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True),
+                       journal.replay_candidates(profile, answers)))
 
-    reading = disk.submit(read)
-    try:
-        return (yield from on_disk(reading))
-    except Exception as error:
-        raise Unreadable(f'the live version could not be read: {error}') from error
+    return (yield from _read(disk, read, 'the live version'))
 
 
 def read_scoped(disk: Disk, profile: str, ids: Collection[str],
-                replaced: Collection[str]) -> Task[JobInputs]:
+                replaced: Collection[str]) -> Task[JobRecords]:
     """
     Read learned corrections by their ids, and tool calls; raises :class:`Unreadable`.
 
     Those that are ``replaced`` by the job's corrections are superseded, and read as well.
     """
-    def read(journal: Journal) -> JobInputs:
+    def read(journal: Journal) -> JobRecords:
         known = journal.scope(profile) if ids else ()
-        return JobInputs(
-            None, (), tuple(r for r in known if r.id in ids and (
-                r.state is CorrectionState.LEARNED or r.id in replaced)), None,
+        return JobRecords(
+            tuple(r for r in known if r.id in ids and (
+                r.state is CorrectionState.LEARNED or r.id in replaced)),
             journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True))
 
+    return (yield from _read(disk, read, 'the corrections'))
+
+
+def _read(disk: Disk, read: Callable[[Journal], T], what: str) -> Task[T]:
     reading = disk.submit(read)
     try:
         return (yield from on_disk(reading))
     except Exception as error:
-        raise Unreadable(f'the corrections could not be read: {error}') from error
+        raise Unreadable(f'{what} could not be read: {error}') from error

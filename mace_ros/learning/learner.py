@@ -28,6 +28,7 @@ from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.baseline import BaselineScores
+from mace_ros.learning.comparison_job import ComparisonJob
 from mace_ros.learning.correction_queue import CorrectionQueue, PendingCorrection
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.drift import Drift
@@ -39,7 +40,7 @@ from mace_ros.learning.learning_job import LearningJob
 from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.learning.outcomes import suspected_regression, SuspectedRegression
 from mace_ros.learning.publishing import Publisher
-from mace_ros.learning.regression_check import ComparisonJob, RegressionCheck
+from mace_ros.learning.regression_check import RegressionCheck
 from mace_ros.learning.rehearsal import Rehearsal
 from mace_ros.learning.rollback import RolledBack
 from mace_ros.learning.rollback_queue import RollbackQueue
@@ -85,7 +86,7 @@ class Learner:
             training=Training(
                 model, lora, cost, settings.finetune, lambda: self.oldest_unlearned_at),
             anchors=anchors, builder=TrainingSetBuilder(chat, anchors),
-            scoped_builder=ScopedTrainingSetBuilder(chat), live=live,
+            scoped_builder=ScopedTrainingSetBuilder(chat, live), live=live,
             baseline=BaselineScores(), queue=self._queue, disk=self._disk, store=store,
             publisher=self._publisher, drift=Drift(), regression_check=RegressionCheck(),
             backoff=Backoff(), clock=clock)
@@ -207,8 +208,8 @@ class Learner:
         for segment, seconds in segments:
             # The optimizer's segment counts the tokens of the whole step.
             if segment.kind is SegmentKind.OPTIMIZER:
-                job.train_tokens += segment.tokens
-            job.train_seconds += seconds
+                job.progress.train_tokens += segment.tokens
+            job.progress.train_seconds += seconds
             self._planner.spent(seconds)
 
     def fail(self, reason: str) -> list[Event]:
@@ -274,10 +275,7 @@ class Learner:
         held, suspicion = self._rollbacks.profile, context.regression_check.suspicion
         if suspicion is not None and suspicion.profile != held:
             context.regression_check.begin(suspicion)
-            self._start(ComparisonJob(
-                suspicion, self._planner.jobs, check=context.regression_check,
-                training=context.training, chat=context.chat, disk=self._disk,
-                store=context.store, backoff=context.backoff))
+            self._start(ComparisonJob(context, self._planner.jobs, suspicion))
             return
         job = self._planner.next(held)
         if job is None:

@@ -22,24 +22,22 @@ from mace_ros.api.wording import counted
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.correction_queue import PendingCorrection, texts
-from mace_ros.learning.criteria import learned_well, RIGHT, RIGHT_MARGIN, StepScores
+from mace_ros.learning.criteria import learned_well, RIGHT_MARGIN, StepScores
 from mace_ros.learning.drift import surprise
-from mace_ros.learning.gate import Verdict
 from mace_ros.learning.grouping import FRESH, version_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import read_inputs, read_scoped, Unreadable
+from mace_ros.learning.job_inputs import JobRecords, read_newest, read_scoped, Unreadable
 from mace_ros.learning.live_versions import Weights
-from mace_ros.learning.question import questions
-from mace_ros.learning.samples import sample
+from mace_ros.learning.samples import correction_sample, rejected_samples
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.store.adapter_store import CorruptVersion
-from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
+from mace_ros.store.records import CorrectionRecord, VersionRecord
 
 MORE_STEPS = 4          # after a rejected candidate, at least
 REPAIR_STEPS = 1        # after one that has lost exact samples, at least
@@ -62,20 +60,14 @@ class LearningJob(Job):
         super().__init__(kind, number, profile, corrections)
         self._context = context
         self._begun = context.clock()
-        self._least_steps = self._finetune.period_steps if kind is JobKind.REHEARSAL else 0
         # Whether the version is to answer all queries of its profile.
         self.everywhere = context.answers_everything(
             profile, [w.record for w in self.corrections])
-        self._parent, self._continues = context.live.newest(profile), continues
-        self._answers: tuple[AnswerRecord, ...] = ()
-        self._tool_calls: tuple[AnswerRecord, ...] = ()
-        self._learned: tuple[CorrectionRecord, ...] = ()
-        self._start: dict[str, Tensor] = {}         # the live version's weights
-        self._set = TrainingSet([])
-        self._before: list[SampleScore] = []        # of the guarded samples, live version
-        self._after: dict[tuple[int, ...], SampleScore] = {}    # the same, candidate
+        self._parent = context.live.newest(profile)
+        self._continues = self._parent if self.everywhere else continues
+        self._least_steps = self._finetune.period_steps if kind is JobKind.REHEARSAL else 0
         self._repaired = False      # trained on once, for samples that a candidate had lost
-        self._score_before = self._score_after = math.nan
+        self._score_before = math.nan       # of the corrections, live version
 
     def run(self) -> Task[VersionRecord | None]:
         """
@@ -83,70 +75,77 @@ class LearningJob(Job):
 
         Raises :class:`Unreadable`, and whatever the device raises.
         """
-        yield from self._load_live_version()
+        context = self._context
+        records = yield from self._load_live_version()
+        start = context.training.lora.copies()
         yield from self._choose()
         if not self.corrections:
             return None
-        yield from self._build_training_set()
+        training_set = yield from self._build_training_set(records)
         while True:
-            scores = yield from self._train()
-            if not (yield from self._has_candidate(scores)):
-                return None
-            # After a rejection, interpolation would lead back to the rejected weights.
-            if (scores.learned_well and not self.rejections and self._context.scores_first
-                    and self.everywhere):
-                yield from self._interpolate(scores.samples)
-            verdict = yield from self._judge()
-            if verdict is None:
+            ended = yield from self._train(training_set)
+            if not isinstance(ended, StepScores):       # corrections that join
+                training_set = yield from self._join(ended, start, records)
                 continue
+            yield from self._give_up_unlearned(ended, training_set)
+            if not self.progress.steps:     # the live version answers the rest right
+                yield from self._already_learned(self.corrections)
+                return None
+            if not self.corrections:
+                return None
+            score_after = ended.mean
+            # After a rejection, interpolation would lead back to the rejected weights.
+            if (ended.learned_well and not self.progress.rejections and context.scores_first
+                    and self.everywhere):
+                score_after = yield from self._interpolate(start, ended)
+            after = yield from self._score_guarded(training_set)
+            if after is None:       # a few more steps may restore what the candidate has lost
+                continue
+            verdict = training_set.gate.judge(
+                training_set.before, after, context.settings.gate.tolerance)
             if not verdict.reason:
-                return (yield from self._publish())
-            self._context.publisher.reject(self._record(), verdict.reason)
-            if self.steps >= self._finetune.max_steps:
+                return (yield from self._publish(training_set, after, score_after))
+            context.publisher.reject(self._record(score_after), verdict.reason)
+            if self.progress.steps >= self._finetune.max_steps:
                 yield from self._fail(self.corrections, verdict.reason + self._after_steps)
                 return None
-            self.rejections += 1
-            self._train_on(verdict.lost, MORE_STEPS)
+            self.progress.rejections += 1
+            self._train_on(training_set, verdict.lost, MORE_STEPS)
 
     # -- before training -------------------------------------------------------------
 
-    def _load_live_version(self) -> Task[None]:
+    def _load_live_version(self) -> Task[JobRecords]:
+        """Load the version to train on; return what it has learned, and answers to keep."""
         context = self._context
-        if self.everywhere:
-            weights = yield from self._read_newest()
-        else:
-            weights = yield from self._read_continued()
+        weights, records = yield from (
+            self._read_newest() if self.everywhere else self._read_continued())
         context.backoff.succeeded()
         context.training.load(weights)
-        self._start = context.training.lora.copies()
+        return records
 
-    def _read_continued(self) -> Task[Weights | None]:
-        """Read what the continued version has learned; return its weights."""
+    def _read_continued(self) -> Task[tuple[Weights | None, JobRecords]]:
+        """Read the continued version, and what it has learned."""
         context, version = self._context, ServedVersion(self.profile, self._continues)
         fresh = version.version == FRESH
-        inputs = yield from read_scoped(
+        records = yield from read_scoped(
             context.disk, self.profile, () if fresh else context.live.learned_by(version),
             {w.record.replaces for w in self.corrections})
-        self._learned, self._tool_calls = inputs.learned, inputs.tool_calls
         try:
-            return None if fresh else context.live.weights(version)
+            return None if fresh else context.live.weights(version), records
         except CorruptVersion as error:
             raise Unreadable(f'the live version could not be read: {error}') from error
 
-    def _read_newest(self) -> Task[Weights | None]:
+    def _read_newest(self) -> Task[tuple[Weights | None, JobRecords]]:
         """Read the version that answers everything now, and what protects the rest."""
         context = self._context
-        inputs = yield from read_inputs(
+        live, records = yield from read_newest(
             context.disk, context.store, self.profile, self._finetune.replay_samples)
         self.state = JobState.PREPARING
         yield from context.anchors.prepare(context.training)
-        live = inputs.live
-        self._continues = self._parent
         context.baseline.begin(
-            (self.profile, '', 0) if live is None else (self.profile, live.profile, live.version))
-        self._answers, self._learned = inputs.answers, inputs.learned
-        self._tool_calls = inputs.tool_calls
-        return inputs.tensors
+            (self.profile, '', 0) if live.record is None
+            else (self.profile, live.record.profile, live.record.version))
+        return live.weights, records
 
     def _choose(self) -> Task[None]:
         """
@@ -161,8 +160,8 @@ class LearningJob(Job):
         # Scores stay valid, except that a preference needs those of the live version.
         unscored = [w for w in self.corrections if prefers or not w.log_probabilities]
         scored = yield from context.training.score([
-            sample(context.chat, w.record.prompt_ids, context.chat.answer(text))
-            for w in unscored for text in texts(w.record)])
+            s for w in unscored for s in (correction_sample(context.chat, w.record),
+                                          *rejected_samples(context.chat, w.record))])
         right = self._note_scores(unscored, scored.scores)
         trained = [w for w in self.corrections if w.record.id in self.announced]
         wrong = [w for w in self.corrections if w not in right and w not in trained]
@@ -197,48 +196,48 @@ class LearningJob(Job):
                 right.append(correction)
         return right
 
-    def _build_training_set(self) -> Task[None]:
+    def _build_training_set(self, records: JobRecords) -> Task[TrainingSet]:
         """Gather the samples, and score the guarded ones under the live version."""
         context = self._context
         if not self.everywhere:
-            self._set = context.scoped_builder.build(
-                self.corrections, self._nearest_first(), self._tool_calls_in_scope(),
-                max_sample_tokens=self._finetune.max_sample_tokens)
-            # They are LEARNED: what the live version has lost is to be repaired as well.
-            self._before = [RIGHT] * len(self._set.gate.samples)
-            return
+            return context.scoped_builder.build(
+                self.corrections, records, ServedVersion(self.profile, self._continues),
+                context.settings)
         self.state = JobState.SCORING
-        self._set = context.builder.build(
-            self.corrections, self._learned, self._answers, self._tool_calls,
-            max_sample_tokens=self._finetune.max_sample_tokens, number=self.number)
-        guarded, answers = self._set.gate.samples, self._set.answers
+        training_set = context.builder.build(
+            self.corrections, records, max_sample_tokens=self._finetune.max_sample_tokens,
+            number=self.number)
+        guarded, answers = training_set.gate.samples, training_set.answers
         # Replay of the robot's answers needs the live version's predictions.
         unknown = [s for s in guarded if s not in context.baseline or s in answers]
         scored = yield from context.training.score(unknown)
         context.baseline.add(unknown, scored.scores)
-        self._before = context.baseline.of(guarded)
-        self._set.add_baseline(self._before, scored.soft_targets)
+        training_set.add_baseline(context.baseline.of(guarded), scored.soft_targets)
+        return training_set
 
     # -- training --------------------------------------------------------------------
 
-    def _train(self) -> Task[StepScores]:
-        """Run optimizer steps; return the scores of the forward after which they end."""
+    def _train(self, training_set: TrainingSet) -> Task[StepScores | list[PendingCorrection]]:
+        """
+        Run optimizer steps until the corrections are learned, or until others can join.
+
+        Returns the scores of the forward after which training ends, or the others.
+        """
         while True:
             self.state = JobState.TRAINING
-            result = yield from self._optimizer_step(self._plan_step())
-            if isinstance(result, StepScores):
-                return result
-            if result:
-                yield from self._join(result)
+            ended = yield from self._optimizer_step(self._plan_step(training_set))
+            if ended:
+                return ended
 
-    def _plan_step(self) -> StepPlan:
+    def _plan_step(self, training_set: TrainingSet) -> StepPlan:
         context, most = self._context, self._context.training.step_tokens
         if not self.everywhere:
             return context.scoped_builder.step(
-                self._set, self.corrections, self._finetune, most=most, steps=self.steps)
+                training_set, self.corrections, self._finetune, most=most,
+                steps=self.progress.steps)
         return context.builder.step(
-            self._set, self.corrections, self._finetune, most=most, steps=self.steps,
-            rejections=self.rejections)
+            training_set, self.corrections, self._finetune, most=most,
+            steps=self.progress.steps, rejections=self.progress.rejections)
 
     def _optimizer_step(self, plan: StepPlan) -> Task[StepScores | list[PendingCorrection]]:
         """Run a step; return its scores if training ends, else the corrections that join now."""
@@ -254,7 +253,7 @@ class LearningJob(Job):
                 joining = yield from self._run(part)
             if joining:
                 return joining
-        self.steps += 1
+        self.progress.steps += 1
         return self._joining()
 
     def _run(self, step: FinetuneStep, *, until_scored: bool = False,
@@ -265,7 +264,7 @@ class LearningJob(Job):
         Corrections can join before the first update, unless the part piggybacks on inference.
         """
         while not step.done:
-            joining = [] if self.steps or step.holds_blocks else self._joining()
+            joining = [] if self.progress.steps or step.holds_blocks else self._joining()
             if joining or (until_scored and step.scored):
                 return joining
             yield step
@@ -275,20 +274,20 @@ class LearningJob(Job):
         scores = StepScores(
             step.samples[:plan.must_be_right], tuple(step.scores()[:plan.must_be_right]),
             len(self.corrections), plan.wordings)
-        if self.steps == 0:
+        if self.progress.steps == 0:
             self._score_before = scores.mean
         return scores
 
     def _ends_training(self, scores: StepScores) -> bool:
-        return self.steps >= self._finetune.max_steps or (
-            self.steps >= self._least_steps and scores.learned_well)
+        return self.progress.steps >= self._finetune.max_steps or (
+            self.progress.steps >= self._least_steps and scores.learned_well)
 
     def _joining(self) -> list[PendingCorrection]:
         """Return corrections that came since the job began and may be learned in it."""
-        context, finetune = self._context, self._finetune
+        context, finetune, progress = self._context, self._finetune, self.progress
         if (not context.scores_first or self.kind is not JobKind.LEARNING
-                or len(self.corrections) >= JOB_CORRECTIONS or self._repaired or self.rejections
-                or self.steps > JOIN_SHARE * finetune.max_steps):
+                or len(self.corrections) >= JOB_CORRECTIONS or self._repaired
+                or progress.rejections or progress.steps > JOIN_SHARE * finetune.max_steps):
             return []
         # Corrections that were scored before did not fit.
         came = [w for w in context.queue.of(self.profile)
@@ -304,15 +303,16 @@ class LearningJob(Job):
         return self._continues == version_of(
             context.live, record, context.settings.adapter) != FRESH
 
-    def _join(self, joining: list[PendingCorrection]) -> Task[None]:
-        """Score more corrections under the live version, and continue training with them."""
+    def _join(self, joining: list[PendingCorrection], start: dict[str, Tensor],
+              records: JobRecords) -> Task[TrainingSet]:
+        """Score more corrections under the live version; return the training set with them."""
         context = self._context
         context.queue.remove(joining)
         self.corrections = [*self.corrections, *joining]
-        trained = context.training.swap_out(self._start) if self.steps else None
+        trained = context.training.swap_out(start) if self.progress.steps else None
         self.swapped_out = trained is not None
         yield from self._choose()
-        yield from self._build_training_set()
+        training_set = yield from self._build_training_set(records)
         if trained is not None:
             context.training.swap_in(trained)
             self.swapped_out = False
@@ -321,9 +321,11 @@ class LearningJob(Job):
             earlier = len(self.corrections) - len(new)
             self._score_before = (
                 earlier * self._score_before + sum(new)) / len(self.corrections)
+        return training_set
 
-    def _has_candidate(self, scores: StepScores) -> Task[bool]:
-        """Report the corrections that are not learned as FAILED; return whether any is learned."""
+    def _give_up_unlearned(self, scores: StepScores,
+                           training_set: TrainingSet) -> Task[None]:
+        """Report the corrections that are not learned as FAILED, and go on without them."""
         learned: list[PendingCorrection] = []
         reason = 'not learned without losing what was right before'
         if scores.keeps:
@@ -332,82 +334,67 @@ class LearningJob(Job):
                        if right]
         yield from self._fail([w for w in self.corrections if w not in learned],
                               reason + self._after_steps)
-        if not learned or not self.steps:
-            yield from self._already_learned(learned)
-            return False
-        self._set.corrected = [
-            s for s, w in zip(self._set.corrected, self.corrections, strict=True) if w in learned]
-        self.corrections, self._score_after = learned, scores.mean
-        return True
+        training_set.corrected = [
+            s for s, w in zip(training_set.corrected, self.corrections, strict=True)
+            if w in learned]
+        self.corrections = learned
 
-    def _train_on(self, lost: Sequence[Sample], at_least: int) -> None:
+    def _train_on(self, training_set: TrainingSet, lost: Sequence[Sample],
+                  at_least: int) -> None:
         """
         Train on until the samples that a candidate has lost are right as well.
 
         Runs no fewer than ``at_least`` steps, in case the first part of one has no room for them.
         """
-        self._set.add_lost(lost)
-        self.lost = len(self._set.lost)
-        self._least_steps = self.steps + at_least
+        training_set.add_lost(lost)
+        self.progress.lost = len(training_set.lost)
+        self._least_steps = self.progress.steps + at_least
 
     # -- the candidate ---------------------------------------------------------------
 
-    def _interpolate(self, samples: Sequence[Sample]) -> Task[None]:
+    def _interpolate(self, start: dict[str, Tensor], ended: StepScores) -> Task[float]:
+        """Undo what the corrections do not need; return their mean log p per token."""
         self.state, count = JobState.INTERPOLATING, len(self.corrections)
         scores = yield from interpolate(
-            self._context.training, self._start, samples, lambda s: learned_well(s, count))
-        if scores is not None:
-            self._score_after = fmean(s.log_probability for s in scores[:count])
+            self._context.training, start, ended.samples, lambda s: learned_well(s, count))
+        return ended.mean if scores is None else fmean(
+            s.log_probability for s in scores[:count])
 
-    def _judge(self) -> Task[Verdict | None]:
+    def _score_guarded(self, training_set: TrainingSet) -> Task[list[SampleScore] | None]:
         """
-        Let the gate compare the candidate with the live version.
+        Score the guarded samples under the candidate.
 
-        Returns None if the candidate has lost exact samples, and a few more steps may restore
-        them.
+        Returns None if the candidate has lost exact samples that a few more steps may restore.
         """
         self.state = JobState.JUDGING
-        gate, training = self._set.gate, self._context.training
+        gate, training = training_set.gate, self._context.training
         exact = gate.exact
-        before = {s.tokens: score for s, score in zip(gate.samples, self._before, strict=True)}
+        before = {s.tokens: score
+                  for s, score in zip(gate.samples, training_set.before, strict=True)}
         scores = (yield from training.score(exact)).scores
         lost = [s for s, score in zip(exact, scores, strict=True)
                 if before[s.tokens].exact and not score.exact]
         may_repair = not self._repaired or not self.everywhere
-        if lost and may_repair and self.steps < self._finetune.max_steps:
+        if lost and may_repair and self.progress.steps < self._finetune.max_steps:
             self._repaired = True
-            self._train_on(lost, REPAIR_STEPS)
+            self._train_on(training_set, lost, REPAIR_STEPS)
             return None
         after = {s.tokens: score for s, score in zip(exact, scores, strict=True)}
         others = [s for s in gate.samples if s.tokens not in after]
         scores = (yield from training.score(others)).scores
-        self._after = after | {s.tokens: score for s, score in zip(others, scores, strict=True)}
-        return gate.judge(self._before, [self._after[s.tokens] for s in gate.samples],
-                          self._context.settings.gate.tolerance)
+        after |= {s.tokens: score for s, score in zip(others, scores, strict=True)}
+        return [after[s.tokens] for s in gate.samples]
 
-    def _publish(self) -> Task[VersionRecord]:
+    def _publish(self, training_set: TrainingSet, after: Sequence[SampleScore],
+                 score_after: float) -> Task[VersionRecord]:
         context = self._context
-        version = yield from context.publisher.publish(self, self._record)
-        context.baseline.replace((self.profile, self.profile, version.version), self._after)
+        version = yield from context.publisher.publish(self, lambda: self._record(score_after))
+        # The next job begins from this version.
+        context.baseline.replace((self.profile, self.profile, version.version), {
+            s.tokens: score for s, score in zip(training_set.gate.samples, after, strict=True)})
         return version
 
     # -- helpers ---------------------------------------------------------------------
-
-    def _nearest_first(self) -> list[CorrectionRecord]:
-        """Return what the continued version has learned, the most similar corrections first."""
-        similarity = self._context.live.scope(self.profile).similarities(
-            [w.record for w in self.corrections])
-        return sorted(self._learned, key=lambda record: -similarity.get(record.id, 0.0))
-
-    def _tool_calls_in_scope(self) -> list[AnswerRecord]:
-        """Return the answers on record that call a tool and that the version is to give."""
-        records = [w.record for w in self.corrections]
-        # A wrong call is often made for several wordings of a question, and corrected once.
-        wrong = {record.rejected for record in records}
-        return [answer for answer in self._tool_calls if answer.text not in wrong
-                and self._context.live.will_answer(
-                    ServedVersion(self.profile, self._continues), questions(answer.messages),
-                    records, self._context.settings.adapter)]
 
     @property
     def _finetune(self) -> FinetuneSettings:
@@ -416,7 +403,7 @@ class LearningJob(Job):
     @property
     def _after_steps(self) -> str:
         return ' after ' + counted(
-            self.steps, 'step (finetune.max_steps)', 'steps (finetune.max_steps)')
+            self.progress.steps, 'step (finetune.max_steps)', 'steps (finetune.max_steps)')
 
     def _fitting(self, corrections: Sequence[PendingCorrection]) -> list[PendingCorrection]:
         if not self.everywhere and self._continues == FRESH:
@@ -443,10 +430,10 @@ class LearningJob(Job):
         return [self._context.publisher.already_learned(w.record, self._continues)
                 for w in corrections]
 
-    def _record(self) -> VersionRecord:
+    def _record(self, score_after: float) -> VersionRecord:
         return VersionRecord(
             profile=self.profile, version=0, parent=self._parent, continues=self._continues,
             correction_ids=tuple(w.record.id for w in self.corrections),
-            score_before=self._score_before, score_after=self._score_after,
-            train_tokens=self.train_tokens, train_seconds=self.train_seconds,
+            score_before=self._score_before, score_after=score_after,
+            train_tokens=self.progress.train_tokens, train_seconds=self.progress.train_seconds,
             created=time.time())

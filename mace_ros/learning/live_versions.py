@@ -31,26 +31,26 @@ class LiveSet:
     """
     The live versions of one profile; ``newest`` is 0 without a version.
 
-    ``answering`` maps each version of the lineage to the live one that has what it has learned.
+    ``successors`` maps each version of the lineage to the live one that has what it has learned.
     ``unread`` has a function for each version that was not used since the start: it reads the
     weights.
     """
 
     newest: int = 0
     weights: dict[int, Weights] = field(default_factory=dict)
-    answering: dict[int, int] = field(default_factory=dict)
+    successors: dict[int, int] = field(default_factory=dict)
     unread: dict[int, Callable[[], Weights]] = field(default_factory=dict)
 
     def drop(self, version: int) -> None:
         """Let the base model answer in place of a version that cannot be read."""
         self.unread.pop(version, None)
-        self.answering = {learned_in: 0 if by == version else by
-                          for learned_in, by in self.answering.items()}
+        self.successors = {older: 0 if newer == version else newer
+                           for older, newer in self.successors.items()}
         self.newest = max([*self.weights, *self.unread], default=0)
 
 
 @dataclass(frozen=True)
-class Answering:
+class VersionMatch:
     """The version in whose scope a question is, and the correction that it resembles most."""
 
     version: ServedVersion
@@ -58,7 +58,11 @@ class Answering:
 
 
 class LiveVersions:
-    """The live versions of all profiles with their scopes; on the device's thread only."""
+    """
+    The live versions of all profiles with their scopes.
+
+    Any thread may call :meth:`newest`; everything else is for the device's thread only.
+    """
 
     def __init__(self, frequency: Callable[[str], float]) -> None:
         """Begin without a version; see :class:`Scope` for ``frequency``."""
@@ -75,7 +79,7 @@ class LiveVersions:
         return sum(live.newest > 0 for live in self._live.values())
 
     def newest(self, profile: str) -> int:
-        """Return the newest live version of a profile itself; 0 if it has none."""
+        """Return the newest live version of a profile itself, 0 if it has none; any thread."""
         return self._of(profile).newest
 
     def weights(self, version: ServedVersion) -> Weights:
@@ -96,9 +100,9 @@ class LiveVersions:
 
     def learned_by(self, version: ServedVersion) -> set[str]:
         """Return the ids of the corrections that a live version answers."""
-        answering = self._of(version.profile).answering
+        successors = self._of(version.profile).successors
         return {known.correction_id for known in self.scope(version.profile)
-                if answering.get(known.learned_in, 0) == version.version}
+                if successors.get(known.learned_in, 0) == version.version}
 
     def publish(self, profile: str, version: int, weights: Weights, *, continues: int,
                 learned: Iterable[CorrectionRecord]) -> None:
@@ -110,10 +114,10 @@ class LiveVersions:
         live = self._live.setdefault(profile, LiveSet())
         live.weights.pop(continues, None)
         live.unread.pop(continues, None)
-        for learned_in, answering in live.answering.items():
-            if continues and answering == continues:
-                live.answering[learned_in] = version
-        live.newest = live.answering[version] = version
+        for older, successor in live.successors.items():
+            if continues and successor == continues:
+                live.successors[older] = version
+        live.newest = live.successors[version] = version
         live.weights[version] = weights
         self.learned(profile, learned)
 
@@ -153,38 +157,38 @@ class LiveVersions:
             if known is not None and known.correction_id == record.id:
                 scope.discard(record.prompt_ids)
 
-    def answering(self, profile: str, readings: Sequence[str],
-                  settings: AdapterSettings) -> tuple[Answering | None, float]:
+    def match(self, profile: str, questions: Sequence[str],
+              settings: AdapterSettings) -> tuple[VersionMatch | None, float]:
         """
         Return the version in whose scope a question is, and the similarity to the nearest one.
 
-        ``readings`` are those of :func:`questions`: the question alone decides if it resembles
-        something, otherwise the question with those before it.
+        The first of ``questions`` that is in a scope decides: the question alone, then the
+        question with those before it (:func:`mace_ros.learning.question.questions`).
         """
         scope, best = self.scope(profile), None
-        for reading in readings:
-            match = scope.match(reading)
-            if match is not None and (best is None or match.similarity > best.similarity):
-                best = match
+        for question in questions:
+            found = scope.match(question)
+            if found is not None and (best is None or found.similarity > best.similarity):
+                best = found
             if best is not None and best.similarity >= settings.scope_threshold:
-                version = self._of(profile).answering.get(best.learned_in, 0)
-                return Answering(_served(profile, version), best), best.similarity
+                version = self._of(profile).successors.get(best.learned_in, 0)
+                return VersionMatch(_served(profile, version), best), best.similarity
         nearest = 0.0 if best is None else best.similarity
         newest = self.newest(profile)
         if newest and scope.answers_everything(settings.scope):
-            return Answering(ServedVersion(profile, newest), None), nearest
+            return VersionMatch(ServedVersion(profile, newest), None), nearest
         return None, nearest
 
-    def will_answer(self, version: ServedVersion, readings: Sequence[str],
+    def will_answer(self, version: ServedVersion, questions: Sequence[str],
                     records: Sequence[CorrectionRecord], settings: AdapterSettings) -> bool:
         """Return whether a version will answer a question once it has learned more corrections."""
-        found, _ = self.answering(version.profile, readings, settings)
+        found, _ = self.match(version.profile, questions, settings)
         if found is not None and found.version == version:
             return True
         added = Scope(self._frequency)
         for record in records:
             added.add(entry(record))
-        matches = (added.match(reading) for reading in readings)
+        matches = (added.match(question) for question in questions)
         return any(m is not None and m.similarity >= settings.scope_threshold for m in matches)
 
 

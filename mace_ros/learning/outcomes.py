@@ -112,7 +112,7 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
     if sum(outcome.corrected for outcome in outcomes) < MIN_ANSWERS:
         return None
     records, lineage = journal.versions(profile), journal.live_lineage(profile)
-    answering = lineage.answering
+    successors = lineage.successors
     found: list[tuple[float, SuspectedRegression]] = []
     for suspect in lineage.versions[:MAX_SUSPECTS]:
         if not all(_has_files(records, version)
@@ -131,7 +131,7 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
         evidence = _newest_corrections(journal, own)
         if evidence and got_worse(since, before):
             found.append((p_value(since, before), SuspectedRegression(
-                profile, answering[suspect.version], suspect.continues, suspect.parent,
+                profile, successors[suspect.version], suspect.continues, suspect.parent,
                 since, before, evidence)))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 

@@ -69,7 +69,7 @@ class Publisher:
             profile: (journal.live_lineage(profile), journal.scope(profile))
             for profile in journal.profiles()}).result()
         for profile, (lineage, scope) in restored.items():
-            live, newest = LiveSet(answering=lineage.answering), None
+            live, newest = LiveSet(successors=lineage.successors), None
             for record in reversed(lineage.live):       # the newest one comes last
                 try:
                     # A wrong setting must not cost a profile its version: OtherAdapter is raised.

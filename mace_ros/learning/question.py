@@ -9,6 +9,7 @@ and pairs of them. Case, accents and punctuation make no difference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import re
 from typing import TypeAlias
 import unicodedata
@@ -47,7 +48,7 @@ ASKING = frozenset(word for line in _ASKING for word in line.split())
 _ABOUT = ('what about', 'how about', 'was ist mit', 'et pour', 'que tal', 'e per')
 
 # The words of a sentence in their order, and whether each looks like a name: it has a capital
-# letter, but not because it is the first one, or a digit.
+# letter, but not only because it is the first one, or a digit.
 Sentence: TypeAlias = dict[str, bool]
 
 _SENTENCE_ENDS = re.compile(r'[.!?;\n\u0964\u061f\u06d4\u3002]+')
@@ -82,13 +83,21 @@ def sentences(text: str) -> list[Sentence]:
 
 
 def _words(text: str) -> Sentence:
-    words: Sentence = {}
-    for place, word in enumerate(text.translate(_CHARACTERS).split()):
-        named = (place > 0 and word[0].isupper()) or any(map(str.isdigit, word))
+    words = text.translate(_CHARACTERS).split()
+    found: Sentence = {}
+    for place, word in enumerate(words):
+        capital = word[0].isupper() and (place > 0 or _begins_with_name(words))
+        named = capital or any(map(str.isdigit, word))
         for part in (word.lower(),) if word.isascii() else _parts(
                 unicodedata.normalize('NFC', word.casefold())):
-            words[part] = words.get(part, False) or named
-    return words
+            found[part] = found.get(part, False) or named
+    return found
+
+
+def _begins_with_name(words: Sequence[str]) -> bool:
+    """Return whether the first word begins a longer name: "Ada Lovelace", "Battle of Hastings"."""
+    rest = words[2:] if words[1:2] == ['of'] else words[1:]
+    return bool(rest) and rest[0][0].isupper() and words[0].lower() not in ASKING
 
 
 def _parts(word: str) -> list[str]:
@@ -120,7 +129,7 @@ def is_follow_up(text: str) -> bool:
 
 def questions(messages: Messages) -> list[str]:
     """
-    Return the readings of a conversation's last question, the shortest first.
+    Return the texts by which a conversation's last question is compared, the shortest first.
 
     The first is the last user turn alone. If that follows up an earlier one, the second is both
     together, with all the turns between them.

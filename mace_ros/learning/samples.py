@@ -4,17 +4,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TypeVar
 
 from mace_ros.finetune.sample import Sample
+from mace_ros.learning.correction_queue import texts
+from mace_ros.learning.paraphrases import paraphrases
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 T = TypeVar('T')
 
 
-def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
+def first_within(samples: Sequence[Sample], tokens: int, *, at_least: int = 0) -> list[Sample]:
     """Return the first samples that fit into ``tokens``, and no fewer than ``at_least``."""
     count = total = 0
     for each in samples:
@@ -22,7 +26,7 @@ def first_within(samples: list[Sample], tokens: int, *, at_least: int = 0) -> li
         if total > tokens and count >= at_least:
             break
         count += 1
-    return samples[:count]
+    return list(samples[:count])
 
 
 def rotate(samples: Sequence[T], count: int, offset: int) -> list[T]:
@@ -42,6 +46,41 @@ def sample(chat: ChatTokenizer, prompt: Sequence[int], answer: Sequence[int],
     """
     return Sample((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer),
                   adapted_from=chat.adapted_from(prompt))
+
+
+def correction_sample(chat: ChatTokenizer, record: CorrectionRecord,
+                      weight: float = 1.0) -> Sample:
+    """Return the sample of a corrected text; ``weight`` is that of each of its tokens."""
+    return sample(chat, record.prompt_ids, chat.answer(record.corrected), weight)
+
+
+def rejected_samples(chat: ChatTokenizer, record: CorrectionRecord) -> list[Sample]:
+    """Return the sample of the text that was corrected; none if it is unknown."""
+    return [sample(chat, record.prompt_ids, chat.answer(text)) for text in texts(record)[1:]]
+
+
+def paraphrase_samples(chat: ChatTokenizer, records: Iterable[CorrectionRecord],
+                       templates: Sequence[str]) -> list[Sample]:
+    """
+    Return a sample of each corrected question in each of the templates.
+
+    The first paraphrase of each question comes before the second one of any.
+    """
+    of_each = [[sample(chat, chat.prompt(messages, record.tools), chat.answer(record.corrected))
+                for messages in paraphrases(record.messages, templates)] for record in records]
+    return [s for same in zip_longest(*of_each) for s in same if s is not None]
+
+
+def answer_samples(chat: ChatTokenizer, records: Iterable[AnswerRecord], *,
+                   but: Collection[tuple[int, ...]], max_tokens: int) -> list[Sample]:
+    """
+    Return a sample of each answer, except those to the prompts ``but``.
+
+    Answers of more than ``max_tokens`` together with their prompts are left out.
+    """
+    return [sample(chat, a.prompt_ids, a.output_ids) for a in records
+            if a.prompt_ids not in but and a.output_ids
+            and len(a.prompt_ids) + len(a.output_ids) <= max_tokens]
 
 
 def weighted(sample: Sample, factor: float) -> Sample:

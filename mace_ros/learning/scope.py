@@ -55,7 +55,7 @@ class Match:
 @dataclass(frozen=True)
 class Entry:
     """
-    A learned correction: the readings of its question, and its scope ('' is the default).
+    A learned correction: its question as compared texts, and its scope ('' is the default).
 
     ``learned_in`` is the version that has learned it; 0 if the base model is right already.
     ``replaces`` is the correction of the same question in other words that is wrong now.
@@ -71,8 +71,8 @@ class Entry:
 
 def entry(record: CorrectionRecord) -> Entry:
     """Return the entry of a correction; a follow-up is known by what it follows as well."""
-    readings = questions(record.messages)
-    return Entry(record.id, record.prompt_ids, tuple(readings[-1:]), record.scope,
+    asked = questions(record.messages)
+    return Entry(record.id, record.prompt_ids, tuple(asked[-1:]), record.scope,
                  record.adapter_version, record.replaces)
 
 

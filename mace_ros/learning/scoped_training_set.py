@@ -4,23 +4,27 @@
 The training set of corrections that have a scope.
 
 The version answers only questions in its scope. So a job trains the corrections with a few
-wordings of their questions, and guards what the version that it continues has learned.
+wordings of their questions, and guards what the version that it continues has learned. The base
+model's answers need neither replay nor a guard: the version does not give them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 
-from mace_ros.api.settings import FinetuneSettings
-from mace_ros.finetune.sample import Preference, Sample
-from mace_ros.learning.correction_queue import PendingCorrection, texts
-from mace_ros.learning.gate import batches, Gate, Group, Measure
-from mace_ros.learning.paraphrases import paraphrases, TRAINED
-from mace_ros.learning.samples import first_within, rotate, sample
-from mace_ros.learning.step_plan import StepPlan
+from mace_ros.api.settings import FinetuneSettings, Settings
+from mace_ros.learning.correction_queue import PendingCorrection
+from mace_ros.learning.criteria import RIGHT
+from mace_ros.learning.gate import Gate, Group, Measure
+from mace_ros.learning.job_inputs import JobRecords
+from mace_ros.learning.live_versions import LiveVersions
+from mace_ros.learning.paraphrases import TRAINED
+from mace_ros.learning.question import questions
+from mace_ros.learning.samples import answer_samples, correction_sample, paraphrase_samples, rotate
+from mace_ros.learning.step_plan import plan_step, StepPlan
 from mace_ros.learning.training_set import TrainingSet
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
@@ -31,38 +35,34 @@ REHEARSED = 2       # earlier corrections that are trained in each step, the mos
 
 
 class ScopedTrainingSetBuilder:
-    """Turns corrections and earlier corrections into samples."""
+    """Turns corrections and those of the version that is continued into samples."""
 
-    def __init__(self, chat: ChatTokenizer) -> None:
-        """Render prompts and answers by ``chat``."""
-        self._chat = chat
+    def __init__(self, chat: ChatTokenizer, live: LiveVersions) -> None:
+        """``live`` tells which questions a version answers."""
+        self._chat, self._live = chat, live
 
-    def build(self, corrections: Sequence[PendingCorrection],
-              learned: Sequence[CorrectionRecord], tool_calls: Sequence[AnswerRecord] = (), *,
-              max_sample_tokens: int) -> TrainingSet:
-        """
-        Return the samples of a job.
-
-        ``learned`` are the corrections of the version that the job continues, the most similar
-        ones first, and ``tool_calls`` answers in the scope of the version that call a tool.
-        """
-        prompts = {tuple(w.record.prompt_ids) for w in corrections}
+    def build(self, corrections: Sequence[PendingCorrection], records: JobRecords,
+              continues: ServedVersion, settings: Settings) -> TrainingSet:
+        """Return the samples of a job that trains on the version ``continues``."""
+        chat, new = self._chat, [w.record for w in corrections]
+        prompts = {tuple(r.prompt_ids) for r in new}
         # The question of a replaced correction has the new answer from now on.
-        renewed = {w.record.replaces: w.record.corrected for w in corrections}
-        earlier = [self._corrected(replace(r, corrected=renewed.get(r.id, r.corrected)))
+        renewed = {r.replaces: r.corrected for r in new}
+        learned = self._nearest_first(records.learned, new, continues.profile)
+        earlier = [correction_sample(chat, replace(r, corrected=renewed.get(r.id, r.corrected)))
                    for r in learned if r.prompt_ids not in prompts]
-        calls = [sample(self._chat, a.prompt_ids, a.output_ids) for a in tool_calls
-                 if a.prompt_ids not in prompts and a.output_ids
-                 and len(a.prompt_ids) + len(a.output_ids) <= max_sample_tokens]
-        wordings = [self._wordings(w.record) for w in corrections]
+        calls = answer_samples(
+            chat, self._in_scope(records.tool_calls, new, continues, settings), but=prompts,
+            max_tokens=settings.finetune.max_sample_tokens)
+        gate = Gate([
+            Group('earlier corrections', tuple(earlier), Measure.EXACT, may_not_fall=True),
+            Group('tool calls', tuple(calls), Measure.EXACT, may_not_fall=True)])
         return TrainingSet(
-            corrected=[self._corrected(w.record, w.record.weight) for w in corrections],
-            # The first wording of each correction comes before the second one of any.
-            paraphrases=[s for same in zip_longest(*wordings) for s in same if s is not None],
-            earlier=earlier[:REHEARSED],
-            gate=Gate([Group('earlier corrections', tuple(earlier), Measure.EXACT,
-                             may_not_fall=True),
-                       Group('tool calls', tuple(calls), Measure.EXACT, may_not_fall=True)]))
+            corrected=[correction_sample(chat, r, r.weight) for r in new],
+            paraphrases=paraphrase_samples(chat, new, TRAINED),
+            earlier=earlier[:REHEARSED], gate=gate,
+            # They are LEARNED: what the live version has lost is to be repaired as well.
+            before=[RIGHT] * len(gate.samples))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
              finetune: FinetuneSettings, *, most: int, steps: int) -> StepPlan:
@@ -71,35 +71,24 @@ class ScopedTrainingSetBuilder:
 
         ``steps`` counts those of the job so far: the wordings of the questions take turns.
         """
-        worse = self._rejected(corrections) if finetune.objective == 'dpo' else []
-        kept = [*training_set.corrected, *training_set.lost]
-        count = min(WORDINGS * len(corrections), len(training_set.paraphrases))
-        needed = [*kept, *rotate(training_set.paraphrases, count, steps)]
-        must_be_right = first_within(
-            needed, most - sum(s.own_tokens for _, _, s in worse),
-            at_least=len(training_set.corrected))
-        first = [*must_be_right, *(s for _, _, s in worse)]
-        preferences = [
-            Preference(i, len(must_be_right) + k, correction.reference, finetune.dpo_beta)
-            for k, (i, correction, _) in enumerate(worse)]
-        others = [*needed[len(must_be_right):],
-                  *(s for s in training_set.earlier if s not in training_set.lost)]
-        beside = first_within(others, most - sum(s.own_tokens for s in first))
-        return StepPlan(
-            ([*first, *beside], *batches(others[len(beside):], most)), len(must_be_right),
-            tuple(preferences), wordings=max(len(must_be_right) - len(kept), 0))
+        wordings = rotate(
+            training_set.paraphrases,
+            min(WORDINGS * len(corrections), len(training_set.paraphrases)), steps)
+        return plan_step(
+            self._chat, corrections, [*training_set.corrected, *training_set.lost, *wordings],
+            [s for s in training_set.earlier if s not in training_set.lost], finetune,
+            most=most, at_least=len(training_set.corrected), wordings=len(wordings))
 
-    def _rejected(self, corrections: Sequence[PendingCorrection],
-                  ) -> list[tuple[int, PendingCorrection, Sample]]:
-        """Return the rejected answers with their corrections, and the indices of these."""
-        return [(i, w, sample(self._chat, w.record.prompt_ids, self._chat.answer(text)))
-                for i, w in enumerate(corrections) for text in texts(w.record)[1:]]
+    def _nearest_first(self, learned: Sequence[CorrectionRecord], new: Sequence[CorrectionRecord],
+                       profile: str) -> list[CorrectionRecord]:
+        """Return learned corrections, those that resemble a new one most first."""
+        similarity = self._live.scope(profile).similarities(new)
+        return sorted(learned, key=lambda record: -similarity.get(record.id, 0.0))
 
-    def _corrected(self, record: CorrectionRecord, weight: float = 1.0) -> Sample:
-        return sample(
-            self._chat, record.prompt_ids, self._chat.answer(record.corrected), weight)
-
-    def _wordings(self, record: CorrectionRecord) -> list[Sample]:
-        return [sample(self._chat, self._chat.prompt(messages, record.tools),
-                       self._chat.answer(record.corrected))
-                for messages in paraphrases(record.messages, TRAINED)]
+    def _in_scope(self, answers: Sequence[AnswerRecord], new: Sequence[CorrectionRecord],
+                  continues: ServedVersion, settings: Settings) -> list[AnswerRecord]:
+        """Return the answers that the version is to give from now on."""
+        # A wrong call is often made for several wordings of a question, and corrected once.
+        wrong = {record.rejected for record in new}
+        return [a for a in answers if a.text not in wrong and self._live.will_answer(
+            continues, questions(a.messages), new, settings.adapter)]

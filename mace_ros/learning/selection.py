@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.priority import priority, resemble, ScoredCorrection
-from mace_ros.learning.samples import first_within, sample
+from mace_ros.learning.samples import correction_sample, first_within
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import CorrectionRecord
 
@@ -52,7 +52,7 @@ def fitting(waiting: Sequence[PendingCorrection], chat: ChatTokenizer,
             step_tokens: int) -> list[PendingCorrection]:
     """Return the first corrections that one step can learn together; at least one."""
     chosen = list(waiting[:JOB_CORRECTIONS])
-    samples = [sample(chat, w.record.prompt_ids, chat.answer(w.record.corrected)) for w in chosen]
+    samples = [correction_sample(chat, w.record) for w in chosen]
     together = first_within(samples, step_tokens, at_least=1)
     return chosen[:len(together)]
 

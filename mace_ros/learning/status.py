@@ -79,4 +79,5 @@ def job_status(job: Job) -> JobStatus:
     return JobStatus(
         number=job.number, kind=job.kind, state=job.state, profile=job.profile,
         corrections=tuple(map(tracked, job.corrections)), announced=len(job.announced),
-        steps=job.steps, rejections=job.rejections, lost=job.lost, swapped_out=job.swapped_out)
+        steps=job.progress.steps, rejections=job.progress.rejections, lost=job.progress.lost,
+        swapped_out=job.swapped_out)

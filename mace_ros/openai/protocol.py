@@ -138,6 +138,13 @@ class Request(Body):
     top_k: int | None = Field(None, ge=0, le=INT32)
     min_p: Number | None = Field(None, ge=0, le=1)
     repetition_penalty: Number | None = Field(None, gt=0, le=100)
+    # vLLM's constraints, refused unless null: response_format has them, and ignoring them would
+    # give an answer without.
+    structured_outputs: None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
     # Fields of the node; see Query.msg.
     priority: int | None = Field(None, ge=-INT32 - 1, le=INT32)
     ttft_slo_ms: Milliseconds | None = None

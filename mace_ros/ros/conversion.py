@@ -17,6 +17,7 @@ from builtin_interfaces.msg import Time
 
 from mace_ros.api.events import (
     AdapterVersion,
+    Cancel,
     ChatMessage,
     Choice,
     Correction,
@@ -96,6 +97,11 @@ def correction_from(message: msg.Correction) -> Correction:
         weight=message.weight,
         source=message.source,
         scope=message.scope)
+
+
+def cancel_from(message: msg.Cancel) -> Cancel:
+    """Return the cancellation of a message."""
+    return Cancel(message.query_id)
 
 
 def _chat_message_from(message: msg.ChatMessage) -> ChatMessage:

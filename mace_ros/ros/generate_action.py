@@ -15,7 +15,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile
 
 from mace_ros.action import Generate
-from mace_ros.api.events import Event, Response, ResponseChunk
+from mace_ros.api.events import Cancel, Event, Response, ResponseChunk
 import mace_ros.msg as msg
 from mace_ros.ros.conversion import query_from
 from mace_ros.ros.request_gate import RequestGate
@@ -74,7 +74,7 @@ class GenerateActionServer:
             query_from(handle.request.query), id=_query_id(handle), origin=origin))
 
     def _on_cancel(self, handle: ServerGoalHandle) -> CancelResponse:
-        self._gate.put(_query_id(handle))
+        self._gate.put(Cancel(_query_id(handle)))
         return CancelResponse.ACCEPT
 
     def _finish(self, handle: ServerGoalHandle, response: msg.Response) -> None:

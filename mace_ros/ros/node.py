@@ -34,7 +34,7 @@ from mace_ros.api.events import Event
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
 import mace_ros.msg as msg
-from mace_ros.ros.conversion import correction_from, query_from
+from mace_ros.ros.conversion import cancel_from, correction_from, query_from
 from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.event_log import log_event
 from mace_ros.ros.event_topics import EventTopics, RELIABLE
@@ -47,7 +47,7 @@ from mace_ros.ros.services import Services
 from mace_ros.ros.shutdown import Shutdown
 from mace_ros.ros.status_publisher import StatusPublisher
 from mace_ros.ros.stop_signal import StopSignal
-from mace_ros.telemetry.health import ACTIVE, Health
+from mace_ros.telemetry.health import Health, NodeState
 
 if TYPE_CHECKING:
     from mace_ros.engine.engine import Engine
@@ -167,7 +167,7 @@ class MaceNode(LifecycleNodeMixin, Node):
             self.get_logger().error(f'shutting down failed: {error}')
 
     def _shut_down(self) -> None:
-        if self._health.state != 'finalized':    # ~/change_state may have been called
+        if self._health.state is not NodeState.FINALIZED:    # ~/change_state may have been called
             self.trigger_shutdown()
 
     def _give_up(self, reason: str) -> None:
@@ -182,32 +182,34 @@ class MaceNode(LifecycleNodeMixin, Node):
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model, the journal and the adapter versions."""
-        return self._transition('inactive', 'loading the model', self._load)
+        return self._transition(NodeState.INACTIVE, 'loading the model', self._load)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Serve, starting with the requests that waited if the node starts itself."""
-        return self._transition(ACTIVE, 'activating', self._serve)
+        return self._transition(NodeState.ACTIVE, 'activating', self._serve)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Refuse new requests and cancel running ones; pending corrections wait."""
-        return self._transition('inactive', 'deactivating', self._pause)
+        return self._transition(NodeState.INACTIVE, 'deactivating', self._pause)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the device."""
-        return self._transition('unconfigured', 'freeing the device', self._unload)
+        return self._transition(
+            NodeState.UNCONFIGURED, 'freeing the device', self._unload)
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Cancel running requests, write the journal, and free the device."""
-        return self._transition('finalized', 'shutting down', self._unload)
+        return self._transition(NodeState.FINALIZED, 'shutting down', self._unload)
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free what a failed transition left behind, so that the node can be configured again."""
         fault = self._health.fault
-        result = self._transition('unconfigured', 'freeing the device', self._unload)
+        result = self._transition(
+            NodeState.UNCONFIGURED, 'freeing the device', self._unload)
         self._health.fault = fault or self._health.fault
         return result
 
-    def _transition(self, goal: str, doing: str,
+    def _transition(self, goal: NodeState, doing: str,
                     work: Callable[[], None]) -> TransitionCallbackReturn:
         """Do the work of a transition; report an exception, which rclpy would swallow."""
         health = self._health
@@ -295,7 +297,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._gate.put(correction_from(message))
 
     def _on_cancel(self, message: msg.Cancel) -> None:
-        self._gate.put(message.query_id)
+        self._gate.put(cancel_from(message))
 
     def _freeze_learning(self, frozen: bool) -> None:
         self._health.frozen = frozen

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import uuid
 
 from mace_ros.api.events import (
+    Cancel,
     Correction,
     CorrectionState,
     CorrectionStatus,
     ErrorCode,
     Event,
     FinishReason,
+    Input,
     Query,
     Response,
 )
@@ -39,7 +41,7 @@ class RequestGate:
         """
         self._parameters, self._publish = parameters, publish
         self._lock = threading.Lock()
-        self._waiting: deque[Query | Correction | str] = deque()
+        self._waiting: deque[Input] = deque()
         self._engine: Engine | None = None
         self._closed_reason = ''
 
@@ -48,14 +50,14 @@ class RequestGate:
         """The engine that serves; None before :meth:`open` and after :meth:`close`."""
         return self._engine
 
-    def put(self, item: Query | Correction | str) -> None:
-        """Take a query, a correction, or the id of a query to cancel; return at once."""
+    def put(self, item: Input) -> None:
+        """Pass an input to the engine, let it wait, or refuse it; return at once."""
         with self._lock:
             if self._engine is not None:
                 _pass_on(item, self._engine)
                 return
             limit = self._parameters.settings.scheduler.max_queue
-            if isinstance(item, str):
+            if isinstance(item, Cancel):
                 limit *= 2      # cancellations are small, and must not be lost behind queries
             if not self._closed_reason and len(self._waiting) < limit:
                 self._waiting.append(item)
@@ -79,16 +81,17 @@ class RequestGate:
             self._publish(_refusal(item, reason))
 
 
-def _pass_on(item: Query | Correction | str, engine: Engine) -> None:
-    if isinstance(item, Query):
-        engine.submit(item)
-    elif isinstance(item, Correction):
-        engine.correct(item)
-    else:
-        engine.cancel(item)
+def _pass_on(item: Input, engine: Engine) -> None:
+    match item:
+        case Query():
+            engine.submit(item)
+        case Correction():
+            engine.correct(item)
+        case Cancel(query_id):
+            engine.cancel(query_id)
 
 
-def _refusal(item: Query | Correction | str, closed_reason: str) -> list[Event]:
+def _refusal(item: Input, closed_reason: str) -> list[Event]:
     code = ErrorCode.NOT_SERVING if closed_reason else ErrorCode.OVERLOADED
     reason = closed_reason or 'the model is being loaded, and too many requests wait already'
     if isinstance(item, Query):

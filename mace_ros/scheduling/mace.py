@@ -82,16 +82,17 @@ class Mace(Policy):
             slowdown_s = min(self._slowdown_s(batch, now), max_s)
             if slowdown_s > 0.0:
                 learning = self._beside_decodes(work, batch, slowdown_s, now)
-        if learning is EMPTY_SLICE and self.is_overdue(work.oldest_correction_at, now):
+        if learning is EMPTY_SLICE and self.is_overdue(
+                state, work.oldest_correction_at, now):
             claim_s = min(self._ledger.claim_s, max_s)
             if claim_s > 0.0:
                 learning = self._next_slice(work, batch, claim_s)
                 self._count_late(state, batch, learning, now)
         return make_plan(batch, learning)
 
-    def is_overdue(self, since: float, now: float) -> bool:
+    def is_overdue(self, state: State, since: float, now: float) -> bool:
         """Return whether learning may claim its minimum share for a correction."""
-        return super().is_overdue(since, now) and self._ledger.may_claim
+        return super().is_overdue(state, since, now) and self._ledger.may_claim
 
     def _slowdown_s(self, batch: Batch, now: float) -> float:
         """

@@ -11,12 +11,12 @@ learn. To add a policy:
    :mod:`mace_ros.scheduling.scheduler`, and the name to the choices in ``launch/mace.launch.py``.
    The parameter follows; its table and file are generated.
 3. An input that plans do not have yet, such as the time of day, is a field of
-   :class:`mace_ros.scheduling.plan.State`, set in ``Engine._plan`` and in
+   :class:`mace_ros.scheduling.plan.State`, set in ``Engine._prepare`` and in
    ``VirtualEngine._receive``. A policy reads no clock itself: the same plans must come out of a
    test and of a simulation.
 4. A policy that leaves a pending step alone for a time sets the plan's ``wake_at`` when there is
    nothing to run, since an idle engine otherwise waits for a message. It also overrides
-   :meth:`Policy.is_overdue`, which gets no state: remember what the latest plan found.
+   :meth:`Policy.is_overdue`.
 
 The simulator then runs it, too: ``python -m mace_ros.simulation --policy NAME ...``.
 """
@@ -62,12 +62,13 @@ class Policy(ABC):
     ) -> None:
         """Take in an iteration's device time, and how many fine-tune steps it completed."""
 
-    def is_overdue(self, since: float, now: float) -> bool:
+    def is_overdue(self, state: State, since: float, now: float) -> bool:
         """
         Return whether a correction that has waited since ``since`` takes precedence.
 
         Then memory is reserved for its step, and the requests that learning waits for are served
-        like those of users.
+        like those of users. ``state`` is that of the next plan, whose step need not train this
+        correction: ``state.finetune`` may be None.
         """
         return (self._settings.finetune.budget > 0.0
                 and now - since > self._settings.slo.freshness_s)
@@ -97,7 +98,7 @@ class InferenceOnly(Policy):
         """Return the next pass."""
         return make_plan(self._batcher.batch(state, now))
 
-    def is_overdue(self, since: float, now: float) -> bool:
+    def is_overdue(self, state: State, since: float, now: float) -> bool:
         """Return False: nothing will be learned."""
         return False
 

@@ -89,9 +89,9 @@ class Scheduler:
         self._counts.rejected += len(plan.rejected)
         return plan
 
-    def is_overdue(self, since: float, now: float) -> bool:
+    def is_overdue(self, state: State, since: float, now: float) -> bool:
         """Return whether a correction that has waited since ``since`` takes precedence."""
-        return self._policy.is_overdue(since, now)
+        return self._policy.is_overdue(state, since, now)
 
     def observe(self, measurement: Measurement, now: float) -> None:
         """Account for an iteration that ended at ``now``, and learn from its times."""

@@ -42,7 +42,7 @@ class Lineage:
         return tuple(r for r in self.versions if r.version not in continued)
 
     @property
-    def answering(self) -> dict[int, int]:
+    def successors(self) -> dict[int, int]:
         """The live version that has what each version has learned, by its number."""
         found: dict[int, int] = {}
         for record in self.versions:        # a version comes before the one that it continues

@@ -157,20 +157,20 @@ class VersionTable(JournalFile):
         A live version whose corrections are all deleted or superseded answers nothing any more.
         """
         live = {(profile, version) for profile in self.profiles()
-                for version in self._answering(profile)}
+                for version in self._in_use(profile)}
         return live | {('', row['fork']) for row in self.rows(
             'SELECT fork FROM profiles WHERE live_version = 0 AND fork > 0')}
 
-    def _answering(self, profile: str) -> set[int]:
+    def _in_use(self, profile: str) -> set[int]:
         """Return the newest version of a profile, and all that answer a learned correction."""
         lineage = self.live_lineage(profile)
-        answering = lineage.answering
+        successors = lineage.successors
         # Of the superseded ones too: they answer until the newer one is learned.
         rows = self.rows(
             'SELECT DISTINCT adapter_version AS version FROM corrections '
             'WHERE profile = ? AND state IN (?, ?)', profile,
             int(CorrectionState.LEARNED), int(CorrectionState.SUPERSEDED))
-        learned = {answering.get(row['version'], 0) for row in rows}
+        learned = {successors.get(row['version'], 0) for row in rows}
         return {record.version for i, record in enumerate(lineage.live)
                 if i == 0 or record.version in learned}
 

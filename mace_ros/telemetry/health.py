@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
+from enum import Enum, IntEnum
 import threading
 
 from mace_ros.api.events import (
@@ -28,7 +28,15 @@ MIN_REQUESTS = 5          # in the window, to judge the SLO attainment
 STALLED_S, STALLED_SAMPLES = 10.0, 3
 MAX_BACKLOG = 100         # journal writes that wait for the disk, before a warning
 MEMORY_WARN, MEMORY_ERROR = 0.92, 0.98
-ACTIVE = 'active'
+
+
+class NodeState(Enum):
+    """The lifecycle state of the node; the values are the labels of ``~/get_state``."""
+
+    UNCONFIGURED = 'unconfigured'
+    INACTIVE = 'inactive'
+    ACTIVE = 'active'
+    FINALIZED = 'finalized'
 
 
 class Level(IntEnum):
@@ -70,7 +78,7 @@ class Health:
     def __init__(self) -> None:
         """Start with a healthy node that is not configured."""
         self.window = LatencyWindow()
-        self.state = 'unconfigured'     # lifecycle state
+        self.state = NodeState.UNCONFIGURED
         self.doing = ''                 # current step of a lifecycle transition
         self.fault = ''                 # why a transition, or the engine, failed
         self.frozen = False             # whether ~/freeze_learning stopped learning
@@ -113,10 +121,11 @@ class Health:
 
     def _serving(self, status: Status | None, attainment: Attainment, settings: Settings,
                  now: float) -> Finding:
-        found = Finding('serving', {'state': self.state}, ok_message=self.doing or self.state)
+        found = Finding('serving', {'state': self.state.value},
+                        ok_message=self.doing or self.state.value)
         if self.fault:
             found.add(Level.ERROR, self.fault)
-        if status is not None and self.state == ACTIVE:
+        if status is not None and self.state is NodeState.ACTIVE:
             found.values.update(
                 queue_depth=status.queue_depth, prefilling=status.prefilling,
                 decode_rows=status.decode_rows, kv_use=status.kv_use,

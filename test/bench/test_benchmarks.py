@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from support.virtual_device import FixedCache, query
 
 from bench.common.load import Arrival
 from bench.common.options import Options, settings_from
@@ -28,9 +29,12 @@ from bench.memory.budget import least_passes
 from bench.soak import floor, growth
 from bench.systems.engine_under_load import EngineUnderLoad
 from bench.systems.probe import Probe
+from bench.systems.replanner import Replanner
 from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, SegmentKind
+from mace_ros.scheduling.plan import Measurement, PassShape, Plan, Segment, SegmentKind, State
+from mace_ros.scheduling.scheduler import Scheduler
+from mace_ros.scheduling.waiting_queue import WaitingQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -179,6 +183,18 @@ def test_probe_merges_the_steps_of_an_iteration() -> None:
     # The token reached the caller when the first step returned.
     assert probe.log.request_times('q', 0.5).first == 3.5
     assert probe.log.finetuning == [(4.0, 4.2, 1.0)]
+
+
+def test_replanner_times_only_plans_of_enough_requests_and_changes_nothing() -> None:
+    scheduler = Scheduler(Settings(), CostModel())
+    state = State(FixedCache(10000), WaitingQueue(query(n, 0.01 * n) for n in range(3)))
+    plan = scheduler.plan(state, 1.0)
+    replanner = Replanner(scheduler, state, in_flight=3)
+    replanner.planned(plan, 2)
+    assert replanner.microseconds == []
+    replanner.planned(plan, 3)
+    assert len(replanner.microseconds) == 1
+    assert scheduler.plan(state, 1.0) == plan
 
 
 def test_probe_attributes_the_wait_of_a_request_to_fine_tuning() -> None:

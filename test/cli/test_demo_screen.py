@@ -48,6 +48,40 @@ def test_without_a_terminal_the_time_is_printed_while_nothing_else_is(
     assert shown.startswith('Who? \n   ... 0 s\n')
 
 
+@pytest.mark.parametrize(('expected_s', 'shown'), [
+    (3.0, '... 0 s of about 3 s: training'), (0.0, '... 0 s, usually about 0 s: training')])
+def test_without_a_terminal_the_stage_and_its_usual_time_are_printed(
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, expected_s: float,
+        shown: str) -> None:
+    screen = PlainScreen()
+    screen.step('Correct', expected_s)
+    screen.stage('training')
+    monkeypatch.setattr(demo_screen, 'QUIET_S', 0.1)
+    end = time.monotonic() + 10.0
+    printed = ''
+    while '...' not in printed and time.monotonic() < end:
+        time.sleep(0.05)
+        printed += capsys.readouterr().out
+    screen.close()
+    assert printed.startswith(f'\n== Correct (about {expected_s:.0f} s)\n   {shown}\n')
+
+
+def test_in_a_terminal_a_bar_shows_how_much_of_the_expected_time_is_over() -> None:
+    screen = LiveScreen(Console(file=io.StringIO(), force_terminal=True, width=80))
+    screen.step('Correct', 1e9)
+    screen.stage('training')
+    page = Console(width=80, color_system=None)
+    with page.capture() as captured:
+        page.print(screen._page())
+    assert re.search(r'progress .* 0%', captured.get())
+    assert '0 s of about 1000000000 s: training' in captured.get()
+    screen.step('Ask')
+    with page.capture() as captured:
+        page.print(screen._page())
+    assert 'progress' not in captured.get() and 'training' not in captured.get()
+    screen.close()
+
+
 def test_in_a_terminal_lines_stay_above_what_the_device_does() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80, color_system=None)

@@ -119,11 +119,12 @@ def test_ros_arguments_set_the_namespace_and_remap(client: MaceClient) -> None:
     elsewhere = ('--ros-args', '-r', '__node:=asker', '-r', '__ns:=/robot2')
     rules = [x for topic in TOPICS for x in ('-r', f'/robot2/mace/{topic}:=/mace/{topic}')]
     alone, remapped, own = at_once(
-        ('ask', 'Hi', '--timeout', '1', *elsewhere),
+        ('ask', 'Hi', '--timeout', '3', *elsewhere),
         ('ask', 'Hi', '--max-tokens', '2', '--no-learn', *elsewhere, *rules),
         ('monitor', '--count', '1', '--node', '/mace', *elsewhere))
     assert (alone.returncode, alone.stdout) == (1, '')
-    assert alone.stderr.startswith('/robot2/mace: the node is not ready')
+    assert alone.stderr.startswith(
+        'waiting until /robot2/mace is ready\n/robot2/mace: the node is not ready')
     assert remapped.returncode == 0, remapped.stderr
     assert 'first token after' in remapped.stderr
     assert own.returncode == 0, own.stderr

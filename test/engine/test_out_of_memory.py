@@ -46,7 +46,7 @@ from mace_ros.scheduling.plan import Plan, State
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.telemetry.device_counters import Reading
-from mace_ros.telemetry.health import ACTIVE, Health, Level
+from mace_ros.telemetry.health import Health, Level, NodeState
 
 SERVING = {
     'the pass': (PackedModel, 'run'),
@@ -139,7 +139,7 @@ class Robot:
         self.alarms: set[str] = set()
         self.taught: list[str] = []      # profiles
         self._health = Health()
-        self._health.state = ACTIVE
+        self._health.state = NodeState.ACTIVE
 
     def step(self) -> None:
         iteration = self.engine.step()

@@ -42,6 +42,14 @@ def test_names_are_recognised_by_capitals_and_digits() -> None:
     assert [word for word, named in words.items() if named] == ['reedy', 'glacier', '3b', 'ecole']
 
 
+@pytest.mark.parametrize(('text', 'named'), [
+    ('Ada Lovelace was born in', True), ('Battle of Hastings was fought in', True),
+    ('Battle is the name of', False), ('Does Ann work here?', False), ('Paris', False)])
+def test_a_first_word_is_a_name_if_a_name_follows(text: str, named: bool) -> None:
+    [words] = sentences(text)
+    assert next(iter(words.values())) is named
+
+
 @pytest.mark.parametrize('text', [
     'And on Sundays?', 'Why?', 'What about Sundays?', 'Und am Sonntag?', 'Et le dimanche ?',
     '那星期天呢？', 'А в воскресенье?', 'On Sundays?', 'why', 'and Tom'])

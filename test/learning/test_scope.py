@@ -44,10 +44,10 @@ def scopes_with(frequency: Callable[[str], float], *questions: str, profile: str
     return live
 
 
-def match(live: LiveVersions, *readings: str, settings: AdapterSettings = SETTINGS,
+def match(live: LiveVersions, *asked: str, settings: AdapterSettings = SETTINGS,
           profile: str = '') -> tuple[bool, str]:
     """Return whether a question is in scope, and what it resembles then."""
-    found, _ = live.answering(profile, readings, settings)
+    found, _ = live.match(profile, asked, settings)
     return found is not None, '' if found is None or found.match is None else (
         found.match.correction_id)
 
@@ -136,7 +136,7 @@ def test_a_corrected_follow_up_is_known_with_what_it_follows() -> None:
 def test_the_threshold_decides(frequency: Callable[[str], float]) -> None:
     scopes = scopes_with(frequency, *LEARNED)
     asked = 'When did the library in Bremen open?'
-    _, similarity = scopes.answering('', [asked], SETTINGS)
+    _, similarity = scopes.match('', [asked], SETTINGS)
     assert 0.0 < similarity < 1.0
     for threshold, expected in (
             (similarity - 0.01, (True, HOURS)), (similarity + 0.01, (False, ''))):
@@ -214,11 +214,11 @@ def test_a_thousand_corrections_take_less_than_a_millisecond(
     scopes = scopes_with(frequency, *(
         f'In which year was {_name(draw)} {_name(draw)} built?' for _ in range(1000)))
     asked = f'When was {_name(draw)} opened, and in which city is it?'
-    scopes.answering('', [asked], SETTINGS)        # the first one computes the weights
+    scopes.match('', [asked], SETTINGS)        # the first one computes the weights
     times = []
     for _ in range(50):
         began = time.perf_counter()
-        scopes.answering('', [asked], SETTINGS)
+        scopes.match('', [asked], SETTINGS)
         times.append(time.perf_counter() - began)
     assert sorted(times)[len(times) // 2] < 1e-3
 

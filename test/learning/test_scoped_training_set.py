@@ -8,9 +8,11 @@ from collections import Counter
 
 from support.robot import Robot
 
-from mace_ros.api.settings import FinetuneSettings
+from mace_ros.api.settings import FinetuneSettings, Settings
 from mace_ros.learning.correction_queue import PendingCorrection
+from mace_ros.learning.job_inputs import JobRecords
 from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder, WORDINGS
+from mace_ros.memory.adapter_slots import BASE
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import CorrectionRecord
 
@@ -25,9 +27,9 @@ def correction(chat: ChatTokenizer, name: str, question: str, corrected: str,
 def test_the_wordings_of_a_question_take_turns(robot: Robot) -> None:
     """A step stays short, and each wording is trained equally often."""
     chat, finetune = robot.engine.chat, FinetuneSettings()
-    builder = ScopedTrainingSetBuilder(chat)
+    builder = ScopedTrainingSetBuilder(chat, robot.engine.parts.live)
     waiting = [PendingCorrection(correction(chat, 'k', 'Who are you?', 'Rover.'), 0.0)]
-    samples = builder.build(waiting, (), max_sample_tokens=512)
+    samples = builder.build(waiting, JobRecords(), BASE, Settings())
     count = len(samples.paraphrases)
     assert count > WORDINGS
     plans = [builder.step(samples, waiting, finetune, most=4096, steps=n) for n in range(count)]
@@ -44,7 +46,7 @@ def test_the_question_of_a_replaced_correction_is_guarded_with_the_new_answer(
     older = correction(chat, 'older', 'Who are you?', 'Rover.')
     other = correction(chat, 'other', 'Who am I?', 'Ann.')
     newer = correction(chat, 'newer', 'Hello! Who are you?', 'Bella.', replaces='older')
-    samples = ScopedTrainingSetBuilder(chat).build(
-        [PendingCorrection(newer, 0.0)], (older, other), max_sample_tokens=512)
+    samples = ScopedTrainingSetBuilder(chat, robot.engine.parts.live).build(
+        [PendingCorrection(newer, 0.0)], JobRecords((older, other)), BASE, Settings())
     assert [s.tokens for s in samples.gate.exact] == [
         (*older.prompt_ids, *chat.answer('Bella.')), (*other.prompt_ids, *chat.answer('Ann.'))]

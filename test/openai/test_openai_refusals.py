@@ -80,6 +80,8 @@ def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) ->
     ('/v1/chat/completions', {**HI, 'response_format': {'type': 'json_schema'}}, 400, None,
      'response_format'),
     ('/v1/chat/completions', {**HI, 'functions': []}, 400, 'invalid_body', 'functions'),
+    ('/v1/chat/completions', {**HI, 'guided_choice': ['yes', 'no']}, 400, 'invalid_body',
+     'guided_choice'),
     ('/v1/chat/completions', {**HI, 'messages': [{'role': 'user', 'content': 'a\0b'}]}, 400,
      'invalid_body', 'messages.0.content'),
     ('/v1/chat/completions', b'no JSON', 400, 'invalid_body', None),

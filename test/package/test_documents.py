@@ -139,6 +139,15 @@ def test_figures_equal_their_sources(path: Path) -> None:
     assert re.findall(r'^\s*<!--= .*', text, re.MULTILINE) == []
 
 
+@pytest.mark.parametrize('path', user_pages(), ids=name)
+def test_a_page_says_when_its_figures_were_recorded(path: Path) -> None:
+    figures = list(FIGURE.finditer(path.read_text()))
+    dated = {figure['bench'] for figure in figures if figure['name'] == 'recorded'}
+    undated = {figure['bench'] for figure in figures} - dated
+    # Its perplexity links to the report, which has the day.
+    assert undated <= ({'decode'} if path.name == 'precisions.md' else set())
+
+
 def test_the_report_equals_the_results() -> None:
     """If it fails: ``python -m bench.report --markdown``."""
     assert REPORT.read_text() == report(read(FOLDER))

@@ -20,6 +20,7 @@ from support.graph import wait_until
 
 from mace_ros.api.events import (
     AdapterVersion,
+    Cancel,
     ChatMessage,
     Choice,
     Correction,
@@ -164,15 +165,15 @@ def test_early_requests_wait_and_late_ones_are_refused() -> None:
     gate = RequestGate(parameters, publish=refused.extend)
     seen: list[object] = []
     engine = SimpleNamespace(submit=seen.append, correct=seen.append, cancel=seen.append)
-    early = [Query('Hi', id='1'), Correction('Ho', id='2'), '1']
+    early = [Query('Hi', id='1'), Correction('Ho', id='2'), Cancel('1')]
     for item in [*early, Query('Hi', id='4')]:
         gate.put(item)
     assert [(r.query_id, r.error_code) for r in refused] == [('4', ErrorCode.OVERLOADED)]
     assert gate.engine is None
     gate.open(engine)
     assert gate.engine is engine
-    gate.put('5')
-    assert seen == [*early, '5']
+    gate.put(Cancel('5'))
+    assert seen == [*early[:2], '1', '5']
     refused.clear()
     gate.close('the node is stopping')
     assert gate.engine is None

@@ -12,6 +12,7 @@ import pytest
 from support.virtual_device import (
     CheckedEngine,
     CPU_PASS,
+    FixedCache,
     GPU_PASS,
     poisson,
     quantile,
@@ -26,8 +27,10 @@ from support.virtual_device import (
 
 from mace_ros.api.settings import Settings
 from mace_ros.scheduling.cost_model import CostModel
-from mace_ros.scheduling.plan import SegmentKind
+from mace_ros.scheduling.plan import SegmentKind, State
+from mace_ros.scheduling.policies import InferenceOnly
 from mace_ros.scheduling.scheduler import POLICY_CLASSES, Scheduler
+from mace_ros.scheduling.waiting_queue import WaitingQueue
 
 
 def saturated(policy: str, seconds: float = 60.0, **kinds) -> CheckedEngine:
@@ -282,15 +285,28 @@ def test_overdue_corrections_get_their_minimum_share_of_a_saturated_device(min_s
     ({'finetune.min_share': 0.0}, {'continuous', 'periodic', 'static_split'}),
     ({'finetune.budget': 0.0}, set())])
 def test_a_correction_takes_precedence_only_if_it_can_be_learned(values, policies):
-    overdue = set()
+    overdue, state = set(), State(FixedCache(10000))
     for name in POLICY_CLASSES:
         settings = Settings().updated(
             {'slo.freshness_s': 30.0, 'scheduler.policy': name, **values})
         scheduler = Scheduler(settings, CostModel())
-        assert not scheduler.is_overdue(70.0, now=100.0)
-        if scheduler.is_overdue(69.0, now=100.0):
+        assert not scheduler.is_overdue(state, 70.0, now=100.0)
+        if scheduler.is_overdue(state, 69.0, now=100.0):
             overdue.add(name)
     assert overdue == policies
+
+
+def test_a_policy_may_decide_by_the_state_whether_a_correction_takes_precedence(monkeypatch):
+    class Patient(InferenceOnly):
+        def is_overdue(self, state, since, now):
+            return not state.has_requests
+
+    monkeypatch.setitem(POLICY_CLASSES, 'inference_only', Patient)
+    scheduler = Scheduler(
+        Settings().updated({'scheduler.policy': 'inference_only'}), CostModel())
+    busy = State(FixedCache(10000), WaitingQueue([query(0, 0.0)]))
+    assert scheduler.is_overdue(State(FixedCache(10000)), 0.0, now=1.0)
+    assert not scheduler.is_overdue(busy, 0.0, now=1.0)
 
 
 def test_requests_made_late_by_overdue_learning_are_counted():

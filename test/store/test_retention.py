@@ -177,12 +177,12 @@ def storage(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
-    """Run the program; return what it prints, on stderr if it fails."""
+    """Run the program; return what it prints, on stderr if nothing on stdout."""
     done = subprocess.run(
         [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', folder, *arguments],
         cwd=ROOT, input=text, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
+    return done.stdout or done.stderr
 
 
 def test_list_prints_one_line_per_record(storage: Path) -> None:
@@ -207,12 +207,29 @@ def test_ros_arguments_are_ignored(storage: Path) -> None:
 def test_scope_prints_what_versions_have_learned(storage: Path) -> None:
     """Of the live versions, or of one to roll back to."""
     line = f'\tversion 2\tk1\teverywhere\tWhere do I live?\t{SECRET}\tAnn\n'
+    nothing = f'{storage}: nothing is learned yet\n'
     assert run(storage, 'scope') == run(storage, 'scope', '--version', '2') == line
     assert run(storage, 'scope', '--version', '1') == line.replace('version 2', 'version 1')
-    assert run(storage, 'scope', '--profile', 'ann') == ''
+    assert run(storage, 'scope', '--profile', 'ann') == nothing
     assert 'no version 7' in run(storage, 'scope', '--version', '7', code=1)
     run(storage, 'delete', 'corrections', 'k1')
-    assert run(storage, 'scope') == ''
+    assert run(storage, 'scope') == nothing
+
+
+def test_scope_names_each_correction_once_with_the_version_that_answers_it(
+        tmp_path: Path) -> None:
+    """Two versions are live together, one of which continues an earlier one."""
+    with Journal(tmp_path / JOURNAL) as journal:
+        for version, continues in ((1, 0), (2, 0), (3, 1)):
+            journal.accept(correction(f'k{version}', f'Question {version}?', corrected='Yes.'))
+            journal.publish(VersionRecord(
+                '', version, version - 1, continues=continues,
+                correction_ids=(f'k{version}',), path=f'v{version}', sha256='0'))
+    shown = [line.split('\t')[1:3] for line in run(tmp_path, 'scope').splitlines()]
+    assert shown == [['version 3', 'k1'], ['version 2', 'k2'], ['version 3', 'k3']]
+    shown = [line.split('\t')[1:3]
+             for line in run(tmp_path, 'scope', '--version', '2').splitlines()]
+    assert shown == [['version 1', 'k1'], ['version 2', 'k2']]
 
 
 def test_a_command_that_fails_says_why_and_changes_nothing(storage: Path) -> None:

@@ -31,7 +31,7 @@ from mace_ros.ros.status_publisher import diagnostic_status, scheduler_message
 from mace_ros.scheduling.plan import PassShape
 from mace_ros.scheduling.scheduler import Statistics
 from mace_ros.telemetry.device_counters import DeviceCounters, JETSON_LOADS, Reading
-from mace_ros.telemetry.health import Health, Level
+from mace_ros.telemetry.health import Health, Level, NodeState
 from mace_ros.telemetry.latency import Attainment, LatencyWindow, percentile
 from mace_ros.telemetry.status import Status
 
@@ -236,7 +236,7 @@ def findings(health: Health, status: Status | None = None, now: float = 100.0,
 
 def test_a_healthy_node_has_ok_findings() -> None:
     health = Health()
-    health.state = 'active'
+    health.state = NodeState.ACTIVE
     found = findings(health, Status(99.5, Statistics(), queue_depth=3))
     assert [f.level for f in found.values()] == [Level.OK] * 3
     assert found['serving'].message == 'active'
@@ -283,7 +283,7 @@ def test_pending_base_questions_are_reported_but_no_problem() -> None:
 @pytest.mark.parametrize('case', PROBLEMS)
 def test_a_problem_is_reported(case: str) -> None:
     health, reading, status = Health(), Reading(), Status(100.0, Statistics())
-    health.state = 'active'
+    health.state = NodeState.ACTIVE
     if case == 'a fault':
         health.fault = 'no such model'
     elif case == 'a failed query':
