@@ -4,7 +4,8 @@
 One request at a time on an idle CPU: time per token of mace_ros and of widely used systems.
 
 All systems have an adapter attached. The perplexity of each precision on a chat text shows
-whether a faster precision is a worse model. Results: bench/results/decode.json.
+whether a faster precision is a worse model, and the memory of its weights what it saves.
+Results: bench/results/decode.json.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ class LoadedSystems:
                 engine.close()      # already loaded as auto
                 continue
             self._engines[name] = engine
-            self.perplexities.append({'precision': name, **perplexity(engine.engine)})
+            self.perplexities.append({
+                'precision': name, 'weights_mb': engine.engine.model.weights_nbytes / 1e6,
+                **perplexity(engine.engine)})
 
     def _load_generate(self, model: str, adapter: Path) -> None:
         from bench.systems.peers.generate import HfGenerate
@@ -225,7 +228,7 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
     rows = []
     precisions = [p['precision'] for p in samples['perplexity']]
     for precision in precisions:
-        for peer, aim in (('hf_generate', ''), ('llama_cpp', '1.5'),
+        for peer, aim in (('hf_generate', '0.85'), ('llama_cpp', '1.5'),
                           ('llama_cpp without adapter', '')):
             found = ratio(samples, ('mace_ros', precision), (peer, precision))
             if found.blocks:
@@ -240,8 +243,13 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
     if found.blocks:
         rows.append(Reported('decode ms/token, ours int4 / ours int8', found.median, '0.75',
                              found.spread))
-    rows += [Reported(f'perplexity, {p} / float32', perplexity_ratio(samples, p, 'float32'))
-             for p in precisions if p != 'float32']
+    rows += [Reported(f'perplexity, {p} / float32', perplexity_ratio(samples, p, 'float32'),
+                      '1.005' if p == 'int4' else '') for p in precisions if p != 'float32']
+    megabytes = {p['precision']: p['weights_mb'] for p in samples['perplexity']
+                 if 'weights_mb' in p}
+    if {'int4', 'int8'} <= megabytes.keys():
+        rows.append(Reported('memory of the linear layers and the head, int4 / int8',
+                             megabytes['int4'] / megabytes['int8'], '0.6'))
     return rows
 
 

@@ -127,7 +127,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         config.model_type, layers=config.num_hidden_layers, width=config.hidden_size,
         vocabulary=config.vocab_size))
     longest = min(model.context_length, memory.max_request_tokens)
-    _capture_graphs(settings, model, longest, progress, clock)
+    memory.charge_graphs(_capture_graphs(settings, device, longest, progress, clock))
     measured = MeasuredDevice(folder / DEVICE, _identity(settings, device, lora))
     cost = _calibrate(settings, model, lora, measured, progress, clock)
     return Parts(
@@ -249,17 +249,22 @@ def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, fr
     return memory
 
 
-def _capture_graphs(settings: Settings, model: PackedModel, max_context: int,
-                    progress: Progress, clock: Callable[[], float]) -> None:
+def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int,
+                    progress: Progress, clock: Callable[[], float]) -> int:
+    """Capture device graphs, if there are any on this device; return their bytes."""
+    model = device.model
     if model.device.type != 'cuda' or not settings.model.device_graphs:
-        return
+        return 0
+    counters = DeviceCounters(device.hardware)
     with reporting(progress, 'capturing device graphs'):
         end = clock() + CAPTURE_S
         captured = capture(
             model, max_rows=settings.scheduler.max_requests,
             max_tokens=settings.scheduler.max_batch_tokens, max_context=max_context,
-            steps=settings.finetune.recompute != 'always', may_continue=lambda: clock() < end)
+            steps=settings.finetune.recompute != 'always', may_continue=lambda: clock() < end,
+            free_bytes=lambda: free_memory(model.device, counters.read().memory_free_mb))
     progress(str(captured))
+    return captured.nbytes
 
 
 def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> str:

@@ -152,10 +152,13 @@ class ModelRunner:
                 return None
             result = self._take_tokens(launched)
             self._model.synchronize()
+            # On CUDA the device's own time, as for a pass that was left running.
+            seconds = (launched.timer.seconds() if self.overlaps
+                       else self._clock() - started)
         except Exception as error:   # of an allocator or a kernel
             return self._failed(plan, batch, error)
         self._failures = 0
-        return self._ended(batch, self._clock() - started, launched.sampled, *result)
+        return self._ended(batch, seconds, launched.sampled, *result)
 
     def collect(self) -> PassResult | None:
         """Wait for the pass in flight and return its result; None if there is no such pass."""

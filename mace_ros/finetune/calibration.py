@@ -13,6 +13,7 @@ from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import TRAINING_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import Span
+from mace_ros.model.timing import DeviceTimer
 from mace_ros.scheduling.plan import PassShape, Segment
 
 Measured = tuple[PassShape | Segment, float]
@@ -72,8 +73,9 @@ def _steps(model: PackedModel, trainer: Trainer, tokens: int,
 def _passes(model: PackedModel, spans: list[Span], shape: PassShape,
             clock: Callable[[], float]) -> Iterator[Measured]:
     for repeat in range(REPEATS + 1):
-        started = clock()
+        timer = DeviceTimer(model.device, clock)
         model.run(spans)
-        model.synchronize()
+        timer.stop()
+        seconds = timer.seconds()
         if repeat:
-            yield shape, clock() - started
+            yield shape, seconds

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.memory.budget import Footprint, PREFIX_TOKENS
+from mace_ros.memory.budget import Footprint, head_rows, PREFIX_TOKENS
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.cpu_attention import MAX_TOKENS, prefers_one_mask
 from mace_ros.model.lora_manager import LoRAManager
@@ -39,12 +39,15 @@ def measure_footprint(model: PackedModel, lora: LoRAManager) -> Footprint:
                 or prefers_one_mask(MAX_TOKENS, model.dtype, model.device)
                 or window < model.context_length),
         kernels=model.workspace_nbytes + (
-            KERNEL_BYTES * torch.get_num_threads() if model.device.type == 'cpu' else 0))
+            KERNEL_BYTES * torch.get_num_threads() if model.device.type == 'cpu' else 0),
+        head_rows=head_rows(model.device.type))
 
 
 def _graph_bytes(model: PackedModel, tokens: int) -> int:
     """Return the most that the first, middle or last layer keeps for its backward, in bytes."""
     metadata = whole_sequences((tokens,), model.device)
+    if model.device.type != 'cpu':
+        metadata.lengths = ()       # the sequences of a step attend behind one mask there
     ids = model.tensor([[0] * tokens])
     last = len(model.layers) - 1
     most = 0

@@ -27,7 +27,7 @@ from mace_ros.finetune.sample import (
     SampleScore,
 )
 from mace_ros.finetune.trainer import AccumulationWindow, Trainer
-from mace_ros.memory.budget import HEAD_ROWS
+from mace_ros.memory.budget import head_rows
 from mace_ros.model.attention import AttentionMetadata, whole_sequences
 from mace_ros.model.cpu_attention import prefers_one_mask
 from mace_ros.model.lora_mapping import InputObserver, TRAINING_SLOT
@@ -52,16 +52,17 @@ class FinetuneStep:
     """
 
     def __init__(self, model: PackedModel, trainer: Trainer, samples: Sequence[Sample], *,
-                 head_tokens: int = HEAD_ROWS, keep_graphs: bool = True, may_piggyback: bool = True,
-                 learns: bool = True, preferences: Sequence[Preference] = (),
-                 imitation: float = 1.0, window: AccumulationWindow | None = None,
-                 chunk_tokens: int | None = None, oldest_correction_at: float = 0.0,
-                 observer: InputObserver | None = None, pauses_when_scored: bool = False,
+                 head_tokens: int | None = None, keep_graphs: bool = True,
+                 may_piggyback: bool = True, learns: bool = True,
+                 preferences: Sequence[Preference] = (), imitation: float = 1.0,
+                 window: AccumulationWindow | None = None, chunk_tokens: int | None = None,
+                 oldest_correction_at: float = 0.0, observer: InputObserver | None = None,
+                 pauses_when_scored: bool = False,
                  prefixes: Mapping[tuple[int, ...], PrefixKV] | None = None) -> None:
         """
         Pack the samples and plan the segments.
 
-        - ``head_tokens``: size of a HEAD segment in tokens.
+        - ``head_tokens``: size of a HEAD segment in tokens; None: what suits the device.
         - ``keep_graphs``: a forward that runs alone keeps the graph of each layer for the
           backward, instead of recomputing the layer there.
         - ``may_piggyback``: the forward may run in inference passes.
@@ -100,7 +101,8 @@ class FinetuneStep:
         self._gradient: Tensor | None = None
         self._prepare_layers(chunk_tokens or self.tokens)
         self._loss = HeadLoss(
-            model, self._packed, head_tokens=head_tokens, learns=learns,
+            model, self._packed, learns=learns,
+            head_tokens=head_tokens or head_rows(model.device.type),
             preferences=self.preferences, imitation=imitation,
             total_weight=None if window is None else window.weight)
         self._segments = self._plan_segments()

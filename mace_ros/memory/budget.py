@@ -16,7 +16,14 @@ MIN_KV_TOKENS = 256        # the smallest KV cache that can serve a request
 KV_COPIES = 8              # of one layer's keys and values, while a chunk of it is trained
 MIN_CHUNK_TOKENS = 16      # the smallest chunk in which a layer is trained
 PREFIX_TOKENS = 256        # of prefixes that are kept for training
-HEAD_ROWS = 16             # tokens of a fine-tune step's HEAD segment
+# Tokens of a fine-tune step's HEAD segment. Each reads the head's weights, which for up to these
+# rows takes a GPU longer than the arithmetic.
+HEAD_ROWS, CUDA_HEAD_ROWS = 16, 64
+
+
+def head_rows(device: str) -> int:
+    """Return the tokens of a HEAD segment on a type of device."""
+    return CUDA_HEAD_ROWS if device == 'cuda' else HEAD_ROWS
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Footprint:
     graphs: tuple[tuple[int, int], ...]    # (tokens, bytes), at least one
     packed: bool = False
     kernels: int = 0         # workspace of matrix products
+    head_rows: int = HEAD_ROWS
 
     def graph_bytes(self, tokens: int) -> float:
         """Return the size of one layer's graph for a sequence of ``tokens``."""
@@ -90,7 +98,7 @@ class Footprint:
     def _step_bytes(self, tokens: int, layer: float, keep_graphs: bool, learns: bool) -> float:
         inputs = (self.layers + 1) * tokens * self.hidden_token
         # Of the head: logits, their probabilities, the gradients of both, and one more.
-        head = 5 * HEAD_ROWS * self.logits_row
+        head = 5 * self.head_rows * self.logits_row
         if not learns:
             return inputs + head + layer
         # One more layer for the gradients in the backward.
@@ -140,6 +148,7 @@ class MemoryBudget:
         self._passes = 1 if resident else 2     # the running one, and the gaps of another
         self.total = total
         self.learning = 0.0     # bytes granted to the current step
+        self.graphs = 0.0       # bytes of captured device graphs
         self._max_blocks = max_blocks
         self.limit_passes(pass_tokens, rows)
 
@@ -151,7 +160,7 @@ class MemoryBudget:
     def fixed(self) -> float:
         """Bytes that are always in use."""
         return (self.footprint.adapters + self.footprint.kernels + self._pass
-                + self._resident)
+                + self._resident + self.graphs)
 
     @property
     def minimum(self) -> float:

@@ -172,7 +172,12 @@ def whole_sequences(lengths: Sequence[int], device: torch.device, *,
     mask on a CPU as well.
     """
     counts = torch.tensor(lengths, device=device)
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts)
+
+    def for_each_token(values: Tensor) -> Tensor:
+        # Without the size of the output, torch would wait for the device to learn it.
+        return torch.repeat_interleave(values, counts, output_size=sum(lengths))
+
+    sequence = for_each_token(torch.arange(len(lengths), device=device))
     position = torch.cat([torch.arange(n, device=device) for n in lengths])
     # On other devices one kernel with a mask is faster than one kernel per sequence.
     separate = len(lengths) == 1 or (device.type == 'cpu' and not one_mask)
@@ -183,10 +188,10 @@ def whole_sequences(lengths: Sequence[int], device: torch.device, *,
         metadata.prefixes = prefixes
         numbers = torch.tensor(
             [-1 - p if p >= 0 else i for i, p in enumerate(prefixes.of_sequence)], device=device)
-        metadata.query_prefix = torch.repeat_interleave(numbers, counts)
+        metadata.query_prefix = for_each_token(numbers)
         first = torch.tensor(
             [prefixes.lengths[p] if p >= 0 else 0 for p in prefixes.of_sequence], device=device)
-        metadata.query_position = position + torch.repeat_interleave(first, counts)
+        metadata.query_position = position + for_each_token(first)
         metadata.key_sequence = torch.cat([*(
             torch.full((n,), -1 - p, device=device) for p, n in enumerate(prefixes.lengths)),
             sequence])
@@ -313,6 +318,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
             return cpu_attention.attend_causally(query, key, value, scaling, mask)
         if mask is None and 1 < tokens < keys:    # SDPA would align them with the first keys
             mask = cpu_attention.causal_mask(tokens, keys, query.device)
+        if grouped and mask is not None and query.device.type != 'cpu':
+            return attend_folded(query, key, value, mask, scaling)
         if (tokens >= TILED_QUERIES and query.device.type == 'cpu'
                 and query.dtype == torch.bfloat16):
             query, key, value, mask = _pad_shapes(query, key, value, mask)
@@ -337,6 +344,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys]
     return weights.to(query.dtype) @ value
+
+
+def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+                   scaling: float | None) -> Tensor:
+    """
+    Attend behind ``mask``, ``[tokens, keys]``, with fewer KV heads than query heads.
+
+    CUDA's flash kernel takes no mask, and its memory-efficient one no fewer KV heads: both at
+    once would run as plain products in fp32. The query heads that share a KV head therefore take
+    the place of query tokens.
+    """
+    _, heads, tokens, size = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    folded = query.reshape(1, kv_heads, groups * tokens, size)
+    out = F.scaled_dot_product_attention(
+        folded, key, value, attn_mask=mask.repeat(groups, 1), scale=scaling)
+    return out.reshape(1, heads, tokens, -1)
 
 
 def _pad_shapes(

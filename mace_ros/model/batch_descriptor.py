@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
@@ -63,6 +63,20 @@ def batch_descriptors(max_rows: int, max_tokens: int,
                 for rows in _sizes(4, 4, max_rows):
                     yield BatchDescriptor(rows, blocks, block, keys, False)
                     yield BatchDescriptor(rows, blocks, block, keys, True)
+
+
+def largest_first(descriptors: Iterable[BatchDescriptor]) -> list[BatchDescriptor]:
+    """
+    Return the same descriptors, beginning with the largest of decode rows and with a block.
+
+    Their graphs reserve the memory in which those of all others fit; the other way round, it
+    would grow piece by piece.
+    """
+    found = list(descriptors)
+    kinds = [[d for d in found if bool(d.block) is with_block] for with_block in (False, True)]
+    largest = [max(kind, key=lambda d: d.decode * d.blocks + d.block * d.keys + d.saves)
+               for kind in kinds if kind]
+    return list(dict.fromkeys([*largest, *found]))
 
 
 def _sizes(minimum: int, factor: int, limit: int) -> list[int]:

@@ -83,6 +83,11 @@ class Int8Weight:
             part.copy_(values.float().mul_(steps))
 
     @property
+    def nbytes(self) -> int:
+        """Memory, in bytes."""
+        return self._values.nbytes + self._scales.nbytes
+
+    @property
     def has_kernel(self) -> bool:
         """Whether :meth:`linear` supports this shape and is fast on this CPU."""
         return (self._values.shape[1] % self.INPUT_GROUP == 0

@@ -22,6 +22,7 @@ from torch import Tensor
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.attention import AttentionMetadata
 from mace_ros.model.batch_descriptor import BatchDescriptor
+from mace_ros.model.capturing import capturing, no_waiting
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import PiggybackSpans, Span
 
@@ -74,15 +75,20 @@ class CapturedPass:
 
     @torch.no_grad()
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Replay a CUDA graph from now on; raises ``RuntimeError`` if it can't be captured."""
+        """
+        Replay a CUDA graph from now on.
+
+        Raises ``CaptureFailed``, or another ``RuntimeError`` before anything was captured.
+        """
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):     # lazy initialisation of libraries must not be captured
+            self._compute()     # lazy initialisation of libraries must not be captured
+            with no_waiting():
                 self._compute()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with capturing(pool), torch.cuda.graph(graph, pool=pool, stream=stream):
             self._compute()
         self._replay = graph.replay
 
@@ -98,8 +104,8 @@ class CapturedPass:
         self._replay()
         if piggyback is not None:
             rows = slice(end - piggyback.tokens, end)
-            for target, hidden in zip(piggyback.hidden, self._outputs.hidden, strict=True):
-                target.copy_(hidden[rows])
+            torch._foreach_copy_(        # one kernel on CUDA
+                list(piggyback.hidden), [hidden[rows] for hidden in self._outputs.hidden])
         return self._outputs.logits[:logits]
 
     def _compute(self) -> None:
@@ -218,9 +224,9 @@ class CudaGraphRunner:
             return None
         return found.run(spans, piggyback)
 
-    def capture(self, descriptors: Iterable[BatchDescriptor]) -> Iterator[str]:
+    def capture(self, descriptors: Iterable[BatchDescriptor]) -> Iterator[RuntimeError | None]:
         """
-        Capture a CUDA graph for each descriptor; yield '' for each, or why it failed.
+        Capture a CUDA graph for each descriptor; yield None for each, or why it failed.
 
         The graphs never run at the same time, and share memory and outputs. They are captured
         on a stream of their own, because graphs from one stream share a cuBLAS workspace.
@@ -229,7 +235,7 @@ class CudaGraphRunner:
         try:
             outputs = PassOutputs(self._model, descriptors)
         except RuntimeError as error:
-            yield str(error)
+            yield error
             return
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for descriptor in descriptors:
@@ -237,8 +243,7 @@ class CudaGraphRunner:
                 captured = CapturedPass(self._model, descriptor, outputs)
                 captured.capture(stream, pool)
             except RuntimeError as error:     # out of memory, or experts chosen on the host
-                torch.cuda.synchronize()
-                yield str(error)
+                yield error
                 continue
             self._passes[descriptor] = captured
-            yield ''
+            yield None

@@ -4,71 +4,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from mace_ros.model.batch_descriptor import batch_descriptors
+from mace_ros.memory.budget import MB
+from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor, largest_first
 from mace_ros.model.cuda_graph_runner import CudaGraphRunner
+from mace_ros.model.graph_check import largest_error, limit
 from mace_ros.model.graphed_layers import GraphedLayers
 from mace_ros.model.packed_model import PackedModel
 
 # Tokens of a fine-tune step for which layers are captured; a longer step runs eagerly.
 STEP_TOKENS = (64, 128, 256, 512)
 FREE_MEMORY_SHARE = 0.15    # of the device's memory that capturing leaves free for other users
+MAX_FAILURES = 3            # shapes in a row that do not fit into the memory
 
 
 @dataclass
 class CaptureReport:
-    """The captured graphs, and why others were not captured."""
+    """
+    The captured graphs, their memory in bytes, and why others were not captured.
+
+    ``stopped`` says why shapes were left out without a try.
+    """
 
     passes: int = 0
     steps: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    stopped: str = ''
+    nbytes: int = 0
 
     def __str__(self) -> str:
         """Return a line for the log."""
         text = f'device graphs: {self.passes} pass shapes, fine-tune steps of {self.steps} tokens'
         if self.failures:
             text += f'; {len(self.failures)} run eagerly: {self.failures[0]}'
+        if self.stopped:
+            text += f'; the others run eagerly: {self.stopped}'
         return text
 
 
 def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: int,
-            steps: bool = True, may_continue: Callable[[], bool]) -> CaptureReport:
+            steps: bool = True, may_continue: Callable[[], bool],
+            free_bytes: Callable[[], float]) -> CaptureReport:
     """
-    Capture graphs while ``may_continue()`` and enough device memory is free.
+    Capture graphs while ``may_continue()`` and enough of ``free_bytes()`` is left.
 
-    Shapes that are not captured run eagerly. Without ``steps``, only passes are captured:
-    graphs of training layers hold what each layer keeps for its backward. Call this after the
-    adapter slots were allocated, since graphs replay on their addresses.
+    Shapes that are not captured run eagerly, and all do if a graph does not compute the logits
+    of an eager pass; the check overwrites the first KV blocks. Without ``steps``, only passes
+    are captured: graphs of training layers hold what each layer keeps for its backward. Call
+    this after the adapter slots were allocated, since graphs replay on their addresses.
     """
-    report = CaptureReport()
-    for tokens in STEP_TOKENS if steps else ():
-        if not may_continue() or not _has_free_memory() or tokens > model.context_length:
+    torch.cuda.empty_cache()
+    report, before = CaptureReport(), torch.cuda.memory_reserved()
+
+    def may_go_on() -> bool:
+        """Note why not, for the report."""
+        if not may_continue():
+            report.stopped = 'the time for capturing was over'
+        elif (free := free_bytes()) <= FREE_MEMORY_SHARE * torch.cuda.mem_get_info()[1]:
+            report.stopped = f'only {free / MB:.0f} MB of memory were free'
+        return not report.stopped
+
+    # Passes first: a failure among steps must not cost the graphs that requests wait for.
+    runner = CudaGraphRunner(model)
+    intact = _capture_passes(runner, report, may_go_on, largest_first(
+        batch_descriptors(max_rows, max_tokens, max_context)))
+    difference = _difference(model, runner)
+    if difference:
+        report.failures.insert(0, difference)
+    else:
+        report.passes = len(runner)
+    model.graphs = runner if report.passes else None
+    if steps and intact:
+        _capture_steps(model, report, may_go_on)
+    report.nbytes = torch.cuda.memory_reserved() - before
+    return report
+
+
+def _capture_passes(runner: CudaGraphRunner, report: CaptureReport,
+                    may_go_on: Callable[[], bool],
+                    descriptors: Iterable[BatchDescriptor]) -> bool:
+    """Capture passes; return whether nothing but lack of memory or time prevented any."""
+    in_a_row = 0
+    for error in runner.capture(descriptors):
+        in_a_row = in_a_row + 1 if error else 0
+        if error is not None:
+            report.failures.append(str(error))
+            if not isinstance(error, torch.OutOfMemoryError):
+                return False    # it would be the same for every shape
+        if in_a_row == MAX_FAILURES or not may_go_on():
+            break
+    return True
+
+
+def _difference(model: PackedModel, runner: CudaGraphRunner) -> str:
+    """Return how passes under graphs differ from eager ones; empty if only by rounding."""
+    try:
+        error, where = largest_error(model, runner)
+    except RuntimeError as failure:     # includes lack of memory
+        return f'passes under graphs fail: {failure}'
+    if error <= limit(model):
+        return ''
+    return f'{where} under a graph is off by {error:.2g} (relative)'
+
+
+def _capture_steps(model: PackedModel, report: CaptureReport,
+                   may_go_on: Callable[[], bool]) -> None:
+    """Capture the layers for fine-tune steps, the shortest first, until one fails."""
+    for tokens in STEP_TOKENS:
+        if tokens > model.context_length or not may_go_on():
             break
         try:
             layers = GraphedLayers(model, tokens)
             layers.capture(model)
         except RuntimeError as error:    # includes lack of memory
-            torch.cuda.synchronize()
             report.failures.append(f'steps of {tokens} tokens: {error}')
             break
         model.graphed_layers.append(layers)
         report.steps.append(tokens)
-    runner = CudaGraphRunner(model)
-    for failure in runner.capture(batch_descriptors(max_rows, max_tokens, max_context)):
-        if failure:
-            report.failures.append(failure)
-        # A model family that can't be captured fails for every descriptor.
-        if not may_continue() or not _has_free_memory() or len(report.failures) > 3:
-            break
-    report.passes = len(runner)
-    model.graphs = runner if report.passes else None
-    return report
-
-
-def _has_free_memory() -> bool:
-    free, total = torch.cuda.mem_get_info()
-    return free > FREE_MEMORY_SHARE * total

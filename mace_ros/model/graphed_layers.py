@@ -20,6 +20,7 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mace_ros.model.attention import whole_sequences
+from mace_ros.model.capturing import capturing
 from mace_ros.model.merged_linear import MergedLinear
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
@@ -97,7 +98,7 @@ class GraphedLayers:
         """
         Replay CUDA graphs from now on, forward and backward.
 
-        Raises ``RuntimeError`` if a layer can't be captured.
+        Raises ``CaptureFailed`` if a layer can't be captured.
         """
         weights = [tuple(
             p for linear in layer.modules() if isinstance(linear, MergedLinear)
@@ -105,11 +106,12 @@ class GraphedLayers:
             for layer in model.layers]
         inputs = [torch.zeros(1, self.tokens, self._width, dtype=model.dtype,
                               device=model.device, requires_grad=True) for _ in model.layers]
-        with torch.enable_grad(), model.training(self.metadata):
+        pool = torch.cuda.graph_pool_handle()
+        with capturing(pool), torch.enable_grad(), model.training(self.metadata):
             graphed = torch.cuda.make_graphed_callables(
                 tuple(layer.with_weights for layer in self._layers),
                 tuple((x, *w) for x, w in zip(inputs, weights, strict=True)),
-                allow_unused_input=True)
+                allow_unused_input=True, pool=pool)
         self._graphed = [_GraphedLayer(g, w) for g, w in zip(graphed, weights, strict=True)]
 
 

@@ -30,8 +30,9 @@ SMALLEST_SCALE = 1e-30
 # Rounding of float32 arithmetic, relative to the largest value of a group.
 FLOAT32_ERROR = 2.0 ** -20
 QUANTIZED_AT_ONCE = 2 ** 22     # values
-# Values that are dequantised at once: as many as a CPU's caches hold.
-TILE_VALUES = 2 ** 22
+# Values that are dequantised at once: as many as a CPU's caches hold. On CUDA, each part is a
+# dozen kernels, so larger ones: a pass of an 8B model would otherwise be twenty thousand.
+TILE_VALUES, CUDA_TILE_VALUES = 2 ** 22, 2 ** 24
 # For more tokens, dequantised products are faster: on a CPU with and without rows, and on CUDA.
 MAX_TOKENS_BESIDE_ROWS = 32
 MAX_CPU_TOKENS = 48
@@ -189,6 +190,11 @@ class Int4Weight(StoredWeight):
                    pack_rows(values.q, values.scales, values.zeros) if kernel.has_rows else None)
 
     @property
+    def _tile_values(self) -> int:
+        """Values that are dequantised at once."""
+        return CUDA_TILE_VALUES if self.packed.device.type == 'cuda' else TILE_VALUES
+
+    @property
     def nbytes(self) -> int:
         """Memory, in bytes."""
         rows = 0 if self.rows is None else self.rows.nbytes
@@ -196,13 +202,15 @@ class Int4Weight(StoredWeight):
 
     def workspace_nbytes(self, dtype: torch.dtype) -> int:
         """Return the memory that dequantising takes, in bytes."""
-        values = min(self.out_features * self.in_features, TILE_VALUES)
+        values = min(self.out_features * self.in_features, self._tile_values)
+        if self.packed.device.type == 'cuda':   # also two as int32, one as uint8, one scaled
+            return values * (2 * dtype.itemsize + 9)
         # On a CPU, half of the values also as uint8 and as fp32.
         return values * (dtype.itemsize + 3)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return ``[tokens, in]`` for the gradient of the output, ``[tokens, out]``."""
-        if self.out_features * self.in_features <= TILE_VALUES:
+        if self.out_features * self.in_features <= self._tile_values:
             return gradient @ self._tile(slice(0, self.out_features), gradient.dtype)
         result = gradient.new_zeros(len(gradient), self.in_features, dtype=torch.float32)
         for outputs, part in self._tiles(gradient.dtype):
@@ -221,7 +229,7 @@ class Int4Weight(StoredWeight):
         if 0 < len(rows) <= self._max_tokens:
             return self._kernel.multiply(
                 rows, self.packed, self._group, self.scales_and_zeros)
-        if self.out_features * self.in_features <= TILE_VALUES:
+        if self.out_features * self.in_features <= self._tile_values:
             return linear(rows, self._tile(slice(0, self.out_features), rows.dtype))
         y = rows.new_empty(len(rows), self.out_features)
         for outputs, part in self._tiles(rows.dtype):
@@ -230,7 +238,7 @@ class Int4Weight(StoredWeight):
 
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of the outputs with their weights, ``[some outputs, in]``."""
-        step = max(TILE_VALUES // self.in_features // OUTPUTS, 1) * OUTPUTS
+        step = max(self._tile_values // self.in_features // OUTPUTS, 1) * OUTPUTS
         for first in range(0, self.out_features, step):
             outputs = slice(first, min(first + step, self.out_features))
             yield outputs, self._tile(outputs, dtype)

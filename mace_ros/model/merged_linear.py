@@ -135,6 +135,12 @@ class MergedLinear(nn.Module):
         return self.extended[0 if self.stored is not None else self.out_features:]
 
     @property
+    def weight_nbytes(self) -> int:
+        """Memory of the original layers' weights with all copies, in bytes."""
+        plain = self.weight if self.stored is None else self.stored
+        return plain.nbytes + (0 if self.int8 is None else self.int8.nbytes)
+
+    @property
     def slots_nbytes(self) -> int:
         """Memory of the slots, in bytes."""
         storages = {t.data_ptr(): t.nbytes for t in (

@@ -222,6 +222,11 @@ class PackedModel:
                 layer.store(PrepackedWeight(layer.weight))
 
     @property
+    def weights_nbytes(self) -> int:
+        """Memory of the linear layers and the head, without adapters, in bytes."""
+        return sum(layer.weight_nbytes for layer in (*self.linears, *self.head))
+
+    @property
     def workspace_nbytes(self) -> int:
         """The most that a product with a stored weight takes while it runs, in bytes."""
         return max((layer.stored.workspace_nbytes(self.dtype) for layer in self.linears

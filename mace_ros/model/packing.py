@@ -53,6 +53,8 @@ def pack(model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
     block_bytes = packed.kv_cache.slot_bytes * BLOCK_TOKENS
     packed.allocate_kv_cache(
         shapes, int(min(-(-kv_tokens // BLOCK_TOKENS), max(kv_bytes // block_bytes, 1))))
+    if packed.device.type == 'cuda':    # the separate weights of layers that were merged
+        torch.cuda.empty_cache()
     return packed
 
 

@@ -88,6 +88,11 @@ class MemoryArbiter:
         if self.budget.planned(self._kv_cache.pool.held_blocks) > self.budget.total:
             self._evict_step()
 
+    def charge_graphs(self, size: float) -> None:
+        """Count ``size`` bytes of device graphs as always in use."""
+        self.budget.graphs = size
+        self.resize(self.budget.total)
+
     def grant(self, step: StepMemory | None, *, overdue: bool = False) -> bool:
         """
         Return whether a step has the memory to run now; to be called before each plan.

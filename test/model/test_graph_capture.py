@@ -4,22 +4,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import random
+from typing import Any
 
 from hypothesis import given, settings, strategies as st
 import pytest
 from support.families import random_ids, tiny_model, with_reference
 from support.serving import assert_response_of, random_sample, Request, serve
 import torch
+from transformers import PreTrainedModel
 
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor
+from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor, largest_first
+from mace_ros.model.capturing import CaptureFailed, capturing, no_waiting
 from mace_ros.model.cuda_graph_runner import CapturedPass, PassOutputs
-from mace_ros.model.graph_capture import capture
+from mace_ros.model.graph_capture import capture, CaptureReport
 from mace_ros.model.graphed_layers import GraphedLayers
+from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import BASE_SLOT
+from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import PiggybackSpans, Span
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -49,35 +55,149 @@ CAPTURES = {
     'passes': (CapturedPass, 'capture'), 'their inputs': (CapturedPass, '__init__'),
     'their outputs': (PassOutputs, '__init__'),
     'fine-tune steps': (GraphedLayers, 'capture'), 'their layers': (GraphedLayers, '__init__')}
+PASSES, STEPS = 6, [64, 128]    # what is captured of the model below
+
+
+def captured(model: PackedModel, monkeypatch: pytest.MonkeyPatch,
+             *patches: tuple[type, str, Callable[..., None]], time_left: bool = True,
+             free_bytes: float = 1.0) -> CaptureReport:
+    """Capture on a CPU, where preparing a pass stands for capturing it."""
+    with monkeypatch.context() as patch:
+        for each in (CapturedPass, GraphedLayers):
+            patch.setattr(each, 'capture', lambda *_: None)
+        for where in patches:
+            patch.setattr(*where)
+        patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
+        for name in ('graph_pool_handle', 'Stream'):
+            patch.setattr(torch.cuda, name, lambda: None)
+        return capture(model, max_rows=2, max_tokens=16, max_context=64,
+                       may_continue=lambda: time_left, free_bytes=lambda: free_bytes)
+
+
+def assert_serves(model: PackedModel, lora: LoRAManager, reference: PreTrainedModel) -> None:
+    rng = random.Random(0)
+    request = Request(random_ids(rng, 41), BASE_SLOT, 6)
+    step = FinetuneStep(model, Trainer(lora, 1e-2), [random_sample(rng, 37)])
+    serve(model, [request], rng, chunks=(1, 3, 19), step=step)
+    assert step.done
+    assert_response_of(reference, request)
 
 
 @pytest.mark.parametrize('where', CAPTURES)
 def test_shapes_that_can_not_be_captured_run_eagerly(
         where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, where preparing a pass stands for capturing it."""
-    rng = random.Random(0)
     model, lora, reference = with_reference(tiny_model('llama'))
 
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError('injected')
 
-    with monkeypatch.context() as patch:
-        for captured in (CapturedPass, GraphedLayers):
-            patch.setattr(captured, 'capture', lambda *_: None)
-        patch.setattr(*CAPTURES[where], fails)
-        patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
-        for name in ('synchronize', 'graph_pool_handle', 'Stream'):
-            patch.setattr(torch.cuda, name, lambda: None)
-        report = capture(model, max_rows=2, max_tokens=16, max_context=64,
-                         may_continue=lambda: True)
+    report = captured(model, monkeypatch, (*CAPTURES[where], fails))
 
     steps = where in ('fine-tune steps', 'their layers')
     assert (report.steps == []) == steps == (not model.graphed_layers)
     assert (report.passes == 0) == (not steps) == (not model.graphs)
     assert 'injected' in report.failures[0]
     assert 'run eagerly' in str(report) and 'injected' in str(report)
-    request = Request(random_ids(rng, 41), BASE_SLOT, 6)
-    step = FinetuneStep(model, Trainer(lora, 1e-2), [random_sample(rng, 37)])
-    serve(model, [request], rng, chunks=(1, 3, 19), step=step)
-    assert step.done
-    assert_response_of(reference, request)
+    assert_serves(model, lora, reference)
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError, CaptureFailed])
+def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
+        error: type[RuntimeError], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After lack of memory other shapes are captured, after a failed capture none."""
+    model, lora, reference = with_reference(tiny_model('llama'))
+    for failing in range(PASSES + len(STEPS)):
+        done: list[object] = []
+
+        def fails(*_: object, failing: int = failing, done: list[object] = done) -> None:
+            done.append(None)
+            if len(done) == failing + 1:
+                raise error('injected')
+
+        model.graphs, model.graphed_layers = None, []
+        report = captured(model, monkeypatch, *(
+            (each, 'capture', fails) for each in (CapturedPass, GraphedLayers)))
+
+        steps_left = STEPS[:max(failing - PASSES, 0)]
+        assert len(report.failures) == 1 and str(report).count('injected') == 1
+        if failing >= PASSES:
+            assert (report.passes, report.steps) == (PASSES, steps_left)
+        elif error is CaptureFailed:
+            assert (report.passes, report.steps) == (failing, [])
+        else:
+            assert (report.passes, report.steps) == (PASSES - 1, STEPS)
+        assert_serves(model, lora, reference)
+    report = captured(model, monkeypatch)
+    assert (report.passes, report.failures) == (PASSES, [])
+
+
+@pytest.mark.parametrize('raises', [False, True])
+def test_graphs_that_compute_something_else_are_not_used(
+        raises: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lora, reference = with_reference(tiny_model('llama'))
+    run = CapturedPass.run
+
+    def wrong(*args: Any) -> torch.Tensor:
+        if raises:
+            raise RuntimeError('injected')
+        return run(*args) * 1.01
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CapturedPass, 'run', wrong)
+        report = captured(model, monkeypatch)
+    assert (report.passes, report.steps, model.graphs) == (0, STEPS, None)
+    assert ('injected' if raises else 'off by 0.01') in str(report)
+    assert_serves(model, lora, reference)
+
+
+@pytest.mark.parametrize('left, reason', [
+    ({'time_left': False}, 'the time for capturing was over'),
+    ({'free_bytes': 0.1}, 'only 0 MB of memory were free')])
+def test_the_report_says_why_capturing_ended(
+        left: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    report = captured(model, monkeypatch, **left)
+    assert (report.passes, report.steps) == (1, [])
+    assert reason in str(report)
+
+
+def test_the_largest_shapes_reserve_the_memory() -> None:
+    found = list(batch_descriptors(max_rows=16, max_tokens=256, max_context=2000))
+    decode, block, *others = largest_first(found)
+    assert (decode.decode, decode.blocks, decode.block) == (16, 128, 0)
+    assert (block.block, block.saves) == (256, True)
+    assert block.keys == max(d.keys for d in found)
+    assert sorted(map(repr, (decode, block, *others))) == sorted(map(repr, found))
+    assert others[0].decode == 1
+
+
+def test_a_failed_capture_restores_the_stream_and_the_allocator(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's functions replaced: a graph whose end fails hides the first error."""
+    calls: list[object] = []
+
+    def end(*pool: object) -> None:
+        calls.append(pool)
+        raise RuntimeError('not recording')     # as newer versions do
+
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: 'stream')
+    monkeypatch.setattr(torch.cuda, 'set_stream', calls.append)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch._C, '_cuda_endAllocateToPool', end, raising=False)
+    with pytest.raises(CaptureFailed, match='first'), capturing('pool'):
+        try:
+            raise RuntimeError('first')
+        finally:
+            raise RuntimeError('capture_end failed')
+    assert calls == ['stream', (0, 'pool')]
+
+
+def test_operations_that_wait_are_errors_only_while_told_so(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', modes.append)
+    with pytest.raises(RuntimeError, match='waits'), no_waiting():
+        raise RuntimeError('waits')
+    assert modes == ['error', 1]

@@ -253,16 +253,18 @@ def test_the_packaged_model_keeps_its_4_bits(base_model: LoadedModel) -> None:
 
 def test_the_budget_counts_what_dequantising_takes() -> None:
     kernel = plain_kernel(CPU, torch.float32)
-    footprints = []
+    footprints, sizes = [], []
     for weights in ({}, int4_checkpoint.checkpoint_of(
             tiny_model('llama'), kernel, torch.float32).linears):
         packed = pack(tiny_model('llama'), kv_tokens=64, int4=weights)
+        sizes.append(packed.weights_nbytes)
         lora = LoRAManager(packed.linears, targets='all-linear', rank=4, alpha=4.0, slots=1)
         footprints.append(measure_footprint(packed, lora))
     plain, four_bits = footprints
     largest = 192 * 64      # gate and up
     assert largest * 4 < four_bits.kernels - plain.kernels < largest * 8
     assert four_bits.graphs == plain.graphs
+    assert sizes[1] < sizes[0] / 2
 
 
 def test_models_with_other_weights_in_4_bits_have_other_digests(model_folder: Path) -> None:

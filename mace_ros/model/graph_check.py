@@ -1,0 +1,65 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The check, on the device itself, that passes on fixed addresses compute what eager ones compute.
+
+A wrong kernel or driver may cost speed, but never an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mace_ros.model.graphs import PassGraphs
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import BLOCK_TOKENS, Span
+
+SAMPLES = 3     # rounding may route a token to another expert, but not in every sample
+TOKENS = 24     # of a chunk
+# Of logits, relative: in 16 bits, sums differ with the shape of a product.
+MAX_ERROR, MAX_ERROR_FP32 = 0.1, 1e-3
+
+
+def largest_error(model: PackedModel, graphs: PassGraphs) -> tuple[float, str]:
+    """
+    Return the largest relative error of logits that ``graphs`` compute, and in which pass.
+
+    Passes that it does not cover are left out. Overwrites the first KV blocks.
+    """
+    best: dict[str, float] = {}
+    for seed in range(SAMPLES):
+        for name, spans in checked_passes(model, seed):
+            kept, model.graphs = model.graphs, None
+            plain = model.run(spans).clone()
+            model.graphs = kept
+            found = graphs.run(spans, None)
+            if found is not None:
+                error = float((found - plain).norm() / plain.norm().clamp_min(1e-30))
+                best[name] = min(error if error == error else torch.inf,
+                                 best.get(name, torch.inf))
+    return max(((error, name) for name, error in best.items()), default=(0.0, ''))
+
+
+def limit(model: PackedModel) -> float:
+    """Return the largest error that rounding explains."""
+    return MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR
+
+
+def checked_passes(model: PackedModel, seed: int = 0) -> Iterator[tuple[str, list[Span]]]:
+    """Yield passes of each kind, in this order, of two sequences; none if memory is short."""
+    count = min(TOKENS, (model.context_length - 1) // 2)
+    each = 2 * count // BLOCK_TOKENS + 1
+    if count < 2 or model.kv_blocks < 2 * each:
+        return
+    one, two = range(each), range(each, 2 * each)
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2 * count + 1,),
+                        generator=torch.Generator().manual_seed(seed)).tolist()
+    yield 'prefill', [Span(ids[:count], 0, one, FIRST_SERVED_SLOT, True)]
+    yield 'chunks', [Span(ids[count:-1], count, one, FIRST_SERVED_SLOT, True),
+                     Span(ids[:count], 0, two, BASE_SLOT, True)]
+    yield 'decode', [Span(ids[-1:], 2 * count, one, FIRST_SERVED_SLOT, True),
+                     Span(ids[count:count + 1], count, two, BASE_SLOT, True)]
