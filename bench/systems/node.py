@@ -57,6 +57,11 @@ class NodeProcess:
                        for kind in ('ERROR', 'FATAL', 'Traceback') if kind in line)
 
     @property
+    def error_lines(self) -> list[str]:
+        """The lines of the log that name an error."""
+        return [line for line in self.log.splitlines() if 'ERROR' in line or 'FATAL' in line]
+
+    @property
     def pid(self) -> int:
         """The id of the process."""
         return self._process.pid
