@@ -44,11 +44,12 @@ def options() -> Options:
     """Return the options."""
     result = Options('operation', bench.operation.__doc__, quick='two short pairs')
     result.parts(tuple(PARTS), '--parts', '--only')
-    result.size('--pairs', 9, 2, 'pairs of blocks with and without a watching client')
+    result.size('--pairs', 9, 2, 'pairs of blocks with and without a watching client; half as many beside '
+                'slow readers')
     result.size('--seconds', 8.0, 2.0, 'length of a block')
     result.size('--interruptions', 200, 5,
                 'answers that are cancelled as they are spoken, over the topic and over HTTP, each')
-    result.size('--asked', 200, 4, 'questions over HTTP and over the topic, each')
+    result.size('--asked', 400, 4, 'questions over HTTP and over the topic, each')
     result.size('--bodies', 10_000, 200, 'fuzzed bodies')
     return result
 
@@ -121,7 +122,7 @@ def measure_slow_readers(run: Run) -> Samples:
 
     with serving(run.folder / 'slow_readers', HTTP_PARAMETERS) as (_, client, server):
         return {'slow_readers': slow_readers(
-            client, server.port, run.args.pairs, run.args.seconds)}
+            client, server.port, (run.args.pairs + 1) // 2, run.args.seconds)}
 
 
 def measure_fuzzed(run: Run) -> Samples:

@@ -18,7 +18,7 @@ from bench.systems.interruptions import ask, PATIENT, RESPONSE_S
 from bench.systems.openai_server import chat_body, Connection, OpenAIServer
 
 OTHERS = 2              # answers that are given while the first token is timed
-TIMED_TOKENS = 4        # of an answer that is timed
+TIMED_TOKENS = 2        # of an answer that is timed
 PAUSE_S = 0.05          # at most, between two of them: longer than an iteration
 CLIENTS = 32
 QUESTION = 'Tell me about room 7.'

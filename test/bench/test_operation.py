@@ -33,9 +33,11 @@ def test_barge_in_is_judged_by_way_and_compared_with_an_iteration() -> None:
     samples = {'barge_in': [
         {'way': way, 'silent_ms': 30.0, 'released_ms': 200.0, 'tpot_ms': tpot_ms, 'learned': True}
         for way in ('topic', 'http') for tpot_ms in (40.0, 60.0, None)]}
-    topic, http = checks(samples)
+    topic, topic_iterations, http, http_iterations = checks(samples)
     assert (topic.value, topic.holds) == (30.0, True)
     assert (http.value, http.holds) == (200.0, False)
+    assert topic_iterations.value == pytest.approx((30.0 / 40.0 + 30.0 / 60.0) / 2)
+    assert not http_iterations.holds
     assert 'an iteration takes 50 ms' in reported(samples)[0].note
 
 
