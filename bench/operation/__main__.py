@@ -44,8 +44,8 @@ def options() -> Options:
     """Return the options."""
     result = Options('operation', bench.operation.__doc__, quick='two short pairs')
     result.parts(tuple(PARTS), '--parts', '--only')
-    result.size('--pairs', 9, 2, 'pairs of blocks with and without a watching client; half as many beside '
-                'slow readers')
+    result.size('--pairs', 9, 2, 'pairs of blocks with and without a watching client; half as '
+                'many beside slow readers')
     result.size('--seconds', 8.0, 2.0, 'length of a block')
     result.size('--interruptions', 200, 5,
                 'answers that are cancelled as they are spoken, over the topic and over HTTP, each')

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.common.results import Check, check, paired, percentile, Ratio, Reported, Table
 from bench.operation.http import CLIENTS, OTHERS, Row
-from bench.operation.slow_readers import READERS
+from bench.operation.slow_readers import BUFFERED_KB, READERS
 from bench.systems import interruptions
 
 RESAMPLES = 1000        # of the bootstrap
@@ -67,7 +67,7 @@ def slow_checks(samples: Samples) -> list[Check]:
               f'{READERS} streams, {beside}; {pieces.spread}'),
         check('TTFT p50 of others, slow readers / quick ones', first.median, '<= 1.1',
               f'{beside}; {first.spread}'),
-        check('KB that a slow reader left unread, least', unread, '>= 256',
+        check('KB that a slow reader left unread, least', unread, f'>= {BUFFERED_KB}',
               'more than the buffers on the way hold')]
 
 

@@ -3,8 +3,8 @@
 """
 Whether HTTP clients that read slowly slow the others.
 
-Slow readers leave far more unread than the buffers on the way hold (their own, the server's socket,
-and that of the HTTP server), so that the server cannot send any more to them.
+Slow readers leave more unread than the buffers on the way hold (their own, the kernel's, the HTTP
+server's), so that the server can send nothing more to them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from bench.systems.openai_server import chat_body, Connection
 READERS = 4             # whose time per token is measured, beside as many slow ones
 BYTE_EVERY_S = 0.2      # what a slow reader reads
 RECEIVE_BUFFER = 2048   # bytes, of a slow reader
-SEGMENT = 536           # bytes: the kernel's buffer for sending is a multiple of it
+SEGMENT = 536           # bytes: the smaller, the less does the kernel buffer for sending
 KNOWN_CHUNKS = 8        # that a slow reader reads at once, to know their size
-UNREAD_KB = 256         # of each slow reader, before the others are measured
-FILL_S = 60.0           # at most, until that is unread
+BUFFERED_KB = 288       # 224 by the kernel, 64 by uvicorn before it lets the writer wait
+FILL_KB = 340           # published for each before the others are measured, of which it reads 34
+FILL_S = 60.0           # at most, until that is published
 PAUSE_S = 0.05          # between two answers whose first token is timed
 TIMED_TOKENS = 4        # of such an answer
 
@@ -126,7 +127,10 @@ class Reader:
             self._read = len(begun)
             self._query_id = json.loads(b'{' + first.partition(b'\n')[0])['id']
             while not self._done.wait(BYTE_EVERY_S if self._slow else 0.0):
-                self._read += len(self._socket.recv(1 if self._slow else 65536))
+                part = self._socket.recv(1 if self._slow else 65536)
+                if not part:
+                    return
+                self._read += len(part)
 
 
 @contextmanager
@@ -135,7 +139,7 @@ def beside(port: int, published: Counter[str], *, slow: bool) -> Iterator[list[R
     readers = [Reader(port, published, slow=slow) for _ in range(READERS)]
     try:
         end = time.monotonic() + FILL_S
-        while any(reader.published_kb < UNREAD_KB for reader in readers):
+        while any(reader.published_kb < FILL_KB for reader in readers):
             if time.monotonic() > end:
                 raise TimeoutError('too little of the answers is published')
             time.sleep(0.05)
