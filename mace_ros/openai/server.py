@@ -16,8 +16,8 @@ from mace_ros.ros.client import MaceClient
 
 LIBRARIES = 'starlette uvicorn pydantic prometheus-client'     # the extra mace-ros[openai]
 SHUTDOWN_S = 2      # for running answers, after which they are cancelled
-# Between the threads of ROS and of HTTP, seconds. Python's 5 ms are as long as all that HTTP adds to
-# the time to first token.
+# Between the threads of ROS and of HTTP, seconds. Python's own 5 ms are as long as all that HTTP
+# adds to the time to first token.
 SWITCH_INTERVAL_S = 0.0005
 
 
