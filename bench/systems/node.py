@@ -58,8 +58,9 @@ class NodeProcess:
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines of the log that name an error."""
-        return [line for line in self.log.splitlines() if 'ERROR' in line or 'FATAL' in line]
+        """The lines of the log of this severity; others may contain the word as well."""
+        return [line for line in self.log.splitlines()
+                if line.startswith(('[ERROR]', '[FATAL]', 'Traceback'))]
 
     @property
     def pid(self) -> int:
