@@ -4,7 +4,8 @@
 Files of results: how a run was started, on which machine, and what it found.
 
 A file holds ``bench``, ``quick``, ``started``, ``seconds``, ``machine``, ``command``,
-``settings``, ``notes``, ``checks``, ``reported``, ``tables`` and ``samples``.
+``settings``, ``earlier``, ``notes``, ``checks``, ``reported``, ``tables`` and ``samples``. Where a
+run has measured some parts only, ``earlier`` names the run that each of the other samples is of.
 """
 
 from __future__ import annotations
@@ -101,6 +102,12 @@ class Recorder:
                           for k, v in settings.items() if k != 'results'}
         self._machine = machine()
         self._started, self._clock = datetime.now(timezone.utc), time.monotonic()
+        self._found: dict[str, Any] = {}    # in the file that an earlier run has written
+
+    @property
+    def started(self) -> str:
+        """When the run began."""
+        return self._started.isoformat(timespec='seconds')
 
     @property
     def commit(self) -> str | None:
@@ -117,7 +124,24 @@ class Recorder:
     def earlier(self, bench: str, folder: Path | None = None) -> dict[str, Any]:
         """Return the samples in the file that :meth:`write` would replace; empty if none."""
         path = self._path(bench, folder)
-        return dict(json.loads(path.read_text())['samples']) if path.exists() else {}
+        if path.exists():
+            self._found = json.loads(path.read_text())
+        return dict(self._found.get('samples', {}))
+
+    def origins(self, samples: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """
+        Return when, where and of which commit samples were taken that :meth:`earlier` returned.
+
+        They are recognised by their identity; those that this run has measured are left out.
+        """
+        if not self._found:
+            return {}
+        known, machine = self._found['samples'], self._found['machine']
+        origin = {'started': self._found['started'],
+                  **{name: machine[name] for name in ('commit', 'cpu', 'cores', 'gpu')}}
+        earlier = self._found.get('earlier', {})
+        return {name: earlier.get(name, origin) for name, value in samples.items()
+                if value is known.get(name)}
 
     def _path(self, bench: str, folder: Path | None) -> Path:
         return (folder or (QUICK_FOLDER if self.quick else FOLDER)) / f'{bench}.json'
@@ -127,11 +151,12 @@ class Recorder:
         module = f'bench.{result.bench}'
         data = {
             'bench': result.bench, 'quick': self.quick,
-            'started': self._started.isoformat(timespec='seconds'),
+            'started': self.started,
             'seconds': round(time.monotonic() - self._clock, 1),
             'machine': self._machine,
             'command': shlex.join(['python', '-m', module, *sys.argv[1:]]),
-            'settings': self._settings, 'notes': result.notes,
+            'settings': self._settings, 'earlier': self.origins(result.samples),
+            'notes': result.notes,
             'checks': [asdict(c) for c in result.checks],
             'reported': [asdict(r) for r in result.reported],
             'tables': [asdict(t) for t in result.tables],

@@ -4,18 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from bench.common.results import Result
 
 
-def summary(result: Result) -> str:
-    """Return the tables and checks of one result as text."""
+def summary(result: Result, origins: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Return the tables and checks of one result as text; ``origins`` are of earlier samples."""
     data = asdict(result)
     parts = [f'{table["title"]}\n{text_table(table)}\n' for table in data['tables']]
-    parts += [f'- {note}' for note in data['notes']]
+    parts += [f'- {note}' for note in (*earlier(origins or {}), *data['notes'])]
     return '\n'.join([*parts, '', text([data])])
 
 
@@ -60,15 +60,14 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
     parts = []
     for result in results:
         where, packages = result['machine'], result['machine']['packages']
-        device = where['gpu'] or f'{where["cores"]} cores of {where["cpu"]}'
         software = ', '.join([*(f'{k} {v}' for k, v in packages.items()),
                               *(f'{k}={v}' for k, v in where['environment'].items())])
         parts.append(
             f'## `{result["command"]}`\n\n{result["started"][:10]}, commit {where["commit"]}, '
-            f'{device} ({", ".join(where["flags"])}), {where["memory_gib"]:g} GiB, Python '
+            f'{device(where)} ({", ".join(where["flags"])}), {where["memory_gib"]:g} GiB, Python '
             f'{where["python"]}, {software}; took {result["seconds"] / 60:.0f} minutes; load '
             f'before it {where["load_before"]:g}.\n')
-        parts += [f'- {note}' for note in result['notes']]
+        parts += [f'- {note}' for note in (*earlier(result.get('earlier', {})), *result['notes'])]
         for table in result['tables']:
             parts.append(f'\n**{table["title"]}**\n')
             parts += _markdown_rows(table['columns'], table['rows'])
@@ -87,6 +86,22 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
                 [(r['name'], r['value'], r['aim'], r['note']) for r in result['reported']])
         parts.append('')
     return '\n'.join(parts)
+
+
+def device(machine: Mapping[str, Any]) -> str:
+    """Return the name of the device that computes."""
+    return str(machine['gpu'] or f'{machine["cores"]} cores of {machine["cpu"]}')
+
+
+def earlier(origins: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a note for each earlier run that samples are of."""
+    notes = []
+    for origin in sorted({tuple(each.items()) for each in origins.values()}, key=str):
+        run = dict(origin)
+        names = ', '.join(f'`{name}`' for name, each in origins.items() if each == run)
+        notes.append(f'Samples of an earlier run, {run["started"][:10]}, commit {run["commit"]}, '
+                     f'{device(run)}: {names}.')
+    return notes
 
 
 def _markdown_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -44,7 +44,11 @@ class Run:
         return self.recorder.write(result, self.args.results)
 
     def earlier(self, name: str) -> Samples:
-        """Return the samples in the file that :meth:`record` would replace; empty if none."""
+        """
+        Return the samples in the file that :meth:`record` would replace; empty if none.
+
+        The results name the run of those that are returned by ``measure`` unchanged.
+        """
         return self.recorder.earlier(name, self.args.results)
 
 
@@ -79,5 +83,5 @@ def run_benchmark(
     result = evaluate(samples, run)
     result.notes += run.notes
     path = run.record(result)
-    print(f'\n{summary(result)}\n\n{path}')
+    print(f'\n{summary(result, recorder.origins(result.samples))}\n\n{path}')
     return Recorded(run, result, path)

@@ -118,7 +118,8 @@ def record(run: Run, samples: Samples, edit_set: EditSet, system: str,
                          *({**labels, **row} for row in rows)]
         samples['runs'] = [
             *(row for row in samples['runs'] if not (is_new(row) and row['part'] == part)),
-            {**labels, 'part': part, 'commit': commit or run.recorder.commit}]
+            {**labels, 'part': part, 'commit': commit or run.recorder.commit,
+             'recorded': run.recorder.started[:10]}]
     run.record(evaluate(samples))
 
 

@@ -45,6 +45,10 @@ def tables(samples: Mapping[str, Any]) -> list[Table]:
     ] if rows else []
     if samples.get('scope'):
         found.append(table(samples['scope']))
+    if samples.get('runs'):
+        columns = ['set', 'system', 'part', 'recorded', 'commit']
+        found.append(Table('Runs', columns, [
+            [run.get(name) for name in columns] for run in samples['runs']]))
     return found
 
 

@@ -57,6 +57,12 @@ class NodeProcess:
                        for kind in ('ERROR', 'FATAL', 'Traceback') if kind in line)
 
     @property
+    def error_lines(self) -> list[str]:
+        """The lines of the log of this severity; others may contain the word as well."""
+        return [line for line in self.log.splitlines()
+                if line.startswith(('[ERROR]', '[FATAL]', 'Traceback'))]
+
+    @property
     def pid(self) -> int:
         """The id of the process."""
         return self._process.pid

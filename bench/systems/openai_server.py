@@ -92,8 +92,8 @@ class Connection:
         reply = self._http.getresponse()
         return reply.status, reply.read()
 
-    def stream(self, body: bytes) -> Iterator[str]:
-        """Yield the texts of a streamed chat; raises ``RuntimeError`` if it is refused."""
+    def chunks(self, body: bytes) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a streamed chat; raises ``RuntimeError`` if it is refused."""
         self._http.request('POST', CHAT, body)
         reply = self._http.getresponse()
         if reply.status != 200:
@@ -103,5 +103,10 @@ class Connection:
                 chunk = json.loads(line[6:])
                 if 'error' in chunk:
                     raise RuntimeError(str(chunk['error']))
-                if text := chunk['choices'][0]['delta'].get('content'):
-                    yield text
+                yield chunk
+
+    def stream(self, body: bytes) -> Iterator[str]:
+        """Yield the texts of a streamed chat; raises as :meth:`chunks`."""
+        for chunk in self.chunks(body):
+            if text := chunk['choices'][0]['delta'].get('content'):
+                yield text

@@ -10,6 +10,7 @@ from mace_ros.api.events import (
     AdapterVersion,
     CorrectionState,
     CorrectionStatus,
+    ErrorCode,
     Event,
     FinishReason,
     Response,
@@ -39,9 +40,10 @@ def log_event(log: RcutilsLogger, event: Event) -> None:
     elif isinstance(event, Response):
         text = (f'query {printable(event.query_id)}: {event.finish_reason.name} '
                 f'{event.error}').rstrip()
-        if event.finish_reason is FinishReason.ERROR:
+        if event.error_code is ErrorCode.INTERNAL:
             log.error(text, throttle_duration_sec=1.0)
-        elif event.finish_reason is FinishReason.REJECTED:
+        elif event.finish_reason in (FinishReason.REJECTED, FinishReason.ERROR):
+            # Also a format that turns out to be unusable while the answer is written.
             log.warning(text, throttle_duration_sec=1.0)
         else:
             log.debug(text)

@@ -74,22 +74,33 @@ def test_a_run_is_recorded_with_its_notes(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def measure(run: Run) -> dict[str, Any]:
         run.notes.append('A note.')
-        return {**run.earlier('x'), 'new': [1.0]}
+        return {**run.earlier('x'), 'again': [3.0], 'new': [1.0]}
 
     def evaluate_x(samples: dict[str, Any], run: Run) -> Result:
         return Result('x', samples, [check('new', samples['new'][0], '<= 2')])
 
-    (tmp_path / 'x.json').write_text(json.dumps({'samples': {'old': [2.0]}}))
+    there = {'cpu': 'another', 'cores': 8, 'gpu': None, 'commit': 'abc'}
+    oldest = {**there, 'started': '2026-01-01T10:00:00+00:00'}
+    (tmp_path / 'x.json').write_text(json.dumps({
+        'started': '2026-01-02T10:00:00+00:00', 'machine': {**there, 'memory_gib': 1.0},
+        'earlier': {'oldest': oldest},
+        'samples': {'oldest': [0.0], 'old': [2.0], 'again': [2.0]}}))
     recorded = run_benchmark(
         Options('x', 'A benchmark.', quick='once'), ['--results', str(tmp_path)],
         measure=measure, evaluate=evaluate_x)
     written = json.loads(recorded.path.read_text())
     assert recorded.path == tmp_path / 'x.json'
-    assert written['samples'] == {'old': [2.0], 'new': [1.0]}
+    assert written['samples'] == {'oldest': [0.0], 'old': [2.0], 'again': [3.0], 'new': [1.0]}
+    assert written['earlier'] == {
+        'oldest': oldest, 'old': {**oldest, 'started': '2026-01-02T10:00:00+00:00'}}
+    note = 'Samples of an earlier run, 2026-01-02, commit abc, 8 cores of another: `old`.'
+    assert f'- {note}' in markdown([written])
     assert written['notes'] == ['A note.']
     assert list(written) == ['bench', 'quick', 'started', 'seconds', 'machine', 'command',
-                             'settings', 'notes', 'checks', 'reported', 'tables', 'samples']
-    assert '1 of 1 checks hold' in capsys.readouterr().out
+                             'settings', 'earlier', 'notes', 'checks', 'reported', 'tables',
+                             'samples']
+    printed = capsys.readouterr().out
+    assert '1 of 1 checks hold' in printed and note in printed
 
 
 def test_recorded_results_can_be_rendered() -> None:
