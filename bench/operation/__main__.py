@@ -49,7 +49,7 @@ def options() -> Options:
     result.size('--seconds', 8.0, 2.0, 'length of a block')
     result.size('--interruptions', 200, 5,
                 'answers that are cancelled as they are spoken, over the topic and over HTTP, each')
-    result.size('--asked', 400, 4, 'questions over HTTP and over the topic, each')
+    result.size('--asked', 600, 4, 'questions over HTTP and over the topic, each')
     result.size('--bodies', 10_000, 200, 'fuzzed bodies')
     return result
 
