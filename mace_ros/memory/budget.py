@@ -17,8 +17,9 @@ KV_COPIES = 8              # of one layer's keys and values, while a chunk of it
 MIN_CHUNK_TOKENS = 16      # the smallest chunk in which a layer is trained
 PREFIX_TOKENS = 256        # of prefixes that are kept for training
 # Tokens of a fine-tune step's HEAD segment. Each reads the head's weights, which for up to these
-# rows takes a GPU longer than the arithmetic.
-HEAD_ROWS, CUDA_HEAD_ROWS = 16, 64
+# rows takes a GPU longer than the arithmetic. On a CPU, a segment of more rows would make a query
+# wait for longer than it saves.
+HEAD_ROWS, CUDA_HEAD_ROWS = 32, 64
 
 
 def head_rows(device: str) -> int:
