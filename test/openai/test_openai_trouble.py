@@ -190,24 +190,6 @@ def test_feedback_during_an_answer_waits_for_its_end(
         'accepted', 'training', 'learned'), 20.0)
 
 
-def test_feedback_on_an_answer_that_another_client_gets_does_not_hold_the_server_up(
-        tmp_path: Path, node: NodeProcess) -> None:
-    with MaceClient() as client:
-        client.wait_until_ready(20.0)
-        answer = client.ask('Sing.', max_tokens=3900, logit_bias_tokens=[0, 2],
-                            logit_bias_values=[-100.0, -100.0])
-        assert next(iter(answer))
-        with serving(tmp_path, node) as server, ThreadPoolExecutor(40) as threads:
-            replies = list(threads.map(lambda _: server.request(
-                'POST', '/v1/feedback', {'id': answer.id, 'rating': 'down'}), range(40)))
-            assert {(status, body['status']) for status, body, _ in replies} == {(202, 'waiting')}
-            ending = time.monotonic()
-            assert server.stop() == 0
-            assert time.monotonic() < ending + 10.0
-            assert not answer.is_complete()
-        answer.cancel()
-
-
 @contextmanager
 def unread(server: ServerProcess, **options: object) -> Iterator[socket.socket]:
     """Ask for a long stream; yield its connection, which has read nothing."""
@@ -230,6 +212,25 @@ def test_a_stream_that_is_not_read_does_not_fill_the_memory(server: ServerProces
         while b'[DONE]' not in end:
             end = end[-1000:] + connection.recv(2**16)
     assert b'"code":"slow_reader"' in end
+
+
+def test_feedback_on_an_answer_that_another_client_gets_does_not_hold_the_server_up(
+        tmp_path: Path, node: NodeProcess) -> None:
+    with MaceClient() as client:
+        client.wait_until_ready(20.0)
+        answer = client.ask('Sing.', max_tokens=3900, logit_bias_tokens=[0, 2],
+                            logit_bias_values=[-100.0, -100.0])
+        assert next(iter(answer))
+        with serving(tmp_path, node) as server, ThreadPoolExecutor(40) as threads:
+            replies = list(threads.map(lambda _: server.request(
+                'POST', '/v1/feedback', {'id': answer.id, 'rating': 'down'}), range(40)))
+            assert {(status, body['status']) for status, body, _ in replies} == {(202, 'waiting')}
+            ending = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() < ending + 10.0
+            assert not answer.is_complete()
+        answer.cancel()
+        answer.result(20.0)
 
 
 def test_a_client_that_does_not_read_loses_its_connection(impatient: ServerProcess) -> None:
