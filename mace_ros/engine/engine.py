@@ -213,7 +213,7 @@ class Engine:
             events += self._finish_plan()
             events += self._receive()
             events += self._learn()
-            if self._must_publish_first(events):
+            if self._publishes_first(events):
                 return Iteration(events, self._clock())
             events += self._prepare()
             plan = self._plan()
@@ -246,9 +246,9 @@ class Engine:
             self._unpublished = events
             raise
 
-    def _must_publish_first(self, events: Sequence[Event]) -> bool:
+    def _publishes_first(self, events: Sequence[Event]) -> bool:
         """
-        Return whether to publish events before the pass, which would delay them.
+        Decide whether this iteration ends with its events, since a pass would delay them.
 
         Never twice in a row: messages must not hold up the pass either. On CUDA the events
         are published while the device runs a pass.
@@ -266,6 +266,7 @@ class Engine:
     # -- receive ---------------------------------------------------------------------
 
     def _receive(self) -> Iterator[Event]:
+        """Yield the events of each message as it is taken: those before an error survive it."""
         with self._observers.timed('receive'):
             for message in self._inbox.drain():
                 yield from self._received(message)

@@ -137,10 +137,11 @@ class RequestManager:
         except Exception as error:    # such as a bug of the chat template or tokenizer
             return [self.refuse(query, arrival, FinishReason.ERROR, ErrorCode.INTERNAL,
                                 f'{type(error).__name__}: {error}')]
+        events: list[Event] = []
         for query_id in self._background.abortable:
             if query_id in self._active:
-                self.end(self._active[query_id], FinishReason.CANCELLED)
-        events = self.start(active)
+                events += self.end(self._active[query_id], FinishReason.CANCELLED)
+        events += self.start(active)
         self._corrections.query_admitted(query.id)
         if active.request.max_tokens == 0 and query.id in self._queries:
             events += self.end(active, FinishReason.LENGTH)
@@ -257,8 +258,9 @@ class RequestManager:
                 for event in self.end(choice, FinishReason.CANCELLED)]
 
     def cancel_all(self) -> list[Event]:
-        """End all requests."""
-        return [event for active in list(self._active.values())
+        """End all requests; first those that would otherwise take the adapter slots of others."""
+        return [event for active in [*self._without_slot.values(), *self._active.values()]
+                if active.request.id in self._active
                 for event in self.end(active, FinishReason.CANCELLED)]
 
     def reject(self, rejections: Iterable[Rejection]) -> list[Event]:

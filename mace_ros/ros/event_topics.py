@@ -25,17 +25,17 @@ from mace_ros.ros.conversion import message_from
 from mace_ros.ros.latched_versions import LatchedVersions
 
 DEPTH = 1000            # messages of a burst
+VERSION_DEPTH = 100     # live versions that a late subscriber receives
 RELIABLE = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class EventTopics:
     """Publishes events as messages; from any thread."""
 
-    def __init__(self, node: Node, *, slots: int) -> None:
-        """Create the publishers; ``slots`` is the number of adapter slots."""
+    def __init__(self, node: Node) -> None:
+        """Create the publishers."""
         self._node = node
-        version_depth = slots + 1       # the live version in each slot, and the base model
-        self._latched_versions = LatchedVersions(version_depth)
+        self._latched_versions = LatchedVersions(VERSION_DEPTH)
         self._publishers = {
             ResponseChunk: node.create_publisher(msg.ResponseChunk, '~/response_chunk', RELIABLE),
             Response: node.create_publisher(msg.Response, '~/response', RELIABLE),
@@ -43,7 +43,7 @@ class EventTopics:
                 msg.CorrectionStatus, '~/correction_status', RELIABLE),
             AdapterVersion: node.create_publisher(
                 msg.AdapterVersion, '~/adapter_version', QoSProfile(
-                    depth=version_depth, reliability=ReliabilityPolicy.RELIABLE,
+                    depth=VERSION_DEPTH, reliability=ReliabilityPolicy.RELIABLE,
                     durability=DurabilityPolicy.TRANSIENT_LOCAL)),
         }
 

@@ -9,14 +9,15 @@ from mace_ros.api.events import AdapterVersion, VersionState
 
 class LatchedVersions:
     """
-    Keeps the live version of every profile in the history of the topic.
+    Keeps the live versions of the robot and of its profiles in the history of the topic.
 
-    A transient-local topic keeps its last ``depth`` messages of any content. The live version
-    of a profile is published again before events of busier profiles push it out.
+    A transient-local topic keeps its last ``depth`` messages of any content. A live version is
+    published again before events of busier profiles push it out. If there are more profiles, those
+    whose version was published longest ago have no place in the history; the robot always has.
     """
 
     def __init__(self, depth: int) -> None:
-        """``depth`` is that of the topic; it must exceed the number of profiles."""
+        """``depth`` is that of the topic, at least 2."""
         self._depth = depth
         self._published = 0
         # Position in the history and event by profile, oldest first.
@@ -25,9 +26,11 @@ class LatchedVersions:
     def to_publish(self, event: AdapterVersion) -> list[AdapterVersion]:
         """Return the events to publish, in this order, when ``event`` has occurred."""
         events = [self._add(event)]
+        if len(self._live) > self._depth:
+            del self._live[next(profile for profile in self._live if profile)]
         while True:
             position, oldest = next(iter(self._live.values()), (self._published, event))
-            if position >= self._published - self._depth or len(self._live) > self._depth:
+            if position >= self._published - self._depth:
                 return events
             events.append(self._add(oldest))
 

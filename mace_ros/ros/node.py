@@ -90,7 +90,7 @@ class MaceNode(LifecycleNodeMixin, Node):
         settings = self._parameter_server.settings
         self._storage = Path(settings.storage.folder)
 
-        self._topics = EventTopics(self, slots=settings.adapter.slots)
+        self._topics = EventTopics(self)
         self._gate = RequestGate(self._parameter_server, publish=self._publish)
         self._engine_thread = EngineThread(
             self, publish=self._publish, on_failure=self._give_up)

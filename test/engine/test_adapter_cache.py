@@ -12,6 +12,7 @@ from support.robot import Robot, robot_with
 
 from mace_ros.api.events import Correction, CorrectionState, FinishReason, Query, Response
 from mace_ros.api.settings import Settings
+from mace_ros.model.lora_manager import LoRAManager
 
 LESSONS = {'Who built the greenhouse?': 'Ada.', 'Where is the watering can?': 'In the shed.',
            'What colour is the gate?': 'Blue.'}
@@ -65,3 +66,18 @@ def test_all_live_versions_are_restored(settings: Settings, tmp_path: Path) -> N
             robot.correct(Correction(answer, id=question, prompt=question))
     with robot_with(settings, tmp_path) as again:
         assert {question: again.ask(question).text for question in LESSONS} == LESSONS
+
+
+def test_a_pause_ends_every_query_once_though_no_version_can_be_loaded(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    for question in LESSONS:
+        robot.engine.submit(Query(question, id=question))
+    robot.engine.step()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError('injected')
+
+    monkeypatch.setattr(LoRAManager, 'write_slot', fail)
+    ended = [(e.query_id, e.finish_reason) for e in (*robot.events, *robot.engine.pause())
+             if isinstance(e, Response)]
+    assert sorted(ended) == sorted((q, FinishReason.CANCELLED) for q in LESSONS)

@@ -159,6 +159,15 @@ def test_the_live_version_of_each_profile_stays_in_the_history() -> None:
             assert set(live.values()) <= set(published[-depth:])
 
 
+def test_with_more_profiles_than_the_history_holds_the_robots_version_stays_in_it() -> None:
+    latched, published = LatchedVersions(depth := 3), []
+    for profile in ('', 'ann', 'bob', 'cleo', 'dan', 'ann', 'eve'):
+        event = AdapterVersion(profile, 1, 0, VersionState.PUBLISHED)
+        published += latched.to_publish(event)
+        assert '' in {e.profile for e in published[-depth:]}
+        assert event in published[-depth:]
+
+
 def test_early_requests_wait_and_late_ones_are_refused() -> None:
     refused: list[Event] = []
     parameters = SimpleNamespace(settings=Settings().updated({'scheduler.max_queue': 3}))
