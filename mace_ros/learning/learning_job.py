@@ -10,6 +10,7 @@ for; requests are served meanwhile. Closing the generator cancels the job.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 import math
 from statistics import fmean
 import time
@@ -43,6 +44,19 @@ MORE_STEPS = 4          # after a rejected candidate, at least
 REPAIR_STEPS = 1        # after one that has lost exact samples, at least
 # Corrections may join a job until this share of finetune.max_steps is spent: the rest suffices.
 JOIN_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    Why no further step follows; neither is set if one does.
+
+    ``scores`` are those of the forward after which training ends. The corrections that are
+    ``joining`` are to be trained as well from now on.
+    """
+
+    scores: StepScores | None = None
+    joining: Sequence[PendingCorrection] = ()
 
 
 class LearningJob(Job):
@@ -83,21 +97,22 @@ class LearningJob(Job):
             return None
         training_set = yield from self._build_training_set(records)
         while True:
-            ended = yield from self._train(training_set)
-            if not isinstance(ended, StepScores):       # corrections that join
-                training_set = yield from self._join(ended, start, records)
+            trained = yield from self._train(training_set)
+            scores = trained.scores
+            if scores is None:
+                training_set = yield from self._join(trained.joining, start, records)
                 continue
-            yield from self._give_up_unlearned(ended, training_set)
+            yield from self._give_up_unlearned(scores, training_set)
             if not self.progress.steps:     # the live version answers the rest right
                 yield from self._already_learned(self.corrections)
                 return None
             if not self.corrections:
                 return None
-            score_after = ended.mean
+            score_after = scores.mean
             # After a rejection, interpolation would lead back to the rejected weights.
-            if (ended.learned_well and not self.progress.rejections and context.scores_first
+            if (scores.learned_well and not self.progress.rejections and context.scores_first
                     and self.everywhere):
-                score_after = yield from self._interpolate(start, ended)
+                score_after = yield from self._interpolate(start, scores)
             after = yield from self._score_guarded(training_set)
             if after is None:       # a few more steps may restore what the candidate has lost
                 continue
@@ -217,17 +232,13 @@ class LearningJob(Job):
 
     # -- training --------------------------------------------------------------------
 
-    def _train(self, training_set: TrainingSet) -> Task[StepScores | list[PendingCorrection]]:
-        """
-        Run optimizer steps until the corrections are learned, or until others can join.
-
-        Returns the scores of the forward after which training ends, or the others.
-        """
+    def _train(self, training_set: TrainingSet) -> Task[Trained]:
+        """Run optimizer steps until the corrections are learned, or until others can join."""
         while True:
             self.state = JobState.TRAINING
-            ended = yield from self._optimizer_step(self._plan_step(training_set))
-            if ended:
-                return ended
+            trained = yield from self._optimizer_step(self._plan_step(training_set))
+            if trained.scores is not None or trained.joining:
+                return trained
 
     def _plan_step(self, training_set: TrainingSet) -> StepPlan:
         context, most = self._context, self._context.training.step_tokens
@@ -239,8 +250,8 @@ class LearningJob(Job):
             training_set, self.corrections, self._finetune, most=most,
             steps=self.progress.steps, rejections=self.progress.rejections)
 
-    def _optimizer_step(self, plan: StepPlan) -> Task[StepScores | list[PendingCorrection]]:
-        """Run a step; return its scores if training ends, else the corrections that join now."""
+    def _optimizer_step(self, plan: StepPlan) -> Task[Trained]:
+        """Run a step, unless training ends with its scores or corrections can join before it."""
         scores: StepScores | None = None
         yield from self._context.training.prefixes.prepare(s for p in plan.parts for s in p)
         for part in self._context.training.steps(plan):
@@ -249,12 +260,12 @@ class LearningJob(Job):
             if scores is None and not joining:
                 scores = self._assess(part, plan)
                 if self._ends_training(scores):
-                    return scores
+                    return Trained(scores)
                 joining = yield from self._run(part)
             if joining:
-                return joining
+                return Trained(joining=joining)
         self.progress.steps += 1
-        return self._joining()
+        return Trained(joining=self._joining())
 
     def _run(self, step: FinetuneStep, *, until_scored: bool = False,
              ) -> Task[list[PendingCorrection]]:
@@ -303,7 +314,7 @@ class LearningJob(Job):
         return self._continues == version_of(
             context.live, record, context.settings.adapter) != FRESH
 
-    def _join(self, joining: list[PendingCorrection], start: dict[str, Tensor],
+    def _join(self, joining: Sequence[PendingCorrection], start: dict[str, Tensor],
               records: JobRecords) -> Task[TrainingSet]:
         """Score more corrections under the live version; return the training set with them."""
         context = self._context
@@ -352,12 +363,12 @@ class LearningJob(Job):
 
     # -- the candidate ---------------------------------------------------------------
 
-    def _interpolate(self, start: dict[str, Tensor], ended: StepScores) -> Task[float]:
+    def _interpolate(self, start: dict[str, Tensor], trained: StepScores) -> Task[float]:
         """Undo what the corrections do not need; return their mean log p per token."""
         self.state, count = JobState.INTERPOLATING, len(self.corrections)
         scores = yield from interpolate(
-            self._context.training, start, ended.samples, lambda s: learned_well(s, count))
-        return ended.mean if scores is None else fmean(
+            self._context.training, start, trained.samples, lambda s: learned_well(s, count))
+        return trained.mean if scores is None else fmean(
             s.log_probability for s in scores[:count])
 
     def _score_guarded(self, training_set: TrainingSet) -> Task[list[SampleScore] | None]:
