@@ -51,7 +51,7 @@ class StepScores:
 
     @property
     def keeps(self) -> bool:
-        """Whether the samples between corrections and wordings, right before, still are."""
+        """Whether earlier samples that were right are still right."""
         others = self.scores[self.corrections:len(self.scores) - self.wordings]
         return all(s.margin >= RIGHT_MARGIN for s in others)
 

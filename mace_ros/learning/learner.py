@@ -97,7 +97,7 @@ class Learner:
         self._waits_for: Wait | None = None
         self._suspicions: list[Future[SuspectedRegression | None]] = []
         self._events: list[Event] = []      # not returned yet
-        self._last_error = ''      # why the device or the disk broke a job off
+        self._last_error = ''      # the device or disk error that ended the last job
         self.wants_anchors = False
 
     def restore(self) -> list[Event]:

@@ -151,7 +151,7 @@ class LearningJob(Job):
             raise Unreadable(f'the live version could not be read: {error}') from error
 
     def _read_newest(self) -> Task[tuple[Weights | None, JobRecords]]:
-        """Read the version that answers everything now, and what protects the rest."""
+        """Read the profile's newest version, and the records to replay and guard."""
         context = self._context
         live, records = yield from read_newest(
             context.disk, context.store, self.profile, self._finetune.replay_samples)
@@ -364,7 +364,11 @@ class LearningJob(Job):
     # -- the candidate ---------------------------------------------------------------
 
     def _interpolate(self, start: dict[str, Tensor], trained: StepScores) -> Task[float]:
-        """Undo what the corrections do not need; return their mean log p per token."""
+        """
+        Interpolate towards the live version as far as the corrections stay learned.
+
+        Returns their mean log p per token.
+        """
         self.state, count = JobState.INTERPOLATING, len(self.corrections)
         scores = yield from interpolate(
             self._context.training, start, trained.samples, lambda s: learned_well(s, count))

@@ -61,7 +61,7 @@ class ScopedTrainingSetBuilder:
             corrected=[correction_sample(chat, r, r.weight) for r in new],
             paraphrases=paraphrase_samples(chat, new, TRAINED),
             earlier=earlier[:REHEARSED], gate=gate,
-            # They are LEARNED: what the live version has lost is to be repaired as well.
+            # Treat them as right: a job also repairs what the live version has lost.
             before=[RIGHT] * len(gate.samples))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],

@@ -162,7 +162,8 @@ class MaceNode(LifecycleNodeMixin, Node):
         try:
             done.result(timeout_s)
         except FutureTimeout:
-            self.get_logger().error('an iteration does not end; it is abandoned')
+            self.get_logger().error(
+                'the running iteration did not end in time and is abandoned')
         except Exception as error:      # no transition leads to shutdown from this state
             self.get_logger().error(f'shutting down failed: {error}')
 

@@ -133,7 +133,8 @@ class Services:
             if engine is None:
                 raise InvalidTrace('the node is not active')
             if self._trace_file:
-                raise InvalidTrace(f'{self._trace_file} is being made; one trace at a time')
+                raise InvalidTrace(
+                    f'{self._trace_file} is still being recorded; one trace at a time')
             iterations = request.iterations or TRACE_ITERATIONS
             seconds = request.seconds or TRACE_SECONDS
             check_extent(iterations, seconds)
@@ -166,8 +167,8 @@ class Services:
             response.message = 'the node is not active'
             return response
         with _reason_of_failure(
-                response, f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when '
-                'the disk is slow; ~/adapter_version will announce it'):
+                response, f'the version is not live after {ROLLBACK_TIMEOUT_S:g} s; the disk may '
+                'be slow. ~/adapter_version will announce it'):
             engine.rollback(
                 request.profile, request.version, 'requested through ~/rollback'
             ).result(ROLLBACK_TIMEOUT_S)

@@ -264,7 +264,7 @@ def test_a_request_larger_than_the_cache_is_rejected_with_the_sizes():
     state = State(FixedCache(512, 512), WaitingQueue([query(0, 0.0, prompt=300, answer=300)]))
     plan = scheduler().plan(state, 0.0)
     assert plan.rejected[0].reason == (
-        '608 tokens of KV cache needed, 512 is all there is (memory.kv_cache_tokens, '
+        '608 tokens of KV cache needed, the cache holds 512 (memory.kv_cache_tokens, '
         'memory.budget_mb)')
 
 
