@@ -351,7 +351,7 @@ def test_without_a_budget_nothing_is_learned_until_it_is_raised():
     assert engine.scheduler.statistics(20.0).learning_s == pytest.approx(10.0, rel=0.05)
 
 
-def test_accounts_add_up():
+def test_the_statistics_account_for_all_tokens_and_seconds():
     requests = poisson(20, 0.5, seed=5)
     engine = served('mace', requests, until=60.0)
     accounts = engine.scheduler.statistics(engine.now)
