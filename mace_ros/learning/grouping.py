@@ -3,9 +3,10 @@
 """
 Which live version learns a correction.
 
-Corrections disturb each other within one adapter: each of them takes longer to learn, and wordings
-of earlier ones are forgotten. So a correction gets an adapter of its own, unless its question is in
-the scope of a live version already. Then a job continues that version, which it may contradict.
+Corrections disturb each other within one adapter: each of them takes longer to learn, and
+paraphrases of earlier ones are forgotten. So a correction gets an adapter of its own, unless its
+question is in the scope of a live version already. Then a job continues that version, which it may
+contradict.
 """
 
 from __future__ import annotations

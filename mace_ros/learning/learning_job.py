@@ -284,7 +284,7 @@ class LearningJob(Job):
     def _assess(self, step: FinetuneStep, plan: StepPlan) -> StepScores:
         scores = StepScores(
             step.samples[:plan.must_be_right], tuple(step.scores()[:plan.must_be_right]),
-            len(self.corrections), plan.wordings)
+            len(self.corrections), plan.paraphrases)
         if self.progress.steps == 0:
             self._score_before = scores.mean
         return scores
