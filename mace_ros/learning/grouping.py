@@ -26,7 +26,7 @@ def group(live: LiveVersions, corrections: Sequence[PendingCorrection],
           settings: AdapterSettings) -> tuple[int, list[PendingCorrection]]:
     """Return the version that the first correction's job continues, and all with the same one."""
     version = version_of(live, corrections[0].record, settings)
-    return version, [w for w in corrections if version_of(live, w.record, settings) == version]
+    return version, [c for c in corrections if version_of(live, c.record, settings) == version]
 
 
 def version_of(live: LiveVersions, record: CorrectionRecord, settings: AdapterSettings) -> int:

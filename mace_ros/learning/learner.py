@@ -221,14 +221,14 @@ class Learner:
             return self._take_events()
         failed: list[PendingCorrection] = []
         if job.kind is JobKind.LEARNING:
-            failed = [w for w in job.on_trial if w.tries >= MAX_JOB_TRIES]
+            failed = [c for c in job.on_trial if c.tries >= MAX_JOB_TRIES]
             self._queue.put_back(
-                replace(w, tries=w.tries + 1) if w in job.on_trial else w
-                for w in job.corrections if w not in failed)
+                replace(c, tries=c.tries + 1) if c in job.on_trial else c
+                for c in job.corrections if c not in failed)
         else:
             self._try_later(job)
         self._end_job()
-        self._events += [self._publisher.failed(w.record, reason) for w in failed]
+        self._events += [self._publisher.failed(c.record, reason) for c in failed]
         return self._take_events()
 
     @property
@@ -247,7 +247,7 @@ class Learner:
     @property
     def oldest_unlearned_at(self) -> float:
         """Arrival of the oldest correction that is not learned, infinity if there is none."""
-        return min((w.waits_since for w in self._unlearned()), default=math.inf)
+        return min((c.waits_since for c in self._unlearned()), default=math.inf)
 
     def status(self) -> LearningStatus:
         """Return a snapshot."""
@@ -322,9 +322,9 @@ class Learner:
         elif isinstance(result, VersionRecord):
             self._last_error = ''
             if job.kind is JobKind.LEARNING:
-                superseded = {w.record.prompt_ids for w in self._queue.of(job.profile)}
-                self._rehearsal.learned(w.record for w in job.corrections
-                                        if w.record.prompt_ids not in superseded)
+                superseded = {c.record.prompt_ids for c in self._queue.of(job.profile)}
+                self._rehearsal.learned(c.record for c in job.corrections
+                                        if c.record.prompt_ids not in superseded)
 
     def _end_job(self) -> None:
         """

@@ -76,7 +76,7 @@ class LearningJob(Job):
         self._begun = context.clock()
         # Whether the version is to answer all queries of its profile.
         self.everywhere = context.answers_everything(
-            profile, [w.record for w in self.corrections])
+            profile, [c.record for c in self.corrections])
         self._parent = context.live.newest(profile)
         self._continues = self._parent if self.everywhere else continues
         self._least_steps = self._finetune.period_steps if kind is JobKind.REHEARSAL else 0
@@ -144,7 +144,7 @@ class LearningJob(Job):
         fresh = version.version == FRESH
         records = yield from read_scoped(
             context.disk, self.profile, () if fresh else context.live.learned_by(version),
-            {w.record.replaces for w in self.corrections})
+            {c.record.replaces for c in self.corrections})
         try:
             return None if fresh else context.live.weights(version), records
         except CorruptVersion as error:
@@ -173,22 +173,22 @@ class LearningJob(Job):
             return
         self.state = JobState.CHOOSING
         # Scores stay valid, except that a preference needs those of the live version.
-        unscored = [w for w in self.corrections if prefers or not w.log_probabilities]
+        unscored = [c for c in self.corrections if prefers or not c.log_probabilities]
         scored = yield from context.training.score([
-            s for w in unscored for s in (correction_sample(context.chat, w.record),
-                                          *rejected_samples(context.chat, w.record))])
+            s for c in unscored for s in (correction_sample(context.chat, c.record),
+                                          *rejected_samples(context.chat, c.record))])
         right = self._note_scores(unscored, scored.scores)
-        trained = [w for w in self.corrections if w.record.id in self.announced]
-        wrong = [w for w in self.corrections if w not in right and w not in trained]
+        trained = [c for c in self.corrections if c.record.id in self.announced]
+        wrong = [c for c in self.corrections if c not in right and c not in trained]
         if self._finetune.order == 'priority':
             wrong = ordered(
                 wrong, context.queue.of(self.profile), now=context.clock(),
                 freshness_s=context.settings.slo.freshness_s,
-                step_s=lambda w: context.training.cost.step_s(
-                    len(w.record.prompt_ids) + len(context.chat.answer(w.record.corrected))))
+                step_s=lambda c: context.training.cost.step_s(
+                    len(c.record.prompt_ids) + len(context.chat.answer(c.record.corrected))))
         chosen = self._fitting([*trained, *wrong])
-        self.corrections = [*trained, *(w for w in wrong if w in chosen)]
-        context.queue.put_back(w for w in wrong if w not in chosen)
+        self.corrections = [*trained, *(c for c in wrong if c in chosen)]
+        context.queue.put_back(c for c in wrong if c not in chosen)
         yield from self._already_learned(right)
 
     def _note_scores(self, corrections: Sequence[PendingCorrection],
@@ -301,9 +301,9 @@ class LearningJob(Job):
                 or progress.rejections or progress.steps > JOIN_SHARE * finetune.max_steps):
             return []
         # Corrections that were scored before did not fit.
-        came = [w for w in context.queue.of(self.profile)
-                if w.arrived >= self._begun and not w.log_probabilities
-                and self._may_learn(w.record) and w in self._fitting([*self.corrections, w])]
+        came = [c for c in context.queue.of(self.profile)
+                if c.arrived >= self._begun and not c.log_probabilities
+                and self._may_learn(c.record) and c in self._fitting([*self.corrections, c])]
         return candidates(came, by_priority=finetune.order == 'priority')
 
     def _may_learn(self, record: CorrectionRecord) -> bool:
@@ -327,8 +327,8 @@ class LearningJob(Job):
         if trained is not None:
             context.training.swap_in(trained)
             self.swapped_out = False
-            new = [w.log_probabilities[0] for w in self.corrections
-                   if w.record.id not in self.announced]
+            new = [c.log_probabilities[0] for c in self.corrections
+                   if c.record.id not in self.announced]
             earlier = len(self.corrections) - len(new)
             self._score_before = (
                 earlier * self._score_before + sum(new)) / len(self.corrections)
@@ -341,13 +341,13 @@ class LearningJob(Job):
         reason = 'not learned without losing what was right before'
         if scores.keeps:
             reason = 'not learned'
-            learned = [w for w, right in zip(self.corrections, scores.right, strict=True)
+            learned = [c for c, right in zip(self.corrections, scores.right, strict=True)
                        if right]
-        yield from self._fail([w for w in self.corrections if w not in learned],
+        yield from self._fail([c for c in self.corrections if c not in learned],
                               reason + self._after_steps)
         training_set.corrected = [
-            s for s, w in zip(training_set.corrected, self.corrections, strict=True)
-            if w in learned]
+            s for s, c in zip(training_set.corrected, self.corrections, strict=True)
+            if c in learned]
         self.corrections = learned
 
     def _train_on(self, training_set: TrainingSet, lost: Sequence[Sample],
@@ -430,25 +430,25 @@ class LearningJob(Job):
         if self.kind is not JobKind.LEARNING:
             return []
         return [self._context.disk.set_state(r, CorrectionState.TRAINING)
-                for r in self.unannounced([w.record for w in self.corrections])]
+                for r in self.unannounced([c.record for c in self.corrections])]
 
     def _fail(self, corrections: Sequence[PendingCorrection],
               reason: str) -> list[CorrectionStatus]:
         """Report corrections as FAILED."""
         if self.kind is not JobKind.LEARNING:
             return []
-        return [self._context.publisher.failed(w.record, reason) for w in corrections]
+        return [self._context.publisher.failed(c.record, reason) for c in corrections]
 
     def _already_learned(self, corrections: Sequence[PendingCorrection]) -> list[CorrectionStatus]:
         if self.kind is not JobKind.LEARNING:
             return []
-        return [self._context.publisher.already_learned(w.record, self._continues)
-                for w in corrections]
+        return [self._context.publisher.already_learned(c.record, self._continues)
+                for c in corrections]
 
     def _record(self, score_after: float) -> VersionRecord:
         return VersionRecord(
             profile=self.profile, version=0, parent=self._parent, continues=self._continues,
-            correction_ids=tuple(w.record.id for w in self.corrections),
+            correction_ids=tuple(c.record.id for c in self.corrections),
             score_before=self._score_before, score_after=score_after,
             train_tokens=self.progress.train_tokens, train_seconds=self.progress.train_seconds,
             created=time.time())

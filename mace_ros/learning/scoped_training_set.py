@@ -44,7 +44,7 @@ class ScopedTrainingSetBuilder:
     def build(self, corrections: Sequence[PendingCorrection], records: JobRecords,
               continues: ServedVersion, settings: Settings) -> TrainingSet:
         """Return the samples of a job that trains on the version ``continues``."""
-        chat, new = self._chat, [w.record for w in corrections]
+        chat, new = self._chat, [c.record for c in corrections]
         prompts = {tuple(r.prompt_ids) for r in new}
         # The question of a replaced correction has the new answer from now on.
         renewed = {r.replaces: r.corrected for r in new}

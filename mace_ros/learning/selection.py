@@ -38,21 +38,21 @@ def ordered(scored: Sequence[PendingCorrection], others: Sequence[PendingCorrect
     correction, in seconds.
     """
     every = [*scored, *others]
-    priorities = {w.record.id: priority(
-        _candidate(w, every, max(now - w.arrived, 0.0), step_s(w)), freshness_s) for w in scored}
+    priorities = {c.record.id: priority(
+        _candidate(c, every, max(now - c.arrived, 0.0), step_s(c)), freshness_s) for c in scored}
 
     def overdue(waiting: PendingCorrection) -> bool:
         return waiting is oldest and now - waiting.waits_since > freshness_s
 
-    oldest = min(scored, key=lambda w: w.waits_since, default=None)
-    return sorted(scored, key=lambda w: (not overdue(w), -priorities[w.record.id]))
+    oldest = min(scored, key=lambda c: c.waits_since, default=None)
+    return sorted(scored, key=lambda c: (not overdue(c), -priorities[c.record.id]))
 
 
 def fitting(waiting: Sequence[PendingCorrection], chat: ChatTokenizer,
             step_tokens: int) -> list[PendingCorrection]:
     """Return the first corrections that one step can learn together; at least one."""
     chosen = list(waiting[:JOB_CORRECTIONS])
-    samples = [correction_sample(chat, w.record) for w in chosen]
+    samples = [correction_sample(chat, c.record) for c in chosen]
     together = first_within(samples, step_tokens, at_least=1)
     return chosen[:len(together)]
 
@@ -64,8 +64,8 @@ def _candidate(waiting: PendingCorrection, every: Sequence[PendingCorrection], a
         loss=-scores[0], margin=scores[0] - scores[1] if len(scores) > 1 else 0.0,
         weight=waiting.record.weight, age_s=age_s,
         resembling=waiting.repeats + sum(
-            1 + w.repeats for w in every
-            if w is not waiting and resemble(question, _question(w.record))),
+            1 + c.repeats for c in every
+            if c is not waiting and resemble(question, _question(c.record))),
         seconds=seconds)
 
 

@@ -41,8 +41,8 @@ def plan_step(chat: ChatTokenizer, corrections: Sequence[PendingCorrection],
     ``at_least`` the first ones, which are the corrections; the last ones are ``paraphrases``.
     Under ``finetune.objective: dpo``, the rejected answers of ``corrections`` come behind them.
     """
-    pairs = [(i, w.reference, s) for i, w in enumerate(corrections)
-             for s in rejected_samples(chat, w.record)] if finetune.objective == 'dpo' else []
+    pairs = [(i, c.reference, s) for i, c in enumerate(corrections)
+             for s in rejected_samples(chat, c.record)] if finetune.objective == 'dpo' else []
     worse = [s for _, _, s in pairs]
     must_be_right = first_within(
         needed, most - sum(s.own_tokens for s in worse), at_least=at_least)
