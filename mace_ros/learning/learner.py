@@ -176,7 +176,7 @@ class Learner:
     def update(self, settings: Settings) -> None:
         """Use other settings from now on."""
         self._context.settings = settings
-        self._context.training.settings = settings.finetune
+        self._context.training.update(settings.finetune)
 
     # -- jobs as the engine sees them ----------------------------------------------
 
