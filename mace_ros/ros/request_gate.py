@@ -31,6 +31,8 @@ from mace_ros.ros.parameters import ParameterServer
 if TYPE_CHECKING:
     from mace_ros.engine.engine import Engine
 
+NOT_ACTIVE = 'the node is not active'
+
 
 class RequestGate:
     """Passes queries, corrections and cancellations to the engine in their order."""
