@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.priority import priority, resemble, ScoredCorrection
+from mace_ros.learning.question import questions, words
 from mace_ros.learning.samples import correction_sample, first_within
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import CorrectionRecord
@@ -37,9 +38,10 @@ def ordered(scored: Sequence[PendingCorrection], others: Sequence[PendingCorrect
     ``others`` wait for the same profile; ``step_s`` is the device time of a step over one
     correction, in seconds.
     """
-    every = [*scored, *others]
+    asked = [(c, _question_words(c.record)) for c in (*scored, *others)]
     priorities = {c.record.id: priority(
-        _candidate(c, every, max(now - c.arrived, 0.0), step_s(c)), freshness_s) for c in scored}
+        _candidate(c, question, asked, max(now - c.arrived, 0.0), step_s(c)), freshness_s)
+        for c, question in asked[:len(scored)]}
 
     def overdue(waiting: PendingCorrection) -> bool:
         return waiting is oldest and now - waiting.waits_since > freshness_s
@@ -57,18 +59,19 @@ def fitting(waiting: Sequence[PendingCorrection], chat: ChatTokenizer,
     return chosen[:len(together)]
 
 
-def _candidate(waiting: PendingCorrection, every: Sequence[PendingCorrection], age_s: float,
+def _candidate(waiting: PendingCorrection, question: Set[str],
+               asked: Sequence[tuple[PendingCorrection, Set[str]]], age_s: float,
                seconds: float) -> ScoredCorrection:
-    scores, question = waiting.log_probabilities, _question(waiting.record)
+    scores = waiting.log_probabilities
     return ScoredCorrection(
         loss=-scores[0], margin=scores[0] - scores[1] if len(scores) > 1 else 0.0,
         weight=waiting.record.weight, age_s=age_s,
         resembling=waiting.repeats + sum(
-            1 + c.repeats for c in every
-            if c is not waiting and resemble(question, _question(c.record))),
+            1 + c.repeats for c, other in asked
+            if c is not waiting and resemble(question, other)),
         seconds=seconds)
 
 
-def _question(record: CorrectionRecord) -> str:
-    asked = [m['content'] for m in record.messages if m['role'] == 'user']
-    return asked[-1] if asked else ''
+def _question_words(record: CorrectionRecord) -> set[str]:
+    """Return the words of the last question alone, in any language."""
+    return {word for text in questions(record.messages)[:1] for word in words(text)}

@@ -19,6 +19,7 @@ from mace_ros.learning.drift import Drift, DriftState, MAX_PENDING, surprise
 from mace_ros.learning.duty_cycle import DutyCycle, LULL_S
 from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
 from mace_ros.learning.priority import gain, priority, resemble, ScoredCorrection
+from mace_ros.learning.question import words
 from mace_ros.learning.samples import interleaved, rotate, weighted
 from mace_ros.learning.training_set import TrainingSet, TrainingSetBuilder
 
@@ -46,10 +47,18 @@ def test_gain_is_finite_and_never_negative(loss: float, margin: float, count: in
     assert math.isfinite(value) and value >= 0.0
 
 
-def test_resembling_questions_share_half_of_their_words() -> None:
-    assert resemble('Where are the cups?', 'where are the red cups')
-    assert not resemble('Where are the cups?', 'Who built you?')
-    assert not resemble('', '')
+@pytest.mark.parametrize(('one', 'other', 'expected'), [
+    ('Where are the cups?', 'where are the red cups', True),
+    ('Where are the cups?', 'Who built you?', False),
+    ('Où est le café ?', 'Ou est le grand cafe', True),
+    ('你叫什么名字', '你的名字叫什么', True),
+    ('你叫什么名字', '今天天气怎么样', False),
+    ('充電ステーションはどこですか', '充電ステーションはどこにありますか', True),
+    ('', '', False)])
+def test_resembling_questions_share_half_of_their_words(
+        one: str, other: str, expected: bool) -> None:
+    """Also in scripts without spaces between words."""
+    assert resemble(words(one), words(other)) is expected
 
 
 # -- samples of a step ----------------------------------------------------------------------
