@@ -98,7 +98,6 @@ class Learner:
         self._suspicions: list[Future[SuspectedRegression | None]] = []
         self._events: list[Event] = []      # not returned yet
         self._last_error = ''      # the device or disk error that ended the last job
-        self.wants_anchors = False
 
     def restore(self) -> list[Event]:
         """
@@ -153,7 +152,11 @@ class Learner:
     def give_anchors(self, anchors: Iterable[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to the anchors, as (prompt, output) ids."""
         self._context.anchors.give(anchors)
-        self.wants_anchors = False
+
+    @property
+    def wants_anchors(self) -> bool:
+        """Whether the job waits for the base model's answers; see :meth:`give_anchors`."""
+        return self._waits_for is Pause.ANCHORS and self._context.anchors.is_missing
 
     @property
     def wants_prefix(self) -> tuple[int, ...] | None:
@@ -280,11 +283,9 @@ class Learner:
         job = self._planner.next(held)
         if job is None:
             return
-        learning = LearningJob(
+        self._start(LearningJob(
             context, self._planner.begun(), job.profile, job.corrections,
-            continues=job.continues, kind=job.kind)
-        self._start(learning)
-        self.wants_anchors = learning.everywhere and context.anchors.is_missing
+            continues=job.continues, kind=job.kind))
 
     def _start(self, job: Job) -> None:
         self._job, self._running = job, job.run()
