@@ -79,11 +79,6 @@ class VirtualEngine:
         self._changes: list[tuple[float, dict[str, Value]]] = []
         self._step_blocks: list[int] = []    # KV blocks of a step whose forward is piggybacked
 
-    @property
-    def pending_arrivals(self) -> Sequence[Request]:
-        """Requests that have not been taken in yet, by arrival."""
-        return self._arrivals[self._arrived:]
-
     def run(self, requests: Sequence[Request], until: float = -math.inf,
             changes: Sequence[tuple[float, dict[str, Value]]] = ()) -> None:
         """
