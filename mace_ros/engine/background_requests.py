@@ -137,6 +137,6 @@ class BackgroundRequests:
             try:
                 if complete:
                     prefix = self._paged.read_prefix(active.request.blocks, len(ids))
-            except Exception as broken:    # the request has to end all the same
+            except Exception as broken:    # the request must end even so
                 prefix = f'{type(broken).__name__}: {broken}'
             self._prefix = ids, prefix

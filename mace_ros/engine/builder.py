@@ -187,7 +187,7 @@ class _LoadedDevice:
 
 
 def best_weight_dtype(device: str) -> str:
-    """Return what ``model.weight_dtype: auto`` stands for."""
+    """Return the dtype that ``model.weight_dtype: auto`` selects on this device."""
     # On ARM, 8 bits are the fastest; on x86, 16 bits are as fast (PrepackedWeight).
     arm = device == 'cpu' and platform.machine() == 'aarch64'
     return 'int8' if arm else best_dtype(device)
@@ -243,8 +243,8 @@ def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, fr
     memory = MemoryArbiter(budget, kv_cache)
     if budget.total < budget.minimum:
         raise InvalidSetting(
-            f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-            f'{budget.minimum / MB:.0f} are needed; lower adapter.slots, adapter.rank or '
+            f'memory.budget_mb: {budget.total / MB:.0f} MB beside the base model, but '
+            f'{budget.minimum / MB:.0f} MB are needed; lower adapter.slots, adapter.rank or '
             'scheduler.max_batch_tokens, or memory.headroom_mb if memory.budget_mb is 0')
     return memory
 
@@ -281,7 +281,7 @@ def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> s
 def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager,
                measured: MeasuredDevice, progress: Progress,
                clock: Callable[[], float]) -> CostModel:
-    """Measure the device; where an earlier start did, only enough to run everything once."""
+    """Measure the device, more briefly if an earlier start has measured it."""
     known = measured.load()
     cost, limit_s = (CostModel(), CALIBRATION_S) if known is None else (
         known, min(REFRESH_S, CALIBRATION_S))

@@ -86,7 +86,7 @@ class EmbedRequests:
 
     def _checked(self, texts: Sequence[str], longest: int) -> list[list[int]]:
         if not 1 <= len(texts) <= MAX_TEXTS:
-            raise InvalidText(f'texts: {len(texts)} of them, and 1 to {MAX_TEXTS} are allowed')
+            raise InvalidText(f'texts: {len(texts)} given, 1 to {MAX_TEXTS} allowed')
         found = []
         for position, text in enumerate(texts):
             problem = 'empty' if not text.strip() else text_problem(text)

@@ -50,7 +50,7 @@ class LearnerDriver:
         self._learner.update(settings)
 
     def poll(self) -> list[Event]:
-        """Let the learner advance; an error of its job is its own."""
+        """Let the learner advance; an error in its job fails that job only."""
         try:
             events = self._learner.poll()
         except Exception as error:    # such as an allocation for the next step

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""What passes and segments take on this device, kept from one start to the next."""
+"""The measured cost model of this device, kept between starts."""
 
 from __future__ import annotations
 

@@ -165,7 +165,8 @@ def _checked_texts(record: CorrectionRecord, corrected: str, chat: ChatTokenizer
                                for text in (corrected, rejected))
     if tokens > longest:
         raise InvalidCorrection(
-            f'{tokens} tokens with its prompt; {longest} at most (finetune.max_sample_tokens)')
+            f'prompt and text have {tokens} tokens; the limit is {longest} '
+            '(finetune.max_sample_tokens)')
     if rejected_tokens > longest:
         rejected = ''       # learning works without it
     return replace(record, corrected=corrected, rejected=rejected)

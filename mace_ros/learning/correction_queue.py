@@ -58,24 +58,24 @@ class CorrectionQueue:
 
     def add(self, record: CorrectionRecord, arrived: float) -> None:
         """Append a correction; it replaces those of the same question and profile."""
-        older = [w for w in self._waiting if w.record.prompt_ids == record.prompt_ids
-                 and w.record.profile == record.profile]
+        older = [c for c in self._waiting if c.record.prompt_ids == record.prompt_ids
+                 and c.record.profile == record.profile]
         self.remove(older)
         self._waiting.append(PendingCorrection(
-            record, arrived, repeats=sum(1 + w.repeats for w in older),
-            since=min((w.waits_since for w in older), default=math.inf)))
+            record, arrived, repeats=sum(1 + c.repeats for c in older),
+            since=min((c.waits_since for c in older), default=math.inf)))
 
     def put_back(self, again: Iterable[PendingCorrection]) -> None:
         """Reinsert corrections in order of arrival."""
-        self._waiting = sorted([*again, *self._waiting], key=lambda w: w.arrived)
+        self._waiting = sorted([*again, *self._waiting], key=lambda c: c.arrived)
 
     def remove(self, chosen: Collection[PendingCorrection]) -> None:
         """Remove these corrections."""
-        self._waiting = [w for w in self._waiting if w not in chosen]
+        self._waiting = [c for c in self._waiting if c not in chosen]
 
     def of(self, profile: str) -> list[PendingCorrection]:
         """Return the corrections of one profile."""
-        return [w for w in self._waiting if w.record.profile == profile]
+        return [c for c in self._waiting if c.record.profile == profile]
 
     def next_profile(self, ready: Sequence[PendingCorrection], turn: int) -> str:
         """
@@ -83,7 +83,7 @@ class CorrectionQueue:
 
         ``turn`` grows from call to call.
         """
-        turns = {w.record.profile: self._turns.get(w.record.profile, 0) for w in ready}
+        turns = {c.record.profile: self._turns.get(c.record.profile, 0) for c in ready}
         profile = min(turns, key=turns.__getitem__)
         self._turns = {**turns, profile: turn}
         return profile

@@ -31,13 +31,13 @@ class StepScores:
     """
     Scores of the samples that must be right, from the forward of a step.
 
-    The corrections come first, and ``wordings`` of their questions last.
+    The corrections come first, and ``paraphrases`` of their questions last.
     """
 
     samples: tuple[Sample, ...]
     scores: tuple[SampleScore, ...]
     corrections: int
-    wordings: int = 0
+    paraphrases: int = 0
 
     @property
     def learned_well(self) -> bool:
@@ -51,8 +51,8 @@ class StepScores:
 
     @property
     def keeps(self) -> bool:
-        """Whether the samples between corrections and wordings, right before, still are."""
-        others = self.scores[self.corrections:len(self.scores) - self.wordings]
+        """Whether earlier samples that were right are still right."""
+        others = self.scores[self.corrections:len(self.scores) - self.paraphrases]
         return all(s.margin >= RIGHT_MARGIN for s in others)
 
     @property

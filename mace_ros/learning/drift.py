@@ -44,7 +44,6 @@ class Drift:
         self._count = 0
         self._open: dict[str, None] = {}   # query ids without an outcome yet, oldest first
         self._peak: float | None = None    # mean surprise since the rise; None: calm
-        self.rises = 0
 
     def answered(self, query_id: str) -> None:
         """Note an answer; it counts as right unless corrected within :data:`MAX_PENDING` more."""
@@ -71,7 +70,6 @@ class Drift:
         self._count += 1
         mean = self._window.estimation
         if self._window.drift_detected and mean > before:
-            self.rises += 1
             self._peak = mean
         elif self._peak is not None and self._window.width >= 2 * MIN_OUTCOMES:
             # Not before: the mean of fewer outcomes is unreliable.

@@ -3,9 +3,10 @@
 """
 Which live version learns a correction.
 
-Corrections disturb each other within one adapter: each of them takes longer to learn, and wordings
-of earlier ones are forgotten. So a correction gets an adapter of its own, unless its question is in
-the scope of a live version already. Then a job continues that version, which it may contradict.
+Corrections disturb each other within one adapter: each of them takes longer to learn, and
+paraphrases of earlier ones are forgotten. So a correction gets an adapter of its own, unless its
+question is in the scope of a live version already. Then a job continues that version, which it may
+contradict.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def group(live: LiveVersions, corrections: Sequence[PendingCorrection],
           settings: AdapterSettings) -> tuple[int, list[PendingCorrection]]:
     """Return the version that the first correction's job continues, and all with the same one."""
     version = version_of(live, corrections[0].record, settings)
-    return version, [w for w in corrections if version_of(live, w.record, settings) == version]
+    return version, [c for c in corrections if version_of(live, c.record, settings) == version]
 
 
 def version_of(live: LiveVersions, record: CorrectionRecord, settings: AdapterSettings) -> int:

@@ -72,7 +72,7 @@ class Job:
 
     def trains(self, correction_ids: Collection[str]) -> bool:
         """Return whether one of these corrections is in the job."""
-        return any(w.record.id in correction_ids for w in self.corrections)
+        return any(c.record.id in correction_ids for c in self.corrections)
 
     def renew(self, record: CorrectionRecord) -> list[CorrectionRecord] | None:
         """
@@ -101,8 +101,8 @@ class Job:
     @property
     def on_trial(self) -> list[PendingCorrection]:
         """The corrections that a failure of the device may be due to."""
-        return [w for w in self.corrections
-                if not self.swapped_out or w.record.id not in self.announced]
+        return [c for c in self.corrections
+                if not self.swapped_out or c.record.id not in self.announced]
 
 
 def _is_same(one: CorrectionRecord, other: CorrectionRecord) -> bool:

@@ -66,13 +66,13 @@ class JobPlanner:
         Nothing is begun for the profile ``held``, whose version is being rolled back.
         """
         context = self._context
-        ready = [w for w in context.queue if w.record.profile != held]
+        ready = [c for c in context.queue if c.record.profile != held]
         if not ready:
             return self._rehearse(held)
-        if context.scores_first and self._rests(min(w.waits_since for w in ready)):
+        if context.scores_first and self._rests(min(c.waits_since for c in ready)):
             return None
         profile = context.queue.next_profile(ready, self.jobs + 1)
-        waiting = [w for w in ready if w.record.profile == profile]
+        waiting = [c for c in ready if c.record.profile == profile]
         if context.scores_first:
             chosen = candidates(
                 waiting, by_priority=context.settings.finetune.order == 'priority')
@@ -105,7 +105,7 @@ class JobPlanner:
                  kind: JobKind) -> NextJob:
         """Keep the corrections that can be learned together with the first one."""
         context = self._context
-        if context.answers_everything(profile, [w.record for w in chosen]):
+        if context.answers_everything(profile, [c.record for c in chosen]):
             return NextJob(profile, chosen, kind=kind)
         continues, together = group(context.live, chosen, context.settings.adapter)
         return NextJob(profile, together, continues, kind)

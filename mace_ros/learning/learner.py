@@ -97,8 +97,7 @@ class Learner:
         self._waits_for: Wait | None = None
         self._suspicions: list[Future[SuspectedRegression | None]] = []
         self._events: list[Event] = []      # not returned yet
-        self._last_error = ''      # why the device or the disk broke a job off
-        self.wants_anchors = False
+        self._last_error = ''      # the device or disk error that ended the last job
 
     def restore(self) -> list[Event]:
         """
@@ -153,7 +152,11 @@ class Learner:
     def give_anchors(self, anchors: Iterable[tuple[list[int], list[int]]]) -> None:
         """Take the base model's answers to the anchors, as (prompt, output) ids."""
         self._context.anchors.give(anchors)
-        self.wants_anchors = False
+
+    @property
+    def wants_anchors(self) -> bool:
+        """Whether the job waits for the base model's answers; see :meth:`give_anchors`."""
+        return self._waits_for is Pause.ANCHORS and self._context.anchors.is_missing
 
     @property
     def wants_prefix(self) -> tuple[int, ...] | None:
@@ -176,7 +179,7 @@ class Learner:
     def update(self, settings: Settings) -> None:
         """Use other settings from now on."""
         self._context.settings = settings
-        self._context.training.settings = settings.finetune
+        self._context.training.update(settings.finetune)
 
     # -- jobs as the engine sees them ----------------------------------------------
 
@@ -221,14 +224,14 @@ class Learner:
             return self._take_events()
         failed: list[PendingCorrection] = []
         if job.kind is JobKind.LEARNING:
-            failed = [w for w in job.on_trial if w.tries >= MAX_JOB_TRIES]
+            failed = [c for c in job.on_trial if c.tries >= MAX_JOB_TRIES]
             self._queue.put_back(
-                replace(w, tries=w.tries + 1) if w in job.on_trial else w
-                for w in job.corrections if w not in failed)
+                replace(c, tries=c.tries + 1) if c in job.on_trial else c
+                for c in job.corrections if c not in failed)
         else:
             self._try_later(job)
         self._end_job()
-        self._events += [self._publisher.failed(w.record, reason) for w in failed]
+        self._events += [self._publisher.failed(c.record, reason) for c in failed]
         return self._take_events()
 
     @property
@@ -247,7 +250,7 @@ class Learner:
     @property
     def oldest_unlearned_at(self) -> float:
         """Arrival of the oldest correction that is not learned, infinity if there is none."""
-        return min((w.waits_since for w in self._unlearned()), default=math.inf)
+        return min((c.waits_since for c in self._unlearned()), default=math.inf)
 
     def status(self) -> LearningStatus:
         """Return a snapshot."""
@@ -280,11 +283,9 @@ class Learner:
         job = self._planner.next(held)
         if job is None:
             return
-        learning = LearningJob(
+        self._start(LearningJob(
             context, self._planner.begun(), job.profile, job.corrections,
-            continues=job.continues, kind=job.kind)
-        self._start(learning)
-        self.wants_anchors = learning.everywhere and context.anchors.is_missing
+            continues=job.continues, kind=job.kind))
 
     def _start(self, job: Job) -> None:
         self._job, self._running = job, job.run()
@@ -322,9 +323,9 @@ class Learner:
         elif isinstance(result, VersionRecord):
             self._last_error = ''
             if job.kind is JobKind.LEARNING:
-                superseded = {w.record.prompt_ids for w in self._queue.of(job.profile)}
-                self._rehearsal.learned(w.record for w in job.corrections
-                                        if w.record.prompt_ids not in superseded)
+                superseded = {c.record.prompt_ids for c in self._queue.of(job.profile)}
+                self._rehearsal.learned(c.record for c in job.corrections
+                                        if c.record.prompt_ids not in superseded)
 
     def _end_job(self) -> None:
         """

@@ -10,6 +10,7 @@ for; requests are served meanwhile. Closing the generator cancels the job.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 import math
 from statistics import fmean
 import time
@@ -45,6 +46,19 @@ REPAIR_STEPS = 1        # after one that has lost exact samples, at least
 JOIN_SHARE = 0.25
 
 
+@dataclass(frozen=True)
+class Trained:
+    """
+    Why no further step follows; neither is set if one does.
+
+    ``scores`` are those of the forward after which training ends. The corrections that are
+    ``joining`` are to be trained as well from now on.
+    """
+
+    scores: StepScores | None = None
+    joining: Sequence[PendingCorrection] = ()
+
+
 class LearningJob(Job):
     """Learns corrections of one profile together, or rehearses them."""
 
@@ -62,7 +76,7 @@ class LearningJob(Job):
         self._begun = context.clock()
         # Whether the version is to answer all queries of its profile.
         self.everywhere = context.answers_everything(
-            profile, [w.record for w in self.corrections])
+            profile, [c.record for c in self.corrections])
         self._parent = context.live.newest(profile)
         self._continues = self._parent if self.everywhere else continues
         self._least_steps = self._finetune.period_steps if kind is JobKind.REHEARSAL else 0
@@ -83,21 +97,22 @@ class LearningJob(Job):
             return None
         training_set = yield from self._build_training_set(records)
         while True:
-            ended = yield from self._train(training_set)
-            if not isinstance(ended, StepScores):       # corrections that join
-                training_set = yield from self._join(ended, start, records)
+            trained = yield from self._train(training_set)
+            scores = trained.scores
+            if scores is None:
+                training_set = yield from self._join(trained.joining, start, records)
                 continue
-            yield from self._give_up_unlearned(ended, training_set)
+            yield from self._give_up_unlearned(scores, training_set)
             if not self.progress.steps:     # the live version answers the rest right
                 yield from self._already_learned(self.corrections)
                 return None
             if not self.corrections:
                 return None
-            score_after = ended.mean
+            score_after = scores.mean
             # After a rejection, interpolation would lead back to the rejected weights.
-            if (ended.learned_well and not self.progress.rejections and context.scores_first
+            if (scores.learned_well and not self.progress.rejections and context.scores_first
                     and self.everywhere):
-                score_after = yield from self._interpolate(start, ended)
+                score_after = yield from self._interpolate(start, scores)
             after = yield from self._score_guarded(training_set)
             if after is None:       # a few more steps may restore what the candidate has lost
                 continue
@@ -129,14 +144,14 @@ class LearningJob(Job):
         fresh = version.version == FRESH
         records = yield from read_scoped(
             context.disk, self.profile, () if fresh else context.live.learned_by(version),
-            {w.record.replaces for w in self.corrections})
+            {c.record.replaces for c in self.corrections})
         try:
             return None if fresh else context.live.weights(version), records
         except CorruptVersion as error:
             raise Unreadable(f'the live version could not be read: {error}') from error
 
     def _read_newest(self) -> Task[tuple[Weights | None, JobRecords]]:
-        """Read the version that answers everything now, and what protects the rest."""
+        """Read the profile's newest version, and the records to replay and guard."""
         context = self._context
         live, records = yield from read_newest(
             context.disk, context.store, self.profile, self._finetune.replay_samples)
@@ -158,22 +173,22 @@ class LearningJob(Job):
             return
         self.state = JobState.CHOOSING
         # Scores stay valid, except that a preference needs those of the live version.
-        unscored = [w for w in self.corrections if prefers or not w.log_probabilities]
+        unscored = [c for c in self.corrections if prefers or not c.log_probabilities]
         scored = yield from context.training.score([
-            s for w in unscored for s in (correction_sample(context.chat, w.record),
-                                          *rejected_samples(context.chat, w.record))])
+            s for c in unscored for s in (correction_sample(context.chat, c.record),
+                                          *rejected_samples(context.chat, c.record))])
         right = self._note_scores(unscored, scored.scores)
-        trained = [w for w in self.corrections if w.record.id in self.announced]
-        wrong = [w for w in self.corrections if w not in right and w not in trained]
+        trained = [c for c in self.corrections if c.record.id in self.announced]
+        wrong = [c for c in self.corrections if c not in right and c not in trained]
         if self._finetune.order == 'priority':
             wrong = ordered(
                 wrong, context.queue.of(self.profile), now=context.clock(),
                 freshness_s=context.settings.slo.freshness_s,
-                step_s=lambda w: context.training.cost.step_s(
-                    len(w.record.prompt_ids) + len(context.chat.answer(w.record.corrected))))
+                step_s=lambda c: context.training.cost.step_s(
+                    len(c.record.prompt_ids) + len(context.chat.answer(c.record.corrected))))
         chosen = self._fitting([*trained, *wrong])
-        self.corrections = [*trained, *(w for w in wrong if w in chosen)]
-        context.queue.put_back(w for w in wrong if w not in chosen)
+        self.corrections = [*trained, *(c for c in wrong if c in chosen)]
+        context.queue.put_back(c for c in wrong if c not in chosen)
         yield from self._already_learned(right)
 
     def _note_scores(self, corrections: Sequence[PendingCorrection],
@@ -217,17 +232,13 @@ class LearningJob(Job):
 
     # -- training --------------------------------------------------------------------
 
-    def _train(self, training_set: TrainingSet) -> Task[StepScores | list[PendingCorrection]]:
-        """
-        Run optimizer steps until the corrections are learned, or until others can join.
-
-        Returns the scores of the forward after which training ends, or the others.
-        """
+    def _train(self, training_set: TrainingSet) -> Task[Trained]:
+        """Run optimizer steps until the corrections are learned, or until others can join."""
         while True:
             self.state = JobState.TRAINING
-            ended = yield from self._optimizer_step(self._plan_step(training_set))
-            if ended:
-                return ended
+            trained = yield from self._optimizer_step(self._plan_step(training_set))
+            if trained.scores is not None or trained.joining:
+                return trained
 
     def _plan_step(self, training_set: TrainingSet) -> StepPlan:
         context, most = self._context, self._context.training.step_tokens
@@ -239,8 +250,8 @@ class LearningJob(Job):
             training_set, self.corrections, self._finetune, most=most,
             steps=self.progress.steps, rejections=self.progress.rejections)
 
-    def _optimizer_step(self, plan: StepPlan) -> Task[StepScores | list[PendingCorrection]]:
-        """Run a step; return its scores if training ends, else the corrections that join now."""
+    def _optimizer_step(self, plan: StepPlan) -> Task[Trained]:
+        """Run a step, unless training ends with its scores or corrections can join before it."""
         scores: StepScores | None = None
         yield from self._context.training.prefixes.prepare(s for p in plan.parts for s in p)
         for part in self._context.training.steps(plan):
@@ -249,12 +260,12 @@ class LearningJob(Job):
             if scores is None and not joining:
                 scores = self._assess(part, plan)
                 if self._ends_training(scores):
-                    return scores
+                    return Trained(scores)
                 joining = yield from self._run(part)
             if joining:
-                return joining
+                return Trained(joining=joining)
         self.progress.steps += 1
-        return self._joining()
+        return Trained(joining=self._joining())
 
     def _run(self, step: FinetuneStep, *, until_scored: bool = False,
              ) -> Task[list[PendingCorrection]]:
@@ -273,7 +284,7 @@ class LearningJob(Job):
     def _assess(self, step: FinetuneStep, plan: StepPlan) -> StepScores:
         scores = StepScores(
             step.samples[:plan.must_be_right], tuple(step.scores()[:plan.must_be_right]),
-            len(self.corrections), plan.wordings)
+            len(self.corrections), plan.paraphrases)
         if self.progress.steps == 0:
             self._score_before = scores.mean
         return scores
@@ -290,9 +301,9 @@ class LearningJob(Job):
                 or progress.rejections or progress.steps > JOIN_SHARE * finetune.max_steps):
             return []
         # Corrections that were scored before did not fit.
-        came = [w for w in context.queue.of(self.profile)
-                if w.arrived >= self._begun and not w.log_probabilities
-                and self._may_learn(w.record) and w in self._fitting([*self.corrections, w])]
+        came = [c for c in context.queue.of(self.profile)
+                if c.arrived >= self._begun and not c.log_probabilities
+                and self._may_learn(c.record) and c in self._fitting([*self.corrections, c])]
         return candidates(came, by_priority=finetune.order == 'priority')
 
     def _may_learn(self, record: CorrectionRecord) -> bool:
@@ -303,7 +314,7 @@ class LearningJob(Job):
         return self._continues == version_of(
             context.live, record, context.settings.adapter) != FRESH
 
-    def _join(self, joining: list[PendingCorrection], start: dict[str, Tensor],
+    def _join(self, joining: Sequence[PendingCorrection], start: dict[str, Tensor],
               records: JobRecords) -> Task[TrainingSet]:
         """Score more corrections under the live version; return the training set with them."""
         context = self._context
@@ -316,8 +327,8 @@ class LearningJob(Job):
         if trained is not None:
             context.training.swap_in(trained)
             self.swapped_out = False
-            new = [w.log_probabilities[0] for w in self.corrections
-                   if w.record.id not in self.announced]
+            new = [c.log_probabilities[0] for c in self.corrections
+                   if c.record.id not in self.announced]
             earlier = len(self.corrections) - len(new)
             self._score_before = (
                 earlier * self._score_before + sum(new)) / len(self.corrections)
@@ -330,13 +341,13 @@ class LearningJob(Job):
         reason = 'not learned without losing what was right before'
         if scores.keeps:
             reason = 'not learned'
-            learned = [w for w, right in zip(self.corrections, scores.right, strict=True)
+            learned = [c for c, right in zip(self.corrections, scores.right, strict=True)
                        if right]
-        yield from self._fail([w for w in self.corrections if w not in learned],
+        yield from self._fail([c for c in self.corrections if c not in learned],
                               reason + self._after_steps)
         training_set.corrected = [
-            s for s, w in zip(training_set.corrected, self.corrections, strict=True)
-            if w in learned]
+            s for s, c in zip(training_set.corrected, self.corrections, strict=True)
+            if c in learned]
         self.corrections = learned
 
     def _train_on(self, training_set: TrainingSet, lost: Sequence[Sample],
@@ -352,12 +363,16 @@ class LearningJob(Job):
 
     # -- the candidate ---------------------------------------------------------------
 
-    def _interpolate(self, start: dict[str, Tensor], ended: StepScores) -> Task[float]:
-        """Undo what the corrections do not need; return their mean log p per token."""
+    def _interpolate(self, start: dict[str, Tensor], trained: StepScores) -> Task[float]:
+        """
+        Interpolate towards the live version as far as the corrections stay learned.
+
+        Returns their mean log p per token.
+        """
         self.state, count = JobState.INTERPOLATING, len(self.corrections)
         scores = yield from interpolate(
-            self._context.training, start, ended.samples, lambda s: learned_well(s, count))
-        return ended.mean if scores is None else fmean(
+            self._context.training, start, trained.samples, lambda s: learned_well(s, count))
+        return trained.mean if scores is None else fmean(
             s.log_probability for s in scores[:count])
 
     def _score_guarded(self, training_set: TrainingSet) -> Task[list[SampleScore] | None]:
@@ -415,25 +430,25 @@ class LearningJob(Job):
         if self.kind is not JobKind.LEARNING:
             return []
         return [self._context.disk.set_state(r, CorrectionState.TRAINING)
-                for r in self.unannounced([w.record for w in self.corrections])]
+                for r in self.unannounced([c.record for c in self.corrections])]
 
     def _fail(self, corrections: Sequence[PendingCorrection],
               reason: str) -> list[CorrectionStatus]:
         """Report corrections as FAILED."""
         if self.kind is not JobKind.LEARNING:
             return []
-        return [self._context.publisher.failed(w.record, reason) for w in corrections]
+        return [self._context.publisher.failed(c.record, reason) for c in corrections]
 
     def _already_learned(self, corrections: Sequence[PendingCorrection]) -> list[CorrectionStatus]:
         if self.kind is not JobKind.LEARNING:
             return []
-        return [self._context.publisher.already_learned(w.record, self._continues)
-                for w in corrections]
+        return [self._context.publisher.already_learned(c.record, self._continues)
+                for c in corrections]
 
     def _record(self, score_after: float) -> VersionRecord:
         return VersionRecord(
             profile=self.profile, version=0, parent=self._parent, continues=self._continues,
-            correction_ids=tuple(w.record.id for w in self.corrections),
+            correction_ids=tuple(c.record.id for c in self.corrections),
             score_before=self._score_before, score_after=score_after,
             train_tokens=self.progress.train_tokens, train_seconds=self.progress.train_seconds,
             created=time.time())

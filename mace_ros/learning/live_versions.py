@@ -31,7 +31,8 @@ class LiveSet:
     """
     The live versions of one profile; ``newest`` is 0 without a version.
 
-    ``successors`` maps each version of the lineage to the live one that has what it has learned.
+    ``successors`` maps each version of the lineage to the live version that contains its
+    corrections.
     ``unread`` has a function for each version that was not used since the start: it reads the
     weights.
     """

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from mace_ros.store.records import Messages
 
 JUDGED = ('Please answer: {}', 'I would like to know: {}', '{} Please be brief.')
-# The first one keeps the content words only: wordings differ most in the others.
+# The first one keeps the content words only: paraphrases differ most in the others.
 TRAINED = ('{content}?', 'Hello! {}', 'Question: {}', '{} Thank you.', 'One more thing. {}')
 
 # English question words, auxiliaries and prepositions.

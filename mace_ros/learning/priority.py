@@ -9,9 +9,9 @@ public; this one is ours.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 import math
-import re
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def priority(candidate: ScoredCorrection, freshness_s: float) -> float:
     return gain(candidate, freshness_s) / max(candidate.seconds, 1e-9)
 
 
-def resemble(one: str, other: str) -> bool:
-    """Return whether two questions share at least half of their words."""
-    a, b = (set(re.findall(r'\w+', text.casefold())) for text in (one, other))
-    return bool(a | b) and 2 * len(a & b) >= len(a | b)
+def resemble(one: Set[str], other: Set[str]) -> bool:
+    """Return whether two questions, given by their words, share at least half of them."""
+    every = one | other
+    return bool(every) and 2 * len(one & other) >= len(every)
 
 
 def _softplus(x: float) -> float:

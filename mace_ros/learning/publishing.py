@@ -164,7 +164,7 @@ class Publisher:
     # -- corrections without a version of their own ----------------------------------
 
     def already_learned(self, record: CorrectionRecord, version: int) -> CorrectionStatus:
-        """Let a version answer the question of a correction, since it does so right."""
+        """Let a version answer a correction's question, because it already answers it right."""
         self._live.learned(record.profile, [replace(record, adapter_version=version)])
         return self._disk.set_state(
             record, CorrectionState.LEARNED, 'the live version already answers so', version)

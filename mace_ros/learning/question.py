@@ -82,6 +82,11 @@ def sentences(text: str) -> list[Sentence]:
     return [words for words in split if words] or [{text.strip(): False}]
 
 
+def words(text: str) -> set[str]:
+    """Return the words of all sentences of a text; none if it is empty."""
+    return {word for sentence in sentences(text) for word in sentence if word}
+
+
 def _words(text: str) -> Sentence:
     words = text.translate(_CHARACTERS).split()
     found: Sentence = {}

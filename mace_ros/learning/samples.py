@@ -30,7 +30,7 @@ def first_within(samples: Sequence[Sample], tokens: int, *, at_least: int = 0) -
 
 
 def rotate(samples: Sequence[T], count: int, offset: int) -> list[T]:
-    """Return batch ``offset`` of ``count`` samples; over all batches each comes equally often."""
+    """Return batch ``offset`` of ``count``; successive batches use every sample equally often."""
     if not samples:
         return []
     return [samples[i % len(samples)] for i in range(offset * count, (offset + 1) * count)]

@@ -70,7 +70,7 @@ class Entry:
 
 
 def entry(record: CorrectionRecord) -> Entry:
-    """Return the entry of a correction; a follow-up is known by what it follows as well."""
+    """Return the entry of a correction; a follow-up is indexed with the questions before it."""
     asked = questions(record.messages)
     return Entry(record.id, record.prompt_ids, tuple(asked[-1:]), record.scope,
                  record.adapter_version, record.replaces)

@@ -4,7 +4,7 @@
 The training set of corrections that have a scope.
 
 The version answers only questions in its scope. So a job trains the corrections with a few
-wordings of their questions, and guards what the version that it continues has learned. The base
+paraphrases of their questions, and guards what the version that it continues has learned. The base
 model's answers need neither replay nor a guard: the version does not give them.
 """
 
@@ -28,9 +28,9 @@ from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
-# Wordings of each question that are trained in a step. They take turns: with four in each step, a
-# correction takes 1.4 times as long, and no more paraphrases are answered right.
-WORDINGS = 2
+# Of each question, trained in a step. They take turns: with four in each step, a correction takes
+# 1.4 times as long, and no more paraphrases are answered right.
+PARAPHRASES_PER_STEP = 2
 REHEARSED = 2       # earlier corrections that are trained in each step, the most similar ones
 
 
@@ -44,7 +44,7 @@ class ScopedTrainingSetBuilder:
     def build(self, corrections: Sequence[PendingCorrection], records: JobRecords,
               continues: ServedVersion, settings: Settings) -> TrainingSet:
         """Return the samples of a job that trains on the version ``continues``."""
-        chat, new = self._chat, [w.record for w in corrections]
+        chat, new = self._chat, [c.record for c in corrections]
         prompts = {tuple(r.prompt_ids) for r in new}
         # The question of a replaced correction has the new answer from now on.
         renewed = {r.replaces: r.corrected for r in new}
@@ -61,7 +61,7 @@ class ScopedTrainingSetBuilder:
             corrected=[correction_sample(chat, r, r.weight) for r in new],
             paraphrases=paraphrase_samples(chat, new, TRAINED),
             earlier=earlier[:REHEARSED], gate=gate,
-            # They are LEARNED: what the live version has lost is to be repaired as well.
+            # Treat them as right: a job also repairs what the live version has lost.
             before=[RIGHT] * len(gate.samples))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
@@ -69,15 +69,15 @@ class ScopedTrainingSetBuilder:
         """
         Return the job's next step, in parts of ``most`` tokens each if possible.
 
-        ``steps`` counts those of the job so far: the wordings of the questions take turns.
+        ``steps`` counts those of the job so far: the paraphrases of the questions take turns.
         """
-        wordings = rotate(
-            training_set.paraphrases,
-            min(WORDINGS * len(corrections), len(training_set.paraphrases)), steps)
+        known = training_set.paraphrases
+        paraphrases = rotate(
+            known, min(PARAPHRASES_PER_STEP * len(corrections), len(known)), steps)
         return plan_step(
-            self._chat, corrections, [*training_set.corrected, *training_set.lost, *wordings],
+            self._chat, corrections, [*training_set.corrected, *training_set.lost, *paraphrases],
             [s for s in training_set.earlier if s not in training_set.lost], finetune,
-            most=most, at_least=len(training_set.corrected), wordings=len(wordings))
+            most=most, at_least=len(training_set.corrected), paraphrases=len(paraphrases))
 
     def _nearest_first(self, learned: Sequence[CorrectionRecord], new: Sequence[CorrectionRecord],
                        profile: str) -> list[CorrectionRecord]:
@@ -88,7 +88,7 @@ class ScopedTrainingSetBuilder:
     def _in_scope(self, answers: Sequence[AnswerRecord], new: Sequence[CorrectionRecord],
                   continues: ServedVersion, settings: Settings) -> list[AnswerRecord]:
         """Return the answers that the version is to give from now on."""
-        # A wrong call is often made for several wordings of a question, and corrected once.
+        # A wrong call is often made for several paraphrases of a question, and corrected once.
         wrong = {record.rejected for record in new}
         return [a for a in answers if a.text not in wrong and self._live.will_answer(
             continues, questions(a.messages), new, settings.adapter)]

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.priority import priority, resemble, ScoredCorrection
+from mace_ros.learning.question import questions, words
 from mace_ros.learning.samples import correction_sample, first_within
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import CorrectionRecord
@@ -37,38 +38,40 @@ def ordered(scored: Sequence[PendingCorrection], others: Sequence[PendingCorrect
     ``others`` wait for the same profile; ``step_s`` is the device time of a step over one
     correction, in seconds.
     """
-    every = [*scored, *others]
-    priorities = {w.record.id: priority(
-        _candidate(w, every, max(now - w.arrived, 0.0), step_s(w)), freshness_s) for w in scored}
+    asked = [(c, _question_words(c.record)) for c in (*scored, *others)]
+    priorities = {c.record.id: priority(
+        _candidate(c, question, asked, max(now - c.arrived, 0.0), step_s(c)), freshness_s)
+        for c, question in asked[:len(scored)]}
 
     def overdue(waiting: PendingCorrection) -> bool:
         return waiting is oldest and now - waiting.waits_since > freshness_s
 
-    oldest = min(scored, key=lambda w: w.waits_since, default=None)
-    return sorted(scored, key=lambda w: (not overdue(w), -priorities[w.record.id]))
+    oldest = min(scored, key=lambda c: c.waits_since, default=None)
+    return sorted(scored, key=lambda c: (not overdue(c), -priorities[c.record.id]))
 
 
 def fitting(waiting: Sequence[PendingCorrection], chat: ChatTokenizer,
             step_tokens: int) -> list[PendingCorrection]:
     """Return the first corrections that one step can learn together; at least one."""
     chosen = list(waiting[:JOB_CORRECTIONS])
-    samples = [correction_sample(chat, w.record) for w in chosen]
+    samples = [correction_sample(chat, c.record) for c in chosen]
     together = first_within(samples, step_tokens, at_least=1)
     return chosen[:len(together)]
 
 
-def _candidate(waiting: PendingCorrection, every: Sequence[PendingCorrection], age_s: float,
+def _candidate(waiting: PendingCorrection, question: Set[str],
+               asked: Sequence[tuple[PendingCorrection, Set[str]]], age_s: float,
                seconds: float) -> ScoredCorrection:
-    scores, question = waiting.log_probabilities, _question(waiting.record)
+    scores = waiting.log_probabilities
     return ScoredCorrection(
         loss=-scores[0], margin=scores[0] - scores[1] if len(scores) > 1 else 0.0,
         weight=waiting.record.weight, age_s=age_s,
         resembling=waiting.repeats + sum(
-            1 + w.repeats for w in every
-            if w is not waiting and resemble(question, _question(w.record))),
+            1 + c.repeats for c, other in asked
+            if c is not waiting and resemble(question, other)),
         seconds=seconds)
 
 
-def _question(record: CorrectionRecord) -> str:
-    asked = [m['content'] for m in record.messages if m['role'] == 'user']
-    return asked[-1] if asked else ''
+def _question_words(record: CorrectionRecord) -> set[str]:
+    """Return the words of the last question alone, in any language."""
+    return {word for text in questions(record.messages)[:1] for word in words(text)}

@@ -54,15 +54,19 @@ class Training:
                  settings: FinetuneSettings, oldest_at: Callable[[], float]) -> None:
         """``oldest_at`` returns the arrival of the oldest correction that is not learned yet."""
         self.lora, self.cost = lora, cost
-        self.settings = settings        # replaced when the parameters change
+        self._settings = settings
         self._model, self._oldest_at = model, oldest_at
         self.prefixes = Prefixes()
         self._loaded: Trainer | None = None     # the optimizer of the version that was loaded
 
+    def update(self, settings: FinetuneSettings) -> None:
+        """Use other settings from the next step on."""
+        self._settings = settings
+
     @property
     def step_tokens(self) -> int:
         """Tokens of a step: one layer of all of them is the longest segment that may run."""
-        return self.cost.tokens_within(self.settings.max_blocking_ms / 1e3)
+        return self.cost.tokens_within(self._settings.max_blocking_ms / 1e3)
 
     # -- weights ---------------------------------------------------------------------
 
@@ -72,7 +76,7 @@ class Training:
             self.lora.reset()
         else:
             self.lora.load(tensors)
-        self._loaded = Trainer(self.lora, self.settings.learning_rate)
+        self._loaded = Trainer(self.lora, self._settings.learning_rate)
 
     @property
     def _trainer(self) -> Trainer:
@@ -107,9 +111,9 @@ class Training:
                            if k or i not in worse for w in s.weights[1:])
         tokens = sum(s.own_tokens for part in plan.parts for s in part)
         chunk_tokens = max(self.step_tokens, MIN_CHUNK_TOKENS)
-        self._trainer.set_learning_rate(self.settings.learning_rate)
+        self._trainer.set_learning_rate(self._settings.learning_rate)
         for k, samples in enumerate(plan.parts):
-            recompute = self.settings.recompute
+            recompute = self._settings.recompute
             yield FinetuneStep(
                 self._model, self._trainer, samples, keep_graphs=recompute != 'always',
                 may_piggyback=recompute != 'never',

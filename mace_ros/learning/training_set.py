@@ -75,7 +75,7 @@ class TrainingSetBuilder:
 
         ``number`` is the job's, by which the guarded earlier corrections rotate.
         """
-        chat, new = self._chat, [w.record for w in corrections]
+        chat, new = self._chat, [c.record for c in corrections]
         prompts = {tuple(r.prompt_ids) for r in new}
         # Of each question, the newest correction is kept.
         newest = {r.prompt_ids: r for r in records.learned if r.prompt_ids not in prompts}

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 import math
@@ -207,15 +207,8 @@ class MemoryBudget:
 
     def step_tokens(self, most: int, *, held_blocks: int) -> int:
         """Return the tokens (0 to ``most``) of a step that fits if it recomputes its layers."""
-        room = self._room(held_blocks)
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.footprint.max_step_bytes(middle) <= room:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return bisect_right(range(1, most + 1), self._room(held_blocks),
+                            key=self.footprint.max_step_bytes)
 
     def planned(self, blocks: int) -> float:
         """Return the bytes in use with this number of KV blocks."""

@@ -43,7 +43,7 @@ def log_event(log: RcutilsLogger, event: Event) -> None:
         if event.error_code is ErrorCode.INTERNAL:
             log.error(text, throttle_duration_sec=1.0)
         elif event.finish_reason in (FinishReason.REJECTED, FinishReason.ERROR):
-            # Also a format that turns out to be unusable while the answer is written.
+            # ERROR without INTERNAL: the client's format failed during decoding.
             log.warning(text, throttle_duration_sec=1.0)
         else:
             log.debug(text)

@@ -42,7 +42,7 @@ from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.generate_action import GenerateActionServer
 from mace_ros.ros.lifecycle_bond import LifecycleBond
 from mace_ros.ros.parameters import ParameterServer
-from mace_ros.ros.request_gate import RequestGate
+from mace_ros.ros.request_gate import NOT_ACTIVE, RequestGate
 from mace_ros.ros.services import Services
 from mace_ros.ros.shutdown import Shutdown
 from mace_ros.ros.status_publisher import StatusPublisher
@@ -58,7 +58,7 @@ SHUTDOWN_TIMEOUT_S = 4.0
 ENGINE_TIMEOUT_S = 3.0          # of these, for the running iteration and the journal
 ACKNOWLEDGE_TIMEOUT_S = 1.0
 
-NOT_ACTIVE, STOPPING = 'the node is not active', 'the node is stopping'
+STOPPING = 'the node is stopping'
 
 
 class MaceNode(LifecycleNodeMixin, Node):
@@ -162,7 +162,8 @@ class MaceNode(LifecycleNodeMixin, Node):
         try:
             done.result(timeout_s)
         except FutureTimeout:
-            self.get_logger().error('an iteration does not end; it is abandoned')
+            self.get_logger().error(
+                'the running iteration did not end in time and is abandoned')
         except Exception as error:      # no transition leads to shutdown from this state
             self.get_logger().error(f'shutting down failed: {error}')
 

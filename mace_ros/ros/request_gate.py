@@ -1,6 +1,10 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Incoming requests while no engine serves: they wait for the first one, or are refused."""
+"""
+Incoming requests while no engine serves.
+
+Before the first activation they wait; later they are refused.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,8 @@ from mace_ros.ros.parameters import ParameterServer
 
 if TYPE_CHECKING:
     from mace_ros.engine.engine import Engine
+
+NOT_ACTIVE = 'the node is not active'
 
 
 class RequestGate:

@@ -21,7 +21,7 @@ from mace_ros.ros.conversion import message_from
 from mace_ros.ros.engine_thread import EngineThread
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.helper_node import helper_node, move_service
-from mace_ros.ros.request_gate import RequestGate
+from mace_ros.ros.request_gate import NOT_ACTIVE, RequestGate
 from mace_ros.srv import Embed, ListVersions, Rollback, Trace
 from mace_ros.telemetry.trace import (
     check_extent,
@@ -116,7 +116,7 @@ class Services:
     def _on_embed(self, request: Embed.Request, response: Embed.Response) -> Embed.Response:
         engine = self._gate.engine
         if engine is None:
-            response.message = 'the node is not active'
+            response.message = NOT_ACTIVE
             return response
         with _reason_of_failure(
                 response, f'not computed within {EMBED_TIMEOUT_S:g} s: queries come first'):
@@ -131,9 +131,10 @@ class Services:
         engine = self._gate.engine
         try:
             if engine is None:
-                raise InvalidTrace('the node is not active')
+                raise InvalidTrace(NOT_ACTIVE)
             if self._trace_file:
-                raise InvalidTrace(f'{self._trace_file} is being made; one trace at a time')
+                raise InvalidTrace(
+                    f'{self._trace_file} is still being recorded; one trace at a time')
             iterations = request.iterations or TRACE_ITERATIONS
             seconds = request.seconds or TRACE_SECONDS
             check_extent(iterations, seconds)
@@ -163,11 +164,11 @@ class Services:
                      response: Rollback.Response) -> Rollback.Response:
         engine = self._gate.engine
         if engine is None:
-            response.message = 'the node is not active'
+            response.message = NOT_ACTIVE
             return response
         with _reason_of_failure(
-                response, f'the version does not serve yet after {ROLLBACK_TIMEOUT_S:g} s, as when '
-                'the disk is slow; ~/adapter_version will announce it'):
+                response, f'the version is not live after {ROLLBACK_TIMEOUT_S:g} s; the disk may '
+                'be slow. ~/adapter_version will announce it'):
             engine.rollback(
                 request.profile, request.version, 'requested through ~/rollback'
             ).result(ROLLBACK_TIMEOUT_S)

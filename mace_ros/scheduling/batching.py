@@ -292,7 +292,7 @@ def _needs_block(row: Request) -> bool:
 def _too_large(request: Request, capacity: int) -> Rejection:
     needed = _tokens(-(-request.max_total_tokens // BLOCK_TOKENS))
     return Rejection(
-        request, f'{needed} tokens of KV cache needed, {capacity} is all there is '
+        request, f'{needed} tokens of KV cache needed, the cache holds {capacity} '
         '(memory.kv_cache_tokens, memory.budget_mb)', too_large=True)
 
 
@@ -310,8 +310,8 @@ def _limit_s(decode: _DecodeRows, now: float) -> float:
     """
     Return how many seconds a pass may take by the deadlines of its decode rows.
 
-    A row that will be late in any case asks for its time per output token; if the device is too
-    slow for that, it shares the device evenly with prefills.
+    A row that cannot meet its deadline is allotted its TPOT objective; if the device is too slow
+    for that, it shares the device evenly with prefills.
     """
     alone_s = decode.seconds
     if decode.due - now >= alone_s:

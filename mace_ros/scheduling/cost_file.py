@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The cost model as JSON: how a calibration of this machine reaches the simulator."""
+"""The cost model as JSON, for the next start of the node and for the simulator."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ model is our own: MACE (arXiv 2510.03283) publishes no formula for its predictor
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -108,14 +109,8 @@ class CostModel:
 
     def tokens_within(self, kind: SegmentKind, seconds: float, most: int) -> int:
         """Return the most tokens (0 to ``most``) of a segment that ends within ``seconds``."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.segment_s(kind, middle, upper=True) <= seconds:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return bisect_right(range(1, most + 1), seconds,
+                            key=lambda tokens: self.segment_s(kind, tokens, upper=True))
 
     # -- learning --------------------------------------------------------------------
 

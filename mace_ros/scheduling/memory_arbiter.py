@@ -125,8 +125,8 @@ class MemoryArbiter:
             step.lengths, learns=step.learns, chunk_tokens=step.chunk_tokens)
         if step is self._granted or needed <= budget.total:
             return ''
-        return (f'memory.budget_mb: {budget.total / MB:.0f} MB for all but the base model, and '
-                f'{needed / MB:.0f} are needed to learn {sum(step.lengths)} tokens')
+        return (f'memory.budget_mb: {budget.total / MB:.0f} MB beside the base model, but '
+                f'{needed / MB:.0f} MB are needed to learn {sum(step.lengths)} tokens')
 
     def reclaim(self, lacks_memory: bool, *, overdue: bool = False) -> bool:
         """

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""A token bucket: bounds how much of something is spent over any stretch of time."""
+"""A token bucket: bounds spending in any interval."""
 
 from __future__ import annotations
 

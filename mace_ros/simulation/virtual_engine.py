@@ -10,6 +10,7 @@ learning), passes are repeated without planning; the result is the same.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import math
@@ -77,11 +78,6 @@ class VirtualEngine:
         self._arrived = 0       # number of ``_arrivals`` that were taken in
         self._changes: list[tuple[float, dict[str, Value]]] = []
         self._step_blocks: list[int] = []    # KV blocks of a step whose forward is piggybacked
-
-    @property
-    def pending_arrivals(self) -> Sequence[Request]:
-        """Requests that have not been taken in yet, by arrival."""
-        return self._arrivals[self._arrived:]
 
     def run(self, requests: Sequence[Request], until: float = -math.inf,
             changes: Sequence[tuple[float, dict[str, Value]]] = ()) -> None:
@@ -271,15 +267,11 @@ class VirtualEngine:
 
     def _passes_in_memory(self, rows: Sequence[Request], limit: int) -> int:
         """Return how many passes, up to ``limit``, these rows can run before they lack blocks."""
-        free, size = self.pool.free_blocks, self.pool.block_size
+        size = self.pool.block_size
+
+        def growth(passes: int) -> int:
+            return sum([max(-(-(r.computed_tokens + passes) // size) - len(r.blocks), 0)
+                        for r in rows])
+
         # The blocks of the first pass are allocated already.
-        low, high = 1, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            growth = sum([max(-(-(r.computed_tokens + middle) // size) - len(r.blocks), 0)
-                          for r in rows])
-            if growth <= free:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return max(bisect_right(range(1, limit + 1), self.pool.free_blocks, key=growth), 1)

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
     'bench.edits', 'bench.gpu', 'bench.kernels', 'bench.learning', 'bench.memory',
     'bench.operation', 'bench.orin', 'bench.pictures', 'bench.publication', 'bench.report',
     'bench.simulation', 'bench.soak'])
-def test_help(module: str) -> None:
+def test_every_benchmark_prints_help(module: str) -> None:
     done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
                           capture_output=True, timeout=60)
     assert done.returncode == 0

@@ -60,7 +60,7 @@ def test_answers_and_earlier_texts_change_nothing(
 
 
 @pytest.mark.parametrize(('texts', 'reason'), [
-    ([], 'texts: 0 of them'), (['Hi'] * (MAX_TEXTS + 1), 'texts: 65 of them'),
+    ([], 'texts: 0 given'), (['Hi'] * (MAX_TEXTS + 1), 'texts: 65 given'),
     (['Hi', ' '], r'texts\[1\]: empty'), (['Hi ' * 20000], r'texts\[0\]: .* tokens, and at most'),
     (['\ud800'], r'texts\[0\]: is not valid Unicode')])
 def test_invalid_texts_are_refused_with_a_reason(

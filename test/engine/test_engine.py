@@ -207,7 +207,7 @@ def test_queries_that_arrive_during_an_iteration_are_bounded(robot: Robot) -> No
         assert robot.answer(query_id).output_tokens > 0
 
 
-def test_zero_is_a_value(robot: Robot) -> None:
+def test_zero_is_not_taken_for_the_default(robot: Robot) -> None:
     """max_tokens 0 gives an empty answer, not the default."""
     answer = robot.ask('Hm?', max_tokens=0)
     assert (answer.finish_reason, answer.output_tokens) == (FinishReason.LENGTH, 0)

@@ -152,7 +152,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_queries_only(
     assert len(answers(engine, 2, max_tokens=5)) == 2
 
 
-def test_corrections_are_learned_beside(engine: Engine) -> None:
+def test_a_correction_is_learned_while_passes_overlap(engine: Engine) -> None:
     engine.submit(Query('Sing.', id='song', max_tokens=150))
     engine.correct(Correction('Ho.', id='c', prompt='Who are you?'))
     states, texts = [], []

@@ -23,7 +23,7 @@ from mace_ros.learning.question import is_follow_up, MAX_CHARACTERS, questions, 
     ('한국어 질문', [['한국어', '질문']]),
     ('???', [['???']]),
 ])
-def test_words(text: str, words: list[list[str]]) -> None:
+def test_a_text_is_cut_into_sentences_and_words(text: str, words: list[list[str]]) -> None:
     """Case, accents, width and punctuation make no difference; marks of other scripts do."""
     assert [list(sentence) for sentence in sentences(text)] == words
 
@@ -53,7 +53,7 @@ def test_a_first_word_is_a_name_if_a_name_follows(text: str, named: bool) -> Non
 @pytest.mark.parametrize('text', [
     'And on Sundays?', 'Why?', 'What about Sundays?', 'Und am Sonntag?', 'Et le dimanche ?',
     '那星期天呢？', 'А в воскресенье?', 'On Sundays?', 'why', 'and Tom'])
-def test_follow_ups(text: str) -> None:
+def test_short_continuations_and_bare_question_words_are_follow_ups(text: str) -> None:
     assert is_follow_up(text)
 
 

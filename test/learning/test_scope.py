@@ -101,7 +101,7 @@ def test_without_a_common_word_nothing_is_recognised(
     ('Где находится зарядная станция?', 'Где зарядная станция?', 'Где находится кухня?'),
     ('充電ステーションはどこですか', '充電ステーションはどこにありますか', '台所はどこですか'),
 ])
-def test_other_languages(
+def test_paraphrases_in_other_languages_are_in_scope(
         frequency: Callable[[str], float], learned: str, asked: str, other: str) -> None:
     """With and without spaces between words."""
     scopes = scopes_with(frequency, learned, NAME)
@@ -133,7 +133,7 @@ def test_a_corrected_follow_up_is_known_with_what_it_follows() -> None:
     assert entry(correction('k', messages=own)).texts == (NAME,)
 
 
-def test_the_threshold_decides(frequency: Callable[[str], float]) -> None:
+def test_a_question_is_in_scope_from_the_threshold_on(frequency: Callable[[str], float]) -> None:
     scopes = scopes_with(frequency, *LEARNED)
     asked = 'When did the library in Bremen open?'
     _, similarity = scopes.match('', [asked], SETTINGS)
@@ -146,7 +146,7 @@ def test_the_threshold_decides(frequency: Callable[[str], float]) -> None:
     assert match(scopes, HOURS, settings=AdapterSettings(scope_threshold=1.0))[0]
 
 
-def test_everywhere(frequency: Callable[[str], float]) -> None:
+def test_the_scope_everywhere_covers_every_question(frequency: Callable[[str], float]) -> None:
     """As the default, or of one correction; a correction of its own scope overrides the default."""
     asked = 'What is the capital of Italy?'
     everywhere = AdapterSettings(scope=EVERYWHERE)
@@ -160,7 +160,7 @@ def test_everywhere(frequency: Callable[[str], float]) -> None:
     assert not match(plain, asked, settings=everywhere, profile='ann')[0]
 
 
-def test_corrections_come_and_go(frequency: Callable[[str], float]) -> None:
+def test_the_scope_follows_learned_and_failed_records(frequency: Callable[[str], float]) -> None:
     scopes = scopes_with(frequency, NAME, CUPS)
     newer = correction('newer', NAME)
     scopes.failed(newer)        # it was to replace the first one, which was wrong, too

@@ -11,7 +11,7 @@ from support.robot import Robot
 from mace_ros.api.settings import FinetuneSettings, Settings
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.job_inputs import JobRecords
-from mace_ros.learning.scoped_training_set import ScopedTrainingSetBuilder, WORDINGS
+from mace_ros.learning.scoped_training_set import PARAPHRASES_PER_STEP, ScopedTrainingSetBuilder
 from mace_ros.memory.adapter_slots import BASE
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.records import CorrectionRecord
@@ -24,20 +24,20 @@ def correction(chat: ChatTokenizer, name: str, question: str, corrected: str,
     return CorrectionRecord(name, tuple(chat.prompt(messages)), messages, corrected, **values)  # type: ignore[arg-type]
 
 
-def test_the_wordings_of_a_question_take_turns(robot: Robot) -> None:
-    """A step stays short, and each wording is trained equally often."""
+def test_the_paraphrases_of_a_question_take_turns(robot: Robot) -> None:
+    """A step stays short, and each paraphrase is trained equally often."""
     chat, finetune = robot.engine.chat, FinetuneSettings()
     builder = ScopedTrainingSetBuilder(chat, robot.engine.parts.live)
     waiting = [PendingCorrection(correction(chat, 'k', 'Who are you?', 'Rover.'), 0.0)]
     samples = builder.build(waiting, JobRecords(), BASE, Settings())
     count = len(samples.paraphrases)
-    assert count > WORDINGS
+    assert count > PARAPHRASES_PER_STEP
     plans = [builder.step(samples, waiting, finetune, most=4096, steps=n) for n in range(count)]
-    assert {(plan.must_be_right, plan.wordings, len(plan.parts)) for plan in plans} == {
-        (1 + WORDINGS, WORDINGS, 1)}
+    assert {(plan.must_be_right, plan.paraphrases, len(plan.parts)) for plan in plans} == {
+        (1 + PARAPHRASES_PER_STEP, PARAPHRASES_PER_STEP, 1)}
     assert all(plan.parts[0][0] == samples.corrected[0] for plan in plans)
     trained = Counter(s for plan in plans for s in plan.parts[0][1:])
-    assert trained == dict.fromkeys(samples.paraphrases, WORDINGS)
+    assert trained == dict.fromkeys(samples.paraphrases, PARAPHRASES_PER_STEP)
 
 
 def test_the_question_of_a_replaced_correction_is_guarded_with_the_new_answer(

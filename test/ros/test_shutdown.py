@@ -75,7 +75,7 @@ def test_an_iteration_that_hangs_is_named_and_abandoned(
         node.destroy_node()
         context.shutdown()
     said = capfd.readouterr().err
-    assert 'an iteration does not end; it is abandoned' in said
+    assert 'the running iteration did not end in time and is abandoned' in said
     assert re.search(r'stopped after \d\.\d s: \d\.\d s for the running iteration', said)
 
 

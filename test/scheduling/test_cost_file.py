@@ -11,7 +11,7 @@ from mace_ros.scheduling.cost_model import CostModel
 from mace_ros.scheduling.plan import SegmentKind
 
 
-def test_survives_json_and_continues_to_learn_alike():
+def test_a_cost_model_read_from_json_predicts_and_learns_like_the_saved_one():
     device = VirtualDevice(noise=0.1, seed=16)
     cost = device.calibrated()
     for shape in shapes(100, seed=17):

@@ -264,7 +264,7 @@ def test_a_request_larger_than_the_cache_is_rejected_with_the_sizes():
     state = State(FixedCache(512, 512), WaitingQueue([query(0, 0.0, prompt=300, answer=300)]))
     plan = scheduler().plan(state, 0.0)
     assert plan.rejected[0].reason == (
-        '608 tokens of KV cache needed, 512 is all there is (memory.kv_cache_tokens, '
+        '608 tokens of KV cache needed, the cache holds 512 (memory.kv_cache_tokens, '
         'memory.budget_mb)')
 
 
@@ -351,7 +351,7 @@ def test_without_a_budget_nothing_is_learned_until_it_is_raised():
     assert engine.scheduler.statistics(20.0).learning_s == pytest.approx(10.0, rel=0.05)
 
 
-def test_accounts_add_up():
+def test_the_statistics_account_for_all_tokens_and_seconds():
     requests = poisson(20, 0.5, seed=5)
     engine = served('mace', requests, until=60.0)
     accounts = engine.scheduler.statistics(engine.now)

@@ -152,6 +152,11 @@ class CheckedEngine(VirtualEngine):
         self.segment_s: list[float] = []          # of each plan, as measured
         self.learning_waits: list[float] = []     # of queries that arrived during learning
         self._waited: set[Request] = set()
+        self._queries: list[Request] = []         # by arrival
+
+    def run(self, requests: Sequence[Request], until=-math.inf, changes=()) -> None:
+        self._queries = sorted(requests, key=lambda r: r.arrival)
+        super().run(requests, until, changes)
 
     def _planned(self, plan: Plan) -> None:
         self._check(plan)
@@ -195,7 +200,9 @@ class CheckedEngine(VirtualEngine):
 
     def _note_waits(self, since: float, now: float) -> None:
         """Record how long queries that arrived before ``now`` waited for learning."""
-        for request in self.pending_arrivals:
+        planned_at, _ = self.plans[-1]      # queries that came before that are in the plan
+        later = bisect_right(self._queries, planned_at, key=lambda r: r.arrival)
+        for request in self._queries[later:]:
             if request.arrival > now:
                 break
             if request not in self._waited and now > since:
