@@ -108,6 +108,8 @@ def _rejection(reason: str) -> ApiError:
     """Return the error of a correction that the node refused for this reason."""
     if reason.endswith('try again later'):
         return ApiError(429, reason, kind='rate_limit_error', code='rejected')
+    if reason.startswith('id: used'):
+        return ApiError(409, reason, code='duplicate_id', param='feedback_id')
     param = reason.partition(':')[0]
     return ApiError(404 if reason.startswith('query_id: no answer') else 400, reason,
                     code='rejected', param=param if param.isidentifier() else None)

@@ -19,6 +19,7 @@ import threading
 import time
 from typing import Any
 import uuid
+from weakref import WeakValueDictionary
 
 from rclpy.clock import Clock, ClockType
 from rclpy.context import Context
@@ -75,7 +76,8 @@ class MaceClient:
         self._context = context
         self._changed = threading.Condition()
         self._answers: dict[str, AnswerHandle] = {}
-        self._corrections: dict[str, CorrectionHandle] = {}
+        # Weak, since a proposal that is never confirmed has no final status.
+        self._corrections: WeakValueDictionary[str, CorrectionHandle] = WeakValueDictionary()
         self._versions: dict[str, AdapterVersion] = {}      # live, by profile
         # Handles given up at the next poll, after the node's last messages have arrived.
         self._leaving: list[AnswerHandle | CorrectionHandle] = []
@@ -193,8 +195,9 @@ class MaceClient:
 
         One of ``query_id``, ``conversation_id`` and ``prompt`` is required. An empty
         ``corrected`` with a ``hint`` asks for a proposal, and without one is a thumbs-down. The
-        node accepts each id once, but for the text that confirms a proposal: while this client
-        waits for a correction, sending its id again returns the same handle.
+        node accepts each id once, but for the text that confirms a proposal, and rejects another
+        correction with it: while this client waits for a correction and keeps its handle, sending
+        its id again returns the same handle.
         """
         correction = Correction(
             id=correction_id or str(uuid.uuid4()), corrected=corrected, **fields)

@@ -19,6 +19,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from mace_ros.msg import CorrectionStatus
 from openai import BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel, Field
 import pytest
@@ -248,7 +249,12 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
     again = ask(client, question)
     assert again.choices[0].message.content == 'Orange.'
     assert again.model_extra['mace_ros']['matched_correction_id'] == feedback['id']
+    with MaceClient() as mace:
+        mace.wait_until_ready(30.0)
+        mace.correct(correction_id='of-ros', query_id=wrong.id).wait(
+            CorrectionStatus.RECORDED, 60.0)
     for body, status in (({'id': 'chatcmpl-unknown', 'corrected': 'Red.'}, 404),
+                         ({'id': wrong.id, 'corrected': 'Red.', 'feedback_id': 'of-ros'}, 409),
                          ({'id': wrong.id}, 400),
                          ({'id': wrong.id, 'corrected': 'Red.', 'rating': 'down'}, 400)):
         assert server.request('POST', '/v1/feedback', body)[0] == status
