@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from mace_ros.msg import Response
 
 RETRY_AFTER_S = 1
+CANCELLED = 'cancelled'     # the code of an answer that was cancelled over ROS
 
 # Status, type and code of each error code of a response.
 _KINDS = {
@@ -45,9 +46,13 @@ class ApiError(Exception):
         """
         Return the reply, with other fields ``beside`` the error.
 
-        Clients wait and try again after 429 and 503.
+        Clients wait and try again after 429 and 503, but must not start again what was cancelled.
         """
-        headers = {'Retry-After': str(RETRY_AFTER_S)} if self.status in (429, 503) else None
+        headers = {}
+        if self.code == CANCELLED:
+            headers['x-should-retry'] = 'false'     # which OpenAI's clients obey
+        elif self.status in (429, 503):
+            headers['Retry-After'] = str(RETRY_AFTER_S)
         return JSONResponse({**self.body, **beside}, self.status, headers)
 
 
@@ -56,7 +61,7 @@ def error_of(response: Response) -> ApiError | None:
     if response.finish_reason in (Response.STOP, Response.LENGTH):
         return None
     if response.finish_reason == Response.CANCELLED:
-        return ApiError(503, 'the answer was cancelled', kind='server_error', code='cancelled')
+        return ApiError(503, 'the answer was cancelled', kind='server_error', code=CANCELLED)
     status, kind, code = _KINDS.get(
         response.error_code, (500, 'server_error', 'internal_error'))
     param = response.error.partition(':')[0]

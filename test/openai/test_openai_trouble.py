@@ -16,11 +16,12 @@ import time
 
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
+from mace_ros.msg import ResponseChunk
 import pytest
 from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.robot import RANDOM_MODEL
-from support.ros_graph import call, NodeProcess, set_parameters
+from support.ros_graph import call, NodeProcess, Recorder, set_parameters
 
 from mace_ros.ros.client import MaceClient
 
@@ -174,6 +175,18 @@ def test_a_node_that_has_too_much_to_do_is_to_be_asked_again(
     for body, headers in refused:
         assert (body['error']['type'], body['error']['code']) == ('rate_limit_error', code)
         assert body['error']['message'] and headers['retry-after'] == '1'
+
+
+def test_an_answer_that_is_cancelled_over_ros_is_not_asked_again(server: ServerProcess) -> None:
+    with MaceClient() as client, ThreadPoolExecutor(1) as threads, Recorder(
+            client, response_chunk=ResponseChunk) as recorder:
+        reply = threads.submit(server.request, 'POST', CHAT, hi(
+            max_tokens=3000, logit_bias=END_TOKENS))
+        assert wait_until(lambda: recorder.messages, 20.0)
+        client.cancel(recorder.messages[0].query_id)
+        status, body, headers = reply.result(20.0)
+    assert (status, body['error']['code']) == (503, 'cancelled')
+    assert headers['x-should-retry'] == 'false' and 'retry-after' not in headers
 
 
 def test_feedback_during_an_answer_waits_for_its_end(
