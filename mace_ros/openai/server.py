@@ -86,7 +86,8 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument('--model-name', default='', metavar='NAME',
                       help='name of the model (default: that of the node, such as mace)')
     made.add_argument('--max-concurrent', type=int, default=64, metavar='N',
-                      help='requests that run at once; others get 429 (default: 64)')
+                      help='completions that run at once, beside as many other requests; those '
+                           'beyond get 429 (default: 64)')
     made.add_argument('--max-body-bytes', type=int, default=2**20, metavar='N',
                       help='maximum size of a request (default: 1048576)')
     return made

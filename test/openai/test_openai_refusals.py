@@ -36,10 +36,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.parametrize('headers', [{}, {'Authorization': 'Bearer another'},
-                                     {'Authorization': 'Basic a key'}])
+                                     {'Authorization': 'Basic a key'}, {'Authorization': 'a key'}])
 def test_a_wrong_key_is_refused(server: ServerProcess, headers: dict[str, str]) -> None:
     status, body, _ = server.request('POST', '/v1/chat/completions', HI, headers)
     assert (status, body['error']['code']) == (401, 'invalid_api_key')
+
+
+def test_the_scheme_of_a_key_is_in_any_case(server: ServerProcess) -> None:
+    for scheme in ('Bearer', 'bearer', 'BEARER '):
+        assert server.request('GET', '/v1/models', None, {
+            'Authorization': f'{scheme} a key'})[0] == 200
 
 
 def test_ros_arguments_set_the_namespace_of_the_node(tmp_path: Path) -> None:
@@ -144,6 +150,8 @@ def test_requests_that_run_at_once_are_bounded(server: ServerProcess) -> None:
 
         assert wait_until(refused, 20.0)
         assert counted(server, '/v1/chat/completions', 429) >= 1
+        assert server.request('GET', '/v1/models', None, KEY)[0] == 200
+        assert server.request('POST', '/v1/feedback', {'id': 'x', 'rating': 'down'}, KEY)[0] == 503
     finally:
         gone = counted(server, '/v1/completions', 499)
         for connection in slow:

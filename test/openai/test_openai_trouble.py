@@ -180,6 +180,7 @@ def test_a_node_that_has_too_much_to_do_is_to_be_asked_again(
 def test_an_answer_that_is_cancelled_over_ros_is_not_asked_again(server: ServerProcess) -> None:
     with MaceClient() as client, ThreadPoolExecutor(1) as threads, Recorder(
             client, response_chunk=ResponseChunk) as recorder:
+        client.wait_until_ready(20.0)
         reply = threads.submit(server.request, 'POST', CHAT, hi(
             max_tokens=3000, logit_bias=END_TOKENS))
         assert wait_until(lambda: recorder.messages, 20.0)
