@@ -14,6 +14,7 @@ Ask and correct from Python, without knowledge of ROS.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ from weakref import WeakValueDictionary
 
 from rclpy.clock import Clock, ClockType
 from rclpy.context import Context
+from rclpy.duration import Duration
 from rclpy.expand_topic_name import expand_topic_name
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -48,6 +50,7 @@ LATCHED = QoSProfile(
     durability=DurabilityPolicy.TRANSIENT_LOCAL)
 DISCOVERY_POLL_S = 0.05
 PRESENCE_POLL_S = 0.5
+CANCEL_S = 0.5      # for a cancellation to arrive when the client is closed
 
 
 class MaceClient:
@@ -122,8 +125,10 @@ class MaceClient:
         self.close()
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect, once the node has the cancellations."""
         self._executor.stop()
+        with suppress(RuntimeError):    # a middleware without acknowledgements
+            self._cancel.wait_for_all_acked(Duration(seconds=CANCEL_S))
         self.node.destroy_node()
         if self._own_context:
             self._context.try_shutdown()

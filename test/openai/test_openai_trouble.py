@@ -228,6 +228,16 @@ def test_a_stream_that_is_not_read_does_not_fill_the_memory(server: ServerProces
     assert b'"code":"slow_reader"' in end
 
 
+def test_a_server_that_ends_cancels_its_answers(
+        server: ServerProcess, tmp_path: Path, node: NodeProcess) -> None:
+    before = cancelled(server)
+    with serving(tmp_path, node) as ending, streamed(
+            ending, max_tokens=3900, logit_bias=END_TOKENS) as begun:
+        assert begun.readline().startswith(b'data: {')
+        assert ending.stop() == 0, ending.log
+        assert wait_until(lambda: cancelled(server) == before + 1, 20.0)
+
+
 def test_feedback_on_an_answer_that_another_client_gets_does_not_hold_the_server_up(
         tmp_path: Path, node: NodeProcess) -> None:
     with MaceClient() as client:
@@ -253,3 +263,21 @@ def test_a_client_that_does_not_read_loses_its_connection(impatient: ServerProce
             clients.enter_context(unread(impatient, max_tokens=900))
         assert wait_until(lambda: impatient.request('POST', CHAT, hi())[0] == 429, 20.0)
         assert wait_until(lambda: impatient.request('POST', CHAT, hi())[0] == 200, 60.0)
+
+
+def test_a_node_that_is_killed_ends_streams_and_feedback(
+        server: ServerProcess, node: NodeProcess) -> None:
+    """The last test, since it restarts the node: the middleware notices at once then."""
+    with streamed(server, max_tokens=3900, logit_bias=END_TOKENS) as begun:
+        completion = json.loads(begun.readline().removeprefix(b'data: '))['id']
+        status, feedback, _ = server.request(
+            'POST', '/v1/feedback', {'id': completion, 'rating': 'down'})
+        assert (status, feedback['status']) == (202, 'waiting')
+        node.kill()
+        node.start()
+        *_, error, done = [line for line in begun.read().decode().split('\n') if line]
+    assert json.loads(error.removeprefix('data: '))['error']['code'] == 'node_ended'
+    assert done == 'data: [DONE]'
+    feedback = server.status(feedback['id'], 'lost', 'recorded')
+    assert (feedback['status'], feedback['reason']) == ('lost', '/mace has disappeared')
+    assert wait_until(lambda: server.request('POST', CHAT, hi())[0] == 200, 60.0)
