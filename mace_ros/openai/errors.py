@@ -27,6 +27,10 @@ _KINDS = {
     Response.NOT_SERVING: (503, 'server_error', 'not_serving'),
 }
 
+# Fields of a query that have other names in OpenAI's API.
+_OPENAI_NAMES = {'response_schema': 'response_format', 'logit_bias_tokens': 'logit_bias',
+                 'logit_bias_values': 'logit_bias', 'text': 'prompt'}
+
 
 class ApiError(Exception):
     """An error of a request, in the form that OpenAI's clients turn into exceptions."""
@@ -64,9 +68,17 @@ def error_of(response: Response) -> ApiError | None:
         return ApiError(503, 'the answer was cancelled', kind='server_error', code=CANCELLED)
     status, kind, code = _KINDS.get(
         response.error_code, (500, 'server_error', 'internal_error'))
-    param = response.error.partition(':')[0]
-    return ApiError(status, response.error, kind=kind, code=code,
-                    param=param if status == 400 and param.replace('_', '').isalnum() else None)
+    message, param = _openai_names(response.error)
+    return ApiError(status, message, kind=kind, code=code, param=param if status == 400 else None)
+
+
+def _openai_names(error: str) -> tuple[str, str | None]:
+    """Return an error and the invalid field, if it names one, as OpenAI's API calls it."""
+    field = re.match(r'([a-z_]+)(\[\d+\])?: ', error)
+    if field is None:
+        return error, None
+    name = _OPENAI_NAMES.get(field[1], field[1])
+    return name + error[field.end(1):], name
 
 
 def error_of_body(error: ValidationError) -> ApiError:

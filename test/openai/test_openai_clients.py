@@ -183,7 +183,8 @@ def test_an_invalid_schema_is_refused(client: OpenAI) -> None:
         with pytest.raises(BadRequestError) as refused:
             ask(client, 'Hi.', response_format=wanted)
         assert (refused.value.code, refused.value.param) == (
-            'invalid_parameter', 'response_schema')
+            'invalid_parameter', 'response_format')
+        assert 'response_format: ' in refused.value.message
     assert json.loads(ask(client, 'Hi.', response_format={
         'type': 'grammar', 'grammar': 'start: "[1, 2]"'}).choices[0].message.content) == [1, 2]
 
@@ -226,17 +227,24 @@ def test_models_are_the_robot_and_its_profiles(client: OpenAI, server: ServerPro
 def test_the_nodes_refusals_have_status_codes(client: OpenAI) -> None:
     for options, code in (
             ({'stop': ['x' * 300]}, 'invalid_parameter'), ({'temperature': 4.0}, None),
-            ({'tools': [MOVE], 'tool_choice': 'fly'}, 'invalid_parameter')):
+            ({'tools': [MOVE], 'tool_choice': 'fly'}, 'invalid_parameter'),
+            ({'logit_bias': {'99999999': 1}}, 'invalid_parameter'),
+            ({'messages': [{'role': 'tool', 'content': 'x', 'tool_call_id': 'a'}]},
+             'invalid_parameter')):
         for stream in (False, True):
             if code is None:
                 assert ask(client, 'Hi.', stream=stream, **options)
                 continue
             with pytest.raises(BadRequestError) as refused:
-                ask(client, 'Hi.', stream=stream, **options)
+                client.chat.completions.create(
+                    **{'model': 'mace', 'messages': messages('Hi.'), **options}, stream=stream)
             assert (refused.value.code, refused.value.param) == (code, next(reversed(options)))
     with pytest.raises(BadRequestError) as refused:
         ask(client, 'Hi. ' * 5000)
     assert refused.value.code == 'context_length_exceeded'
+    with pytest.raises(BadRequestError) as refused:
+        client.completions.create(model='mace', prompt='')
+    assert (refused.value.code, refused.value.param) == ('empty_text', 'prompt')
 
 
 def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess) -> None:
