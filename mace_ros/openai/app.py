@@ -112,7 +112,7 @@ class Server:
                 raise refused
             options = request.stream_options
             streamed = StreamedReply(
-                reply, include_usage=options is not None and options.include_usage)
+                reply, include_usage=bool(options and options.include_usage))
             return AnswerStream(answer, streamed)
         except BaseException:
             answer.close()

@@ -116,14 +116,14 @@ class FormatParam(Body):
 class StreamOptions(Body):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Request(Body):
     """Fields that chat completions and completions share."""
 
     model: Text
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0, le=INT32)
     temperature: Number | None = Field(None, ge=0, le=5)

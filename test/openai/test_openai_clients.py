@@ -98,6 +98,13 @@ def test_a_stream_has_the_same_text_and_the_usage(client: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_null_is_the_default_of_a_field(client: OpenAI) -> None:
+    nulls = {'stream': None, 'parallel_tool_calls': None}
+    assert ask(client, 'Hi.', extra_body=nulls).object == 'chat.completion'
+    chunks = ask(client, 'Hi.', stream=True, stream_options={'include_usage': None})
+    assert all(chunk.choices for chunk in chunks)
+
+
 def test_eight_streams_at_once_give_the_answers_of_single_ones(client: OpenAI) -> None:
     questions = [f'What is {i} times {i}?' for i in range(8)]
     single = [ask(client, question).choices[0].message.content for question in questions]
