@@ -14,7 +14,8 @@ import sys
 from mace_ros.cli.common import parse, parser, run
 from mace_ros.ros.client import MaceClient
 
-LIBRARIES = 'starlette uvicorn pydantic prometheus-client'     # the extra mace-ros[openai]
+# The extra mace-ros[openai], as a shell takes it.
+LIBRARIES = '"starlette>=0.37" "uvicorn>=0.30" "pydantic>=2.7" "prometheus-client>=0.14"'
 MAX_TIMEOUT_S = 1e6     # of a socket
 SEND_BUFFER = 2**18     # bytes of a reply in the kernel that the client has not read
 SHUTDOWN_S = 2      # for running answers, after which they are cancelled
@@ -30,8 +31,8 @@ def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
 
         from mace_ros.openai.app import build_app
         from mace_ros.openai.limits import Limits
-    except ModuleNotFoundError as error:
-        print(f'{error.name} is missing: pip install {LIBRARIES}', file=sys.stderr)
+    except ImportError as error:
+        print(f'{error.name} is missing or too old: pip install {LIBRARIES}', file=sys.stderr)
         return 2
     try:
         listener = listen(given.host, given.port, given.timeout)

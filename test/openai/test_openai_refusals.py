@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import os
 from pathlib import Path
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.ros_graph import ROOT
 
-from mace_ros.openai.server import arguments, listen, serve
+from mace_ros.openai.server import arguments, LIBRARIES, listen, serve
 
 KEY = {'Authorization': 'Bearer a key'}
 HI = {'model': 'mace', 'messages': [{'role': 'user', 'content': 'Hi.'}]}
@@ -171,7 +172,14 @@ def test_missing_libraries_are_named_with_how_to_install_them(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, 'uvicorn', None)
     assert serve(arguments().parse_args([]), '', None) == 2
-    assert 'uvicorn is missing: pip install starlette uvicorn' in capsys.readouterr().err
+    assert f'uvicorn is missing or too old: pip install {LIBRARIES}' in capsys.readouterr().err
+
+
+def test_the_libraries_are_those_of_the_extra() -> None:
+    project = (ROOT / 'pyproject.toml').read_text()
+    extra = re.search(r'^openai = \[.*?\]$', project, re.DOTALL | re.MULTILINE)[0]
+    assert sorted(re.findall('"[^"]+"', extra)) == sorted(LIBRARIES.split())
+    assert f'pip install {LIBRARIES}' in (ROOT / 'docs' / 'guides' / 'openai.md').read_text()
 
 
 def test_replies_are_sent_without_delay() -> None:
