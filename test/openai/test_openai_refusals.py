@@ -171,7 +171,7 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_missing_libraries_are_named_with_how_to_install_them(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, 'uvicorn', None)
-    assert serve(arguments().parse_args([]), '', None) == 2
+    assert serve(arguments().parse_args([]), None) == 2
     assert f'uvicorn is missing or too old: pip install {LIBRARIES}' in capsys.readouterr().err
 
 
@@ -189,13 +189,27 @@ def test_replies_are_sent_without_delay() -> None:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_a_key_file_or_port_that_is_not_to_be_had_is_named(
-        server: ServerProcess, tmp_path: Path) -> None:
-    (tmp_path / 'empty').write_text('\n')
-    for given, why in (
-            (('--api-key-file', str(tmp_path / 'none')), 'No such file'),
-            (('--api-key-file', str(tmp_path / 'empty')), 'the first line is empty'),
-            (('--port', str(server.port)), 'in use')):
-        done = program(*given)
-        assert (done.returncode, why in done.stderr) == (2, True), done
-        assert 'Traceback' not in done.stderr
+@pytest.mark.parametrize(('name', 'value', 'why'), [
+    ('--api-key-file', 'none', 'No such file'),
+    ('--api-key-file', 'empty', 'the first line is empty'),
+    ('--api-key-file', 'binary', "can't decode"),
+    ('--port', '70000', "'70000' is not a number from 0 to 65535"),
+    ('--port', 'http', "'http' is not a number"),
+    ('--max-concurrent', '0', "'0' is not a number from 1"),
+    ('--max-body-bytes', '-5', "'-5' is not a number from 1")])
+def test_an_invalid_argument_is_named(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        name: str, value: str, why: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('empty').write_text('\n')
+    Path('binary').write_bytes(b'\xff\xfe key')
+    with pytest.raises(SystemExit) as ended:
+        arguments().parse_args([f'{name}={value}'])
+    message = capsys.readouterr().err
+    assert (ended.value.code, f'argument {name}: ' in message, why in message) == (2, True, True)
+
+
+def test_a_port_that_is_in_use_is_named(server: ServerProcess) -> None:
+    done = program('--port', str(server.port))
+    assert (done.returncode, 'in use' in done.stderr) == (2, True), done
+    assert 'Traceback' not in done.stderr
