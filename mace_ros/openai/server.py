@@ -44,8 +44,10 @@ def serve(given: argparse.Namespace, client: MaceClient) -> int:
         client, model_name=given.model_name or client.name.strip('/'), timeout_s=given.timeout,
         limits=Limits(given.key or '', given.max_body_bytes, given.max_concurrent,
                       min(Limits.body_timeout_s, given.timeout)))
+    # The stack that is tested and measured, whichever others are installed.
     server = uvicorn.Server(uvicorn.Config(
-        app, log_level='warning', access_log=False, timeout_graceful_shutdown=SHUTDOWN_S))
+        app, http='h11', loop='asyncio', ws='none', log_level='warning', access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_S))
     host = f'[{given.host}]' if ':' in given.host else given.host
     print(f'{client.name} is served on http://{host}:{listener.getsockname()[1]}/v1',
           file=sys.stderr, flush=True)
