@@ -96,6 +96,8 @@ def test_a_stream_has_the_same_text_and_the_usage(client: OpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-2].model_extra['mace_ros']['adapter_version'] == (
+        whole.model_extra['mace_ros']['adapter_version'])
 
 
 def test_null_is_the_default_of_a_field(client: OpenAI) -> None:
