@@ -119,7 +119,7 @@ class Server:
             raise
 
     def _must_serve(self) -> None:
-        if self._client.version() is None or not self._client.is_connected():
+        if not self._client.is_ready():
             raise self._not_ready('not ready')
 
     def _not_ready(self, state: str) -> ApiError:

@@ -29,6 +29,9 @@ class Metrics:
         self.requests = Counter(
             'mace_http_requests', 'Requests by path and status', ['path', 'status'],
             registry=self.registry)
+        # Without it, the numbers of a node that has ended would pass for those of now.
+        Gauge('mace_up', 'Whether the node serves; if not, mace_scheduler_* are its last numbers',
+              registry=self.registry).set_function(client.is_ready)
         self._queries = Counter(
             'mace_queries', 'Queries that ended, those of ROS included', ['finish_reason'],
             registry=self.registry)

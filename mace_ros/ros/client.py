@@ -140,6 +140,10 @@ class MaceClient:
         return all(publisher.get_subscription_count()
                    for publisher in (self._query, self._correction, self._cancel))
 
+    def is_ready(self) -> bool:
+        """Return whether the node serves and is connected."""
+        return self.version() is not None and self.is_connected()
+
     def wait_until_ready(self, timeout_s: float | None = None) -> AdapterVersion:
         """
         Wait until the node serves and is connected; return the robot's live version.
@@ -148,7 +152,7 @@ class MaceClient:
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while '' not in self._versions or not self.is_connected():
+            while not self.is_ready():
                 if end is not None and time.monotonic() > end:
                     raise TimeoutError(f'the node is not ready after {timeout_s} s')
                 self._changed.wait(DISCOVERY_POLL_S)

@@ -469,5 +469,6 @@ def test_the_server_answers_after_deep_cut_and_explosive_bodies(
 def test_the_servers_metrics_are_those_of_the_node(server: ServerProcess) -> None:
     assert server.metric('mace_ttft_seconds_count') > 10
     assert server.metric('mace_scheduler_memory_budget_mb') > 0
+    assert server.metric('mace_up') == 1
     assert server.metric(
         'mace_http_requests_total{path="/v1/chat/completions",status="200"}') > 10

@@ -84,6 +84,7 @@ def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) ->
         status, reply, headers = server.request(method, path, body, KEY)
         assert (status, reply['error']['code'], headers['retry-after']) == (503, 'not_ready', '1')
     assert server.request('GET', '/health')[1]['state'] == 'absent'
+    assert '\nmace_up 0.0\n' in server.request('GET', '/metrics')[1]
     assert server.request('GET', '/v1/models', None, KEY)[1] == {'object': 'list', 'data': []}
 
 
