@@ -41,7 +41,7 @@ class Server:
 
     def __init__(self, client: MaceClient, *, models: Models, metrics: Metrics,
                  timeout_s: float) -> None:
-        """``timeout_s`` is how long a request waits for a message of the node."""
+        """``timeout_s`` is how long a request waits for a message from the node."""
         self._client, self._models, self._timeout_s = client, models, timeout_s
         self._feedback, self._metrics = Feedback(client), metrics
         self._lifecycle = LifecycleState(client)
@@ -146,7 +146,7 @@ class AnswerStream(StreamingResponse):
 async def _events(answer: Answer, streamed: StreamedReply) -> AsyncIterator[str]:
     try:
         async for chunk in answer.chunks():
-            # Written at once, since each write costs the first token time.
+            # Written together, because each separate write delays the first token.
             if events := ''.join(map(_event, streamed.chunk(chunk))):
                 yield events
         response = await answer.response()

@@ -65,11 +65,12 @@ class LimitsMiddleware:
                                kind='authentication_error', code='invalid_api_key')
         elif b'origin' in headers:
             # Any page that is open in a browser on this machine could teach the robot.
-            raise ApiError(403, 'requests of web pages need an API key (--api-key-file)',
+            raise ApiError(403, 'requests from web pages need an API key (--api-key-file)',
                            kind='permission_error', code='origin_refused')
         if self._running[scope['path'] in COMPLETIONS] >= self._limits.max_concurrent:
             raise ApiError(
-                429, f'{self._limits.max_concurrent} requests run already (--max-concurrent)',
+                429, f'{self._limits.max_concurrent} requests are already running '
+                '(--max-concurrent)',
                 kind='rate_limit_error', code='too_many_requests')
         length = headers.get(b'content-length', b'0')
         if length.isdigit() and int(length[:20]) > self._limits.max_body_bytes:
@@ -79,7 +80,7 @@ class LimitsMiddleware:
         try:
             body = await asyncio.wait_for(self._body(receive), self._limits.body_timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
-            error = ApiError(408, 'the body did not arrive', code='timeout')
+            error = ApiError(408, 'the request body did not arrive in time', code='timeout')
             await error.reply()(scope, receive, send)
             return
         except ApiError as error:

@@ -21,7 +21,7 @@ PHASES = {'queue_ms': 'from arrival to the first prefill',
 
 
 class Metrics:
-    """Counts what the node tells of its queries, and shows what it tells of its scheduler."""
+    """Counts what the node reports about its queries, and shows the numbers of its scheduler."""
 
     def __init__(self, client: MaceClient) -> None:
         """Subscribe with the client's node."""

@@ -180,10 +180,10 @@ class CompletionRequest(Request):
 
 class FeedbackRequest(Body):
     """
-    The body of /v1/feedback; one of ``corrected``, ``hint`` and ``rating`` is needed.
+    The body of /v1/feedback; exactly one of ``corrected``, ``hint`` and ``rating`` is required.
 
     ``id`` is that of a completion, or of the feedback whose proposal is confirmed;
-    ``feedback_id`` is the one that this feedback shall have.
+    ``feedback_id`` is the one to give this feedback.
     """
 
     id: Text = Field(min_length=1)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Serve OpenAI's API over HTTP, for programs that speak no ROS."""
+"""Serve OpenAI's API over HTTP, for programs without ROS."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LIBRARIES = '"starlette>=0.37" "uvicorn>=0.30" "pydantic>=2.7" "prometheus-clien
 MAX_TIMEOUT_S = 1e6     # of a socket
 SEND_BUFFER = 2**18     # bytes of a reply in the kernel that the client has not read
 SHUTDOWN_S = 2      # for running answers, after which they are cancelled
-# Between the threads of ROS and of HTTP, seconds. Python's own 5 ms are as long as all that HTTP
-# adds to the time to first token.
+# Thread switch interval between ROS and HTTP, in seconds. Python's default of 5 ms is as long as
+# everything HTTP adds to TTFT.
 SWITCH_INTERVAL_S = 0.0005
 
 
@@ -104,7 +104,9 @@ def key_in(file: str) -> str:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the arguments."""
-    made = parser('mace_openai', __doc__)
+    made = parser('mace_openai', __doc__, timeout_help=(
+        "seconds to wait for the node's next message, and for a client that does not read its "
+        'reply'))
     made.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
                       help='address to listen on (default: 127.0.0.1, this machine only)')
     made.add_argument('--port', type=number(0, 65535), default=8000, metavar='N',
