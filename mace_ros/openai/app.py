@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 import json
 import time
 from typing import Any, TypeVar
@@ -32,6 +33,9 @@ from mace_ros.openai.protocol import ChatRequest, CompletionRequest, FeedbackReq
 from mace_ros.openai.queries import chat_fields, completion_fields
 from mace_ros.openai.replies import ChatReply, CompletionReply, StreamedReply
 from mace_ros.ros.client import MaceClient
+
+DONE = 'data: [DONE]\n\n'
+LAST_EVENT_S = 0.5      # to send the last event of a stream when the server ends
 
 T = TypeVar('T')
 
@@ -114,6 +118,9 @@ class Server:
             streamed = StreamedReply(
                 reply, include_usage=bool(options and options.include_usage))
             return AnswerStream(answer, streamed)
+        except asyncio.CancelledError as error:
+            answer.close()
+            raise _server_ends() from error
         except BaseException:
             answer.close()
             raise
@@ -139,6 +146,11 @@ class AnswerStream(StreamingResponse):
         """Send the events."""
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            last = f'{_event(_server_ends().body)}{DONE}'.encode()
+            with suppress(asyncio.TimeoutError):    # a client that does not read
+                await asyncio.wait_for(
+                    send({'type': 'http.response.body', 'body': last}), LAST_EVENT_S)
         finally:
             self._answer.close()
 
@@ -157,11 +169,16 @@ async def _events(answer: Answer, streamed: StreamedReply) -> AsyncIterator[str]
             yield _event(each)
     except ApiError as error:
         yield _event(error.body)
-    yield 'data: [DONE]\n\n'
+    yield DONE
 
 
 def _event(value: dict[str, Any]) -> str:
     return f'data: {json.dumps(value, separators=(",", ":"), ensure_ascii=False)}\n\n'
+
+
+def _server_ends() -> ApiError:
+    """Return the error of an answer whose task the server cancels when it ends."""
+    return ApiError(503, 'the server ends', kind='server_error', code='server_ended')
 
 
 async def _unless_disconnected(http: HttpRequest, work: Awaitable[T]) -> T:

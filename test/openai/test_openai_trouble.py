@@ -231,11 +231,19 @@ def test_a_stream_that_is_not_read_does_not_fill_the_memory(server: ServerProces
 def test_a_server_that_ends_cancels_its_answers(
         server: ServerProcess, tmp_path: Path, node: NodeProcess) -> None:
     before = cancelled(server)
-    with serving(tmp_path, node) as ending, streamed(
-            ending, max_tokens=3900, logit_bias=END_TOKENS) as begun:
-        assert begun.readline().startswith(b'data: {')
+    endless = {'max_tokens': 3900, 'logit_bias': END_TOKENS}
+    with serving(tmp_path, node) as ending, MaceClient() as client, Recorder(
+            client, response_chunk=ResponseChunk) as recorder, streamed(
+            ending, **endless) as begun, ThreadPoolExecutor(1) as threads:
+        whole = threads.submit(ending.request, 'POST', CHAT, hi(**endless))
+        assert wait_until(lambda: len({m.query_id for m in recorder.messages}) == 2, 20.0)
         assert ending.stop() == 0, ending.log
-        assert wait_until(lambda: cancelled(server) == before + 1, 20.0)
+        *_, error, done = [line for line in begun.read().decode().split('\n') if line]
+        status, body, _ = whole.result(20.0)
+        assert wait_until(lambda: cancelled(server) == before + 2, 20.0)
+    event = json.loads(error.removeprefix('data: '))
+    assert (event['error']['code'], done) == ('server_ended', 'data: [DONE]')
+    assert (status, body['error']['code']) == (503, 'server_ended')
 
 
 def test_feedback_on_an_answer_that_another_client_gets_does_not_hold_the_server_up(
