@@ -26,8 +26,8 @@ ARGUMENTS = [
         description='Name of the node, whose topics are then NAME/...'),
     DeclareLaunchArgument(
         'remappings', default_value='',
-        description='Remapping rules of node and monitor, as /mace/query:=/ask; separated by '
-                    'spaces'),
+        description='Remapping rules of the node, the monitor and the server of openai, as '
+                    '/mace/query:=/ask; separated by spaces'),
     DeclareLaunchArgument(
         'params_file',
         default_value=PathJoinSubstitution([FindPackageShare('mace_ros'), 'config', 'mace.yaml']),

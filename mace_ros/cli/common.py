@@ -29,14 +29,15 @@ STATES = {getattr(CorrectionStatus, name): name for name in (
     'RECORDED')}
 
 
-def parser(name: str, description: str, *, timeout_s: float = 60.0) -> argparse.ArgumentParser:
+def parser(name: str, description: str, *, timeout_s: float = 60.0,
+           timeout_help: str = 'how long to wait for a message') -> argparse.ArgumentParser:
     """Return a parser with the arguments of every program; ``timeout_s`` is a default."""
     made = argparse.ArgumentParser(prog=name, description=description, epilog=EPILOG)
     made.add_argument('--node', default='mace', metavar='NAME',
                       help='name of the node: full, such as /robot1/mace, or relative to the '
                            'namespace that --ros-args -r __ns:=... sets (default: mace)')
     made.add_argument('--timeout', type=seconds, default=timeout_s, metavar='SECONDS',
-                      help=f'how long to wait for a message (default: {timeout_s:g})')
+                      help=f'{timeout_help} (default: {timeout_s:g})')
     return made
 
 

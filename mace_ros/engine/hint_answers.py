@@ -19,8 +19,9 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine.active_request import ActiveRequest, PREFILL_ID, RequestKind
 from mace_ros.engine.inbox import AnswerWritten, CorrectionWritten, Inbox
 from mace_ros.learning.acceptance import Accepted, take_hint_answer
-from mace_ros.model.chat import ChatTokenizer, TextStream
+from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.sampling import Sampling
+from mace_ros.model.tool_call_stream import text_stream
 from mace_ros.scheduling.request import Request
 from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.records import CorrectionRecord, Messages
@@ -63,7 +64,8 @@ class HintAnswers:
             hint = _Hint(self._waiting.popleft(), longest)
             record = hint.record
             try:
-                ids = self._chat.prompt(with_hint(record.messages, record.hint))
+                ids = self._chat.prompt(
+                    with_hint(record.messages, record.hint), record.tools)
             except Exception as error:    # a chat template that refuses the messages
                 self._answered(hint, '', f'{type(error).__name__}: {error}')
                 continue
@@ -95,8 +97,9 @@ class HintAnswers:
             query=Query('', id=request.id, profile=record.profile),
             # Without the hint, because these decide which version's scope the question is in.
             messages=tuple(dict(m) for m in record.messages), ids=ids, request=request,
-            sampling=Sampling(0.0, 1.0, 0), stream=TextStream(self._chat),
-            kind=RequestKind.HINT, adapted_from=self._chat.adapted_from(ids))
+            sampling=Sampling(0.0, 1.0, 0), stream=text_stream(self._chat, (), record.tools),
+            kind=RequestKind.HINT, tools=record.tools,
+            adapted_from=self._chat.adapted_from(ids))
 
     def _answered(self, hint: _Hint, text: str, problem: str) -> None:
         """Write the answer to the journal, or the reason why there is none."""
@@ -117,7 +120,7 @@ class HintAnswers:
 
 
 def with_hint(messages: Messages, hint: str) -> list[dict[str, str]]:
-    """Return the messages with the hint before the last question."""
+    """Return the messages with the hint before the last question, or before a raw prompt."""
     made = [dict(message) for message in messages]
     for message in reversed(made):
         if message['role'] == 'user':

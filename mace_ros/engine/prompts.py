@@ -52,8 +52,6 @@ def build_prompt(query: Query, conversation: Conversation, chat: ChatTokenizer,
 
 
 def _ids(messages: tuple[Message, ...], tools: Tools, chat: ChatTokenizer) -> list[int]:
-    if messages[0].get('raw'):
-        return chat.raw_prompt(messages[0]['content'])
     try:
         return chat.prompt(messages, tools)
     except TemplateRefusal as error:

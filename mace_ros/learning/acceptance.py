@@ -23,6 +23,8 @@ from mace_ros.store.records import AnswerRecord, CorrectionRecord
 # of the benchmark, and one of a hundred questions about another subject (docs/log/).
 SAME_QUESTION = 0.85
 
+USED_ID = 'id: used before, for another correction'
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -63,12 +65,15 @@ class Accepted:
 def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, settings: Settings,
            longest: int, arrived: float) -> Accepted:
     """
-    Write a checked correction to the journal, in its thread, unless the id is on record.
+    Write a checked correction to the journal, in its thread, unless it is on record.
 
     A text for a hint that is on record confirms the hint. ``longest`` is the maximum number of
-    tokens of a prompt with its answer. Raises :class:`InvalidCorrection`.
+    tokens of a prompt with its answer. Raises :class:`InvalidCorrection`, also for an id that
+    another correction has.
     """
     known = journal.correction(correction.id)
+    if known is not None and not _is_on_record(correction, known):
+        raise InvalidCorrection(USED_ID)
     if known is not None and known.state is CorrectionState.PROPOSED and correction.corrected:
         return _confirm(known, correction.corrected, journal, chat, settings, longest, arrived)
     if known is not None:
@@ -80,6 +85,15 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, set
     superseded = (journal.supersede(record) if record.state is CorrectionState.ACCEPTED else ())
     deleted = journal.limit_corrections(settings.storage.max_corrections)
     return Accepted(record, True, arrived, superseded, deleted)
+
+
+def _is_on_record(correction: Correction, known: CorrectionRecord) -> bool:
+    """Return whether a correction with the id of ``known`` repeats or confirms that one."""
+    confirms = known.state is CorrectionState.PROPOSED
+    # A conversation has other answers by now, and what is empty does not contradict.
+    return ((correction.query_id in ('', known.query_id) or bool(correction.conversation_id))
+            and (confirms or correction.corrected in ('', known.corrected))
+            and correction.hint in ('', known.hint))
 
 
 def take_hint_answer(record: CorrectionRecord, text: str, problem: str, journal: Journal, *,

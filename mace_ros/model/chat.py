@@ -86,8 +86,11 @@ class ChatTokenizer:
         """
         Return the ids of a conversation, up to the start of the next response.
 
+        A raw prompt is a single message, which is taken as it is.
         Raises :class:`TemplateRefusal` if the chat template does not take it.
         """
+        if messages[0].get('raw'):
+            return self.raw_prompt(messages[0]['content'])
         if tools and self.tool_format is None:
             raise TemplateRefusal(
                 f'tools: the chat template of {self.tokenizer.name_or_path or "the model"} '

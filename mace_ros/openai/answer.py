@@ -83,7 +83,8 @@ class Answer:
 
     def _on_message(self) -> None:
         """Let the event loop look; end an answer that is not read; in the client's thread."""
-        if self._read is not None and len(self._handle.chunks) > self._read + MAX_UNREAD:
+        if self._read is not None and not self._is_slow and (
+                len(self._handle.chunks) > self._read + MAX_UNREAD):
             self._is_slow = True
             self.close()
         self._arrivals.announce()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 import json
 import time
 from typing import Any, TypeVar
@@ -33,6 +34,9 @@ from mace_ros.openai.queries import chat_fields, completion_fields
 from mace_ros.openai.replies import ChatReply, CompletionReply, StreamedReply
 from mace_ros.ros.client import MaceClient
 
+DONE = 'data: [DONE]\n\n'
+LAST_EVENT_S = 0.5      # to send the last event of a stream when the server ends
+
 T = TypeVar('T')
 
 
@@ -41,7 +45,7 @@ class Server:
 
     def __init__(self, client: MaceClient, *, models: Models, metrics: Metrics,
                  timeout_s: float) -> None:
-        """``timeout_s`` is how long a request waits for a message of the node."""
+        """``timeout_s`` is how long a request waits for a message from the node."""
         self._client, self._models, self._timeout_s = client, models, timeout_s
         self._feedback, self._metrics = Feedback(client), metrics
         self._lifecycle = LifecycleState(client)
@@ -112,14 +116,17 @@ class Server:
                 raise refused
             options = request.stream_options
             streamed = StreamedReply(
-                reply, include_usage=options is not None and options.include_usage)
+                reply, include_usage=bool(options and options.include_usage))
             return AnswerStream(answer, streamed)
+        except asyncio.CancelledError as error:
+            answer.close()
+            raise _server_ends() from error
         except BaseException:
             answer.close()
             raise
 
     def _must_serve(self) -> None:
-        if self._client.version() is None or not self._client.is_connected():
+        if not self._client.is_ready():
             raise self._not_ready('not ready')
 
     def _not_ready(self, state: str) -> ApiError:
@@ -139,6 +146,11 @@ class AnswerStream(StreamingResponse):
         """Send the events."""
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            last = f'{_event(_server_ends().body)}{DONE}'.encode()
+            with suppress(asyncio.TimeoutError):    # a client that does not read
+                await asyncio.wait_for(
+                    send({'type': 'http.response.body', 'body': last}), LAST_EVENT_S)
         finally:
             self._answer.close()
 
@@ -146,7 +158,7 @@ class AnswerStream(StreamingResponse):
 async def _events(answer: Answer, streamed: StreamedReply) -> AsyncIterator[str]:
     try:
         async for chunk in answer.chunks():
-            # Written at once, since each write costs the first token time.
+            # Written together, because each separate write delays the first token.
             if events := ''.join(map(_event, streamed.chunk(chunk))):
                 yield events
         response = await answer.response()
@@ -157,11 +169,16 @@ async def _events(answer: Answer, streamed: StreamedReply) -> AsyncIterator[str]
             yield _event(each)
     except ApiError as error:
         yield _event(error.body)
-    yield 'data: [DONE]\n\n'
+    yield DONE
 
 
 def _event(value: dict[str, Any]) -> str:
     return f'data: {json.dumps(value, separators=(",", ":"), ensure_ascii=False)}\n\n'
+
+
+def _server_ends() -> ApiError:
+    """Return the error of an answer whose task the server cancels when it ends."""
+    return ApiError(503, 'the server ends', kind='server_error', code='server_ended')
 
 
 async def _unless_disconnected(http: HttpRequest, work: Awaitable[T]) -> T:

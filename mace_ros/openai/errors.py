@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from mace_ros.msg import Response
 
 RETRY_AFTER_S = 1
+CANCELLED = 'cancelled'     # the code of an answer that was cancelled over ROS
 
 # Status, type and code of each error code of a response.
 _KINDS = {
@@ -25,6 +26,10 @@ _KINDS = {
     Response.SLO_UNREACHABLE: (429, 'rate_limit_error', 'slo_unreachable'),
     Response.NOT_SERVING: (503, 'server_error', 'not_serving'),
 }
+
+# Fields of a query that have other names in OpenAI's API.
+_OPENAI_NAMES = {'response_schema': 'response_format', 'logit_bias_tokens': 'logit_bias',
+                 'logit_bias_values': 'logit_bias', 'text': 'prompt'}
 
 
 class ApiError(Exception):
@@ -45,9 +50,13 @@ class ApiError(Exception):
         """
         Return the reply, with other fields ``beside`` the error.
 
-        Clients wait and try again after 429 and 503.
+        Clients wait and try again after 429 and 503, but must not start again what was cancelled.
         """
-        headers = {'Retry-After': str(RETRY_AFTER_S)} if self.status in (429, 503) else None
+        headers = {}
+        if self.code == CANCELLED:
+            headers['x-should-retry'] = 'false'     # which OpenAI's clients obey
+        elif self.status in (429, 503):
+            headers['Retry-After'] = str(RETRY_AFTER_S)
         return JSONResponse({**self.body, **beside}, self.status, headers)
 
 
@@ -56,12 +65,20 @@ def error_of(response: Response) -> ApiError | None:
     if response.finish_reason in (Response.STOP, Response.LENGTH):
         return None
     if response.finish_reason == Response.CANCELLED:
-        return ApiError(503, 'the answer was cancelled', kind='server_error', code='cancelled')
+        return ApiError(503, 'the answer was cancelled', kind='server_error', code=CANCELLED)
     status, kind, code = _KINDS.get(
         response.error_code, (500, 'server_error', 'internal_error'))
-    param = response.error.partition(':')[0]
-    return ApiError(status, response.error, kind=kind, code=code,
-                    param=param if status == 400 and param.replace('_', '').isalnum() else None)
+    message, param = _openai_names(response.error)
+    return ApiError(status, message, kind=kind, code=code, param=param if status == 400 else None)
+
+
+def _openai_names(error: str) -> tuple[str, str | None]:
+    """Return an error and the invalid field, if it names one, as OpenAI's API calls it."""
+    field = re.match(r'([a-z_]+)(\[\d+\])?: ', error)
+    if field is None:
+        return error, None
+    name = _OPENAI_NAMES.get(field[1], field[1])
+    return name + error[field.end(1):], name
 
 
 def error_of_body(error: ValidationError) -> ApiError:

@@ -18,7 +18,7 @@ from mace_ros.ros.client import MaceClient
 from mace_ros.ros.client_handles import CorrectionHandle
 
 REMEMBERED = 1000       # corrections whose status can be read
-FIRST_STATUS_S = 1.0    # how long a reply waits for what the node says, if it can say it yet
+FIRST_STATUS_S = 1.0    # how long a reply waits for the first status
 WAITING = 'waiting'     # for the end of the answer, or for the node
 
 
@@ -47,7 +47,8 @@ class Feedback:
         wanted = [name for name in ('corrected', 'hint', 'rating')
                   if getattr(request, name) is not None]
         if len(wanted) != 1:
-            raise ApiError(400, 'one of corrected, hint and rating is needed', param='corrected')
+            raise ApiError(400, 'exactly one of corrected, hint and rating is required',
+                           param='corrected')
         if request.id in self._given:
             return await self._confirm(request)
         feedback_id = request.feedback_id or f'feedback-{uuid.uuid4().hex}'
@@ -68,7 +69,7 @@ class Feedback:
         """Confirm the proposal of a hint, or replace it by another text."""
         given = self._given[request.id]
         if not request.corrected:
-            raise ApiError(400, 'a proposal is confirmed by its text as corrected',
+            raise ApiError(400, 'to confirm a proposal, send its text as corrected',
                            param='corrected')
         before, known = given.handle, len(given.handle.statuses)
         given.handle = self._client.correct(
@@ -108,6 +109,8 @@ def _rejection(reason: str) -> ApiError:
     """Return the error of a correction that the node refused for this reason."""
     if reason.endswith('try again later'):
         return ApiError(429, reason, kind='rate_limit_error', code='rejected')
+    if reason.startswith('id: used'):
+        return ApiError(409, reason, code='duplicate_id', param='feedback_id')
     param = reason.partition(':')[0]
     return ApiError(404 if reason.startswith('query_id: no answer') else 400, reason,
                     code='rejected', param=param if param.isidentifier() else None)

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The lifecycle state of the node, which it tells when asked."""
+"""The lifecycle state of the node, read from its service."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 import hmac
 
@@ -12,10 +13,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mace_ros.openai.errors import ApiError
 
+# A robot that answers as many clients as it may can still be corrected.
+COMPLETIONS = ('/v1/chat/completions', '/v1/completions')
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of requests below /v1; an empty ``key`` switches authentication off."""
+    """
+    Limits of requests below /v1; an empty ``key`` switches authentication off.
+
+    ``max_concurrent`` applies to completions, and by itself to all other requests.
+    """
 
     key: str = ''
     max_body_bytes: int = 2**20
@@ -28,7 +36,7 @@ class LimitsMiddleware:
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app, self._limits = app, limits
-        self._running = 0
+        self._running: Counter[bool] = Counter()    # by whether they are completions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -40,26 +48,29 @@ class LimitsMiddleware:
         except ApiError as error:
             await error.reply()(scope, receive, send)
             return
-        self._running += 1
+        kind = scope['path'] in COMPLETIONS
+        self._running[kind] += 1
         try:
             await self._serve(scope, receive, send)
         finally:
-            self._running -= 1
+            self._running[kind] -= 1
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope['headers'])
         if self._limits.key:
-            given = headers.get(b'authorization', b'').removeprefix(b'Bearer ')
-            if not hmac.compare_digest(given, self._limits.key.encode()):
+            scheme, _, given = headers.get(b'authorization', b'').partition(b' ')
+            if scheme.lower() != b'bearer' or not hmac.compare_digest(
+                    given.strip(), self._limits.key.encode()):
                 raise ApiError(401, 'the API key is missing or wrong',
                                kind='authentication_error', code='invalid_api_key')
         elif b'origin' in headers:
             # Any page that is open in a browser on this machine could teach the robot.
-            raise ApiError(403, 'requests of web pages need an API key (--api-key-file)',
+            raise ApiError(403, 'requests from web pages need an API key (--api-key-file)',
                            kind='permission_error', code='origin_refused')
-        if self._running >= self._limits.max_concurrent:
+        if self._running[scope['path'] in COMPLETIONS] >= self._limits.max_concurrent:
             raise ApiError(
-                429, f'{self._limits.max_concurrent} requests run already (--max-concurrent)',
+                429, f'{self._limits.max_concurrent} requests are already running '
+                '(--max-concurrent)',
                 kind='rate_limit_error', code='too_many_requests')
         length = headers.get(b'content-length', b'0')
         if length.isdigit() and int(length[:20]) > self._limits.max_body_bytes:
@@ -69,7 +80,7 @@ class LimitsMiddleware:
         try:
             body = await asyncio.wait_for(self._body(receive), self._limits.body_timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
-            error = ApiError(408, 'the body did not arrive', code='timeout')
+            error = ApiError(408, 'the request body did not arrive in time', code='timeout')
             await error.reply()(scope, receive, send)
             return
         except ApiError as error:

@@ -21,7 +21,7 @@ PHASES = {'queue_ms': 'from arrival to the first prefill',
 
 
 class Metrics:
-    """Counts what the node tells of its queries, and shows what it tells of its scheduler."""
+    """Counts what the node reports about its queries, and shows the numbers of its scheduler."""
 
     def __init__(self, client: MaceClient) -> None:
         """Subscribe with the client's node."""
@@ -29,6 +29,9 @@ class Metrics:
         self.requests = Counter(
             'mace_http_requests', 'Requests by path and status', ['path', 'status'],
             registry=self.registry)
+        # Without it, the numbers of a node that has ended would pass for those of now.
+        Gauge('mace_up', 'Whether the node serves; if not, mace_scheduler_* are its last numbers',
+              registry=self.registry).set_function(client.is_ready)
         self._queries = Counter(
             'mace_queries', 'Queries that ended, those of ROS included', ['finish_reason'],
             registry=self.registry)

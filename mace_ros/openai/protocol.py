@@ -116,14 +116,14 @@ class FormatParam(Body):
 class StreamOptions(Body):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Request(Body):
     """Fields that chat completions and completions share."""
 
     model: Text
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0, le=INT32)
     temperature: Number | None = Field(None, ge=0, le=5)
@@ -180,10 +180,10 @@ class CompletionRequest(Request):
 
 class FeedbackRequest(Body):
     """
-    The body of /v1/feedback; one of ``corrected``, ``hint`` and ``rating`` is needed.
+    The body of /v1/feedback; exactly one of ``corrected``, ``hint`` and ``rating`` is required.
 
     ``id`` is that of a completion, or of the feedback whose proposal is confirmed;
-    ``feedback_id`` is the one that this feedback shall have.
+    ``feedback_id`` is the one to give this feedback.
     """
 
     id: Text = Field(min_length=1)

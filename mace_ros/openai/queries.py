@@ -35,7 +35,7 @@ def chat_fields(request: ChatRequest) -> dict[str, Any]:
     if request.logprobs:
         fields['logprobs'] = (request.top_logprobs or 0) + 1
     elif request.top_logprobs:
-        raise ApiError(400, 'top_logprobs: needs logprobs: true', param='top_logprobs')
+        raise ApiError(400, 'top_logprobs requires logprobs: true', param='top_logprobs')
     if request.response_format is not None:
         fields |= _format(request.response_format)
     return fields
@@ -68,7 +68,7 @@ def _fields(request: Request) -> dict[str, Any]:
 
 def _token(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > 10 or int(text) > INT32:
-        raise ApiError(400, f'logit_bias: {text[:20]!r} is no token id', param='logit_bias')
+        raise ApiError(400, f'logit_bias: {text[:20]!r} is not a token id', param='logit_bias')
     return int(text)
 
 

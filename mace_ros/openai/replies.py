@@ -100,17 +100,18 @@ class ChatReply:
         """Return the chunk of a piece of an answer, which begins at ``offset``."""
         return self._chunk(answer, {'content': text}, logprobs=chat_logprobs(positions))
 
-    def last(self, answer: Choice) -> Iterator[dict[str, Any]]:
-        """Yield the chunks that end an answer."""
+    def last(self, answer: Choice, response: Response) -> Iterator[dict[str, Any]]:
+        """Yield the chunks that end an answer; the last one has the fields of the response."""
         if answer.tool_calls:
             yield self._chunk(answer.index, {
                 'tool_calls': tool_calls(answer.tool_calls, streamed=True)})
-        yield self._chunk(answer.index, {}, finish_reason=finish_reason(answer))
+        yield {**self._chunk(answer.index, {}, finish_reason=finish_reason(answer)),
+               'mace_ros': own_fields(response)}
 
     def end(self, response: Response) -> dict[str, Any]:
         """Return the chunk with the usage, after all answers."""
         return {**self._head, 'object': 'chat.completion.chunk', 'choices': [],
-                'usage': usage(response), 'mace_ros': own_fields(response)}
+                'usage': usage(response)}
 
     def _choice(self, answer: Choice) -> dict[str, Any]:
         message = {'role': 'assistant', 'content': answer.text, 'refusal': None}
@@ -150,9 +151,10 @@ class CompletionReply(ChatReply):
         """Return the chunk of a piece of an answer, which begins at ``offset``."""
         return self._piece(answer, text, completion_logprobs(positions, offset), None)
 
-    def last(self, answer: Choice) -> Iterator[dict[str, Any]]:
-        """Yield the chunk that ends an answer."""
-        yield self._piece(answer.index, '', None, finish_reason(answer))
+    def last(self, answer: Choice, response: Response) -> Iterator[dict[str, Any]]:
+        """Yield the chunk that ends an answer, with the fields of the response."""
+        yield {**self._piece(answer.index, '', None, finish_reason(answer)),
+               'mace_ros': own_fields(response)}
 
     def end(self, response: Response) -> dict[str, Any]:
         """Return the chunk with the usage, after all answers."""
@@ -185,7 +187,7 @@ class StreamedReply:
         for answer in answers(response):
             text, logprobs = self._sent.get(answer.index, (0, 0))
             yield from self._piece(answer.index, answer.text[text:], answer.logprobs[logprobs:])
-            yield from self._reply.last(answer)
+            yield from self._reply.last(answer, response)
         if self._include_usage:
             yield self._reply.end(response)
 

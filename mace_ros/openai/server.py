@@ -1,10 +1,11 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Serve OpenAI's API over HTTP, for programs that speak no ROS."""
+"""Serve OpenAI's API over HTTP, for programs without ROS."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 import signal
@@ -14,24 +15,25 @@ import sys
 from mace_ros.cli.common import parse, parser, run
 from mace_ros.ros.client import MaceClient
 
-LIBRARIES = 'starlette uvicorn pydantic prometheus-client'     # the extra mace-ros[openai]
+# The extra mace-ros[openai], as a shell takes it.
+LIBRARIES = '"starlette>=0.37" "uvicorn>=0.30" "pydantic>=2.7" "prometheus-client>=0.14"'
 MAX_TIMEOUT_S = 1e6     # of a socket
 SEND_BUFFER = 2**18     # bytes of a reply in the kernel that the client has not read
 SHUTDOWN_S = 2      # for running answers, after which they are cancelled
-# Between the threads of ROS and of HTTP, seconds. Python's own 5 ms are as long as all that HTTP
-# adds to the time to first token.
+# Thread switch interval between ROS and HTTP, in seconds. Python's default of 5 ms is as long as
+# everything HTTP adds to TTFT.
 SWITCH_INTERVAL_S = 0.0005
 
 
-def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
+def serve(given: argparse.Namespace, client: MaceClient) -> int:
     """Serve until a signal; return the exit code."""
     try:
         import uvicorn
 
         from mace_ros.openai.app import build_app
         from mace_ros.openai.limits import Limits
-    except ModuleNotFoundError as error:
-        print(f'{error.name} is missing: pip install {LIBRARIES}', file=sys.stderr)
+    except ImportError as error:
+        print(f'{error.name} is missing or too old: pip install {LIBRARIES}', file=sys.stderr)
         return 2
     try:
         listener = listen(given.host, given.port, given.timeout)
@@ -40,10 +42,12 @@ def serve(given: argparse.Namespace, key: str, client: MaceClient) -> int:
         return 2
     app = build_app(
         client, model_name=given.model_name or client.name.strip('/'), timeout_s=given.timeout,
-        limits=Limits(key, given.max_body_bytes, given.max_concurrent,
+        limits=Limits(given.key or '', given.max_body_bytes, given.max_concurrent,
                       min(Limits.body_timeout_s, given.timeout)))
+    # The stack that is tested and measured, whichever others are installed.
     server = uvicorn.Server(uvicorn.Config(
-        app, log_level='warning', access_log=False, timeout_graceful_shutdown=SHUTDOWN_S))
+        app, http='h11', loop='asyncio', ws='none', log_level='warning', access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_S))
     host = f'[{given.host}]' if ':' in given.host else given.host
     print(f'{client.name} is served on http://{host}:{listener.getsockname()[1]}/v1',
           file=sys.stderr, flush=True)
@@ -74,20 +78,47 @@ def listen(host: str, port: int, unread_s: float) -> socket.socket:
     return listener
 
 
+def number(low: int, high: int = 2**62) -> Callable[[str], int]:
+    """Return the type of an argument between ``low`` and ``high``."""
+    def parsed(text: str) -> int:
+        value = int(text) if text.isdecimal() else -1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f'{text!r} is not a number from {low}'
+                + (f' to {high}' if high < 2**62 else ''))
+        return value
+
+    return parsed
+
+
+def key_in(file: str) -> str:
+    """Return the key in a file; raises ``argparse.ArgumentTypeError``."""
+    try:
+        key = Path(file).read_text('utf-8').partition('\n')[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f'{file}: {error}') from error
+    if not key:
+        raise argparse.ArgumentTypeError(f'{file}: the first line is empty')
+    return key
+
+
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the arguments."""
-    made = parser('mace_openai', __doc__)
+    made = parser('mace_openai', __doc__, timeout_help=(
+        "seconds to wait for the node's next message, and for a client that does not read its "
+        'reply'))
     made.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
                       help='address to listen on (default: 127.0.0.1, this machine only)')
-    made.add_argument('--port', type=int, default=8000, metavar='N',
+    made.add_argument('--port', type=number(0, 65535), default=8000, metavar='N',
                       help='port to listen on; 0 chooses a free one (default: 8000)')
-    made.add_argument('--api-key-file', type=Path, metavar='FILE',
+    made.add_argument('--api-key-file', type=key_in, metavar='FILE', dest='key',
                       help='file whose first line is the key that requests must have')
     made.add_argument('--model-name', default='', metavar='NAME',
                       help='name of the model (default: that of the node, such as mace)')
-    made.add_argument('--max-concurrent', type=int, default=64, metavar='N',
-                      help='requests that run at once; others get 429 (default: 64)')
-    made.add_argument('--max-body-bytes', type=int, default=2**20, metavar='N',
+    made.add_argument('--max-concurrent', type=number(1), default=64, metavar='N',
+                      help='completions that run at once, beside as many other requests; those '
+                           'beyond get 429 (default: 64)')
+    made.add_argument('--max-body-bytes', type=number(1), default=2**20, metavar='N',
                       help='maximum size of a request (default: 1048576)')
     return made
 
@@ -95,17 +126,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the program; return the exit code."""
     given = parse(arguments())
-    key = ''
-    if given.api_key_file is not None:
-        try:
-            key = given.api_key_file.read_text().partition('\n')[0].strip()
-        except OSError as error:
-            print(f'--api-key-file: {error}', file=sys.stderr)
-            return 2
-        if not key:
-            print(f'--api-key-file {given.api_key_file}: the first line is empty', file=sys.stderr)
-            return 2
-    return run(lambda client: serve(given, key, client), given.node)
+    return run(lambda client: serve(given, client), given.node)
 
 
 if __name__ == '__main__':

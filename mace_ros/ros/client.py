@@ -14,14 +14,17 @@ Ask and correct from Python, without knowledge of ROS.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 import os
 import threading
 import time
 from typing import Any
 import uuid
+from weakref import WeakValueDictionary
 
 from rclpy.clock import Clock, ClockType
 from rclpy.context import Context
+from rclpy.duration import Duration
 from rclpy.expand_topic_name import expand_topic_name
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -47,6 +50,7 @@ LATCHED = QoSProfile(
     durability=DurabilityPolicy.TRANSIENT_LOCAL)
 DISCOVERY_POLL_S = 0.05
 PRESENCE_POLL_S = 0.5
+CANCEL_S = 0.5      # for a cancellation to arrive when the client is closed
 
 
 class MaceClient:
@@ -75,7 +79,8 @@ class MaceClient:
         self._context = context
         self._changed = threading.Condition()
         self._answers: dict[str, AnswerHandle] = {}
-        self._corrections: dict[str, CorrectionHandle] = {}
+        # Weak, since a proposal that is never confirmed has no final status.
+        self._corrections: WeakValueDictionary[str, CorrectionHandle] = WeakValueDictionary()
         self._versions: dict[str, AdapterVersion] = {}      # live, by profile
         # Handles given up at the next poll, after the node's last messages have arrived.
         self._leaving: list[AnswerHandle | CorrectionHandle] = []
@@ -120,8 +125,10 @@ class MaceClient:
         self.close()
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect, once the node has the cancellations."""
         self._executor.stop()
+        with suppress(RuntimeError):    # a middleware without acknowledgements
+            self._cancel.wait_for_all_acked(Duration(seconds=CANCEL_S))
         self.node.destroy_node()
         if self._own_context:
             self._context.try_shutdown()
@@ -133,6 +140,10 @@ class MaceClient:
         return all(publisher.get_subscription_count()
                    for publisher in (self._query, self._correction, self._cancel))
 
+    def is_ready(self) -> bool:
+        """Return whether the node serves and is connected."""
+        return self.version() is not None and self.is_connected()
+
     def wait_until_ready(self, timeout_s: float | None = None) -> AdapterVersion:
         """
         Wait until the node serves and is connected; return the robot's live version.
@@ -141,7 +152,7 @@ class MaceClient:
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while '' not in self._versions or not self.is_connected():
+            while not self.is_ready():
                 if end is not None and time.monotonic() > end:
                     raise TimeoutError(f'the node is not ready after {timeout_s} s')
                 self._changed.wait(DISCOVERY_POLL_S)
@@ -193,8 +204,9 @@ class MaceClient:
 
         One of ``query_id``, ``conversation_id`` and ``prompt`` is required. An empty
         ``corrected`` with a ``hint`` asks for a proposal, and without one is a thumbs-down. The
-        node accepts each id once, but for the text that confirms a proposal: while this client
-        waits for a correction, sending its id again returns the same handle.
+        node accepts each id once, but for the text that confirms a proposal, and rejects another
+        correction with it: while this client waits for a correction and keeps its handle, sending
+        its id again returns the same handle.
         """
         correction = Correction(
             id=correction_id or str(uuid.uuid4()), corrected=corrected, **fields)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import json
 from pathlib import Path
 import shutil
+import time
 
 import pytest
 from support.chat_templates import HERMES
@@ -17,12 +18,15 @@ from mace_ros.api.events import (
     ChatMessage,
     Correction,
     CorrectionState,
+    CorrectionStatus,
     ErrorCode,
     FinishReason,
     Tool,
     ToolCall,
 )
 from mace_ros.api.settings import Settings
+from mace_ros.engine.hint_answers import HintAnswers
+from mace_ros.engine.inbox import Inbox
 
 HI, WELL = ChatMessage('user', 'Hi there.'), ChatMessage('user', 'How are you?')
 MOVE = Tool('move', 'Moves to a place.', '{"type": "object", "properties": {"to": {}}}')
@@ -116,6 +120,27 @@ def test_a_call_is_learned_and_a_later_turn_uses_its_result(tool_robot: Robot) -
         ChatMessage('tool', 'Arrived.', tool_call_id=call.id)))
     assert result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
     assert result.prompt_tokens > answer.prompt_tokens
+
+
+@pytest.mark.parametrize('fields', [
+    {'messages': (HI,), 'tools': (MOVE,)}, {'text': '<|im_start|>Hi.', 'raw_prompt': True}])
+def test_a_hint_keeps_the_tools_and_the_raw_prompt(
+        tool_robot: Robot, fields: dict[str, object]) -> None:
+    hint = 'Say more.'
+    hinted = ({'text': f'{hint}\n\n{fields["text"]}'} if 'text' in fields
+              else {'messages': (ChatMessage('user', f'{hint}\n\n{HI.content}'),)})
+    for name, asked in (('without', fields), ('with', {**fields, **hinted})):
+        tool_robot.ask(**{'text': '', 'id': name, 'max_tokens': 3, **asked})
+    tool_robot.engine.correct(Correction('', id='hint', query_id='without', hint=hint))
+    tool_robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state in (
+        CorrectionState.PROPOSED, CorrectionState.FAILED))
+    journal = tool_robot.engine.parts.journal
+    record, answer = (journal.submit(read).result() for read in (
+        lambda j: j.correction('hint'), lambda j: j.answer('with')))
+    hints = HintAnswers(tool_robot.engine.settings, chat=tool_robot.engine.chat, journal=journal,
+                        inbox=Inbox(lambda: None), clock=time.monotonic)
+    hints.add(record)
+    assert hints.next(4096).ids == list(answer.prompt_ids)
 
 
 @pytest.mark.parametrize('choice', ['required', 'stop'])

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from support.robot import Robot, robot_with
 from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
+from mace_ros.learning.acceptance import USED_ID
 from mace_ros.store.export import export, import_lines
 from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL
@@ -130,6 +132,30 @@ def test_a_hint_is_answered_after_a_restart(everywhere: Settings, tmp_path: Path
     with robot_with(everywhere, tmp_path) as again:
         again.events += again.engine.start()
         assert until(again, 'hint', PROPOSED, FAILED).corrected == RIGHT
+
+
+def test_an_id_that_was_used_is_refused_for_another_correction(robot: Robot) -> None:
+    for name in ('q1', 'q2'):
+        robot.ask(f'Question {name}?', id=name)
+    first = Correction(RIGHT, id='one', query_id='q1')
+    assert robot.correct(first).state is LEARNED
+    for other in (replace(first, query_id='q2'), replace(first, corrected='Spot.'),
+                  replace(first, corrected='', hint=HINT)):
+        status = robot.correct(other)
+        assert (status.state, status.reason) == (CorrectionState.REJECTED, USED_ID), other
+    assert robot.correct(first).state is LEARNED, 'sent again'
+
+
+def test_a_confirmed_hint_may_be_sent_again_but_not_with_another_text(taught: Robot) -> None:
+    hint = Correction('', id='hint', query_id='q', hint=HINT)
+    taught.engine.correct(hint)
+    until(taught, 'hint', PROPOSED)
+    wrong = taught.correct(Correction(RIGHT, id='hint', query_id='another'))
+    assert (wrong.state, wrong.reason) == (CorrectionState.REJECTED, USED_ID)
+    text = Correction(RIGHT, id='hint', query_id='q')
+    assert taught.correct(text).state is LEARNED
+    assert [taught.correct(again).state for again in (hint, text)] == [LEARNED, LEARNED]
+    assert taught.correct(replace(text, corrected='Spot.')).reason == USED_ID
 
 
 def test_feedback_is_exported_and_imported_as_it_is(robot: Robot, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from mace_ros.msg import CorrectionStatus
 from openai import BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel, Field
 import pytest
@@ -95,6 +96,15 @@ def test_a_stream_has_the_same_text_and_the_usage(client: OpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-2].model_extra['mace_ros']['adapter_version'] == (
+        whole.model_extra['mace_ros']['adapter_version'])
+
+
+def test_null_is_the_default_of_a_field(client: OpenAI) -> None:
+    nulls = {'stream': None, 'parallel_tool_calls': None}
+    assert ask(client, 'Hi.', extra_body=nulls).object == 'chat.completion'
+    chunks = ask(client, 'Hi.', stream=True, stream_options={'include_usage': None})
+    assert all(chunk.choices for chunk in chunks)
 
 
 def test_eight_streams_at_once_give_the_answers_of_single_ones(client: OpenAI) -> None:
@@ -182,7 +192,8 @@ def test_an_invalid_schema_is_refused(client: OpenAI) -> None:
         with pytest.raises(BadRequestError) as refused:
             ask(client, 'Hi.', response_format=wanted)
         assert (refused.value.code, refused.value.param) == (
-            'invalid_parameter', 'response_schema')
+            'invalid_parameter', 'response_format')
+        assert 'response_format: ' in refused.value.message
     assert json.loads(ask(client, 'Hi.', response_format={
         'type': 'grammar', 'grammar': 'start: "[1, 2]"'}).choices[0].message.content) == [1, 2]
 
@@ -225,17 +236,24 @@ def test_models_are_the_robot_and_its_profiles(client: OpenAI, server: ServerPro
 def test_the_nodes_refusals_have_status_codes(client: OpenAI) -> None:
     for options, code in (
             ({'stop': ['x' * 300]}, 'invalid_parameter'), ({'temperature': 4.0}, None),
-            ({'tools': [MOVE], 'tool_choice': 'fly'}, 'invalid_parameter')):
+            ({'tools': [MOVE], 'tool_choice': 'fly'}, 'invalid_parameter'),
+            ({'logit_bias': {'99999999': 1}}, 'invalid_parameter'),
+            ({'messages': [{'role': 'tool', 'content': 'x', 'tool_call_id': 'a'}]},
+             'invalid_parameter')):
         for stream in (False, True):
             if code is None:
                 assert ask(client, 'Hi.', stream=stream, **options)
                 continue
             with pytest.raises(BadRequestError) as refused:
-                ask(client, 'Hi.', stream=stream, **options)
+                client.chat.completions.create(
+                    **{'model': 'mace', 'messages': messages('Hi.'), **options}, stream=stream)
             assert (refused.value.code, refused.value.param) == (code, next(reversed(options)))
     with pytest.raises(BadRequestError) as refused:
         ask(client, 'Hi. ' * 5000)
     assert refused.value.code == 'context_length_exceeded'
+    with pytest.raises(BadRequestError) as refused:
+        client.completions.create(model='mace', prompt='')
+    assert (refused.value.code, refused.value.param) == ('empty_text', 'prompt')
 
 
 def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess) -> None:
@@ -248,7 +266,12 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
     again = ask(client, question)
     assert again.choices[0].message.content == 'Orange.'
     assert again.model_extra['mace_ros']['matched_correction_id'] == feedback['id']
+    with MaceClient() as mace:
+        mace.wait_until_ready(30.0)
+        mace.correct(correction_id='of-ros', query_id=wrong.id).wait(
+            CorrectionStatus.RECORDED, 60.0)
     for body, status in (({'id': 'chatcmpl-unknown', 'corrected': 'Red.'}, 404),
+                         ({'id': wrong.id, 'corrected': 'Red.', 'feedback_id': 'of-ros'}, 409),
                          ({'id': wrong.id}, 400),
                          ({'id': wrong.id, 'corrected': 'Red.', 'rating': 'down'}, 400)):
         assert server.request('POST', '/v1/feedback', body)[0] == status
@@ -295,8 +318,8 @@ def test_a_tool_call_and_its_result(client: OpenAI, server: ServerProcess) -> No
     chunks = list(ask(client, question, tools=[MOVE], max_tokens=40, stream=True))
     assert text_of(chunks) == ''
     [streamed] = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
-    assert streamed[0].function == call.function.__class__(**vars(call.function)) or (
-        streamed[0].function.arguments == call.function.arguments)
+    assert (streamed[0].function.name, streamed[0].function.arguments) == (
+        call.function.name, call.function.arguments)
     assert chunks[-1].choices[0].finish_reason == 'tool_calls'
     after = client.chat.completions.create(
         model='mace', max_tokens=8, tools=[MOVE], messages=[
@@ -446,5 +469,6 @@ def test_the_server_answers_after_deep_cut_and_explosive_bodies(
 def test_the_servers_metrics_are_those_of_the_node(server: ServerProcess) -> None:
     assert server.metric('mace_ttft_seconds_count') > 10
     assert server.metric('mace_scheduler_memory_budget_mb') > 0
+    assert server.metric('mace_up') == 1
     assert server.metric(
         'mace_http_requests_total{path="/v1/chat/completions",status="200"}') > 10

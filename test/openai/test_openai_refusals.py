@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import os
 from pathlib import Path
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.ros_graph import ROOT
 
-from mace_ros.openai.server import arguments, listen, serve
+from mace_ros.openai.server import arguments, LIBRARIES, listen, serve
 
 KEY = {'Authorization': 'Bearer a key'}
 HI = {'model': 'mace', 'messages': [{'role': 'user', 'content': 'Hi.'}]}
@@ -36,10 +37,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.parametrize('headers', [{}, {'Authorization': 'Bearer another'},
-                                     {'Authorization': 'Basic a key'}])
+                                     {'Authorization': 'Basic a key'}, {'Authorization': 'a key'}])
 def test_a_wrong_key_is_refused(server: ServerProcess, headers: dict[str, str]) -> None:
     status, body, _ = server.request('POST', '/v1/chat/completions', HI, headers)
     assert (status, body['error']['code']) == (401, 'invalid_api_key')
+
+
+def test_the_scheme_of_a_key_is_in_any_case(server: ServerProcess) -> None:
+    for scheme in ('Bearer', 'bearer', 'BEARER '):
+        assert server.request('GET', '/v1/models', None, {
+            'Authorization': f'{scheme} a key'})[0] == 200
 
 
 def test_ros_arguments_set_the_namespace_of_the_node(tmp_path: Path) -> None:
@@ -77,6 +84,7 @@ def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) ->
         status, reply, headers = server.request(method, path, body, KEY)
         assert (status, reply['error']['code'], headers['retry-after']) == (503, 'not_ready', '1')
     assert server.request('GET', '/health')[1]['state'] == 'absent'
+    assert '\nmace_up 0.0\n' in server.request('GET', '/metrics')[1]
     assert server.request('GET', '/v1/models', None, KEY)[1] == {'object': 'list', 'data': []}
 
 
@@ -144,6 +152,8 @@ def test_requests_that_run_at_once_are_bounded(server: ServerProcess) -> None:
 
         assert wait_until(refused, 20.0)
         assert counted(server, '/v1/chat/completions', 429) >= 1
+        assert server.request('GET', '/v1/models', None, KEY)[0] == 200
+        assert server.request('POST', '/v1/feedback', {'id': 'x', 'rating': 'down'}, KEY)[0] == 503
     finally:
         gone = counted(server, '/v1/completions', 499)
         for connection in slow:
@@ -162,8 +172,15 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_missing_libraries_are_named_with_how_to_install_them(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, 'uvicorn', None)
-    assert serve(arguments().parse_args([]), '', None) == 2
-    assert 'uvicorn is missing: pip install starlette uvicorn' in capsys.readouterr().err
+    assert serve(arguments().parse_args([]), None) == 2
+    assert f'uvicorn is missing or too old: pip install {LIBRARIES}' in capsys.readouterr().err
+
+
+def test_the_libraries_are_those_of_the_extra() -> None:
+    project = (ROOT / 'pyproject.toml').read_text()
+    extra = re.search(r'^openai = \[.*?\]$', project, re.DOTALL | re.MULTILINE)[0]
+    assert sorted(re.findall('"[^"]+"', extra)) == sorted(LIBRARIES.split())
+    assert f'pip install {LIBRARIES}' in (ROOT / 'docs' / 'guides' / 'openai.md').read_text()
 
 
 def test_replies_are_sent_without_delay() -> None:
@@ -173,13 +190,27 @@ def test_replies_are_sent_without_delay() -> None:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_a_key_file_or_port_that_is_not_to_be_had_is_named(
-        server: ServerProcess, tmp_path: Path) -> None:
-    (tmp_path / 'empty').write_text('\n')
-    for given, why in (
-            (('--api-key-file', str(tmp_path / 'none')), 'No such file'),
-            (('--api-key-file', str(tmp_path / 'empty')), 'the first line is empty'),
-            (('--port', str(server.port)), 'in use')):
-        done = program(*given)
-        assert (done.returncode, why in done.stderr) == (2, True), done
-        assert 'Traceback' not in done.stderr
+@pytest.mark.parametrize(('name', 'value', 'why'), [
+    ('--api-key-file', 'none', 'No such file'),
+    ('--api-key-file', 'empty', 'the first line is empty'),
+    ('--api-key-file', 'binary', "can't decode"),
+    ('--port', '70000', "'70000' is not a number from 0 to 65535"),
+    ('--port', 'http', "'http' is not a number"),
+    ('--max-concurrent', '0', "'0' is not a number from 1"),
+    ('--max-body-bytes', '-5', "'-5' is not a number from 1")])
+def test_an_invalid_argument_is_named(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        name: str, value: str, why: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('empty').write_text('\n')
+    Path('binary').write_bytes(b'\xff\xfe key')
+    with pytest.raises(SystemExit) as ended:
+        arguments().parse_args([f'{name}={value}'])
+    message = capsys.readouterr().err
+    assert (ended.value.code, f'argument {name}: ' in message, why in message) == (2, True, True)
+
+
+def test_a_port_that_is_in_use_is_named(server: ServerProcess) -> None:
+    done = program('--port', str(server.port))
+    assert (done.returncode, 'in use' in done.stderr) == (2, True), done
+    assert 'Traceback' not in done.stderr

@@ -16,11 +16,12 @@ import time
 
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
+from mace_ros.msg import ResponseChunk
 import pytest
 from support.graph import ENVIRONMENT, wait_until
 from support.openai_server import ServerProcess
 from support.robot import RANDOM_MODEL
-from support.ros_graph import call, NodeProcess, set_parameters
+from support.ros_graph import call, NodeProcess, Recorder, set_parameters
 
 from mace_ros.ros.client import MaceClient
 
@@ -176,6 +177,19 @@ def test_a_node_that_has_too_much_to_do_is_to_be_asked_again(
         assert body['error']['message'] and headers['retry-after'] == '1'
 
 
+def test_an_answer_that_is_cancelled_over_ros_is_not_asked_again(server: ServerProcess) -> None:
+    with MaceClient() as client, ThreadPoolExecutor(1) as threads, Recorder(
+            client, response_chunk=ResponseChunk) as recorder:
+        client.wait_until_ready(20.0)
+        reply = threads.submit(server.request, 'POST', CHAT, hi(
+            max_tokens=3000, logit_bias=END_TOKENS))
+        assert wait_until(lambda: recorder.messages, 20.0)
+        client.cancel(recorder.messages[0].query_id)
+        status, body, headers = reply.result(20.0)
+    assert (status, body['error']['code']) == (503, 'cancelled')
+    assert headers['x-should-retry'] == 'false' and 'retry-after' not in headers
+
+
 def test_feedback_during_an_answer_waits_for_its_end(
         server: ServerProcess, node: NodeProcess) -> None:
     with streamed(server, max_tokens=300, logit_bias=END_TOKENS) as reply:
@@ -214,6 +228,24 @@ def test_a_stream_that_is_not_read_does_not_fill_the_memory(server: ServerProces
     assert b'"code":"slow_reader"' in end
 
 
+def test_a_server_that_ends_cancels_its_answers(
+        server: ServerProcess, tmp_path: Path, node: NodeProcess) -> None:
+    before = cancelled(server)
+    endless = {'max_tokens': 3900, 'logit_bias': END_TOKENS}
+    with serving(tmp_path, node) as ending, MaceClient() as client, Recorder(
+            client, response_chunk=ResponseChunk) as recorder, streamed(
+            ending, **endless) as begun, ThreadPoolExecutor(1) as threads:
+        whole = threads.submit(ending.request, 'POST', CHAT, hi(**endless))
+        assert wait_until(lambda: len({m.query_id for m in recorder.messages}) == 2, 20.0)
+        assert ending.stop() == 0, ending.log
+        *_, error, done = [line for line in begun.read().decode().split('\n') if line]
+        status, body, _ = whole.result(20.0)
+        assert wait_until(lambda: cancelled(server) == before + 2, 20.0)
+    event = json.loads(error.removeprefix('data: '))
+    assert (event['error']['code'], done) == ('server_ended', 'data: [DONE]')
+    assert (status, body['error']['code']) == (503, 'server_ended')
+
+
 def test_feedback_on_an_answer_that_another_client_gets_does_not_hold_the_server_up(
         tmp_path: Path, node: NodeProcess) -> None:
     with MaceClient() as client:
@@ -239,3 +271,21 @@ def test_a_client_that_does_not_read_loses_its_connection(impatient: ServerProce
             clients.enter_context(unread(impatient, max_tokens=900))
         assert wait_until(lambda: impatient.request('POST', CHAT, hi())[0] == 429, 20.0)
         assert wait_until(lambda: impatient.request('POST', CHAT, hi())[0] == 200, 60.0)
+
+
+def test_a_node_that_is_killed_ends_streams_and_feedback(
+        server: ServerProcess, node: NodeProcess) -> None:
+    """The last test, since it restarts the node: the middleware notices at once then."""
+    with streamed(server, max_tokens=3900, logit_bias=END_TOKENS) as begun:
+        completion = json.loads(begun.readline().removeprefix(b'data: '))['id']
+        status, feedback, _ = server.request(
+            'POST', '/v1/feedback', {'id': completion, 'rating': 'down'})
+        assert (status, feedback['status']) == (202, 'waiting')
+        node.kill()
+        node.start()
+        *_, error, done = [line for line in begun.read().decode().split('\n') if line]
+    assert json.loads(error.removeprefix('data: '))['error']['code'] == 'node_ended'
+    assert done == 'data: [DONE]'
+    feedback = server.status(feedback['id'], 'lost', 'recorded')
+    assert (feedback['status'], feedback['reason']) == ('lost', '/mace has disappeared')
+    assert wait_until(lambda: server.request('POST', CHAT, hi())[0] == 200, 60.0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+import weakref
 
 import mace_ros.msg as msg
 from mace_ros.msg import AdapterVersion, CorrectionStatus, Query, Response, ResponseChunk
@@ -86,6 +87,19 @@ def node(client: MaceClient) -> Iterator[ScriptedNode]:
     client.wait_until_ready(SOON_S)
     yield made
     made.end()
+
+
+def test_a_proposal_that_nothing_waits_for_is_forgotten(
+        client: MaceClient, node: ScriptedNode) -> None:
+    handle = client.correct(correction_id='proposed', prompt='Hi', hint='Short.')
+    assert node.receives('proposed')
+    node.publish(CorrectionStatus(id='proposed', state=CorrectionStatus.PROPOSED))
+    assert handle.wait(CorrectionStatus.PROPOSED, SOON_S)
+    kept = weakref.ref(handle)
+    same = client.correct('Ho.', correction_id='proposed') is handle
+    del handle
+    assert same
+    assert wait_until(lambda: kept() is None, SOON_S)
 
 
 def test_handles_raise_when_the_node_goes(client: MaceClient, node: ScriptedNode) -> None:
