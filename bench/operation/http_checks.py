@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 from bench.common.results import Check, check, paired, percentile, Ratio, Reported, Table
-from bench.operation.http import CLIENTS, OTHERS, Row
+from bench.operation.http import CANCEL_S, CLIENTS, OTHERS, Row
 from bench.operation.slow_readers import BUFFERED_KB, READERS
 from bench.systems import interruptions
 
@@ -52,6 +52,9 @@ def checks(samples: Samples) -> list[Check]:
                 fuzzed['faults'] + fuzzed['tracebacks'] + (not fuzzed['running'])), '<= 0',
                 f'{sum(fuzzed["outcomes"].values())} bodies within {fuzzed["seconds"]:.0f} s: '
                 f'{counted(fuzzed["outcomes"])}'),
+            check('fuzzed bodies without a reply in time',
+                  float(fuzzed['outcomes'].get('cancelled', 0)), '<= 10',
+                  f'{CANCEL_S:g} s, after which the client disconnects'),
             check('errors that the node logged meanwhile', float(len(fuzzed['errors'])), '<= 0'),
             check('status of a chat after them', float(fuzzed['afterwards']), '200 to 200')]
     return found
