@@ -54,7 +54,8 @@ class HeadLoss:
         imitated = [1.0] * len(self._samples)
         for pair in self._preferences:
             imitated[pair.better], imitated[pair.worse] = imitation, 0.0
-        self._chunks = self._split(packed, imitated, head_tokens, total_weight)
+        self._columns = self._gather(packed, imitated, total_weight)
+        self._chunks = self._split(head_tokens)
         # Of the last layer's output, [tokens and padding, width]; the backward takes it.
         self._gradient: Tensor | None = None
         self.restart()
@@ -90,8 +91,18 @@ class HeadLoss:
 
     # -- chunks ----------------------------------------------------------------------
 
-    def _split(self, packed: PackedSamples, imitated: Sequence[float], head_tokens: int,
-               total_weight: float | None) -> list[_Chunk]:
+    def limit(self, head_tokens: int) -> None:
+        """Split larger chunks into such of ``head_tokens``; only before the first one has run."""
+        if max(self.sizes) > head_tokens:
+            self._chunks = self._split(head_tokens)
+
+    def _split(self, head_tokens: int) -> list[_Chunk]:
+        return [_Chunk(*parts)
+                for parts in zip(*(c.split(head_tokens) for c in self._columns), strict=True)]
+
+    def _gather(self, packed: PackedSamples, imitated: Sequence[float],
+                total_weight: float | None) -> tuple[Tensor, ...]:
+        """Return the columns of a chunk, for all weighted tokens."""
         rows, tokens, weights, start = [], [], [], 0
         for sample, factor in zip(self._samples, imitated, strict=True):
             for i in range(1, len(sample.tokens)):
@@ -103,10 +114,8 @@ class HeadLoss:
         total = math.fsum(weights) if total_weight is None else total_weight
         shares = torch.tensor(weights) / (total or 1.0)
         device = self._model.device
-        columns = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device),
-                   shares.to(device), *self._targets(tokens))
-        return [_Chunk(*parts)
-                for parts in zip(*(c.split(head_tokens) for c in columns), strict=True)]
+        return (torch.tensor(rows, device=device), torch.tensor(tokens, device=device),
+                shares.to(device), *self._targets(tokens))
 
     def _targets(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return candidates and their probabilities: soft targets, or 1 for the token itself."""

@@ -27,7 +27,7 @@ from mace_ros.finetune.sample import (
     SampleScore,
 )
 from mace_ros.finetune.trainer import AccumulationWindow, Trainer
-from mace_ros.memory.budget import head_rows
+from mace_ros.memory.budget import head_rows, MIN_HEAD_ROWS
 from mace_ros.model.attention import AttentionMetadata, whole_sequences
 from mace_ros.model.cpu_attention import prefers_one_mask
 from mace_ros.model.lora_mapping import InputObserver, TRAINING_SLOT
@@ -62,7 +62,8 @@ class FinetuneStep:
         """
         Pack the samples and plan the segments.
 
-        - ``head_tokens``: size of a HEAD segment in tokens; None: what suits the device.
+        - ``head_tokens``: size of a HEAD segment in tokens; None: what suits the device and the
+          memory.
         - ``keep_graphs``: a forward that runs alone keeps the graph of each layer for the
           backward, instead of recomputing the layer there.
         - ``may_piggyback``: the forward may run in inference passes.
@@ -102,7 +103,8 @@ class FinetuneStep:
         self._prepare_layers(chunk_tokens or self.tokens)
         self._loss = HeadLoss(
             model, self._packed, learns=learns,
-            head_tokens=head_tokens or head_rows(model.device.type),
+            head_tokens=head_tokens or (
+                head_rows(model.device.type) if self.keep_graphs else MIN_HEAD_ROWS),
             preferences=self.preferences, imitation=imitation,
             total_weight=None if window is None else window.weight)
         self._segments = self._plan_segments()
@@ -237,6 +239,7 @@ class FinetuneStep:
     def save_memory(self, chunk_tokens: int) -> None:
         """Keep no graphs and compute ``chunk_tokens`` at once; only before the step has begun."""
         self.keep_graphs = False
+        self._loss.limit(MIN_HEAD_ROWS)
         if chunk_tokens < self.chunk_tokens:
             self._prepare_layers(chunk_tokens)
         self._segments = self._plan_segments()

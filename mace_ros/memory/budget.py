@@ -20,6 +20,7 @@ PREFIX_TOKENS = 256        # of prefixes that are kept for training
 # rows takes a GPU longer than the arithmetic. On a CPU, a segment of more rows would make a query
 # wait for longer than it saves.
 HEAD_ROWS, CUDA_HEAD_ROWS = 32, 64
+MIN_HEAD_ROWS = 16         # of a step that keeps no graphs, to save memory
 
 
 def head_rows(device: str) -> int:
@@ -99,7 +100,7 @@ class Footprint:
     def _step_bytes(self, tokens: int, layer: float, keep_graphs: bool, learns: bool) -> float:
         inputs = (self.layers + 1) * tokens * self.hidden_token
         # Of the head: logits, their probabilities, the gradients of both, and one more.
-        head = 5 * self.head_rows * self.logits_row
+        head = 5 * (self.head_rows if keep_graphs else MIN_HEAD_ROWS) * self.logits_row
         if not learns:
             return inputs + head + layer
         # One more layer for the gradients in the backward.

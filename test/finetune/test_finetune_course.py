@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
+from mace_ros.memory.budget import HEAD_ROWS, MIN_HEAD_ROWS
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT, TRAINING_SLOT
 from mace_ros.model.packed_model import PackedModel
@@ -193,6 +194,23 @@ def test_segments_wait_until_all_tokens_have_piggybacked() -> None:
     assert step.piggyback_tokens == 0
     assert [s.kind for s in step.segments()] == [
         SegmentKind.HEAD, *[SegmentKind.BACKWARD_RECOMPUTED] * 3, SegmentKind.OPTIMIZER]
+
+
+def test_a_step_that_saves_memory_has_small_head_segments() -> None:
+    model, lora, _ = with_reference(tiny_model('llama'))
+    sample = Sample(tuple(range(5, 46)), (0.0,) + (1.0,) * 40)
+    step = FinetuneStep(model, Trainer(lora, 1e-3), [sample])
+
+    def head() -> list[int]:
+        return [s.tokens for s in step.segments() if s.kind is SegmentKind.HEAD]
+
+    assert head() == [HEAD_ROWS, 40 - HEAD_ROWS]
+    step.save_memory(step.chunk_tokens)
+    assert head() == [MIN_HEAD_ROWS, MIN_HEAD_ROWS, 40 - 2 * MIN_HEAD_ROWS]
+    while not step.done:
+        step.run_segment()
+    saving = FinetuneStep(model, Trainer(lora, 1e-3), [sample], keep_graphs=False)
+    assert [s.tokens for s in saving.segments() if s.kind is SegmentKind.HEAD] == [16, 16, 8]
 
 
 def test_a_step_without_weighted_tokens_is_rejected() -> None:
