@@ -18,9 +18,8 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from mace_ros.msg import ResponseChunk
 import pytest
-from support.graph import ENVIRONMENT, wait_until
-from support.openai_server import ServerProcess
-from support.robot import RANDOM_MODEL
+from support.graph import wait_until
+from support.openai_server import ServerProcess, serving
 from support.ros_graph import call, NodeProcess, Recorder, set_parameters
 
 from mace_ros.ros.client import MaceClient
@@ -38,44 +37,17 @@ def hi(**options: object) -> dict[str, object]:
 
 
 @pytest.fixture(scope='module')
-def node(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[NodeProcess]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        made = NodeProcess(tmp_path_factory.mktemp('node'), **{
-            'model.source': model_folder, 'model.threads': 1, 'model.weight_dtype': 'float32',
-            **RANDOM_MODEL})
-        made.start()
-        try:
-            yield made
-        finally:
-            made.kill()
-
-
-@contextmanager
-def serving(folder: Path, node: NodeProcess, *arguments: str) -> Iterator[ServerProcess]:
-    """Yield a server that is ready, and must end by itself when it is told to."""
-    made = ServerProcess(folder, *arguments)
-    try:
-        assert wait_until(lambda: made.request('GET', '/health')[0] == 200, 100.0), node.log
-        yield made
-        assert made.stop() == 0, made.log
-        assert 'Traceback' not in made.log
-    finally:
-        made.process.kill()
-
-
-@pytest.fixture(scope='module')
-def server(tmp_path_factory: pytest.TempPathFactory, node: NodeProcess) -> Iterator[ServerProcess]:
-    with serving(tmp_path_factory.mktemp('server'), node) as made:
+def server(tmp_path_factory: pytest.TempPathFactory,
+           tiny_node: NodeProcess) -> Iterator[ServerProcess]:
+    with serving(tmp_path_factory.mktemp('server'), tiny_node) as made:
         yield made
 
 
 @pytest.fixture(scope='module')
 def impatient(tmp_path_factory: pytest.TempPathFactory,
-              node: NodeProcess) -> Iterator[ServerProcess]:
+              tiny_node: NodeProcess) -> Iterator[ServerProcess]:
     """Yield a server that waits two seconds for the node and for its clients."""
-    with serving(tmp_path_factory.mktemp('impatient'), node, '--timeout', str(TIMEOUT_S),
+    with serving(tmp_path_factory.mktemp('impatient'), tiny_node, '--timeout', str(TIMEOUT_S),
                  '--max-concurrent', '3') as made:
         yield made
 
@@ -105,10 +77,10 @@ def cancelled(server: ServerProcess) -> float:
 
 
 def test_a_node_that_sends_nothing_is_a_timeout(
-        impatient: ServerProcess, node: NodeProcess) -> None:
+        impatient: ServerProcess, tiny_node: NodeProcess) -> None:
     with streamed(impatient, max_tokens=3000, logit_bias=END_TOKENS) as begun:
         assert begun.readline().startswith(b'data: {')
-        with stopped(node), ThreadPoolExecutor(2) as threads:
+        with stopped(tiny_node), ThreadPoolExecutor(2) as threads:
             replies = threads.map(lambda stream: impatient.request(
                 'POST', CHAT, hi(stream=stream)), (False, True))
             for status, body, _ in replies:
@@ -128,15 +100,15 @@ def test_a_body_that_does_not_arrive_is_a_timeout(impatient: ServerProcess) -> N
 
 
 def test_a_node_that_does_not_answer_is_not_healthy(
-        server: ServerProcess, node: NodeProcess) -> None:
-    with stopped(node):
+        server: ServerProcess, tiny_node: NodeProcess) -> None:
+    with stopped(tiny_node):
         status, body, headers = server.request('GET', '/health')
         assert (status, headers.get('retry-after')) == (503, '1')
         assert body['state'] == 'silent'
     assert wait_until(lambda: server.request('GET', '/health')[0] == 200, 20.0)
 
 
-def test_an_inactive_node_is_not_healthy(server: ServerProcess, node: NodeProcess) -> None:
+def test_an_inactive_node_is_not_healthy(server: ServerProcess, tiny_node: NodeProcess) -> None:
     with MaceClient() as client:
         def change(transition: int) -> None:
             assert call(client, ChangeState, '/mace/change_state',
@@ -191,7 +163,7 @@ def test_an_answer_that_is_cancelled_over_ros_is_not_asked_again(server: ServerP
 
 
 def test_feedback_during_an_answer_waits_for_its_end(
-        server: ServerProcess, node: NodeProcess) -> None:
+        server: ServerProcess, tiny_node: NodeProcess) -> None:
     with streamed(server, max_tokens=300, logit_bias=END_TOKENS) as reply:
         completion = json.loads(reply.readline().removeprefix(b'data: '))['id']
         body = {'id': completion, 'corrected': 'Hello.', 'feedback_id': 'greeting'}
@@ -229,10 +201,10 @@ def test_a_stream_that_is_not_read_does_not_fill_the_memory(server: ServerProces
 
 
 def test_a_server_that_ends_cancels_its_answers(
-        server: ServerProcess, tmp_path: Path, node: NodeProcess) -> None:
+        server: ServerProcess, tmp_path: Path, tiny_node: NodeProcess) -> None:
     before = cancelled(server)
     endless = {'max_tokens': 3900, 'logit_bias': END_TOKENS}
-    with serving(tmp_path, node) as ending, MaceClient() as client, Recorder(
+    with serving(tmp_path, tiny_node) as ending, MaceClient() as client, Recorder(
             client, response_chunk=ResponseChunk) as recorder, streamed(
             ending, **endless) as begun, ThreadPoolExecutor(1) as threads:
         whole = threads.submit(ending.request, 'POST', CHAT, hi(**endless))
@@ -247,13 +219,13 @@ def test_a_server_that_ends_cancels_its_answers(
 
 
 def test_feedback_on_an_answer_that_another_client_gets_does_not_hold_the_server_up(
-        tmp_path: Path, node: NodeProcess) -> None:
+        tmp_path: Path, tiny_node: NodeProcess) -> None:
     with MaceClient() as client:
         client.wait_until_ready(20.0)
         answer = client.ask('Sing.', max_tokens=3900, logit_bias_tokens=[0, 2],
                             logit_bias_values=[-100.0, -100.0])
         assert next(iter(answer))
-        with serving(tmp_path, node) as server, ThreadPoolExecutor(40) as threads:
+        with serving(tmp_path, tiny_node) as server, ThreadPoolExecutor(40) as threads:
             replies = list(threads.map(lambda _: server.request(
                 'POST', '/v1/feedback', {'id': answer.id, 'rating': 'down'}), range(40)))
             assert {(status, body['status']) for status, body, _ in replies} == {(202, 'waiting')}
@@ -274,15 +246,15 @@ def test_a_client_that_does_not_read_loses_its_connection(impatient: ServerProce
 
 
 def test_a_node_that_is_killed_ends_streams_and_feedback(
-        server: ServerProcess, node: NodeProcess) -> None:
+        server: ServerProcess, tiny_node: NodeProcess) -> None:
     """The last test, since it restarts the node: the middleware notices at once then."""
     with streamed(server, max_tokens=3900, logit_bias=END_TOKENS) as begun:
         completion = json.loads(begun.readline().removeprefix(b'data: '))['id']
         status, feedback, _ = server.request(
             'POST', '/v1/feedback', {'id': completion, 'rating': 'down'})
         assert (status, feedback['status']) == (202, 'waiting')
-        node.kill()
-        node.start()
+        tiny_node.kill()
+        tiny_node.start()
         *_, error, done = [line for line in begun.read().decode().split('\n') if line]
     assert json.loads(error.removeprefix('data: '))['error']['code'] == 'node_ended'
     assert done == 'data: [DONE]'

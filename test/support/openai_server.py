@@ -99,6 +99,19 @@ class ServerProcess:
 
 
 @contextmanager
+def serving(folder: Path, node: NodeProcess, *arguments: str) -> Iterator[ServerProcess]:
+    """Yield a server that is ready, and must end by itself when it is told to."""
+    made = ServerProcess(folder, *arguments)
+    try:
+        assert wait_until(lambda: made.request('GET', '/health')[0] == 200, 100.0), node.log
+        yield made
+        assert made.stop() == 0, made.log
+        assert 'Traceback' not in made.log
+    finally:
+        made.process.kill()
+
+
+@contextmanager
 def served_node(folder: Path, model: Path, **parameters: object) -> Iterator[ServerProcess]:
     """Yield a server of a node with a copy of a random model whose template has tools."""
     shutil.copytree(model, folder / 'model')
@@ -110,12 +123,8 @@ def served_node(folder: Path, model: Path, **parameters: object) -> Iterator[Ser
             'model.source': folder / 'model', 'model.threads': 1, 'model.weight_dtype': 'float32',
             **RANDOM_MODEL, 'monitor.rate_hz': 10.0, **parameters})
         node.start()
-        made = ServerProcess(folder)
         try:
-            assert wait_until(lambda: made.request('GET', '/health')[0] == 200, 100.0), node.log
-            yield made
-            assert made.stop() == 0, made.log
-            assert 'Traceback' not in made.log
+            with serving(folder, node) as made:
+                yield made
         finally:
-            made.process.kill()
             node.kill()
