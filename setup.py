@@ -83,6 +83,7 @@ class CMakeBuild(build_ext):
             '-DCMAKE_BUILD_TYPE=Release',
             '-DCMAKE_TARGET_MESSAGES=OFF',
             '-DBUILD_TESTING=OFF',
+            '-DUNITY_MESSAGES=ON',
             f'-DPYTHON_INSTALL_DIR={SITE_PACKAGES}',
             f'-DPython3_EXECUTABLE={sys.executable}',
             f'-DPYTHON_EXECUTABLE={sys.executable}',  # read by Humble's generators

@@ -153,14 +153,15 @@ class Engine:
         """Put other settings into force at the next iteration."""
         self._inbox.put(ChangeSettings(settings))
 
-    def trace(self, iterations: int, seconds: float,
-              done: Callable[[list[Record]], None]) -> None:
+    def trace(self, iterations: int, seconds: float) -> Future[list[Record]]:
         """
         Record the next ``iterations`` iterations, for ``seconds`` at most.
 
-        ``done`` receives the records on the device's thread. One trace at a time.
+        The future ends with the records, sorted by time. One trace at a time.
         """
+        done: Future[list[Record]] = Future()
         self._inbox.put(BeginTrace(iterations, seconds, done))
+        return done
 
     def rollback(self, profile: str, version: int, reason: str = '') -> Future[RolledBack]:
         """

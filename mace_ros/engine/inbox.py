@@ -70,11 +70,11 @@ class RollBack:
 
 @dataclass(frozen=True, slots=True)
 class BeginTrace:
-    """Record the next iterations; ``done`` receives the records on the device's thread."""
+    """Record the next iterations; ``done`` receives the records."""
 
     iterations: int
     seconds: float
-    done: Callable[[list[Record]], None]
+    done: Future[list[Record]]
 
 
 @dataclass(frozen=True, slots=True)

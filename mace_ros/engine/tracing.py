@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from mace_ros.engine.inbox import BeginTrace
 from mace_ros.scheduling.plan import State
 from mace_ros.telemetry.observer import Observers
-from mace_ros.telemetry.trace import Trace
+from mace_ros.telemetry.trace import Record, Trace
 
 
 class Tracing:
@@ -19,6 +20,7 @@ class Tracing:
         """``clock`` is the engine's."""
         self._observers, self._state, self._clock = observers, state, clock
         self._trace: Trace | None = None
+        self._done: Future[list[Record]] = Future()     # of the last trace
 
     @property
     def ends_at(self) -> float | None:
@@ -27,8 +29,8 @@ class Tracing:
 
     def begin(self, message: BeginTrace) -> None:
         """Record from now on."""
-        self._trace = Trace(message.iterations, self._clock() + message.seconds, message.done,
-                            self._clock)
+        self._trace = Trace(message.iterations, self._clock() + message.seconds, self._clock)
+        self._done = message.done
         self._observers.add(self._trace)
 
     def end_if_complete(self) -> None:
@@ -41,4 +43,4 @@ class Tracing:
         trace, self._trace = self._trace, None
         if trace is not None:
             self._observers.remove(trace)
-            trace.finish(self._state.waiting)
+            self._done.set_result(trace.finish(self._state.waiting))

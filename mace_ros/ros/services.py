@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -144,8 +144,8 @@ class Services:
             return response
         self._trace_file = str(path)
 
-        def write(records: list[Record]) -> None:
-            self._trace_writer = write_in_background(records, path, written)
+        def write(done: Future[list[Record]]) -> None:
+            self._trace_writer = write_in_background(done.result(), path, written)
 
         def written(problem: str) -> None:
             self._trace_file = ''
@@ -154,7 +154,7 @@ class Services:
             else:
                 self._node.get_logger().info(f'a trace is complete: {path}')
 
-        engine.trace(iterations, seconds, write)
+        engine.trace(iterations, seconds).add_done_callback(write)
         response.success, response.path = True, str(path)
         response.message = (
             f'{path} will be complete after {counted(iterations, "iteration")}, or {seconds:g} s')

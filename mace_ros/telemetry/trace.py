@@ -47,15 +47,11 @@ class Trace(IterationObserver):
     Times are seconds on the engine's clock.
     """
 
-    def __init__(self, iterations: int, ends_at: float, done: Callable[[list[Record]], None],
+    def __init__(self, iterations: int, ends_at: float,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        """
-        Record ``iterations`` iterations in which the device works, or until ``ends_at``.
-
-        ``done`` receives the records, sorted by time, in the thread that calls :meth:`finish`.
-        """
+        """Record ``iterations`` iterations in which the device works, or until ``ends_at``."""
         self.ends_at = ends_at
-        self._left, self._done, self._clock = iterations, done, clock
+        self._left, self._clock = iterations, clock
         self._records: list[Record] = []
         self._requests: dict[str, Request] = {}
         self._ends: dict[str, Response] = {}
@@ -103,8 +99,8 @@ class Trace(IterationObserver):
                     'i', f'version {event.version}: {event.state.name}', now, s='p',
                     args={'profile': event.profile, 'train_tokens': event.train_tokens}))
 
-    def finish(self, waiting: Iterable[Request]) -> None:
-        """Hand the records to ``done``; ``waiting`` are the requests that have not started."""
+    def finish(self, waiting: Iterable[Request]) -> list[Record]:
+        """Return the records by time; ``waiting`` are the requests that have not started."""
         for request in waiting:
             self._requests.setdefault(request.id, request)
         lives = [r for number, request in enumerate(self._requests.values())
@@ -112,7 +108,7 @@ class Trace(IterationObserver):
         names = [_record('M', kind, 0.0, args={'name': name})
                  for kind, name in (('process_name', 'mace'), ('thread_name', 'device'))]
         # The sort is stable: a slice that begins when another one ends stays behind it.
-        self._done([*names, *sorted([*self._records, *lives], key=lambda record: record['ts'])])
+        return [*names, *sorted([*self._records, *lives], key=lambda record: record['ts'])]
 
     def _life(self, number: int, request: Request) -> Iterator[Record]:
         """Yield a query and its stages as nested slices on a track of its own."""

@@ -34,7 +34,7 @@ from mace_ros.telemetry import trace
 
 START_S = 60.0
 ANSWER_S = 30.0
-CYCLES = 8
+CYCLES = 6
 MEGABYTE = 1 << 20
 
 pytestmark = pytest.mark.timeout(240)

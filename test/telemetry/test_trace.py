@@ -56,8 +56,7 @@ def run(engine: Engine, until: Any, seconds: float = 60.0) -> list[Any]:
 @pytest.fixture(scope='module')
 def records(engine: Engine) -> list[Record]:
     """Return a trace of two answers, one broken off, and of a correction that is learned."""
-    found: list[Record] = []
-    engine.trace(trace_room.MAX_ITERATIONS, 60.0, found.extend)
+    trace = engine.trace(trace_room.MAX_ITERATIONS, 60.0)
     engine.submit(Query('One?', id='one', max_tokens=4, priority=1))
     engine.submit(Query('Two?', id='two', max_tokens=4000))
     run(engine, lambda events: any(isinstance(e, Response) for e in events))
@@ -68,10 +67,10 @@ def records(engine: Engine) -> list[Record]:
     engine.submit(Query('Three?', id='three', max_tokens=4000))
     for _ in range(3):
         engine.step()
-    assert found == []
+    assert not trace.done()
     engine.pause()       # the node is deactivated: the records so far are written
-    assert found
-    return found
+    assert trace.result(0.0)
+    return trace.result()
 
 
 def test_the_format_is_that_of_the_trace_viewers(records: list[Record]) -> None:
@@ -141,37 +140,33 @@ def test_corrections_and_versions_are_marked(records: list[Record]) -> None:
 
 
 def test_a_trace_ends_after_its_iterations(engine: Engine) -> None:
-    found: list[Record] = []
     engine.submit(Query('Long?', id='long', max_tokens=4000))
-    engine.trace(5, 60.0, found.extend)
-    run(engine, lambda _: found)
-    assert sum(r['name'] == 'pass' for r in found) == 5
-    before = len(found)
-    engine.step()
-    assert len(found) == before     # recording has ended
+    trace = engine.trace(5, 60.0)
+    run(engine, lambda _: trace.done())
+    assert sum(r['name'] == 'pass' for r in trace.result()) == 5
+    engine.step()       # ends no trace a second time, which would raise
     engine.cancel('long')
     engine.step()
 
 
 def test_a_trace_of_an_idle_engine_ends_in_time(engine: Engine) -> None:
-    found: list[Record] = []
     while engine.step().wake_at is not None:
         pass
-    engine.trace(5, 0.05, found.extend)
+    trace = engine.trace(5, 0.05)
     wakes = [engine.step().wake_at]
     assert wakes[0] is not None      # so that an iteration checks the time
-    run(engine, lambda _: found, seconds=60.0)
+    run(engine, lambda _: trace.done(), seconds=60.0)
+    assert trace.result()
 
 
 def test_a_trace_ends_at_its_maximum_size(
     engine: Engine, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(trace_room, 'MAX_RECORDS', 50)
-    found: list[Record] = []
     engine.submit(Query('Long?', id='long', max_tokens=4000))
-    engine.trace(1000, 60.0, found.extend)
-    run(engine, lambda _: found)
-    assert len(found) < 80
+    trace = engine.trace(1000, 60.0)
+    run(engine, lambda _: trace.done())
+    assert len(trace.result()) < 80
     engine.cancel('long')
     engine.step()
 
