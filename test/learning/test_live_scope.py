@@ -126,6 +126,27 @@ def test_rollback_takes_the_scope_back_and_returns_it(robot: Robot) -> None:
     assert told(robot.ask(NAME)) == ('Rover.', 1, 'name')
 
 
+def test_a_rollback_to_the_base_model_can_be_undone(settings: Settings, tmp_path: Path) -> None:
+    """Also of more versions than are kept for a rollback, and without a deleted correction."""
+    with robot_with(settings, tmp_path, storage__max_versions=2) as robot:
+        before = base_answers(robot, NAME)
+        learn(robot, 'Rover.', NAME, 'name')
+        for number, text in enumerate(OTHERS):
+            learn(robot, 'Green.', text, f'other{number}')
+        roll_back(robot, 0)
+    with Journal(tmp_path / JOURNAL) as journal:
+        assert journal.forget_corrections(['name']) == 1
+    for _ in range(2):      # the first start deletes the files of version 1
+        with robot_with(settings, tmp_path, storage__max_versions=2) as robot:
+            roll_back(robot, 4)
+            assert [told(robot.ask(text)) for text in OTHERS] == [
+                ('Green.', version, f'other{version - 2}') for version in (2, 3, 4)]
+            assert base_answers(robot, NAME) == before
+            assert VersionState.REJECTED not in [
+                e.state for e in robot.engine.start() if isinstance(e, AdapterVersion)]
+    assert not list(tmp_path.glob('adapters/*/v000001'))
+
+
 @pytest.mark.parametrize('restarts', [False, True])
 def test_a_superseded_correction_answers_until_the_newer_one_is_learned(
         settings: Settings, tmp_path: Path, restarts: bool) -> None:

@@ -108,6 +108,31 @@ def test_the_newest_versions_and_those_in_use_keep_their_files(tmp_path: Path) -
         roll_back(journal, '', 6, '')
 
 
+def test_what_was_live_beside_a_kept_version_is_kept_with_it(tmp_path: Path) -> None:
+    """So a rollback can be undone; a version whose corrections are all deleted is not missed."""
+    continues = {6: 1, 7: 3}    # the others began with a fresh adapter
+    with Journal(tmp_path / JOURNAL) as journal:
+        for number in range(1, 9):
+            journal.accept(correction(f'k{number}'))
+            journal.publish(VersionRecord(
+                '', number, number - 1, continues=continues.get(number, 0),
+                correction_ids=(f'k{number}',), path=f'v{number}', sha256='ab'))
+        journal.forget_corrections(['k2'])
+
+        def kept() -> list[int]:
+            journal.forget_old_versions(2)
+            return [record.version for record in journal.versions('') if record.sha256]
+
+        assert kept() == [1, 3, 4, 5, 6, 7, 8]      # 3, and 1, which was live beside it
+        roll_back(journal, '', 0, '')
+        assert kept() == [4, 5, 6, 7, 8]            # 8, and what was live beside it
+        roll_back(journal, '', 8, '')
+        assert [c.id for c in journal.learned('')] == ['k1', 'k3', 'k4', 'k5', 'k6', 'k7', 'k8']
+        roll_back(journal, '', 7, '')
+        with pytest.raises(RollbackRefused, match=r'version 3 .*storage\.max_versions'):
+            roll_back(journal, '', 6, '')
+
+
 def test_files_are_deleted_after_the_commit_that_forgot_them(tmp_path: Path) -> None:
     """Files that the journal does not know are left alone."""
     store = AdapterStore(tmp_path)
