@@ -380,7 +380,7 @@ def test_an_import_deletes_no_answers(storage: Path, tmp_path: Path) -> None:
 
 def test_versions_are_imported_with_their_weights_under_new_numbers(
         storage: Path, tmp_path: Path) -> None:
-    """A rollback makes one live; a second import changes nothing."""
+    """Beside a live version, a rollback makes one live; a second import changes nothing."""
     export = run(storage, 'export', '--weights')
     other = tmp_path / 'other'
     with Journal(other / JOURNAL) as journal:
@@ -395,6 +395,8 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
         assert [v.correction_ids for v in theirs] == [
             v.correction_ids for v in journal.versions('')]
         assert [v.parent for v in theirs] == [0, theirs[0].version]
+        assert [v.continues for v in theirs] == [0, theirs[0].version]
+        assert {c.state for c in new.corrections()} == {CorrectionState.ACCEPTED}
         assert new.newest('') == mine
         store = AdapterStore(other)
         for here, there in zip(theirs, journal.versions(''), strict=True):
@@ -402,6 +404,39 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
                                AdapterStore(storage).load(there.path, there.sha256)['weight'])
         roll_back(new, '', theirs[-1].version, 'better')
         assert new.newest('') == theirs[-1]
+
+
+def test_a_robot_without_a_live_version_answers_with_imported_ones(
+        storage: Path, tmp_path: Path) -> None:
+    """Version 3, whose files are not kept any more, leaves no gap in the lineage."""
+    store = AdapterStore(storage)
+    with Journal(storage / JOURNAL) as journal:
+        for name, continues in (('k3', 0), ('k4', 0), ('k5', 4)):
+            journal.accept(correction(name))
+            version = journal.next_version('')
+            saved = store.save('', version, {'weight': torch.full((2,), version)}, {})
+            journal.publish(VersionRecord(
+                '', version, version - 1, continues=continues, correction_ids=(name,),
+                path=saved.path, sha256=saved.sha256))
+        journal.forget_corrections(['k3'])
+        journal.forget_old_versions(2)
+        remove_files(journal, store)
+    assert on_disk(storage) == [f'_robot/v00000{version}' for version in (1, 2, 4, 5)]
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL) as journal:
+        publish(journal, AdapterStore(other), '', 'mine')
+        roll_back(journal, '', 0, '')
+    (other / MODEL).write_text('a model\n')
+    said = run(other, 'import', text=run(storage, 'export', '--weights'))
+    assert '4 versions imported, 0 known' in said
+    with Journal(other / JOURNAL) as journal:
+        assert [v.version for v in journal.live_lineage('').live] == [5, 3]
+        assert [(c.id, c.adapter_version) for c in journal.learned('')] == [
+            ('k1', 3), ('k4', 5), ('k5', 5)]
+        assert [c.id for c in journal.pending()] == ['k2']
+        assert journal.versions_in_use() == {('', 3), ('', 5)}
+        roll_back(journal, '', 3, '')
+        assert [c.id for c in journal.scope('')] == ['k1']
 
 
 @pytest.mark.parametrize(('line', 'why'), [
