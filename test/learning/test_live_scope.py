@@ -157,6 +157,7 @@ def test_an_imported_version_answers_what_it_has_learned(
         learn(robot, 'Rover.', NAME, 'name')
         learn(robot, 'Green.', COLOUR, 'colour')
         learn(robot, 'Bella.', NAME, 'newer')      # continues version 1
+        learn(robot, 'Red.', COLOUR, 'ann', profile='ann')
         paraphrased = robot.ask(PARAPHRASE).text
     with robot_with(settings, there) as robot:
         learn(robot, 'It is wide.', OTHERS[0], 'own')
@@ -166,10 +167,11 @@ def test_an_imported_version_answers_what_it_has_learned(
         given.run(given)
     with robot_with(settings, there) as robot:
         restored = [e for e in robot.engine.start() if isinstance(e, AdapterVersion)]
-        assert [(e.version, e.state) for e in restored] == [(4, VersionState.PUBLISHED)]
+        assert [(e.profile, e.version) for e in restored] == [('', 4), ('ann', 1)]
         assert told(robot.ask(NAME)) == ('Bella.', 4, 'newer')
         assert told(robot.ask(PARAPHRASE)) == (paraphrased, 4, 'newer')
         assert told(robot.ask(COLOUR)) == ('Green.', 3, 'colour')
+        assert told(robot.ask(COLOUR, profile='ann')) == ('Red.', 1, 'ann')
         assert base_answers(robot, *OTHERS) == before
         assert not any(isinstance(e, AdapterVersion) for e in robot.events)
         roll_back(robot, 3)
