@@ -168,9 +168,11 @@ def import_records(given: argparse.Namespace) -> None:
             counts = import_lines(journal, file, base_model(given.folder), save)
     print(f'{counted(counts["corrections"], "correction")}, '
           f'{counted(counts["answers"], "answer")} and '
-          f'{counted(counts["versions"], "version")} imported, {counts["known"]} known already')
+          f'{counted(counts["versions"] + counts["live versions"], "version")} imported, '
+          f'{counts["known"]} known already')
     if counts['versions']:
-        print('none of these versions is live: use ~/rollback to make one live', file=sys.stderr)
+        print(counted(counts['versions'], 'of these versions is', 'of these versions are')
+              + ' not live: use ~/rollback to make one live', file=sys.stderr)
     if skipped := counts['versions without files']:
         print(f'{counted(skipped, "version")} skipped, since the export has no files of them '
               '(see mace_journal export --weights); their corrections will be learned again',
@@ -245,7 +247,8 @@ def parser() -> argparse.ArgumentParser:
         'Import an export, all or none. Known records are left as they are. Corrections that the '
         'other robot has learned will be learned by this one, unless this one has received a '
         'later correction of the same prompt. Versions exported with their weights get new '
-        'numbers; ~/rollback makes one of them live.'))
+        'numbers. If a profile has no live version here, those that were live there are live here, '
+        'and answer their corrections without learning; ~/rollback makes another one live.'))
     import_.add_argument('file', nargs='?', default='-', help='default: stdin')
     import_.set_defaults(run=import_records)
 

@@ -70,7 +70,7 @@ class Publisher:
             for profile in journal.profiles()}).result()
         for profile, (lineage, scope) in restored.items():
             live, newest = LiveSet(successors=lineage.successors), None
-            for record in reversed(lineage.live):       # the newest one comes last
+            for record in reversed(lineage.on_disk):    # the newest one comes last
                 try:
                     # A wrong setting must not cost a profile its version: OtherAdapter is raised.
                     check_same_adapter(record, self._store, self._lora)

@@ -50,8 +50,9 @@ def rollback_lineage(journal: Journal, profile: str, version: int) -> Lineage:
         raise RollbackRefused(f'{owner} has no version {version} on record')
     if record.state is VersionState.REJECTED:
         raise RollbackRefused(f'version {version} never served: {record.reason}')
+    answering = journal.answering(profile, lineage)
     for live in lineage.live:
-        if not live.sha256:
+        if live.version in answering and not live.sha256:
             raise RollbackRefused(f'the files of version {live.version} are not kept any more '
                                   '(storage.max_versions)')
     return lineage

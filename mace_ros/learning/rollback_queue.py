@@ -129,7 +129,7 @@ class RollbackQueue:
         lineage = rollback_lineage(journal, request.profile, request.version)
         # Read them first: a version that cannot be read must not become live.
         weights: dict[int, Weights] = {}
-        for record in lineage.live:
+        for record in lineage.on_disk:
             weights[record.version] = self._store.load(record.path, record.sha256)
             check_same_adapter(record, self._store, self._lora)
             self._lora.checked(weights[record.version])

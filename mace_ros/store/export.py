@@ -5,7 +5,8 @@ The journal as lines of JSON, for reading, backup or transfer to another robot.
 
 The first line names the base model, without which token ids are meaningless. Every other line
 is a record with its field names and a ``kind``: answer, correction or version. The line of a
-version may include its files: ``weights``, in base64, and PEFT's ``config``.
+version may include its files: ``weights``, in base64, and PEFT's ``config``. That of a live one
+then has the ids of the corrections that it answers, as ``live``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, fields, MISSING, replace
+from dataclasses import asdict, dataclass, field, fields, MISSING, replace
 from enum import IntEnum
 import hashlib
 import json
@@ -45,6 +46,19 @@ class InvalidLine(ValueError):
     """A line can't be imported; the message says which line, and why."""
 
 
+@dataclass
+class _Imported:
+    """
+    The new numbers of imported versions by exported profile and version, and correction ids.
+
+    ``occupied`` are the profiles that had a live version before the import.
+    """
+
+    occupied: frozenset[str]
+    numbers: dict[tuple[str, int], int] = field(default_factory=dict)
+    corrections: set[str] = field(default_factory=set)
+
+
 def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
            profile: str | None = None, read: ReadFiles | None = None) -> Iterator[str]:
     """
@@ -58,14 +72,30 @@ def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
         select: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
             'answer': journal.answers, 'correction': journal.corrections,
             'version': journal.versions}
-        for kind in kinds:
+        live = {} if read is None else _live(journal)
+        for kind in (kind for kind in KINDS if kind in kinds):      # corrections before versions
             for record in select[kind](profile):
-                files = {}
+                files: dict[str, Any] = {}
                 if read is not None and kind == 'version' and record.sha256:
                     weights, config = read(record)
                     files = {'weights': base64.b64encode(weights).decode(), 'config': config}
+                    if (answered := live.get((record.profile, record.version))) is not None:
+                        files['live'] = answered
                 yield json.dumps({'kind': kind, **_plain(asdict(record)), **files},
                                  ensure_ascii=False)
+
+
+def _live(journal: Journal) -> dict[tuple[str, int], list[str]]:
+    """Return the ids of the corrections that each live version answers."""
+    found: dict[tuple[str, int], list[str]] = {
+        (record.profile, record.version): [] for record in journal.live_versions()}
+    for profile in journal.profiles():
+        successors = journal.live_lineage(profile).successors
+        for correction in journal.learned(profile):
+            version = successors.get(correction.adapter_version, 0)
+            if (profile, version) in found:
+                found[profile, version].append(correction.id)
+    return found
 
 
 def import_lines(journal: Journal, lines: Iterable[str], model: str,
@@ -76,13 +106,14 @@ def import_lines(journal: Journal, lines: Iterable[str], model: str,
     Records whose id is known are skipped. Corrections that the other robot has learned or was
     to learn become ACCEPTED, unless this journal has a later correction of the same prompt;
     those that the other robot gave up keep their state. A version with its files gets a new
-    number, and can be made live by a rollback; one without is skipped. ``model`` describes this
-    journal's base model.
+    number; one without is skipped. Those that were live become live, and the corrections that they
+    answer LEARNED, unless their profile has a live version here; the others can be made live by a
+    rollback. ``model`` describes this journal's base model.
 
     Raises :class:`InvalidLine`; files saved before are then in no record.
     """
     counts: Counter[str] = Counter()
-    numbers: dict[tuple[str, int], int] = {}     # imported versions by exported profile, version
+    imported = _Imported(frozenset(record.profile for record in journal.live_versions()))
     model_named = False
     token_ids = range(vocabulary_of(model) or sys.maxsize)
     with journal.transaction():
@@ -95,8 +126,11 @@ def import_lines(journal: Journal, lines: Iterable[str], model: str,
                 if values['model'] != model if kind == 'model' else not model_named:
                     raise ValueError(f'its base model must come first, and be {model!r}')
                 model_named = True
-                counts[_import_version(journal, values, save, numbers) if kind == 'version'
-                       else _import_record(journal, kind, values, token_ids)] += 1
+                what = (_import_version(journal, values, save, imported) if kind == 'version'
+                        else _import_record(journal, kind, values, token_ids))
+                counts[what] += 1
+                if what == 'corrections':
+                    imported.corrections.add(values['id'])
             except ValueError as error:
                 raise InvalidLine(f'line {number}: {error}') from error
             except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -140,9 +174,10 @@ def _import_record(
 
 
 def _import_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
-                    numbers: dict[tuple[str, int], int]) -> str:
+                    imported: _Imported) -> str:
     """Import a version; return what to count it as."""
     encoded, config = values.pop('weights', None), values.pop('config', None)
+    answered = values.pop('live', None)
     record = _record(VersionRecord, values)
     if encoded is None:
         return 'versions without files'
@@ -154,18 +189,29 @@ def _import_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
     here = {(v.sha256, v.correction_ids): v.version for v in journal.versions(record.profile)}
     known = here.get((record.sha256, record.correction_ids))
     if known is not None:
-        numbers[record.profile, record.version] = known
+        imported.numbers[record.profile, record.version] = known
         return 'known'
-    new = replace(record, state=VersionState.PUBLISHED, reason='imported',
-                  parent=numbers.get((record.profile, record.parent), 0))
+    occupied = record.profile in imported.occupied
+    # Where the files of the parent are not kept any more, the live version before takes its place.
+    before = None if occupied else journal.newest(record.profile)
+    new = replace(
+        record, state=VersionState.PUBLISHED, reason='imported',
+        parent=imported.numbers.get(
+            (record.profile, record.parent), 0 if before is None else before.version),
+        continues=imported.numbers.get((record.profile, record.continues), 0))
     while True:
-        new = replace(new, version=journal.next_version(record.profile))
         try:
-            journal.record_version(save(new, weights, config))
+            new = save(replace(new, version=journal.next_version(record.profile)), weights, config)
+            break
         except FileExistsError:     # of an import that failed
             continue
-        numbers[record.profile, record.version] = new.version
+    journal.record_version(new)
+    imported.numbers[record.profile, record.version] = new.version
+    if answered is None or occupied:
         return 'versions'
+    journal.make_live(new)
+    journal.mark_learned(imported.corrections.intersection(answered), new.version)
+    return 'live versions'
 
 
 def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = range(0)) -> _Record:

@@ -42,6 +42,11 @@ class Lineage:
         return tuple(r for r in self.versions if r.version not in continued)
 
     @property
+    def on_disk(self) -> tuple[VersionRecord, ...]:
+        """The live versions whose files are kept; no correction on record needs the others."""
+        return tuple(record for record in self.live if record.sha256)
+
+    @property
     def successors(self) -> dict[int, int]:
         """The live version that has what each version has learned, by its number."""
         found: dict[int, int] = {}

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import math
 import sqlite3
 
-from mace_ros.api.events import CorrectionState, VersionState
+from mace_ros.api.events import VersionState
 from mace_ros.store.journal_file import JournalFile
 from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import as_json, VersionRecord
@@ -157,28 +157,20 @@ class VersionTable(JournalFile):
         A live version whose corrections are all deleted or superseded answers nothing any more.
         """
         live = {(profile, version) for profile in self.profiles()
-                for version in self._in_use(profile)}
+                for version in self.answering(profile, self.live_lineage(profile))}
         return live | {('', row['fork']) for row in self.rows(
             'SELECT fork FROM profiles WHERE live_version = 0 AND fork > 0')}
 
-    def _in_use(self, profile: str) -> set[int]:
-        """Return the newest version of a profile, and all that answer a learned correction."""
-        lineage = self.live_lineage(profile)
+    def answering(self, profile: str, lineage: Lineage) -> set[int]:
+        """Return the newest version of a lineage, and all that answer a correction on record."""
         successors = lineage.successors
         # Of the superseded ones too: they answer until the newer one is learned.
         rows = self.rows(
             'SELECT DISTINCT adapter_version AS version FROM corrections '
-            'WHERE profile = ? AND state IN (?, ?)', profile,
-            int(CorrectionState.LEARNED), int(CorrectionState.SUPERSEDED))
+            'WHERE profile = ? AND adapter_version > 0', profile)
         learned = {successors.get(row['version'], 0) for row in rows}
         return {record.version for i, record in enumerate(lineage.live)
                 if i == 0 or record.version in learned}
-
-    def _continued(self) -> set[tuple[str, int]]:
-        """Return the versions without whose records a correction's live version is unknown."""
-        lineages = {profile: self.live_lineage(profile) for profile in self.profiles()}
-        return {(profile, version) for profile, lineage in lineages.items()
-                if len(lineage.live) > 1 for version in lineage.numbers}
 
     def forget_version_files(self, record: VersionRecord) -> None:
         """Mark the files of a version for deletion; its record stays."""
@@ -194,25 +186,40 @@ class VersionTable(JournalFile):
         """
         Mark surplus version files of each profile for deletion, and delete surplus records.
 
-        The newest ``max_versions`` keep their files, and so do all versions in use.
+        The versions in use keep their files. So do the newest ``max_versions``, with all that a
+        rollback to one of them would make live.
         """
         with self.transaction():
-            in_use, continued = self.versions_in_use(), self._continued()
-            with_files: dict[str, int] = {}
-            seen: dict[str, int] = {}
-            for record in reversed(self.versions()):     # newest first
-                profile = record.profile
-                seen[profile] = seen.get(profile, 0) + 1
-                if (profile, record.version) in in_use:
-                    continue
-                if record.sha256:
-                    with_files[profile] = with_files.get(profile, 0) + 1
-                    if with_files[profile] >= max_versions:     # the live version counts as one
-                        self.forget_version_files(record)
-                elif seen[profile] > VERSION_RECORDS and (
-                        profile, record.version) not in continued:
-                    self.execute('DELETE FROM versions WHERE profile = ? AND version = ?',
-                                 profile, record.version)
+            in_use = self.versions_in_use()
+            for profile in self.profiles():
+                self._forget_old_versions(
+                    profile, {version for owner, version in in_use if owner == profile},
+                    max_versions - 1)       # the live version counts as one
+
+    def _forget_old_versions(self, profile: str, in_use: set[int], max_others: int) -> None:
+        records = self.versions(profile)[::-1]      # newest first
+        others = [r.version for r in records if r.sha256 and r.version not in in_use][:max_others]
+        oldest = min(others, default=math.inf)
+        lineages = [self.live_lineage(profile)]
+        for version in others:
+            if not any(version in lineage.numbers for lineage in lineages):
+                lineages.append(Lineage(records, version))
+        kept = in_use.union(others)
+        continued: set[int] = set()     # without their records, a correction's version is unknown
+        for lineage in lineages:
+            kept |= self.answering(profile, lineage)
+            # A rollback to one of the others makes what was continued since then live again.
+            kept |= {r.continues for r in lineage.versions if r.version > oldest}
+            if len(lineage.live) > 1:
+                continued |= lineage.numbers
+        for seen, record in enumerate(records, 1):
+            if record.version in kept:
+                continue
+            if record.sha256:
+                self.forget_version_files(record)
+            elif seen > VERSION_RECORDS and record.version not in continued:
+                self.execute('DELETE FROM versions WHERE profile = ? AND version = ?',
+                             profile, record.version)
 
 
 def _version(row: sqlite3.Row) -> VersionRecord:

@@ -19,6 +19,7 @@ from mace_ros.api.events import (
     VersionState,
 )
 from mace_ros.api.settings import EVERYWHERE, Settings
+from mace_ros.cli import journal_admin
 from mace_ros.learning import backoff
 from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL, WEIGHTS
@@ -124,6 +125,60 @@ def test_rollback_takes_the_scope_back_and_returns_it(robot: Robot) -> None:
     roll_back(robot, 2)
     assert told(robot.ask(COLOUR)) == ('Green.', 2, 'colour')
     assert told(robot.ask(NAME)) == ('Rover.', 1, 'name')
+
+
+def test_a_rollback_to_the_base_model_can_be_undone(settings: Settings, tmp_path: Path) -> None:
+    """Also of more versions than are kept for a rollback, and without a deleted correction."""
+    with robot_with(settings, tmp_path, storage__max_versions=2) as robot:
+        before = base_answers(robot, NAME)
+        learn(robot, 'Rover.', NAME, 'name')
+        for number, text in enumerate(OTHERS):
+            learn(robot, 'Green.', text, f'other{number}')
+        roll_back(robot, 0)
+    with Journal(tmp_path / JOURNAL) as journal:
+        assert journal.forget_corrections(['name']) == 1
+    for _ in range(2):      # the first start deletes the files of version 1
+        with robot_with(settings, tmp_path, storage__max_versions=2) as robot:
+            roll_back(robot, 4)
+            assert [told(robot.ask(text)) for text in OTHERS] == [
+                ('Green.', version, f'other{version - 2}') for version in (2, 3, 4)]
+            assert base_answers(robot, NAME) == before
+            assert VersionState.REJECTED not in [
+                e.state for e in robot.engine.start() if isinstance(e, AdapterVersion)]
+    assert not list(tmp_path.glob('adapters/*/v000001'))
+
+
+def test_an_imported_version_answers_what_it_has_learned(
+        settings: Settings, tmp_path: Path) -> None:
+    """Under another number, with the same words, and without learning; not what it has not."""
+    here, there, file = tmp_path / 'here', tmp_path / 'there', str(tmp_path / 'export.jsonl')
+    with robot_with(settings, here) as robot:
+        before = base_answers(robot, *OTHERS)
+        learn(robot, 'Rover.', NAME, 'name')
+        learn(robot, 'Green.', COLOUR, 'colour')
+        learn(robot, 'Bella.', NAME, 'newer')      # continues version 1
+        learn(robot, 'Red.', COLOUR, 'ann', profile='ann')
+        paraphrased = robot.ask(PARAPHRASE).text
+    with robot_with(settings, there) as robot:
+        learn(robot, 'It is wide.', OTHERS[0], 'own')
+        roll_back(robot, 0)
+    for folder, command in ((here, ['export', '--weights']), (there, ['import'])):
+        given = journal_admin.parser().parse_args(['--folder', str(folder), *command, file])
+        given.run(given)
+    with robot_with(settings, there) as robot:
+        restored = [e for e in robot.engine.start() if isinstance(e, AdapterVersion)]
+        assert [(e.profile, e.version) for e in restored] == [('', 4), ('ann', 1)]
+        assert told(robot.ask(NAME)) == ('Bella.', 4, 'newer')
+        assert told(robot.ask(PARAPHRASE)) == (paraphrased, 4, 'newer')
+        assert told(robot.ask(COLOUR)) == ('Green.', 3, 'colour')
+        assert told(robot.ask(COLOUR, profile='ann')) == ('Red.', 1, 'ann')
+        assert base_answers(robot, *OTHERS) == before
+        assert not any(isinstance(e, AdapterVersion) for e in robot.events)
+        roll_back(robot, 3)
+        assert told(robot.ask(COLOUR)) == ('Green.', 3, 'colour')
+        roll_back(robot, 0)
+        assert base_answers(robot, *OTHERS) == before
+        assert robot.ask(COLOUR).adapter_version == 0
 
 
 @pytest.mark.parametrize('restarts', [False, True])

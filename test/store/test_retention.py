@@ -108,6 +108,31 @@ def test_the_newest_versions_and_those_in_use_keep_their_files(tmp_path: Path) -
         roll_back(journal, '', 6, '')
 
 
+def test_what_was_live_beside_a_kept_version_is_kept_with_it(tmp_path: Path) -> None:
+    """So a rollback can be undone; a version whose corrections are all deleted is not missed."""
+    continues = {6: 1, 7: 3}    # the others began with a fresh adapter
+    with Journal(tmp_path / JOURNAL) as journal:
+        for number in range(1, 9):
+            journal.accept(correction(f'k{number}'))
+            journal.publish(VersionRecord(
+                '', number, number - 1, continues=continues.get(number, 0),
+                correction_ids=(f'k{number}',), path=f'v{number}', sha256='ab'))
+        journal.forget_corrections(['k2'])
+
+        def kept() -> list[int]:
+            journal.forget_old_versions(2)
+            return [record.version for record in journal.versions('') if record.sha256]
+
+        assert kept() == [1, 3, 4, 5, 6, 7, 8]      # 3, and 1, which was live beside it
+        roll_back(journal, '', 0, '')
+        assert kept() == [4, 5, 6, 7, 8]            # 8, and what was live beside it
+        roll_back(journal, '', 8, '')
+        assert [c.id for c in journal.learned('')] == ['k1', 'k3', 'k4', 'k5', 'k6', 'k7', 'k8']
+        roll_back(journal, '', 7, '')
+        with pytest.raises(RollbackRefused, match=r'version 3 .*storage\.max_versions'):
+            roll_back(journal, '', 6, '')
+
+
 def test_files_are_deleted_after_the_commit_that_forgot_them(tmp_path: Path) -> None:
     """Files that the journal does not know are left alone."""
     store = AdapterStore(tmp_path)
@@ -355,7 +380,7 @@ def test_an_import_deletes_no_answers(storage: Path, tmp_path: Path) -> None:
 
 def test_versions_are_imported_with_their_weights_under_new_numbers(
         storage: Path, tmp_path: Path) -> None:
-    """A rollback makes one live; a second import changes nothing."""
+    """Beside a live version, a rollback makes one live; a second import changes nothing."""
     export = run(storage, 'export', '--weights')
     other = tmp_path / 'other'
     with Journal(other / JOURNAL) as journal:
@@ -370,6 +395,8 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
         assert [v.correction_ids for v in theirs] == [
             v.correction_ids for v in journal.versions('')]
         assert [v.parent for v in theirs] == [0, theirs[0].version]
+        assert [v.continues for v in theirs] == [0, theirs[0].version]
+        assert {c.state for c in new.corrections()} == {CorrectionState.ACCEPTED}
         assert new.newest('') == mine
         store = AdapterStore(other)
         for here, there in zip(theirs, journal.versions(''), strict=True):
@@ -377,6 +404,39 @@ def test_versions_are_imported_with_their_weights_under_new_numbers(
                                AdapterStore(storage).load(there.path, there.sha256)['weight'])
         roll_back(new, '', theirs[-1].version, 'better')
         assert new.newest('') == theirs[-1]
+
+
+def test_a_robot_without_a_live_version_answers_with_imported_ones(
+        storage: Path, tmp_path: Path) -> None:
+    """Version 3, whose files are not kept any more, leaves no gap in the lineage."""
+    store = AdapterStore(storage)
+    with Journal(storage / JOURNAL) as journal:
+        for name, continues in (('k3', 0), ('k4', 0), ('k5', 4)):
+            journal.accept(correction(name))
+            version = journal.next_version('')
+            saved = store.save('', version, {'weight': torch.full((2,), version)}, {})
+            journal.publish(VersionRecord(
+                '', version, version - 1, continues=continues, correction_ids=(name,),
+                path=saved.path, sha256=saved.sha256))
+        journal.forget_corrections(['k3'])
+        journal.forget_old_versions(2)
+        remove_files(journal, store)
+    assert on_disk(storage) == [f'_robot/v00000{version}' for version in (1, 2, 4, 5)]
+    other = tmp_path / 'other'
+    with Journal(other / JOURNAL) as journal:
+        publish(journal, AdapterStore(other), '', 'mine')
+        roll_back(journal, '', 0, '')
+    (other / MODEL).write_text('a model\n')
+    said = run(other, 'import', text=run(storage, 'export', '--weights'))
+    assert '4 versions imported, 0 known' in said
+    with Journal(other / JOURNAL) as journal:
+        assert [v.version for v in journal.live_lineage('').live] == [5, 3]
+        assert [(c.id, c.adapter_version) for c in journal.learned('')] == [
+            ('k1', 3), ('k4', 5), ('k5', 5)]
+        assert [c.id for c in journal.pending()] == ['k2']
+        assert journal.versions_in_use() == {('', 3), ('', 5)}
+        roll_back(journal, '', 3, '')
+        assert [c.id for c in journal.scope('')] == ['k1']
 
 
 @pytest.mark.parametrize(('line', 'why'), [
