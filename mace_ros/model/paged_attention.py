@@ -58,12 +58,13 @@ class PagedAttention:
         (rows, heads, size), value_size = query.shape, values.shape[2]
         splits = self.splits(rows, keys.shape[1], tables.shape[1])
         out = values.new_empty(rows, heads, value_size)
-        fp32 = {'dtype': torch.float32, 'device': query.device}
-        partial = out if splits == 1 else torch.empty(rows, heads, splits, value_size, **fp32)
+        partial, log_sums = (values.new_empty(shape, dtype=torch.float32) for shape in (
+            (rows, heads, splits if splits > 1 else 0, value_size), (rows, heads, splits)))
+        if query.stride(2) != 1:
+            query = query.contiguous()
         torch.ops.mace_ros.attend_paged(
-            out, partial, torch.empty(rows, heads, splits, **fp32),
-            query if query.stride(2) == 1 else query.contiguous(), keys, values,
-            tables.contiguous(), lengths, sinks, size ** -0.5 if scaling is None else scaling,
+            out, partial, log_sums, query, keys, values, tables.contiguous(), lengths, sinks,
+            size ** -0.5 if scaling is None else scaling,
             ALL_KEYS if window is None else window, softcap)
         return out
 

@@ -139,10 +139,10 @@ def launch(out: Tensor, partial: Tensor, log_sums: Tensor, query: Tensor, keys: 
            window: int, softcap: float | None, block_tokens: int, split_tokens: int,
            max_splits: int) -> None:
     """
-    Launch both kernels, or only the first if ``log_sums`` has one split.
+    Launch both kernels; if ``log_sums`` has one split, only the first one, without ``partial``.
 
     ``query`` is ``[rows, heads, key size]``, contiguous in its last dimension; all others are
-    contiguous. ``partial`` is ``out`` if there is one split. ``max_splits`` is a power of two.
+    contiguous. ``max_splits`` is a power of two.
     """
     rows, heads, splits = log_sums.shape
     kv_heads, key_size = keys.shape[1:]
@@ -152,7 +152,7 @@ def launch(out: Tensor, partial: Tensor, log_sums: Tensor, query: Tensor, keys: 
     key_tile, value_tile = (max(triton.next_power_of_2(n), 16) for n in (key_size, value_size))
     tile = min(max(TILE_BYTES // (key_tile * keys.element_size()), MIN_TILE), MAX_TILE)
     attend_split[(rows, kv_heads * triton.cdiv(group, group_tile), splits)](
-        partial, log_sums, query, keys, values, tables, lengths,
+        partial if splits > 1 else out, log_sums, query, keys, values, tables, lengths,
         query if sinks is None else sinks, scale, 1.0 if softcap is None else softcap, window,
         splits, tables.stride(0), query.stride(0), query.stride(1),
         KV_HEADS=kv_heads, GROUP=group, GROUP_TILE=group_tile, KEY_SIZE=key_size,

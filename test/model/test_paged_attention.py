@@ -32,14 +32,14 @@ from mace_ros.model.cuda_graph_runner import CudaGraphRunner
 from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.lora_mapping import BASE_SLOT
 from mace_ros.model.paged_attention import find, PagedAttention
-from mace_ros.model.paged_check import difference, use_if_right, use_paged_attention
+from mace_ros.model.paged_check import use_if_right, use_paged_attention
 from mace_ros.model.spans import Span
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 CASES = 70      # of each precision
 # Relative errors: half a unit in the last place of a result, and of the weights in a product.
-ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Case:
         rng = random.Random(seed)
         size = rng.choice((8, 16, 16, 20, 32))
         return Case(
-            seed, dtype, tuple(rng.randint(1, 90) for _ in range(rng.choice((1, 1, 2)))),
-            rng.choice((1, 1, 2)), rng.choice((1, 2, 3, 4, 7, 17)), size,
+            seed, dtype, tuple(rng.randint(1, 60) for _ in range(rng.choice((1, 1, 2)))),
+            rng.choice((1, 1, 1, 2)), rng.choice((1, 2, 3, 4, 7, 17)), size,
             rng.choice((size, size, 12)), rng.choice((None, None, 1, 7, 33)),
             rng.choice((None, None, 2.0)), rng.random() < 0.4, rng.choice((None, 0.3)),
             rng.choice((1, 8)))
@@ -157,8 +157,10 @@ def test_the_kernel_splits_a_long_row_beside_a_short_one(window: int | None) -> 
 @pytest.mark.parametrize('family', ['gemma2', 'gpt-oss', 'deepseek-v2'])
 def test_models_get_the_same_logits_from_the_kernel(family: str) -> None:
     model, _, _ = with_reference(tiny_model(family).to(DEVICE))
-    assert difference(model, PagedAttention(1)) < 1e-5
-    assert use_if_right(model, PagedAttention(1)) == ''
+    span = Span((5,), 20, [3, 9], BASE_SLOT, True)
+    expected = model.run([span]).clone()
+    model.context.paged = PagedAttention(1)
+    torch.testing.assert_close(model.run([span]), expected)
 
 
 # -- without Triton ----------------------------------------------------------------------
