@@ -9,9 +9,8 @@ values of its part, and a second kernel combines the parts by the logarithms of 
 Import this module only where Triton is installed.
 """
 
-# Without the import of annotations from __future__: Triton's interpreter reads them as objects.
-
-from typing import Any
+# Triton evaluates annotations of kernels: there may be no others than its own, and the interpreter
+# must not get them as strings, so that annotations are not imported from __future__.
 
 from torch import Tensor
 import triton
@@ -23,8 +22,8 @@ MIN_HEADS, MAX_HEADS = 16, 64       # query heads of one program
 
 
 @triton.jit
-def split_range(length: Any, window: Any, split: Any, splits: Any, SPLIT_TOKENS: tl.constexpr,
-                TILE: tl.constexpr) -> Any:
+def split_range(  # type: ignore[no-untyped-def]
+        length, window, split, splits, SPLIT_TOKENS: tl.constexpr, TILE: tl.constexpr):
     """
     Return how many splits a row uses, and the first and the last key (exclusive) of ``split``.
 
@@ -40,15 +39,15 @@ def split_range(length: Any, window: Any, split: Any, splits: Any, SPLIT_TOKENS:
 
 
 @triton.jit(do_not_specialize=['window', 'splits', 'table_stride'])
-def attend_split(
-        partial: Any, log_sums: Any, query: Any, keys: Any, values: Any, tables: Any, lengths: Any,
-        sinks: Any, scale: Any, softcap: Any, window: Any, splits: Any, table_stride: Any,
-        query_row: Any, query_head: Any,
+def attend_split(  # type: ignore[no-untyped-def]
+        partial, log_sums, query, keys, values, tables, lengths,
+        sinks, scale, softcap, window, splits, table_stride,
+        query_row, query_head,
         KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr,
         KEY_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_SIZE: tl.constexpr,
         VALUE_TILE: tl.constexpr, TILE: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
         BLOCK_TOKENS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-        IN_FP32: tl.constexpr) -> None:
+        IN_FP32: tl.constexpr):
     """
     Attend to one split of a row's keys with query heads that share a KV head.
 
@@ -115,10 +114,10 @@ def attend_split(
 
 
 @triton.jit(do_not_specialize=['window', 'splits'])
-def combine_splits(
-        out: Any, partial: Any, log_sums: Any, lengths: Any, window: Any, splits: Any,
+def combine_splits(  # type: ignore[no-untyped-def]
+        out, partial, log_sums, lengths, window, splits,
         HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr,
-        TILE: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr) -> None:
+        TILE: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """Combine the parts of each (row, head), in proportion to their sums."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)

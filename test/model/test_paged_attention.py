@@ -9,7 +9,12 @@ Without a GPU, Triton's interpreter runs the kernels; a GPU compiles them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+import json
+import os
+from pathlib import Path
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +42,7 @@ from mace_ros.model.spans import Span
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = 70      # of each precision
 # Relative errors: half a unit in the last place of a result, and of the weights in a product.
 ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -161,6 +167,21 @@ def test_models_get_the_same_logits_from_the_kernel(family: str) -> None:
     expected = model.run([span]).clone()
     model.context.paged = PagedAttention(1)
     torch.testing.assert_close(model.run([span]), expected)
+
+
+@needs_triton
+def test_the_kernels_compile_for_gpus_that_are_not_there(tmp_path: Path) -> None:
+    """The interpreter takes code that the compiler refuses. None needs too much shared memory."""
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    done = subprocess.run(
+        [sys.executable, '-m', 'support.compiled_kernels'], capture_output=True, text=True,
+        env=environment | {'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': os.pathsep.join(
+            [str(ROOT), str(ROOT / 'test'), *sys.path])}, check=False)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(done.stdout)
+    # One split needs no second kernel.
+    assert {name.split()[0]: len(sizes) for name, sizes in shared.items()} == {
+        'llama': 2, 'fp32': 2, 'gemma2': 1, 'gpt-oss': 2, 'phi': 2}
 
 
 # -- without Triton ----------------------------------------------------------------------
