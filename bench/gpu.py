@@ -6,8 +6,8 @@ Limits on a GPU: passes, segments, contexts, and decoding beside fine-tuning.
 The models have random weights in the shapes of Qwen2.5 0.5B, Llama 3.2 1B and 3B and Llama 3 8B,
 in bfloat16 and in 4 bits, and an adapter attached. First, each fast path must compute what the
 plain one computes. Decoding is compared with the time to read the weights and with HF generate
-with PEFT. The shape "tiny" tests the benchmark itself on any device. Each part is recorded as
-it ends. Results: bench/results/gpu.json.
+with PEFT, and paged attention with gathered keys. The shape "tiny" tests the benchmark itself on
+any device. Each part is recorded as it ends. Results: bench/results/gpu.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 from bench.common.options import Options
 from bench.common.results import Check, check, percentile, Reported, Result, Table
 from bench.common.running import Run, run_benchmark, Samples
+from bench.systems.decode_contexts import ATTENTION, measure_contexts
+from bench.systems.device_timing import repeated, timed, weight_bytes
 
 # hidden size, intermediate size, layers, heads, KV heads, vocabulary
 SHAPES = {
@@ -34,10 +36,6 @@ PARTS = ('correctness', 'passes', 'contexts', 'beside')
 WEIGHTS = ('bfloat16', 'int4')
 CONTEXT, STEP_TOKENS, RANK = 512, 128, 8
 MAX_ERROR = 0.03    # relative, of values in bfloat16 that were summed up in another order
-# Rows and tokens of context of each; as far as the KV cache has room.
-ROWS, CONTEXTS = (1, 4, 16), (512, 4096, 16384)
-TINY_CONTEXTS = (64, 256)
-KV_BYTES = 4e9      # of the KV cache of long contexts: with 8B weights, for a card with 24 GB
 UNLEARNED = 64      # tokens at the start of a sample that have no loss
 STEP_BLOCK = 64     # the first KV block of the step's forward
 # By shape: targets of decode / floor and of HF generate / decode.
@@ -137,7 +135,10 @@ def measure_shape(shape: str, weights: str, run: Run, samples: Samples) -> None:
                               for i, ms in enumerate(repeated(generate, args.repeats))]
         del generate, base
         base = random_model(shape, args.device)
-    model, lora = packed(shape, base, weights)
+    model, lora, reason = packed(shape, base, weights)
+    if reason:
+        run.notes.append(f'{name}: no paged attention: {reason}')
+        run.say(run.notes[-1])
     if args.device == 'cuda':
         from mace_ros.model.graph_capture import capture
 
@@ -162,8 +163,12 @@ def measure_shape(shape: str, weights: str, run: Run, samples: Samples) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def packed(shape: str, base: Any, weights: str) -> tuple[Any, Any]:
-    """Return a packed model, its linear layers in ``weights``, and its adapters."""
+def packed(shape: str, base: Any, weights: str) -> tuple[Any, Any, str]:
+    """
+    Return a packed model, its linear layers in ``weights``, and its adapters.
+
+    Also returns why the model can't use paged attention.
+    """
     import torch
 
     from mace_ros.model.int4 import Int4Weight, quantizable, quantize
@@ -171,6 +176,7 @@ def packed(shape: str, base: Any, weights: str) -> tuple[Any, Any]:
     from mace_ros.model.lora_manager import LoRAManager
     from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
     from mace_ros.model.packing import pack
+    from mace_ros.model.paged_check import use_paged_attention
 
     model = pack(base, kv_tokens=4096)
     if weights == 'int4':
@@ -180,7 +186,7 @@ def packed(shape: str, base: Any, weights: str) -> tuple[Any, Any]:
                 layer.store(Int4Weight.of(quantize(layer.weight, dtype=kernel.dtype), kernel))
     lora = LoRAManager(model.linears, targets='all-linear', rank=RANK, alpha=16.0, slots=2)
     lora.write_slot(FIRST_SERVED_SLOT)
-    return model, lora
+    return model, lora, use_paged_attention(model)
 
 
 def measure_passes(name: str, model: Any, lora: Any, run: Run, samples: Samples) -> None:
@@ -226,68 +232,6 @@ def measure_passes(name: str, model: Any, lora: Any, run: Run, samples: Samples)
                 samples['segments'].append({
                     'shape': name, 'kind': segment.kind.name, 'tokens': segment.tokens,
                     'ms': (time.perf_counter() - began) * 1e3})
-
-
-def measure_contexts(name: str, model: Any, run: Run) -> list[dict[str, Any]]:
-    """Time decode passes of several rows over long contexts, and reading what they read."""
-    import torch
-
-    from mace_ros.memory.block_pool import BLOCK_TOKENS
-    from mace_ros.model.batch_descriptor import BatchDescriptor
-    from mace_ros.model.cuda_graph_runner import CudaGraphRunner
-    from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
-    from mace_ros.model.spans import Span
-
-    cache, rows = model.kv_cache, []
-    contexts = TINY_CONTEXTS if name.startswith('tiny') else CONTEXTS
-    fits = int(KV_BYTES // (cache.slot_bytes * BLOCK_TOKENS))
-    needed = max(ROWS) * (max(contexts) // BLOCK_TOKENS + 1)
-    model.graphs, model.graphed_layers = None, []       # they replay on the present cache
-    model.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
-        cache.keys, cache.values, strict=True)], min(fits, needed))
-    for context in contexts:
-        each = context // BLOCK_TOKENS + 1
-        for count in ROWS:
-            if count * each > model.kv_blocks:
-                continue
-            spans = [Span((7,), context, range(i * each, (i + 1) * each), FIRST_SERVED_SLOT, True)
-                     for i in range(count)]
-            if run.args.device == 'cuda':
-                model.graphs = CudaGraphRunner(model)
-                run.notes += [f'{name}: {count} rows of {context}: {error}' for error in
-                              model.graphs.capture([BatchDescriptor.of(spans, None)]) if error]
-            read = weight_bytes(model) + count * context * cache.slot_bytes
-            words = torch.zeros(read // 4, dtype=torch.float32, device=model.device)
-            decode = timed(model, lambda spans=spans: model.run(spans).argmax(-1).tolist())
-            floor = timed(model, lambda words=words: words.sum())
-            rows += [{'shape': name, 'rows': count, 'context': context, 'ms': ms, 'floor_ms': least}
-                     for ms, least in zip(repeated(decode, max(run.args.repeats // 3, 1)),
-                                          repeated(floor, max(run.args.repeats // 3, 1)),
-                                          strict=True)]
-            model.graphs = None
-    return rows
-
-
-def weight_bytes(model: Any) -> int:
-    """Return the bytes of the weights that a token reads, adapters not counted."""
-    layers = [*model.linears, *model.head]
-    return sum(x.stored.nbytes if x.stored is not None else x.weight.nbytes for x in layers)
-
-
-def repeated(timer: Callable[[], float], repeats: int) -> list[float]:
-    """Return the milliseconds of each repeat, after two warm-ups."""
-    return [timer() * 1e3 for _ in range(repeats + 2)][2:]
-
-
-def timed(model: Any, call: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that runs ``call``, waits for the device, and returns the seconds."""
-    def measure_call() -> float:
-        model.synchronize()
-        began = time.perf_counter()
-        call()
-        model.synchronize()
-        return time.perf_counter() - began
-    return measure_call
 
 
 def hf_generate(model: Any, tokens: int = 16) -> Callable[[], float]:
@@ -375,13 +319,30 @@ def checks(shapes: Sequence[str], samples: Samples) -> list[Check]:
     if samples['passes']:
         for shape in shapes:
             found += pass_checks(shape, samples)
-    chosen = [c for c in samples['contexts'] if (
-        c['shape'], c['rows'], c['context']) == ('1b bfloat16', 16, 4096)]
-    if chosen:
-        found.append(check('1b: 16 rows of 4096 tokens / reading weights and KV',
-                           statistics.median(c['ms'] / c['floor_ms'] for c in chosen), '<= 1.3'))
+    found += context_checks(samples)
     if samples['beside']:
         found += beside_checks(samples)
+    return found
+
+
+def context_checks(samples: Samples) -> list[Check]:
+    """Return the checks of decode passes over long contexts."""
+    ratios, times = {}, {}
+    for attention in ATTENTION:
+        chosen = [c for c in samples['contexts'] if (
+            c['shape'], c['rows'], c['context'], c['attention'])
+            == ('1b bfloat16', 16, 4096, attention)]
+        if chosen:
+            ratios[attention] = statistics.median(c['ms'] / c['floor_ms'] for c in chosen)
+            times[attention] = statistics.median(c['ms'] for c in chosen)
+    if not times:
+        return []
+    used = next(iter(times))
+    found = [check('1b: 16 rows of 4096 tokens / reading weights and KV', ratios[used], '<= 1.3',
+                   used)]
+    if used == 'paged':
+        found.append(check('1b: 16 rows of 4096 tokens, paged attention / gathered keys',
+                           times['paged'] / times['gathered'], '<= 0.8'))
     return found
 
 
@@ -443,15 +404,14 @@ def reported(shapes: Sequence[str], samples: Samples) -> list[Reported]:
 
 def contexts_table(samples: Samples) -> Table:
     """Return the table of decode passes over long contexts."""
-    names = dict.fromkeys((c['shape'], c['rows'], c['context']) for c in samples['contexts'])
-
-    def median(name: tuple[str, int, int], key: str) -> float:
-        return statistics.median(c[key] for c in samples['contexts']
-                                 if (c['shape'], c['rows'], c['context']) == name)
-
-    return Table('Decode passes', ['shape', 'rows', 'context', 'ms', 'reading weights and KV, ms'],
-                 [[*name, median(name, 'ms'), median(name, 'floor_ms')] for name in names],
-                 'Medians.')
+    found: dict[tuple[str, int, int, str], list[dict[str, Any]]] = {}
+    for c in samples['contexts']:
+        found.setdefault((c['shape'], c['rows'], c['context'], c['attention']), []).append(c)
+    return Table(
+        'Decode passes',
+        ['shape', 'rows', 'context', 'attention', 'ms', 'reading weights and KV, ms'],
+        [[*name, *(statistics.median(c[key] for c in rows) for key in ('ms', 'floor_ms'))]
+         for name, rows in found.items()], 'Medians.')
 
 
 def table(samples: Samples) -> Table:

@@ -14,6 +14,7 @@ import signal
 
 import pytest
 from support.graph import ENVIRONMENT, use_another_domain
+import support.kernels  # noqa: F401  (before transformers is imported)
 from support.precision import CAPABILITIES
 from support.robot import RANDOM_MODEL, Robot
 from support.ros_graph import Generator, Inputs, NodeProcess

@@ -14,6 +14,7 @@ def errors(model: Any) -> list[tuple[str, float]]:
     from mace_ros.model.batch_descriptor import BatchDescriptor
     from mace_ros.model.cuda_graph_runner import CudaGraphRunner
     from mace_ros.model.graph_check import checked_passes, largest_error
+    from mace_ros.model.paged_check import difference
 
     fixed = CudaGraphRunner(model)      # the same code without a graph
     for _, spans in checked_passes(model):
@@ -22,6 +23,8 @@ def errors(model: Any) -> list[tuple[str, float]]:
     if model.graphs is not None:
         found.append(('graphs: {1}', largest_error(model, model.graphs)))
     rows = [(name.format(*worst), worst[0]) for name, worst in found]
+    if model.context.paged is not None:
+        rows.append(('paged attention', difference(model, model.context.paged)))
     for tokens in (1, 16):
         for layer in model.linears[:4]:
             if layer.stored is not None:

@@ -62,6 +62,7 @@ from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.packing import pack
+from mace_ros.model.paged_check import use_paged_attention
 from mace_ros.model.token_ranks import token_ranks
 from mace_ros.model.vocabulary import Vocabulary
 from mace_ros.scheduling.cost_model import CALIBRATION_S, CostModel
@@ -222,6 +223,8 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
         progress('rounding its linear layers to 8 bits')
     packed = pack(loaded.model, kv_tokens=settings.memory.kv_cache_tokens, kv_bytes=kv_bytes,
                   int8=dtype == 'int8', int4=loaded.int4)
+    if reason := use_paged_attention(packed):
+        progress(f'decoding copies keys and values, because paged attention fails: {reason}')
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
     return _LoadedDevice(loaded, packed, kind, free)
@@ -270,9 +273,10 @@ def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int,
 def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> str:
     """Return all that the times of passes and segments depend on."""
     model, config, kind = device.model, device.loaded.model.config, device.hardware.kind
-    processor = (torch.get_num_threads(), torch.cpu.get_capabilities()) if kind == 'cpu' else ()
+    kernels = ((torch.get_num_threads(), torch.cpu.get_capabilities()) if kind == 'cpu'
+               else (model.context.paged is not None,))
     return json.dumps([
-        kind, device.hardware.name, *processor, torch.__version__, config.to_dict(),
+        kind, device.hardware.name, *kernels, torch.__version__, config.to_dict(),
         str(model.dtype), model.weight_dtype, model.kv_blocks, settings.model.device_graphs,
         settings.scheduler.max_batch_tokens, [list(p.shape) for p in lora.parameters()],
     ], default=str)

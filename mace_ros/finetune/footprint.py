@@ -14,6 +14,7 @@ from mace_ros.model.cpu_attention import MAX_TOKENS, prefers_one_mask
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.paged_attention import row_bytes
 
 # Workspace that products of torch 2.13 keep per thread, by mallinfo2() on a Xeon with AMX.
 KERNEL_BYTES = 4_500_000
@@ -40,6 +41,9 @@ def measure_footprint(model: PackedModel, lora: LoRAManager) -> Footprint:
                 or window < model.context_length),
         kernels=model.workspace_nbytes + (
             KERNEL_BYTES * torch.get_num_threads() if model.device.type == 'cpu' else 0),
+        decode_row=0 if model.context.paged is None else max(
+            row_bytes(config.num_attention_heads, values.shape[2], values.itemsize)
+            for values in model.kv_cache.values),
         head_rows=head_rows(model.device.type))
 
 

@@ -46,6 +46,7 @@ class Footprint:
     graphs: tuple[tuple[int, int], ...]    # (tokens, bytes), at least one
     packed: bool = False
     kernels: int = 0         # workspace of matrix products
+    decode_row: int = 0      # of a decode row while a layer attends, beside copies of its keys
     head_rows: int = HEAD_ROWS
 
     def graph_bytes(self, tokens: int) -> float:
@@ -76,7 +77,7 @@ class Footprint:
         """Return what a pass of ``tokens``, ``rows`` of them decoding, takes while it runs."""
         # A layer without gradients needs no more than one that keeps its graph.
         return (self.graph_bytes(tokens) + 2 * tokens * self.hidden_token
-                + 2 * rows * self.logits_row)
+                + rows * (2 * self.logits_row + self.decode_row))
 
     def step_bytes(self, lengths: Sequence[int], *, keep_graphs: bool, learns: bool = True,
                    chunk_tokens: int | None = None) -> float:
@@ -217,7 +218,8 @@ class MemoryBudget:
 
     @property
     def _block(self) -> float:
-        # While a layer attends, it copies the keys and values that it reads.
+        # While a layer attends, it copies the keys and values that chunks read, and without
+        # paged attention also those of decode rows.
         return self.footprint.kv_block * (
             (0 if self._resident else 1) + 1 / self.footprint.layers)
 

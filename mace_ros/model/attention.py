@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from mace_ros.model import cpu_attention
 from mace_ros.model.kv_cache import KVCache
+from mace_ros.model.paged_attention import PagedAttention
 from mace_ros.model.prefix_kv import PackedPrefixes
 
 NAME = 'mace_packed'
@@ -86,8 +87,9 @@ class AttentionMetadata:
     Which tokens of a packed pass attend to which keys.
 
     The pass begins with the decode rows, one token each: row i attends to the cache slots
-    ``decode_slots[i, :decode_lengths[i]]``, which include its own. The block follows: chunks of
-    sequences in any order. A token of the block attends to the keys of its own sequence
+    ``decode_slots[i, :decode_lengths[i]]``, which include its own, or with ``decode_tables`` to
+    the first ``decode_lengths[i]`` slots of its KV blocks. The block follows: chunks of sequences
+    in any order. A token of the block attends to the keys of its own sequence
     (``query_sequence == key_sequence``) up to its own position.
 
     The keys are one of:
@@ -104,6 +106,7 @@ class AttentionMetadata:
 
     write_slots: Tensor | None = None     # [tokens]
     decode_slots: Tensor | None = None    # [decode rows, longest]
+    decode_tables: Tensor | None = None   # [decode rows, blocks], for paged attention
     decode_lengths: Tensor | None = None  # [decode rows]
     # The cache slots of the only decode row, if they are consecutive: no keys are gathered.
     decode_run: slice | None = None
@@ -206,6 +209,7 @@ class ForwardContext:
     def __init__(self) -> None:
         self.metadata = AttentionMetadata()
         self.kv_cache: KVCache | None = None
+        self.paged: PagedAttention | None = None    # None: decode rows gather their keys
         # While set, each layer adds its KV shape; the cache is allocated from these shapes.
         self.kv_shapes: dict[int, tuple[int, int, int]] | None = None
         # Names of arguments that layers passed meanwhile and packed_attention() does not support.
@@ -239,8 +243,14 @@ def packed_attention(
         keys, values = context.kv_cache.keys[layer], context.kv_cache.values[layer]
         keys.index_copy_(0, metadata.write_slots, key[0].transpose(0, 1))
         values.index_copy_(0, metadata.write_slots, value[0].transpose(0, 1))
-        if metadata.decode_slots is not None:
-            parts.append(_attend_decode(
+        if metadata.decode_tables is not None:
+            assert context.paged is not None and metadata.decode_lengths is not None
+            rows = query[0, :, :metadata.decode_tables.shape[0]].transpose(0, 1)
+            parts.append(context.paged.attend(
+                rows, keys, values, metadata.decode_tables, metadata.decode_lengths,
+                scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux))
+        elif metadata.decode_slots is not None:
+            parts.append(attend_gathered(
                 query, keys, values, metadata, scaling, sliding_window, softcap, s_aux))
     if metadata.query_sequence is not None:
         first = query.shape[2] - metadata.query_sequence.shape[0]
@@ -281,10 +291,14 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, metadata: Attention
             for q, k, v in zip(query.split(metadata.lengths, 2), keys, values, strict=True)]
 
 
-def _attend_decode(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
-                   scaling: float | None, window: int | None, softcap: float | None,
-                   sinks: Tensor | None) -> Tensor:
-    """Attend for the decode rows; returns ``[rows, heads, value size]``."""
+def attend_gathered(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
+                    scaling: float | None, window: int | None, softcap: float | None,
+                    sinks: Tensor | None) -> Tensor:
+    """
+    Attend for the decode rows over a copy of their keys; returns ``[rows, heads, value size]``.
+
+    ``keys`` and ``values`` are the cache, ``[cache slots, KV heads, size]``.
+    """
     assert metadata.decode_slots is not None
     rows, longest = metadata.decode_slots.shape
     kv_heads, size = keys.shape[1], query.shape[3]

@@ -113,9 +113,13 @@ class CapturedPass:
         descriptor, views = self.descriptor, self._device_views
         metadata = AttentionMetadata(write_slots=views['write'])
         if descriptor.decode:
-            offsets = torch.arange(BLOCK_TOKENS, device=self._device.device)
-            tables = views['decode_blocks'].view(descriptor.decode, descriptor.blocks, 1)
-            metadata.decode_slots = (tables * BLOCK_TOKENS + offsets).view(descriptor.decode, -1)
+            tables = views['decode_blocks'].view(descriptor.decode, descriptor.blocks)
+            if self._model.context.paged is not None:
+                metadata.decode_tables = tables
+            else:
+                offsets = torch.arange(BLOCK_TOKENS, device=self._device.device)
+                metadata.decode_slots = (tables[:, :, None] * BLOCK_TOKENS + offsets).view(
+                    descriptor.decode, -1)
             metadata.decode_lengths = views['decode_lengths']
         if descriptor.block:
             metadata.query_sequence = views['query_sequence']

@@ -8,9 +8,11 @@ A wrong kernel or driver may cost speed, but never an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from mace_ros.model.graphs import PassGraphs
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
@@ -22,6 +24,9 @@ TOKENS = 24     # of a chunk
 # Of logits, relative: in 16 bits, sums differ with the shape of a product.
 MAX_ERROR, MAX_ERROR_FP32 = 0.1, 1e-3
 
+# Computes a pass as PackedModel.run() does, or returns None for one that it does not cover.
+Compute: TypeAlias = Callable[[Sequence[Span]], Tensor | None]
+
 
 def largest_error(model: PackedModel, graphs: PassGraphs) -> tuple[float, str]:
     """
@@ -29,15 +34,31 @@ def largest_error(model: PackedModel, graphs: PassGraphs) -> tuple[float, str]:
 
     Passes that it does not cover are left out. Overwrites the first KV blocks.
     """
+    def plain(spans: Sequence[Span]) -> Tensor:
+        kept, model.graphs = model.graphs, None
+        logits = model.run(spans)
+        model.graphs = kept
+        return logits
+
+    return largest_difference(lambda seed: checked_passes(model, seed), plain,
+                              lambda spans: graphs.run(spans, None))
+
+
+def largest_difference(passes: Callable[[int], Iterable[tuple[str, list[Span]]]],
+                       plain: Callable[[Sequence[Span]], Tensor],
+                       fast: Compute) -> tuple[float, str]:
+    """
+    Return the largest relative difference of logits, and the name of its pass.
+
+    ``passes`` maps a seed to named passes. A name counts by the best of its seeds.
+    """
     best: dict[str, float] = {}
     for seed in range(SAMPLES):
-        for name, spans in checked_passes(model, seed):
-            kept, model.graphs = model.graphs, None
-            plain = model.run(spans).clone()
-            model.graphs = kept
-            found = graphs.run(spans, None)
+        for name, spans in passes(seed):
+            expected = plain(spans).clone()
+            found = fast(spans)
             if found is not None:
-                error = float((found - plain).norm() / plain.norm().clamp_min(1e-30))
+                error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
                 best[name] = min(error if error == error else torch.inf,
                                  best.get(name, torch.inf))
     return max(((error, name) for name, error in best.items()), default=(0.0, ''))

@@ -246,23 +246,41 @@ class PackedModel:
     def _metadata(self, decode: Sequence[Span], chunks: Sequence[Span]) -> AttentionMetadata:
         metadata, write = AttentionMetadata(), []
         if decode:
-            longest = max(s.cache_position for s in decode) + 1
-            slots = np.zeros((len(decode), longest), dtype=np.int64)
-            for i, span in enumerate(decode):
-                position = span.cache_position
-                # Masked slots must be the row's own: 0 * NaN of another sequence would be NaN.
-                slots[i] = span.blocks[0] * BLOCK_TOKENS
-                slots[i, :position + 1] = cache_slots(span.blocks, position + 1)
-                write.append(slots[i, position:position + 1])
-            metadata.decode_slots = torch.from_numpy(slots).to(self.device)
-            if len(decode) == 1 and slots[0, -1] - slots[0, 0] == longest - 1 and (
-                    np.diff(slots[0]) == 1).all():
-                metadata.decode_run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
+            add = self._add_decode_slots if self.context.paged is None else self._add_decode_tables
+            write += add(metadata, decode)
             metadata.decode_lengths = self.tensor([s.cache_position + 1 for s in decode])
         if chunks:
             write += self._add_block(metadata, chunks)
         metadata.write_slots = self._joined(write)
         return metadata
+
+    def _add_decode_slots(self, metadata: AttentionMetadata,
+                          decode: Sequence[Span]) -> list[np.ndarray]:
+        """Add the cache slots of decode rows to the metadata; return those that they write."""
+        write, longest = [], max(s.cache_position for s in decode) + 1
+        slots = np.zeros((len(decode), longest), dtype=np.int64)
+        for i, span in enumerate(decode):
+            position = span.cache_position
+            # Masked slots must be the row's own: 0 * NaN of another sequence would be NaN.
+            slots[i] = span.blocks[0] * BLOCK_TOKENS
+            slots[i, :position + 1] = cache_slots(span.blocks, position + 1)
+            write.append(slots[i, position:position + 1])
+        metadata.decode_slots = torch.from_numpy(slots).to(self.device)
+        if len(decode) == 1 and slots[0, -1] - slots[0, 0] == longest - 1 and (
+                np.diff(slots[0]) == 1).all():
+            metadata.decode_run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
+        return write
+
+    def _add_decode_tables(self, metadata: AttentionMetadata,
+                           decode: Sequence[Span]) -> list[np.ndarray]:
+        """Add the block tables of decode rows to the metadata; return the slots they write."""
+        used = [s.blocks[:s.cache_position // BLOCK_TOKENS + 1] for s in decode]
+        tables = np.zeros((len(decode), max(map(len, used))), dtype=np.int64)
+        for row, blocks in zip(tables, used, strict=True):
+            row[:len(blocks)] = blocks
+        metadata.decode_tables = torch.from_numpy(tables).to(self.device)
+        return [np.array([blocks[-1] * BLOCK_TOKENS + s.cache_position % BLOCK_TOKENS])
+                for s, blocks in zip(decode, used, strict=True)]
 
     def _add_block(self, metadata: AttentionMetadata,
                    chunks: Sequence[Span]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import weakref
 
 from hypothesis import given, strategies as st
 import pytest
-from support.families import random_ids, tiny_model, with_reference
+from support.families import random_ids, TARGETS, tiny_model, with_reference
 from support.finetuning import prefixes_of
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import Footprint, Grant, MemoryBudget, MIN_CHUNK_TOKENS
+from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.paged_attention import PagedAttention, row_bytes
+from mace_ros.model.spans import Span
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import SegmentKind
@@ -254,3 +258,35 @@ def test_a_step_takes_no_more_memory_than_predicted(
         step.lengths, keep_graphs=keep_graphs, chunk_tokens=chunk_tokens)
     gradients = sum(p.nbytes for p in lora.parameters())     # counted with the adapters
     assert 0.4 * predicted <= peak.most - gradients <= predicted
+
+
+@pytest.mark.parametrize('processors', [1, 16, 132])
+@pytest.mark.parametrize('rows, blocks', [(1, 8), (1, 1024), (4, 64), (16, 8), (16, 1024)])
+def test_paged_attention_takes_no_more_memory_than_counted(
+        processors: int, rows: int, blocks: int) -> None:
+    heads, kv_heads, size = 32, 8, 64
+    cache = torch.zeros(64, kv_heads, size, dtype=torch.bfloat16, device='meta')
+    tables, lengths = (torch.zeros(shape, dtype=torch.long, device='meta')
+                       for shape in ((rows, blocks), (rows,)))
+    query = torch.zeros(rows, heads, size, dtype=torch.bfloat16, device='meta')
+    with Peak() as peak:
+        PagedAttention(processors).attend(query, cache, cache, tables, lengths)
+    counted = rows * row_bytes(heads, size, 2)
+    assert 0.01 * counted <= peak.most <= counted
+
+
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'deepseek-v2'])
+def test_a_pass_of_paged_decode_rows_takes_no_more_memory_than_predicted(family: str) -> None:
+    model, lora, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
+    model.context.paged = PagedAttention(16)
+    footprint, rows = measure_footprint(model, lora), 16
+    spans = [Span((5,), 150 - i, range(10), FIRST_SERVED_SLOT, True) for i in range(rows)]
+    # The kernels themselves need Triton, and take no memory.
+    meta = PackedModel(tiny_model(family).to('meta'))
+    meta.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
+        model.kv_cache.keys, model.kv_cache.values, strict=True)], model.kv_blocks)
+    meta.context.paged = model.context.paged
+    with Peak() as peak:
+        meta.run(spans)
+    predicted = footprint.pass_bytes(rows, rows)
+    assert 0.1 * predicted <= peak.most <= predicted

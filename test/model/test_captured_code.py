@@ -21,6 +21,7 @@ from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.packing import pack
+from mace_ros.model.paged_attention import PagedAttention
 from mace_ros.model.spans import PiggybackSpans, Span
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 META = torch.device('meta')
 
 
-def on_meta(family: str, layers: int = 3, *, int4: bool = False) -> PackedModel:
+def on_meta(family: str, layers: int = 3, *, int4: bool = False,
+            paged: bool = False) -> PackedModel:
     """Return a packed model without values."""
     changes = {} if layers == 3 else {'num_hidden_layers': layers}
     cache = pack(tiny_model(family, **changes), kv_tokens=16).kv_cache
@@ -40,6 +42,7 @@ def on_meta(family: str, layers: int = 3, *, int4: bool = False) -> PackedModel:
         model.use_int4({x.name: four_bits(x.weight) for x in model.linears})
     LoRAManager(model.linears, targets=TARGETS.get(family, 'all-linear'), rank=RANK, alpha=4.0,
                 slots=2)
+    model.context.paged = PagedAttention(16) if paged else None
     return model
 
 
@@ -64,10 +67,12 @@ def passes(model: PackedModel) -> dict[str, tuple[list[Span], PiggybackSpans | N
             'all': ([*decode, chunk], piggyback)}
 
 
-@pytest.mark.parametrize('family, int4', [
-    *((family, False) for family in FAMILIES), ('llama', True), ('qwen2', True)])
-def test_captured_passes_never_wait_and_attend_by_fused_kernels(family: str, int4: bool) -> None:
-    model = on_meta(family, int4=int4)
+@pytest.mark.parametrize('family, int4, paged', [
+    *((family, False, paged) for family in FAMILIES for paged in (False, True)),
+    ('llama', True, True), ('qwen2', True, False)])
+def test_captured_passes_never_wait_and_attend_by_fused_kernels(
+        family: str, int4: bool, paged: bool) -> None:
+    model = on_meta(family, int4=int4, paged=paged)
     faults = {}
     for name, (spans, piggyback) in passes(model).items():
         runner = CudaGraphRunner(model)
@@ -77,6 +82,7 @@ def test_captured_passes_never_wait_and_attend_by_fused_kernels(family: str, int
         assert logits.shape[0] == len(spans)
         faults[name] = (log.uploads, log.faults)
         assert ('_weight_int4pack_mm' in log.kernels) == int4
+        assert ('mace_ros::attend_paged' in log.kernels) == (paged and name in ('decode', 'all'))
     assert faults == dict.fromkeys(faults, (1, []))
 
 
@@ -94,17 +100,18 @@ def test_captured_layers_of_a_step_never_wait_and_attend_by_fused_kernels(family
     assert not log.faults
 
 
-def test_a_pass_of_a_llama_takes_few_kernels_in_each_layer() -> None:
+@pytest.mark.parametrize('paged, decode', [(False, 49), (True, 45)])
+def test_a_pass_of_a_llama_takes_few_kernels_in_each_layer(paged: bool, decode: int) -> None:
     kernels = {}
     for layers in (2, 3):
-        model = on_meta('llama', layers)
+        model = on_meta('llama', layers, paged=paged)
         for name, (spans, piggyback) in passes(model).items():
             prepared = CudaGraphRunner(model).prepare(BatchDescriptor.of(spans, piggyback))
             with DeviceLog() as log:
                 prepared.run(spans, piggyback)
             kernels[name, layers] = len(log.kernels)
     each = {name: kernels[name, 3] - kernels[name, 2] for name in passes(model)}
-    assert each['decode'] <= 49
+    assert each['decode'] <= decode
     assert each['chunk'] <= 53
     assert max(each.values()) <= 70
 

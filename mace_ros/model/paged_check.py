@@ -1,0 +1,78 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The check, on the device itself, that paged attention computes what gathered keys give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mace_ros.model.graph_check import largest_difference, limit
+from mace_ros.model.lora_mapping import BASE_SLOT
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.paged_attention import find, PagedAttention
+from mace_ros.model.spans import BLOCK_TOKENS, Span
+
+# Tokens of the rows of a pass: within a block and a window, at a block's end, and of several
+# splits. Shorter ones if the context or the cache is shorter.
+LENGTHS = (5, 32, 300, 1500)
+
+
+def use_paged_attention(model: PackedModel) -> str:
+    """
+    Let decode rows attend without gathering their keys, if the device can.
+
+    Returns why not, or an empty string. Overwrites KV blocks, so call it before the first
+    request, and before graphs are captured.
+    """
+    if model.device.type != 'cuda':
+        return ''
+    paged = find(model.device)
+    return 'Triton is not installed' if paged is None else use_if_right(model, paged)
+
+
+def use_if_right(model: PackedModel, paged: PagedAttention) -> str:
+    """Use ``paged`` if its logits are those of gathered keys; return why not."""
+    try:
+        error = difference(model, paged)
+    except Exception as failure:    # of Triton's compilers: no C compiler, no kernel for a GPU
+        return f'{type(failure).__name__}: {failure}'
+    if error > limit(model):
+        return f'its logits are off by {error:.2g} (relative)'
+    model.context.paged = paged
+    return ''
+
+
+def difference(model: PackedModel, paged: PagedAttention) -> float:
+    """Return the relative difference of logits by ``paged`` from those of gathered keys."""
+    def run(spans: Sequence[Span], used: PagedAttention | None) -> Tensor:
+        kept, graphs = model.context.paged, model.graphs
+        model.context.paged, model.graphs = used, None
+        try:
+            return model.run(spans)
+        finally:
+            model.context.paged, model.graphs = kept, graphs
+
+    return largest_difference(lambda seed: _passes(model, seed), partial(run, used=None),
+                              partial(run, used=paged))[0]
+
+
+def _passes(model: PackedModel, seed: int) -> Iterator[tuple[str, list[Span]]]:
+    """Yield a pass of decode rows whose keys and values are random, in scattered blocks."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    rows = min(len(LENGTHS), model.kv_blocks)
+    most = min(model.context_length, model.kv_blocks // rows * BLOCK_TOKENS)
+    lengths = [min(n, most) for n in LENGTHS[-rows:]]
+    counts = [-(-n // BLOCK_TOKENS) for n in lengths]
+    blocks = torch.randperm(model.kv_blocks, generator=generator, device=model.device).tolist()
+    slots = model.cache_slots(blocks[:sum(counts)], sum(counts) * BLOCK_TOKENS)
+    for cache in (*model.kv_cache.keys, *model.kv_cache.values):
+        cache.index_copy_(0, slots, torch.randn(
+            len(slots), *cache.shape[1:], generator=generator, device=model.device,
+            dtype=cache.dtype))
+    yield 'decode', [
+        Span((7 + i,), n - 1, blocks[sum(counts[:i]):sum(counts[:i + 1])], BASE_SLOT, True)
+        for i, n in enumerate(lengths)]
