@@ -170,7 +170,7 @@ def test_models_get_the_same_logits_from_the_kernel(family: str) -> None:
 
 
 @needs_triton
-def test_the_kernels_compile_for_gpus_that_are_not_there(tmp_path: Path) -> None:
+def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     """The interpreter takes code that the compiler refuses. None needs too much shared memory."""
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
     done = subprocess.run(
