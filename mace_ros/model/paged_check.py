@@ -17,8 +17,9 @@ from mace_ros.model.paged_attention import find, PagedAttention
 from mace_ros.model.spans import BLOCK_TOKENS, Span
 
 # Tokens of the rows of a pass: within a block and a window, at a block's end, and of several
-# splits. Shorter ones if the context or the cache is shorter.
-LENGTHS = (5, 32, 300, 1500)
+# splits. Shorter ones if the context or the cache is shorter. A second pass has the first rows
+# only, since other kernels run where no row is split.
+LENGTHS, SHORT = (5, 32, 300, 1500), 2
 
 
 def use_paged_attention(model: PackedModel) -> str:
@@ -61,7 +62,7 @@ def difference(model: PackedModel, paged: PagedAttention) -> float:
 
 
 def _passes(model: PackedModel, seed: int) -> Iterator[tuple[str, list[Span]]]:
-    """Yield a pass of decode rows whose keys and values are random, in scattered blocks."""
+    """Yield passes of decode rows whose keys and values are random, in scattered blocks."""
     generator = torch.Generator(model.device).manual_seed(seed)
     rows = min(len(LENGTHS), model.kv_blocks)
     most = min(model.context_length, model.kv_blocks // rows * BLOCK_TOKENS)
@@ -73,6 +74,7 @@ def _passes(model: PackedModel, seed: int) -> Iterator[tuple[str, list[Span]]]:
         cache.index_copy_(0, slots, torch.randn(
             len(slots), *cache.shape[1:], generator=generator, device=model.device,
             dtype=cache.dtype))
-    yield 'decode', [
-        Span((7 + i,), n - 1, blocks[sum(counts[:i]):sum(counts[:i + 1])], BASE_SLOT, True)
-        for i, n in enumerate(lengths)]
+    spans = [Span((7 + i,), n - 1, blocks[sum(counts[:i]):sum(counts[:i + 1])], BASE_SLOT, True)
+             for i, n in enumerate(lengths)]
+    yield 'long', spans
+    yield 'short', spans[:SHORT]

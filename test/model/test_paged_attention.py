@@ -166,11 +166,11 @@ def test_models_get_the_same_logits_from_the_kernel(family: str) -> None:
     span = Span((5,), 20, [3, 9], BASE_SLOT, True)
     expected = model.run([span]).clone()
     model.context.paged = PagedAttention(1)
-    torch.testing.assert_close(model.run([span]), expected)
+    torch.testing.assert_close(model.run([span]), expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_triton
-def test_the_kernels_compile_for_gpus_that_are_not_there(tmp_path: Path) -> None:
+def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     """The interpreter takes code that the compiler refuses. None needs too much shared memory."""
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
     done = subprocess.run(
@@ -222,6 +222,7 @@ def test_passes_pass_block_tables_to_paged_attention(family: str) -> None:
     assert model.context.paged == Gathered(1)
     spans = [Span((5,), position, blocks, BASE_SLOT, True)
              for position, blocks in ((40, [7, 3, 9]), (2, [4]), (15, [5]), (16, [6, 8]))]
+    spans.append(Span((5,) * 6, 20, [10, 11], BASE_SLOT, True))
     eager = model.run(spans).clone()
     fixed = CudaGraphRunner(model).prepare(BatchDescriptor.of(spans, None)).run(spans, None)
     model.context.paged = None

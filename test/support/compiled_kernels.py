@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Compile the Triton kernels for GPUs that are not there, down to their machine code.
+Compile the Triton kernels to the machine code of several GPUs, on a machine without any.
 
 Run as a program, without ``TRITON_INTERPRET``. It launches what the package launches, behind a
 driver that drops each launch, and prints the shared memory of each kernel in bytes.
