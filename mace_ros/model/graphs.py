@@ -15,7 +15,14 @@ from mace_ros.model.spans import PiggybackSpans, Span
 
 
 class PassGraphs(Protocol):
-    """Passes of some shapes on fixed addresses."""
+    """
+    Passes of some shapes on fixed addresses.
+
+    ``best_tokens`` are those of the last pass that was computed: for each row of its logits, the
+    token of the largest. They are valid until the next pass.
+    """
+
+    best_tokens: Tensor | None
 
     def run(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> Tensor | None:
         """Compute a pass as the model does, or return None if its shape is not covered."""

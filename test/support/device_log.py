@@ -19,6 +19,8 @@ FREE = {
     'alias', 'as_strided', 'detach', 'empty', 'empty_like', 'expand', 'lift_fresh', 'new_empty',
     'permute', 'select', 'slice', 'split', 'split_with_sizes', 'squeeze', 't', 'transpose',
     'unbind', 'unsqueeze', 'view', '_unsafe_view', '_reshape_alias'}
+# Kernels of operations of this package, if more than one.
+LAUNCHES = {'mace_ros::attend_paged': 2, 'mace_ros::add_lora': 2}
 # Operations whose result, or its size, the host reads.
 HOST_READS = {'_local_scalar_dense', 'nonzero', 'is_nonzero', 'equal', 'unique2', '_unique2',
               'masked_select', 'bincount'}
@@ -37,17 +39,17 @@ class DeviceLog(TorchDispatchMode):
         self.kernels: list[str] = []
         self.uploads = 0
         self.faults: list[str] = []
-        self._attention = _AttentionLog(self)
+        self._functions = _FunctionLog(self)
 
     def __enter__(self) -> DeviceLog:
         """Begin to record."""
         super().__enter__()
-        self._attention.__enter__()
+        self._functions.__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
         """End."""
-        self._attention.__exit__(*args)
+        self._functions.__exit__(*args)
         super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
@@ -67,12 +69,16 @@ class DeviceLog(TorchDispatchMode):
                 name == 'index' and any(i is not None and i.dtype == torch.bool for i in args[1])):
             self.faults.append(f'{name} waits for the device')
         if name not in FREE and 'meta' in given | made:
-            self.kernels.append(name)
+            self.kernels += [name] * LAUNCHES.get(name, 1)
         return result
 
 
-class _AttentionLog(TorchFunctionMode):
-    """Checks calls of SDPA and returns an empty result for each."""
+class _FunctionLog(TorchFunctionMode):
+    """
+    Records functions that are one kernel on CUDA but several on `meta`.
+
+    Calls of SDPA are checked, and return an empty result.
+    """
 
     def __init__(self, log: DeviceLog) -> None:
         super().__init__()
@@ -80,19 +86,23 @@ class _AttentionLog(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Check a call of SDPA."""
-        if func is not F.scaled_dot_product_attention:
+        """Record a call of such a function as one kernel."""
+        if func is not F.rms_norm and func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        reason = runs_as_plain_products(*args, **(kwargs or {}))
+        recorded = list(self._log.kernels)
+        result = (func if func is F.rms_norm else self._attend)(*args, **(kwargs or {}))
+        self._log.kernels[:] = [*recorded, func.__name__]
+        return result
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any,
+                **kwargs: Any) -> Tensor:
+        """Check a call of SDPA."""
+        reason = runs_as_plain_products(query, key, value, *args, **kwargs)
         if reason:
             self._log.faults.append(f'attention {reason}')
-        query, key, value = args[:3]
-        recorded = list(self._log.kernels)
         # Gradients reach all inputs.
-        result = query.new_empty(*query.shape[:3], value.shape[3]) + (
+        return query.new_empty(*query.shape[:3], value.shape[3]) + (
             query.sum() + key.sum() + value.sum())
-        self._log.kernels[:] = [*recorded, 'scaled_dot_product_attention']
-        return result
 
 
 def runs_as_plain_products(query: Tensor, key: Tensor, value: Tensor,
