@@ -277,7 +277,7 @@ def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> s
     """Return all that the times of passes and segments depend on."""
     model, config, kind = device.model, device.loaded.model.config, device.hardware.kind
     kernels = ((torch.get_num_threads(), torch.cpu.get_capabilities()) if kind == 'cpu'
-               else (model.context.paged is not None, *model.fused_parts))
+               else (model.context.paged is not None, *(part.name for part in model.fused_parts)))
     return json.dumps([
         kind, device.hardware.name, *kernels, torch.__version__, config.to_dict(),
         str(model.dtype), model.weight_dtype, model.kv_blocks, settings.model.device_graphs,

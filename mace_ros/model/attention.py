@@ -21,9 +21,9 @@ from transformers import AttentionInterface
 
 from mace_ros.model import cpu_attention
 from mace_ros.model.kv_cache import KVCache
+from mace_ros.model.layer_operators import rotate_and_write
 from mace_ros.model.paged_attention import PagedAttention
 from mace_ros.model.prefix_kv import PackedPrefixes
-from mace_ros.model.rotary import rotate_and_write
 
 NAME = 'mace_packed'
 

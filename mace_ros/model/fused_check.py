@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mace_ros.model.fused_layers import FusedLoRA, FusedNorms, FusedPart, FusedRotary
+from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA
 from mace_ros.model.graph_check import checked_passes, limit, relative_error, SAMPLES
+from mace_ros.model.graphs import FusedPart
 from mace_ros.model.mixed_lora import add_update
 from mace_ros.model.packed_model import PackedModel
 
@@ -30,15 +31,14 @@ def use_fused_layers(model: PackedModel) -> list[str]:
     """
     if model.device.type != 'cuda':
         return []
-    logits = partial(difference, model)
-    reasons = [use_if_right(model, FusedNorms(model), logits, limit(model))]
     if find_spec('triton') is None:
-        reasons.append('Triton is not installed')
-    else:
-        reasons += [
-            use_if_right(model, FusedRotary(model), logits, limit(model)),
-            use_if_right(model, FusedLoRA(model), lambda _: update_error(model),
-                         MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR)]
+        return ['Triton is not installed']
+    logits = partial(difference, model)
+    reasons = (
+        use_if_right(model, fused_norms(model), logits, limit(model)),
+        use_if_right(model, fused_rotary(model), logits, limit(model)),
+        use_if_right(model, FusedLoRA(model), lambda _: update_error(model),
+                     MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR))
     return [reason for reason in reasons if reason]
 
 
@@ -55,7 +55,7 @@ def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedP
         part.undo()
         return f'{part.name}: off by {error:.2g} (relative)'
     part.use()
-    model.fused_parts.append(part.name)
+    model.fused_parts.append(part)
     return ''
 
 
@@ -67,14 +67,18 @@ def difference(model: PackedModel, part: FusedPart) -> float:
             cache.zero_()
         return {name: model.run(spans).clone() for name, spans in checked_passes(model, seed)}
 
+    graphs, model.graphs = model.graphs, None
     best: dict[str, float] = {}     # of the seeds: rounding may route a token to another expert
-    for seed in range(SAMPLES):
-        part.undo()
-        expected = logits(seed)
-        part.use()
-        for name, found in logits(seed).items():
-            error = relative_error(found, expected[name])
-            best[name] = min(error, best.get(name, error))
+    try:
+        for seed in range(SAMPLES):
+            part.undo()
+            expected = logits(seed)
+            part.use()
+            for name, found in logits(seed).items():
+                error = relative_error(found, expected[name])
+                best[name] = min(error, best.get(name, error))
+    finally:
+        model.graphs = graphs
     return max(best.values(), default=torch.inf)
 
 

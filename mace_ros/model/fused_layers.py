@@ -3,109 +3,113 @@
 """
 Parts of a model's layers that take fewer kernels than in the model's own code.
 
-A decode row keeps a GPU busy for so short a time that each kernel counts. Each part here replaces
-code of transformers where that code is known to compute the same, which it is asked on random
-values on the CPU. Whether the device computes it, too, is for :mod:`mace_ros.model.fused_check`.
+A decode row keeps a GPU busy for so short a time that each kernel counts. Norms and rotary
+embeddings of transformers are replaced in passes that write the KV cache, where their code computes
+what a kernel here computes: it is asked on random values on the CPU. Training runs the model's own
+code. Whether the device computes the same is for :mod:`mace_ros.model.fused_check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import copy
 import inspect
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn, Tensor
-import torch.nn.functional as F
 
 from mace_ros.model.attention import ForwardContext
+from mace_ros.model.layer_operators import plain_rms_norm, plain_rotation, rms_norm
 from mace_ros.model.packed_model import PackedModel
-from mace_ros.model.rotary import rotated
 
 ROTARY = 'apply_rotary_pos_emb'     # the function's name in the code of most families
 TOLERANCE = 1e-4                    # of values of about 1 in fp32
 
 
-class FusedPart(Protocol):
-    """A part of a model that can take fewer kernels."""
+class OtherCode:
+    """
+    Modules that can run other code: subclasses of their classes.
 
-    name: str
+    A module that takes another one's place would change the names of weights.
+    """
+
+    def __init__(self, name: str, classes: Mapping[nn.Module, type[nn.Module]]) -> None:
+        """Take the class that each module is to get."""
+        self.name = name
+        self._classes = [(module, type(module), other) for module, other in classes.items()]
 
     def use(self) -> None:
-        """Let the model use it from now on."""
+        """Let the modules run the other code."""
+        for module, _, other in self._classes:
+            module.__class__ = other
 
     def undo(self) -> None:
-        """Let the model run its own code again."""
+        """Let the modules run their own code."""
+        for module, own, _ in self._classes:
+            module.__class__ = own
 
 
 # -- norms -------------------------------------------------------------------------------
 
 
-class FusedRMSNorm(nn.Module):
-    """An RMSNorm that is one kernel of PyTorch, or three if its weight is relative to 1."""
-
-    scale: Tensor | None
-
-    def __init__(self, weight: nn.Parameter, eps: float, *, relative: bool) -> None:
-        """Share the weight, ``[width]``; with ``relative``, inputs are scaled by 1 + weight."""
-        super().__init__()
-        self.weight, self.eps = weight, eps
-        # In fp32: 16 bits would round 1 + weight, and the kernel takes one precision for all.
-        self.register_buffer(
-            'scale', 1.0 + weight.detach().float() if relative else None, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised ``x``, ``[..., width]``."""
-        if self.scale is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.scale.shape, self.scale, self.eps).type_as(x)
+def fused_norms(model: PackedModel) -> OtherCode:
+    """Return the RMSNorms of a model, one kernel each instead of eight."""
+    norms = [m for m in model.model.modules() if is_rms_norm(m)]
+    kinds = {type(m): m for m in norms}
+    classes = {kind: norm_class(kind, model.context, relative=relative)
+               for kind, norm in kinds.items() if (relative := relative_weight(norm)) is not None}
+    return OtherCode('norms', {m: classes[type(m)] for m in norms if type(m) in classes})
 
 
-class FusedNorms:
-    """The RMSNorms of a model, also in training passes; eight kernels each in the model's code."""
-
-    name = 'norms'
-
-    def __init__(self, model: PackedModel) -> None:
-        """Find the norms."""
-        self._norms = [(parent, name, child, fused)
-                       for parent in model.model.modules()
-                       for name, child in parent.named_children()
-                       if (fused := fused_norm(child)) is not None]
-
-    def use(self) -> None:
-        """Put the fused norms in the model's place."""
-        for parent, name, _, fused in self._norms:
-            setattr(parent, name, fused)
-
-    def undo(self) -> None:
-        """Put the model's own norms back."""
-        for parent, name, own, _ in self._norms:
-            setattr(parent, name, own)
+def is_rms_norm(module: nn.Module) -> bool:
+    """Return whether a module is an RMSNorm by its name and its weight."""
+    return (type(module).__name__.endswith('RMSNorm') and eps_of(module) is not None
+            and isinstance(weight := getattr(module, 'weight', None), nn.Parameter)
+            and weight.dim() == 1)
 
 
-def fused_norm(norm: nn.Module) -> FusedRMSNorm | None:
-    """Return a norm that computes the same, or None for a module that is none of those known."""
-    weight = getattr(norm, 'weight', None)
-    eps = getattr(norm, 'variance_epsilon', getattr(norm, 'eps', None))
-    if (not type(norm).__name__.endswith('RMSNorm') or eps is None
-            or not isinstance(weight, nn.Parameter) or weight.dim() != 1):
-        return None
-    generator = torch.Generator().manual_seed(0)
+def eps_of(norm: nn.Module) -> Any:
+    """Return what an RMSNorm adds to the mean square; None if it has no such attribute."""
+    return getattr(norm, 'variance_epsilon', getattr(norm, 'eps', None))
+
+
+def relative_weight(norm: nn.Module) -> bool | None:
+    """Return whether an RMSNorm's weight is relative to 1; None if it computes something else."""
     own: Any = copy.deepcopy(norm).to_empty(device='cpu').float()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        own.weight.copy_(torch.randn(weight.shape, generator=generator))
-        x = torch.randn(3, len(weight), generator=generator)
+        own.weight.copy_(torch.randn(own.weight.shape, generator=generator))
+        x = torch.randn(1, 3, len(own.weight), generator=generator)
         for relative in (False, True):
-            found = FusedRMSNorm(own.weight, eps, relative=relative)(x)
+            found = plain_rms_norm(x, own.weight, eps_of(own), relative=relative)
             if torch.allclose(found, own(x), rtol=TOLERANCE, atol=TOLERANCE):
-                return FusedRMSNorm(weight, eps, relative=relative)
+                return relative
     return None
 
 
+def norm_class(kind: type[nn.Module], context: ForwardContext, *,
+               relative: bool) -> type[nn.Module]:
+    """Return a class like ``kind`` whose forward is one kernel in passes that write the cache."""
+    def forward(self: Any, x: Tensor) -> Any:
+        if context.metadata.write_slots is None:
+            return kind.forward(self, x)
+        return rms_norm(x, self.weight, eps_of(self), relative=relative)
+
+    return type(kind.__name__, (kind,), {'forward': forward})
+
+
 # -- rotary embeddings -------------------------------------------------------------------
+
+
+def fused_rotary(model: PackedModel) -> OtherCode:
+    """Return rotary embeddings and writes to the KV cache, one kernel instead of twelve."""
+    layers = [m for m in model.model.modules() if hasattr(m, 'mace_attention')]
+    classes = {kind: deferring for kind in set(map(type, layers))
+               if (deferring := deferring_class(kind, model.context)) is not None}
+    return OtherCode('rotary embeddings', {
+        m: classes[type(m)] for m in layers if type(m) in classes})
 
 
 class DeferredRotation:
@@ -128,29 +132,6 @@ class DeferredRotation:
             return self._function(query, key, cos, sin, *args, **kwargs)
         self._context.rotation = cos, sin
         return query, key
-
-
-class FusedRotary:
-    """Rotary embeddings and writes to the KV cache; twelve kernels in the model's code."""
-
-    name = 'rotary embeddings'
-
-    def __init__(self, model: PackedModel) -> None:
-        """Find the attention layers whose code can defer the rotation."""
-        layers = [m for m in model.model.modules() if hasattr(m, 'mace_attention')]
-        deferring = {kind: deferring_class(kind, model.context) for kind in map(type, layers)}
-        self._layers = [(layer, type(layer), kind) for layer in layers
-                        if (kind := deferring[type(layer)]) is not None]
-
-    def use(self) -> None:
-        """Let the layers defer the rotation."""
-        for layer, _, deferring in self._layers:
-            layer.__class__ = deferring
-
-    def undo(self) -> None:
-        """Let the layers rotate by the model's own function."""
-        for layer, own, _ in self._layers:
-            layer.__class__ = own
 
 
 def deferring_class(kind: type[nn.Module], context: ForwardContext) -> type[nn.Module] | None:
@@ -176,11 +157,10 @@ def rotates_halves(function: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
     query, key, cos, sin = (torch.randn(shape, generator=generator) for shape in (
         (1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
-    expected = [rotated(x, cos, sin) for x in (query, key)]
     try:
-        found = function(query, key, cos, sin)
-        return all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
-                   for a, b in zip(found, expected, strict=True))
+        return all(torch.allclose(found, plain_rotation(x, cos, sin), rtol=TOLERANCE,
+                                  atol=TOLERANCE)
+                   for found, x in zip(function(query, key, cos, sin), (query, key), strict=True))
     except (RuntimeError, TypeError, ValueError):       # it takes other arguments
         return False
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The interface that replays device graphs for a packed model."""
+"""What may run a packed model faster on some devices: graphs, and fused parts of its layers."""
 
 from __future__ import annotations
 
@@ -41,3 +41,17 @@ class LayerGraphs(Protocol):
 
     def run(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:
         """Return the output of a layer, ``[1, tokens, width]``."""
+
+
+class FusedPart(Protocol):
+    """A part of a model's layers that can take fewer kernels than in the model's own code."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for the log."""
+
+    def use(self) -> None:
+        """Let the model use it from now on."""
+
+    def undo(self) -> None:
+        """Let the model run its own code again."""

@@ -29,7 +29,7 @@ from mace_ros.model.attention import (
     whole_sequences,
 )
 from mace_ros.model.cpu_matmul import PrepackedWeight
-from mace_ros.model.graphs import LayerGraphs, PassGraphs
+from mace_ros.model.graphs import FusedPart, LayerGraphs, PassGraphs
 from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.lora_linear import replace_head, replace_linears
@@ -69,7 +69,7 @@ class PackedModel:
         # The best token of each row of the last pass's logits, if its graph has found it; valid
         # until the next pass.
         self.best_tokens: Tensor | None = None
-        self.fused_parts: list[str] = []    # that take fewer kernels than in the model's own code
+        self.fused_parts: list[FusedPart] = []      # in use
         self.graphed_layers: list[LayerGraphs] = []     # for training, the shortest first
         inside = set(map(id, self.layers.modules()))
         outside = [m for m in model.modules() if id(m) not in inside]

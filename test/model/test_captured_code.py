@@ -14,7 +14,7 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model import attention
 from mace_ros.model.batch_descriptor import BatchDescriptor
 from mace_ros.model.cuda_graph_runner import CudaGraphRunner
-from mace_ros.model.fused_layers import FusedLoRA, FusedNorms, FusedRotary
+from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA
 from mace_ros.model.graphed_layers import GraphedLayers
 from mace_ros.model.int4 import GROUP, Int4Values, Int4Weight
 from mace_ros.model.int4_kernels import Int4Kernel, TensorCoreLayout
@@ -30,6 +30,9 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 META = torch.device('meta')
 
 
+# Families without experts whose norms and rotary embeddings are kernels of the package.
+DENSE = ['qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3', 'mistral', 'phi3', 'granite', 'olmo2',
+         'gpt-neox', 'starcoder2', 'smollm3']
 # Their rotary embeddings are not those of Llama, or they have none.
 UNROTATED = {'cohere', 'cohere2', 'glm', 'gpt-oss', 'deepseek-v2', 'opt'}
 
@@ -49,7 +52,7 @@ def on_meta(family: str, layers: int = 3, *, int4: bool = False,
                 slots=2)
     if fused:
         model.context.paged = PagedAttention(16)
-        for part in (FusedNorms, FusedRotary, FusedLoRA):
+        for part in (fused_norms, fused_rotary, FusedLoRA):
             part(model).use()
     return model
 
@@ -133,7 +136,7 @@ def test_a_pass_of_a_llama_takes_few_kernels_in_each_layer(
     assert max(each.values()) <= most
 
 
-@pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'mistral', 'phi3', 'olmo2', 'granite'])
+@pytest.mark.parametrize('family', DENSE)
 def test_a_decode_layer_of_most_families_takes_few_kernels(family: str) -> None:
     assert kernels_of_a_layer(family, fused=True)['decode'] <= 30
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +16,15 @@ from torch import nn, Tensor
 from mace_ros.model import fused_check
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.fused_check import difference, update_error, use_fused_layers, use_if_right
-from mace_ros.model.fused_layers import FusedLoRA, FusedNorms, FusedRMSNorm, FusedRotary
+from mace_ros.model.fused_layers import (
+    fused_norms,
+    fused_rotary,
+    FusedLoRA,
+    OtherCode,
+    relative_weight,
+)
 from mace_ros.model.graph_check import relative_error
+from mace_ros.model.graphs import FusedPart
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
@@ -29,48 +37,47 @@ OTHER_NORMS = {'cohere', 'cohere2', 'olmo', 'gpt-neox', 'starcoder2', 'opt'}
 OTHER_ROTARY = {'cohere', 'cohere2', 'glm', 'gpt-oss', 'deepseek-v2', 'opt'}
 
 
-def fused_norms(model: PackedModel) -> int:
-    """Return how many norms of a model are fused."""
-    return sum(isinstance(m, FusedRMSNorm) for m in model.model.modules())
-
-
-@pytest.mark.parametrize('family', FAMILIES)
-def test_norms_of_most_families_are_one_kernel_and_compute_the_same(family: str) -> None:
-    model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
-    norms = FusedNorms(model)
-    assert difference(model, norms) < 1e-5
-    assert (fused_norms(model) > len(model.layers)) == (family not in OTHER_NORMS)
-    norms.undo()
-    assert not fused_norms(model)
-
-
-@pytest.mark.parametrize('family', ['llama', 'gemma2'])
-def test_gradients_pass_fused_norms(family: str) -> None:
-    model, _, _ = with_reference(tiny_model(family))
-    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
-    found = []
-    for use in (FusedNorms.undo, FusedNorms.use):
-        use(FusedNorms(model))
-        with torch.no_grad(), model.training(whole_sequences((9,), model.device)):
-            _, calls = model.shell.call_layers(
-                model.tensor([[5] * 9]), model.tensor([list(range(9))]))
-        inputs = x.clone().requires_grad_()
-        with model.training(whole_sequences((9,), model.device)), torch.enable_grad():
-            run_layer(model.layers[0], inputs, calls[0]).square().sum().backward()
-        found.append(inputs.grad)
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize('family', FAMILIES)
-def test_layers_of_most_families_can_defer_the_rotation(family: str) -> None:
-    model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
+def changed(model: PackedModel, part: FusedPart) -> list[nn.Module]:
+    """Return the modules that run other code while ``part`` is in use."""
     own = [type(m) for m in model.model.modules()]
-    rotary = FusedRotary(model)
-    rotary.use()
-    changed = sum(a is not type(b) for a, b in zip(own, model.model.modules(), strict=True))
-    assert changed == (0 if family in OTHER_ROTARY else len(model.layers))
-    rotary.undo()
+    part.use()
+    found = [m for m, kind in zip(model.model.modules(), own, strict=True) if type(m) is not kind]
+    part.undo()
     assert [type(m) for m in model.model.modules()] == own
+    return found
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_norms_and_rotary_embeddings_of_most_families_are_known(family: str) -> None:
+    model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
+    norms, layers = (changed(model, part(model)) for part in (fused_norms, fused_rotary))
+    assert (len(norms) > 2 * len(model.layers)) == (family not in OTHER_NORMS)
+    assert bool(norms) == (family not in OTHER_NORMS)
+    assert len(layers) == (0 if family in OTHER_ROTARY else len(model.layers))
+    relative = {relative_weight(norm) for norm in norms}
+    assert relative <= {family.startswith('gemma')}
+
+
+def test_other_code_changes_no_name_and_no_training_pass() -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    names = list(model.model.state_dict())
+    metadata, ids = whole_sequences((9,), model.device), model.tensor([[5] * 9])
+
+    def gradient() -> Tensor:
+        with model.training(metadata):
+            with torch.no_grad():
+                x, calls = model.shell.call_layers(ids, model.tensor([list(range(9))]))
+            x = x.detach().requires_grad_()
+            with torch.enable_grad():
+                run_layer(model.layers[0], x, calls[0]).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient()
+    for part in (fused_norms, fused_rotary):
+        part(model).use()
+    assert torch.equal(gradient(), expected)
+    assert list(model.model.state_dict()) == names
 
 
 @needs_triton
@@ -86,7 +93,7 @@ def test_models_get_the_same_logits_from_all_kernels(family: str) -> None:
     expected = [model.run(each).clone() for each in spans]
     for cache in (*model.kv_cache.keys, *model.kv_cache.values):
         cache.zero_()
-    for part in (FusedNorms, FusedRotary, FusedLoRA):
+    for part in (fused_norms, fused_rotary, FusedLoRA):
         part(model).use()
     for each, logits in zip(spans, expected, strict=True):
         assert relative_error(model.run(each), logits) < 1e-4
@@ -95,41 +102,36 @@ def test_models_get_the_same_logits_from_all_kernels(family: str) -> None:
 @needs_triton
 def test_the_check_uses_kernels_that_are_right() -> None:
     model, _, _ = with_reference(tiny_model('llama').to(DEVICE))
-    assert use_if_right(model, FusedNorms(model), lambda x: difference(model, x), 1e-3) == ''
-    assert use_if_right(model, FusedRotary(model), lambda x: difference(model, x), 1e-3) == ''
+    for part in (fused_norms(model), fused_rotary(model)):
+        assert use_if_right(model, part, lambda x: difference(model, x), 1e-3) == ''
     assert use_if_right(model, FusedLoRA(model), lambda _: update_error(model), 1e-3) == ''
-    assert model.fused_parts == ['norms', 'rotary embeddings', 'adapters']
+    assert [part.name for part in model.fused_parts] == ['norms', 'rotary embeddings', 'adapters']
 
 
 # -- without Triton ----------------------------------------------------------------------
 
 
-class WrongNorm(nn.Module):
-    """Returns its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class WrongNorms(FusedNorms):
-    """Replaces norms by something else."""
-
-    def use(self) -> None:
-        for parent, name, _, _ in self._norms:
-            setattr(parent, name, WrongNorm())
+def wrong_norms(model: PackedModel) -> FusedPart:
+    """Return norms that do nothing."""
+    norms = changed(model, fused_norms(model))
+    kind = type('Wrong', (type(norms[0]),), {'forward': lambda self, x: x})
+    return OtherCode('norms', dict.fromkeys(norms, kind))
 
 
-class FailingRotary(FusedRotary):
-    """Raises an error that is no RuntimeError, as Triton's compiler does."""
-
-    def use(self) -> None:
-        super().use()
+def failing_rotary(model: PackedModel) -> FusedPart:
+    """Return attention that raises an error that is no RuntimeError, as Triton's compiler does."""
+    def fail(*_: Any, **__: Any) -> None:
         raise ValueError('injected')
+
+    layers = changed(model, fused_rotary(model))
+    return OtherCode('rotary embeddings', dict.fromkeys(
+        layers, type('Failing', (type(layers[0]),), {'forward': fail})))
 
 
 @pytest.mark.parametrize('part, reason', [
-    (WrongNorms, 'norms: off by'), (FailingRotary, 'rotary embeddings: ValueError: injected')])
-def test_a_part_that_is_wrong_is_not_used(part: Any, reason: str) -> None:
+    (wrong_norms, 'norms: off by'), (failing_rotary, 'rotary embeddings: ValueError: injected')])
+def test_a_part_that_is_wrong_is_not_used(
+        part: Callable[[PackedModel], FusedPart], reason: str) -> None:
     model, _, _ = with_reference(tiny_model('llama'))
     own = [type(m) for m in model.model.modules()]
     found = use_if_right(model, part(model), lambda x: difference(model, x), 1e-3)
@@ -153,15 +155,16 @@ def test_a_kernel_that_does_not_write_the_cache_is_found_out(
     """Although an earlier pass by the model's own code has written the same blocks."""
     model, _, _ = with_reference(tiny_model('llama'))
 
-    class Forgetful(FusedNorms):
+    class Forgetful:
+        name = 'forgetful'
+
         def use(self) -> None:
-            monkeypatch.setattr(torch.Tensor, 'index_copy_', lambda self, *_: self)
+            monkeypatch.setattr(Tensor, 'index_copy_', lambda self, *_: self)
 
         def undo(self) -> None:
             monkeypatch.undo()
 
-    assert difference(model, Forgetful(model)) > 0.01
-    monkeypatch.undo()
+    assert difference(model, Forgetful()) > 0.01
 
 
 def test_a_cpu_runs_the_models_own_code() -> None:

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.model import mixed_lora_kernels, paged_kernels, rotary_kernels
+from mace_ros.model import layer_kernels, mixed_lora_kernels, paged_kernels
 from mace_ros.model.mixed_lora import ROW_TILE, splits
 from mace_ros.model.paged_attention import MAX_SPLITS, SPLIT_TOKENS
 
@@ -46,6 +46,10 @@ ADAPTERS = {
 ROTARY = {
     'rotary': (torch.bfloat16, 32, 8, 128, 128),
     'partial-rotary': (torch.float16, 32, 32, 80, 32)}
+# Precision, shape, whether the weight is relative to 1.
+NORMS = {
+    'norm': (torch.bfloat16, (1, 4, 3072), False),
+    'head-norm': (torch.float16, (1, 4, 8, 256), True)}
 
 
 class Driver:
@@ -107,17 +111,23 @@ def adapt(dtype: torch.dtype, inputs: int, outputs: int, width: int, tokens: int
 def rotate(dtype: torch.dtype, heads: int, kv_heads: int, size: int, rotated: int) -> None:
     """Launch the kernel of rotary embeddings."""
     tokens, values = 4, partial(empty, dtype=dtype)
-    rotary_kernels.launch(
+    layer_kernels.launch_rotation(
         values(1, heads, tokens, size), values(1, kv_heads, tokens, size),
         values(1, kv_heads, tokens, size), values(1, tokens, rotated), values(1, tokens, rotated),
         values(640, kv_heads, size), values(640, kv_heads, size), empty(tokens, dtype=torch.long))
+
+
+def normalize(dtype: torch.dtype, shape: tuple[int, ...], relative: bool) -> None:
+    """Launch the kernel of RMSNorm."""
+    values = partial(empty, dtype=dtype)
+    layer_kernels.launch_norm(values(*shape), values(*shape), values(shape[-1]), 1e-6, relative)
 
 
 def main() -> None:
     """Compile all kernels, for each GPU in turn."""
     found = {}
     launches = [(name, partial(launch, *arguments)) for launch, each in (
-        (attend, ATTENTION), (adapt, ADAPTERS), (rotate, ROTARY))
+        (attend, ATTENTION), (adapt, ADAPTERS), (rotate, ROTARY), (normalize, NORMS))
         for name, arguments in each.items()]
     for (name, launch), capability in zip(launches, cycle(CAPABILITIES), strict=False):
         driver = Driver(capability)

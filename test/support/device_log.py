@@ -39,17 +39,17 @@ class DeviceLog(TorchDispatchMode):
         self.kernels: list[str] = []
         self.uploads = 0
         self.faults: list[str] = []
-        self._functions = _FunctionLog(self)
+        self._attention = _AttentionLog(self)
 
     def __enter__(self) -> DeviceLog:
         """Begin to record."""
         super().__enter__()
-        self._functions.__enter__()
+        self._attention.__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
         """End."""
-        self._functions.__exit__(*args)
+        self._attention.__exit__(*args)
         super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
@@ -73,12 +73,8 @@ class DeviceLog(TorchDispatchMode):
         return result
 
 
-class _FunctionLog(TorchFunctionMode):
-    """
-    Records functions that are one kernel on CUDA but several on `meta`.
-
-    Calls of SDPA are checked, and return an empty result.
-    """
+class _AttentionLog(TorchFunctionMode):
+    """Checks calls of SDPA and returns an empty result for each."""
 
     def __init__(self, log: DeviceLog) -> None:
         super().__init__()
@@ -86,23 +82,19 @@ class _FunctionLog(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Record a call of such a function as one kernel."""
-        if func is not F.rms_norm and func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        recorded = list(self._log.kernels)
-        result = (func if func is F.rms_norm else self._attend)(*args, **(kwargs or {}))
-        self._log.kernels[:] = [*recorded, func.__name__]
-        return result
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any,
-                **kwargs: Any) -> Tensor:
         """Check a call of SDPA."""
-        reason = runs_as_plain_products(query, key, value, *args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        reason = runs_as_plain_products(*args, **(kwargs or {}))
         if reason:
             self._log.faults.append(f'attention {reason}')
+        query, key, value = args[:3]
+        recorded = list(self._log.kernels)
         # Gradients reach all inputs.
-        return query.new_empty(*query.shape[:3], value.shape[3]) + (
+        result = query.new_empty(*query.shape[:3], value.shape[3]) + (
             query.sum() + key.sum() + value.sum())
+        self._log.kernels[:] = [*recorded, 'scaled_dot_product_attention']
+        return result
 
 
 def runs_as_plain_products(query: Tensor, key: Tensor, value: Tensor,

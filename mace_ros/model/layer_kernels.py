@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Triton kernel that rotates queries and keys, and writes keys and values to the KV cache.
+Triton kernels of RMSNorm, and of rotary embeddings with the write to the KV cache.
 
 Import this module only where Triton is installed.
 """
@@ -12,6 +12,23 @@ Import this module only where Triton is installed.
 from torch import Tensor
 import triton
 import triton.language as tl
+
+
+@triton.jit(do_not_specialize=['inner'])
+def normalize(  # type: ignore[no-untyped-def]
+        out, x, weight, eps, width, inner, outer_stride, inner_stride,
+        RELATIVE: tl.constexpr, TILE: tl.constexpr):
+    """Program (row) divides a row of ``x`` by its root mean square, and scales it."""
+    row = tl.program_id(0)
+    dim = tl.arange(0, TILE)
+    inside = dim < width
+    values = tl.load(x + row // inner * outer_stride + row % inner * inner_stride + dim,
+                     mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + dim, mask=inside, other=0.0).to(tl.float32)
+    if RELATIVE:
+        scale += 1.0
+    factor = tl.rsqrt(tl.sum(values * values, 0) / width + eps)
+    tl.store(out + row * width + dim, values * factor * scale, mask=inside)
 
 
 @triton.jit
@@ -58,10 +75,24 @@ def rotate_and_write(  # type: ignore[no-untyped-def]
                      mask=dim_v < VALUE_SIZE, other=0.0), mask=dim_v < VALUE_SIZE)
 
 
-def launch(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor,
-           values: Tensor, slots: Tensor) -> None:
+def launch_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, relative: bool) -> None:
     """
-    Launch the kernel.
+    Launch the kernel of RMSNorm.
+
+    ``x`` is ``[1, tokens, width]`` or ``[1, tokens, heads, width]``, contiguous in its last
+    dimension; ``out`` and ``weight`` are contiguous.
+    """
+    width, inner = x.shape[-1], x.shape[-2]
+    normalize[(out.numel() // width,)](
+        out, x, weight, eps, width, inner, x.stride(-3), x.stride(-2), RELATIVE=relative,
+        TILE=triton.next_power_of_2(width),
+        num_warps=min(triton.next_power_of_2(max(width // 512, 1)), 8))
+
+
+def launch_rotation(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+                    keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """
+    Launch the kernel of rotary embeddings.
 
     All tensors are contiguous in their last dimension, and the cache in all.
     """

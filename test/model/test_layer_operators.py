@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-One kernel rotates queries and keys, and writes keys and values to the KV cache.
+The kernels of norms and rotary embeddings compute what PyTorch's operations compute.
 
-Without a GPU, Triton's interpreter runs the kernel; a GPU compiles it.
+Without a GPU, Triton's interpreter runs the kernels; a GPU compiles them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from support.kernels import DEVICE, needs_triton
 import torch
 from torch import Tensor
 
-from mace_ros.model.rotary import rotate_and_write, rotated
+from mace_ros.model.layer_operators import (
+    plain_rms_norm,
+    plain_rotation,
+    rms_norm,
+    rotate_and_write,
+)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -23,7 +28,7 @@ CASES = 70      # of each precision
 ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
-def error(seed: int, dtype: torch.dtype) -> float:
+def rotation_error(seed: int, dtype: torch.dtype) -> float:
     """Return the largest relative error of queries, keys, and what the cache holds."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     tokens, kv_heads, group = rng.randint(1, 5), rng.randint(1, 3), rng.choice((1, 2, 3, 4))
@@ -45,7 +50,7 @@ def error(seed: int, dtype: torch.dtype) -> float:
     slots = torch.randperm(64, generator=generator)[:tokens].to(DEVICE)
     expected = []
     for x in (query.float(), key.float()):
-        turned = rotated(x[..., :rotary], cos[:, None].float(), sin[:, None].float())
+        turned = plain_rotation(x[..., :rotary], cos[:, None].float(), sin[:, None].float())
         expected.append(torch.cat([turned, x[..., rotary:]], -1))
     expected += [keys.float().index_copy(0, slots, expected[1][0].transpose(0, 1)),
                  cached.float().index_copy(0, slots, value[0].transpose(0, 1).float())]
@@ -58,4 +63,23 @@ def error(seed: int, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize('dtype', ERRORS, ids=str)
 def test_the_kernel_rotates_and_writes(dtype: torch.dtype) -> None:
     for seed in range(CASES):
-        assert error(seed, dtype) < ERRORS[dtype], seed
+        assert rotation_error(seed, dtype) < ERRORS[dtype], seed
+
+
+@needs_triton
+@pytest.mark.parametrize('dtype', ERRORS, ids=str)
+@pytest.mark.parametrize('relative', [False, True])
+@pytest.mark.parametrize('width', [16, 20, 300])
+def test_the_kernel_normalizes(width: int, relative: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(width)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    weight = values(width)
+    heads = values(1, 3, 2 * width + 4)[:, :, 2:-2].view(1, 3, 2, width)    # of wider rows
+    for x in (values(1, 3, width) * 5.0, heads, heads.transpose(1, 2)):
+        exact = plain_rms_norm(x.float(), weight, 1e-3, relative=relative)
+        found = rms_norm(x, weight, 1e-3, relative=relative)
+        assert found.shape == x.shape and found.dtype == dtype
+        assert float((found.float() - exact).norm() / exact.norm()) < ERRORS[dtype]
