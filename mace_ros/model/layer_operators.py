@@ -3,9 +3,9 @@
 """
 Parts of a decoder layer as one kernel each: RMSNorm, and rotary embeddings with the cache's write.
 
-In a model's code the first are eight operations, and the second ten, beside two that write the KV
-cache. PyTorch's own ``F.rms_norm`` is one kernel only since 2.9, and takes no weight in fp32 beside
-16-bit inputs, which Gemma needs.
+In a model's code the first is eight operations, and the second ten, beside two that write the KV
+cache. PyTorch's own ``F.rms_norm`` is one kernel only in newer versions, and takes no weight in
+fp32 beside 16-bit inputs, as Gemma's norms need.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def test_captured_passes_never_wait_and_attend_by_fused_kernels(
         assert ('_weight_int4pack_mm' in log.kernels) == int4
         assert ('mace_ros::attend_paged' in log.kernels) == (fused and name in ('decode', 'all'))
         assert ('mace_ros::add_lora' in log.kernels) == fused
+        assert log.kernels[-1] == 'argmax'
         assert ('mace_ros::rotate_and_write' in log.kernels) == (
             fused and family not in UNROTATED)
     assert faults == dict.fromkeys(faults, (1, []))
