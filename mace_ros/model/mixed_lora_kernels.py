@@ -19,6 +19,7 @@ import triton.language as tl
 
 INPUT_TILE, OUTPUT_TILE = 128, 64       # read or written at once
 MIN_WIDTH, MAX_WIDTH = 16, 64           # of the rows of A, or of B, of a slot that are read at once
+SPLIT_TILE = 8                          # parts of a sum that are read at once
 
 
 @triton.jit(do_not_specialize=['tokens', 'slots', 'width'])
@@ -40,7 +41,8 @@ def shrink(  # type: ignore[no-untyped-def]
     start = split * split_inputs
     end = tl.minimum(start + split_inputs, inputs)
     total = tl.full([ROW_TILE, WIDTH_TILE], 0.0, tl.float32)
-    for used in range(1, slots):        # slot 0 is the base model
+    lowest = tl.min(tl.where(slot > 0, slot, slots), 0)     # slot 0 is the base model
+    for used in range(lowest, tl.max(slot, 0) + 1):
         own = slot == used
         if tl.max(own.to(tl.int32), 0) > 0:
             product = tl.full([ROW_TILE, WIDTH_TILE], 0.0, tl.float32)
@@ -63,14 +65,16 @@ def shrink(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=['tokens', 'slots', 'width', 'splits'])
 def expand(  # type: ignore[no-untyped-def]
         y, low, slots_b, token_slots, tokens, slots, width, splits, outputs,
-        ROW_TILE: tl.constexpr, WIDTH_TILE: tl.constexpr, TILE: tl.constexpr,
-        IN_FP32: tl.constexpr):
+        ROW_TILE: tl.constexpr, WIDTH_TILE: tl.constexpr, SPLIT_TILE: tl.constexpr,
+        TILE: tl.constexpr, IN_FP32: tl.constexpr):
     """Multiply each token's sum of ``low`` over the splits by B of its slot; add that to ``y``."""
     row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
     is_row = row < tokens
     slot = tl.load(token_slots + row, mask=is_row, other=0).to(tl.int32)
-    if tl.max(slot, 0) == 0:
+    highest = tl.max(slot, 0)
+    if highest == 0:
         return
+    lowest = tl.min(tl.where(slot > 0, slot, slots), 0)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     is_column = column < outputs
     total = tl.full([ROW_TILE, TILE], 0.0, tl.float32)
@@ -78,10 +82,13 @@ def expand(  # type: ignore[no-untyped-def]
         place = first + tl.arange(0, WIDTH_TILE)
         inside = place < width
         values = tl.full([ROW_TILE, WIDTH_TILE], 0.0, tl.float32)
-        for split in range(0, splits):
-            values += tl.load(low + (split * tokens + row)[:, None] * width + place[None, :],
-                              mask=is_row[:, None] & inside[None, :], other=0.0)
-        for used in range(1, slots):
+        for first_split in range(0, splits, SPLIT_TILE):
+            split = first_split + tl.arange(0, SPLIT_TILE)[:, None, None]
+            values += tl.sum(tl.load(
+                low + (split * tokens + row[None, :, None]) * width + place[None, None, :],
+                mask=(split < splits) & is_row[None, :, None] & inside[None, None, :],
+                other=0.0), 0)
+        for used in range(lowest, highest + 1):
             own = slot == used
             if tl.max(own.to(tl.int32), 0) > 0:
                 weights = tl.load(slots_b + (used * width + place)[:, None] * outputs
@@ -118,4 +125,5 @@ def launch(y: Tensor, low: Tensor, x: Tensor, slots_a: Tensor, slots_b: Tensor,
         num_stages=3)
     expand[(rows, triton.cdiv(outputs, OUTPUT_TILE))](
         y, low, slots_b, token_slots, tokens, slots, width, splits, outputs, ROW_TILE=row_tile,
-        WIDTH_TILE=width_tile, TILE=OUTPUT_TILE, IN_FP32=in_fp32, num_warps=4, num_stages=2)
+        WIDTH_TILE=width_tile, SPLIT_TILE=SPLIT_TILE, TILE=OUTPUT_TILE, IN_FP32=in_fp32,
+        num_warps=4, num_stages=2)
