@@ -122,7 +122,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         slots=adapter.slots, protected_directions=settings.finetune.spared_directions,
         invocation=chat.invocation)
     for reason in use_fused_layers(model):
-        progress(f'layers take more kernels than they need, because some fail: {reason}')
+        progress(f'layers take more kernels than they need: {reason}')
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
     memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
