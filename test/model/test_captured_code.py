@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.device_log import DeviceLog
 from support.families import FAMILIES, RANK, TARGETS, tiny_model
@@ -40,7 +42,9 @@ UNROTATED = {'cohere', 'cohere2', 'glm', 'gpt-oss', 'deepseek-v2', 'opt'}
 def on_meta(family: str, layers: int = 3, *, int4: bool = False,
             fused: bool = False) -> PackedModel:
     """Return a packed model without values; with ``fused``, it uses the package's kernels."""
-    changes = {} if layers == 3 else {'num_hidden_layers': layers}
+    changes: dict[str, Any] = {} if layers == 3 else {'num_hidden_layers': layers}
+    if 'layer_types' in FAMILIES[family][1]:
+        changes['layer_types'] = FAMILIES[family][1]['layer_types'][:layers]
     cache = pack(tiny_model(family, **changes), kv_tokens=16).kv_cache
     shapes = [(k.shape[1], k.shape[2], v.shape[2])
               for k, v in zip(cache.keys, cache.values, strict=True)]
@@ -95,7 +99,7 @@ def test_captured_passes_never_wait_and_attend_by_fused_kernels(
         assert ('_weight_int4pack_mm' in log.kernels) == int4
         assert ('mace_ros::attend_paged' in log.kernels) == (fused and name in ('decode', 'all'))
         assert ('mace_ros::add_lora' in log.kernels) == fused
-        assert log.kernels[-1] == 'argmax'
+        assert 'argmax' in log.kernels
         assert ('mace_ros::rotate_and_write' in log.kernels) == (
             fused and family not in UNROTATED)
     assert faults == dict.fromkeys(faults, (1, []))

@@ -25,7 +25,7 @@ from mace_ros.model.layer_operators import (
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 CASES = 70      # of each precision
-ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def rotation_error(seed: int, dtype: torch.dtype) -> float:
