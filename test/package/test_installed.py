@@ -70,7 +70,8 @@ def test_every_module_can_be_imported(tmp_path):
         'import importlib.util, pkgutil, mace_ros\n'
         # These need libraries that are extras.
         'optional = {"openai.": "starlette"} | dict.fromkeys(\n'
-        '    ("model.paged_kernels", "model.mixed_lora_kernels", "model.layer_kernels"), "triton")\n'
+        '    ("model.layer_kernels", "model.mixed_lora_kernels", "model.paged_kernels"),\n'
+        '    "triton")\n'
         'missing = tuple("mace_ros." + module for module, library in optional.items()\n'
         '                if not importlib.util.find_spec(library))\n'
         'for module in pkgutil.walk_packages(mace_ros.__path__, "mace_ros."):\n'
