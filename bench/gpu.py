@@ -135,9 +135,9 @@ def measure_shape(shape: str, weights: str, run: Run, samples: Samples) -> None:
                               for i, ms in enumerate(repeated(generate, args.repeats))]
         del generate, base
         base = random_model(shape, args.device)
-    model, lora, reason = packed(shape, base, weights)
-    if reason:
-        run.notes.append(f'{name}: no paged attention: {reason}')
+    model, lora, unused = packed(shape, base, weights)
+    for reason in unused:
+        run.notes.append(f'{name}: not used: {reason}')
         run.say(run.notes[-1])
     if args.device == 'cuda':
         from mace_ros.model.graph_capture import capture
@@ -163,14 +163,15 @@ def measure_shape(shape: str, weights: str, run: Run, samples: Samples) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def packed(shape: str, base: Any, weights: str) -> tuple[Any, Any, str]:
+def packed(shape: str, base: Any, weights: str) -> tuple[Any, Any, list[str]]:
     """
     Return a packed model, its linear layers in ``weights``, and its adapters.
 
-    Also returns why the model can't use paged attention.
+    Also returns which kernels of the package it can't use, and why.
     """
     import torch
 
+    from mace_ros.model.fused_check import use_fused_layers
     from mace_ros.model.int4 import Int4Weight, quantizable, quantize
     from mace_ros.model.int4_kernels import find_kernel
     from mace_ros.model.lora_manager import LoRAManager
@@ -186,7 +187,8 @@ def packed(shape: str, base: Any, weights: str) -> tuple[Any, Any, str]:
                 layer.store(Int4Weight.of(quantize(layer.weight, dtype=kernel.dtype), kernel))
     lora = LoRAManager(model.linears, targets='all-linear', rank=RANK, alpha=16.0, slots=2)
     lora.write_slot(FIRST_SERVED_SLOT)
-    return model, lora, use_paged_attention(model)
+    reason = use_paged_attention(model)
+    return model, lora, [f'paged attention: {reason}'] * bool(reason) + use_fused_layers(model)
 
 
 def measure_passes(name: str, model: Any, lora: Any, run: Run, samples: Samples) -> None:

@@ -11,10 +11,10 @@ def errors(model: Any) -> list[tuple[str, float]]:
     """Return the relative errors of fast paths against plain ones, by the path."""
     import torch
 
+    from mace_ros.model import fused_check, paged_check
     from mace_ros.model.batch_descriptor import BatchDescriptor
     from mace_ros.model.cuda_graph_runner import CudaGraphRunner
     from mace_ros.model.graph_check import checked_passes, largest_error
-    from mace_ros.model.paged_check import difference
 
     fixed = CudaGraphRunner(model)      # the same code without a graph
     for _, spans in checked_passes(model):
@@ -24,7 +24,11 @@ def errors(model: Any) -> list[tuple[str, float]]:
         found.append(('graphs: {1}', largest_error(model, model.graphs)))
     rows = [(name.format(*worst), worst[0]) for name, worst in found]
     if model.context.paged is not None:
-        rows.append(('paged attention', difference(model, model.context.paged)))
+        rows.append(('paged attention', paged_check.difference(model, model.context.paged)))
+    for part in model.fused_parts:
+        rows.append((part.name, fused_check.difference(model, part)))
+    if model.lora_mapping.fused:
+        rows.append(('update of mixed adapters', fused_check.update_error(model)))
     for tokens in (1, 16):
         for layer in model.linears[:4]:
             if layer.stored is not None:

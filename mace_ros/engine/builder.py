@@ -40,6 +40,7 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.constraints import ConstraintCompiler
+from mace_ros.model.fused_check import use_fused_layers
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import (
     free_memory,
@@ -120,6 +121,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         model.linears, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
         slots=adapter.slots, protected_directions=settings.finetune.spared_directions,
         invocation=chat.invocation)
+    for reason in use_fused_layers(model):
+        progress(f'layers take more kernels than they need: {reason}')
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
     memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
@@ -274,7 +277,7 @@ def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> s
     """Return all that the times of passes and segments depend on."""
     model, config, kind = device.model, device.loaded.model.config, device.hardware.kind
     kernels = ((torch.get_num_threads(), torch.cpu.get_capabilities()) if kind == 'cpu'
-               else (model.context.paged is not None,))
+               else (model.context.paged is not None, *(part.name for part in model.fused_parts)))
     return json.dumps([
         kind, device.hardware.name, *kernels, torch.__version__, config.to_dict(),
         str(model.dtype), model.weight_dtype, model.kv_blocks, settings.model.device_graphs,

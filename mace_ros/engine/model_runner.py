@@ -214,7 +214,7 @@ class ModelRunner:
         with self._observers.timed('masks'):    # while the device runs the pass
             rows = [active.row() for active in sampled]
         with self._observers.timed('sample'):
-            drawn = sample(logits, rows)
+            drawn = sample(logits, rows, self._model.best_tokens)
         return InFlightBatch(batch, sampled, drawn, timer)
 
     def _span(self, request: Request, tokens: int) -> Span:

@@ -38,6 +38,8 @@ class PassOutputs:
         rows = max((d.logits for d in descriptors), default=0)
         tokens = max((d.block for d in descriptors if d.saves), default=0)
         self.logits = torch.zeros(rows, config.vocab_size, device=model.device)
+        # Of each row of logits: greedy sampling then launches no kernel after the graph.
+        self.best_tokens = torch.zeros(rows, dtype=torch.long, device=model.device)
         # Each layer's input, and the last layer's output.
         self.hidden = [torch.zeros(tokens, config.hidden_size, dtype=model.dtype,
                                    device=model.device) for _ in range(len(model.layers) + 1)]
@@ -108,6 +110,11 @@ class CapturedPass:
                 list(piggyback.hidden), [hidden[rows] for hidden in self._outputs.hidden])
         return self._outputs.logits[:logits]
 
+    @property
+    def best_tokens(self) -> Tensor:
+        """The token of the largest logit of each row; valid as long as the logits are."""
+        return self._outputs.best_tokens
+
     def _compute(self) -> None:
         """Run the model on the content of the device buffer."""
         descriptor, views = self.descriptor, self._device_views
@@ -129,8 +136,10 @@ class CapturedPass:
             metadata.key_slots = views['key_slots']
         hidden = ([x[:descriptor.block] for x in self._outputs.hidden]
                   if descriptor.saves else [])
-        self._outputs.logits[:descriptor.logits].copy_(self._model.forward_packed(
+        logits = self._outputs.logits[:descriptor.logits]
+        logits.copy_(self._model.forward_packed(
             metadata, views['ids'], views['positions'], views['slots'], views['keep'], hidden))
+        torch.argmax(logits, -1, out=self._outputs.best_tokens[:descriptor.logits])
 
     def _fill_with_padding(self) -> None:
         """Make every token, key and decode row padding."""
@@ -199,6 +208,7 @@ class CudaGraphRunner:
     def __init__(self, model: PackedModel) -> None:
         self._model = model
         self._passes: dict[BatchDescriptor, CapturedPass] = {}
+        self.best_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of prepared descriptors."""
@@ -226,7 +236,9 @@ class CudaGraphRunner:
         found = self._passes.get(descriptor)
         if found is None or sum(s.wants_logits for s in spans) > descriptor.logits:
             return None
-        return found.run(spans, piggyback)
+        logits = found.run(spans, piggyback)
+        self.best_tokens = found.best_tokens[:len(logits)]
+        return logits
 
     def capture(self, descriptors: Iterable[BatchDescriptor]) -> Iterator[RuntimeError | None]:
         """

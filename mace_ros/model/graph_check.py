@@ -32,7 +32,8 @@ def largest_error(model: PackedModel, graphs: PassGraphs) -> tuple[float, str]:
     """
     Return the largest relative error of logits that ``graphs`` compute, and in which pass.
 
-    Passes that it does not cover are left out. Overwrites the first KV blocks.
+    Passes that it does not cover are left out. Overwrites the first KV blocks. Raises
+    ``RuntimeError`` if ``graphs`` does not find the best tokens.
     """
     def plain(spans: Sequence[Span]) -> Tensor:
         kept, model.graphs = model.graphs, None
@@ -40,8 +41,15 @@ def largest_error(model: PackedModel, graphs: PassGraphs) -> tuple[float, str]:
         model.graphs = kept
         return logits
 
-    return largest_difference(lambda seed: checked_passes(model, seed), plain,
-                              lambda spans: graphs.run(spans, None))
+    def captured(spans: Sequence[Span]) -> Tensor | None:
+        logits = graphs.run(spans, None)
+        if logits is None:
+            return None
+        if graphs.best_tokens is None or not torch.equal(logits.argmax(-1), graphs.best_tokens):
+            raise RuntimeError('the best tokens are not those of the largest logits')
+        return logits
+
+    return largest_difference(lambda seed: checked_passes(model, seed), plain, captured)
 
 
 def largest_difference(passes: Callable[[int], Iterable[tuple[str, list[Span]]]],
@@ -58,10 +66,14 @@ def largest_difference(passes: Callable[[int], Iterable[tuple[str, list[Span]]]]
             expected = plain(spans).clone()
             found = fast(spans)
             if found is not None:
-                error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-                best[name] = min(error if error == error else torch.inf,
-                                 best.get(name, torch.inf))
+                best[name] = min(relative_error(found, expected), best.get(name, torch.inf))
     return max(((error, name) for name, error in best.items()), default=(0.0, ''))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return ‖found - expected‖ / ‖expected‖; infinite if it is not a number."""
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return error if error == error else torch.inf
 
 
 def limit(model: PackedModel) -> float:

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The interface that replays device graphs for a packed model."""
+"""What may run a packed model faster on some devices: graphs, and fused parts of its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from mace_ros.model.spans import PiggybackSpans, Span
 
 
 class PassGraphs(Protocol):
-    """Passes of some shapes on fixed addresses."""
+    """
+    Passes of some shapes on fixed addresses.
+
+    ``best_tokens`` are those of the last pass that was computed: for each row of its logits, the
+    token of the largest. They are valid until the next pass.
+    """
+
+    best_tokens: Tensor | None
 
     def run(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> Tensor | None:
         """Compute a pass as the model does, or return None if its shape is not covered."""
@@ -34,3 +41,17 @@ class LayerGraphs(Protocol):
 
     def run(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:
         """Return the output of a layer, ``[1, tokens, width]``."""
+
+
+class FusedPart(Protocol):
+    """A part of a model's layers that can take fewer kernels than in the model's own code."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for the log."""
+
+    def use(self) -> None:
+        """Let the model use it from now on."""
+
+    def undo(self) -> None:
+        """Let the model run its own code again."""

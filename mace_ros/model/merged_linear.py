@@ -17,7 +17,8 @@ import torch
 from torch import nn, Tensor
 
 from mace_ros.model.cpu_matmul import Int8Weight, is_small_batch, linear
-from mace_ros.model.lora_mapping import BASE_SLOT, LoRAMapping, TRAINING_SLOT
+from mace_ros.model.lora_mapping import LoRAMapping, TRAINING_SLOT
+from mace_ros.model.mixed_lora import add_update
 from mace_ros.model.stored_weight import StoredWeight
 
 
@@ -39,8 +40,9 @@ class MergedLinear(nn.Module):
     ``weight`` is ``[sum of out, in]``. For each slot, ``slots_a`` holds the stacked A of
     all adapted shards (``[slots * width, in]`` with width = adapted shards * rank), and
     ``slots_b`` the block-diagonal, scaled B (``[slots * width, sum of out]``). ``weight`` and
-    ``slots_a`` are the two parts of ``extended``, so that a pass that mixes adapters still
-    takes one product over its input. ``exact_a`` and ``exact_b`` hold the same in fp32.
+    ``slots_a`` are the two parts of ``extended``, so that a pass that mixes adapters takes one
+    product over its input, unless the device has kernels for the update. ``exact_a`` and
+    ``exact_b`` hold the same in fp32.
 
     A stored weight is not in ``extended``: :attr:`weight` then makes a dense one each time.
     """
@@ -209,8 +211,11 @@ class MergedLinear(nn.Module):
             y: Tensor = _TrainingProduct.apply(x, self, *parameters)
             return y
         small = is_small_batch(x) and not torch.is_grad_enabled()
-        if not self.width or (mapping.one_hot is None and mapping.slot == BASE_SLOT):
+        if not self.width or mapping.is_base:
             return self.base_output(x)
+        if mapping.token_slots is not None:
+            return add_update(self.base_output(x), x, self.slots_a, self.slots_b,
+                              mapping.token_slots, self.width)
         if small:
             return self._add_exact(self.base_output(x), x)
         if mapping.one_hot is not None:

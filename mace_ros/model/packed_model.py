@@ -29,7 +29,7 @@ from mace_ros.model.attention import (
     whole_sequences,
 )
 from mace_ros.model.cpu_matmul import PrepackedWeight
-from mace_ros.model.graphs import LayerGraphs, PassGraphs
+from mace_ros.model.graphs import FusedPart, LayerGraphs, PassGraphs
 from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.lora_linear import replace_head, replace_linears
@@ -66,6 +66,10 @@ class PackedModel:
         self.lora_mapping = LoRAMapping()
         self.context = ForwardContext()
         self.graphs: PassGraphs | None = None
+        # The best token of each row of the last pass's logits, if its graph has found it; valid
+        # until the next pass.
+        self.best_tokens: Tensor | None = None
+        self.fused_parts: list[FusedPart] = []      # in use
         self.graphed_layers: list[LayerGraphs] = []     # for training, the shortest first
         inside = set(map(id, self.layers.modules()))
         outside = [m for m in model.modules() if id(m) not in inside]
@@ -127,9 +131,11 @@ class PackedModel:
         in the buffers of ``piggyback``.
         """
         pooling = any(span.pooled is not None for span in spans)
+        self.best_tokens = None
         if self.graphs is not None and not pooling:
             logits = self.graphs.run(spans, piggyback)
             if logits is not None:
+                self.best_tokens = self.graphs.best_tokens
                 return logits
         decode = [s for s in spans if is_decode(s)]
         order = decode + [s for s in spans if not is_decode(s)]
@@ -164,8 +170,7 @@ class PackedModel:
         if isinstance(slots, int):
             self.lora_mapping.slot = slots
         else:
-            every = torch.arange(self.lora_mapping.slots, device=slots.device)
-            self.lora_mapping.one_hot = (slots[:, None] == every).to(self.dtype)
+            self.lora_mapping.mix(slots, self.dtype)
         try:
             with self._saving(hidden):
                 output = self.model(input_ids=ids[None], position_ids=positions[None],
@@ -193,8 +198,8 @@ class PackedModel:
 
     def clear(self) -> None:
         """Drop the tensors that a pass left in the shared state."""
-        self.context.metadata = AttentionMetadata()
-        self.lora_mapping.one_hot = None
+        self.context.metadata, self.context.rotation = AttentionMetadata(), None
+        self.lora_mapping.clear()
         for layer in self.linears:
             layer.clear()
 

@@ -80,14 +80,16 @@ class Sampled(NamedTuple):
         return {} if self.reports is None else self.reports.scores(self.tokens)
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
+def sample(logits: Tensor, rows: Sequence[Row], best: Tensor | None = None) -> Sampled:
     """
     Sample one token for each row of ``logits`` (``[rows, vocabulary]``, fp32), which may change.
 
+    ``best`` are the tokens of the largest logits, ``[rows]``, if they are known already; where all
+    rows are greedy, they are returned.
     A seed reproduces its response whatever else is in the batch. Does not wait for the device.
     """
     if all(row.mask is None and row.sampling.is_plain for row in rows):
-        return Sampled(logits.argmax(-1))
+        return Sampled(logits.argmax(-1) if best is None else best)
     reports = _Reports.of(logits, rows)
     change_logits(logits, [(r.sampling.changes, r.ids, r.prompt_tokens, r.mask) for r in rows])
     tokens = logits.argmax(-1)

@@ -142,7 +142,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_queries_only(
 
     with monkeypatch.context() as patch:
         patch.setattr('mace_ros.engine.model_runner.sample',
-                      lambda logits, rows: Sampled(logits.argmax(-1).as_subclass(Failed)))
+                      lambda logits, *_: Sampled(logits.argmax(-1).as_subclass(Failed)))
         engine.submit(Query('Sing.', id='song', max_tokens=20))
         events: list[Event] = []
         while not any(isinstance(e, Response) for e in events):

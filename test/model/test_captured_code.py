@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.device_log import DeviceLog
 from support.families import FAMILIES, RANK, TARGETS, tiny_model
@@ -14,6 +16,7 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model import attention
 from mace_ros.model.batch_descriptor import BatchDescriptor
 from mace_ros.model.cuda_graph_runner import CudaGraphRunner
+from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA
 from mace_ros.model.graphed_layers import GraphedLayers
 from mace_ros.model.int4 import GROUP, Int4Values, Int4Weight
 from mace_ros.model.int4_kernels import Int4Kernel, TensorCoreLayout
@@ -29,10 +32,19 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 META = torch.device('meta')
 
 
+# Families without experts whose norms and rotary embeddings are kernels of the package.
+DENSE = ['qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3', 'mistral', 'phi3', 'granite', 'olmo2',
+         'gpt-neox', 'starcoder2', 'smollm3']
+# Their rotary embeddings are not those of Llama, or they have none.
+UNROTATED = {'cohere', 'cohere2', 'glm', 'gpt-oss', 'deepseek-v2', 'opt'}
+
+
 def on_meta(family: str, layers: int = 3, *, int4: bool = False,
-            paged: bool = False) -> PackedModel:
-    """Return a packed model without values."""
-    changes = {} if layers == 3 else {'num_hidden_layers': layers}
+            fused: bool = False) -> PackedModel:
+    """Return a packed model without values; with ``fused``, it uses the package's kernels."""
+    changes: dict[str, Any] = {} if layers == 3 else {'num_hidden_layers': layers}
+    if 'layer_types' in FAMILIES[family][1]:
+        changes['layer_types'] = FAMILIES[family][1]['layer_types'][:layers]
     cache = pack(tiny_model(family, **changes), kv_tokens=16).kv_cache
     shapes = [(k.shape[1], k.shape[2], v.shape[2])
               for k, v in zip(cache.keys, cache.values, strict=True)]
@@ -42,7 +54,10 @@ def on_meta(family: str, layers: int = 3, *, int4: bool = False,
         model.use_int4({x.name: four_bits(x.weight) for x in model.linears})
     LoRAManager(model.linears, targets=TARGETS.get(family, 'all-linear'), rank=RANK, alpha=4.0,
                 slots=2)
-    model.context.paged = PagedAttention(16) if paged else None
+    if fused:
+        model.context.paged = PagedAttention(16)
+        for part in (fused_norms, fused_rotary, FusedLoRA):
+            part(model).use()
     return model
 
 
@@ -67,12 +82,12 @@ def passes(model: PackedModel) -> dict[str, tuple[list[Span], PiggybackSpans | N
             'all': ([*decode, chunk], piggyback)}
 
 
-@pytest.mark.parametrize('family, int4, paged', [
-    *((family, False, paged) for family in FAMILIES for paged in (False, True)),
+@pytest.mark.parametrize('family, int4, fused', [
+    *((family, False, fused) for family in FAMILIES for fused in (False, True)),
     ('llama', True, True), ('qwen2', True, False)])
 def test_captured_passes_never_wait_and_attend_by_fused_kernels(
-        family: str, int4: bool, paged: bool) -> None:
-    model = on_meta(family, int4=int4, paged=paged)
+        family: str, int4: bool, fused: bool) -> None:
+    model = on_meta(family, int4=int4, fused=fused)
     faults = {}
     for name, (spans, piggyback) in passes(model).items():
         runner = CudaGraphRunner(model)
@@ -82,7 +97,11 @@ def test_captured_passes_never_wait_and_attend_by_fused_kernels(
         assert logits.shape[0] == len(spans)
         faults[name] = (log.uploads, log.faults)
         assert ('_weight_int4pack_mm' in log.kernels) == int4
-        assert ('mace_ros::attend_paged' in log.kernels) == (paged and name in ('decode', 'all'))
+        assert ('mace_ros::attend_paged' in log.kernels) == (fused and name in ('decode', 'all'))
+        assert ('mace_ros::add_lora' in log.kernels) == fused
+        assert 'argmax' in log.kernels
+        assert ('mace_ros::rotate_and_write' in log.kernels) == (
+            fused and family not in UNROTATED)
     assert faults == dict.fromkeys(faults, (1, []))
 
 
@@ -100,20 +119,31 @@ def test_captured_layers_of_a_step_never_wait_and_attend_by_fused_kernels(family
     assert not log.faults
 
 
-@pytest.mark.parametrize('paged, decode', [(False, 49), (True, 45)])
-def test_a_pass_of_a_llama_takes_few_kernels_in_each_layer(paged: bool, decode: int) -> None:
+def kernels_of_a_layer(family: str, *, fused: bool) -> dict[str, int]:
+    """Return the kernels of a layer in a pass of each kind of shape."""
     kernels = {}
     for layers in (2, 3):
-        model = on_meta('llama', layers, paged=paged)
+        model = on_meta(family, layers, fused=fused)
         for name, (spans, piggyback) in passes(model).items():
             prepared = CudaGraphRunner(model).prepare(BatchDescriptor.of(spans, piggyback))
             with DeviceLog() as log:
                 prepared.run(spans, piggyback)
             kernels[name, layers] = len(log.kernels)
-    each = {name: kernels[name, 3] - kernels[name, 2] for name in passes(model)}
+    return {name: kernels[name, 3] - kernels[name, 2] for name in passes(model)}
+
+
+@pytest.mark.parametrize('fused, decode, chunk, most', [(False, 49, 53, 70), (True, 21, 25, 30)])
+def test_a_pass_of_a_llama_takes_few_kernels_in_each_layer(
+        fused: bool, decode: int, chunk: int, most: int) -> None:
+    each = kernels_of_a_layer('llama', fused=fused)
     assert each['decode'] <= decode
-    assert each['chunk'] <= 53
-    assert max(each.values()) <= 70
+    assert each['chunk'] <= chunk
+    assert max(each.values()) <= most
+
+
+@pytest.mark.parametrize('family', DENSE)
+def test_a_decode_layer_of_most_families_takes_few_kernels(family: str) -> None:
+    assert kernels_of_a_layer(family, fused=True)['decode'] <= 30
 
 
 @pytest.mark.parametrize('heads, kv_heads', [(4, 2), (6, 1), (4, 4)])

@@ -26,6 +26,7 @@ from mace_ros.model.graphed_layers import GraphedLayers
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.lora_mapping import BASE_SLOT
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.sampling import Row, sample, Sampling
 from mace_ros.model.spans import PiggybackSpans, Span
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -148,6 +149,32 @@ def test_graphs_that_compute_something_else_are_not_used(
     assert (report.passes, report.steps, model.graphs) == (0, STEPS, None)
     assert ('injected' if raises else 'off by 0.01') in str(report)
     assert_serves(model, lora, reference)
+
+
+def test_a_graph_that_finds_other_tokens_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lora, reference = with_reference(tiny_model('llama'))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'argmax', lambda logits, dim, out: out.fill_(logits.argmin()))
+        report = captured(model, monkeypatch)
+    assert (report.passes, model.graphs) == (0, None)
+    assert 'the best tokens are not' in str(report)
+    assert_serves(model, lora, reference)
+
+
+def test_a_graph_finds_the_best_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And greedy sampling returns them without another kernel."""
+    model, _, _ = with_reference(tiny_model('llama'))
+    captured(model, monkeypatch)
+    one, two = Span((5,), 40, [0, 1, 2], BASE_SLOT, True), Span((6,), 3, [4], BASE_SLOT, True)
+    short, long = (Span((5,) * n, 0, range(4), BASE_SLOT, True) for n in (9, 60))
+    for spans, in_graph in (([one, two], True), ([short], True), ([long], False)):
+        logits, best = model.run(spans), model.best_tokens
+        assert (best is not None) == in_graph
+        if best is not None:
+            assert torch.equal(best, logits.argmax(-1))
+        greedy, drawn = Row(Sampling()), Row(Sampling(temperature=1.0))
+        assert sample(logits, [greedy] * len(logits), best).tokens is best or not in_graph
+        assert sample(logits, [drawn] * len(logits), best).tokens is not best
 
 
 @pytest.mark.parametrize('left, reason', [

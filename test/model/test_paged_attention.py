@@ -181,7 +181,9 @@ def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     shared = json.loads(done.stdout)
     # One split needs no second kernel.
     assert {name.split()[0]: len(sizes) for name, sizes in shared.items()} == {
-        'llama': 2, 'fp32': 2, 'gemma2': 1, 'gpt-oss': 2, 'phi': 2}
+        'llama': 2, 'fp32': 2, 'gemma2': 1, 'gpt-oss': 2, 'phi': 2,
+        'adapters': 2, 'fp32-adapters': 2, 'wide-adapters': 2, 'rotary': 1, 'partial-rotary': 1,
+        'norm': 1, 'head-norm': 1}
 
 
 # -- without Triton ----------------------------------------------------------------------

@@ -69,8 +69,10 @@ def test_every_module_can_be_imported(tmp_path):
     code = (
         'import importlib.util, pkgutil, mace_ros\n'
         # These need libraries that are extras.
-        'optional = {"mace_ros.openai.": "starlette", "mace_ros.model.paged_kernels": "triton"}\n'
-        'missing = tuple(module for module, library in optional.items()\n'
+        'optional = {"openai.": "starlette"} | dict.fromkeys(\n'
+        '    ("model.layer_kernels", "model.mixed_lora_kernels", "model.paged_kernels"),\n'
+        '    "triton")\n'
+        'missing = tuple("mace_ros." + module for module, library in optional.items()\n'
         '                if not importlib.util.find_spec(library))\n'
         'for module in pkgutil.walk_packages(mace_ros.__path__, "mace_ros."):\n'
         '    if not module.name.endswith("__main__") and not module.name.startswith(missing):\n'

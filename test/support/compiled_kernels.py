@@ -9,6 +9,8 @@ driver that drops each launch, and prints the shared memory of each kernel in by
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import cycle
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.model import paged_kernels
+from mace_ros.model import layer_kernels, mixed_lora_kernels, paged_kernels
+from mace_ros.model.mixed_lora import ROW_TILE, splits
 from mace_ros.model.paged_attention import MAX_SPLITS, SPLIT_TOKENS
 
 # Of a GeForce (sm_86, sm_89), which has the least.
@@ -27,12 +30,26 @@ SHARED_BYTES = 99 * 1024
 # An Orin, GPUs of data centres, and a GeForce.
 CAPABILITIES = (87, 90, 89, 80)
 # Precision, heads, KV heads, head size, splits, softcap and sinks.
-LAYERS = {
+ATTENTION = {
     'llama': (torch.bfloat16, 32, 8, 128, 8, None, False),
     'fp32': (torch.float32, 4, 2, 64, 2, None, False),
     'gemma2': (torch.bfloat16, 8, 4, 256, 1, 50.0, False),
     'gpt-oss': (torch.bfloat16, 64, 8, 64, 32, None, True),
     'phi': (torch.float16, 32, 32, 80, 4, None, False)}
+
+# Precision, inputs, outputs, rows of A in a slot, tokens.
+ADAPTERS = {
+    'adapters': (torch.bfloat16, 4096, 6144, 24, 4),
+    'fp32-adapters': (torch.float32, 64, 96, 4, 40),
+    'wide-adapters': (torch.bfloat16, 14336, 4096, 192, 512)}
+# Precision, heads, KV heads, head size, rotated values of a head.
+ROTARY = {
+    'rotary': (torch.bfloat16, 32, 8, 128, 128),
+    'partial-rotary': (torch.float16, 32, 32, 80, 32)}
+# Precision, shape, whether the weight is relative to 1.
+NORMS = {
+    'norm': (torch.bfloat16, (1, 4, 3072), False),
+    'head-norm': (torch.float16, (1, 4, 8, 256), True)}
 
 
 class Driver:
@@ -64,31 +81,58 @@ class Driver:
         return loaded if Version(triton.__version__) < Version('3.4') else (*loaded, 1024)
 
 
-def launch(dtype: torch.dtype, heads: int, kv_heads: int, size: int, splits: int,
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without values."""
+    return torch.empty(shape, dtype=dtype, device='meta')
+
+
+def attend(dtype: torch.dtype, heads: int, kv_heads: int, size: int, splits: int,
            softcap: float | None, sinks: bool) -> None:
-    """Launch the kernels of a layer."""
-    rows = 4
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device='meta')
-
+    """Launch the kernels of paged attention."""
+    rows, values = 4, partial(empty, dtype=dtype)
+    floats, integers = partial(empty, dtype=torch.float32), partial(empty, dtype=torch.long)
     paged_kernels.launch(
-        empty(rows, heads, size), empty(rows, heads, splits, size, dtype=torch.float32),
-        empty(rows, heads, splits, dtype=torch.float32), empty(rows, heads, size),
-        empty(640, kv_heads, size), empty(640, kv_heads, size),
-        empty(rows, 8, dtype=torch.long), empty(rows, dtype=torch.long),
-        empty(heads) if sinks else None, scale=size ** -0.5, window=2 ** 30, softcap=softcap,
-        block_tokens=BLOCK_TOKENS, split_tokens=SPLIT_TOKENS, max_splits=MAX_SPLITS)
+        values(rows, heads, size), floats(rows, heads, splits, size), floats(rows, heads, splits),
+        values(rows, heads, size), values(640, kv_heads, size), values(640, kv_heads, size),
+        integers(rows, 8), integers(rows), values(heads) if sinks else None, scale=size ** -0.5,
+        window=2 ** 30, softcap=softcap, block_tokens=BLOCK_TOKENS, split_tokens=SPLIT_TOKENS,
+        max_splits=MAX_SPLITS)
+
+
+def adapt(dtype: torch.dtype, inputs: int, outputs: int, width: int, tokens: int) -> None:
+    """Launch the kernels of adapters."""
+    slots, values = 10, partial(empty, dtype=dtype)
+    mixed_lora_kernels.launch(
+        values(tokens, outputs), empty(splits(tokens, inputs), tokens, width, dtype=torch.float32),
+        values(tokens, inputs), values(slots * width, inputs), values(slots * width, outputs),
+        empty(tokens, dtype=torch.long), row_tile=ROW_TILE)
+
+
+def rotate(dtype: torch.dtype, heads: int, kv_heads: int, size: int, rotated: int) -> None:
+    """Launch the kernel of rotary embeddings."""
+    tokens, values = 4, partial(empty, dtype=dtype)
+    layer_kernels.launch_rotation(
+        values(1, heads, tokens, size), values(1, kv_heads, tokens, size),
+        values(1, kv_heads, tokens, size), values(1, tokens, rotated), values(1, tokens, rotated),
+        values(640, kv_heads, size), values(640, kv_heads, size), empty(tokens, dtype=torch.long))
+
+
+def normalize(dtype: torch.dtype, shape: tuple[int, ...], relative: bool) -> None:
+    """Launch the kernel of RMSNorm."""
+    values = partial(empty, dtype=dtype)
+    layer_kernels.launch_norm(values(*shape), values(*shape), values(shape[-1]), 1e-6, relative)
 
 
 def main() -> None:
-    """Compile all kernels."""
+    """Compile all kernels, for each GPU in turn."""
     found = {}
-    for capability, (name, layer) in zip((*CAPABILITIES, CAPABILITIES[0]), LAYERS.items(),
-                                         strict=True):
+    launches = [(name, partial(launch, *arguments)) for launch, each in (
+        (attend, ATTENTION), (adapt, ADAPTERS), (rotate, ROTARY), (normalize, NORMS))
+        for name, arguments in each.items()]
+    for (name, launch), capability in zip(launches, cycle(CAPABILITIES), strict=False):
         driver = Driver(capability)
         triton.runtime.driver.set_active(driver)
-        launch(*layer)
+        launch()
         found[f'{name} on {capability}'] = driver.shared
     print(json.dumps(found))
 

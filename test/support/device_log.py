@@ -19,6 +19,8 @@ FREE = {
     'alias', 'as_strided', 'detach', 'empty', 'empty_like', 'expand', 'lift_fresh', 'new_empty',
     'permute', 'select', 'slice', 'split', 'split_with_sizes', 'squeeze', 't', 'transpose',
     'unbind', 'unsqueeze', 'view', '_unsafe_view', '_reshape_alias'}
+# Kernels of operations of this package, if more than one.
+LAUNCHES = {'mace_ros::attend_paged': 2, 'mace_ros::add_lora': 2}
 # Operations whose result, or its size, the host reads.
 HOST_READS = {'_local_scalar_dense', 'nonzero', 'is_nonzero', 'equal', 'unique2', '_unique2',
               'masked_select', 'bincount'}
@@ -67,7 +69,7 @@ class DeviceLog(TorchDispatchMode):
                 name == 'index' and any(i is not None and i.dtype == torch.bool for i in args[1])):
             self.faults.append(f'{name} waits for the device')
         if name not in FREE and 'meta' in given | made:
-            self.kernels.append(name)
+            self.kernels += [name] * LAUNCHES.get(name, 1)
         return result
 
 

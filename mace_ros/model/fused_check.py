@@ -1,0 +1,113 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""The check, on the device itself, that fused parts of layers compute what plain ones compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA
+from mace_ros.model.graph_check import checked_passes, limit, relative_error, SAMPLES
+from mace_ros.model.graphs import FusedPart
+from mace_ros.model.mixed_lora import add_update
+from mace_ros.model.packed_model import PackedModel
+
+# Of the update of an adapter, relative: in 16 bits it is rounded twice.
+MAX_ERROR, MAX_ERROR_FP32 = 0.02, 1e-3
+TOKENS = (1, 5, 40)     # of passes that mix adapters: part of a tile, and several
+
+
+def use_fused_layers(model: PackedModel) -> list[str]:
+    """
+    Let layers take fewer kernels, if the device can.
+
+    Returns a line for each part for which it can't. Overwrites KV blocks, so call it before the
+    first request, after the adapter slots were allocated, and before graphs are captured.
+    """
+    if model.device.type != 'cuda':
+        return []
+    if find_spec('triton') is None:
+        return ['Triton is not installed']
+    logits = partial(difference, model)
+    reasons = (
+        use_if_right(model, fused_norms(model), logits, limit(model)),
+        use_if_right(model, fused_rotary(model), logits, limit(model)),
+        use_if_right(model, FusedLoRA(model), lambda _: update_error(model),
+                     MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR))
+    return [reason for reason in reasons if reason]
+
+
+def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedPart], float],
+                 most: float) -> str:
+    """Use ``part`` if its error is at most ``most``; return why not."""
+    try:
+        error = error_of(part)
+    except Exception as failure:    # of Triton's compilers: no C compiler, no kernel for a GPU
+        part.undo()
+        model.clear()
+        return f'{part.name}: {type(failure).__name__}: {failure}'
+    if error > most:
+        part.undo()
+        return f'{part.name}: off by {error:.2g} (relative)'
+    part.use()
+    model.fused_parts.append(part)
+    return ''
+
+
+def difference(model: PackedModel, part: FusedPart) -> float:
+    """Return the largest relative difference that ``part`` makes to logits; leaves it in use."""
+    def logits(seed: int) -> dict[str, Tensor]:
+        # Each has to read the keys and values that it has written itself.
+        for cache in (*model.kv_cache.keys, *model.kv_cache.values):
+            cache.zero_()
+        return {name: model.run(spans).clone() for name, spans in checked_passes(model, seed)}
+
+    graphs, model.graphs = model.graphs, None
+    best: dict[str, float] = {}     # of the seeds: rounding may route a token to another expert
+    try:
+        for seed in range(SAMPLES):
+            part.undo()
+            expected = logits(seed)
+            part.use()
+            for name, found in logits(seed).items():
+                error = relative_error(found, expected[name])
+                best[name] = min(error, best.get(name, error))
+    finally:
+        model.graphs = graphs
+    return max(best.values(), default=torch.inf)
+
+
+def update_error(model: PackedModel) -> float:
+    """Return the largest relative error of the update of random tokens in layers of each shape."""
+    shapes = {(x.in_features, x.out_features, x.width) for x in model.linears if x.width}
+    slots = model.lora_mapping.slots
+    generator = torch.Generator(model.device).manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
+
+    errors = [0.0]
+    for inputs, outputs, width in sorted(shapes):
+        a, b = values(slots * width, inputs) * inputs ** -0.5, values(slots * width, outputs)
+        for tokens in TOKENS:
+            x = values(tokens, inputs)
+            token_slots = (torch.arange(tokens, device=model.device) + 1) % slots
+            found = add_update(values(tokens, outputs).zero_(), x, a, b, token_slots, width)
+            errors.append(relative_error(
+                found.float(), exact_update(x, a, b, token_slots, width)))
+    return max(errors)
+
+
+def exact_update(x: Tensor, slots_a: Tensor, slots_b: Tensor, token_slots: Tensor,
+                 width: int) -> Tensor:
+    """Return what :func:`add_update` adds, ``[tokens, out]`` in fp32, by plain products."""
+    low = (x.float() @ slots_a.float().t()).view(len(x), -1, width)
+    every = torch.arange(low.shape[1], device=x.device)
+    own = (token_slots[:, None] == every) & (every > 0)
+    return low.masked_fill(~own[:, :, None], 0.0).view(len(x), -1) @ slots_b.float()
+

@@ -1,0 +1,179 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fused parts of layers compute what a model's own code computes, or are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.families import FAMILIES, random_adapter, TARGETS, tiny_model, with_reference
+from support.kernels import DEVICE, needs_triton
+import torch
+from torch import nn, Tensor
+
+from mace_ros.model import fused_check, graph_check
+from mace_ros.model.attention import whole_sequences
+from mace_ros.model.fused_check import difference, update_error, use_fused_layers, use_if_right
+from mace_ros.model.fused_layers import (
+    fused_norms,
+    fused_rotary,
+    FusedLoRA,
+    OtherCode,
+    relative_weight,
+)
+from mace_ros.model.graph_check import relative_error
+from mace_ros.model.graphs import FusedPart
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.model.model_shell import run_layer
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import Span
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+# Families whose norms are no RMSNorm, and whose rotary embeddings are not those of Llama.
+OTHER_NORMS = {'cohere', 'cohere2', 'olmo', 'gpt-neox', 'starcoder2', 'opt'}
+OTHER_ROTARY = {'cohere', 'cohere2', 'glm', 'gpt-oss', 'deepseek-v2', 'opt'}
+
+
+def changed(model: PackedModel, part: FusedPart) -> list[nn.Module]:
+    """Return the modules that run other code while ``part`` is in use."""
+    own = [type(m) for m in model.model.modules()]
+    part.use()
+    found = [m for m, kind in zip(model.model.modules(), own, strict=True) if type(m) is not kind]
+    part.undo()
+    assert [type(m) for m in model.model.modules()] == own
+    return found
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_norms_and_rotary_embeddings_of_most_families_are_known(family: str) -> None:
+    model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
+    norms, layers = (changed(model, part(model)) for part in (fused_norms, fused_rotary))
+    assert (len(norms) > 2 * len(model.layers)) == (family not in OTHER_NORMS)
+    assert bool(norms) == (family not in OTHER_NORMS)
+    assert len(layers) == (0 if family in OTHER_ROTARY else len(model.layers))
+    relative = {relative_weight(norm) for norm in norms}
+    assert relative <= {family.startswith('gemma')}
+
+
+def test_other_code_changes_no_name_and_no_training_pass() -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    names = list(model.model.state_dict())
+    metadata, ids = whole_sequences((9,), model.device), model.tensor([[5] * 9])
+
+    def gradient() -> Tensor:
+        with model.training(metadata):
+            with torch.no_grad():
+                x, calls = model.shell.call_layers(ids, model.tensor([list(range(9))]))
+            x = x.detach().requires_grad_()
+            with torch.enable_grad():
+                run_layer(model.layers[0], x, calls[0]).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient()
+    for part in (fused_norms, fused_rotary):
+        part(model).use()
+    assert torch.equal(gradient(), expected)
+    assert list(model.model.state_dict()) == names
+
+
+@needs_triton
+@pytest.mark.parametrize('family', ['llama', 'qwen3', 'phi3', 'gpt-neox', 'smollm3', 'gemma2'])
+def test_models_get_the_same_logits_from_all_kernels(family: str) -> None:
+    model, lora, _ = with_reference(tiny_model(family).to(DEVICE))
+    random_adapter(lora, 0)
+    lora.write_slot(FIRST_SERVED_SLOT)
+    spans = [[Span((5,) * 9, 0, [3], FIRST_SERVED_SLOT, True),
+              Span((7,) * 5, 0, [6], BASE_SLOT, True)],
+             [Span((6,), 9, [3], FIRST_SERVED_SLOT, True), Span((8,), 5, [6], BASE_SLOT, True),
+              Span((9, 4, 2), 0, [1], FIRST_SERVED_SLOT, True)]]
+    expected = [model.run(each).clone() for each in spans]
+    for cache in (*model.kv_cache.keys, *model.kv_cache.values):
+        cache.zero_()
+    for part in (fused_norms, fused_rotary, FusedLoRA):
+        part(model).use()
+    for each, logits in zip(spans, expected, strict=True):
+        assert relative_error(model.run(each), logits) < 1e-4
+
+
+@needs_triton
+def test_the_check_uses_kernels_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few tokens, since the interpreter is slow."""
+    monkeypatch.setattr(fused_check, 'SAMPLES', 1)
+    monkeypatch.setattr(graph_check, 'TOKENS', 5)
+    model, _, _ = with_reference(tiny_model('llama', num_hidden_layers=1).to(DEVICE))
+    for part in (fused_norms(model), fused_rotary(model)):
+        assert use_if_right(model, part, lambda x: difference(model, x), 1e-3) == ''
+    assert use_if_right(model, FusedLoRA(model), lambda _: update_error(model), 1e-3) == ''
+    assert [part.name for part in model.fused_parts] == ['norms', 'rotary embeddings', 'adapters']
+
+
+# -- without Triton ----------------------------------------------------------------------
+
+
+def wrong_norms(model: PackedModel) -> FusedPart:
+    """Return norms that do nothing."""
+    norms = changed(model, fused_norms(model))
+    kind = type('Wrong', (type(norms[0]),), {'forward': lambda self, x: x})
+    return OtherCode('norms', dict.fromkeys(norms, kind))
+
+
+def failing_rotary(model: PackedModel) -> FusedPart:
+    """Return attention that raises an error that is no RuntimeError, as Triton's compiler does."""
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError('injected')
+
+    layers = changed(model, fused_rotary(model))
+    return OtherCode('rotary embeddings', dict.fromkeys(
+        layers, type('Failing', (type(layers[0]),), {'forward': fail})))
+
+
+@pytest.mark.parametrize('part, reason', [
+    (wrong_norms, 'norms: off by'), (failing_rotary, 'rotary embeddings: ValueError: injected')])
+def test_a_part_that_is_wrong_is_not_used(
+        part: Callable[[PackedModel], FusedPart], reason: str) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    own = [type(m) for m in model.model.modules()]
+    found = use_if_right(model, part(model), lambda x: difference(model, x), 1e-3)
+    assert found.startswith(reason)
+    assert [type(m) for m in model.model.modules()] == own
+    assert model.fused_parts == []
+
+
+@pytest.mark.parametrize('wrong', [0.0, float('nan')])
+def test_an_update_that_is_wrong_is_not_used(
+        wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    monkeypatch.setattr(fused_check, 'add_update', lambda y, *_: y + wrong)
+    reason = use_if_right(model, FusedLoRA(model), lambda _: update_error(model), 1e-3)
+    assert reason.startswith('adapters: off by')
+    assert not model.lora_mapping.fused
+
+
+def test_a_kernel_that_does_not_write_the_cache_is_found_out(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although an earlier pass by the model's own code has written the same blocks."""
+    model, _, _ = with_reference(tiny_model('llama'))
+
+    class Forgetful:
+        name = 'forgetful'
+
+        def use(self) -> None:
+            monkeypatch.setattr(Tensor, 'index_copy_', lambda self, *_: self)
+
+        def undo(self) -> None:
+            monkeypatch.undo()
+
+    assert difference(model, Forgetful()) > 0.01
+
+
+def test_a_cpu_runs_the_models_own_code() -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    own = [type(m) for m in model.model.modules()]
+    assert use_fused_layers(model) == []
+    assert [type(m) for m in model.model.modules()] == own
+    assert not model.lora_mapping.fused
+
