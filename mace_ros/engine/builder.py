@@ -264,7 +264,8 @@ def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int,
         captured = capture(
             model, max_rows=settings.scheduler.max_requests,
             max_tokens=settings.scheduler.max_batch_tokens, max_context=max_context,
-            steps=settings.finetune.recompute != 'always', may_continue=lambda: clock() < end,
+            keeps_graphs=settings.finetune.recompute != 'always',
+            may_continue=lambda: clock() < end,
             free_bytes=lambda: free_memory(model.device, counters.read().memory_free_mb))
     progress(str(captured))
     return captured.nbytes

@@ -21,7 +21,7 @@ from mace_ros.model.spans import BLOCK_TOKENS, Span
 
 SAMPLES = 3     # rounding may route a token to another expert, but not in every sample
 TOKENS = 24     # of a chunk
-# Of logits, relative: in 16 bits, sums differ with the shape of a product.
+# Of logits and gradients, relative: in 16 bits, sums differ with the shape of a product.
 MAX_ERROR, MAX_ERROR_FP32 = 0.1, 1e-3
 
 # Computes a pass as PackedModel.run() does, or returns None for one that it does not cover.
@@ -58,10 +58,14 @@ def largest_difference(passes: Callable[[int], Iterable[tuple[str, list[Span]]]]
             expected = plain(spans).clone()
             found = fast(spans)
             if found is not None:
-                error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-                best[name] = min(error if error == error else torch.inf,
-                                 best.get(name, torch.inf))
+                best[name] = min(relative_error(found, expected), best.get(name, torch.inf))
     return max(((error, name) for name, error in best.items()), default=(0.0, ''))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return ‖found - expected‖ / ‖expected‖; infinite if it is not a number."""
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return error if error == error else torch.inf
 
 
 def limit(model: PackedModel) -> float:

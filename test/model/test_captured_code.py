@@ -96,6 +96,7 @@ def test_captured_layers_of_a_step_never_wait_and_attend_by_fused_kernels(family
         for index in range(len(model.layers)):
             y = layers.run(index, x)
             y.backward(torch.zeros_like(y))
+            assert layers.backward(index, x, torch.zeros_like(y)).shape == x.shape
     assert not log.uploads
     assert not log.faults
 
