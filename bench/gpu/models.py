@@ -49,6 +49,7 @@ def packed(base: Any, weights: str) -> tuple[Any, Any, str]:
 
     from mace_ros.model.int4 import Int4Weight, quantizable, quantize
     from mace_ros.model.int4_kernels import find_kernel
+    from mace_ros.model.int4_limit import with_measured_limit
     from mace_ros.model.lora_manager import LoRAManager
     from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
     from mace_ros.model.packing import pack
@@ -56,7 +57,7 @@ def packed(base: Any, weights: str) -> tuple[Any, Any, str]:
 
     model = pack(base, kv_tokens=4096)
     if weights == 'int4':
-        kernel = find_kernel(model.device, torch.bfloat16)
+        kernel = with_measured_limit(find_kernel(model.device, torch.bfloat16))
         for layer in model.linears:
             if quantizable(layer.weight):
                 layer.store(Int4Weight.of(quantize(layer.weight, dtype=kernel.dtype), kernel))

@@ -25,7 +25,7 @@ def errors(model: Any) -> list[tuple[str, float]]:
     rows = [(name.format(*worst), worst[0]) for name, worst in found]
     if model.context.paged is not None:
         rows.append(('paged attention', difference(model, model.context.paged)))
-    for tokens in (1, 16):
+    for tokens in (1, 16, 100):
         for layer in model.linears[:4]:
             if layer.stored is not None:
                 x = torch.randn(tokens, layer.in_features, device=model.device).to(model.dtype)

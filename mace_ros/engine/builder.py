@@ -49,6 +49,7 @@ from mace_ros.model.hardware import (
 )
 from mace_ros.model.heap import limit_heap
 from mace_ros.model.int4_kernels import find_kernel
+from mace_ros.model.int4_limit import with_measured_limit
 from mace_ros.model.loading import (
     best_device,
     best_dtype,
@@ -209,7 +210,8 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     loaded = load_model(
         model.source, device=device, dtype='auto' if dtype in ('int8', 'int4') else dtype,
         cache=settings.storage.model_cache, progress=progress,
-        int4=find_kernel(torch.device(device), getattr(torch, best_dtype(device)))
+        int4=with_measured_limit(
+            find_kernel(torch.device(device), getattr(torch, best_dtype(device))))
         if dtype == 'int4' else None)
     kind = hardware(loaded.model.device)
     counters = DeviceCounters(kind)
