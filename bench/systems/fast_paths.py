@@ -29,7 +29,7 @@ def errors(model: Any) -> list[tuple[str, float]]:
         rows.append((part.name, fused_check.difference(model, part)))
     if model.lora_mapping.fused:
         rows.append(('update of mixed adapters', fused_check.update_error(model)))
-    for tokens in (1, 16):
+    for tokens in (1, 16, 100):
         for layer in model.linears[:4]:
             if layer.stored is not None:
                 x = torch.randn(tokens, layer.in_features, device=model.device).to(model.dtype)

@@ -50,6 +50,7 @@ from mace_ros.model.hardware import (
 )
 from mace_ros.model.heap import limit_heap
 from mace_ros.model.int4_kernels import find_kernel
+from mace_ros.model.int4_limit import with_measured_limit
 from mace_ros.model.loading import (
     best_device,
     best_dtype,
@@ -212,7 +213,8 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     loaded = load_model(
         model.source, device=device, dtype='auto' if dtype in ('int8', 'int4') else dtype,
         cache=settings.storage.model_cache, progress=progress,
-        int4=find_kernel(torch.device(device), getattr(torch, best_dtype(device)))
+        int4=with_measured_limit(
+            find_kernel(torch.device(device), getattr(torch, best_dtype(device))))
         if dtype == 'int4' else None)
     kind = hardware(loaded.model.device)
     counters = DeviceCounters(kind)
@@ -267,7 +269,8 @@ def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int,
         captured = capture(
             model, max_rows=settings.scheduler.max_requests,
             max_tokens=settings.scheduler.max_batch_tokens, max_context=max_context,
-            steps=settings.finetune.recompute != 'always', may_continue=lambda: clock() < end,
+            keeps_graphs=settings.finetune.recompute != 'always',
+            may_continue=lambda: clock() < end,
             free_bytes=lambda: free_memory(model.device, counters.read().memory_free_mb))
     progress(str(captured))
     return captured.nbytes

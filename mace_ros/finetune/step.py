@@ -30,6 +30,7 @@ from mace_ros.finetune.trainer import AccumulationWindow, Trainer
 from mace_ros.memory.budget import head_rows, MIN_HEAD_ROWS
 from mace_ros.model.attention import AttentionMetadata, whole_sequences
 from mace_ros.model.cpu_attention import prefers_one_mask
+from mace_ros.model.graphs import LayerGraphs
 from mace_ros.model.lora_mapping import InputObserver, TRAINING_SLOT
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
@@ -325,12 +326,16 @@ class FinetuneStep:
         self.metadata = AttentionMetadata()
         self._chunked = None
 
-    def _run_layer(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:
+    def _run_layer(self, index: int, x: Tensor) -> Tensor:
         """Return a layer's output for ``x``, ``[1, tokens and padding, width]``."""
         if self._graphed is None:
             return run_layer(self.model.layers[index], x, self._calls[index])
-        self._graphed.begin(self, self._padded_lengths, self._calls, self._packed_prefixes)
-        return self._graphed.run(index, x, recompute=recompute)
+        return self._prepared(self._graphed).run(index, x)
+
+    def _prepared(self, layers: LayerGraphs) -> LayerGraphs:
+        """Return layers on fixed addresses, which hold this step's arguments."""
+        layers.begin(self, self._padded_lengths, self._calls, self._packed_prefixes)
+        return layers
 
     def _forward(self, index: int) -> None:
         self._alone = True
@@ -361,12 +366,17 @@ class FinetuneStep:
             return
         gradient = self._output_gradient(index)
         self._hidden.pop()
+        if self._graphed is not None and not self._graphs:
+            with self.model.training(self.metadata):
+                self._gradient = self._prepared(self._graphed).backward(
+                    index, self._hidden[index][None], gradient[None])[0]
+            return
         if self._graphs:
             x, y = self._graphs.pop()
         else:
             x = self._hidden[index][None].detach().requires_grad_()
             with torch.enable_grad(), self.model.training(self.metadata):
-                y = self._run_layer(index, x, recompute=True)
+                y = self._run_layer(index, x)
         y.backward(gradient[None])
         assert x.grad is not None
         self._gradient = x.grad[0]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.layer_operators import rotate_and_write
 from mace_ros.model.paged_attention import PagedAttention
 from mace_ros.model.prefix_kv import PackedPrefixes
+from mace_ros.model.upload import to_device
 
 NAME = 'mace_packed'
 
@@ -175,32 +177,29 @@ def whole_sequences(lengths: Sequence[int], device: torch.device, *,
     ``prefixes`` come before them. With ``one_mask``, all sequences attend in one call behind a
     mask on a CPU as well.
     """
-    counts = torch.tensor(lengths, device=device)
+    def of_each_token(values: Sequence[int]) -> np.ndarray:
+        return np.repeat(np.array(values, dtype=np.int64), lengths)
 
-    def for_each_token(values: Tensor) -> Tensor:
-        # Without the size of the output, torch would wait for the device to learn it.
-        return torch.repeat_interleave(values, counts, output_size=sum(lengths))
-
-    sequence = for_each_token(torch.arange(len(lengths), device=device))
-    position = torch.cat([torch.arange(n, device=device) for n in lengths])
+    sequence = of_each_token(range(len(lengths)))
+    position = np.concatenate([np.arange(n) for n in lengths])
     # On other devices one kernel with a mask is faster than one kernel per sequence.
     separate = len(lengths) == 1 or (device.type == 'cpu' and not one_mask)
     metadata = AttentionMetadata(
-        query_sequence=sequence, query_position=position, key_sequence=sequence,
-        key_position=position, lengths=tuple(lengths) if separate else ())
+        query_sequence=to_device(sequence, device), query_position=to_device(position, device),
+        lengths=tuple(lengths) if separate else ())
+    metadata.key_sequence, metadata.key_position = (
+        metadata.query_sequence, metadata.query_position)
     if prefixes is not None:
         metadata.prefixes = prefixes
-        numbers = torch.tensor(
-            [-1 - p if p >= 0 else i for i, p in enumerate(prefixes.of_sequence)], device=device)
-        metadata.query_prefix = for_each_token(numbers)
-        first = torch.tensor(
-            [prefixes.lengths[p] if p >= 0 else 0 for p in prefixes.of_sequence], device=device)
-        metadata.query_position = position + for_each_token(first)
-        metadata.key_sequence = torch.cat([*(
-            torch.full((n,), -1 - p, device=device) for p, n in enumerate(prefixes.lengths)),
-            sequence])
-        metadata.key_position = torch.cat([
-            *(torch.arange(n, device=device) for n in prefixes.lengths), metadata.query_position])
+        metadata.query_prefix = to_device(of_each_token(
+            [-1 - p if p >= 0 else i for i, p in enumerate(prefixes.of_sequence)]), device)
+        position = position + of_each_token(
+            [prefixes.lengths[p] if p >= 0 else 0 for p in prefixes.of_sequence])
+        metadata.query_position = to_device(position, device)
+        metadata.key_sequence = to_device(np.concatenate([
+            *(np.full(n, -1 - p) for p, n in enumerate(prefixes.lengths)), sequence]), device)
+        metadata.key_position = to_device(np.concatenate([
+            *(np.arange(n) for n in prefixes.lengths), position]), device)
     return metadata
 
 

@@ -4,15 +4,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+import gc
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar('Result')
 
 
 class CaptureFailed(RuntimeError):
     """A capture was begun and failed. Nothing more should be captured in this process."""
+
+
+def captured(compute: Callable[[], Result], stream: torch.cuda.Stream,
+             pool: Any) -> tuple[Callable[[], None], Result]:
+    """
+    Capture a CUDA graph of ``compute`` on ``stream`` and into ``pool``, a graph pool handle.
+
+    Returns what replays it, and its result, whose tensors each replay overwrites. Raises
+    :class:`CaptureFailed`, or another ``RuntimeError`` before anything was captured.
+    """
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        compute()     # lazy initialisation of libraries must not be captured
+        with no_waiting():
+            compute()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with capturing(pool), torch.cuda.graph(graph, pool=pool, stream=stream):
+        result = compute()
+    return graph.replay, result
 
 
 @contextmanager
@@ -49,3 +73,25 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """
+    While open, garbage is not collected, after one collection at the beginning.
+
+    torch up to 2.8 collects before each capture, which takes longer than the capture: while all
+    older objects are frozen, it looks at few. A collection in a capture could free what must not
+    be freed then. The one at the beginning frees autograd graphs in cycles, whose nodes belong to
+    streams that are not captured.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()

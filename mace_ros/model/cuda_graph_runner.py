@@ -22,7 +22,7 @@ from torch import Tensor
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.attention import AttentionMetadata
 from mace_ros.model.batch_descriptor import BatchDescriptor
-from mace_ros.model.capturing import capturing, no_waiting
+from mace_ros.model.capturing import captured
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import PiggybackSpans, Span
 
@@ -82,17 +82,7 @@ class CapturedPass:
 
         Raises ``CaptureFailed``, or another ``RuntimeError`` before anything was captured.
         """
-        current = torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._compute()     # lazy initialisation of libraries must not be captured
-            with no_waiting():
-                self._compute()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with capturing(pool), torch.cuda.graph(graph, pool=pool, stream=stream):
-            self._compute()
-        self._replay = graph.replay
+        self._replay, _ = captured(self._compute, stream, pool)
 
     @torch.no_grad()
     def run(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> Tensor:

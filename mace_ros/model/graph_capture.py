@@ -11,6 +11,7 @@ import torch
 
 from mace_ros.memory.budget import MB
 from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor, largest_first
+from mace_ros.model.capturing import CaptureFailed, without_collections
 from mace_ros.model.cuda_graph_runner import CudaGraphRunner
 from mace_ros.model.graph_check import largest_error, limit
 from mace_ros.model.graphed_layers import GraphedLayers
@@ -47,14 +48,14 @@ class CaptureReport:
 
 
 def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: int,
-            steps: bool = True, may_continue: Callable[[], bool],
+            keeps_graphs: bool = True, may_continue: Callable[[], bool],
             free_bytes: Callable[[], float]) -> CaptureReport:
     """
     Capture graphs while ``may_continue()`` and enough of ``free_bytes()`` is left.
 
     Shapes that are not captured run eagerly, and all do if a graph does not compute the logits
-    of an eager pass; the check overwrites the first KV blocks. Without ``steps``, only passes
-    are captured: graphs of training layers hold what each layer keeps for its backward. Call
+    of an eager pass; the check overwrites the first KV blocks. Without ``keeps_graphs``, fine-tune
+    steps recompute each layer in its backward, and no memory is taken for what layers keep. Call
     this after the adapter slots were allocated, since graphs replay on their addresses.
     """
     torch.cuda.empty_cache()
@@ -68,18 +69,19 @@ def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: 
             report.stopped = f'only {free / MB:.0f} MB of memory were free'
         return not report.stopped
 
-    # Passes first: a failure among steps must not cost the graphs that requests wait for.
-    runner = CudaGraphRunner(model)
-    intact = _capture_passes(runner, report, may_go_on, largest_first(
-        batch_descriptors(max_rows, max_tokens, max_context)))
-    difference = _difference(model, runner)
-    if difference:
-        report.failures.insert(0, difference)
-    else:
-        report.passes = len(runner)
-    model.graphs = runner if report.passes else None
-    if steps and intact:
-        _capture_steps(model, report, may_go_on)
+    with without_collections():
+        # Passes first: a failure among steps must not cost the graphs that requests wait for.
+        runner = CudaGraphRunner(model)
+        intact = _capture_passes(runner, report, may_go_on, largest_first(
+            batch_descriptors(max_rows, max_tokens, max_context)))
+        difference = _difference(model, runner)
+        if difference:
+            report.failures.insert(0, difference)
+        else:
+            report.passes = len(runner)
+        model.graphs = runner if report.passes else None
+        if intact:
+            _capture_steps(model, report, may_go_on, keeps_graphs)
     report.nbytes = torch.cuda.memory_reserved() - before
     return report
 
@@ -112,16 +114,37 @@ def _difference(model: PackedModel, runner: CudaGraphRunner) -> str:
 
 
 def _capture_steps(model: PackedModel, report: CaptureReport,
-                   may_go_on: Callable[[], bool]) -> None:
+                   may_go_on: Callable[[], bool], keeps_graphs: bool) -> None:
     """Capture the layers for fine-tune steps, the shortest first, until one fails."""
+    found: list[GraphedLayers] = []
+    # Graphs of all lengths share memory and a stream: only one step runs at a time.
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     for tokens in STEP_TOKENS:
         if tokens > model.context_length or not may_go_on():
             break
         try:
             layers = GraphedLayers(model, tokens)
-            layers.capture(model)
+            layers.capture(model, stream, pool)
         except RuntimeError as error:    # includes lack of memory
             report.failures.append(f'steps of {tokens} tokens: {error}')
+            if isinstance(error, CaptureFailed):
+                return
             break
+        found.append(layers)
         model.graphed_layers.append(layers)
         report.steps.append(tokens)
+    if keeps_graphs:
+        _capture_kept(model, report, may_go_on, found)
+
+
+def _capture_kept(model: PackedModel, report: CaptureReport, may_go_on: Callable[[], bool],
+                  found: Iterable[GraphedLayers]) -> None:
+    """Capture forwards and backwards apart, until one fails; the others run eagerly."""
+    for layers in found:
+        if not may_go_on():
+            return
+        try:
+            layers.capture_kept(model)
+        except RuntimeError as error:    # includes lack of memory
+            report.failures.append(f'steps of {layers.tokens} tokens that keep graphs: {error}')
+            return

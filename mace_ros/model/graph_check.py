@@ -21,7 +21,7 @@ from mace_ros.model.spans import BLOCK_TOKENS, Span
 
 SAMPLES = 3     # rounding may route a token to another expert, but not in every sample
 TOKENS = 24     # of a chunk
-# Of logits, relative: in 16 bits, sums differ with the shape of a product.
+# Of logits and gradients, relative: in 16 bits, sums differ with the shape of a product.
 MAX_ERROR, MAX_ERROR_FP32 = 0.1, 1e-3
 
 # Computes a pass as PackedModel.run() does, or returns None for one that it does not cover.

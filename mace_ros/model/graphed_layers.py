@@ -7,11 +7,15 @@ The layers run on fixed addresses: the attention metadata, and the arguments tha
 passes to each layer (such as rotary embeddings), are copied into the tensors of the first call.
 A shorter step is padded with a sequence of its own, to which no other sequence attends and
 which has no targets. Shorter prefixes are padded with keys to which no token attends.
+
+A step that keeps its layers' autograd graphs replays a forward and a backward of each. One that
+keeps none, such as one whose forward piggybacked, replays both at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 import weakref
 
@@ -20,13 +24,19 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mace_ros.model.attention import whole_sequences
-from mace_ros.model.capturing import capturing
+from mace_ros.model.capturing import captured, capturing
+from mace_ros.model.graph_check import limit, relative_error
+from mace_ros.model.lora_mapping import TRAINING_SLOT
 from mace_ros.model.merged_linear import MergedLinear
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.prefix_kv import PackedPrefixes
 
 PREFIX_TOKENS = 128     # of all prefixes of a step; with longer ones, a step runs eagerly
+
+
+class WrongGradients(RuntimeError):
+    """Captured layers do not compute what the same layers compute eagerly."""
 
 
 class GraphedLayers:
@@ -46,11 +56,14 @@ class GraphedLayers:
             # One pass through all layers builds the masks that they need.
             for layer, call in zip(model.layers, calls, strict=True):
                 run_layer(layer, hidden, call)
-        self._width = hidden.shape[-1]
         self._calls = _cloned(calls)
         self._layers = [_EagerLayer(layer, call)
                         for layer, call in zip(model.layers, self._calls, strict=True)]
+        self._weights = [_adapter_weights(layer) for layer in model.layers]
         self._graphed: list[_GraphedLayer] = []
+        self._input, self._gradient = (torch.zeros_like(hidden) for _ in range(2))
+        self._recomputed = [_RecomputedLayer(layer, weights, self._input, self._gradient)
+                            for layer, weights in zip(self._layers, self._weights, strict=True)]
         self._user: weakref.ref[object] | None = None
 
     def begin(self, user: object, lengths: Sequence[int], calls: Sequence[dict[str, Any]],
@@ -83,36 +96,102 @@ class GraphedLayers:
                 old.copy_(new)
                 copied.add(id(old))
 
-    def run(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:
+    def run(self, index: int, x: Tensor, *, eager: bool = False) -> Tensor:
         """
-        Return the output of a layer, ``[1, tokens, width]``.
+        Return the output of a layer, ``[1, tokens, width]``, whose autograd graph is kept.
 
-        With ``recompute``, in a backward, the layer runs eagerly: the graphs share memory that
-        is valid only if all forwards precede all backwards.
+        All forwards must precede all backwards, since the CUDA graphs share memory.
         """
-        if self._graphed and not recompute:
+        if self._graphed and not eager:
             return self._graphed[index](x)
         return self._layers[index](x)
 
-    def capture(self, model: PackedModel) -> None:
+    @torch.no_grad()
+    def backward(self, index: int, x: Tensor, gradient: Tensor) -> Tensor:
         """
-        Replay CUDA graphs from now on, forward and backward.
+        Recompute a layer for its input ``x``, and add to the gradients of its weights.
 
-        Raises ``CaptureFailed`` if a layer can't be captured.
+        ``gradient`` is that of its output. Returns that of ``x``, valid until the next call. All
+        of them are ``[1, tokens, width]``.
         """
-        weights = [tuple(
-            p for linear in layer.modules() if isinstance(linear, MergedLinear)
-            for s in linear.adapted for p in (s.a, s.b) if p is not None)
-            for layer in model.layers]
-        inputs = [torch.zeros(1, self.tokens, self._width, dtype=model.dtype,
-                              device=model.device, requires_grad=True) for _ in model.layers]
+        self._input.copy_(x)
+        self._gradient.copy_(gradient)
+        for weight, found in zip(
+                self._weights[index], self._recomputed[index].gradients(), strict=True):
+            if found is not None:
+                weight.grad = found if weight.grad is None else weight.grad + found
+        return self._gradient
+
+    def capture(self, model: PackedModel, stream: torch.cuda.Stream, pool: Any) -> None:
+        """
+        Replay a CUDA graph of each :meth:`backward` from now on.
+
+        Raises ``CaptureFailed`` if a layer can't be captured, or another ``RuntimeError``, such as
+        :class:`WrongGradients`; then these layers must not be used.
+        """
+        with model.training(self.metadata):
+            for layer in self._recomputed:
+                layer.capture(stream, pool)
+        self._check(model)
+
+    def capture_kept(self, model: PackedModel) -> None:
+        """
+        Replay CUDA graphs of each :meth:`run` and its backward from now on.
+
+        They take memory for what all layers keep. Call this after every :meth:`capture`: torch
+        holds autograd graphs that belong to another stream. Raises what :meth:`capture` does, and
+        then leaves these layers as they were.
+        """
+        inputs = [torch.zeros_like(self._input).requires_grad_() for _ in self._layers]
         pool = torch.cuda.graph_pool_handle()
         with capturing(pool), torch.enable_grad(), model.training(self.metadata):
             graphed = torch.cuda.make_graphed_callables(
                 tuple(layer.with_weights for layer in self._layers),
-                tuple((x, *w) for x, w in zip(inputs, weights, strict=True)),
+                tuple((x, *w) for x, w in zip(inputs, self._weights, strict=True)),
                 allow_unused_input=True, pool=pool)
-        self._graphed = [_GraphedLayer(g, w) for g, w in zip(graphed, weights, strict=True)]
+        self._graphed = [
+            _GraphedLayer(g, w) for g, w in zip(graphed, self._weights, strict=True)]
+        try:
+            self._check(model)
+        except RuntimeError:
+            self._graphed = []
+            raise
+
+    def _check(self, model: PackedModel) -> None:
+        """Compare outputs and gradients with those of the same layers run eagerly."""
+        with _random_adapter(model), model.training(self.metadata):
+            error = max(self._error(index) for index in range(len(self._layers)))
+        if error > limit(model):
+            raise WrongGradients(f'gradients under graphs are off by {error:.2g} (relative)')
+
+    def _error(self, index: int) -> float:
+        """Return the largest relative error of a layer for random values."""
+        x, gradient = (torch.randn(
+            like.shape, generator=torch.Generator(like.device).manual_seed(seed),
+            dtype=like.dtype, device=like.device)
+            for seed, like in enumerate((self._input, self._gradient)))
+        weights = self._weights[index]
+        leaf = x.clone().requires_grad_()
+
+        def apart(eager: bool) -> list[Tensor | None]:
+            with torch.enable_grad():
+                y = self.run(index, leaf, eager=eager)
+            return [y.detach(), *torch.autograd.grad(
+                y, (leaf, *weights), gradient, allow_unused=True)]
+
+        def recomputed() -> list[Tensor | None]:
+            for weight in weights:      # a step that was given up may have left some
+                weight.grad = None
+            found: list[Tensor | None] = [
+                None, self.backward(index, x, gradient), *(w.grad for w in weights)]
+            for weight in weights:
+                weight.grad = None
+            return found
+
+        expected = apart(eager=True)
+        return max(relative_error(ours, theirs) for found in (apart(eager=False), recomputed())
+                   for ours, theirs in zip(found, expected, strict=True)
+                   if ours is not None and theirs is not None)
 
 
 class _EagerLayer:
@@ -129,6 +208,42 @@ class _EagerLayer:
         return self(x)
 
 
+class _RecomputedLayer:
+    """A layer's forward and backward in one; computed eagerly until it is captured."""
+
+    def __init__(self, layer: _EagerLayer, weights: tuple[Tensor, ...], x: Tensor,
+                 gradient: Tensor) -> None:
+        """Read the layer's input from ``x`` and the gradient of its output from ``gradient``."""
+        self._layer, self._weights, self._x, self._gradient = layer, weights, x, gradient
+        self._replay: Callable[[], None] | None = None
+        self._found: tuple[Tensor | None, ...] = ()
+
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        """Replay a CUDA graph from now on."""
+        self._replay, self._found = captured(self._compute, stream, pool)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """
+        Return the gradients of the weights, which the next replay overwrites.
+
+        The gradient of the input takes the place of that of the output.
+        """
+        if self._replay is None:
+            return self._compute()
+        self._replay()
+        return self._found
+
+    def _compute(self) -> tuple[Tensor | None, ...]:
+        x = self._x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = self._layer(x)
+        own, *found = torch.autograd.grad(
+            y, (x, *self._weights), self._gradient, allow_unused=True)
+        self._gradient.copy_(own)
+        # In the order of the weights in memory, as the fused optimizer needs them.
+        return tuple(x if x is None else x.contiguous() for x in found)
+
+
 class _GraphedLayer:
     """A captured decoder layer with its trainable weights."""
 
@@ -138,6 +253,25 @@ class _GraphedLayer:
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self._graphed(x, *self._weights)
         return y
+
+
+def _adapter_weights(layer: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Return the master weights of a decoder layer."""
+    return tuple(p for linear in layer.modules() if isinstance(linear, MergedLinear)
+                 for s in linear.adapted for p in (s.a, s.b) if p is not None)
+
+
+@contextmanager
+def _random_adapter(model: PackedModel) -> Iterator[None]:
+    """While open, the training slot holds random values: in a fresh one, many gradients are 0."""
+    slots = [x for linear in model.linears if linear.width for x in linear.slot(TRAINING_SLOT)]
+    before = [x.clone() for x in slots]
+    for x in slots:
+        x.normal_(std=0.02)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(slots, before)
 
 
 def _cloned(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -39,8 +39,16 @@ class LayerGraphs(Protocol):
               prefixes: PackedPrefixes | None = None) -> None:
         """Copy in a packed batch of ``lengths`` and the layers' arguments for it."""
 
-    def run(self, index: int, x: Tensor, *, recompute: bool = False) -> Tensor:
-        """Return the output of a layer, ``[1, tokens, width]``."""
+    def run(self, index: int, x: Tensor) -> Tensor:
+        """Return the output of a layer, ``[1, tokens, width]``, whose autograd graph is kept."""
+
+    def backward(self, index: int, x: Tensor, gradient: Tensor) -> Tensor:
+        """
+        Recompute a layer for its input ``x``, and add to the gradients of its weights.
+
+        ``gradient`` is that of its output. Returns that of ``x``, valid until the next call. All
+        of them are ``[1, tokens, width]``.
+        """
 
 
 class FusedPart(Protocol):

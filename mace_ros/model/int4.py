@@ -30,10 +30,11 @@ SMALLEST_SCALE = 1e-30
 # Rounding of float32 arithmetic, relative to the largest value of a group.
 FLOAT32_ERROR = 2.0 ** -20
 QUANTIZED_AT_ONCE = 2 ** 22     # values
-# Values that are dequantised at once: as many as a CPU's caches hold. On CUDA, each part is a
-# dozen kernels, so larger ones: a pass of an 8B model would otherwise be twenty thousand.
+# Values that are dequantised at once: as many as a CPU's caches hold. On CUDA, each part is
+# some eight kernels, so larger ones: a pass of an 8B model would otherwise be ten thousand.
 TILE_VALUES, CUDA_TILE_VALUES = 2 ** 22, 2 ** 24
-# For more tokens, dequantised products are faster: on a CPU with and without rows, and on CUDA.
+# For more tokens, dequantised products are faster: on a CPU with and without rows. CUDA's product
+# reads the weight once for this many; int4_limit.py measures up to how many it is the faster way.
 MAX_TOKENS_BESIDE_ROWS = 32
 MAX_CPU_TOKENS = 48
 MAX_CUDA_TOKENS = 16
@@ -178,8 +179,9 @@ class Int4Weight(StoredWeight):
         self._group = self.in_features // scales_and_zeros.shape[0]
         self._max_tokens = 0
         if kernel.has_product:
-            self._max_tokens = (MAX_CUDA_TOKENS if packed.device.type == 'cuda' else
-                                MAX_CPU_TOKENS if rows is None else MAX_TOKENS_BESIDE_ROWS)
+            self._max_tokens = kernel.max_tokens or (
+                MAX_CUDA_TOKENS if packed.device.type == 'cuda' else
+                MAX_CPU_TOKENS if rows is None else MAX_TOKENS_BESIDE_ROWS)
 
     @classmethod
     def of(cls, values: Int4Values, kernel: Int4Kernel) -> Int4Weight:
@@ -203,8 +205,8 @@ class Int4Weight(StoredWeight):
     def workspace_nbytes(self, dtype: torch.dtype) -> int:
         """Return the memory that dequantising takes, in bytes."""
         values = min(self.out_features * self.in_features, self._tile_values)
-        if self.packed.device.type == 'cuda':   # also two as int32, one as uint8, one scaled
-            return values * (2 * dtype.itemsize + 9)
+        if self.packed.device.type == 'cuda':   # also each in a byte
+            return values * (dtype.itemsize + 1)
         # On a CPU, half of the values also as uint8 and as fp32.
         return values * (dtype.itemsize + 3)
 
@@ -226,9 +228,15 @@ class Int4Weight(StoredWeight):
 
     def product(self, rows: Tensor) -> Tensor:
         """Return ``[tokens, out]`` for ``rows``, ``[tokens, in]``, without a gradient."""
-        if 0 < len(rows) <= self._max_tokens:
-            return self._kernel.multiply(
-                rows, self.packed, self._group, self.scales_and_zeros)
+        return (self.packed_product(rows) if 0 < len(rows) <= self._max_tokens
+                else self.written_out_product(rows))
+
+    def packed_product(self, rows: Tensor) -> Tensor:
+        """Return the product with the 4 bits, which the kernel must have."""
+        return self._kernel.multiply(rows, self.packed, self._group, self.scales_and_zeros)
+
+    def written_out_product(self, rows: Tensor) -> Tensor:
+        """Return the product with the weight as it is dequantised, part by part."""
         if self.out_features * self.in_features <= self._tile_values:
             return linear(rows, self._tile(slice(0, self.out_features), rows.dtype))
         y = rows.new_empty(len(rows), self.out_features)

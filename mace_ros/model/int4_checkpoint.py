@@ -50,7 +50,9 @@ class Int4Checkpoint:
         result = dict(self.others)
         for name, weight in self.linears.items():
             sizes = self.sizes[name]
-            parts = weight.dense(dtype).split(list(sizes.values()))
+            # On a CPU, from where the model moves to the device: there, all dense weights at once
+            # would take several times the memory of those in 4 bits.
+            parts = weight.dense(dtype).cpu().split(list(sizes.values()))
             result |= {f'{layer}.weight': part.contiguous()
                        for layer, part in zip(sizes, parts, strict=True)}
         return result

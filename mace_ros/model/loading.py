@@ -85,7 +85,7 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
             if int4 is not None:
                 checkpoint = _four_bits(
                     name, getattr(torch, dtype), int4, is_gguf(source), progress)
-            model = (_plain_model(name, getattr(torch, dtype)) if checkpoint is None else
+            model = (_plain_model(name, getattr(torch, dtype), device) if checkpoint is None else
                      int4_checkpoint.model_of(checkpoint, name, getattr(torch, dtype)))
         except (OSError, ValueError) as error:
             raise ModelNotFound(
@@ -103,10 +103,13 @@ def is_gguf(source: str) -> bool:
     return not source or Path(source).suffix == '.gguf'
 
 
-def _plain_model(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+def _plain_model(name: str, dtype: torch.dtype | str, device: str = 'cpu') -> PreTrainedModel:
+    # One tensor after the other goes to another device. Through the CPU, the model would be twice
+    # in memory that both share. It also takes one block there, in which merged layers then find
+    # the room of those that they replace.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-        attn_implementation='eager')
+        attn_implementation='eager', **({} if device == 'cpu' else {'device_map': device}))
     return model
 
 

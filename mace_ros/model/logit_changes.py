@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mace_ros.model.upload import to_device
+
 
 @dataclass(frozen=True)
 class LogitChanges:
@@ -59,12 +61,6 @@ def change_logits(logits: Tensor, rows: Sequence[RowChanges]) -> None:
     _add_biases(logits, rows)
     _penalise(logits, rows)
     _mask(logits, rows)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to the device without waiting for what the device is doing."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor
 
 
 def places(chosen: Sequence[int], rows: int, device: torch.device) -> Tensor | slice:

@@ -43,6 +43,7 @@ from mace_ros.model.spans import (
     PiggybackSpans,
     Span,
 )
+from mace_ros.model.upload import to_device
 
 
 class PackedModel:
@@ -107,7 +108,7 @@ class PackedModel:
 
     def cache_slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
         """Return the cache slots of the first ``tokens`` tokens of a block table, ``[tokens]``."""
-        return torch.from_numpy(cache_slots(blocks, tokens)).to(self.device)
+        return to_device(cache_slots(blocks, tokens), self.device)
 
     def move_blocks(self, moved: Mapping[int, int]) -> None:
         """Copy the content of KV blocks; ``moved`` maps old to new block numbers."""
@@ -244,7 +245,7 @@ class PackedModel:
 
     def tensor(self, values: Any) -> Tensor:
         """Return integers as a tensor on the device."""
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        return to_device(np.array(values, dtype=np.int64), self.device)
 
     # -- building the metadata -------------------------------------------------------
 
@@ -270,7 +271,7 @@ class PackedModel:
             slots[i] = span.blocks[0] * BLOCK_TOKENS
             slots[i, :position + 1] = cache_slots(span.blocks, position + 1)
             write.append(slots[i, position:position + 1])
-        metadata.decode_slots = torch.from_numpy(slots).to(self.device)
+        metadata.decode_slots = to_device(slots, self.device)
         if len(decode) == 1 and slots[0, -1] - slots[0, 0] == longest - 1 and (
                 np.diff(slots[0]) == 1).all():
             metadata.decode_run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
@@ -283,7 +284,7 @@ class PackedModel:
         tables = np.zeros((len(decode), max(map(len, used))), dtype=np.int64)
         for row, blocks in zip(tables, used, strict=True):
             row[:len(blocks)] = blocks
-        metadata.decode_tables = torch.from_numpy(tables).to(self.device)
+        metadata.decode_tables = to_device(tables, self.device)
         return [np.array([blocks[-1] * BLOCK_TOKENS + s.cache_position % BLOCK_TOKENS])
                 for s, blocks in zip(decode, used, strict=True)]
 
@@ -311,7 +312,7 @@ class PackedModel:
         return write
 
     def _joined(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(self.device)
+        return to_device(np.concatenate(arrays), self.device)
 
     @contextmanager
     def _pooling(self, packed: Sequence[Span]) -> Iterator[None]:

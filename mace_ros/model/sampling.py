@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mace_ros.model.logit_changes import change_logits, LogitChanges, places, to_device
+from mace_ros.model.logit_changes import change_logits, LogitChanges, places
+from mace_ros.model.upload import to_device
 
 # Candidates of a row that is sampled from its top_k best tokens: the next of these numbers, so
 # that the rows of a batch are ordered together, and in the same way whatever else is in it.

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 from support.device_log import DeviceLog
 from support.families import FAMILIES, RANK, TARGETS, tiny_model
 import torch
+from torch import Tensor
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model import attention
@@ -115,6 +118,7 @@ def test_captured_layers_of_a_step_never_wait_and_attend_by_fused_kernels(family
         for index in range(len(model.layers)):
             y = layers.run(index, x)
             y.backward(torch.zeros_like(y))
+            assert layers.backward(index, x, torch.zeros_like(y)).shape == x.shape
     assert not log.uploads
     assert not log.faults
 
@@ -169,3 +173,43 @@ def test_faults_are_found() -> None:
         query.index_select(2, torch.tensor([1]))
         torch.repeat_interleave(torch.arange(2), counts)
     assert len(log.faults) == 3
+
+
+class WaitingUploads(TorchFunctionMode):
+    """Records copies to the device for which the host would wait, if the device were CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Record a call, and run it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.device == META:
+            copies = func in (Tensor.to, Tensor.copy_) and any(
+                isinstance(x, Tensor) and x.device.type == 'cpu' for x in args)
+            if func in (torch.tensor, torch.as_tensor) or (
+                    copies and not kwargs.get('non_blocking')):
+                self.found.append(func.__name__)
+        return result
+
+
+def test_eager_passes_upload_without_waiting() -> None:
+    for paged in (False, True):
+        model = on_meta('llama', paged=paged)
+        fresh = [Span((5,) * 20, 0, range(8), FIRST_SERVED_SLOT, True)] * 2
+        for spans, piggyback in (*passes(model).values(), (fresh, None)):
+            with WaitingUploads() as uploads, DeviceLog() as log:
+                model.run(spans, piggyback)
+            assert log.uploads > 2      # those of an eager pass
+            assert (uploads.found, log.faults) == ([], [])
+
+
+def test_uploads_that_wait_are_found() -> None:
+    with WaitingUploads() as uploads:
+        torch.tensor([1], device=META)
+        torch.zeros(3).to(META)
+        torch.zeros(3).to(META, non_blocking=True)
+    assert uploads.found == ['tensor', 'to']

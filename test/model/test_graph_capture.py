@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import gc
 import random
 from typing import Any
 
 from hypothesis import given, settings, strategies as st
 import pytest
+from support.fake_graphs import fake_graph, use_fake_graphs
 from support.families import random_ids, tiny_model, with_reference
 from support.serving import assert_response_of, random_sample, Request, serve
 import torch
@@ -18,8 +20,14 @@ from transformers import PreTrainedModel
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BLOCK_TOKENS
+from mace_ros.model import graphed_layers
 from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor, largest_first
-from mace_ros.model.capturing import CaptureFailed, capturing, no_waiting
+from mace_ros.model.capturing import (
+    CaptureFailed,
+    capturing,
+    no_waiting,
+    without_collections,
+)
 from mace_ros.model.cuda_graph_runner import CapturedPass, PassOutputs
 from mace_ros.model.graph_capture import capture, CaptureReport
 from mace_ros.model.graphed_layers import GraphedLayers
@@ -55,24 +63,22 @@ def test_every_pass_within_the_limits_fits_one_of_the_batch_descriptors(
 CAPTURES = {
     'passes': (CapturedPass, 'capture'), 'their inputs': (CapturedPass, '__init__'),
     'their outputs': (PassOutputs, '__init__'),
-    'fine-tune steps': (GraphedLayers, 'capture'), 'their layers': (GraphedLayers, '__init__')}
+    'fine-tune steps': (GraphedLayers, 'capture'), 'their layers': (GraphedLayers, '__init__'),
+    'steps that keep graphs': (GraphedLayers, 'capture_kept')}
 PASSES, STEPS = 6, [64, 128]    # what is captured of the model below
 
 
 def captured(model: PackedModel, monkeypatch: pytest.MonkeyPatch,
-             *patches: tuple[type, str, Callable[..., None]], time_left: bool = True,
-             free_bytes: float = 1.0) -> CaptureReport:
-    """Capture on a CPU, where preparing a pass stands for capturing it."""
+             *patches: tuple[object, str, Callable[..., object]], time_left: bool = True,
+             free_bytes: float = 1.0, keeps_graphs: bool = True) -> CaptureReport:
+    """Capture on a CPU."""
     with monkeypatch.context() as patch:
-        for each in (CapturedPass, GraphedLayers):
-            patch.setattr(each, 'capture', lambda *_: None)
+        use_fake_graphs(patch)
         for where in patches:
             patch.setattr(*where)
-        patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
-        for name in ('graph_pool_handle', 'Stream'):
-            patch.setattr(torch.cuda, name, lambda: None)
         return capture(model, max_rows=2, max_tokens=16, max_context=64,
-                       may_continue=lambda: time_left, free_bytes=lambda: free_bytes)
+                       keeps_graphs=keeps_graphs, may_continue=lambda: time_left,
+                       free_bytes=lambda: free_bytes)
 
 
 def assert_serves(model: PackedModel, lora: LoRAManager, reference: PreTrainedModel) -> None:
@@ -95,8 +101,9 @@ def test_shapes_that_can_not_be_captured_run_eagerly(
     report = captured(model, monkeypatch, (*CAPTURES[where], fails))
 
     steps = where in ('fine-tune steps', 'their layers')
+    passes = where in ('passes', 'their inputs', 'their outputs')
     assert (report.steps == []) == steps == (not model.graphed_layers)
-    assert (report.passes == 0) == (not steps) == (not model.graphs)
+    assert (report.passes == 0) == passes == (not model.graphs)
     assert 'injected' in report.failures[0]
     assert 'run eagerly' in str(report) and 'injected' in str(report)
     assert_serves(model, lora, reference)
@@ -107,7 +114,8 @@ def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
         error: type[RuntimeError], monkeypatch: pytest.MonkeyPatch) -> None:
     """After lack of memory other shapes are captured, after a failed capture none."""
     model, lora, reference = with_reference(tiny_model('llama'))
-    for failing in range(PASSES + len(STEPS)):
+    captures = PASSES + 2 * len(STEPS)      # each step twice: recomputed, and with graphs kept
+    for failing in range(captures):
         done: list[object] = []
 
         def fails(*_: object, failing: int = failing, done: list[object] = done) -> None:
@@ -116,9 +124,11 @@ def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
                 raise error('injected')
 
         model.graphs, model.graphed_layers = None, []
-        report = captured(model, monkeypatch, *(
-            (each, 'capture', fails) for each in (CapturedPass, GraphedLayers)))
+        report = captured(model, monkeypatch, (CapturedPass, 'capture', fails), *(
+            (GraphedLayers, name, fails) for name in ('capture', 'capture_kept')))
 
+        # After a failed capture nothing else is captured; without memory, only shorter steps are.
+        assert len(done) == failing + 1 if error is CaptureFailed else len(done) >= failing + 1
         steps_left = STEPS[:max(failing - PASSES, 0)]
         assert len(report.failures) == 1 and str(report).count('injected') == 1
         if failing >= PASSES:
@@ -130,6 +140,44 @@ def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
         assert_serves(model, lora, reference)
     report = captured(model, monkeypatch)
     assert (report.passes, report.failures) == (PASSES, [])
+
+
+def test_steps_that_recompute_are_captured_without_memory_for_what_layers_keep(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lora, reference = with_reference(tiny_model('llama'))
+
+    def fails(*_: object) -> None:
+        raise AssertionError
+
+    report = captured(model, monkeypatch, (GraphedLayers, 'capture_kept', fails),
+                      keeps_graphs=False)
+    assert (report.steps, report.failures) == (STEPS, [])
+    assert_serves(model, lora, reference)
+
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_layers_with_other_gradients_under_graphs_are_not_used(
+        kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lora, reference = with_reference(tiny_model('llama'))
+
+    def recomputed(compute: Callable[[], Any], *_: object) -> Any:
+        replay, result = fake_graph(compute)
+
+        def wrong() -> None:
+            replay()
+            result[-1].mul_(1.01)
+
+        return wrong, result
+
+    def with_forward(callables: Any, *_: object, **__: object) -> Any:
+        return [lambda x, *w, layer=layer: layer(x, *w) * 1.01 for layer in callables]
+
+    report = captured(model, monkeypatch, (torch.cuda, 'make_graphed_callables', with_forward)
+                      if kept else (graphed_layers, 'captured', recomputed))
+    assert report.steps == (STEPS if kept else [])
+    [failure] = report.failures
+    assert 'off by 0.01' in failure and ('keep graphs' in failure) == kept
+    assert_serves(model, lora, reference)
 
 
 @pytest.mark.parametrize('raises', [False, True])
@@ -228,3 +276,16 @@ def test_operations_that_wait_are_errors_only_while_told_so(
     with pytest.raises(RuntimeError, match='waits'), no_waiting():
         raise RuntimeError('waits')
     assert modes == ['error', 1]
+
+
+def test_no_garbage_is_collected_while_graphs_are_captured(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ('collect', 'freeze', 'unfreeze'):
+        monkeypatch.setattr(gc, name, lambda name=name: calls.append(name))
+    with pytest.raises(RuntimeError, match='injected'), without_collections():
+        assert not gc.isenabled()
+        assert calls == ['collect', 'freeze']
+        raise RuntimeError('injected')
+    assert gc.isenabled()
+    assert calls == ['collect', 'freeze', 'unfreeze']

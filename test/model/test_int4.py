@@ -5,18 +5,22 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from support.device_log import FREE
 from support.families import tiny_model
 import torch
 from torch import Tensor
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mace_ros.finetune.footprint import measure_footprint
-from mace_ros.model import int4, int4_checkpoint, int4_kernels
+from mace_ros.model import int4, int4_checkpoint, int4_kernels, int4_limit
 from mace_ros.model.int4 import Int4Values, Int4Weight, quantize
 from mace_ros.model.int4_kernels import (
     BlockedLayout,
@@ -27,6 +31,7 @@ from mace_ros.model.int4_kernels import (
     TensorCoreLayout,
     Workspace,
 )
+from mace_ros.model.int4_limit import most_tokens, with_measured_limit
 from mace_ros.model.loading import load_model, LoadedModel, weights_digest
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packing import pack
@@ -143,6 +148,31 @@ def test_parts_of_a_packed_weight_are_those_of_the_weight(layout: Layout, inputs
             weight[outputs])
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that kernels read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name().removeprefix('aten::').split('.')[0] not in FREE:
+            self.nbytes += sum(x.nbytes for x in (*args, result) if isinstance(x, Tensor))
+        return result
+
+
+def test_weights_are_written_out_on_cuda_in_few_kernels_and_rounded_once() -> None:
+    values, layout = random_values(), TensorCoreLayout()
+    scales = torch.stack([values.scales.t(), values.zeros.t()], 2).bfloat16()
+    scale, zero = scales.permute(2, 1, 0).repeat_interleave(32, 2)
+    packed = layout.pack(values.q)
+    with Traffic() as traffic:
+        found = layout.dequantize(packed, scales, slice(0, 128), torch.bfloat16, Workspace())
+    assert torch.equal(found, torch.addcmul(zero, (values.q - 8.0).bfloat16(), scale))
+    assert traffic.nbytes / values.q.numel() < 9.5
+
+
 def test_the_layout_of_tensor_cores_is_that_of_the_cuda_kernel() -> None:
     """Compare with the loops of matrix_to_m16n8k16_Bint4_layout in ATen's int4mm.cu."""
     q = random_values(outputs=16, inputs=256).q.to(torch.int64)
@@ -211,6 +241,49 @@ def test_without_the_operators_weights_are_dequantised(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(int4_kernels, 'packed_by_torch', missing)
     assert find_kernel(CPU, torch.float32) == plain_kernel(CPU, torch.float32)
+
+
+@pytest.fixture
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> Int4Kernel:
+    """Return a kernel whose product, here that of the dequantised weight, is soon measured."""
+    for name in ('OUTPUTS', 'INPUTS'):
+        monkeypatch.setattr(int4_limit, name, 128)
+    monkeypatch.setattr(Int4Weight, 'packed_product',
+                        lambda weight, rows: weight.written_out_product(rows))
+    return Int4Kernel(CPU, torch.float32, TensorCoreLayout(), has_product=True)
+
+
+@pytest.mark.parametrize('written_out, most', [(3.5, 32), (10.0, 128), (0.0, 0), (1e9, 1024)])
+def test_the_faster_way_is_taken_up_to_the_number_of_tokens_that_was_measured(
+        small_probe: Int4Kernel, written_out: float, most: int,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(call: Any) -> float:
+        [rows] = call.args
+        # The product takes a second for every 16 tokens.
+        return written_out if call.func.__name__ == 'written_out_product' else len(rows) / 16
+
+    assert most_tokens(small_probe, seconds) == most
+    weight = Int4Weight.of(random_values(), replace(small_probe, max_tokens=most))
+    used: list[int] = []
+    monkeypatch.setattr(Int4Weight, 'packed_product', lambda weight, rows: used.append(len(rows)))
+    for tokens in (1, 32, 33, 128, 129):
+        weight.product(torch.zeros(tokens, 256))
+    # Without a limit, the default of a CPU.
+    assert used == [n for n in (1, 32, 33, 128, 129) if n <= (most or int4.MAX_CPU_TOKENS)]
+
+
+def test_a_product_that_is_wrong_for_many_tokens_is_not_taken_for_them(
+        small_probe: Int4Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Int4Weight, 'packed_product', lambda weight, rows: (
+        weight.written_out_product(rows) * (1.0 if len(rows) <= 64 else 1.1)))
+    assert most_tokens(small_probe, lambda call: float(
+        call.func.__name__ == 'written_out_product')) == 64
+
+
+def test_without_a_choice_no_limit_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4_limit, 'most_tokens', None)
+    for kernel in (find_kernel(CPU, torch.bfloat16), plain_kernel(CPU, torch.float32)):
+        assert with_measured_limit(kernel) is kernel
 
 
 # -- files -------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 import pickle
 import shutil
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mace_ros.model.loading import (
     conversion_name,
@@ -41,6 +43,25 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_model_in_safetensors_is_loaded(folder: Path) -> None:
     assert load_model(str(folder), device='cpu').name == str(folder)
+
+
+def test_weights_go_to_another_device_one_by_one(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in the place of a GPU; the whole model is never on a second device."""
+    places: list[object] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def on_cpu(*args: Any, device_map: str | None = None, **others: Any) -> Any:
+        places.append(device_map)
+        return load(*args, device_map=device_map and 'cpu', **others)
+
+    monkeypatch.setattr(AutoModelForCausalLM, 'from_pretrained', on_cpu)
+    monkeypatch.setattr(PreTrainedModel, 'to', lambda model, device: model)
+    expected = load_model(str(folder), device='cpu', dtype='float32').model
+    found = load_model(str(folder), device='cuda', dtype='float32').model
+    assert places == [None, 'cuda']
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.pickle'])

@@ -1,0 +1,43 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Stand-ins for CUDA graphs on a CPU, where a replay computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mace_ros.model import cuda_graph_runner, graphed_layers
+
+Results = Sequence[Tensor | None] | None
+
+
+def fake_graph(compute: Callable[[], Results], *_: object) -> tuple[Callable[[], None], Results]:
+    """Take the place of ``captured``: each replay overwrites the tensors of the first result."""
+    result = compute()
+
+    def replay() -> None:
+        for old, new in zip(result or (), compute() or (), strict=True):
+            if old is not None:
+                old.copy_(new)
+
+    return replay, result
+
+
+def use_fake_graphs(patch: pytest.MonkeyPatch) -> None:
+    """Let passes and layers of fine-tune steps be captured on a CPU."""
+    def as_they_are(callables: Any, *_: object, **__: object) -> Any:
+        return callables
+
+    patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
+    for name in ('graph_pool_handle', 'Stream'):
+        patch.setattr(torch.cuda, name, lambda: None)
+    patch.setattr(torch.cuda, 'make_graphed_callables', as_they_are)
+    patch.setattr(graphed_layers, 'capturing', nullcontext)
+    for module in (cuda_graph_runner, graphed_layers):
+        patch.setattr(module, 'captured', fake_graph)
