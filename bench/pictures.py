@@ -22,6 +22,14 @@ from bench.learning import drift_checks
 PICTURES = Path(__file__).parents[1] / 'docs' / 'pictures'
 Samples = Mapping[str, Any]
 
+# Stages of a correction, by the states of its learning job.
+STAGES = {
+    'written to disk': ('waiting',),
+    'scored': ('reading', 'preparing', 'choosing', 'scoring'),
+    'trained': ('training', 'interpolating'),
+    'judged by the gate': ('judging',),
+    'saved and in force': ('publishing', 'saving')}
+
 
 def corrections(samples: Samples, path: Path) -> None:
     """Draw the seconds of each correction, and what is right and unchanged in the end."""
@@ -47,6 +55,30 @@ def corrections(samples: Samples, path: Path) -> None:
         right.invert_yaxis()
         right.set(xlim=(0, 1.12), xticks=[], title=f'after all {len(edits)} corrections')
         right.spines['bottom'].set_visible(False)
+
+
+def timeline(samples: Samples, path: Path) -> None:
+    """Draw the stages of three corrections on a time axis; older samples have no stages."""
+    edits = sorted((e for e in samples['edits'] if e['system'] == 'mace'
+                    and e['set'] == 'wikibigedit' and e.get('stages')), key=lambda e: e['seconds'])
+    if not edits:
+        return
+    shown = {f'the median of {len(edits)}': edits[len(edits) // 2],
+             'slower than 95 %': edits[int(0.95 * len(edits))],
+             'the first of a new robot': next(e for e in edits if e['first_of'] == 'new robot')}
+    with figure(path, columns=1, size=(9.6, 2.2)) as (_, axes):
+        left = dict.fromkeys(shown, 0.0)
+        for (label, states), colour in zip(STAGES.items(), (GREY, ORANGE, BLUE, GREEN, RED),
+                                           strict=True):
+            seconds = {name: sum(e['stages'].get(state, 0.0) for state in states)
+                       for name, e in shown.items()}
+            axes.barh(list(shown), list(seconds.values()), left=list(left.values()), height=0.6,
+                      label=label, color=colour)
+            left = {name: left[name] + seconds[name] for name in shown}
+        axes.invert_yaxis()
+        axes.set(xlabel='seconds since the correction was sent', xlim=(0, None))
+        axes.legend(ncols=len(STAGES), loc='lower center', bbox_to_anchor=(0.5, 1.0),
+                    fontsize='small')
 
 
 def latency(samples: Samples, path: Path) -> None:
@@ -153,7 +185,7 @@ def simulation(samples: Samples, path: Path) -> None:
 
 # Each picture, by the benchmark whose samples it shows.
 DRAWN: Mapping[str, Sequence[Callable[[Samples, Path], None]]] = {
-    'edits': [corrections], 'colocation': [latency, device], 'learning': [alignment],
+    'edits': [corrections, timeline], 'colocation': [latency, device], 'learning': [alignment],
     'memory': [memory], 'simulation': [simulation]}
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from bench.edits.edit_set import Edit
@@ -26,6 +26,7 @@ class Learned:
 
     ``seconds`` pass from the correction until it is live; None if the answer was right before.
     ``device_s`` and ``tokens`` are this edit's share of what the device computed and trained.
+    ``stages`` are the parts of ``seconds``, by the state of the job, for an edit that comes alone.
     """
 
     correction_id: str
@@ -33,6 +34,7 @@ class Learned:
     seconds: float | None
     device_s: float = 0.0
     tokens: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 class EditedModel(Protocol):

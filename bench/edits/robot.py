@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from bench.edits.scoring import MAX_TOKENS
 from bench.systems.interactive import ENDS, InteractiveEngine
 from mace_ros.api.events import AdapterVersion, Correction, CorrectionStatus, Event, Response
 from mace_ros.api.settings import Settings
+from mace_ros.learning.learner import Learner
 from mace_ros.scheduling.scheduler import Statistics
 from mace_ros.telemetry.observer import IterationObserver
 
@@ -38,6 +40,26 @@ class TrainedTokens(IterationObserver):
         self.total += sum(e.train_tokens for e in events if isinstance(e, AdapterVersion))
 
 
+class StageTimes(IterationObserver):
+    """Sums the seconds that pass in each state of the learning job."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with a correction that is sent now."""
+        self.seconds: Counter[str] = Counter()
+        self._stage, self._at = 'waiting', time.monotonic()
+
+    def finished(self, events: Sequence[Event]) -> None:
+        """Add the iteration to the state in which it began."""
+        now = time.monotonic()
+        self.seconds[self._stage] += now - self._at
+        job = self._learner.status().job
+        self._stage, self._at = 'waiting' if job is None else job.state.value, now
+
+
 class Robot:
     """An engine that learns corrections of its own answers; it is idle before each of them."""
 
@@ -50,7 +72,9 @@ class Robot:
         self._engine = InteractiveEngine(
             self._settings, self._folder, max_tokens=MAX_TOKENS, prefix=f'{uuid.uuid4().hex[:8]}-')
         self._trained = TrainedTokens()
-        self._engine.engine.observe(self._trained)
+        self._stages = StageTimes(self._engine.engine.learner)
+        for observer in (self._trained, self._stages):
+            self._engine.engine.observe(observer)
         self._accounted_s, self._accounted_tokens = 0.0, 0
 
     def close(self) -> None:
@@ -75,11 +99,12 @@ class Robot:
                  if answer.text.strip() != edit.target.strip()}
         serving_s = self._statistics().serving_s
         ended = self._correct(wrong)
+        stages = dict(self._stages.seconds) if len(wrong) == 1 else {}
         self._wait_until_idle()
         device_s, tokens = self._spent(self._statistics().serving_s - serving_s)
         share = 1.0 / max(len(wrong), 1)
-        return [Learned(name, *ended[name], device_s * share, tokens * share) if name in ended
-                else Learned('', 'KNOWN', None)
+        return [Learned(name, *ended[name], device_s * share, tokens * share, stages)
+                if name in ended else Learned('', 'KNOWN', None)
                 for name in (f'c-{answer.query_id}' for answer in answers)]
 
     def forget(self, correction_ids: Sequence[str]) -> None:
@@ -96,6 +121,7 @@ class Robot:
         if not wrong:
             return ended
         began = time.monotonic()
+        self._stages.restart()
         for name, (query_id, target) in wrong.items():
             self._engine.engine.correct(Correction(target, id=name, query_id=query_id))
 
