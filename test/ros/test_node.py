@@ -78,7 +78,7 @@ def test_an_idle_node_uses_almost_no_cpu(mace: Mace) -> None:
 def test_two_queries_stream_interleaved(mace: Mace) -> None:
     with Recorder(mace.client, response_chunk=msg.ResponseChunk) as recorder:
         # The endless one still streams when the other begins, however slow the machine is.
-        answers = [mace.begin_endless(), mace.client.ask(ENDLESS, max_tokens=40, no_learn=True)]
+        answers = [mace.begin_endless(), mace.client.ask(ENDLESS, max_tokens=80, no_learn=True)]
         answers[1].result(ANSWER_S)
         answers[0].cancel()
         responses = [a.result(ANSWER_S) for a in answers]
