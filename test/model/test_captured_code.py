@@ -197,8 +197,8 @@ class WaitingUploads(TorchFunctionMode):
 
 
 def test_eager_passes_upload_without_waiting() -> None:
-    for paged in (False, True):
-        model = on_meta('llama', paged=paged)
+    for fused in (False, True):
+        model = on_meta('llama', fused=fused)
         fresh = [Span((5,) * 20, 0, range(8), FIRST_SERVED_SLOT, True)] * 2
         for spans, piggyback in (*passes(model).values(), (fresh, None)):
             with WaitingUploads() as uploads, DeviceLog() as log:
