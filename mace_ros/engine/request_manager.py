@@ -48,6 +48,9 @@ from mace_ros.scheduling.request import RequestState
 from mace_ros.store.adapter_store import CorruptVersion
 
 
+SHORT_TURN_TOKENS = 64      # a pass computes them in little more than the time of one token
+
+
 class RequestManager:
     """Admits queries, appends their tokens, and ends them; on the device's thread."""
 
@@ -182,6 +185,7 @@ class RequestManager:
         if active.kind is not RequestKind.EMBED:    # its hidden states are not in the prefix cache
             active.request.block_hashes = BlockHashes(
                 active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
+            active.request.shareable_tokens = _shareable_tokens(active)
         self._state.waiting.add(active.request)
         return []
 
@@ -324,6 +328,18 @@ class RequestManager:
         self._background.answered(active)
         if self._recorder.record(active, self._settings, complete=complete):
             self._answered(active.query.id)
+
+
+def _shareable_tokens(active: ActiveRequest) -> int | None:
+    """
+    Return how much of a prompt may come from the prefix cache; None for all of it.
+
+    A short last turn is computed whole: a pass of another length rounds in another way, so the
+    answer could change if the question, or one that begins like it, was asked before.
+    """
+    turn = active.adapted_from
+    is_short = 0 < turn < len(active.ids) <= turn + SHORT_TURN_TOKENS
+    return turn if is_short and active is active.choices[0] else None
 
 
 def queue_full(limit: int) -> str:

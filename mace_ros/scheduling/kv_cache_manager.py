@@ -56,8 +56,10 @@ class KVCacheManager:
         request.computed_tokens = request.shared_blocks = 0
         if not self._sharing or request.block_hashes is None:
             return []
-        limit = (request.known_tokens - 1) // self.pool.block_size
-        blocks = self.pool.lookup(request.block_hashes.first(limit))
+        limit = request.known_tokens - 1
+        if request.shareable_tokens is not None:
+            limit = min(limit, request.shareable_tokens)
+        blocks = self.pool.lookup(request.block_hashes.first(limit // self.pool.block_size))
         request.computed_tokens = len(blocks) * self.pool.block_size
         request.shared_blocks = self.pool.held_among(blocks)
         return blocks

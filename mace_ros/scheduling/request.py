@@ -52,6 +52,7 @@ class Request:
     started_at: float | None = None         # first prefill
     shared_blocks: int = 0
     block_hashes: BlockHashes | None = None    # None: shares no blocks
+    shareable_tokens: int | None = None     # the most that the prefix cache may provide
     adapter_slot: int = 0
 
     @property

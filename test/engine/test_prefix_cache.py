@@ -54,6 +54,22 @@ def test_a_long_conversation_drops_many_turns_at_once(settings: Settings, tmp_pa
     assert 2 * sum(computed[7:]) < sum(prompts[7:])
 
 
+def test_a_short_question_takes_the_same_pass_each_time(settings: Settings, tmp_path: Path) -> None:
+    """A pass of another length may round in another way, and then the answer may change."""
+    with robot_with(settings, tmp_path) as one:
+        def computed(question: str) -> int:
+            before = one.engine.status().statistics.prefill_tokens
+            one.ask(question, system=SYSTEM, max_tokens=1)
+            return one.engine.status().statistics.prefill_tokens - before
+
+        computed('Hm?')     # the system prompt, too
+        lengths = [computed('What is the colour of the sky?') for _ in range(3)]
+        assert lengths == [lengths[0]] * 3
+        assert computed('What is the colour of the sea?') == lengths[0]
+        long = 'What is the colour of the sky? ' * 10
+        assert computed(long) > computed(long)
+
+
 def test_prefix_sharing_can_be_switched_while_serving(settings: Settings, tmp_path: Path) -> None:
     """A change of the parameter is in force at the next query."""
     with robot_with(settings, tmp_path) as one:

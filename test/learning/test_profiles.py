@@ -102,7 +102,7 @@ def test_the_order_of_the_rows_does_not_matter(robot: Robot) -> None:
 
 def test_profiles_share_cached_prefixes_up_to_the_question(robot: Robot) -> None:
     """From there on, keys and values computed with one adapter are wrong for another one."""
-    system, question = 'You are a robot in a garden. ' * 8, 'And how are you now? ' * 8
+    system, question = 'You are a robot in a garden. ' * 8, 'And how are you now? ' * 16
     chat = robot.engine.chat
     prompt = chat.prompt([{'role': 'system', 'content': system},
                           {'role': 'user', 'content': question}])
