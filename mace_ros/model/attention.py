@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 from mace_ros.model import cpu_attention
 from mace_ros.model.kv_cache import KVCache
-from mace_ros.model.layer_operators import rotate_and_write
+from mace_ros.model.layer_operators import Pairing, rotate_and_write
 from mace_ros.model.paged_attention import PagedAttention
 from mace_ros.model.prefix_kv import PackedPrefixes
 from mace_ros.model.upload import to_device
@@ -211,7 +211,7 @@ class ForwardContext:
         self.kv_cache: KVCache | None = None
         self.paged: PagedAttention | None = None    # None: decode rows gather their keys
         # Cosines and sines by which the layer has yet to rotate its queries and keys.
-        self.rotation: tuple[Tensor, Tensor] | None = None
+        self.rotation: tuple[Tensor, Tensor, Pairing] | None = None
         # While set, each layer adds its KV shape; the cache is allocated from these shapes.
         self.kv_shapes: dict[int, tuple[int, int, int]] | None = None
         # Names of arguments that layers passed meanwhile and packed_attention() does not support.
@@ -244,8 +244,10 @@ def packed_attention(
         assert context.kv_cache is not None
         keys, values = context.kv_cache.keys[layer], context.kv_cache.values[layer]
         if context.rotation is not None:
-            (cos, sin), context.rotation = context.rotation, None
-            rotate_and_write(query, key, value, cos, sin, keys, values, metadata.write_slots)
+            (cos, sin, pairing), context.rotation = context.rotation, None
+            # In latent attention, the part of a head that is rotated comes last.
+            rotate_and_write(query, key, value, cos, sin, keys, values, metadata.write_slots,
+                             pairing=pairing, first=getattr(module, 'qk_nope_head_dim', 0))
         else:
             keys.index_copy_(0, metadata.write_slots, key[0].transpose(0, 1))
             values.index_copy_(0, metadata.write_slots, value[0].transpose(0, 1))

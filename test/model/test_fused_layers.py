@@ -16,13 +16,8 @@ from torch import nn, Tensor
 from mace_ros.model import fused_check, graph_check
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.fused_check import difference, update_error, use_fused_layers, use_if_right
-from mace_ros.model.fused_layers import (
-    fused_norms,
-    fused_rotary,
-    FusedLoRA,
-    OtherCode,
-    relative_weight,
-)
+from mace_ros.model.fused_experts import fused_experts
+from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA, norm_kind, OtherCode
 from mace_ros.model.graph_check import relative_error
 from mace_ros.model.graphs import FusedPart
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
@@ -32,9 +27,10 @@ from mace_ros.model.spans import Span
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-# Families whose norms are no RMSNorm, and whose rotary embeddings are not those of Llama.
-OTHER_NORMS = {'cohere', 'cohere2', 'olmo', 'gpt-neox', 'starcoder2', 'opt'}
-OTHER_ROTARY = {'cohere', 'cohere2', 'glm', 'gpt-oss', 'deepseek-v2', 'opt'}
+# Families whose norms are PyTorch's, or have no weight; without rotary embeddings; with experts.
+OTHER_NORMS = {'olmo', 'gpt-neox', 'starcoder2', 'opt'}
+UNROTATED = {'opt'}
+MIXED = {'qwen3-moe', 'gpt-oss'}
 
 
 def changed(model: PackedModel, part: FusedPart) -> list[nn.Module]:
@@ -48,18 +44,22 @@ def changed(model: PackedModel, part: FusedPart) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_norms_and_rotary_embeddings_of_most_families_are_known(family: str) -> None:
+def test_parts_of_most_families_are_known(family: str) -> None:
     model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
-    norms, layers = (changed(model, part(model)) for part in (fused_norms, fused_rotary))
-    assert (len(norms) > 2 * len(model.layers)) == (family not in OTHER_NORMS)
+    norms, layers, experts = (
+        changed(model, part(model)) for part in (fused_norms, fused_rotary, fused_experts))
+    assert (len(norms) > len(model.layers)) == (family not in OTHER_NORMS)
     assert bool(norms) == (family not in OTHER_NORMS)
-    assert len(layers) == (0 if family in OTHER_ROTARY else len(model.layers))
-    relative = {relative_weight(norm) for norm in norms}
-    assert relative <= {family.startswith('gemma')}
+    assert len(layers) == (0 if family in UNROTATED else len(model.layers))
+    assert len(experts) == (len(model.layers) if family in MIXED else 0)
+    for norm in norms:
+        assert norm_kind(norm) == {'relative': family.startswith('gemma'),
+                                   'centered': family.startswith('cohere')}
 
 
-def test_other_code_changes_no_name_and_no_training_pass() -> None:
-    model, _, _ = with_reference(tiny_model('llama'))
+@pytest.mark.parametrize('family', ['llama', 'qwen3-moe'])
+def test_other_code_changes_no_name_and_no_training_pass(family: str) -> None:
+    model, _, _ = with_reference(tiny_model(family))
     names = list(model.model.state_dict())
     metadata, ids = whole_sequences((9,), model.device), model.tensor([[5] * 9])
 
@@ -74,16 +74,19 @@ def test_other_code_changes_no_name_and_no_training_pass() -> None:
         return x.grad
 
     expected = gradient()
-    for part in (fused_norms, fused_rotary):
+    for part in (fused_norms, fused_rotary, fused_experts):
         part(model).use()
     assert torch.equal(gradient(), expected)
     assert list(model.model.state_dict()) == names
 
 
 @needs_triton
-@pytest.mark.parametrize('family', ['llama', 'qwen3', 'phi3', 'gpt-neox', 'smollm3', 'gemma2'])
+@pytest.mark.parametrize('family', [
+    'llama', 'qwen3', 'phi3', 'gpt-neox', 'smollm3', 'gemma2', 'cohere', 'cohere2', 'glm',
+    'gpt-oss', 'deepseek-v2', 'qwen3-moe'])
 def test_models_get_the_same_logits_from_all_kernels(family: str) -> None:
-    model, lora, _ = with_reference(tiny_model(family).to(DEVICE))
+    model, lora, _ = with_reference(
+        tiny_model(family).to(DEVICE), targets=TARGETS.get(family, 'all-linear'))
     random_adapter(lora, 0)
     lora.write_slot(FIRST_SERVED_SLOT)
     spans = [[Span((5,) * 9, 0, [3], FIRST_SERVED_SLOT, True),
@@ -93,7 +96,7 @@ def test_models_get_the_same_logits_from_all_kernels(family: str) -> None:
     expected = [model.run(each).clone() for each in spans]
     for cache in (*model.kv_cache.keys, *model.kv_cache.values):
         cache.zero_()
-    for part in (fused_norms, fused_rotary, FusedLoRA):
+    for part in (fused_norms, fused_rotary, fused_experts, FusedLoRA):
         part(model).use()
     for each, logits in zip(spans, expected, strict=True):
         assert relative_error(model.run(each), logits) < 1e-4
