@@ -37,6 +37,10 @@ META = torch.device('meta')
 
 
 UNROTATED = {'opt'}     # families without rotary embeddings
+# Layers of passes that are no decode passes take at most 30 kernels, too, but for these families:
+# attention behind a mask is plain operations with a softcap or sinks (Gemma 2, gpt-oss); others
+# route tokens to experts, have norms in fp32, six norms, or keys of two parts.
+MOST = {'gemma2': 40, 'gpt-oss': 42, 'qwen3-moe': 35, 'olmo': 35, 'gemma3': 32, 'deepseek-v2': 33}
 
 
 def on_meta(family: str, layers: int = 3, *, int4: bool = False,
@@ -143,8 +147,10 @@ def test_a_pass_of_a_llama_takes_few_kernels_in_each_layer(
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_a_decode_layer_of_every_family_takes_few_kernels(family: str) -> None:
-    assert kernels_of_a_layer(family, fused=True)['decode'] <= 30
+def test_a_layer_of_every_family_takes_few_kernels(family: str) -> None:
+    each = kernels_of_a_layer(family, fused=True)
+    assert each['decode'] <= 30
+    assert max(each.values()) <= MOST.get(family, 30)
 
 
 @pytest.mark.parametrize('heads, kv_heads', [(4, 2), (6, 1), (4, 4)])
