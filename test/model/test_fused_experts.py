@@ -64,7 +64,7 @@ def test_experts_that_compute_something_else_are_left_alone(family: str) -> None
         scaled: Tensor = original(self, x, chosen, weights) * 1.01
         return scaled
 
-    original: FunctionType = own.forward.__wrapped__     # type: ignore[attr-defined]
+    original: FunctionType = own.forward.__wrapped__
     experts.__class__ = type('Scaled', (own,), {'forward': forward})
     assert not mixes_experts(experts)
     experts.__class__ = type('Missing', (own,), {
