@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.model.fused_experts import fused_experts
-from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA
+from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedChunks, FusedLoRA
 from mace_ros.model.graph_check import checked_passes, limit, relative_error, SAMPLES
 from mace_ros.model.graphs import FusedPart
 from mace_ros.model.mixed_lora import add_update
@@ -34,9 +34,9 @@ def use_fused_layers(model: PackedModel) -> list[str]:
         return []
     if find_spec('triton') is None:
         return ['Triton is not installed']
-    parts = [p for p in (fused_norms(model), fused_rotary(model), fused_experts(model)) if len(p)]
+    parts = (fused_norms(model), fused_rotary(model), fused_experts(model), FusedChunks(model))
     reasons = [use_if_right(model, part, partial(difference, model), limit(model))
-               for part in parts]
+               for part in parts if len(part)]
     reasons.append(use_if_right(
         model, FusedLoRA(model), lambda _: update_error(model),
         MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR))

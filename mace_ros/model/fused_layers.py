@@ -240,3 +240,28 @@ class FusedLoRA:
     def undo(self) -> None:
         """Multiply all tokens with all slots."""
         self._mapping.fused = False
+
+
+# -- attention ---------------------------------------------------------------------------
+
+
+class FusedChunks:
+    """The attention of chunks with a softcap or sinks, by :mod:`mace_ros.model.block_attention`."""
+
+    name = 'attention of chunks'
+
+    def __init__(self, model: PackedModel) -> None:
+        """Take what the model's layers share."""
+        self._context = model.context
+
+    def __len__(self) -> int:
+        """Return whether a layer has a softcap or sinks."""
+        return int(self._context.changes_scores)
+
+    def use(self) -> None:
+        """Read keys where they are in the cache."""
+        self._context.block_kernel = True
+
+    def undo(self) -> None:
+        """Compute by plain operations."""
+        self._context.block_kernel = False

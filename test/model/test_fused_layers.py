@@ -13,11 +13,18 @@ from support.kernels import DEVICE, needs_triton
 import torch
 from torch import nn, Tensor
 
-from mace_ros.model import fused_check, graph_check
+from mace_ros.model import attention, fused_check, graph_check
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.fused_check import difference, update_error, use_fused_layers, use_if_right
 from mace_ros.model.fused_experts import fused_experts
-from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA, norm_kind, OtherCode
+from mace_ros.model.fused_layers import (
+    fused_norms,
+    fused_rotary,
+    FusedChunks,
+    FusedLoRA,
+    norm_kind,
+    OtherCode,
+)
 from mace_ros.model.graph_check import relative_error
 from mace_ros.model.graphs import FusedPart
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
@@ -31,6 +38,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 OTHER_NORMS = {'olmo', 'gpt-neox', 'starcoder2', 'opt'}
 UNROTATED = {'opt'}
 MIXED = {'qwen3-moe', 'gpt-oss'}
+CHANGED_SCORES = {'gemma2', 'gpt-oss'}      # with a softcap or sinks
 
 
 def changed(model: PackedModel, part: FusedPart) -> list[nn.Module]:
@@ -52,6 +60,7 @@ def test_parts_of_most_families_are_known(family: str) -> None:
     assert bool(norms) == (family not in OTHER_NORMS)
     assert len(layers) == (0 if family in UNROTATED else len(model.layers))
     assert len(experts) == (len(model.layers) if family in MIXED else 0)
+    assert bool(FusedChunks(model)) == (family in CHANGED_SCORES)
     for norm in norms:
         assert norm_kind(norm) == {'relative': family.startswith('gemma'),
                                    'centered': family.startswith('cohere')}
@@ -90,13 +99,14 @@ def test_models_get_the_same_logits_from_all_kernels(family: str) -> None:
     random_adapter(lora, 0)
     lora.write_slot(FIRST_SERVED_SLOT)
     spans = [[Span((5,) * 9, 0, [3], FIRST_SERVED_SLOT, True),
-              Span((7,) * 5, 0, [6], BASE_SLOT, True)],
+              Span((7,) * 5, 0, [6], BASE_SLOT, True),
+              Span((3,) * 2, 0, [1], FIRST_SERVED_SLOT, True)],
              [Span((6,), 9, [3], FIRST_SERVED_SLOT, True), Span((8,), 5, [6], BASE_SLOT, True),
-              Span((9, 4, 2), 0, [1], FIRST_SERVED_SLOT, True)]]
+              Span((9, 4, 2), 2, [1], FIRST_SERVED_SLOT, True)]]
     expected = [model.run(each).clone() for each in spans]
     for cache in (*model.kv_cache.keys, *model.kv_cache.values):
         cache.zero_()
-    for part in (fused_norms, fused_rotary, fused_experts, FusedLoRA):
+    for part in (fused_norms, fused_rotary, fused_experts, FusedChunks, FusedLoRA):
         part(model).use()
     for each, logits in zip(spans, expected, strict=True):
         assert relative_error(model.run(each), logits) < 1e-4
@@ -144,6 +154,18 @@ def test_a_part_that_is_wrong_is_not_used(
     assert found.startswith(reason)
     assert [type(m) for m in model.model.modules()] == own
     assert model.fused_parts == []
+
+
+def test_attention_of_chunks_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('gemma2'))
+
+    def forgetful(query: Tensor, _: Tensor, values: Tensor, *__: Any, **___: Any) -> Tensor:
+        return values.new_zeros(query.shape[1], query.shape[0], values.shape[2])
+
+    monkeypatch.setattr(attention, 'attend_block', forgetful)
+    reason = use_if_right(model, FusedChunks(model), lambda x: difference(model, x), 1e-3)
+    assert reason.startswith('attention of chunks: off by')
+    assert not model.context.block_kernel
 
 
 @pytest.mark.parametrize('wrong', [0.0, float('nan')])
