@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.device_log import DeviceLog
-from support.families import FAMILIES, RANK, TARGETS, tiny_model
+from support.families import FAMILIES, RANK, SHARED_EXPERTS, TARGETS, tiny_model
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -46,9 +46,10 @@ MOST = {'qwen3-moe': 35, 'olmo': 35, 'gemma3': 32, 'deepseek-v2': 33}
 
 
 def on_meta(family: str, layers: int = 3, *, int4: bool = False,
-            fused: bool = False) -> PackedModel:
+            fused: bool = False, **changes: Any) -> PackedModel:
     """Return a packed model without values; with ``fused``, it uses the package's kernels."""
-    changes: dict[str, Any] = {} if layers == 3 else {'num_hidden_layers': layers}
+    if layers != 3:
+        changes['num_hidden_layers'] = layers
     if 'layer_types' in FAMILIES[family][1]:
         changes['layer_types'] = FAMILIES[family][1]['layer_types'][:layers]
     cache = pack(tiny_model(family, **changes), kv_tokens=16).kv_cache
@@ -129,11 +130,11 @@ def test_captured_layers_of_a_step_never_wait_and_attend_by_fused_kernels(family
     assert not log.faults
 
 
-def kernels_of_a_layer(family: str, *, fused: bool) -> dict[str, int]:
+def kernels_of_a_layer(family: str, *, fused: bool, **changes: Any) -> dict[str, int]:
     """Return the kernels of a layer in a pass of each kind of shape."""
     kernels = {}
     for layers in (2, 3):
-        model = on_meta(family, layers, fused=fused)
+        model = on_meta(family, layers, fused=fused, **changes)
         for name, (spans, piggyback) in passes(model).items():
             prepared = CudaGraphRunner(model).prepare(BatchDescriptor.of(spans, piggyback))
             with DeviceLog() as log:
@@ -156,6 +157,10 @@ def test_a_layer_of_every_family_takes_few_kernels(family: str) -> None:
     each = kernels_of_a_layer(family, fused=True)
     assert each['decode'] <= 30
     assert max(each.values()) <= MOST.get(family, 30)
+
+
+def test_a_decode_layer_with_experts_beside_shared_ones_takes_more_kernels() -> None:
+    assert kernels_of_a_layer('deepseek-v2', fused=True, **SHARED_EXPERTS)['decode'] <= 42
 
 
 @pytest.mark.parametrize('heads, kv_heads', [(4, 2), (6, 1), (4, 4)])
