@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 from support.device_log import DeviceLog
-from support.families import FAMILIES, RANK, SHARED_EXPERTS, TARGETS, tiny_model
+from support.families import (
+    FAMILIES,
+    fewer_layers,
+    RANK,
+    SHARED_EXPERTS,
+    TARGETS,
+    tiny_model,
+)
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -48,10 +55,7 @@ MOST = {'qwen3-moe': 35, 'olmo': 35, 'gemma3': 32, 'deepseek-v2': 33}
 def on_meta(family: str, layers: int = 3, *, int4: bool = False,
             fused: bool = False, **changes: Any) -> PackedModel:
     """Return a packed model without values; with ``fused``, it uses the package's kernels."""
-    if layers != 3:
-        changes['num_hidden_layers'] = layers
-    if 'layer_types' in FAMILIES[family][1]:
-        changes['layer_types'] = FAMILIES[family][1]['layer_types'][:layers]
+    changes |= fewer_layers(family, layers)
     cache = pack(tiny_model(family, **changes), kv_tokens=16).kv_cache
     shapes = [(k.shape[1], k.shape[2], v.shape[2])
               for k, v in zip(cache.keys, cache.values, strict=True)]

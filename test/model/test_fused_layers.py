@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.families import (
     FAMILIES,
+    fewer_layers,
     random_adapter,
     SHARED_EXPERTS,
     TARGETS,
@@ -98,14 +99,14 @@ def test_other_code_changes_no_name_and_no_training_pass(family: str) -> None:
 
 @needs_triton
 @pytest.mark.parametrize('family, changes', [
-    *((family, {}) for family in (
-        'llama', 'qwen3', 'phi3', 'gpt-neox', 'smollm3', 'gemma2', 'cohere', 'cohere2', 'glm',
-        'gpt-oss', 'deepseek-v2', 'qwen3-moe')),
+    *((family, {}) for family in ('llama', 'qwen3', 'phi3', 'gpt-neox', 'smollm3', 'gemma2',
+                                  'cohere', 'glm', 'gpt-oss')),
     ('deepseek-v2', SHARED_EXPERTS)])
 def test_models_get_the_same_logits_from_all_kernels(
         family: str, changes: dict[str, Any]) -> None:
     model, lora, _ = with_reference(
-        tiny_model(family, **changes).to(DEVICE), targets=TARGETS.get(family, 'all-linear'))
+        tiny_model(family, **fewer_layers(family, 2), **changes).to(DEVICE),
+        targets=TARGETS.get(family, 'all-linear'))
     random_adapter(lora, 0)
     lora.write_slot(FIRST_SERVED_SLOT)
     spans = [[Span((5,) * 4, 0, [3], FIRST_SERVED_SLOT, True),

@@ -91,6 +91,12 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     return random_model(name, **special | changes)
 
 
+def fewer_layers(family: str, layers: int) -> dict[str, Any]:
+    """Return the changes of a family's model by which it has fewer than three layers."""
+    types = FAMILIES[family][1].get('layer_types')
+    return {'num_hidden_layers': layers} | ({'layer_types': types[:layers]} if types else {})
+
+
 def random_ids(rng: random.Random, count: int) -> list[int]:
     """Return random token ids without those of padding and the beginning."""
     return [rng.randrange(2, VOCABULARY) for _ in range(count)]
