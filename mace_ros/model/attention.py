@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from mace_ros.model import cpu_attention
+from mace_ros.model.block_attention import attend_block
 from mace_ros.model.kv_cache import KVCache
-from mace_ros.model.layer_operators import rotate_and_write
+from mace_ros.model.layer_operators import Pairing, rotate_and_write
 from mace_ros.model.paged_attention import PagedAttention
 from mace_ros.model.prefix_kv import PackedPrefixes
 from mace_ros.model.upload import to_device
@@ -151,16 +152,21 @@ class AttentionMetadata:
             longest = prefix + max(self.lengths)
         return window is None or window >= longest
 
+    def places(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return the sequence and the position of each token of the block, and of each key."""
+        assert self.query_sequence is not None and self.query_position is not None
+        assert self.key_sequence is not None and self.key_position is not None
+        return (self.query_sequence, self.query_position), (self.key_sequence, self.key_position)
+
     def block_mask(self, window: int | None) -> Tensor:
         """Return ``[block tokens, keys]``, true at the keys that a token attends to."""
         key = ('block', window)
         if key not in self.masks:
-            assert self.query_sequence is not None and self.query_position is not None
-            assert self.key_sequence is not None and self.key_position is not None
-            distance = self.query_position[:, None] - self.key_position[None]
-            mask = self.query_sequence[:, None] == self.key_sequence[None]
+            (sequence, position), (key_sequence, key_position) = self.places()
+            distance = position[:, None] - key_position[None]
+            mask = sequence[:, None] == key_sequence[None]
             if self.query_prefix is not None:
-                mask |= self.query_prefix[:, None] == self.key_sequence[None]
+                mask |= self.query_prefix[:, None] == key_sequence[None]
             mask &= distance >= 0
             if window is not None:
                 mask &= distance < window
@@ -210,10 +216,13 @@ class ForwardContext:
         self.metadata = AttentionMetadata()
         self.kv_cache: KVCache | None = None
         self.paged: PagedAttention | None = None    # None: decode rows gather their keys
+        # Whether chunks attend by a kernel where scores have a softcap or sinks.
+        self.block_kernel = False
         # Cosines and sines by which the layer has yet to rotate its queries and keys.
-        self.rotation: tuple[Tensor, Tensor] | None = None
+        self.rotation: tuple[Tensor, Tensor, Pairing] | None = None
         # While set, each layer adds its KV shape; the cache is allocated from these shapes.
         self.kv_shapes: dict[int, tuple[int, int, int]] | None = None
+        self.changes_scores = False     # found meanwhile: a layer has a softcap or sinks
         # Names of arguments that layers passed meanwhile and packed_attention() does not support.
         self.unsupported: set[str] = set()
 
@@ -239,13 +248,16 @@ def packed_attention(
         others |= {'attention_mask': attention_mask, 'bidirectional': is_causal is False}
         given = {k for k, v in others.items() if v is not None and v is not False}
         context.unsupported |= given - _REDUNDANT
+        context.changes_scores |= softcap is not None or s_aux is not None
     parts = []
     if metadata.write_slots is not None:
         assert context.kv_cache is not None
         keys, values = context.kv_cache.keys[layer], context.kv_cache.values[layer]
         if context.rotation is not None:
-            (cos, sin), context.rotation = context.rotation, None
-            rotate_and_write(query, key, value, cos, sin, keys, values, metadata.write_slots)
+            (cos, sin, pairing), context.rotation = context.rotation, None
+            # In latent attention, the part of a head that is rotated comes last.
+            rotate_and_write(query, key, value, cos, sin, keys, values, metadata.write_slots,
+                             pairing=pairing, first=getattr(module, 'qk_nope_head_dim', 0))
         else:
             keys.index_copy_(0, metadata.write_slots, key[0].transpose(0, 1))
             values.index_copy_(0, metadata.write_slots, value[0].transpose(0, 1))
@@ -261,20 +273,26 @@ def packed_attention(
     if metadata.query_sequence is not None:
         first = query.shape[2] - metadata.query_sequence.shape[0]
         q = query[:, :, first:]
-        if metadata.key_slots is None:
-            k, v = key[:, :, first:], value[:, :, first:]
-            if metadata.past is not None:
-                k, v = metadata.past.extend(k, v)
+        if (context.block_kernel and (softcap is not None or s_aux is not None)
+                and metadata.key_slots is not None and not metadata.observation_windows):
+            parts.append(attend_block(
+                q[0], keys, values, metadata.key_slots, *metadata.places(), scaling=scaling,
+                window=sliding_window, softcap=softcap, sinks=s_aux))
         else:
-            k = keys.index_select(0, metadata.key_slots).transpose(0, 1)[None]
-            v = values.index_select(0, metadata.key_slots).transpose(0, 1)[None]
-        for window in metadata.observation_windows:
-            # A layer with a shorter window does not see dropped tokens in any case.
-            if sliding_window is None or sliding_window >= window.target.shape[0]:
-                window.accumulate(q, k, scaling, softcap, s_aux)
-        outs = _attend_block(
-            q, k, v, metadata, layer, scaling, sliding_window, softcap, s_aux)
-        parts += [out[0].transpose(0, 1) for out in outs]
+            if metadata.key_slots is None:
+                k, v = key[:, :, first:], value[:, :, first:]
+                if metadata.past is not None:
+                    k, v = metadata.past.extend(k, v)
+            else:
+                k = keys.index_select(0, metadata.key_slots).transpose(0, 1)[None]
+                v = values.index_select(0, metadata.key_slots).transpose(0, 1)[None]
+            for window in metadata.observation_windows:
+                # A layer with a shorter window does not see dropped tokens in any case.
+                if sliding_window is None or sliding_window >= window.target.shape[0]:
+                    window.accumulate(q, k, scaling, softcap, s_aux)
+            outs = _attend_block(
+                q, k, v, metadata, layer, scaling, sliding_window, softcap, s_aux)
+            parts += [out[0].transpose(0, 1) for out in outs]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 

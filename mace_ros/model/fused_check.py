@@ -11,7 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedLoRA
+from mace_ros.model.fused_experts import fused_experts
+from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedChunks, FusedLoRA
 from mace_ros.model.graph_check import checked_passes, limit, relative_error, SAMPLES
 from mace_ros.model.graphs import FusedPart
 from mace_ros.model.mixed_lora import add_update
@@ -33,12 +34,12 @@ def use_fused_layers(model: PackedModel) -> list[str]:
         return []
     if find_spec('triton') is None:
         return ['Triton is not installed']
-    logits = partial(difference, model)
-    reasons = (
-        use_if_right(model, fused_norms(model), logits, limit(model)),
-        use_if_right(model, fused_rotary(model), logits, limit(model)),
-        use_if_right(model, FusedLoRA(model), lambda _: update_error(model),
-                     MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR))
+    parts = (fused_norms(model), fused_rotary(model), fused_experts(model), FusedChunks(model))
+    reasons = [use_if_right(model, part, partial(difference, model), limit(model))
+               for part in parts if len(part)]
+    reasons.append(use_if_right(
+        model, FusedLoRA(model), lambda _: update_error(model),
+        MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR))
     return [reason for reason in reasons if reason]
 
 

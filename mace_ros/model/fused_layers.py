@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import copy
+from dataclasses import dataclass
 import inspect
+from itertools import product
 from types import FunctionType
 from typing import Any
 
@@ -21,10 +23,11 @@ import torch
 from torch import nn, Tensor
 
 from mace_ros.model.attention import ForwardContext
-from mace_ros.model.layer_operators import plain_rms_norm, plain_rotation, rms_norm
+from mace_ros.model.layer_operators import normalize, Pairing, plain_norm, plain_rotation
 from mace_ros.model.packed_model import PackedModel
 
-ROTARY = 'apply_rotary_pos_emb'     # the function's name in the code of most families
+# Names of the function that rotates, in the code of most families and of DeepSeek.
+ROTARY = ('apply_rotary_pos_emb', 'apply_rotary_emb')
 TOLERANCE = 1e-4                    # of values of about 1 in fp32
 
 
@@ -39,6 +42,10 @@ class OtherCode:
         """Take the class that each module is to get."""
         self.name = name
         self._classes = [(module, type(module), other) for module, other in classes.items()]
+
+    def __len__(self) -> int:
+        """Return how many modules can run other code."""
+        return len(self._classes)
 
     def use(self) -> None:
         """Let the modules run the other code."""
@@ -55,52 +62,88 @@ class OtherCode:
 
 
 def fused_norms(model: PackedModel) -> OtherCode:
-    """Return the RMSNorms of a model, one kernel each instead of eight."""
-    norms = [m for m in model.model.modules() if is_rms_norm(m)]
+    """Return the RMSNorms and the like of a model, one kernel each instead of eight or more."""
+    norms = [m for m in model.model.modules() if is_norm(m)]
     kinds = {type(m): m for m in norms}
-    classes = {kind: norm_class(kind, model.context, relative=relative)
-               for kind, norm in kinds.items() if (relative := relative_weight(norm)) is not None}
+    classes = {kind: norm_class(kind, model.context, found)
+               for kind, norm in kinds.items() if (found := norm_kind(norm)) is not None}
     return OtherCode('norms', {m: classes[type(m)] for m in norms if type(m) in classes})
 
 
-def is_rms_norm(module: nn.Module) -> bool:
-    """Return whether a module is an RMSNorm by its name and its weight."""
-    return (type(module).__name__.endswith('RMSNorm') and eps_of(module) is not None
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm by its name and its weight, and not PyTorch's kernel."""
+    return (type(module).__name__.endswith(('RMSNorm', 'LayerNorm'))
+            and not isinstance(module, nn.LayerNorm) and eps_of(module) is not None
             and isinstance(weight := getattr(module, 'weight', None), nn.Parameter)
-            and weight.dim() == 1)
+            and weight.dim() in (1, 2) and getattr(module, 'bias', None) is None)
 
 
 def eps_of(norm: nn.Module) -> Any:
-    """Return what an RMSNorm adds to the mean square; None if it has no such attribute."""
+    """Return what a norm adds to the mean square; None if it has no such attribute."""
     return getattr(norm, 'variance_epsilon', getattr(norm, 'eps', None))
 
 
-def relative_weight(norm: nn.Module) -> bool | None:
-    """Return whether an RMSNorm's weight is relative to 1; None if it computes something else."""
+def norm_kind(norm: nn.Module) -> dict[str, bool] | None:
+    """Return arguments of :func:`normalize` that make it ``norm``; None if there are none."""
     own: Any = copy.deepcopy(norm).to_empty(device='cpu').float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         own.weight.copy_(torch.randn(own.weight.shape, generator=generator))
-        x = torch.randn(1, 3, len(own.weight), generator=generator)
-        for relative in (False, True):
-            found = plain_rms_norm(x, own.weight, eps_of(own), relative=relative)
+        x = torch.randn(1, 3, *own.weight.shape, generator=generator)
+        for relative, centered in product((False, True), repeat=2):
+            kind = {'relative': relative, 'centered': centered}
+            found = plain_norm(x, own.weight, eps_of(own), **kind)
             if torch.allclose(found, own(x), rtol=TOLERANCE, atol=TOLERANCE):
-                return relative
+                return kind
     return None
 
 
-def norm_class(kind: type[nn.Module], context: ForwardContext, *,
-               relative: bool) -> type[nn.Module]:
+def norm_class(kind: type[nn.Module], context: ForwardContext,
+               found: Mapping[str, bool]) -> type[nn.Module]:
     """Return a class like ``kind`` whose forward is one kernel in passes that write the cache."""
     def forward(self: Any, x: Tensor) -> Any:
         if context.metadata.write_slots is None:
             return kind.forward(self, x)
-        return rms_norm(x, self.weight, eps_of(self), relative=relative)
+        return normalize(x, self.weight, eps_of(self), **found)
 
     return type(kind.__name__, (kind,), {'forward': forward})
 
 
 # -- rotary embeddings -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RotaryForm:
+    """How a function takes its angles, after queries and keys, and what it rotates by them."""
+
+    pairing: Pairing
+    columns: Callable[..., tuple[Tensor, Tensor]]   # of its arguments: those of ``pairing``
+    arguments: int = 2
+
+
+def as_given(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the arguments."""
+    return cos, sin
+
+
+def first_half(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns of which a function repeats each."""
+    pairs = cos.shape[-1] // 2
+    return cos[..., :pairs], sin[..., :pairs]
+
+
+def of_complex(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the real and imaginary parts."""
+    parts = torch.view_as_real(angles)
+    return parts[..., 0], parts[..., 1]
+
+
+ROTARY_FORMS = (
+    RotaryForm(Pairing(), as_given),                                        # Llama
+    RotaryForm(Pairing(shared=True), as_given),                             # gpt-oss
+    RotaryForm(Pairing(interleaved=True), as_given),                        # Cohere
+    RotaryForm(Pairing(interleaved=True, shared=True), first_half),         # GLM
+    RotaryForm(Pairing(interleaved=True, shared=True), of_complex, 1))      # DeepSeek
 
 
 def fused_rotary(model: PackedModel) -> OtherCode:
@@ -120,17 +163,18 @@ class DeferredRotation:
     kernel rotates and writes at once.
     """
 
-    def __init__(self, context: ForwardContext, function: Callable[..., Any]) -> None:
+    def __init__(self, context: ForwardContext, function: Callable[..., Any],
+                 form: RotaryForm) -> None:
         """Keep the model's own function for other passes."""
-        self._context, self._function = context, function
+        self._context, self._function, self._form = context, function, form
 
-    def __call__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any,
-                 **kwargs: Any) -> Any:
+    def __call__(self, query: Tensor, key: Tensor, *angles: Any, **others: Any) -> Any:
         """Return queries and keys, ``[1, heads, tokens, size]``, rotated or to be rotated."""
-        if (self._context.metadata.write_slots is None or args or kwargs
-                or query.stride(3) != 1 or key.stride(3) != 1):
-            return self._function(query, key, cos, sin, *args, **kwargs)
-        self._context.rotation = cos, sin
+        form = self._form
+        if (self._context.metadata.write_slots is None or others
+                or len(angles) != form.arguments or query.stride(3) != 1 or key.stride(3) != 1):
+            return self._function(query, key, *angles, **others)
+        self._context.rotation = *form.columns(*angles), form.pairing
         return query, key
 
 
@@ -142,27 +186,39 @@ def deferring_class(kind: type[nn.Module], context: ForwardContext) -> type[nn.M
     not change.
     """
     forward: Any = inspect.unwrap(kind.forward)
-    function = forward.__globals__.get(ROTARY)
-    if ROTARY not in forward.__code__.co_names or not rotates_halves(function):
+    name = next((n for n in ROTARY if n in forward.__code__.co_names), '')
+    function = forward.__globals__.get(name)
+    form = rotary_form(function)
+    if form is None:
         return None
     deferring = FunctionType(
-        forward.__code__, forward.__globals__ | {ROTARY: DeferredRotation(context, function)},
+        forward.__code__,
+        forward.__globals__ | {name: DeferredRotation(context, function, form)},
         forward.__name__, forward.__defaults__, forward.__closure__)
     deferring.__kwdefaults__ = forward.__kwdefaults__
     return type(kind.__name__, (kind,), {'forward': deferring})
 
 
-def rotates_halves(function: Any) -> bool:
-    """Return whether a function pairs the first half of a head's values with the second one."""
+def rotary_form(function: Any) -> RotaryForm | None:
+    """Return what a function computes; None if it is not known."""
     generator = torch.Generator().manual_seed(0)
-    query, key, cos, sin = (torch.randn(shape, generator=generator) for shape in (
-        (1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
-    try:
-        return all(torch.allclose(found, plain_rotation(x, cos, sin), rtol=TOLERANCE,
-                                  atol=TOLERANCE)
-                   for found, x in zip(function(query, key, cos, sin), (query, key), strict=True))
-    except (RuntimeError, TypeError, ValueError):       # it takes other arguments
-        return False
+
+    def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    query, key = values(1, 2, 3, 8), values(1, 1, 3, 8)
+    samples = ((values(1, 3, 8), values(1, 3, 8)), (values(1, 3, 4), values(1, 3, 4)),
+               (values(1, 3, 4, dtype=torch.complex64),))
+    for form, angles in product(ROTARY_FORMS, samples):
+        try:
+            cos, sin = (x[:, None] for x in form.columns(*angles))
+            if all(torch.allclose(found, plain_rotation(x, cos, sin, form.pairing),
+                                  rtol=TOLERANCE, atol=TOLERANCE)
+                   for found, x in zip(function(query, key, *angles), (query, key), strict=True)):
+                return form
+        except (RuntimeError, TypeError, ValueError):   # it takes other arguments
+            continue
+    return None
 
 
 # -- adapters ----------------------------------------------------------------------------
@@ -184,3 +240,28 @@ class FusedLoRA:
     def undo(self) -> None:
         """Multiply all tokens with all slots."""
         self._mapping.fused = False
+
+
+# -- attention ---------------------------------------------------------------------------
+
+
+class FusedChunks:
+    """The attention of chunks with a softcap or sinks, by :mod:`mace_ros.model.block_attention`."""
+
+    name = 'attention of chunks'
+
+    def __init__(self, model: PackedModel) -> None:
+        """Take what the model's layers share."""
+        self._context = model.context
+
+    def __len__(self) -> int:
+        """Return whether a layer has a softcap or sinks."""
+        return int(self._context.changes_scores)
+
+    def use(self) -> None:
+        """Read keys where they are in the cache."""
+        self._context.block_kernel = True
+
+    def undo(self) -> None:
+        """Compute by plain operations."""
+        self._context.block_kernel = False

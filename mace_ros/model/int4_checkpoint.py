@@ -26,7 +26,7 @@ from mace_ros.model.int4 import Int4Weight, quantizable, quantize
 from mace_ros.model.int4_kernels import Int4Kernel
 from mace_ros.model.packed_model import PackedModel
 
-VERSION = 1     # of the file; increase it when merged layers or the format change
+VERSION = 2     # of the file; increase it when merged layers or the format change
 
 
 @dataclass(frozen=True)

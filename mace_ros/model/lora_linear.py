@@ -12,7 +12,8 @@ from mace_ros.model.lora_mapping import LoRAMapping
 from mace_ros.model.merged_linear import MergedLinear
 
 # Children of one module that always receive the same input tensor.
-SHARED_INPUT = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'))
+SHARED_INPUT = (('q_proj', 'k_proj', 'v_proj'), ('q_a_proj', 'kv_a_proj_with_mqa'),
+                ('gate_proj', 'up_proj'))
 
 
 class LoRALinear(nn.Module):

@@ -8,20 +8,30 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.families import FAMILIES, random_adapter, TARGETS, tiny_model, with_reference
+from support.families import (
+    FAMILIES,
+    fewer_layers,
+    random_adapter,
+    SHARED_EXPERTS,
+    TARGETS,
+    tiny_model,
+    with_reference,
+)
 from support.kernels import DEVICE, needs_triton
 import torch
 from torch import nn, Tensor
 
-from mace_ros.model import fused_check, graph_check
+from mace_ros.model import attention, fused_check, graph_check
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.fused_check import difference, update_error, use_fused_layers, use_if_right
+from mace_ros.model.fused_experts import fused_experts
 from mace_ros.model.fused_layers import (
     fused_norms,
     fused_rotary,
+    FusedChunks,
     FusedLoRA,
+    norm_kind,
     OtherCode,
-    relative_weight,
 )
 from mace_ros.model.graph_check import relative_error
 from mace_ros.model.graphs import FusedPart
@@ -32,9 +42,11 @@ from mace_ros.model.spans import Span
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-# Families whose norms are no RMSNorm, and whose rotary embeddings are not those of Llama.
-OTHER_NORMS = {'cohere', 'cohere2', 'olmo', 'gpt-neox', 'starcoder2', 'opt'}
-OTHER_ROTARY = {'cohere', 'cohere2', 'glm', 'gpt-oss', 'deepseek-v2', 'opt'}
+# Families whose norms are PyTorch's, or have no weight; without rotary embeddings; with experts.
+OTHER_NORMS = {'olmo', 'gpt-neox', 'starcoder2', 'opt'}
+UNROTATED = {'opt'}
+MIXED = {'qwen3-moe', 'gpt-oss'}
+CHANGED_SCORES = {'gemma2', 'gpt-oss'}      # with a softcap or sinks
 
 
 def changed(model: PackedModel, part: FusedPart) -> list[nn.Module]:
@@ -48,18 +60,23 @@ def changed(model: PackedModel, part: FusedPart) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_norms_and_rotary_embeddings_of_most_families_are_known(family: str) -> None:
+def test_parts_of_most_families_are_known(family: str) -> None:
     model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
-    norms, layers = (changed(model, part(model)) for part in (fused_norms, fused_rotary))
-    assert (len(norms) > 2 * len(model.layers)) == (family not in OTHER_NORMS)
+    norms, layers, experts = (
+        changed(model, part(model)) for part in (fused_norms, fused_rotary, fused_experts))
+    assert (len(norms) > len(model.layers)) == (family not in OTHER_NORMS)
     assert bool(norms) == (family not in OTHER_NORMS)
-    assert len(layers) == (0 if family in OTHER_ROTARY else len(model.layers))
-    relative = {relative_weight(norm) for norm in norms}
-    assert relative <= {family.startswith('gemma')}
+    assert len(layers) == (0 if family in UNROTATED else len(model.layers))
+    assert len(experts) == (len(model.layers) if family in MIXED else 0)
+    assert bool(FusedChunks(model)) == (family in CHANGED_SCORES)
+    for norm in norms:
+        assert norm_kind(norm) == {'relative': family.startswith('gemma'),
+                                   'centered': family.startswith('cohere')}
 
 
-def test_other_code_changes_no_name_and_no_training_pass() -> None:
-    model, _, _ = with_reference(tiny_model('llama'))
+@pytest.mark.parametrize('family', ['llama', 'qwen3-moe'])
+def test_other_code_changes_no_name_and_no_training_pass(family: str) -> None:
+    model, _, _ = with_reference(tiny_model(family))
     names = list(model.model.state_dict())
     metadata, ids = whole_sequences((9,), model.device), model.tensor([[5] * 9])
 
@@ -74,26 +91,33 @@ def test_other_code_changes_no_name_and_no_training_pass() -> None:
         return x.grad
 
     expected = gradient()
-    for part in (fused_norms, fused_rotary):
+    for part in (fused_norms, fused_rotary, fused_experts):
         part(model).use()
     assert torch.equal(gradient(), expected)
     assert list(model.model.state_dict()) == names
 
 
 @needs_triton
-@pytest.mark.parametrize('family', ['llama', 'qwen3', 'phi3', 'gpt-neox', 'smollm3', 'gemma2'])
-def test_models_get_the_same_logits_from_all_kernels(family: str) -> None:
-    model, lora, _ = with_reference(tiny_model(family).to(DEVICE))
+@pytest.mark.parametrize('family, changes', [
+    *((family, {}) for family in ('llama', 'qwen3', 'phi3', 'gpt-neox', 'smollm3', 'gemma2',
+                                  'cohere', 'glm', 'gpt-oss')),
+    ('deepseek-v2', SHARED_EXPERTS)])
+def test_models_get_the_same_logits_from_all_kernels(
+        family: str, changes: dict[str, Any]) -> None:
+    model, lora, _ = with_reference(
+        tiny_model(family, **fewer_layers(family, 2), **changes).to(DEVICE),
+        targets=TARGETS.get(family, 'all-linear'))
     random_adapter(lora, 0)
     lora.write_slot(FIRST_SERVED_SLOT)
-    spans = [[Span((5,) * 9, 0, [3], FIRST_SERVED_SLOT, True),
-              Span((7,) * 5, 0, [6], BASE_SLOT, True)],
-             [Span((6,), 9, [3], FIRST_SERVED_SLOT, True), Span((8,), 5, [6], BASE_SLOT, True),
-              Span((9, 4, 2), 0, [1], FIRST_SERVED_SLOT, True)]]
+    spans = [[Span((5,) * 4, 0, [3], FIRST_SERVED_SLOT, True),
+              Span((7,) * 3, 0, [6], BASE_SLOT, True),
+              Span((3,) * 2, 0, [1], FIRST_SERVED_SLOT, True)],
+             [Span((6,), 4, [3], FIRST_SERVED_SLOT, True), Span((8,), 3, [6], BASE_SLOT, True),
+              Span((9, 4, 2), 2, [1], FIRST_SERVED_SLOT, True)]]
     expected = [model.run(each).clone() for each in spans]
     for cache in (*model.kv_cache.keys, *model.kv_cache.values):
         cache.zero_()
-    for part in (fused_norms, fused_rotary, FusedLoRA):
+    for part in (fused_norms, fused_rotary, fused_experts, FusedChunks, FusedLoRA):
         part(model).use()
     for each, logits in zip(spans, expected, strict=True):
         assert relative_error(model.run(each), logits) < 1e-4
@@ -141,6 +165,18 @@ def test_a_part_that_is_wrong_is_not_used(
     assert found.startswith(reason)
     assert [type(m) for m in model.model.modules()] == own
     assert model.fused_parts == []
+
+
+def test_attention_of_chunks_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('gemma2'))
+
+    def forgetful(query: Tensor, _: Tensor, values: Tensor, *__: Any, **___: Any) -> Tensor:
+        return values.new_zeros(query.shape[1], query.shape[0], values.shape[2])
+
+    monkeypatch.setattr(attention, 'attend_block', forgetful)
+    reason = use_if_right(model, FusedChunks(model), lambda x: difference(model, x), 1e-3)
+    assert reason.startswith('attention of chunks: off by')
+    assert not model.context.block_kernel
 
 
 @pytest.mark.parametrize('wrong', [0.0, float('nan')])

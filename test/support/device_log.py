@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 FREE = {
     'alias', 'as_strided', 'detach', 'empty', 'empty_like', 'expand', 'lift_fresh', 'new_empty',
     'permute', 'select', 'slice', 'split', 'split_with_sizes', 'squeeze', 't', 'transpose',
-    'unbind', 'unsqueeze', 'view', '_unsafe_view', '_reshape_alias'}
+    'unbind', 'unsqueeze', 'view', 'view_as_real', '_unsafe_view', '_reshape_alias'}
 # Kernels of operations of this package, if more than one.
 LAUNCHES = {'mace_ros::attend_paged': 2, 'mace_ros::add_lora': 2}
 # Operations whose result, or its size, the host reads.

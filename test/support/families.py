@@ -78,11 +78,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 # PEFT takes all MLPs of an MoE family for experts, even dense ones.
 TARGETS = {'deepseek-v2': 'q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj'}
 
+# Layers of 'deepseek-v2' that route tokens to experts, and add experts that all tokens share.
+SHARED_EXPERTS: dict[str, Any] = {
+    'first_k_dense_replace': 0, 'num_experts': 4, 'num_experts_per_tok': 2, 'n_shared_experts': 1,
+    'moe_intermediate_size': 32, 'n_group': 1, 'topk_group': 1, 'topk_method': 'greedy',
+    'routed_scaling_factor': 1.5}
+
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """Return a model of three layers of a family, with the same random weights each time."""
     name, special = FAMILIES[family]
     return random_model(name, **special | changes)
+
+
+def fewer_layers(family: str, layers: int) -> dict[str, Any]:
+    """Return the changes of a family's model by which it has fewer than three layers."""
+    types = FAMILIES[family][1].get('layer_types')
+    return {'num_hidden_layers': layers} | ({'layer_types': types[:layers]} if types else {})
 
 
 def random_ids(rng: random.Random, count: int) -> list[int]:
