@@ -16,8 +16,6 @@ from support.ros_graph import NodeProcess
 
 from mace_ros.ros.client import MaceClient
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +49,13 @@ def test_a_failed_start_is_in_the_log_and_in_the_diagnostics(tmp_path: Path) -> 
         client.node.create_subscription(DiagnosticArray, '/diagnostics', arrays.append, 100)
         node.start()
         assert "model.source: '/no/such/folder' is neither a folder" in fatal_line(node)
-        errors = [s.message for array in arrays for s in array.status
-                  if s.level == DiagnosticStatus.ERROR and s.name.startswith('broken/mace')]
-        assert any('/no/such/folder' in message for message in errors), arrays
+
+        def errors() -> list[str]:
+            return [s.message for array in list(arrays) for s in array.status
+                    if s.level == DiagnosticStatus.ERROR and s.name.startswith('broken/mace')]
+
+        assert wait_until(
+            lambda: any('/no/such/folder' in message for message in errors()), 30.0), arrays
 
 
 def test_a_signal_ends_the_load(tmp_path: Path) -> None:

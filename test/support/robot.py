@@ -43,7 +43,7 @@ class Robot:
     engine: Engine
     events: list[Event] = field(default_factory=list)
 
-    def until(self, condition: Callable[[Event], bool], seconds: float = 60.0) -> Event:
+    def until(self, condition: Callable[[Event], bool], seconds: float = 200.0) -> Event:
         """Step until an event meets the condition."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -73,7 +73,7 @@ class Robot:
         self.engine.submit(query)
         return self.response(query.id)
 
-    def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionStatus:
+    def correct(self, correction: Correction, seconds: float = 200.0) -> CorrectionStatus:
         """Submit a correction and wait for its final status."""
         self.engine.correct(correction)
         event = self.until(lambda e: isinstance(e, CorrectionStatus)
@@ -99,7 +99,7 @@ def running(robot: Robot) -> JobStatus:
     return job
 
 
-def until_state(robot: Robot, state: JobState, seconds: float = 60.0) -> JobStatus:
+def until_state(robot: Robot, state: JobState, seconds: float = 200.0) -> JobStatus:
     """Step until a job is in a state, and return its status."""
     deadline = time.monotonic() + seconds
     while (job := robot.engine.learner.status().job) is None or job.state is not state:
