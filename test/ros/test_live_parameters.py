@@ -63,10 +63,14 @@ class Watched:
         next(answer.stream(100.0))
         return answer
 
-    def first_plan_after(self, moment: float) -> Settings:
-        """Return the settings of the first plan after a moment."""
-        assert wait_until(lambda: self.plans[-1][0] > moment, 100.0)
-        return next(settings for at, settings in self.plans if at > moment)
+    def in_force_after(self, moment: float) -> Settings:
+        """Return the settings of the first iteration that began after a moment."""
+        def plans() -> list[Settings]:
+            return [settings for at, settings in self.plans[-1000:] if at > moment]
+
+        # The first plan may be of an iteration that had begun before.
+        assert wait_until(lambda: len(plans()) > 1, 100.0)
+        return plans()[1]
 
     def close(self) -> None:
         self.client.close()
@@ -108,7 +112,7 @@ def test_each_live_parameter_is_in_force_at_the_next_iteration(watched: Watched)
             result = set_parameters(watched.client, {parameter.name: value})
             replied = time.monotonic()
             assert result == [(True, '')], parameter.name
-            assert watched.first_plan_after(replied).value(parameter.name) == value
+            assert watched.in_force_after(replied).value(parameter.name) == value
         assert not answer.is_complete(), 'the node must serve during the changes'
         answer.cancel()
         answer.result(100.0)
