@@ -20,6 +20,7 @@ from mace_ros.msg import ResponseChunk
 import pytest
 from support.graph import wait_until
 from support.openai_server import ServerProcess, serving
+from support.robot import NO_END
 from support.ros_graph import call, NodeProcess, PATIENT, Recorder, set_parameters
 
 from mace_ros.ros.client import AnswerHandle, MaceClient
@@ -75,8 +76,7 @@ def streamed(server: ServerProcess, **options: object) -> Iterator[http.client.H
 def begun(client: MaceClient, others: int = 0) -> Iterator[AnswerHandle]:
     """Yield a long answer of another client that has begun, slowed down by ``others`` like it."""
     client.wait_until_ready(PATIENCE_S)
-    answers = [client.ask('Sing.', max_tokens=3900, logit_bias_tokens=[0, 2],
-                          logit_bias_values=[-100.0, -100.0], **PATIENT)
+    answers = [client.ask('Sing.', max_tokens=3900, **NO_END, **PATIENT)
                for _ in range(1 + others)]
     assert next(answers[0].stream(PATIENCE_S))
     yield answers[0]
@@ -191,13 +191,16 @@ def test_an_answer_that_is_cancelled_over_ros_is_not_asked_again(server: ServerP
 
 def test_feedback_during_an_answer_waits_for_its_end(
         server: ServerProcess, tiny_node: NodeProcess) -> None:
-    with streamed(server, max_tokens=2000, logit_bias=END_TOKENS) as reply:
+    with MaceClient() as client, streamed(
+            server, max_tokens=3900, logit_bias=END_TOKENS) as reply:
         completion = json.loads(reply.readline().removeprefix(b'data: '))['id']
         body = {'id': completion, 'corrected': 'Hello.', 'feedback_id': 'greeting'}
         status, feedback, _ = server.request('POST', '/v1/feedback', body)
         assert (status, feedback['id'], feedback['status']) == (202, 'greeting', 'waiting')
         assert server.request('GET', '/v1/feedback/greeting')[1] == feedback
         assert server.request('POST', '/v1/feedback', body)[0] == 409
+        client.wait_until_ready(PATIENCE_S)
+        client.cancel(completion)
         assert reply.read().endswith(b'data: [DONE]\n\n')
     assert wait_until(lambda: server.request('GET', '/v1/feedback/greeting')[1]['status'] in (
         'accepted', 'training', 'learned'), PATIENCE_S)

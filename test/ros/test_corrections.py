@@ -15,6 +15,7 @@ import pytest
 from std_srvs.srv import SetBool
 from support.graph import observer, wait_until
 from support.records import replayed_and_bad
+from support.robot import NO_END
 from support.ros_graph import (
     ANSWER_S,
     call,
@@ -58,7 +59,7 @@ def test_the_context_of_a_follow_up_contains_the_corrected_answer(client: MaceCl
 
 
 def test_a_correction_during_its_answer_is_accepted(client: MaceClient) -> None:
-    answer = client.ask('Tell me a tale.', max_tokens=3900, **PATIENT)
+    answer = client.ask('Tell me a tale.', max_tokens=3900, **NO_END, **PATIENT)
     next(answer.stream(ANSWER_S))
     correction = client.correct('Once upon a time.', query_id=answer.id)
     received = len(answer.chunks)
@@ -182,9 +183,8 @@ def test_a_rollback_under_load_loses_nothing(
     with Recorder(operator, response=Response, adapter_version=msg.AdapterVersion,
                   correction_status=CorrectionStatus, scheduler=msg.Scheduler) as recorder:
         eventually(lambda: recorder.of(msg.Scheduler), ANSWER_S)
-        # Of several prompts, since a random model ends some answers soon.
         running = [query_id for text in LONG_ANSWERS
-                   for query_id in ask(text, 1, max_tokens=3500, **PATIENT)]
+                   for query_id in ask(text, 1, max_tokens=3900, **NO_END, **PATIENT)]
         eventually(lambda: any(s.decode_rows >= 2 for s in recorder.of(msg.Scheduler)), ANSWER_S)
         load = ask(question, 20)
         reply = call(operator, Rollback, '/mace/rollback', version=older, timeout_s=ANSWER_S)

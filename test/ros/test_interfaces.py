@@ -18,6 +18,7 @@ from mace_ros.srv import Embed, Trace
 import numpy as np
 import pytest
 from support.graph import wait_until
+from support.robot import NO_END
 from support.ros_graph import (
     ANSWER_S,
     call,
@@ -31,9 +32,6 @@ from support.ros_graph import (
 )
 
 from mace_ros.ros.client import MaceClient
-
-END_TOKENS = [0, 2]     # of the model: an answer without them does not end by itself
-
 
 # -- the action --------------------------------------------------------------------------
 
@@ -185,8 +183,7 @@ def test_each_response_has_a_latency_message(client: MaceClient) -> None:
 
 def test_the_scheduler_message_comes_at_monitor_rate_hz(client: MaceClient) -> None:
     with Recorder(client, scheduler=msg.Scheduler) as recorder:
-        answers = [client.ask('Hi', max_tokens=3900, no_learn=True, logit_bias_tokens=END_TOKENS,
-                              logit_bias_values=[-100.0] * len(END_TOKENS), **PATIENT)
+        answers = [client.ask('Hi', max_tokens=3900, no_learn=True, **NO_END, **PATIENT)
                    for _ in range(6)]
 
         def decoding() -> list[msg.Scheduler]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import time
+from typing import Any
 
 from mace_ros.api.events import (
     Correction,
@@ -28,6 +29,9 @@ from mace_ros.learning.status import JobStatus
 RANDOM_MODEL = {
     'adapter.target_modules': 'all-linear', 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
     'finetune.replay_weight': 1.0, 'drift.min_budget': 1.0}
+
+# Fields of a query with which the answer of a tiny model does not end by itself.
+NO_END: dict[str, Any] = {'logit_bias_tokens': (0, 2), 'logit_bias_values': (-100.0, -100.0)}
 
 # A system prompt of several KV blocks.
 SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' * 12
