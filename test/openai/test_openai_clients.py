@@ -460,7 +460,7 @@ def refused_or_answered(server: ServerProcess, path: str, body: bytes) -> None:
     assert 'internal_error' not in str(reply)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(requests())
 def test_fuzzed_bodies_are_refused_or_answered(
         server: ServerProcess, sent: tuple[str, bytes]) -> None:
