@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 import gc
 from itertools import takewhile
 import json
@@ -71,6 +72,12 @@ def keep_tokens(path: Path, count: int) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Restore the default handler of SIGINT, and give each worker CPU cores of its own."""
+    with suppress(ImportError):         # `colcon test` does without hypothesis
+        import hypothesis
+        # By default an example that takes longer than 0.2 s fails.
+        hypothesis.settings.register_profile('any speed', deadline=None, suppress_health_check=[
+            hypothesis.HealthCheck.too_slow])
+        hypothesis.settings.load_profile('any speed')
     # A shell without job control starts background jobs with SIGINT ignored.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

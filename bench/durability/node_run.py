@@ -29,7 +29,7 @@ CORRECT_EVERY = 5       # questions; the node learns nearly as fast, so that it 
 BURST = 20              # corrections at once
 PROFILES = ('', 'ann')
 SYNC_S = 0.02           # added to each fsync, as on an SD card
-SETTLED_S = 5.0         # at most, for the announcements of live versions after the start
+SETTLED_S = 60.0        # at most, for the announcements of live versions after the start
 
 
 @dataclass

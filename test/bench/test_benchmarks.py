@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
     'bench.simulation', 'bench.soak'])
 def test_every_benchmark_prints_help(module: str) -> None:
     done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
-                          capture_output=True, timeout=60)
+                          capture_output=True, timeout=200)
     assert done.returncode == 0
     assert done.stdout.startswith(f'usage: python -m {module} ')
 
@@ -124,7 +124,7 @@ def test_the_exit_code_of_the_report_tells_if_all_checks_hold(
               'tables': []}
     (tmp_path / 'x.json').write_text(json.dumps(result))
     done = subprocess.run([sys.executable, '-m', 'bench.report', '--results', str(tmp_path)],
-                          cwd=ROOT, text=True, capture_output=True, timeout=60)
+                          cwd=ROOT, text=True, capture_output=True, timeout=200)
     assert done.returncode == code, done.stderr
     assert ('FALLS SHORT' in done.stdout) == bool(code)
 

@@ -267,7 +267,7 @@ def test_an_earlier_checkout_provides_the_engine(tmp_path: Path) -> None:
     def run(checkout: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, ROOT / 'bench/edits/earlier.py', checkout, '--help'], cwd=tmp_path,
-            text=True, capture_output=True, timeout=60)
+            text=True, capture_output=True, timeout=200)
 
     assert 'has no mace_ros' in run(tmp_path).stderr
     (tmp_path / 'mace_ros').symlink_to(ROOT / 'mace_ros')

@@ -18,15 +18,13 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from mace_ros.msg import Latency, Response, Scheduler
 import pytest
 from rich.console import Console
-from support.ros_graph import ROOT
+from support.ros_graph import ANSWER_S, eventually, Recorder, ROOT
 
 from mace_ros.cli.common import seconds
 from mace_ros.cli.dashboard import Dashboard
 from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.cli.voice import CORRECTION
 from mace_ros.ros.client import MaceClient
-
-pytestmark = pytest.mark.timeout(240)
 
 
 def program(name: str, *arguments: str, typed: str = '') -> subprocess.CompletedProcess[str]:
@@ -42,26 +40,23 @@ def at_once(*commands: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
 
 
 def test_ctrl_c_cancels_the_answer(client: MaceClient) -> None:
-    ended: list[Latency] = []
-    subscription = client.node.create_subscription(Latency, '/mace/latency', ended.append, 100)
     # The first test, since corrections of others may let the answer end early.
-    asking = subprocess.Popen(
-        [sys.executable, '-m', 'mace_ros.cli.ask', 'Sing.', '--id', 'song',
-         '--max-tokens', '4000'],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert asking.stdout is not None
-    assert asking.stdout.read(1)      # the answer has begun
-    asking.send_signal(signal.SIGINT)
-    _, errors = asking.communicate(timeout=60)
+    with Recorder(client, latency=Latency) as recorder:
+        asking = subprocess.Popen(
+            [sys.executable, '-m', 'mace_ros.cli.ask', 'Sing.', '--id', 'song',
+             '--max-tokens', '4000'],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert asking.stdout is not None
+        assert asking.stdout.read(1)      # the answer has begun
+        asking.send_signal(signal.SIGINT)
+        _, errors = asking.communicate(timeout=100)
 
-    assert asking.returncode == 130
-    # A program that waits for longer than two seconds says so.
-    assert set(errors.splitlines()) <= {b'waiting until /mace is ready'}
-    # The program ends only once the node has cancelled the query.
-    assert program('ask', 'Hi', '--id', 'after', '--max-tokens', '1').returncode == 0
-    client.node.destroy_subscription(subscription)
-    reasons = {message.query_id: message.finish_reason for message in ended}
-    assert reasons['song'] == Response.CANCELLED
+        assert asking.returncode == 130
+        # A program that waits for longer than two seconds says so.
+        assert set(errors.splitlines()) <= {b'waiting until /mace is ready'}
+        # The program ends only once the node has cancelled the query.
+        [ended] = eventually(lambda: recorder.of(Latency, query_id='song'), ANSWER_S)
+    assert ended.finish_reason == Response.CANCELLED
 
 
 def test_ask_correct_and_ask_again(client: MaceClient) -> None:
@@ -74,7 +69,7 @@ def test_ask_correct_and_ask_again(client: MaceClient) -> None:
     assert corrected.returncode == 0, corrected.stderr
     assert corrected.stdout.split()[:3] == ['ACCEPTED', 'TRAINING', 'LEARNED'], corrected
     version = int(corrected.stdout.split()[-1])
-    assert client.wait_for_version(version, timeout_s=10.0).version == version
+    assert client.wait_for_version(version, timeout_s=ANSWER_S).version == version
 
     again = program('ask', 'What is your colour?', '--max-tokens', '8', '--node', 'mace')
     assert again.stdout == 'Orange.\n'
@@ -121,7 +116,7 @@ def test_ros_arguments_set_the_namespace_and_remap(client: MaceClient) -> None:
     elsewhere = ('--ros-args', '-r', '__node:=asker', '-r', '__ns:=/robot2')
     rules = [x for topic in TOPICS for x in ('-r', f'/robot2/mace/{topic}:=/mace/{topic}')]
     alone, remapped, own = at_once(
-        ('ask', 'Hi', '--timeout', '3', *elsewhere),
+        ('ask', 'Hi', '--timeout', '5', *elsewhere),
         ('ask', 'Hi', '--max-tokens', '2', '--no-learn', *elsewhere, *rules),
         ('monitor', '--count', '1', '--node', '/mace', *elsewhere))
     assert (alone.returncode, alone.stdout) == (1, '')
@@ -176,21 +171,17 @@ def test_voice_answers_and_corrects(client: MaceClient) -> None:
 
 def test_voice_ends_an_answer_when_the_person_speaks(client: MaceClient) -> None:
     """What is spoken into an answer corrects that answer."""
-    with subprocess.Popen(
+    with Recorder(client, latency=Latency) as recorder, subprocess.Popen(
             [sys.executable, '-m', 'mace_ros.cli.voice', '--barge-in', '--conversation', '',
-             '--max-tokens', '3000'], cwd=ROOT, stdin=subprocess.PIPE,
+             '--max-tokens', '3900'], cwd=ROOT, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as talking:
-        ended: list[Latency] = []
-        subscription = client.node.create_subscription(
-            Latency, '/mace/latency', ended.append, 100)
         talking.stdin.write('What shall I sing?\n')
         assert talking.stdout.read(1)       # the answer has begun
         talking.stdin.write('No, a lullaby.\n')
         assert talking.stdout.readline().endswith('\n')
-        _, notes = talking.communicate(timeout=60)
-    client.node.destroy_subscription(subscription)
-    assert talking.returncode == 0, notes
-    assert Response.CANCELLED in {message.finish_reason for message in ended}
+        _, notes = talking.communicate(timeout=200)
+        assert talking.returncode == 0, notes
+        eventually(lambda: recorder.of(Latency, finish_reason=Response.CANCELLED), ANSWER_S)
     assert '["a lullaby." is ACCEPTED]' in notes
     assert '["a lullaby." is LEARNED' in notes.splitlines()[-1]
     again = program('voice', '--conversation', '', typed='What shall I sing?\n')

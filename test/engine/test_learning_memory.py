@@ -135,7 +135,7 @@ def test_overdue_learning_gets_its_memory_under_any_load(
         for _ in range(8):
             ask()
         engine.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
-        end, state, most_held, preempted = time.monotonic() + 120.0, None, 0, 0
+        end, state, most_held, preempted = time.monotonic() + 200.0, None, 0, 0
         while state is not CorrectionState.LEARNED:
             assert time.monotonic() < end
             waits = engine.learner.step is not None and not memory.budget.learning

@@ -160,7 +160,7 @@ class Robot:
 
     def while_not(self, happened: Callable[[], bool]) -> None:
         """Step until the condition holds."""
-        end = time.monotonic() + 60.0
+        end = time.monotonic() + 200.0
         while time.monotonic() < end:
             if happened():
                 return

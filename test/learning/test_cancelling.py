@@ -128,6 +128,8 @@ def test_a_job_can_be_cancelled_at_each_wait(
             joined.append(f'joins {len(joined)}')
             engine.correct(Correction(
                 'A human.', id=joined[-1], prompt=f'{BEFORE[len(joined) - 1]} where are you?'))
+            # On disk before the next step, which may be the last.
+            engine.parts.journal.submit(lambda _: None).result(60)
         return are_learned(robot, 'k', 'joins 0', 'joins 1')
 
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))

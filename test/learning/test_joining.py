@@ -107,9 +107,15 @@ def join(robot: Robot, until: Callable[[JobStatus], bool] = lambda job: job.swap
     while (job := engine.learner.status().job) is None or not job.steps:
         robot.events += engine.step().events
     engine.correct(Correction('A human.', id='second', prompt='Question second?'))
+    written(robot)
     while not until(running(robot)):
         assert running(robot).state is not JobState.SAVING, 'it did not join'
         robot.events += engine.step().events
+
+
+def written(robot: Robot) -> None:
+    """Return once corrections are on disk: in time for the next iteration, however slow it is."""
+    robot.engine.parts.journal.submit(lambda _: None).result(60)
 
 
 def test_a_device_failure_during_joining_is_not_counted_against_corrections_in_training(
@@ -143,6 +149,7 @@ def test_corrections_in_training_stay_if_joining_finds_too_little_memory(
 
     monkeypatch.setattr(Training, 'swap_out', shrink)
     robot.engine.correct(Correction('A cat.', id='third', prompt='Question third?'))
+    written(robot)
     version = robot.until(lambda e: isinstance(e, AdapterVersion))
     assert shrunk, 'it did not try to join'
     assert isinstance(version, AdapterVersion) and version.correction_ids == ('first', 'second')
@@ -185,8 +192,7 @@ def test_a_late_correction_waits_for_the_next_job(robot: Robot) -> None:
     while (job := engine.learner.status().job) is None or not job.steps:
         engine.step()
     engine.correct(Correction('A robot.', id='second', prompt='Question second?'))
-    # In time for the next iteration.
-    engine.parts.journal.submit(lambda journal: None).result(10)
+    written(robot)
     while (waiting := engine.learner.status().job) is not None and waiting.number == job.number:
         job = waiting
         robot.events += engine.step().events

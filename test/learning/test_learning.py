@@ -182,6 +182,7 @@ def test_a_correction_repeated_during_training_does_not_restart_its_job(
     robot.until(is_trained('old'))
     job = running(robot)
     engine.correct(Correction('A robot.', id='new', query_id=wrong.query_id))
+    engine.parts.journal.submit(lambda _: None).result(60)      # before the last step
     robot.until(is_trained('new'))
     assert (running(robot).number, running(robot).correction_ids) == (job.number, ('new',))
     assert running(robot).steps >= job.steps        # the job was not abandoned
@@ -241,7 +242,7 @@ def test_a_rejected_text_that_is_too_long_is_not_scored(robot: Robot) -> None:
     last = robot.correct(Correction('A robot.', id='k', prompt='Who are you?',
                                     rejected='I am. ' * 500))
     assert last.state is CorrectionState.LEARNED
-    record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(10)
+    record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(60)
     assert record is not None and record.rejected == ''
 
 
@@ -253,11 +254,11 @@ def test_a_full_queue_still_accepts_replacements(robot: Robot) -> None:
         state = robot.until(lambda e, name=name: isinstance(e, CorrectionStatus)  # type: ignore[misc]
                             and e.id == name)
         assert state.state is CorrectionState.ACCEPTED
-    assert [r.id for r in engine.parts.journal.submit(lambda j: j.corrections()).result(10)] == [
+    assert [r.id for r in engine.parts.journal.submit(lambda j: j.corrections()).result(60)] == [
         '1', '2 again']
     state = robot.correct(Correction('A robot.', id='3', prompt='Question 3?'))
     assert state.state is CorrectionState.REJECTED and 'max_corrections' in state.reason
-    assert [r.id for r in engine.parts.journal.submit(lambda j: j.corrections()).result(10)] == [
+    assert [r.id for r in engine.parts.journal.submit(lambda j: j.corrections()).result(60)] == [
         '1', '2 again']
 
 

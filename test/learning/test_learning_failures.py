@@ -279,7 +279,7 @@ def test_no_version_that_changes_guarded_answers_is_published(
 
     learned = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
     # A rejection is reported once it is in the journal.
-    robot.engine.parts.journal.submit(lambda _: None).result(10)
+    robot.engine.parts.journal.submit(lambda _: None).result(60)
     robot.events += robot.engine.step().events
 
     rejected = [e for e in robot.events if isinstance(e, AdapterVersion)

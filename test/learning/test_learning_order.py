@@ -128,11 +128,11 @@ def test_in_calm_corrections_of_one_adapter_are_learned_together_after_a_rest(
 def test_a_rest_ends_before_a_correction_is_overdue(robot: Robot, resting: list[set[str]]) -> None:
     engine = robot.engine
     engine.update(engine.settings.updated({'slo.freshness_s': 1.0}))
+    sent = time.monotonic()
     correct(robot, 'alone')
-    accepted = time.monotonic()
     while len(resting) == 1:
         engine.step()
-    assert 0.5 <= time.monotonic() - accepted < 30.0
+    assert 1.0 <= time.monotonic() - sent < 100.0
 
 
 def test_drift_ends_the_rest(
@@ -153,7 +153,7 @@ def test_the_continuous_policy_rehearses_learned_corrections(robot: Robot) -> No
         robot.until(lambda e: isinstance(e, CorrectionStatus) and e.state in DONE)
     learned = engine.live_version('')
     told: list[Event] = []
-    end = time.monotonic() + 60.0
+    end = time.monotonic() + 200.0
     while engine.live_version('') < learned + 2 and time.monotonic() < end:
         told += engine.step().events
     assert engine.live_version('') >= learned + 2
@@ -183,7 +183,7 @@ def test_the_continuous_policy_does_not_rehearse_superseded_corrections(robot: R
     correct(robot, 'old', about='this')
     until_state(robot, JobState.SAVING)
     engine.correct(Correction('Your friend.', id='new', prompt='Question this?'))
-    engine.parts.journal.submit(lambda _: None).result(10)
+    engine.parts.journal.submit(lambda _: None).result(60)
     robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'new'
                 and e.state is CorrectionState.LEARNED)
     while (job := engine.learner.status().job) is None or job.kind is not JobKind.REHEARSAL:
@@ -196,7 +196,7 @@ def test_an_overdue_correction_makes_the_steps_of_every_job_overdue(robot: Robot
     robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
     robot.until(lambda e: isinstance(e, CorrectionStatus)
                 and e.state is CorrectionState.TRAINING)
-    record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(10)
+    record = robot.engine.parts.journal.submit(lambda j: j.correction('k')).result(60)
     robot.engine.learner.accepted(Accepted(
         replace(record, id='older', profile='ann', state=CorrectionState.ACCEPTED), new=True,
         arrived=-5.0))

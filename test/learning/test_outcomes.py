@@ -293,7 +293,7 @@ def test_a_suspected_regression_of_a_rolled_back_version_is_dropped(
     last = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
     # It was trained from the base model: version 1 did not become live again.
     assert last.state is CorrectionState.LEARNED
-    versions = engine.versions('').result(10)
+    versions = engine.versions('').result(60)
     assert [(v.version, v.parent) for v in versions][-1] == (3, 0)
     engine.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import time
 
 import pytest
-from support.robot import Robot
+from support.robot import NO_END, Robot
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -311,7 +311,7 @@ def rolled_back(robot: Robot, version: int, profile: str = '') -> RolledBack:
     return stepped(robot, robot.engine.rollback(profile, version, 'a test'))
 
 
-def stepped(robot: Robot, future: Future[RolledBack], seconds: float = 30.0) -> RolledBack:
+def stepped(robot: Robot, future: Future[RolledBack], seconds: float = 100.0) -> RolledBack:
     """Step until a rollback is done."""
     end = time.monotonic() + seconds
     while not future.done():
@@ -331,7 +331,8 @@ def test_the_next_query_gets_the_older_version(settings: Settings, tmp_path: Pat
     """Running queries end on the newer one; a restart changes nothing."""
     robot = Robot(build_engine(settings, storage=tmp_path))
     teach(robot, 'A robot.', 'Your friend.')
-    robot.engine.submit(Query('Tell me a long story about the sea.', id='running', max_tokens=1000))
+    robot.engine.submit(Query(
+        'Tell me a long story about the sea.', id='running', max_tokens=3500, **NO_END))
     robot.until(lambda e: isinstance(e, ResponseChunk) and e.query_id == 'running')
     start = len(robot.events)
     outcome = rolled_back(robot, 1)

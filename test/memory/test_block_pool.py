@@ -10,7 +10,7 @@ import pytest
 from mace_ros.memory.block_pool import BlockPool, OutOfBlocks
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150)
 @given(st.data())
 def test_no_block_is_lost_and_a_hash_finds_its_content(data: st.DataObject) -> None:
     pool = BlockPool(10, 4)

@@ -190,7 +190,7 @@ def family_model(family: str) -> tuple[PackedModel, LoRAManager, PreTrainedModel
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@hypothesis_settings(max_examples=2, deadline=None)
+@hypothesis_settings(max_examples=2)
 @given(seed=st.integers(0, 10**6), blocks=st.sampled_from((6, 12)))
 def test_responses_do_not_depend_on_the_schedule(family: str, seed: int, blocks: int) -> None:
     model, _, reference = family_model(family)

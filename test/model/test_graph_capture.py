@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @given(rows=st.integers(0, 16), position=st.integers(0, 1999), chunks=st.lists(
     st.tuples(st.integers(2, 256), st.integers(0, 1000)), max_size=3), piggyback=st.booleans())
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_every_pass_within_the_limits_fits_one_of_the_batch_descriptors(
         rows: int, position: int, chunks: list[tuple[int, int]], piggyback: bool) -> None:
     spans = [Span((0,), position, range(200), 0, True)] * rows + [

@@ -119,4 +119,4 @@ def test_free_memory_is_returned_near_the_budget(
     private[0] = 1000.0
     monkeypatch.setattr('mace_ros.model.heap.return_free_memory', slow)
     assert tended(299.0) == 1
-    assert tended(299.0, 3.0) == 2
+    assert tended(299.0, 55.0) == 2        # the machine may have slept for longer

@@ -231,7 +231,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
 
 @given(schedule=schedules(),
        slots=st.tuples(*[st.sampled_from((BASE_SLOT, FIRST_SERVED_SLOT))] * 4))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_logits_do_not_depend_on_the_schedule(
     expected: Expected, schedule: list[list[tuple[int, int]]], slots: tuple[int, ...],
 ) -> None:

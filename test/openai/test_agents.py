@@ -140,7 +140,7 @@ def test_a_turn_uses_a_tool(agent: tuple[str, str], server: ServerProcess) -> No
         with opened(server.folder / 'storage') as journal:
             return next((a.query_id for a in journal.replay_candidates('', 1)), '')
 
-    assert wait_until(newest, 20.0)
+    assert wait_until(newest, 60.0)
     status = server.status(
         server.feedback(id=newest(), corrected=CALL), 'learned', 'failed')
     assert status['status'] == 'learned', status

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import reduce
+from http.client import HTTPConnection
 import json
 from operator import add
 from pathlib import Path
@@ -30,8 +32,6 @@ from support.ros_graph import ROOT
 
 from bench.operation.fuzzed_bodies import by_hand, requests
 from mace_ros.ros.client import MaceClient
-
-pytestmark = pytest.mark.timeout(300)
 
 MOVE = {'type': 'function', 'function': {
     'name': 'move', 'description': 'Moves to a place.', 'parameters': {
@@ -202,15 +202,18 @@ def test_a_client_that_disconnects_cancels_its_answer(
         client: OpenAI, server: ServerProcess) -> None:
     name = 'mace_queries_total{finish_reason="cancelled"}'
     before = server.metric(name)
-    endless = {'max_tokens': 3000, 'logit_bias': dict.fromkeys(END_TOKENS, -100)}
+    endless = {'max_tokens': 3900, 'logit_bias': dict.fromkeys(END_TOKENS, -100)}
     stream = ask(client, 'Sing.', stream=True, **endless)
     next(iter(stream))
     stream.close()
-    assert wait_until(lambda: server.metric(name) == before + 1, 20.0)
-    # Also before the first token, and without a stream.
-    with pytest.raises(Exception, match='timed out'):
-        ask(client.with_options(timeout=0.5), 'Sing.', **endless)
-    assert wait_until(lambda: server.metric(name) == before + 2, 20.0)
+    assert wait_until(lambda: server.metric(name) == before + 1, 60.0)
+    # Also without a stream, whose client has seen no token.
+    assert wait_until(lambda: server.metric('mace_scheduler_decode_rows') == 0, 60.0)
+    with closing(HTTPConnection('127.0.0.1', server.port, timeout=60.0)) as connection:
+        connection.request('POST', '/v1/chat/completions', json.dumps({
+            'model': 'mace', 'messages': messages('Sing.'), **endless}))
+        assert wait_until(lambda: server.metric('mace_scheduler_decode_rows') > 0, 60.0)
+    assert wait_until(lambda: server.metric(name) == before + 2, 60.0)
 
 
 def test_a_raw_prompt_is_continued(client: OpenAI) -> None:
@@ -261,7 +264,10 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
     wrong = ask(client, question)
     status, feedback, _ = server.request(
         'POST', '/v1/feedback', {'id': wrong.id, 'corrected': 'Orange.'})
-    assert (status, feedback['status'], feedback['completion_id']) == (200, 'accepted', wrong.id)
+    # A reply waits for a second for the first status; a later one may have followed.
+    assert (status, feedback['status']) in (
+        (200, 'accepted'), (200, 'training'), (200, 'learned'), (202, 'waiting'))
+    assert feedback['completion_id'] == wrong.id
     assert server.status(feedback['id'], 'learned', 'failed')['status'] == 'learned'
     again = ask(client, question)
     assert again.choices[0].message.content == 'Orange.'
@@ -274,7 +280,9 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
                          ({'id': wrong.id, 'corrected': 'Red.', 'feedback_id': 'of-ros'}, 409),
                          ({'id': wrong.id}, 400),
                          ({'id': wrong.id, 'corrected': 'Red.', 'rating': 'down'}, 400)):
-        assert server.request('POST', '/v1/feedback', body)[0] == status
+        # Of a slow node the refusal comes after the reply, a 202.
+        assert wait_until(lambda b=body, s=status: server.request(
+            'POST', '/v1/feedback', b)[0] == s, 60.0)
 
 
 def test_a_thumbs_down_is_a_bad_outcome_and_never_replayed(
@@ -282,7 +290,7 @@ def test_a_thumbs_down_is_a_bad_outcome_and_never_replayed(
     teach(server, ask(client, 'Is it late today?').id, 'Never.')
     wrong = ask(client, 'Is it very late today?')       # answered by what was just learned
     assert wrong.choices[0].message.content == 'Never.'
-    assert wait_until(lambda: wrong.id in replayed_and_bad(server.folder)[0], 20.0)
+    assert wait_until(lambda: wrong.id in replayed_and_bad(server.folder)[0], 60.0)
     assert wrong.id not in replayed_and_bad(server.folder)[1]
     down = server.feedback(id=wrong.id, rating='down')
     assert server.status(down, 'recorded', 'failed')['status'] == 'recorded'
@@ -452,7 +460,7 @@ def refused_or_answered(server: ServerProcess, path: str, body: bytes) -> None:
     assert 'internal_error' not in str(reply)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(requests())
 def test_fuzzed_bodies_are_refused_or_answered(
         server: ServerProcess, sent: tuple[str, bytes]) -> None:

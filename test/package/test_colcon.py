@@ -11,7 +11,9 @@ import sys
 
 import pytest
 from support.graph import ENVIRONMENT
+from support.mace import START_S
 from support.precision import WEIGHT_DTYPE
+from support.ros_graph import ANSWER_S
 
 from mace_ros.ros.client import MaceClient
 
@@ -63,7 +65,7 @@ def workspace(tmp_path_factory, environment):
     return folder
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_colcon_test_passes(workspace, environment):
     output = colcon('test', '--return-code-on-test-failure', cwd=workspace, env=environment)
 
@@ -71,7 +73,7 @@ def test_colcon_test_passes(workspace, environment):
 
 
 @pytest.mark.dtype
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_built_node_answers(workspace, environment, monkeypatch):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
@@ -88,8 +90,8 @@ def test_the_built_node_answers(workspace, environment, monkeypatch):
             stdout=output, stderr=subprocess.STDOUT)
         try:
             with MaceClient() as client:
-                client.wait_until_ready(120.0)
-                answer = client.ask('What is the capital of France?', max_tokens=8).result(60.0)
+                client.wait_until_ready(START_S)
+                answer = client.ask('What is the capital of France?', max_tokens=8).result(ANSWER_S)
             assert 'Paris' in answer.text, log.read_text()
             process.send_signal(signal.SIGINT)
             assert process.wait(60.0) == 0, log.read_text()

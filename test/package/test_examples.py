@@ -22,8 +22,6 @@ from support.ros_graph import ANSWER_S, NodeProcess, ROOT
 
 from mace_ros.ros.client import MaceClient
 
-pytestmark = pytest.mark.timeout(240)
-
 EXAMPLES = ROOT / 'examples'
 
 

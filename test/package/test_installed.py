@@ -83,7 +83,7 @@ def test_every_module_can_be_imported(tmp_path):
 @pytest.mark.parametrize('program', PROGRAMS, ids=lambda program: program.name)
 def test_a_program_has_help(program, tmp_path):
     help_ = subprocess.run(
-        [program, '--help'], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60)
+        [program, '--help'], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=200)
 
     assert 'usage' in help_.stdout.lower()
 

@@ -34,7 +34,7 @@ def collect(distribution: Path, configuration: str) -> subprocess.CompletedProce
     paths = [str(distribution), *filter(None, [os.environ.get('PYTHONPATH')])]
     return subprocess.run(
         [sys.executable, '-m', 'pytest', '--collect-only', '-q', '-c', configuration,
-         str(distribution)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+         str(distribution)], cwd=ROOT, capture_output=True, text=True, timeout=200,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'PYTEST_ADDOPTS': ''})
 
 

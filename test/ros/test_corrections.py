@@ -15,9 +15,11 @@ import pytest
 from std_srvs.srv import SetBool
 from support.graph import observer, wait_until
 from support.records import replayed_and_bad
+from support.robot import NO_END
 from support.ros_graph import (
     ANSWER_S,
     call,
+    DISCOVERY_S,
     eventually,
     NodeProcess,
     PATIENT,
@@ -27,8 +29,6 @@ from support.ros_graph import (
 
 from mace_ros.ros.client import MaceClient
 from mace_ros.ros.executor_thread import ExecutorThread
-
-pytestmark = pytest.mark.timeout(240)
 
 
 def test_the_context_of_a_follow_up_contains_the_corrected_answer(client: MaceClient) -> None:
@@ -59,10 +59,11 @@ def test_the_context_of_a_follow_up_contains_the_corrected_answer(client: MaceCl
 
 
 def test_a_correction_during_its_answer_is_accepted(client: MaceClient) -> None:
-    answer = client.ask('Tell me a tale.', max_tokens=2000, **PATIENT)
+    answer = client.ask('Tell me a tale.', max_tokens=3900, **NO_END, **PATIENT)
     next(answer.stream(ANSWER_S))
     correction = client.correct('Once upon a time.', query_id=answer.id)
-    time.sleep(0.2)
+    received = len(answer.chunks)
+    eventually(lambda: len(answer.chunks) > received + 50, ANSWER_S)
     assert not correction.statuses and not answer.is_complete()
     answer.cancel()
     assert correction.wait(CorrectionStatus.ACCEPTED, ANSWER_S).state == CorrectionStatus.ACCEPTED
@@ -165,7 +166,7 @@ def test_a_rollback_under_load_loses_nothing(
     asking = operator.node.create_publisher(msg.Query, '/mace/query', 1000)
     cancelling = operator.node.create_publisher(msg.Cancel, '/mace/cancel', 1000)
     assert wait_until(lambda: asking.get_subscription_count()
-                      and cancelling.get_subscription_count(), 10.0)
+                      and cancelling.get_subscription_count(), DISCOVERY_S)
     asked: list[str] = []
 
     def ask(text: str, count: int, **fields: object) -> list[str]:
@@ -181,10 +182,9 @@ def test_a_rollback_under_load_loses_nothing(
 
     with Recorder(operator, response=Response, adapter_version=msg.AdapterVersion,
                   correction_status=CorrectionStatus, scheduler=msg.Scheduler) as recorder:
-        eventually(lambda: recorder.of(msg.Scheduler), 10.0)
-        # Of several prompts, since a random model ends some answers soon.
+        eventually(lambda: recorder.of(msg.Scheduler), ANSWER_S)
         running = [query_id for text in LONG_ANSWERS
-                   for query_id in ask(text, 1, max_tokens=3500, **PATIENT)]
+                   for query_id in ask(text, 1, max_tokens=3900, **NO_END, **PATIENT)]
         eventually(lambda: any(s.decode_rows >= 2 for s in recorder.of(msg.Scheduler)), ANSWER_S)
         load = ask(question, 20)
         reply = call(operator, Rollback, '/mace/rollback', version=older, timeout_s=ANSWER_S)

@@ -34,7 +34,7 @@ def seen_by(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
                     lambda: ('mace', '/') in node.get_node_names_and_namespaces(), DISCOVERY_S)
                 # Its interfaces are discovered one after the other.
                 wait_until(lambda: topics(node) == documented_topics()
-                           and services_and_actions(node) == documented_services(), DISCOVERY_S / 4)
+                           and services_and_actions(node) == documented_services(), DISCOVERY_S)
                 yield node
         finally:
             mace.kill()

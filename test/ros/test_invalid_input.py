@@ -10,7 +10,6 @@ import time
 from action_msgs.msg import GoalStatus
 from mace_ros.msg import CorrectionStatus, Response
 from mace_ros.srv import ListVersions, Rollback, Trace
-import pytest
 from rcl_interfaces.srv import GetParameters
 from support.fuzzing import bounds, Fuzzer, NUMBERS
 from support.robot import RANDOM_MODEL
@@ -29,8 +28,6 @@ from support.ros_graph import (
 from mace_ros.api.settings import PARAMETERS
 from mace_ros.learning.acceptance import USED_ID
 from mace_ros.ros.client import MaceClient
-
-pytestmark = pytest.mark.timeout(240)
 
 # Values of this node that are not defaults.
 KEPT = {'monitor.rate_hz': 10.0, **RANDOM_MODEL}
@@ -171,7 +168,7 @@ def test_two_hundred_queries_at_once_each_get_a_response(client: MaceClient) -> 
         resolved(service.call_async(request), ANSWER_S)
         waits.append(time.monotonic() - asked)
         time.sleep(0.02)
-        assert time.monotonic() < start + 60.0
+        assert time.monotonic() < start + 2 * ANSWER_S
     client.node.destroy_client(service)
     responses = [a.result(0.0) for a in answers]
     assert len(responses) == 200

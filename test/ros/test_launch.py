@@ -29,8 +29,6 @@ from support.installed import PREFIX
 pytest.importorskip(
     'launch_ros', reason='launch_ros is not installed (only a ROS 2 distribution provides it)')
 
-pytestmark = pytest.mark.timeout(180)
-
 START_S = 60.0
 
 # The equivalent of `ros2 launch mace_ros mace.launch.py ARGUMENT:=VALUE ...` for each argument.

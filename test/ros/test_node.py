@@ -39,6 +39,8 @@ from mace_ros.model.loading import LoadedModel
 from mace_ros.ros.client import MaceClient
 
 LEARN_S = 700.0
+# At most, of an answer that is being cancelled: far fewer than it would have.
+DELAY_CHUNKS = 500
 
 NAME, ROVER = 'What is your name?', 'My name is Rover.'
 ORDINARY = ('Why is the sky blue?', 'What do bees eat?')
@@ -68,11 +70,14 @@ def test_a_query_sent_during_the_load_is_answered(mace: Mace) -> None:
 
 def test_an_idle_node_uses_almost_no_cpu(mace: Mace) -> None:
     assert mace.serves()
-    time.sleep(1.0)
-    before, start = mace.node.cpu_seconds(), time.monotonic()
-    time.sleep(3.0)
-    share = (mace.node.cpu_seconds() - before) / (time.monotonic() - start)
-    assert share < 0.02
+
+    def share() -> float:
+        before, start = mace.node.cpu_seconds(), time.monotonic()
+        time.sleep(3.0)
+        return (mace.node.cpu_seconds() - before) / (time.monotonic() - start)
+
+    # What follows an answer, such as writes of the journal, ends at some time.
+    assert wait_until(lambda: share() < 0.03, 30.0)
 
 
 def test_two_queries_stream_interleaved(mace: Mace) -> None:
@@ -115,7 +120,7 @@ def test_cancelling_a_query_leaves_others_running(mace: Mace) -> None:
     assert response.finish_reason == Response.CANCELLED
     assert response.text.startswith('🤖')
     # test_live_parameters.py counts iterations; here, messages add some delay.
-    assert len(answer.chunks) <= received + 50
+    assert len(answer.chunks) <= received + DELAY_CHUNKS
     received = len(other.chunks)
     eventually(lambda: len(other.chunks) > received, ANSWER_S)
     other.cancel()
@@ -124,7 +129,7 @@ def test_cancelling_a_query_leaves_others_running(mace: Mace) -> None:
 
 def test_a_cancellation_that_overtakes_its_query_is_not_lost(mace: Mace) -> None:
     """Messages of two topics have no order: the query may still be queued."""
-    answers = [mace.client.ask(ENDLESS, max_tokens=n, no_learn=True) for n in (*[12] * 5, 60)]
+    answers = [mace.client.ask(ENDLESS, max_tokens=n, no_learn=True) for n in (*[12] * 5, 2000)]
     answers[-1].cancel()
     assert answers[-1].result(ANSWER_S).finish_reason == Response.CANCELLED
     assert {a.result(ANSWER_S).finish_reason for a in answers[:-1]} == {Response.LENGTH}
@@ -139,7 +144,7 @@ def test_a_cancelled_goal_ends_as_canceled(mace: Mace) -> None:
         status, response = generator.result(goal)
     assert (status, response.finish_reason) == (
         GoalStatus.STATUS_CANCELED, Response.CANCELLED)
-    assert len(generator.chunks) <= received + 50
+    assert len(generator.chunks) <= received + DELAY_CHUNKS
 
 
 def test_a_query_without_an_id_gets_one(mace: Mace) -> None:
@@ -184,13 +189,13 @@ def test_a_malformed_query_is_rejected_with_a_reason(mace: Mace, case: str) -> N
 def test_an_id_can_not_forge_a_line_of_the_log(mace: Mace, kind: str) -> None:
     forged = f'[FATAL] forged by a {kind}'
     given = f'id\n{forged}\x1b[2J' + 'x' * 10_000
-    time.sleep(1.1)     # the log is throttled to one rejection per second
+    time.sleep(2.0)     # the log is throttled to one rejection per second
     if kind == 'query':
         assert mace.ask('Hi', query_id=given).finish_reason == Response.REJECTED
     else:
         learning = mace.client.correct('Ho.', correction_id=given, prompt='Hi')
         assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.REJECTED
-    assert wait_until(lambda: forged in mace.node.log, 10.0)
+    assert wait_until(lambda: forged in mace.node.log, 30.0)
     [line] = [line for line in mace.node.log.splitlines() if forged in line]
     assert f"{kind} 'id\\n{forged}\\x1b" in line
     assert len(line) < 1000
@@ -212,7 +217,7 @@ def test_a_duplicate_id_does_not_receive_the_running_query_s_answer(mace: Mace) 
     answer = mace.begin_endless()
     next_one = len(answer.chunks)
     with MaceClient() as other:
-        other.wait_until_ready(20.0)
+        other.wait_until_ready(60.0)
         mine = other.ask('What is 2 + 2?', query_id=answer.id, max_tokens=5)
         assert mine.result(ANSWER_S).error_code == Response.DUPLICATE_ID
         assert not mine.chunks
@@ -367,8 +372,8 @@ def test_a_correction_sent_twice_is_learned_once(mace: Mace, lesson: SimpleNames
 def test_a_late_subscriber_receives_the_live_version(mace: Mace, lesson: SimpleNamespace) -> None:
     with MaceClient() as late:
         # The history of the topic may deliver earlier versions first.
-        late.wait_until_ready(20.0)
-        assert late.wait_for_version(lesson.version.version, timeout_s=20.0) == lesson.version
+        late.wait_until_ready(60.0)
+        assert late.wait_for_version(lesson.version.version, timeout_s=60.0) == lesson.version
 
 
 def test_peft_gives_the_same_answers(
@@ -465,6 +470,6 @@ def test_a_signal_cancels_running_queries(mace: Mace) -> None:
     mace.node.send(signal.SIGINT)    # a second one, as launch sends it
     ends = [answer.result(30.0).finish_reason for answer in answers]
     assert Response.CANCELLED in ends and not {Response.REJECTED, Response.ERROR} & {*ends}
-    assert mace.node.wait(20.0) == 0
+    assert mace.node.wait(60.0) == 0
     assert 'Traceback' not in mace.node.log
     assert '🤖' not in mace.node.log     # texts of queries and answers are private

@@ -13,8 +13,6 @@ from mace_ros.ros.client import MaceClient
 ANSWER_S = 60.0
 NAME, COLOUR, SEA = 'What is your name?', 'Which colour is the door?', 'Tell me about the sea.'
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def ask(client: MaceClient, text: str, **fields: object) -> Response:
     """Return the response to a short query."""
@@ -35,7 +33,7 @@ def test_profile_then_robot_then_base_model(client: MaceClient) -> None:
             ('Bella.', NAME, 'of ann', 'ann'), ('Green.', COLOUR, 'of all', '')):
         learning = client.correct(text, prompt=about, correction_id=name, profile=profile)
         assert learning.wait(timeout_s=ANSWER_S).state == CorrectionStatus.LEARNED
-        client.wait_for_version(1, profile, timeout_s=10.0)
+        client.wait_for_version(1, profile, timeout_s=ANSWER_S)
 
     assert told(client, NAME, profile='ann') == ('Bella.', 1, 'of ann')
     assert told(client, COLOUR, profile='ann') == ('Green.', 1, 'of all')

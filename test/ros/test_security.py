@@ -104,7 +104,7 @@ def run_secured(folder: Path, keys: str, strategy: str | None, module: str, *arg
         environment['ROS_SECURITY_STRATEGY'] = strategy
     return subprocess.run(
         [sys.executable, '-m', module, *arguments], cwd=ROOT, env=environment,
-        capture_output=True, text=True, timeout=60)
+        capture_output=True, text=True, timeout=200)
 
 
 KEYS = ('no keystore', 'no enclave', 'invalid keys')

@@ -24,8 +24,6 @@ from mace_ros.ros.shutdown import SHORTEST_S, Shutdown
 LAUNCH_S = 5.0      # from Ctrl-C to launch's SIGTERM
 START_S = 60.0
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +38,7 @@ def test_a_signal_ends_the_process_in_every_state(
     node = NodeProcess(tmp_path, **{
         'lifecycle.autostart': 'false', 'model.source': model_folder, 'model.threads': 1,
         'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192})
+    started = time.monotonic()
     node.start()
     try:
         with MaceClient() as client:
@@ -47,14 +46,17 @@ def test_a_signal_ends_the_process_in_every_state(
                 changed = call(client, ChangeState, '/mace/change_state', timeout_s=START_S,
                                transition=Transition(label=label))
                 assert changed.success == bool(label), node.log
+            # A machine that needs longer than launch's time for a start may need it for the end.
+            start_s = time.monotonic() - started
             if 'activate' in transitions:
                 answer = client.ask('Sing.', max_tokens=4000, ttft_slo_ms=6e5, tpot_slo_ms=6e5)
                 next(answer.stream(START_S))
             node.send(signal.SIGINT)
-            assert node.wait(LAUNCH_S) == 0
+            assert node.wait(max(LAUNCH_S, start_s)) == 0
     finally:
         node.kill()
-    assert re.search(r'stopped after \d\.\d s', node.log), node.log
+    stopped = re.search(r'stopped after (\d+\.\d) s', node.log)
+    assert stopped and float(stopped[1]) < LAUNCH_S, node.log
 
 
 def test_an_iteration_that_hangs_is_named_and_abandoned(
@@ -67,7 +69,7 @@ def test_an_iteration_that_hangs_is_named_and_abandoned(
     started = time.monotonic()
     try:
         assert not node.stop()
-        assert time.monotonic() - started < SHUTDOWN_TIMEOUT_S + 0.5
+        assert time.monotonic() - started < SHUTDOWN_TIMEOUT_S + 5.0     # the iteration takes 30
     finally:
         end.set()
         hanging.result(30.0)

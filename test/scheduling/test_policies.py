@@ -151,7 +151,7 @@ def test_a_query_waits_for_one_segment_at_most(blocking_ms):
 
 # -- mace: decisions ----------------------------------------------------------------------
 
-@hypothesis_settings(max_examples=15, deadline=None)
+@hypothesis_settings(max_examples=15)
 @given(seed=st.integers(0, 1000), rate=st.floats(0.3, 3.0), slowdown=st.floats(1.0, 1.5))
 def test_mace_learns_beside_decodes_only_and_within_the_allowed_slowdown(
         seed, rate, slowdown):

@@ -4,7 +4,7 @@
 
 from copy import deepcopy
 
-from hypothesis import given, HealthCheck, settings as hypothesis_settings, strategies as st
+from hypothesis import given, settings as hypothesis_settings, strategies as st
 import pytest
 from support.virtual_device import (
     CheckedEngine,
@@ -67,8 +67,7 @@ changes = st.lists(st.tuples(st.floats(0.0, 5.0), st.sampled_from([
     {'slo.freshness_s': 1.0, 'finetune.min_share': 0.5}])), max_size=4)
 
 
-@hypothesis_settings(max_examples=60, deadline=None,
-                     suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(max_examples=60)
 @given(policy=st.sampled_from(sorted(POLICY_CLASSES)), queries=st.lists(queries, max_size=14),
        changes=changes, tokens=st.sampled_from([3, 64, 256]), most=st.sampled_from([1, 2, 16]),
        memory=st.sampled_from([672, 2000, 16384]), recompute=st.booleans(),

@@ -151,7 +151,7 @@ def outcome_of(policy, arrivals, *, learning='corrections', skips=True, values=N
                   Load(arrivals, learning, seed=seed), skips=skips)
 
 
-@hypothesis_settings(max_examples=60, deadline=None, phases=[
+@hypothesis_settings(max_examples=60, phases=[
     Phase.explicit, Phase.reuse, Phase.generate])     # shrinking a replay would take minutes
 @given(seed=st.integers(0, 10**6), policy=st.sampled_from(POLICIES),
        rate=st.sampled_from([0.05, 0.3, 1.0, 3.0]), learning=st.sampled_from(

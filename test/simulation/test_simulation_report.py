@@ -45,7 +45,7 @@ def opened(html: str, folder: Path) -> dict:
         [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
          '--disable-background-networking', f'--user-data-dir={folder / "profile"}',
          '--virtual-time-budget=2000', '--dump-dom', page.as_uri()],
-        check=True, capture_output=True, text=True, timeout=100).stdout
+        check=True, capture_output=True, text=True, timeout=200).stdout
     return json.loads(re.search(r'<pre id="probe">(.*?)</pre>', shown)[1])
 
 
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_bytes(report, trace_file, tmp_path):
     # In another process, with another number of workers.
     subprocess.run([sys.executable, '-m', 'mace_ros.simulation', '--trace', str(trace_file),
                     '--output', str(again), *SMALL, '--processes', '2'], check=True,
-                   capture_output=True, timeout=100)
+                   capture_output=True, timeout=200)
     names = sorted(path.name for path in report.iterdir())
     assert names == sorted(path.name for path in again.iterdir())
     for name in names:

@@ -26,10 +26,10 @@ def test_functions_run_in_order_and_share_commits(journal_path: Path) -> None:
 
         def hold(journal: Journal) -> None:
             started.set()
-            go.wait(5)
+            go.wait(60)
 
         first = writer.submit(hold)
-        assert started.wait(5)
+        assert started.wait(60)
         order: list[int] = []
         resolved: list[int] = []
         visible: set[int] = set()
@@ -52,10 +52,10 @@ def test_functions_run_in_order_and_share_commits(journal_path: Path) -> None:
             future.add_done_callback(note)
         assert not any(future.done() for future in futures)
         go.set()
-        assert first.result(5) is None
+        assert first.result(60) is None
         # No other connection saw any of them before the last one had run.
-        assert [future.result(5) for future in futures] == [(n, 0) for n in range(50)]
-        assert len(writer.submit(lambda journal: journal.pending()).result(5)) == 50
+        assert [future.result(60) for future in futures] == [(n, 0) for n in range(50)]
+        assert len(writer.submit(lambda journal: journal.pending()).result(60)) == 50
     assert order == resolved == list(range(50))
     assert visible == {50}  # by the time the first one was resolved
 
@@ -67,26 +67,26 @@ def test_an_error_undoes_only_its_own_function(journal_path: Path) -> None:
 
         def hold(journal: Journal) -> None:
             started.set()
-            go.wait(5)
+            go.wait(60)
 
         def fail(journal: Journal) -> None:
             journal.accept(correction('bad'))
             raise LookupError('mine')
 
         writer.submit(hold)
-        assert started.wait(5)
+        assert started.wait(60)
         good = writer.submit(accepting('good'))
         bad = writer.submit(fail)
         cancelled = writer.submit(accepting('cancelled'))
         assert cancelled.cancel()
         late = writer.submit(accepting('late'))
         go.set()
-        assert good.result(5) and late.result(5)
+        assert good.result(60) and late.result(60)
         with pytest.raises(LookupError, match='mine'):
-            bad.result(5)
+            bad.result(60)
         with pytest.raises(CancelledError):
-            cancelled.result(5)
-        pending = writer.submit(lambda journal: journal.pending()).result(5)
+            cancelled.result(60)
+        pending = writer.submit(lambda journal: journal.pending()).result(60)
         assert [record.id for record in pending] == ['good', 'late']
 
 
@@ -114,6 +114,6 @@ def test_functions_of_each_thread_run_in_its_order(journal_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        ids = [r.id for r in writer.submit(lambda journal: journal.pending()).result(5)]
+        ids = [r.id for r in writer.submit(lambda journal: journal.pending()).result(60)]
     for name in 'abcd':
         assert [i for i in ids if i[0] == name] == [f'{name}{n:03d}' for n in range(40)]

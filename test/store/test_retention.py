@@ -138,11 +138,11 @@ def test_files_are_deleted_after_the_commit_that_forgot_them(tmp_path: Path) -> 
     store = AdapterStore(tmp_path)
     with JournalWriter(tmp_path / JOURNAL) as writer:
         for _ in range(3):
-            writer.submit(lambda journal: publish(journal, store)).result(5)
+            writer.submit(lambda journal: publish(journal, store)).result(60)
         store.save('', 99, {'weight': torch.ones(2)}, {})     # of a journal that was lost
         tidy(writer, store, 1)
-        writer.submit(lambda journal: None).result(5)
-        writer.submit(lambda journal: None).result(5)
+        writer.submit(lambda journal: None).result(60)
+        writer.submit(lambda journal: None).result(60)
     assert on_disk(tmp_path) == ['_robot/v000003', '_robot/v000099']
 
 
@@ -177,7 +177,7 @@ def test_only_one_process_at_a_time_locks_the_storage_folder(tmp_path: Path) -> 
     holder.kill()
     holder.wait()
     holder.stdout.close()
-    StorageLock(tmp_path, wait_s=5.0).release()
+    StorageLock(tmp_path, wait_s=60.0).release()
 
 
 # mace_journal
@@ -205,7 +205,7 @@ def run(folder: Path, *arguments: str, code: int = 0, text: str = '') -> str:
     """Run the program; return what it prints, on stderr if nothing on stdout."""
     done = subprocess.run(
         [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', folder, *arguments],
-        cwd=ROOT, input=text, capture_output=True, text=True, timeout=60)
+        cwd=ROOT, input=text, capture_output=True, text=True, timeout=100)
     assert done.returncode == code, done.stderr
     return done.stdout or done.stderr
 
@@ -310,7 +310,7 @@ def test_beside_a_running_node_only_reading_is_allowed(storage: Path) -> None:
         lines = run(storage, 'export')
         for arguments in (['delete', 'corrections', 'k1'], ['import']):
             assert 'is used by process' in run(storage, *arguments, code=1, text=lines)
-        assert writer.submit(lambda journal: journal.correction('k1')).result(5) is not None
+        assert writer.submit(lambda journal: journal.correction('k1')).result(60) is not None
 
 
 def test_an_export_is_imported_by_another_robot_to_be_learned(
@@ -487,7 +487,7 @@ def test_a_line_that_is_not_utf_8_is_refused_by_its_number(storage: Path, tmp_pa
     assert 'line 2' in run(storage, 'import', str(file), code=1)
     done = subprocess.run(
         [sys.executable, '-m', 'mace_ros.cli.journal_admin', '--folder', storage, 'import'],
-        cwd=ROOT, input=file.read_bytes(), capture_output=True, timeout=60)
+        cwd=ROOT, input=file.read_bytes(), capture_output=True, timeout=100)
     assert done.returncode == 1 and b'line 2' in done.stderr
 
 

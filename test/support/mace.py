@@ -23,6 +23,7 @@ class Mace:
 
     def __init__(self, node: NodeProcess) -> None:
         self.node = node
+        self._others: list[AnswerHandle] = []
 
     def start(self) -> None:
         self.ask_early()
@@ -41,10 +42,11 @@ class Mace:
         self.early = self.client.ask(OTHERS[0], max_tokens=1, no_learn=True)
 
     def refuses_another(self) -> bool:
-        """Ask, and return whether the query was refused at once."""
-        another = self.client.ask(OTHERS[1], max_tokens=1, no_learn=True)
-        return (wait_until(another.is_complete, 1.0)
-                and another.result().error_code == Response.OVERLOADED)
+        """Ask, and return whether this query or an earlier one was refused."""
+        self._others.append(self.client.ask(OTHERS[1], max_tokens=1, no_learn=True))
+        return wait_until(lambda: any(
+            o.is_complete() and o.result().error_code == Response.OVERLOADED
+            for o in self._others), 1.0)
 
     def kill(self) -> None:
         self.node.kill()

@@ -22,7 +22,7 @@ from support.graph import ENVIRONMENT, wait_until
 from support.robot import RANDOM_MODEL
 from support.ros_graph import NodeProcess, ROOT
 
-START_S = 60.0
+START_S = 100.0
 LEARNED_S = 200.0
 
 
@@ -58,7 +58,7 @@ class ServerProcess:
         """End the server; return its exit code."""
         self.process.terminate()
         try:
-            return self.process.wait(20.0)
+            return self.process.wait(60.0)
         finally:
             self.process.kill()
 

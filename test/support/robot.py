@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import time
+from typing import Any
 
 from mace_ros.api.events import (
     Correction,
@@ -29,6 +30,9 @@ RANDOM_MODEL = {
     'adapter.target_modules': 'all-linear', 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
     'finetune.replay_weight': 1.0, 'drift.min_budget': 1.0}
 
+# Fields of a query with which the answer of a tiny model does not end by itself.
+NO_END: dict[str, Any] = {'logit_bias_tokens': (0, 2), 'logit_bias_values': (-100.0, -100.0)}
+
 # A system prompt of several KV blocks.
 SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' * 12
 
@@ -43,7 +47,7 @@ class Robot:
     engine: Engine
     events: list[Event] = field(default_factory=list)
 
-    def until(self, condition: Callable[[Event], bool], seconds: float = 60.0) -> Event:
+    def until(self, condition: Callable[[Event], bool], seconds: float = 200.0) -> Event:
         """Step until an event meets the condition."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -73,7 +77,7 @@ class Robot:
         self.engine.submit(query)
         return self.response(query.id)
 
-    def correct(self, correction: Correction, seconds: float = 60.0) -> CorrectionStatus:
+    def correct(self, correction: Correction, seconds: float = 200.0) -> CorrectionStatus:
         """Submit a correction and wait for its final status."""
         self.engine.correct(correction)
         event = self.until(lambda e: isinstance(e, CorrectionStatus)
@@ -99,7 +103,7 @@ def running(robot: Robot) -> JobStatus:
     return job
 
 
-def until_state(robot: Robot, state: JobState, seconds: float = 60.0) -> JobStatus:
+def until_state(robot: Robot, state: JobState, seconds: float = 200.0) -> JobStatus:
     """Step until a job is in a state, and return its status."""
     deadline = time.monotonic() + seconds
     while (job := robot.engine.learner.status().job) is None or job.state is not state:

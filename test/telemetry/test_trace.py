@@ -39,7 +39,7 @@ def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     made.close()
 
 
-def run(engine: Engine, until: Any, seconds: float = 60.0) -> list[Any]:
+def run(engine: Engine, until: Any, seconds: float = 200.0) -> list[Any]:
     """Step until something is true of the events so far; return them."""
     events: list[Any] = []
     end = time.monotonic() + seconds
@@ -56,7 +56,7 @@ def run(engine: Engine, until: Any, seconds: float = 60.0) -> list[Any]:
 @pytest.fixture(scope='module')
 def records(engine: Engine) -> list[Record]:
     """Return a trace of two answers, one broken off, and of a correction that is learned."""
-    trace = engine.trace(trace_room.MAX_ITERATIONS, 60.0)
+    trace = engine.trace(trace_room.MAX_ITERATIONS, 600.0)
     engine.submit(Query('One?', id='one', max_tokens=4, priority=1))
     engine.submit(Query('Two?', id='two', max_tokens=4000))
     run(engine, lambda events: any(isinstance(e, Response) for e in events))
@@ -141,7 +141,7 @@ def test_corrections_and_versions_are_marked(records: list[Record]) -> None:
 
 def test_a_trace_ends_after_its_iterations(engine: Engine) -> None:
     engine.submit(Query('Long?', id='long', max_tokens=4000))
-    trace = engine.trace(5, 60.0)
+    trace = engine.trace(5, 600.0)
     run(engine, lambda _: trace.done())
     assert sum(r['name'] == 'pass' for r in trace.result()) == 5
     engine.step()       # ends no trace a second time, which would raise
@@ -155,7 +155,7 @@ def test_a_trace_of_an_idle_engine_ends_in_time(engine: Engine) -> None:
     trace = engine.trace(5, 0.05)
     wakes = [engine.step().wake_at]
     assert wakes[0] is not None      # so that an iteration checks the time
-    run(engine, lambda _: trace.done(), seconds=60.0)
+    run(engine, lambda _: trace.done())
     assert trace.result()
 
 
@@ -164,7 +164,7 @@ def test_a_trace_ends_at_its_maximum_size(
 ) -> None:
     monkeypatch.setattr(trace_room, 'MAX_RECORDS', 50)
     engine.submit(Query('Long?', id='long', max_tokens=4000))
-    trace = engine.trace(1000, 60.0)
+    trace = engine.trace(1000, 600.0)
     run(engine, lambda _: trace.done())
     assert len(trace.result()) < 80
     engine.cancel('long')
