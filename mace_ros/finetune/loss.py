@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mace_ros.finetune.sample import PackedSamples, Preference, Sample, SampleScore, SoftTargets
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.workspace import Workspace
 
 # Candidates that soft targets keep for each weighted token.
 SOFT_TARGET_TOKENS = 32
@@ -56,6 +57,7 @@ class HeadLoss:
             imitated[pair.better], imitated[pair.worse] = imitation, 0.0
         self._columns = self._gather(packed, imitated, total_weight)
         self._chunks = self._split(head_tokens)
+        self._workspace = Workspace(model.device)
         # Of the last layer's output, [tokens and padding, width]; the backward takes it.
         self._gradient: Tensor | None = None
         self.restart()
@@ -67,6 +69,11 @@ class HeadLoss:
         self._candidates: list[tuple[Tensor, Tensor]] = []
         self._preference_shares: list[Tensor] = []      # of each chunk's rows
         self._learned = 0                               # chunks whose gradient is computed
+        self.release()
+
+    def release(self) -> None:
+        """Free the memory that chunks take while they run."""
+        self._workspace.clear()
 
     @property
     def sizes(self) -> list[int]:
@@ -84,7 +91,8 @@ class HeadLoss:
         return len(self._scores) == len(self._chunks)
 
     def take_gradient(self) -> Tensor:
-        """Return the gradient of the last hidden states, and keep no reference to it."""
+        """Return the gradient of the last hidden states, and keep nothing but the scores."""
+        self.release()
         gradient, self._gradient = self._gradient, None
         assert gradient is not None
         return gradient
@@ -141,16 +149,20 @@ class HeadLoss:
         """Score the next chunk, learn from it, or both; ``last_hidden`` is ``[tokens, width]``."""
         scored = self.scored
         index = self._learned if scored else len(self._scores)
-        rows, tokens, shares, targets, probabilities = self._chunks[index]
+        chunk = self._chunks[index]
+        rows, tokens, shares = chunk.rows, chunk.tokens, chunk.shares
         learns = self._learns and (scored or not self.runs_twice)
         hidden = last_hidden[rows].requires_grad_()
         with torch.set_grad_enabled(learns):
             logits = self._model.shell.logits(hidden)
-        # Cross-entropy by hand, since autograd would make more passes over the vocabulary.
+        # By hand, since autograd would make more passes over the vocabulary, each in fresh memory.
         with torch.no_grad():
-            log_p = torch.log_softmax(logits, 1, dtype=torch.float32)
+            values, probabilities = (self._workspace.tensor(name, logits.shape, torch.float32)
+                                     for name in ('values', 'probabilities'))
+            values.copy_(logits)
+            torch.softmax(values, 1, out=probabilities)
             if not scored:
-                self._score(log_p, tokens)
+                self._score(values, probabilities, tokens)
             if not learns:
                 return
             if self.runs_twice:
@@ -158,22 +170,31 @@ class HeadLoss:
                     self._preference_shares = self._compute_preference_shares()
                 shares = shares + self._preference_shares[index]
             share = shares[:, None]
-            gradient = log_p.exp_().mul_(share).scatter_add_(1, targets, -share * probabilities)
-        logits.backward(gradient.to(logits.dtype))
+            probabilities.mul_(share).scatter_add_(1, chunk.targets, -share * chunk.probabilities)
+            gradient = self._workspace.tensor('gradient', logits.shape, logits.dtype)
+            gradient.copy_(probabilities)
+        logits.backward(gradient)
         assert hidden.grad is not None
         if self._gradient is None:
             self._gradient = torch.zeros_like(last_hidden)
         self._gradient[rows] = hidden.grad
         self._learned += 1
 
-    def _score(self, log_p: Tensor, tokens: Tensor) -> None:
-        """Store the scores of a chunk, and soft targets if the step does not learn."""
-        target = log_p.gather(1, tokens[:, None])
-        best_other = log_p.scatter(1, tokens[:, None], float('-inf')).amax(1, keepdim=True)
-        self._scores.append(torch.cat([target, target - best_other], 1))
+    def _score(self, values: Tensor, probabilities: Tensor, tokens: Tensor) -> None:
+        """
+        Store the scores of a chunk, and soft targets if the step does not learn.
+
+        ``values`` are the logits, ``[tokens, vocabulary]``.
+        """
         if not self._learns:
-            top = log_p.topk(min(SOFT_TARGET_TOKENS, log_p.shape[1]), 1)
+            top = values.topk(min(SOFT_TARGET_TOKENS, values.shape[1]), 1)
             self._candidates.append((top.indices, torch.softmax(top.values, 1)))
+        tokens = tokens[:, None]
+        target = values.gather(1, tokens)
+        values.scatter_(1, tokens, float('-inf'))
+        best_other = values.amax(1, keepdim=True)
+        normaliser = torch.maximum(target, best_other) - probabilities.amax(1, keepdim=True).log()
+        self._scores.append(torch.cat([target - normaliser, target - best_other], 1))
 
     def _compute_preference_shares(self) -> list[Tensor]:
         """Return what the preferences add to the shares of each chunk's rows."""

@@ -323,6 +323,7 @@ class FinetuneStep:
     def _release(self) -> None:
         """Free all tensors but the scores, for which the step may still be referenced."""
         self._hidden, self._calls, self._gradient = [], [], None
+        self._loss.release()
         self.metadata = AttentionMetadata()
         self._chunked = None
 

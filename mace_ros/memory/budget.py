@@ -100,7 +100,7 @@ class Footprint:
 
     def _step_bytes(self, tokens: int, layer: float, keep_graphs: bool, learns: bool) -> float:
         inputs = (self.layers + 1) * tokens * self.hidden_token
-        # Of the head: logits, their probabilities, the gradients of both, and one more.
+        # Of the head: logits, also in fp32, their probabilities, their gradient, and one more.
         head = 5 * (self.head_rows if keep_graphs else MIN_HEAD_ROWS) * self.logits_row
         if not learns:
             return inputs + head + layer

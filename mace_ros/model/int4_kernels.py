@@ -9,9 +9,7 @@ weight; a product that does not compute the right values is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-import math
 import platform
 from typing import Protocol
 
@@ -19,29 +17,11 @@ import torch
 from torch import Tensor
 
 from mace_ros.model.int4_rows import unpacks_rows
+from mace_ros.model.workspace import Workspace
 
 PROBE = (128, 128)          # outputs and inputs of the weight that finds a layout
 PROBE_GROUP = 32
 PROBE_ERROR = 2e-2          # relative, of a product that sums up in bfloat16 at worst
-
-
-class Workspace:
-    """
-    Memory of a CPU in which one weight after the other is dequantised.
-
-    Fresh memory would cost more time than the arithmetic.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor of any content, valid until the same ``name`` is asked for again."""
-        count = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or len(buffer) < count:
-            buffer = self._buffers[name, dtype] = torch.empty(count, dtype=dtype)
-        return buffer[:count].view(*shape)
 
 
 class Layout(Protocol):

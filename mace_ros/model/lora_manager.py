@@ -46,6 +46,8 @@ class LoRAManager:
         for layer in linears:
             layer.adapt(names, rank, alpha / rank, self.slots)
         self._shards = [s for layer in linears for s in layer.adapted]
+        # Slots are overwritten in place; making a view takes as long as copying to it.
+        self._slot_views: dict[int, list[tuple[LoRAShard, Tensor, Tensor]]] = {}
         self._protected_directions = protected_directions
         # Per layer, the protected basis, and the components along it that each A keeps.
         self._protected: dict[MergedLinear, tuple[Tensor, list[Tensor]]] = {}
@@ -139,12 +141,14 @@ class LoRAManager:
                        for t, w in zip(self.checked(tensors), weights, strict=True)]
         scaled = torch._foreach_mul(weights[1::2], self.alpha / self.rank)
         by_shard = dict(zip(self._shards, zip(weights[::2], scaled, strict=True), strict=True))
+        if slot not in self._slot_views:
+            self._slot_views[slot] = [
+                view for layer in self.linears for view in layer.slot_views(slot)]
         targets, sources = [], []
-        for layer in self.linears:
-            for shard, *views in layer.slot_views(slot):
-                a, b = by_shard[shard]
-                targets += views
-                sources += [a, b.t()]
+        for shard, *views in self._slot_views[slot]:
+            a, b = by_shard[shard]
+            targets += views
+            sources += [a, b.t()]
         torch._foreach_copy_(targets, sources)
 
     # -- null-space projection -------------------------------------------------------

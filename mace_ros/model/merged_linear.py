@@ -290,7 +290,7 @@ class _TrainingProduct(torch.autograd.Function):
         low = linear(x, a)
         y.view(-1, layer.out_features).addmm_(low.view(-1, layer.width), b)
         ctx.save_for_backward(x, low)
-        ctx.layer = layer
+        ctx.layer, ctx.slot = layer, (a, b)     # the optimizer overwrites it after the backward
         return y
 
     @staticmethod
@@ -299,16 +299,15 @@ class _TrainingProduct(torch.autograd.Function):
         layer: MergedLinear = ctx.layer
         x, low = (t.view(-1, t.shape[-1]) for t in ctx.saved_tensors)
         gradient = gradients[0].reshape(-1, layer.out_features)
-        a, b = layer.slot(TRAINING_SLOT)
+        a, b = ctx.slot
         grad_low = gradient @ b.t()
-        grad_a = grad_low.t() @ x
-        grad_b = low.t() @ gradient
+        grad_a = (grad_low.t() @ x).float()
+        grad_b = (low.t() @ gradient).float().mul_(layer.scaling)
         grad_x = layer.input_gradient(gradient).addmm_(grad_low, a)
         parts: list[Tensor] = []
         for shard, rows in layer.shard_rows():
             columns = slice(shard.start, shard.start + shard.size)
-            parts.append(grad_a[rows].float())
-            parts.append(grad_b[rows, columns].t().float() * layer.scaling)
+            parts += [grad_a[rows], grad_b[rows, columns].t()]
         return grad_x.view(ctx.saved_tensors[0].shape), None, *parts
 
 

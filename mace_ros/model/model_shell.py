@@ -61,11 +61,11 @@ class ModelShell:
         last.inject = hidden[None]
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
         try:
-            result: Tensor = self._model(
-                input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False).logits[0]
+            logits: Tensor = self._model(
+                input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False).logits
         finally:
             self._clear()
-        return result
+        return logits.squeeze(0)    # whose gradient is a view, unlike that of an index
 
     def _clear(self) -> None:
         for recorder in self._recorders:

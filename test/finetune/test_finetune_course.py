@@ -19,6 +19,7 @@ from support.families import (
     publish,
     random_adapter,
     tiny_model,
+    VOCABULARY,
     WINDOW,
     with_reference,
 )
@@ -256,15 +257,37 @@ def test_a_finished_step_holds_only_its_scores(way: str) -> None:
     assert all(s.scored for s in steps)
 
 
-def peak_bytes(compute: Callable[[], object]) -> int:
-    """Return the peak memory of PyTorch's allocator above its level before the call, in bytes."""
+def memory_changes(compute: Callable[[], object]) -> list[int]:
+    """Return what PyTorch's allocator takes (and, negative, frees) in the call, in bytes."""
     with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         compute()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events()
                      if e.name() == '[memory]')
-    return max(accumulate(change for _, change in changes))
+    return [change for _, change in changes]
+
+
+def peak_bytes(compute: Callable[[], object]) -> int:
+    """Return the peak memory of PyTorch's allocator above its level before the call, in bytes."""
+    return max(accumulate(memory_changes(compute)))
+
+
+def test_a_head_segment_takes_fresh_memory_for_nothing_but_its_logits() -> None:
+    model, lora, _ = with_reference(tiny_model('llama'))
+    rows = 16
+    step = FinetuneStep(model, Trainer(lora, 1e-3), samples(), head_tokens=rows)
+    while next(iter(step.segments())).kind is not SegmentKind.HEAD:
+        step.run_segment()
+    step.run_segment()
+    hidden = torch.zeros(rows, model.model.config.hidden_size, requires_grad=True)
+
+    def large(compute: Callable[[], object]) -> int:
+        return sum(change >= rows * VOCABULARY * 4 for change in memory_changes(compute))
+
+    of_logits = large(lambda: model.shell.logits(hidden))
+    assert of_logits >= 1
+    assert large(step.run_segment) == of_logits
 
 
 def test_recomputing_layers_takes_at_most_a_quarter_of_the_memory_of_peft() -> None:

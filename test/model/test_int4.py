@@ -29,12 +29,12 @@ from mace_ros.model.int4_kernels import (
     Layout,
     plain_kernel,
     TensorCoreLayout,
-    Workspace,
 )
 from mace_ros.model.int4_limit import most_tokens, with_measured_limit
 from mace_ros.model.loading import load_model, LoadedModel, weights_digest
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packing import pack
+from mace_ros.model.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
