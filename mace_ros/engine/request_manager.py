@@ -47,7 +47,6 @@ from mace_ros.scheduling.plan import Rejection, State
 from mace_ros.scheduling.request import RequestState
 from mace_ros.store.adapter_store import CorruptVersion
 
-
 SHORT_TURN_TOKENS = 64      # a pass computes them in little more than the time of one token
 
 

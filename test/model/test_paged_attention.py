@@ -183,7 +183,8 @@ def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     assert {name.split()[0]: len(sizes) for name, sizes in shared.items()} == {
         'llama': 2, 'fp32': 2, 'gemma2': 1, 'gpt-oss': 2, 'phi': 2,
         'adapters': 2, 'fp32-adapters': 2, 'wide-adapters': 2, 'rotary': 1, 'partial-rotary': 1,
-        'norm': 1, 'head-norm': 1}
+        'late-rotary': 1, 'norm': 1, 'head-norm': 1, 'chunk': 1, 'fp32-chunk': 1, 'experts': 1,
+        'transposed-experts': 1}
 
 
 # -- without Triton ----------------------------------------------------------------------

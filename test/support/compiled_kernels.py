@@ -21,7 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.model import layer_kernels, mixed_lora_kernels, paged_kernels
+from mace_ros.model import (
+    block_kernels,
+    expert_kernels,
+    layer_kernels,
+    mixed_lora_kernels,
+    paged_kernels,
+)
 from mace_ros.model.mixed_lora import ROW_TILE, splits
 from mace_ros.model.paged_attention import MAX_SPLITS, SPLIT_TOKENS
 
@@ -42,14 +48,24 @@ ADAPTERS = {
     'adapters': (torch.bfloat16, 4096, 6144, 24, 4),
     'fp32-adapters': (torch.float32, 64, 96, 4, 40),
     'wide-adapters': (torch.bfloat16, 14336, 4096, 192, 512)}
-# Precision, heads, KV heads, head size, rotated values of a head.
+# Precision, heads, KV heads, head size, rotated values of a head, the first of them, whether the
+# values of a pair are neighbours, and whether they share a cosine.
 ROTARY = {
-    'rotary': (torch.bfloat16, 32, 8, 128, 128),
-    'partial-rotary': (torch.float16, 32, 32, 80, 32)}
-# Precision, shape, whether the weight is relative to 1.
+    'rotary': (torch.bfloat16, 32, 8, 128, 128, 0, False, False),
+    'partial-rotary': (torch.float16, 32, 32, 80, 32, 0, False, False),
+    'late-rotary': (torch.bfloat16, 16, 16, 192, 64, 128, True, True)}
+# Precision, shape, whether the weight is relative to 1, and whether the mean is subtracted.
 NORMS = {
-    'norm': (torch.bfloat16, (1, 4, 3072), False),
-    'head-norm': (torch.float16, (1, 4, 8, 256), True)}
+    'norm': (torch.bfloat16, (1, 4, 3072), False, False),
+    'head-norm': (torch.float16, (1, 4, 8, 256), True, True)}
+# Precision, heads, KV heads, head size, softcap and sinks, tokens of a chunk.
+BLOCKS = {
+    'chunk': (torch.bfloat16, 64, 8, 64, None, True, 128),
+    'fp32-chunk': (torch.float32, 8, 4, 256, 50.0, False, 5)}
+# Precision, inputs, outputs, whether the weights are transposed and have biases.
+EXPERTS = {
+    'experts': (torch.bfloat16, 2048, 1536, False, False),
+    'transposed-experts': (torch.float16, 2880, 5760, True, True)}
 
 
 class Driver:
@@ -108,26 +124,51 @@ def adapt(dtype: torch.dtype, inputs: int, outputs: int, width: int, tokens: int
         empty(tokens, dtype=torch.long), row_tile=ROW_TILE)
 
 
-def rotate(dtype: torch.dtype, heads: int, kv_heads: int, size: int, rotated: int) -> None:
+def rotate(dtype: torch.dtype, heads: int, kv_heads: int, size: int, rotated: int, first: int,
+           interleaved: bool, shared: bool) -> None:
     """Launch the kernel of rotary embeddings."""
-    tokens, values = 4, partial(empty, dtype=dtype)
+    tokens, values, angles = 4, partial(empty, dtype=dtype), rotated // (2 if shared else 1)
     layer_kernels.launch_rotation(
         values(1, heads, tokens, size), values(1, kv_heads, tokens, size),
-        values(1, kv_heads, tokens, size), values(1, tokens, rotated), values(1, tokens, rotated),
-        values(640, kv_heads, size), values(640, kv_heads, size), empty(tokens, dtype=torch.long))
+        values(1, kv_heads, tokens, size), values(1, tokens, angles), values(1, tokens, angles),
+        values(640, kv_heads, size), values(640, kv_heads, size), empty(tokens, dtype=torch.long),
+        first=first, interleaved=interleaved, shared=shared)
 
 
-def normalize(dtype: torch.dtype, shape: tuple[int, ...], relative: bool) -> None:
-    """Launch the kernel of RMSNorm."""
+def normalize(dtype: torch.dtype, shape: tuple[int, ...], relative: bool, centered: bool) -> None:
+    """Launch the kernel of norms."""
     values = partial(empty, dtype=dtype)
-    layer_kernels.launch_norm(values(*shape), values(*shape), values(shape[-1]), 1e-6, relative)
+    layer_kernels.launch_norm(values(*shape), values(*shape), values(shape[-1]), 1e-6,
+                              relative=relative, centered=centered)
+
+
+def attend_chunk(dtype: torch.dtype, heads: int, kv_heads: int, size: int, softcap: float | None,
+                 sinks: bool, tokens: int) -> None:
+    """Launch the kernel of chunks."""
+    values, integers = partial(empty, dtype=dtype), partial(empty, dtype=torch.long)
+    block_kernels.launch(
+        values(tokens, heads, size), values(heads, tokens, size), values(640, kv_heads, size),
+        values(640, kv_heads, size), integers(300), integers(tokens), integers(tokens),
+        integers(300), integers(300), values(heads) if sinks else None, scale=size ** -0.5,
+        window=2 ** 30, softcap=softcap)
+
+
+def mix(dtype: torch.dtype, inputs: int, outputs: int, transposed: bool, biased: bool) -> None:
+    """Launch the kernel of experts."""
+    values, experts = partial(empty, dtype=dtype), 8
+    expert_kernels.launch(
+        values(16, outputs), values(4, inputs),
+        values(experts, *((inputs, outputs) if transposed else (outputs, inputs))),
+        values(experts, outputs) if biased else None, empty(16, dtype=torch.long),
+        transposed=transposed)
 
 
 def main() -> None:
     """Compile all kernels, for each GPU in turn."""
     found = {}
     launches = [(name, partial(launch, *arguments)) for launch, each in (
-        (attend, ATTENTION), (adapt, ADAPTERS), (rotate, ROTARY), (normalize, NORMS))
+        (attend, ATTENTION), (adapt, ADAPTERS), (rotate, ROTARY), (normalize, NORMS),
+        (attend_chunk, BLOCKS), (mix, EXPERTS))
         for name, arguments in each.items()]
     for (name, launch), capability in zip(launches, cycle(CAPABILITIES), strict=False):
         driver = Driver(capability)
