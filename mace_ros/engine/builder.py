@@ -229,7 +229,7 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     packed = pack(loaded.model, kv_tokens=settings.memory.kv_cache_tokens, kv_bytes=kv_bytes,
                   int8=dtype == 'int8', int4=loaded.int4)
     if reason := use_paged_attention(packed):
-        progress(f'decoding copies keys and values, because paged attention fails: {reason}')
+        progress(f'no paged attention, so decoding copies keys and values: {reason}')
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
     return _LoadedDevice(loaded, packed, kind, free)
