@@ -23,7 +23,13 @@ import pytest
 from rclpy.context import Context
 from support.graph import ENVIRONMENT, wait_until
 from support.robot import RANDOM_MODEL
-from support.ros_graph import call, NodeProcess, resolved, set_parameters
+from support.ros_graph import (
+    call,
+    NodeProcess,
+    resolved,
+    set_parameters,
+    wait_until_it_replies,
+)
 
 from mace_ros.engine import builder
 from mace_ros.engine.engine import Engine
@@ -73,6 +79,7 @@ class Managed:
         self.node = node
         self.node.start()
         self.client = MaceClient()
+        wait_until_it_replies(self.client, GetState, '/mace/get_state', START_S)
 
     def close(self) -> None:
         self.node.kill()

@@ -145,6 +145,27 @@ def call(client: MaceClient, kind: type, name: str, /, *, timeout_s: float = DIS
         client.node.destroy_client(service)
 
 
+def wait_until_it_replies(client: MaceClient, kind: type, name: str, timeout_s: float) -> None:
+    """
+    Return once a service that changes nothing replies to an empty request.
+
+    A node that has just started may not know the client yet when it replies, so that the reply is
+    lost: the request is sent again.
+    """
+    service = client.node.create_client(kind, name)
+    try:
+        assert service.wait_for_service(timeout_s), name
+        replies: list[Any] = []
+
+        def ask() -> bool:
+            service.call_async(kind.Request()).add_done_callback(replies.append)
+            return wait_until(lambda: replies, 5.0)
+
+        assert wait_until(ask, timeout_s), name
+    finally:
+        client.node.destroy_client(service)
+
+
 def set_parameters(client: MaceClient, values: dict[str, object], *,
                    node: str = '/mace') -> list[tuple[bool, str]]:
     """Set parameters through the node's service; return (successful, reason) of each."""
