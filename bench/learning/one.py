@@ -12,7 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 from bench.common.results import Check, check, Reported, Table
 from bench.common.text import contains_phrase
-from bench.learning.aims import Aims, AIMS
+from bench.learning.aims import AIMS, Aims
 
 if TYPE_CHECKING:
     from bench.systems.interactive import InteractiveEngine
