@@ -21,6 +21,7 @@ from bench.learning.drift_trace import require_corpus
 PARTS = ('one', 'forty', 'drift')
 QUICK_SYSTEMS = ('mace', 'periodic')
 FACTS, QUICK_FACTS = 40, 8
+RESULTS = {'similar': 'learning', 'everywhere': 'everywhere'}     # files, by adapter.scope
 
 
 def options() -> Options:
@@ -62,9 +63,11 @@ def measure(run: Run) -> Samples:
     from bench.learning import drift
 
     args = run.args
-    samples = run.earlier('learning') if set(args.only) != set(PARTS) else {}
-    lessons = json.loads(LESSONS.read_text())
     settings = settings_from(args.set)
+    scope = settings.adapter.scope
+    samples = run.earlier(RESULTS[scope]) if set(args.only) != set(PARTS) else {}
+    samples['scope'] = scope
+    lessons = json.loads(LESSONS.read_text())
     facts = QUICK_FACTS if args.quick else FACTS
     if 'one' in args.only:
         samples |= one.measure(settings, lessons, run.folder, robots=args.robots,
@@ -84,7 +87,7 @@ def measure(run: Run) -> Samples:
 
 def evaluate(samples: Mapping[str, Any]) -> Result:
     """Return the results of all parts that have samples."""
-    result = Result('learning', dict(samples))
+    result = Result(RESULTS[samples['scope']], dict(samples))
     if 'corrections' in samples:
         result.checks += one.checks(samples)
         result.reported += one.reported(samples)

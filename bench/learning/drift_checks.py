@@ -53,10 +53,15 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
     """Return the checks."""
     numbers = by_system(samples)
     return [
+        check('alignment of mace over the most that a policy could reach',
+              numbers['mace']['alignment'] / _bound(samples) if 'mace' in numbers else None,
+              '>= 0.95'),
         check('alignment of mace over that of continuous',
               _ratio(numbers, 'alignment', 'mace', 'continuous'), '>= 1'),
+        check('alignment of mace over that of continuous, overloaded',
+              _ratio(numbers, 'alignment', 'mace, overloaded', 'continuous, overloaded'), '>= 1'),
         check('fine-tune device time of mace over that of continuous',
-              _ratio(numbers, 'learning_s', 'mace', 'continuous'), '<= 0.6'),
+              _ratio(numbers, 'learning_s', 'mace', 'continuous'), '<= 0.35'),
         check('alignment of mace over that of periodic',
               _ratio(numbers, 'alignment', 'mace', 'periodic'), '>= 1.2'),
         check('area of the alignment of mace over that of continuous',

@@ -25,6 +25,7 @@ SYSTEMS: Mapping[str, System] = {
     'periodic': System({'scheduler.policy': 'periodic'}),
     'mace, no drift': System({'drift.min_budget': 1.0}),
     'mace, overloaded': System(overloaded=True),
+    'continuous, overloaded': System({'scheduler.policy': 'continuous'}, overloaded=True),
     'mace, overloaded, no priority': System({'finetune.order': 'arrival'}, overloaded=True),
     'mace, no priority': System({'finetune.order': 'arrival'}),
 }

@@ -10,6 +10,8 @@ from typing import Any
 
 from bench.common.results import Check, check
 from bench.common.text import contains_phrase
+from bench.learning.aims import AIMS
+from bench.learning.one import same_words
 
 
 def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, *, count: int,
@@ -46,13 +48,15 @@ def checks(samples: Mapping[str, Any]) -> list[Check]:
     """Return the checks."""
     taught: Sequence[Mapping[str, Any]] = samples['forty']
     facts: Sequence[Mapping[str, Any]] = samples['forty_facts']
+    aims = AIMS[samples['scope']]
     base, live = (row['value'] for row in samples['perplexity'])
     exact = sum(r['in_the_end'].strip() == r['answer'] for r in taught) / len(taught)
     return [
-        check(f'of {len(taught)} corrections in a row, right in the end', exact, '>= 0.85',
+        check(f'of {len(taught)} corrections in a row, right in the end', exact, aims.in_a_row,
               'word for word'),
         check('facts still right after them',
-              sum(contains_phrase(f['after'], f['key']) for f in facts) / len(facts), '>= 0.9',
-              f'{len(facts)} facts, in no replay and no gate'),
+              sum(contains_phrase(f['after'], f['key']) for f in facts) / len(facts),
+              aims.facts_after, f'{len(facts)} facts, in no replay and no gate'),
+        *same_words('facts answered in the same words after them', facts, aims),
         check('perplexity on chat text after them, over that of the base model', live / base,
               '<= 1.10', f'{base:.3g} before, {live:.3g} after')]
