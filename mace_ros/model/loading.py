@@ -133,15 +133,19 @@ def _four_bits(name: str, dtype: torch.dtype, kernel: Int4Kernel, keep: bool,
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return a digest of some values of every weight, to tell models of the same shape apart."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:DIGEST_VALUES].double()
-        digest.update(f'{name} {tensor.dtype} {values.tolist()}'.encode())
+    """
+    Return a digest of some values of every weight, to tell models of the same shape apart.
+
+    Of a packed model, it is a digest of the weights as they are served, without adapters.
+    """
+    digest, tensors = hashlib.sha256(), dict(model.state_dict())
     for module in model.modules():
-        if isinstance(module, MergedLinear) and isinstance(module.stored, Int4Weight):
-            scales = module.stored.scales_and_zeros.flatten()[:DIGEST_VALUES].double()
-            digest.update(f'{module.name} int4 {scales.tolist()}'.encode())
+        if isinstance(module, MergedLinear):
+            tensors |= {f'{module.name} {i}': t for i, t in enumerate(module.tensors)}
+    for name, tensor in tensors.items():
+        # From all parts: the first rows of an embedding may belong to tokens that are never used.
+        values = tensor.flatten()[::tensor.numel() // DIGEST_VALUES + 1].double()
+        digest.update(f'{name} {tensor.dtype} {values.tolist()}'.encode())
     return digest.hexdigest()
 
 
