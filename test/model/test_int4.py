@@ -396,6 +396,18 @@ def test_the_budget_counts_what_dequantising_takes() -> None:
     assert sizes[1] < sizes[0] / 2
 
 
+@pytest.mark.parametrize('targets', ['all-linear', 'output-linear'])
+def test_adapters_need_no_dense_weights(
+        targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dequantising all layers takes seconds of a start, and memory beside those in 4 bits."""
+    packed = pack(tiny_model('llama'), kv_tokens=64, int4=int4_checkpoint.checkpoint_of(
+        tiny_model('llama'), plain_kernel(CPU, torch.float32), torch.float32).linears)
+    monkeypatch.setattr(Int4Weight, 'dense', None)
+    lora = LoRAManager(
+        packed.linears, targets=targets, rank=4, alpha=4.0, slots=1, protected_directions=2)
+    assert lora.null_space_nbytes > 0
+
+
 def test_models_with_other_weights_in_4_bits_have_other_digests(model_folder: Path) -> None:
     kernel = plain_kernel(CPU, torch.float32)
     digests = set()
