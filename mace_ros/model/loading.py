@@ -94,8 +94,11 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
         except SafetensorError as error:
             raise ModelNotFound(
                 f'model.source: the weights in {name!r} are damaged: {error}') from error
+    model = model.to(device)
+    # Packing to 4 bits leaves free memory, which would count as used when the cache is sized.
+    torch.cuda.empty_cache()
     return LoadedModel(
-        model.to(device), tokenizer, name, {} if checkpoint is None else checkpoint.linears)
+        model, tokenizer, name, {} if checkpoint is None else checkpoint.linears)
 
 
 def is_gguf(source: str) -> bool:

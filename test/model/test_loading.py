@@ -69,6 +69,22 @@ def test_weights_go_to_another_device_one_by_one(
         assert torch.equal(ours, theirs)
 
 
+def test_loading_leaves_no_free_memory_that_would_count_as_used(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    to = PreTrainedModel.to
+
+    def record(model: PreTrainedModel, device: str) -> PreTrainedModel:
+        steps.append('moved')
+        return to(model, device)
+
+    monkeypatch.setattr(PreTrainedModel, 'to', record)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: steps.append('emptied'))
+    load_model(str(folder), device='cpu', dtype='float32',
+               int4=plain_kernel(torch.device('cpu'), torch.float32))
+    assert steps[-2:] == ['moved', 'emptied']
+
+
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.pickle'])
 def test_a_pickle_is_rejected_by_name_and_never_read(folder: Path, name: str) -> None:
     (folder / 'model.safetensors').unlink()
