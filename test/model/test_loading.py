@@ -74,9 +74,9 @@ def test_loading_leaves_no_free_memory_that_would_count_as_used(
     steps: list[str] = []
     to = PreTrainedModel.to
 
-    def record(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    def record(model: PreTrainedModel, *args: Any, **others: Any) -> Any:
         steps.append('moved')
-        return to(model, device)
+        return to(model, *args, **others)
 
     monkeypatch.setattr(PreTrainedModel, 'to', record)
     monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: steps.append('emptied'))
