@@ -14,3 +14,4 @@ class Hardware:
     kind: str = 'cpu'       # or 'cuda'
     name: str = ''
     uuid: str = ''          # of a CUDA device, in NVML's format
+    integrated: bool = False    # it shares the system's memory, as on a Jetson

@@ -10,7 +10,7 @@ them (:func:`build_engine`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 import json
 import math
@@ -122,6 +122,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         model.linears, targets=adapter.target_modules, rank=adapter.rank, alpha=adapter.alpha,
         slots=adapter.slots, protected_directions=settings.finetune.spared_directions,
         invocation=chat.invocation)
+    if model.device.type == 'cuda':
+        device = replace(device, free_bytes=free_beside(model, lora, device.hardware))
     for reason in use_fused_layers(model):
         progress(f'layers take more kernels than they need: {reason}')
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
@@ -183,7 +185,7 @@ def default_learner(parts: Parts, settings: Settings, wake: Callable[[], None],
 
 @dataclass(frozen=True)
 class _LoadedDevice:
-    """A model on its device; ``free_bytes`` are free beside it."""
+    """A model on its device; ``free_bytes`` are free beside it (on CUDA an estimate so far)."""
 
     loaded: LoadedModel
     model: PackedModel
@@ -233,6 +235,18 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
     return _LoadedDevice(loaded, packed, kind, free)
+
+
+def free_beside(model: PackedModel, lora: LoRAManager, kind: Hardware) -> float:
+    """
+    Return the bytes of a GPU that are free beside the base model.
+
+    The KV cache and the adapters exist, but belong to the budget. Gaps between weights, which
+    converting the layers has left, do not: they can't be returned to the device.
+    """
+    torch.cuda.empty_cache()
+    free = free_memory(model.device, DeviceCounters(kind).read().memory_free_mb)
+    return free + model.kv_cache.nbytes + lora.nbytes
 
 
 def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, free_bytes: float,

@@ -18,6 +18,8 @@ from mace_ros.model.paged_attention import row_bytes
 
 # Workspace that products of torch 2.13 keep per thread, by mallinfo2() on a Xeon with AMX.
 KERNEL_BYTES = 4_500_000
+# Of a token and a key while a mask is built: their distance, and what is compared.
+MASK_BYTES = 8 + 3
 LENGTHS = (16, 64, 256, MAX_TOKENS, 512)     # of the sequences whose layer graphs are measured
 
 
@@ -44,7 +46,20 @@ def measure_footprint(model: PackedModel, lora: LoRAManager) -> Footprint:
         decode_row=0 if model.context.paged is None else max(
             row_bytes(config.num_attention_heads, values.shape[2], values.itemsize)
             for values in model.kv_cache.values),
+        attended_key=0 if model.device.type == 'cpu' else attended_key_bytes(model),
         head_rows=head_rows(model.device.type))
+
+
+def attended_key_bytes(model: PackedModel) -> int:
+    """Return what a token of a chunk takes on a GPU for each key of the pass, in bytes."""
+    config, size = model.model.config.get_text_config(), model.dtype.itemsize
+    heads = config.num_attention_heads
+    if model.context.changes_scores and not model.context.block_kernel:
+        return heads * max(3 * size, 2 * size + 4)      # scores, also in fp32
+    # The mask for each query head that shares a KV head, and twice as PyTorch adds it to scores:
+    # the second time padded.
+    groups = heads // min(keys.shape[1] for keys in model.kv_cache.keys)
+    return max(1 + groups * (1 + 2 * size), MASK_BYTES)
 
 
 def _graph_bytes(model: PackedModel, tokens: int) -> int:

@@ -47,6 +47,7 @@ class Footprint:
     packed: bool = False
     kernels: int = 0         # workspace of matrix products
     decode_row: int = 0      # of a decode row while a layer attends, beside copies of its keys
+    attended_key: int = 0    # of each key for each token of a chunk, while a layer attends
     head_rows: int = HEAD_ROWS
 
     def graph_bytes(self, tokens: int) -> float:
@@ -73,11 +74,16 @@ class Footprint:
             quadratic = max((more / n - less / m) / (n - m), 0.0)
         return tokens * (more / n + quadratic * (tokens - n))
 
-    def pass_bytes(self, tokens: int, rows: int) -> float:
-        """Return what a pass of ``tokens``, ``rows`` of them decoding, takes while it runs."""
+    def pass_bytes(self, tokens: int, rows: int, keys: int = 0) -> float:
+        """
+        Return what a pass of ``tokens``, ``rows`` of them decoding, takes while it runs.
+
+        Its chunks attend to ``keys``.
+        """
         # A layer without gradients needs no more than one that keeps its graph.
         return (self.graph_bytes(tokens) + 2 * tokens * self.hidden_token
-                + rows * (2 * self.logits_row + self.decode_row))
+                + rows * (2 * self.logits_row + self.decode_row)
+                + tokens * keys * self.attended_key)
 
     def step_bytes(self, lengths: Sequence[int], *, keep_graphs: bool, learns: bool = True,
                    chunk_tokens: int | None = None) -> float:
@@ -157,7 +163,8 @@ class MemoryBudget:
 
     def limit_passes(self, tokens: int, rows: int) -> None:
         """Set the size of the largest pass."""
-        self._pass = self._passes * self.footprint.pass_bytes(tokens, rows)
+        self._pass = self._passes * self.footprint.pass_bytes(
+            tokens, rows, self._max_blocks * BLOCK_TOKENS)
 
     @property
     def fixed(self) -> float:

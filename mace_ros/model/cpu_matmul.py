@@ -132,6 +132,11 @@ class PrepackedWeight(StoredWeight):
                               else PLAIN_TOKENS)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the values are read from."""
+        return (self._weight,)
+
+    @property
     def nbytes(self) -> int:
         """Memory, in bytes."""
         return 2 * self._weight.nbytes

@@ -32,7 +32,8 @@ def hardware(device: torch.device) -> Hardware:
         return Hardware()
     properties = torch.cuda.get_device_properties(device)
     uuid = getattr(properties, 'uuid', '')    # missing in some builds of torch
-    return Hardware('cuda', properties.name, f'GPU-{uuid}' if uuid else '')
+    return Hardware('cuda', properties.name, f'GPU-{uuid}' if uuid else '',
+                    integrated=bool(getattr(properties, 'is_integrated', False)))
 
 
 def free_memory(device: torch.device, counted_mb: float) -> float:
@@ -48,9 +49,15 @@ def free_memory(device: torch.device, counted_mb: float) -> float:
 
 
 def release_memory() -> None:
-    """Free the memory of a closed engine that is no longer referenced."""
+    """
+    Free the memory of a closed engine that is no longer referenced.
+
+    No other engine of this process may hold device graphs, since these use cuBLAS's workspaces.
+    """
     gc.unfreeze()
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
+        # cuBLAS keeps one for each stream that it ran on, and each engine has had its own.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     return_free_memory()

@@ -197,6 +197,11 @@ class Int4Weight(StoredWeight):
         return CUDA_TILE_VALUES if self.packed.device.type == 'cuda' else TILE_VALUES
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the values are read from."""
+        return self.packed, self.scales_and_zeros
+
+    @property
     def nbytes(self) -> int:
         """Memory, in bytes."""
         rows = 0 if self.rows is None else self.rows.nbytes

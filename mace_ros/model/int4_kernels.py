@@ -9,7 +9,8 @@ weight; a product that does not compute the right values is not used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 import platform
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from mace_ros.model.int4_rows import unpacks_rows
 from mace_ros.model.workspace import Workspace
 
-PROBE = (128, 128)          # outputs and inputs of the weight that finds a layout
+PROBE_OUTPUTS = 128         # of the small weights that find a layout
 PROBE_GROUP = 32
 PROBE_ERROR = 2e-2          # relative, of a product that sums up in bfloat16 at worst
 
@@ -30,6 +31,10 @@ class Layout(Protocol):
     @property
     def name(self) -> str:
         """A name for files."""
+
+    @property
+    def probes(self) -> tuple[int, ...]:
+        """Numbers of inputs, such that small weights with them have every form of the order."""
 
     def pack(self, q: Tensor) -> Tensor:
         """Return ``q`` (uint8, 0 to 15, ``[out, in]``) in this order, two in each byte."""
@@ -61,6 +66,11 @@ class BlockedLayout:
     def name(self) -> str:
         """A name for files."""
         return f'blocks{self.block}{"paired" * self.paired}'
+
+    @property
+    def probes(self) -> tuple[int, ...]:
+        """One number of inputs: the order has one form."""
+        return (128,)
 
     def pack(self, q: Tensor) -> Tensor:
         """Return ``q`` in this order, ``[blocks, in, block / 2]``."""
@@ -117,10 +127,15 @@ class TensorCoreLayout:
         """A name for files."""
         return 'tensorcores'
 
+    @property
+    def probes(self) -> tuple[int, ...]:
+        """Numbers of inputs in 8, 4 and 2 tiles, of which the kernel has a template each."""
+        return 128, 192, 160
+
     def pack(self, q: Tensor) -> Tensor:
         """Return ``q`` in this order; the number of inputs is a multiple of 32."""
         outputs, count = q.shape
-        tiles = next(n for n in (8, 4, 2) if count % (16 * n) == 0)
+        tiles = inner_tiles(count)
         # Output: tile, row. Input: tile, pair of inner tiles, eighth, lane, even or odd.
         parts = q.view(outputs // 8, 8, count // (16 * tiles), tiles // 2, 4, 4, 2)
         parts = parts.permute(0, 2, 1, 5, 3, 6, 4).to(torch.int32)
@@ -152,6 +167,10 @@ class TensorCoreLayout:
         return torch.addcmul(zeros, values, scales, out=values).view(rows * 8, -1)
 
 
+CPU_LAYOUTS: tuple[Layout, ...] = (
+    BlockedLayout(64), BlockedLayout(32), BlockedLayout(16, paired=True))
+
+
 @dataclass(frozen=True)
 class Int4Kernel:
     """
@@ -168,7 +187,11 @@ class Int4Kernel:
     has_product: bool
     has_rows: bool = False
     max_tokens: int = 0
-    workspace: Workspace = field(default_factory=Workspace, compare=False)
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """The memory on the device in which weights are dequantised."""
+        return Workspace(self.device)
 
     def multiply(self, rows: Tensor, packed: Tensor, group: int,
                  scales_and_zeros: Tensor) -> Tensor:
@@ -185,27 +208,29 @@ class Int4Kernel:
 
 def plain_kernel(device: torch.device, dtype: torch.dtype) -> Int4Kernel:
     """Return the kernel of devices without a product: weights are always dequantised."""
-    return Int4Kernel(device, dtype, BlockedLayout(64), has_product=False)
+    layout: Layout = CPU_LAYOUTS[0] if device.type == 'cpu' else TensorCoreLayout()
+    return Int4Kernel(device, dtype, layout, has_product=False)
 
 
 def find_kernel(device: torch.device, dtype: torch.dtype) -> Int4Kernel:
     """Return the kernel for a model of ``dtype`` on ``device``."""
-    layouts: tuple[Layout, ...] = (TensorCoreLayout(),)
-    if device.type == 'cpu':
-        layouts = (BlockedLayout(64), BlockedLayout(32), BlockedLayout(16, paired=True))
+    layouts: tuple[Layout, ...] = (
+        CPU_LAYOUTS if device.type == 'cpu' else (TensorCoreLayout(),))
     # Only ARM has vector instructions for the product in fp32.
     fast = dtype if device.type == 'cpu' and platform.machine() == 'aarch64' else torch.bfloat16
-    q = torch.randint(16, PROBE, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     try:
-        packed = packed_by_torch(q.to(device))
         for layout in layouts:
             kernel = Int4Kernel(device, fast, layout, True, unpacks_rows(device))
-            ours = layout.pack(q.to(device))
-            if torch.equal(ours.flatten(), packed.flatten()) and _is_right(kernel, ours):
+            if all(_is_right(kernel, inputs) for inputs in layout.probes):
                 return kernel
     except (AttributeError, RuntimeError):      # not in this build, or not for this device
         pass
     return plain_kernel(device, dtype)
+
+
+def inner_tiles(inputs: int) -> int:
+    """Return how many tiles of 16 inputs CUDA's kernel reads at once."""
+    return next(n for n in (8, 4, 2) if inputs % (16 * n) == 0)
 
 
 def packed_by_torch(q: Tensor) -> Tensor:
@@ -213,18 +238,24 @@ def packed_by_torch(q: Tensor) -> Tensor:
     if q.device.type == 'cpu':
         result: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 8)
     else:
-        result = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
+        result = torch.ops.aten._convert_weight_to_int4pack(
+            q[:, ::2] << 4 | q[:, 1::2], inner_tiles(q.shape[1]))
     return result
 
 
-def _is_right(kernel: Int4Kernel, packed: Tensor) -> bool:
-    """Return whether the product with the packed probe is that with the dequantised one."""
-    outputs, inputs = PROBE
-    generator = torch.Generator().manual_seed(1)
+def _is_right(kernel: Int4Kernel, inputs: int) -> bool:
+    """Return whether PyTorch packs a small weight as the kernel does, and multiplies with it."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(
+        16, (PROBE_OUTPUTS, inputs), generator=generator, dtype=torch.uint8).to(kernel.device)
+    packed = kernel.layout.pack(q)
+    if not torch.equal(packed.flatten(), packed_by_torch(q).flatten()):
+        return False
+    generator.manual_seed(1)
     scales, x = (torch.randn(shape, generator=generator).to(kernel.device, kernel.dtype)
-                 for shape in ((inputs // PROBE_GROUP, outputs, 2), (3, inputs)))
+                 for shape in ((inputs // PROBE_GROUP, PROBE_OUTPUTS, 2), (3, inputs)))
     weight = kernel.layout.dequantize(
-        packed, scales, slice(0, outputs), torch.float32, kernel.workspace)
+        packed, scales, slice(0, PROBE_OUTPUTS), torch.float32, kernel.workspace)
     expected = x.float() @ weight.t()
     error = (kernel.multiply(x, packed, PROBE_GROUP, scales).float() - expected).norm()
     return bool(error <= PROBE_ERROR * expected.norm())

@@ -24,7 +24,8 @@ from mace_ros.model.timing import DeviceTimer
 
 TOKENS = (32, 64, 128, 256, 512, 1024)
 OUTPUTS = INPUTS = 4096     # of the weight that is timed
-REPEATS = 5
+# Calls in a row: while the device runs the first, the host launches the kernels of the next.
+REPEATS, CALLS = 3, 10
 
 Seconds: TypeAlias = Callable[[Callable[[], object]], float]
 
@@ -61,11 +62,12 @@ def most_tokens(kernel: Int4Kernel, seconds: Seconds) -> int:
 
 
 def device_seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """Return the least time of a few calls on a device."""
+    """Return the time of a call on a device: the least of a few measurements."""
     def timed() -> float:
         timer = DeviceTimer(device, time.perf_counter)
-        call()
+        for _ in range(CALLS):
+            call()
         timer.stop()
-        return timer.seconds()
+        return timer.seconds() / CALLS
 
     return min(timed() for _ in range(REPEATS))

@@ -94,8 +94,11 @@ def load_model(source: str = '', *, device: str = 'auto', dtype: str = 'auto',
         except SafetensorError as error:
             raise ModelNotFound(
                 f'model.source: the weights in {name!r} are damaged: {error}') from error
+    model = model.to(device)
+    # Packing to 4 bits leaves free memory, which would count as used when the cache is sized.
+    torch.cuda.empty_cache()
     return LoadedModel(
-        model.to(device), tokenizer, name, {} if checkpoint is None else checkpoint.linears)
+        model, tokenizer, name, {} if checkpoint is None else checkpoint.linears)
 
 
 def is_gguf(source: str) -> bool:
@@ -133,15 +136,19 @@ def _four_bits(name: str, dtype: torch.dtype, kernel: Int4Kernel, keep: bool,
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return a digest of some values of every weight, to tell models of the same shape apart."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:DIGEST_VALUES].double()
-        digest.update(f'{name} {tensor.dtype} {values.tolist()}'.encode())
+    """
+    Return a digest of some values of every weight, to tell models of the same shape apart.
+
+    Of a packed model, it is a digest of the weights as they are served, without adapters.
+    """
+    digest, tensors = hashlib.sha256(), dict(model.state_dict())
     for module in model.modules():
-        if isinstance(module, MergedLinear) and isinstance(module.stored, Int4Weight):
-            scales = module.stored.scales_and_zeros.flatten()[:DIGEST_VALUES].double()
-            digest.update(f'{module.name} int4 {scales.tolist()}'.encode())
+        if isinstance(module, MergedLinear):
+            tensors |= {f'{module.name} {i}': t for i, t in enumerate(module.tensors)}
+    for name, tensor in tensors.items():
+        # From all parts: the first rows of an embedding may belong to tokens that are never used.
+        values = tensor.flatten()[::tensor.numel() // DIGEST_VALUES + 1].double()
+        digest.update(f'{name} {tensor.dtype} {values.tolist()}'.encode())
     return digest.hexdigest()
 
 

@@ -156,12 +156,12 @@ class LoRAManager:
     def direction_count(self, layer: MergedLinear) -> int:
         """Return how many input directions of ``layer`` are to be protected."""
         return min(self._protected_directions,
-                   layer.weight.shape[1] // DIRECTIONS_PER_PROTECTED)
+                   layer.in_features // DIRECTIONS_PER_PROTECTED)
 
     @property
     def null_space_nbytes(self) -> int:
         """Memory of the protected directions once all are known, in bytes."""
-        return sum(4 * layer.weight.shape[1] * self.direction_count(layer)
+        return sum(4 * layer.in_features * self.direction_count(layer)
                    for layer in self.linears if layer.adapted)
 
     def protect(self, layer: MergedLinear, basis: Tensor) -> None:
@@ -190,7 +190,7 @@ def _targeted(linears: list[MergedLinear], targets: str) -> set[str]:
     if targets == 'output-linear':
         # The last layers of attention and MLP write the residual stream, which the first layer
         # reads, and share their input with no other layer.
-        width = linears[0].weight.shape[1]
+        width = linears[0].in_features
         names = {s.name for layer in linears for s in layer.shards
                  if len(layer.shards) == 1 and s.size == width}
     elif targets != 'all-linear':

@@ -132,6 +132,12 @@ class MergedLinear(nn.Module):
         return None if self.extended_bias is None else self.extended_bias[:self.out_features]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the original layers' weights and biases, which no state dict has."""
+        weights = (self.weight,) if self.stored is None else self.stored.tensors
+        return [*weights, *(() if self.bias is None else (self.bias,))]
+
+    @property
     def slots_a(self) -> Tensor:
         """A of all slots."""
         return self.extended[0 if self.stored is not None else self.out_features:]

@@ -17,9 +17,10 @@ from mace_ros.model.paged_attention import find, PagedAttention
 from mace_ros.model.spans import BLOCK_TOKENS, Span
 
 # Tokens of the rows of a pass: within a block and a window, at a block's end, and of several
-# splits. Shorter ones if the context or the cache is shorter. A second pass has the first rows
-# only, since other kernels run where no row is split.
-LENGTHS, SHORT = (5, 32, 300, 1500), 2
+# splits. Shorter ones if the context or the cache is shorter. One more row is longer than the
+# model's windows, if the cache has room. A second pass has the first rows only, since other
+# kernels run where no row is split.
+LENGTHS, BEYOND_WINDOW, SHORT = (5, 32, 300, 1500), 300, 2
 
 
 def use_paged_attention(model: PackedModel) -> str:
@@ -64,10 +65,8 @@ def difference(model: PackedModel, paged: PagedAttention) -> float:
 def _passes(model: PackedModel, seed: int) -> Iterator[tuple[str, list[Span]]]:
     """Yield passes of decode rows whose keys and values are random, in scattered blocks."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    rows = min(len(LENGTHS), model.kv_blocks)
-    most = min(model.context_length, model.kv_blocks // rows * BLOCK_TOKENS)
-    lengths = [min(n, most) for n in LENGTHS[-rows:]]
-    counts = [-(-n // BLOCK_TOKENS) for n in lengths]
+    lengths = _lengths(model)
+    counts = list(map(_blocks, lengths))
     blocks = torch.randperm(model.kv_blocks, generator=generator, device=model.device).tolist()
     slots = model.cache_slots(blocks[:sum(counts)], sum(counts) * BLOCK_TOKENS)
     for cache in (*model.kv_cache.keys, *model.kv_cache.values):
@@ -78,3 +77,18 @@ def _passes(model: PackedModel, seed: int) -> Iterator[tuple[str, list[Span]]]:
              for i, n in enumerate(lengths)]
     yield 'long', spans
     yield 'short', spans[:SHORT]
+
+
+def _lengths(model: PackedModel) -> list[int]:
+    """Return the tokens of the rows, for which the cache has room."""
+    rows = min(len(LENGTHS), model.kv_blocks)
+    most = min(model.context_length, model.kv_blocks // rows * BLOCK_TOKENS)
+    lengths = [min(n, most) for n in LENGTHS[-rows:]]
+    beyond = min(model.window + BEYOND_WINDOW, model.context_length)
+    if model.window and sum(map(_blocks, [*lengths, beyond])) <= model.kv_blocks:
+        lengths.append(beyond)
+    return lengths
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)

@@ -31,6 +31,11 @@ class StoredWeight(ABC):
 
     @property
     @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the values are read from."""
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Memory, in bytes."""
 

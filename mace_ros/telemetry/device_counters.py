@@ -3,9 +3,9 @@
 """
 Load, memory, temperature and power of the device.
 
-A Jetson's GPU is read from sysfs, since NVML returns NOT_SUPPORTED or zeros there; other CUDA
-devices are read through NVML, and a CPU through /proc and sysfs. Nothing here raises, and an
-unknown value is NaN, never zero.
+An Orin's GPU is read from sysfs, since NVML returns NOT_SUPPORTED or zeros there; other CUDA
+devices are read through NVML, except the memory of those that share the system's. A CPU is read
+through /proc and sysfs. Nothing here raises, and an unknown value is NaN, never zero.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class DeviceCounters:
                 self._nvml = nvml or _pynvml()
                 self._handle = _handle(self._nvml, hardware.uuid)
                 self._sources.append(self._discrete)
+                if hardware.integrated:
+                    self._sources.append(self._shared_memory)
         else:
             self._sources.append(self._cpu)
 
@@ -113,6 +115,10 @@ class DeviceCounters:
             load=load, memory_used_mb=used, memory_total_mb=total,
             temperature_c=_positive(self._nvml_call('nvmlDeviceGetTemperature', 0)),
             power_w=_positive(self._nvml_call('nvmlDeviceGetPowerUsage')) / 1000)
+
+    def _shared_memory(self) -> Reading:
+        used, total = self._system_memory()
+        return Reading(memory_used_mb=used, memory_total_mb=total)
 
     def _cpu(self) -> Reading:
         used, total = self._system_memory()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mace_ros.finetune.footprint import measure_footprint
+from mace_ros.finetune.footprint import attended_key_bytes, measure_footprint
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
@@ -273,6 +273,44 @@ def test_paged_attention_takes_no_more_memory_than_counted(
         PagedAttention(processors).attend(query, cache, cache, tables, lengths)
     counted = rows * row_bytes(heads, size, 2)
     assert 0.01 * counted <= peak.most <= counted
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor,
+                     **_: object) -> Tensor:
+    """Take the memory that SDPA takes on CUDA behind a mask: it adds it to the scores, padded."""
+    added = attn_mask.to(query.dtype)
+    torch.constant_pad_nd(added, (0, -added.shape[-1] % 8))
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@pytest.mark.parametrize('family, kv_heads', [('llama', 1), ('llama', 4), ('gemma2', 1)])
+def test_a_chunk_behind_a_mask_takes_no_more_memory_than_predicted(
+        family: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``meta`` in the place of a GPU."""
+    changes = {'num_key_value_heads': kv_heads, 'max_position_embeddings': 4096}
+    model, lora, _ = with_reference(tiny_model(family, **changes), kv_tokens=4096)
+    meta = PackedModel(tiny_model(family, **changes).to('meta'))
+    meta.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
+        model.kv_cache.keys, model.kv_cache.values, strict=True)], model.kv_blocks)
+    meta.context.changes_scores = model.context.changes_scores
+    footprint = replace(measure_footprint(model, lora), attended_key=attended_key_bytes(meta))
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', masked_attention)
+    tokens, before = 96, 3001
+    spans = [Span((5,) * tokens, before, range(200), FIRST_SERVED_SLOT, True)]
+    with Peak() as peak:
+        meta.run(spans)
+    keys = before + tokens
+    copied = footprint.kv_block * keys / BLOCK_TOKENS / footprint.layers
+    predicted = footprint.pass_bytes(tokens, 1, keys) + copied
+    assert footprint.pass_bytes(tokens, 1) + copied < peak.most
+    assert 0.5 * predicted <= peak.most <= 1.25 * predicted
+
+
+def test_the_largest_pass_attends_to_the_whole_cache() -> None:
+    budget, masked = (
+        MemoryBudget(replace(FOOTPRINT, attended_key=n), 0.0, max_blocks=100, pass_tokens=10,
+                     rows=1, resident=True) for n in (0, 3))
+    assert masked.fixed - budget.fixed == 10 * 100 * BLOCK_TOKENS * 3
 
 
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'deepseek-v2'])

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from support.device_log import FREE
+from support.device_log import DeviceLog, FREE
 from support.families import tiny_model
 import torch
 from torch import Tensor
@@ -30,7 +30,13 @@ from mace_ros.model.int4_kernels import (
     plain_kernel,
     TensorCoreLayout,
 )
-from mace_ros.model.int4_limit import most_tokens, with_measured_limit
+from mace_ros.model.int4_limit import (
+    CALLS,
+    device_seconds,
+    most_tokens,
+    REPEATS,
+    with_measured_limit,
+)
 from mace_ros.model.loading import load_model, LoadedModel, weights_digest
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packing import pack
@@ -38,12 +44,13 @@ from mace_ros.model.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-CPU = torch.device('cpu')
+CPU, META = torch.device('cpu'), torch.device('meta')
 KERNELS = {
     'found bfloat16': lambda: find_kernel(CPU, torch.bfloat16),
     'found float32': lambda: find_kernel(CPU, torch.float32),
     'plain bfloat16': lambda: plain_kernel(CPU, torch.bfloat16),
     'plain float32': lambda: plain_kernel(CPU, torch.float32),
+    'plain on CUDA': lambda: Int4Kernel(CPU, torch.bfloat16, TensorCoreLayout(), False),
 }
 
 
@@ -235,6 +242,36 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     assert not kernel.has_product
 
 
+@pytest.mark.parametrize('wrong', [0, 160, 192])
+def test_a_kernel_is_compared_in_every_form_of_its_layout(
+        wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of CUDA's depends on the number of inputs."""
+    layout = TensorCoreLayout()
+    packed = [layout.pack(torch.zeros(8, n, dtype=torch.uint8)) for n in layout.probes]
+    assert {2 * p.shape[3] for p in packed} == {2, 4, 8}
+
+    def multiply(_: Int4Kernel, x: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
+        weight = layout.dequantize(
+            packed, scales, slice(0, scales.shape[1]), x.dtype, Workspace())
+        return x @ weight.t() * (1.1 if x.shape[1] == wrong else 1.0)
+
+    monkeypatch.setattr(int4_kernels, 'CPU_LAYOUTS', (layout,))
+    monkeypatch.setattr(int4_kernels, 'packed_by_torch', layout.pack)
+    monkeypatch.setattr(Int4Kernel, 'multiply', multiply)
+    assert find_kernel(CPU, torch.bfloat16).has_product == (not wrong)
+
+
+def test_cuda_without_a_product_dequantises_on_the_device() -> None:
+    """With ``meta`` in its place."""
+    weight = Int4Weight.of(random_values(), plain_kernel(META, torch.bfloat16))
+    x = torch.zeros(3, 256, dtype=torch.bfloat16, device=META, requires_grad=True)
+    with DeviceLog() as log:
+        weight.linear(x).sum().backward()
+        assert weight.dense(torch.bfloat16).device == META
+    assert not log.faults
+    assert x.grad is not None
+
+
 def test_without_the_operators_weights_are_dequantised(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(q: Tensor) -> Tensor:
         raise AttributeError('no such operator')
@@ -278,6 +315,25 @@ def test_a_product_that_is_wrong_for_many_tokens_is_not_taken_for_them(
         weight.written_out_product(rows) * (1.0 if len(rows) <= 64 else 1.1)))
     assert most_tokens(small_probe, lambda call: float(
         call.func.__name__ == 'written_out_product')) == 64
+
+
+def test_calls_are_timed_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single call on a GPU takes as long as its launches, if those take longer."""
+    events: list[str] = []
+
+    class Timer:
+        def __init__(self, *_: object) -> None:
+            events.append('start')
+
+        def stop(self) -> None:
+            events.append('stop')
+
+        def seconds(self) -> float:
+            return 1.0
+
+    monkeypatch.setattr(int4_limit, 'DeviceTimer', Timer)
+    assert device_seconds(CPU, lambda: events.append('call')) == 1.0 / CALLS
+    assert events == ['start', *['call'] * CALLS, 'stop'] * REPEATS
 
 
 def test_without_a_choice_no_limit_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +394,18 @@ def test_the_budget_counts_what_dequantising_takes() -> None:
     assert largest * 4 < four_bits.kernels - plain.kernels < largest * 8
     assert four_bits.graphs == plain.graphs
     assert sizes[1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize('targets', ['all-linear', 'output-linear'])
+def test_adapters_need_no_dense_weights(
+        targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dequantising all layers takes seconds of a start, and memory beside those in 4 bits."""
+    packed = pack(tiny_model('llama'), kv_tokens=64, int4=int4_checkpoint.checkpoint_of(
+        tiny_model('llama'), plain_kernel(CPU, torch.float32), torch.float32).linears)
+    monkeypatch.setattr(Int4Weight, 'dense', None)
+    lora = LoRAManager(
+        packed.linears, targets=targets, rank=4, alpha=4.0, slots=1, protected_directions=2)
+    assert lora.null_space_nbytes > 0
 
 
 def test_models_with_other_weights_in_4_bits_have_other_digests(model_folder: Path) -> None:

@@ -11,9 +11,11 @@ import shutil
 from typing import Any
 
 import pytest
+from support.families import random_adapter
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mace_ros.model.int4_kernels import plain_kernel
 from mace_ros.model.loading import (
     conversion_name,
     load_model,
@@ -21,6 +23,9 @@ from mace_ros.model.loading import (
     packaged_gguf,
     weights_digest,
 )
+from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
+from mace_ros.model.packing import pack
 
 
 class Trap:
@@ -62,6 +67,22 @@ def test_weights_go_to_another_device_one_by_one(
     assert places == [None, 'cuda']
     for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_loading_leaves_no_free_memory_that_would_count_as_used(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    to = PreTrainedModel.to
+
+    def record(model: PreTrainedModel, *args: Any, **others: Any) -> Any:
+        steps.append('moved')
+        return to(model, *args, **others)
+
+    monkeypatch.setattr(PreTrainedModel, 'to', record)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: steps.append('emptied'))
+    load_model(str(folder), device='cpu', dtype='float32',
+               int4=plain_kernel(torch.device('cpu'), torch.float32))
+    assert steps[-2:] == ['moved', 'emptied']
 
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.pickle'])
@@ -123,3 +144,29 @@ def test_models_of_the_same_shape_have_different_digests(model_folder: Path, dty
     with torch.no_grad():   # by more than the spacing of bfloat16, which is at most 1/128
         model.get_input_embeddings().weight.mul_(1.01)
     assert weights_digest(model) != before
+
+
+def packed_digest(folder: Path, weights: str, factor: float, *, adapted: bool = False) -> str:
+    """Return the digest of a packed model, one of whose linear layers is multiplied."""
+    four_bits = weights == 'int4'
+    loaded = load_model(
+        str(folder), device='cpu', dtype='bfloat16' if weights == 'bfloat16' else 'float32',
+        int4=plain_kernel(torch.device('cpu'), torch.float32) if four_bits else None)
+    name = 'model.layers.1.mlp.down_proj'
+    with torch.no_grad():
+        (loaded.int4[name].scales_and_zeros if four_bits
+         else loaded.model.get_submodule(name).weight).mul_(factor)
+    packed = pack(loaded.model, kv_tokens=64, int8=weights == 'int8', int4=loaded.int4)
+    if adapted:
+        lora = LoRAManager(packed.linears, targets='all-linear', rank=2, alpha=2.0, slots=1)
+        lora.write_slot(FIRST_SERVED_SLOT, random_adapter(lora, 0))
+    return weights_digest(packed.model)
+
+
+@pytest.mark.parametrize('weights', ['float32', 'bfloat16', 'int8', 'int4'])
+def test_packed_models_with_different_linear_layers_have_different_digests(
+        model_folder: Path, weights: str) -> None:
+    """As a model and its fine-tune have. Adapters make no difference."""
+    plain = packed_digest(model_folder, weights, 1.0)
+    assert packed_digest(model_folder, weights, 1.0, adapted=True) == plain
+    assert packed_digest(model_folder, weights, 1.5) != plain

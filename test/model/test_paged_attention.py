@@ -242,6 +242,13 @@ def test_paged_attention_that_fails_is_not_used(wrong: PagedAttention, reason: s
     assert model.context.paged is None
 
 
+def test_a_window_longer_than_other_rows_is_compared() -> None:
+    model, _, _ = with_reference(tiny_model(
+        'mistral', sliding_window=1600, max_position_embeddings=2400), kv_tokens=4096)
+    assert use_if_right(model, WithoutWindow(1)).startswith('its logits are off by')
+    assert use_if_right(model, Gathered(1)) == ''
+
+
 def test_a_cpu_gathers_keys_without_a_reason() -> None:
     model, _, _ = with_reference(tiny_model('llama'))
     assert find(torch.device('cpu')) is None

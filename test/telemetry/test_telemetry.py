@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 import json
 import math
 from pathlib import Path
@@ -163,6 +163,16 @@ def test_a_jetson_is_read_from_sysfs(tmp_path: Path, load: str) -> None:
     reading = DeviceCounters(GPU, root=tmp_path, nvml=Nvml()).read()
     assert known(reading) == pytest.approx({
         'load': 0.345, 'temperature_c': 51.5, 'memory_total_mb': 1024.0, 'memory_used_mb': 768.0})
+
+
+def test_the_memory_of_an_integrated_gpu_is_that_of_the_system(tmp_path: Path) -> None:
+    """Also without an Orin's files: NVML does not know it, and CUDA counts the page cache."""
+    write(tmp_path / 'proc/meminfo', 'MemTotal: 1000000 kB\nMemAvailable: 250000 kB')
+    reading = DeviceCounters(replace(GPU, integrated=True), root=tmp_path, nvml=Nvml(
+        total=0, used=0, gpu=0)).read()
+    assert known(reading) == pytest.approx({
+        'memory_total_mb': 1024.0, 'memory_used_mb': 768.0, 'temperature_c': 40.0,
+        'power_w': 70.0})
 
 
 AGX_ORIN = {    # channels of each sensor: label, mV, mA
