@@ -48,9 +48,15 @@ def free_memory(device: torch.device, counted_mb: float) -> float:
 
 
 def release_memory() -> None:
-    """Free the memory of a closed engine that is no longer referenced."""
+    """
+    Free the memory of a closed engine that is no longer referenced.
+
+    CUDA graphs of another engine of the process must not be replayed after it.
+    """
     gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
+        # cuBLAS keeps some megabytes for each stream that it was used on.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     return_free_memory()

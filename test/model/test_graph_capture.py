@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import gc
 import random
 from typing import Any
 
@@ -22,12 +21,7 @@ from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model import graphed_layers
 from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor, largest_first
-from mace_ros.model.capturing import (
-    CaptureFailed,
-    capturing,
-    no_waiting,
-    without_collections,
-)
+from mace_ros.model.capturing import CaptureFailed
 from mace_ros.model.cuda_graph_runner import CapturedPass, PassOutputs
 from mace_ros.model.graph_capture import capture, CaptureReport
 from mace_ros.model.graphed_layers import GraphedLayers
@@ -244,48 +238,3 @@ def test_the_largest_shapes_reserve_the_memory() -> None:
     assert block.keys == max(d.keys for d in found)
     assert sorted(map(repr, (decode, block, *others))) == sorted(map(repr, found))
     assert others[0].decode == 1
-
-
-def test_a_failed_capture_restores_the_stream_and_the_allocator(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch's functions replaced: a graph whose end fails hides the first error."""
-    calls: list[object] = []
-
-    def end(*pool: object) -> None:
-        calls.append(pool)
-        raise RuntimeError('not recording')     # as newer versions do
-
-    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: 'stream')
-    monkeypatch.setattr(torch.cuda, 'set_stream', calls.append)
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
-    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
-    monkeypatch.setattr(torch._C, '_cuda_endAllocateToPool', end, raising=False)
-    with pytest.raises(CaptureFailed, match='first'), capturing('pool'):
-        try:
-            raise RuntimeError('first')
-        finally:
-            raise RuntimeError('capture_end failed')
-    assert calls == ['stream', (0, 'pool')]
-
-
-def test_operations_that_wait_are_errors_only_while_told_so(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[object] = []
-    monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: 1)
-    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', modes.append)
-    with pytest.raises(RuntimeError, match='waits'), no_waiting():
-        raise RuntimeError('waits')
-    assert modes == ['error', 1]
-
-
-def test_no_garbage_is_collected_while_graphs_are_captured(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    for name in ('collect', 'freeze', 'unfreeze'):
-        monkeypatch.setattr(gc, name, lambda name=name: calls.append(name))
-    with pytest.raises(RuntimeError, match='injected'), without_collections():
-        assert not gc.isenabled()
-        assert calls == ['collect', 'freeze']
-        raise RuntimeError('injected')
-    assert gc.isenabled()
-    assert calls == ['collect', 'freeze', 'unfreeze']
