@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from mace_ros.model.packed_model import PackedModel
 MAX_ERROR, MAX_ERROR_FP32 = 0.02, 1e-3
 TOKENS = (1, 5, 40)     # of passes that mix adapters: part of a tile, and several
 
+# Takes a model, and returns a part of it.
+MakePart: TypeAlias = Callable[[PackedModel], FusedPart]
+PARTS: tuple[MakePart, ...] = (fused_norms, fused_rotary, fused_experts, FusedChunks, FusedLoRA)
+
 
 def use_fused_layers(model: PackedModel) -> list[str]:
     """
@@ -34,13 +39,21 @@ def use_fused_layers(model: PackedModel) -> list[str]:
         return []
     if find_spec('triton') is None:
         return ['Triton is not installed']
-    parts = (fused_norms(model), fused_rotary(model), fused_experts(model), FusedChunks(model))
-    reasons = [use_if_right(model, part, partial(difference, model), limit(model))
-               for part in parts if len(part)]
-    reasons.append(use_if_right(
-        model, FusedLoRA(model), lambda _: update_error(model),
-        MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR))
-    return [reason for reason in reasons if reason]
+    return [reason for make in PARTS if (reason := use_part(model, make))]
+
+
+def use_part(model: PackedModel, make: MakePart) -> str:
+    """Use a part if the model has it and it is right; return why not, if it is wrong."""
+    try:
+        part = make(model)
+    except Exception as failure:    # of a family's own code, which it tries on random values
+        return f'{make.__name__}: {type(failure).__name__}: {failure}'
+    if not part.applies:
+        return ''
+    if isinstance(part, FusedLoRA):
+        most = MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR
+        return use_if_right(model, part, lambda _: update_error(model), most)
+    return use_if_right(model, part, partial(difference, model), limit(model))
 
 
 def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedPart], float],
