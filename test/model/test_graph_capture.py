@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import given, settings, strategies as st
 import pytest
-from support.fake_graphs import fake_graph, use_fake_graphs
+from support.fake_graphs import fake_graph, overwrite, Results, use_fake_graphs
 from support.families import random_ids, tiny_model, with_reference
 from support.serving import assert_response_of, random_sample, Request, serve
 import torch
@@ -154,8 +154,8 @@ def test_layers_with_other_gradients_under_graphs_are_not_used(
         kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lora, reference = with_reference(tiny_model('llama'))
 
-    def recomputed(compute: Callable[[], Any], *_: object) -> Any:
-        replay, result = fake_graph(compute)
+    def recomputed(compute: Callable[[], Any], *places: Any) -> Any:
+        replay, result = fake_graph(compute, *places)
 
         def wrong() -> None:
             replay()
@@ -171,6 +171,24 @@ def test_layers_with_other_gradients_under_graphs_are_not_used(
     assert report.steps == (STEPS if kept else [])
     [failure] = report.failures
     assert 'off by 0.01' in failure and ('keep graphs' in failure) == kept
+    assert_serves(model, lora, reference)
+
+
+def test_layers_whose_gradients_a_later_replay_overwrites_are_not_used(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if layers were captured in another order than a step replays them."""
+    model, lora, reference = with_reference(tiny_model('llama'))
+    results: list[Results] = []
+
+    def recomputed(compute: Callable[[], Results], *places: Any) -> Any:
+        replay, result = fake_graph(compute, *places)
+        earlier = list(results)
+        results.append(result)
+        return lambda: (overwrite(earlier), replay()), result
+
+    report = captured(model, monkeypatch, (graphed_layers, 'captured', recomputed))
+    assert report.steps == []
+    assert 'off by inf' in report.failures[0]
     assert_serves(model, lora, reference)
 
 
