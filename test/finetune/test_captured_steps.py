@@ -48,7 +48,7 @@ def capture_steps(model: PackedModel, monkeypatch: pytest.MonkeyPatch,
     use_fake_graphs(monkeypatch)
     monkeypatch.setattr(graphed_layers, 'captured', captured)
     report = capture(model, max_rows=1, max_tokens=16, max_context=16,
-                     may_continue=lambda: True, free_bytes=lambda: 1.0)
+                     time_left=lambda: 1.0, free_bytes=lambda: 1.0)
     assert (report.steps, report.failures) == ([64, 128], [])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import random
 from typing import Any
+import weakref
 
 from hypothesis import given, settings, strategies as st
 import pytest
@@ -19,8 +20,13 @@ from transformers import PreTrainedModel
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.model import graphed_layers
-from mace_ros.model.batch_descriptor import batch_descriptors, BatchDescriptor, largest_first
+from mace_ros.model import graph_check, graphed_layers
+from mace_ros.model.batch_descriptor import (
+    batch_descriptors,
+    BatchDescriptor,
+    largest_first,
+    Limits,
+)
 from mace_ros.model.capturing import CaptureFailed
 from mace_ros.model.cuda_graph_runner import CapturedPass, PassOutputs
 from mace_ros.model.graph_capture import capture, CaptureReport
@@ -45,11 +51,14 @@ def test_every_pass_within_the_limits_fits_one_of_the_batch_descriptors(
     if tokens > 256 or not (spans or piggyback):
         return
     finetune = PiggybackSpans([Span((0,) * 8, 0, [0], 0, False)], []) if piggyback else None
-    padded = BatchDescriptor.of(spans, finetune)
+    limits = Limits.of(max_context=2000, cache_tokens=2496)
+    padded = BatchDescriptor.of(spans, finetune, limits)
 
-    prepared = set(batch_descriptors(max_rows=16, max_tokens=264, max_context=2000))
+    prepared = set(batch_descriptors(
+        max_rows=16, max_tokens=264, max_context=2000, limits=limits))
 
-    assert padded in prepared or padded.keys > 8192
+    assert padded in prepared or padded.keys > 2496 + BLOCK_TOKENS
+    assert max(d.blocks for d in prepared) == 125
     assert padded.decode >= rows and padded.decode * padded.blocks * BLOCK_TOKENS >= rows * position
     assert padded.block >= tokens and padded.keys >= sum(n + first for n, first in chunks)
 
@@ -63,16 +72,15 @@ PASSES, STEPS = 6, [64, 128]    # what is captured of the model below
 
 
 def captured(model: PackedModel, monkeypatch: pytest.MonkeyPatch,
-             *patches: tuple[object, str, Callable[..., object]], time_left: bool = True,
-             free_bytes: float = 1.0, keeps_graphs: bool = True) -> CaptureReport:
+             *patches: tuple[object, str, object], time_left: float = 1.0,
+             free_bytes: float = 1.0, **options: Any) -> CaptureReport:
     """Capture on a CPU."""
     with monkeypatch.context() as patch:
         use_fake_graphs(patch)
         for where in patches:
             patch.setattr(*where)
-        return capture(model, max_rows=2, max_tokens=16, max_context=64,
-                       keeps_graphs=keeps_graphs, may_continue=lambda: time_left,
-                       free_bytes=lambda: free_bytes)
+        return capture(model, **{'max_rows': 2} | options, max_tokens=16, max_context=64,
+                       time_left=lambda: time_left, free_bytes=lambda: free_bytes)
 
 
 def assert_serves(model: PackedModel, lora: LoRAManager, reference: PreTrainedModel) -> None:
@@ -118,8 +126,9 @@ def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
                 raise error('injected')
 
         model.graphs, model.graphed_layers = None, []
-        report = captured(model, monkeypatch, (CapturedPass, 'capture', fails), *(
-            (GraphedLayers, name, fails) for name in ('capture', 'capture_kept')))
+        report = captured(
+            model, monkeypatch, (graph_check, 'SAMPLES', 1), (CapturedPass, 'capture', fails),
+            *((GraphedLayers, name, fails) for name in ('capture', 'capture_kept')))
 
         # After a failed capture nothing else is captured; without memory, only shorter steps are.
         assert len(done) == failing + 1 if error is CaptureFailed else len(done) >= failing + 1
@@ -134,6 +143,55 @@ def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
         assert_serves(model, lora, reference)
     report = captured(model, monkeypatch)
     assert (report.passes, report.failures) == (PASSES, [])
+
+
+@pytest.mark.parametrize('error', [RuntimeError, ValueError])
+@pytest.mark.parametrize('fits, passes', [
+    (lambda d: not d.block, 2), (lambda d: d.tokens <= 16, 4), (lambda d: False, 0)],
+    ids=['rows', 'few tokens', 'nothing'])
+def test_passes_that_fail_before_their_capture_cost_no_other_kind_and_no_smaller_ones(
+        fits: Callable[[BatchDescriptor], bool], passes: int, error: type[Exception],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as experts that are chosen on the host for many tokens, or Triton's compilers."""
+    model, lora, reference = with_reference(tiny_model('llama'))
+
+    def fails(self: CapturedPass, *_: object) -> None:
+        if not fits(self.descriptor):
+            raise error('injected')
+
+    report = captured(model, monkeypatch, (CapturedPass, 'capture', fails))
+    assert (report.passes, report.steps) == (passes, STEPS)
+    assert len(report.failures) == PASSES - passes
+    assert all('injected' in failure for failure in report.failures)
+    assert_serves(model, lora, reference)
+
+
+def test_passes_as_large_as_one_that_failed_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    tried: list[BatchDescriptor] = []
+
+    def fails(self: CapturedPass, *_: object) -> None:
+        tried.append(self.descriptor)
+        raise RuntimeError('injected')
+
+    report = captured(model, monkeypatch, (CapturedPass, 'capture', fails), max_rows=16)
+    assert [d.decode for d in tried if not d.block] == [16, 1]      # not 2, 4 and 8
+    assert len(report.failures) > len(tried)
+
+
+def test_a_pass_that_lacks_memory_is_freed_before_the_next_one_is_tried(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(*_: object) -> None:
+        assert all(tensor() is None for tensor in held)
+        values = torch.zeros(1)
+        held.append(weakref.ref(values))
+        raise torch.OutOfMemoryError('injected')
+
+    report = captured(model, monkeypatch, (CapturedPass, 'capture', fails))
+    assert (report.passes, report.failures) == (0, ['injected'] * 3)
 
 
 def test_steps_that_recompute_are_captured_without_memory_for_what_layers_keep(
@@ -238,7 +296,8 @@ def test_a_graph_finds_the_best_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize('left, reason', [
-    ({'time_left': False}, 'the time for capturing was over'),
+    ({'time_left': 0.0}, 'the time for capturing was over'),
+    ({'room': 0.0}, 'the memory budget has no room for them'),
     ({'free_bytes': 0.1}, 'only 0 MB of memory were free')])
 def test_the_report_says_why_capturing_ended(
         left: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +305,44 @@ def test_the_report_says_why_capturing_ended(
     report = captured(model, monkeypatch, **left)
     assert (report.passes, report.steps) == (1, [])
     assert reason in str(report)
+
+
+def test_passes_leave_time_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    report = captured(model, monkeypatch, time_left=0.3)
+    assert (report.passes, report.steps) == (1, STEPS)
+    assert 'the time for capturing was over' in str(report)
+
+
+class Memory:
+    """What PyTorch reserves: 100 bytes for each capture, and what it keeps cached."""
+
+    def __init__(self) -> None:
+        self.captures: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.cached = 0
+
+    def patches(self) -> list[tuple[object, str, object]]:
+        """Return what replaces PyTorch's and ours."""
+        def capture(captured: object, *_: object) -> None:
+            self.captures.add(captured)
+            self.cached += 1000
+
+        return [(CapturedPass, 'capture', capture), (GraphedLayers, 'capture', capture),
+                (torch.cuda, 'empty_cache', lambda: setattr(self, 'cached', 0)),
+                (torch.cuda, 'memory_reserved', lambda: 100 * len(self.captures) + self.cached)]
+
+
+@pytest.mark.parametrize('room, passes, steps', [
+    (900, PASSES, STEPS), (750, PASSES, []), (650, PASSES, []), (250, 0, []), (50, 0, [])])
+def test_graphs_take_no_more_memory_than_the_budget_has_room_for(
+        room: float, passes: int, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free but cached does not count. Graphs beyond the budget are given up."""
+    model, lora, reference = with_reference(tiny_model('llama'))
+    report = captured(model, monkeypatch, *Memory().patches(), room=room)
+    assert (report.passes, report.steps) == (passes, steps)
+    assert report.nbytes == 100 * (passes + len(steps)) <= room
+    assert ('no room' in str(report)) == (room < 900)
+    assert_serves(model, lora, reference)
 
 
 def test_the_largest_shapes_reserve_the_memory() -> None:
@@ -256,3 +353,13 @@ def test_the_largest_shapes_reserve_the_memory() -> None:
     assert block.keys == max(d.keys for d in found)
     assert sorted(map(repr, (decode, block, *others))) == sorted(map(repr, found))
     assert others[0].decode == 1
+
+
+def test_no_shape_is_larger_than_a_context_or_the_cache() -> None:
+    limits = Limits.of(max_context=16384, cache_tokens=16384)
+    found = list(batch_descriptors(16, 256, 16384, limits))
+    assert max(d.blocks for d in found) == 1024
+    assert max(d.keys for d in found) == 16384 + BLOCK_TOKENS
+    # A longer pass has a descriptor that holds it, although none is prepared.
+    spans = [Span((0,) * 20, 9000, range(600), 0, True)] * 2
+    assert BatchDescriptor.of(spans, None, limits).keys >= 2 * 9020
