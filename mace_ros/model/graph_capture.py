@@ -149,6 +149,8 @@ def _difference(model: PackedModel, runner: CudaGraphRunner) -> str:
     if isinstance(found, Failure):      # includes lack of memory
         return f'passes under graphs fail: {found.reason}'
     error, where = found
+    if not where:
+        return 'no pass under a graph could be compared'
     if error <= limit(model):
         return ''
     return f'{where} under a graph is off by {error:.2g} (relative)'

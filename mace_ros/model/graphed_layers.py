@@ -14,8 +14,7 @@ keeps none, such as one whose forward piggybacked, replays both at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 import weakref
 
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.capturing import captured, capturing
+from mace_ros.model.checked_passes import random_adapter
 from mace_ros.model.graph_check import limit, relative_error
 from mace_ros.model.lora_mapping import TRAINING_SLOT
 from mace_ros.model.merged_linear import MergedLinear
@@ -182,7 +182,7 @@ class GraphedLayers:
             like.shape, generator=torch.Generator(like.device).manual_seed(seed),
             dtype=like.dtype, device=like.device)
             for seed, like in enumerate((self._input, self._gradient)))
-        with _random_adapter(model), model.training(self.metadata):
+        with random_adapter(model, TRAINING_SLOT), model.training(self.metadata):
             found = [self._recompute_all(x, gradient)]
             if self._graphed:
                 found.append(self._run_all(x, gradient))
@@ -293,19 +293,6 @@ def _adapter_weights(layer: nn.Module) -> tuple[nn.Parameter, ...]:
     """Return the master weights of a decoder layer."""
     return tuple(p for linear in layer.modules() if isinstance(linear, MergedLinear)
                  for s in linear.adapted for p in (s.a, s.b) if p is not None)
-
-
-@contextmanager
-def _random_adapter(model: PackedModel) -> Iterator[None]:
-    """While open, the training slot holds random values: in a fresh one, many gradients are 0."""
-    slots = [x for linear in model.linears if linear.width for x in linear.slot(TRAINING_SLOT)]
-    before = [x.clone() for x in slots]
-    for x in slots:
-        x.normal_(std=0.02)
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(slots, before)
 
 
 def _cloned(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from support.kernels import DEVICE, needs_triton
 import torch
 from torch import nn, Tensor
 
-from mace_ros.model import attention, fused_check, graph_check
+from mace_ros.model import attention, checked_passes, fused_check, graph_check
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.fused_check import (
     difference,
@@ -132,8 +132,8 @@ def test_models_get_the_same_logits_from_all_kernels(
 @needs_triton
 def test_the_check_uses_kernels_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few tokens, since the interpreter is slow."""
-    monkeypatch.setattr(fused_check, 'SAMPLES', 1)
-    monkeypatch.setattr(graph_check, 'TOKENS', 5)
+    monkeypatch.setattr(graph_check, 'SAMPLES', 1)
+    monkeypatch.setattr(checked_passes, 'TOKENS', 5)
     model, _, _ = with_reference(tiny_model('llama', num_hidden_layers=1).to(DEVICE))
     for part in (fused_norms(model), fused_rotary(model)):
         assert use_if_right(model, part, lambda x: difference(model, x), 1e-3) == ''

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 import random
 from typing import Any
 import weakref
@@ -267,6 +269,69 @@ def test_graphs_that_compute_something_else_are_not_used(
     assert (report.passes, report.steps, model.graphs) == (0, STEPS, None)
     assert ('injected' if raises else 'off by 0.01') in str(report)
     assert_serves(model, lora, reference)
+
+
+def without_adapters(run: Any, graph: CapturedPass, spans: Any, piggyback: Any) -> torch.Tensor:
+    logits: torch.Tensor = run(graph, [replace(s, slot=BASE_SLOT) for s in spans], piggyback)
+    return logits
+
+
+def without_inputs(run: Any, graph: CapturedPass, spans: Any, piggyback: Any) -> torch.Tensor:
+    logits: torch.Tensor = run(graph, spans, piggyback)
+    if piggyback is not None:
+        piggyback.hidden[1].zero_()
+    return logits
+
+
+def wrong_beside_chunks(run: Any, graph: CapturedPass, *args: Any) -> torch.Tensor:
+    logits: torch.Tensor = run(graph, *args)
+    return logits * 1.01 if graph.descriptor.decode and graph.descriptor.block else logits
+
+
+def wrong_in_a_row(run: Any, graph: CapturedPass, *args: Any) -> torch.Tensor:
+    """Return logits whose error is too small to be seen among those of all rows."""
+    logits: torch.Tensor = run(graph, *args).clone()
+    if len(logits) > 3:
+        logits[-1] *= 1.0015
+    return logits
+
+
+@pytest.mark.parametrize('wrong', [
+    without_adapters, without_inputs, wrong_beside_chunks, wrong_in_a_row])
+def test_graphs_that_are_wrong_in_a_part_are_not_used(
+        wrong: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    slots = [x.clone() for linear in model.linears for x in (linear.slots_a, linear.slots_b)]
+    run = CapturedPass.run
+    report = captured(model, monkeypatch, (
+        CapturedPass, 'run', lambda *args: wrong(run, *args)))
+    assert (report.passes, model.graphs) == (0, None)
+    assert 'under a graph is off by' in report.failures[0]
+    for linear in model.linears:        # the check has restored the adapters
+        for x in (linear.slots_a, linear.slots_b):
+            assert torch.equal(x, slots.pop(0))
+
+
+@pytest.mark.parametrize('family, used', [('llama', False), ('qwen3-moe', True)])
+def test_only_tokens_that_choose_experts_may_differ_in_some_samples(
+        family: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model(family))
+    run, runs = CapturedPass.run, Counter[BatchDescriptor]()
+
+    def wrong_at_first(graph: CapturedPass, *args: Any) -> torch.Tensor:
+        runs[graph.descriptor] += 1
+        return run(graph, *args) * (1.01 if runs[graph.descriptor] == 1 else 1.0)
+
+    report = captured(model, monkeypatch, (CapturedPass, 'run', wrong_at_first))
+    assert report.passes == (PASSES if used else 0)
+
+
+def test_graphs_that_can_not_be_compared_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    report = captured(model, monkeypatch, *(
+        (graph_check, name, lambda *_: ()) for name in ('checked_passes', 'passes_of_shapes')))
+    assert (report.passes, report.steps, model.graphs) == (0, STEPS, None)
+    assert report.failures == ['no pass under a graph could be compared']
 
 
 def test_a_graph_that_finds_other_tokens_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
