@@ -67,7 +67,7 @@ def capture_graphs(name: str, model: Any, run: Run) -> dict[str, Any]:
 
     began = time.monotonic()
     captured = capture(model, max_rows=4, max_tokens=256, max_context=1024,
-                       may_continue=lambda: time.monotonic() < began + CAPTURE_S,
+                       time_left=lambda: 1.0 - (time.monotonic() - began) / CAPTURE_S,
                        free_bytes=lambda: torch.cuda.mem_get_info()[0])
     seconds = time.monotonic() - began
     run.notes.append(

@@ -62,8 +62,8 @@ def measure_decode(name: str, model: Any, spans: list[Any],
         model.context.paged = paged if attention == 'paged' else None
         if run.args.device == 'cuda':
             model.graphs = CudaGraphRunner(model)
-            run.notes += [f'{name}: {len(spans)} rows, {attention}: {error}' for error in
-                          model.graphs.capture([BatchDescriptor.of(spans, None)]) if error]
+            run.notes += [f'{name}: {len(spans)} rows, {attention}: {failure.reason}' for failure in
+                          model.graphs.capture([BatchDescriptor.of(spans, None)]) if failure]
         decode = repeated(timed(model, lambda: model.run(spans).argmax(-1).tolist()), repeats)
         yield from ({'attention': attention, 'ms': ms, 'floor_ms': least}
                     for ms, least in zip(decode, floor, strict=True))

@@ -13,16 +13,19 @@ def errors(model: Any) -> list[tuple[str, float]]:
 
     from mace_ros.model import fused_check, paged_check
     from mace_ros.model.batch_descriptor import BatchDescriptor
+    from mace_ros.model.checked_passes import checked_passes
     from mace_ros.model.cuda_graph_runner import CudaGraphRunner
-    from mace_ros.model.graph_check import checked_passes, largest_error
+    from mace_ros.model.graph_check import largest_error
 
     fixed = CudaGraphRunner(model)      # the same code without a graph
-    for _, spans in checked_passes(model):
-        fixed.prepare(BatchDescriptor.of(spans, None))
+    for each in checked_passes(model):
+        fixed.prepare(BatchDescriptor.of(each.spans, each.piggyback))
     found = [('fixed addresses: {1}', largest_error(model, fixed))]
     if model.graphs is not None:
         found.append(('graphs: {1}', largest_error(model, model.graphs)))
     rows = [(name.format(*worst), worst[0]) for name, worst in found]
+    rows += [(f'gradients under graphs: {layers.tokens} tokens', layers.error(model))
+             for layers in model.graphed_layers]
     if model.context.paged is not None:
         rows.append(('paged attention', paged_check.difference(model, model.context.paged)))
     for part in model.fused_parts:

@@ -134,7 +134,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         config.model_type, layers=config.num_hidden_layers, width=config.hidden_size,
         vocabulary=config.vocab_size))
     longest = min(model.context_length, memory.max_request_tokens)
-    memory.charge_graphs(_capture_graphs(settings, device, longest, progress, clock))
+    memory.charge_graphs(_capture_graphs(
+        settings, device, longest, memory.budget.total - memory.budget.minimum, progress, clock))
     measured = MeasuredDevice(folder / DEVICE, _identity(settings, device, lora))
     cost = _calibrate(settings, model, lora, measured, progress, clock)
     return Parts(
@@ -271,20 +272,20 @@ def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, fr
     return memory
 
 
-def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int,
+def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int, room: float,
                     progress: Progress, clock: Callable[[], float]) -> int:
-    """Capture device graphs, if there are any on this device; return their bytes."""
+    """Capture device graphs in ``room`` bytes, if there are any on this device; return theirs."""
     model = device.model
     if model.device.type != 'cuda' or not settings.model.device_graphs:
         return 0
     counters = DeviceCounters(device.hardware)
     with reporting(progress, 'capturing device graphs'):
-        end = clock() + CAPTURE_S
+        began = clock()
         captured = capture(
             model, max_rows=settings.scheduler.max_requests,
             max_tokens=settings.scheduler.max_batch_tokens, max_context=max_context,
-            keeps_graphs=settings.finetune.recompute != 'always',
-            may_continue=lambda: clock() < end,
+            keeps_graphs=settings.finetune.recompute != 'always', room=room,
+            time_left=lambda: 1.0 - (clock() - began) / CAPTURE_S,
             free_bytes=lambda: free_memory(model.device, counters.read().memory_free_mb))
     progress(str(captured))
     return captured.nbytes

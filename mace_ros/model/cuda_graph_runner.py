@@ -13,6 +13,7 @@ KV cache that belongs to no sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.attention import AttentionMetadata
-from mace_ros.model.batch_descriptor import BatchDescriptor
-from mace_ros.model.capturing import captured
+from mace_ros.model.batch_descriptor import BatchDescriptor, Limits, UNLIMITED
+from mace_ros.model.capturing import attempt, captured, CaptureFailed, Failure
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import PiggybackSpans, Span
 
@@ -53,7 +54,7 @@ class CapturedPass:
         """Allocate the input buffers; ``outputs`` must be large enough for the descriptor."""
         self.descriptor = descriptor
         self._model, self._outputs = model, outputs
-        tokens = descriptor.decode + descriptor.block
+        tokens = descriptor.tokens
         sizes = {
             'ids': tokens, 'positions': tokens, 'write': tokens, 'slots': tokens,
             'keep': descriptor.logits, 'decode_blocks': descriptor.decode * descriptor.blocks,
@@ -71,7 +72,7 @@ class CapturedPass:
             self._host_views[name] = self._host[start:start + size].numpy()
             self._device_views[name] = self._device[start:start + size]
             start += size
-        self._replay: Callable[[], None] = self._compute
+        self._replay: Callable[[], None] | None = None
         self._fill_with_padding()
         self._device.copy_(self._host)
 
@@ -80,7 +81,7 @@ class CapturedPass:
         """
         Replay a CUDA graph from now on.
 
-        Raises ``CaptureFailed``, or another ``RuntimeError`` before anything was captured.
+        Raises ``CaptureFailed``, or another exception before anything was captured.
         """
         self._replay, _ = captured(self._compute, stream, pool)
 
@@ -93,7 +94,7 @@ class CapturedPass:
         """
         logits, end = self._write(spans, piggyback)
         self._device.copy_(self._host, non_blocking=True)
-        self._replay()
+        (self._replay or self._compute)()
         if piggyback is not None:
             rows = slice(end - piggyback.tokens, end)
             torch._foreach_copy_(        # one kernel on CUDA
@@ -195,8 +196,9 @@ class CapturedPass:
 class CudaGraphRunner:
     """Runs passes whose batch descriptor was prepared; all others are computed eagerly."""
 
-    def __init__(self, model: PackedModel) -> None:
-        self._model = model
+    def __init__(self, model: PackedModel, limits: Limits = UNLIMITED) -> None:
+        """Take the limits of the descriptors that will be prepared."""
+        self._model, self.limits = model, limits
         self._passes: dict[BatchDescriptor, CapturedPass] = {}
         self.best_tokens: Tensor | None = None
 
@@ -207,6 +209,10 @@ class CudaGraphRunner:
     def __contains__(self, descriptor: BatchDescriptor) -> bool:
         """Return whether passes of this descriptor are prepared."""
         return descriptor in self._passes
+
+    def __iter__(self) -> Iterator[BatchDescriptor]:
+        """Return an iterator over the prepared descriptors."""
+        return iter(self._passes)
 
     def prepare(self, descriptor: BatchDescriptor) -> CapturedPass:
         """Run passes of this descriptor on fixed addresses from now on, without a graph."""
@@ -222,7 +228,7 @@ class CudaGraphRunner:
         """
         if any(s.attention is not None for s in spans):
             return None
-        descriptor = BatchDescriptor.of(spans, piggyback)
+        descriptor = BatchDescriptor.of(spans, piggyback, self.limits)
         found = self._passes.get(descriptor)
         if found is None or sum(s.wants_logits for s in spans) > descriptor.logits:
             return None
@@ -230,26 +236,36 @@ class CudaGraphRunner:
         self.best_tokens = found.best_tokens[:len(logits)]
         return logits
 
-    def capture(self, descriptors: Iterable[BatchDescriptor]) -> Iterator[RuntimeError | None]:
+    def capture(self, descriptors: Iterable[BatchDescriptor]) -> Iterator[Failure | None]:
         """
-        Capture a CUDA graph for each descriptor; yield None for each, or why it failed.
+        Capture a CUDA graph for each descriptor; yield None for each, or why there is none.
 
         The graphs never run at the same time, and share memory and outputs. They are captured
-        on a stream of their own, because graphs from one stream share a cuBLAS workspace.
+        on a stream of their own, because graphs from one stream share a cuBLAS workspace. A pass
+        that fails before its capture, but not for lack of memory, fails for its tokens, such as
+        many that choose experts on the host. Passes of the same kind with as many tokens are not
+        tried after it.
         """
         descriptors = list(descriptors)
-        try:
-            outputs = PassOutputs(self._model, descriptors)
-        except RuntimeError as error:
-            yield error
+        outputs = attempt(partial(PassOutputs, self._model, descriptors))
+        if isinstance(outputs, Failure):
+            yield outputs
             return
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        failed: list[tuple[BatchDescriptor, Failure]] = []
         for descriptor in descriptors:
-            try:
-                captured = CapturedPass(self._model, descriptor, outputs)
-                captured.capture(stream, pool)
-            except RuntimeError as error:     # out of memory, or experts chosen on the host
-                yield error
-                continue
-            self._passes[descriptor] = captured
-            yield None
+            failure = next((f for d, f in failed if (
+                d.kind == descriptor.kind and d.tokens <= descriptor.tokens)), None)
+            if failure is None:
+                failure = attempt(partial(self._capture, descriptor, outputs, stream, pool))
+                if failure is not None and not issubclass(
+                        failure.kind, (torch.OutOfMemoryError, CaptureFailed)):
+                    failed.append((descriptor, failure))
+            yield failure
+
+    def _capture(self, descriptor: BatchDescriptor, outputs: PassOutputs,
+                 stream: torch.cuda.Stream, pool: Any) -> None:
+        """Capture passes of one descriptor."""
+        found = CapturedPass(self._model, descriptor, outputs)
+        found.capture(stream, pool)
+        self._passes[descriptor] = found

@@ -4,23 +4,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mace_ros.model.checked_passes import checked_passes
 from mace_ros.model.fused_experts import fused_experts
 from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedChunks, FusedLoRA
-from mace_ros.model.graph_check import checked_passes, limit, relative_error, SAMPLES
+from mace_ros.model.graph_check import kernel_limit, largest_difference, relative_error
 from mace_ros.model.graphs import FusedPart
 from mace_ros.model.mixed_lora import add_update
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import PiggybackSpans, Span
 
 # Of the update of an adapter, relative: in 16 bits it is rounded twice.
 MAX_ERROR, MAX_ERROR_FP32 = 0.02, 1e-3
 TOKENS = (1, 5, 40)     # of passes that mix adapters: part of a tile, and several
+
+# Takes a model, and returns a part of it.
+MakePart: TypeAlias = Callable[[PackedModel], FusedPart]
+PARTS: tuple[MakePart, ...] = (fused_norms, fused_rotary, fused_experts, FusedChunks, FusedLoRA)
 
 
 def use_fused_layers(model: PackedModel) -> list[str]:
@@ -34,13 +41,21 @@ def use_fused_layers(model: PackedModel) -> list[str]:
         return []
     if find_spec('triton') is None:
         return ['Triton is not installed']
-    parts = (fused_norms(model), fused_rotary(model), fused_experts(model), FusedChunks(model))
-    reasons = [use_if_right(model, part, partial(difference, model), limit(model))
-               for part in parts if len(part)]
-    reasons.append(use_if_right(
-        model, FusedLoRA(model), lambda _: update_error(model),
-        MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR))
-    return [reason for reason in reasons if reason]
+    return [reason for make in PARTS if (reason := use_part(model, make))]
+
+
+def use_part(model: PackedModel, make: MakePart) -> str:
+    """Use a part if the model has it and it is right; return why not, if it is wrong."""
+    try:
+        part = make(model)
+    except Exception as failure:    # of a family's own code, which it tries on random values
+        return f'{make.__name__}: {type(failure).__name__}: {failure}'
+    if not part.applies:
+        return ''
+    if isinstance(part, FusedLoRA):
+        most = MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR
+        return use_if_right(model, part, lambda _: update_error(model), most)
+    return use_if_right(model, part, partial(difference, model), kernel_limit(model))
 
 
 def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedPart], float],
@@ -62,25 +77,19 @@ def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedP
 
 def difference(model: PackedModel, part: FusedPart) -> float:
     """Return the largest relative difference that ``part`` makes to logits; leaves it in use."""
-    def logits(seed: int) -> dict[str, Tensor]:
-        # Each has to read the keys and values that it has written itself.
-        for cache in (*model.kv_cache.keys, *model.kv_cache.values):
-            cache.zero_()
-        return {name: model.run(spans).clone() for name, spans in checked_passes(model, seed)}
-
-    graphs, model.graphs = model.graphs, None
-    best: dict[str, float] = {}     # of the seeds: rounding may route a token to another expert
-    try:
-        for seed in range(SAMPLES):
-            part.undo()
-            expected = logits(seed)
+    def run(spans: Sequence[Span], piggyback: PiggybackSpans | None, *, used: bool) -> Tensor:
+        if used:
             part.use()
-            for name, found in logits(seed).items():
-                error = relative_error(found, expected[name])
-                best[name] = min(error, best.get(name, error))
-    finally:
-        model.graphs = graphs
-    return max(best.values(), default=torch.inf)
+        else:
+            part.undo()
+        graphs, model.graphs = model.graphs, None
+        try:
+            return model.run(spans, piggyback)
+        finally:
+            model.graphs = graphs
+
+    return largest_difference(model, lambda seed: checked_passes(model, seed),
+                              partial(run, used=False), partial(run, used=True))[0]
 
 
 def update_error(model: PackedModel) -> float:

@@ -43,9 +43,10 @@ class OtherCode:
         self.name = name
         self._classes = [(module, type(module), other) for module, other in classes.items()]
 
-    def __len__(self) -> int:
-        """Return how many modules can run other code."""
-        return len(self._classes)
+    @property
+    def applies(self) -> bool:
+        """Whether any module can run other code."""
+        return bool(self._classes)
 
     def use(self) -> None:
         """Let the modules run the other code."""
@@ -228,6 +229,7 @@ class FusedLoRA:
     """The update of tokens under different adapters, by :mod:`mace_ros.model.mixed_lora`."""
 
     name = 'adapters'
+    applies = True
 
     def __init__(self, model: PackedModel) -> None:
         """Take the mapping that the model's layers share."""
@@ -254,9 +256,10 @@ class FusedChunks:
         """Take what the model's layers share."""
         self._context = model.context
 
-    def __len__(self) -> int:
-        """Return whether a layer has a softcap or sinks."""
-        return int(self._context.changes_scores)
+    @property
+    def applies(self) -> bool:
+        """Whether a layer has a softcap or sinks."""
+        return self._context.changes_scores
 
     def use(self) -> None:
         """Read keys where they are in the cache."""

@@ -14,9 +14,8 @@ keeps none, such as one whose forward piggybacked, replays both at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 import weakref
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.capturing import captured, capturing
+from mace_ros.model.checked_passes import random_adapter
 from mace_ros.model.graph_check import limit, relative_error
 from mace_ros.model.lora_mapping import TRAINING_SLOT
 from mace_ros.model.merged_linear import MergedLinear
@@ -33,6 +33,9 @@ from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.prefix_kv import PackedPrefixes
 
 PREFIX_TOKENS = 128     # of all prefixes of a step; with longer ones, a step runs eagerly
+
+# A layer's output, the gradient of its input, and those of its weights.
+_Results: TypeAlias = tuple[Tensor | None, ...]
 
 
 class WrongGradients(RuntimeError):
@@ -72,7 +75,8 @@ class GraphedLayers:
         Copy in sequences of these lengths, ``tokens`` in total, and the layers' arguments.
 
         ``prefixes`` have at most ``prefix_tokens`` tokens. Does nothing if the last call came
-        from the same ``user``.
+        from the same ``user``. What layers have kept for the backward of an earlier user is lost
+        as soon as they run.
         """
         if self._user is not None and self._user() is user:
             return
@@ -96,13 +100,13 @@ class GraphedLayers:
                 old.copy_(new)
                 copied.add(id(old))
 
-    def run(self, index: int, x: Tensor, *, eager: bool = False) -> Tensor:
+    def run(self, index: int, x: Tensor) -> Tensor:
         """
         Return the output of a layer, ``[1, tokens, width]``, whose autograd graph is kept.
 
         All forwards must precede all backwards, since the CUDA graphs share memory.
         """
-        if self._graphed and not eager:
+        if self._graphed:
             return self._graphed[index](x)
         return self._layers[index](x)
 
@@ -112,7 +116,8 @@ class GraphedLayers:
         Recompute a layer for its input ``x``, and add to the gradients of its weights.
 
         ``gradient`` is that of its output. Returns that of ``x``, valid until the next call. All
-        of them are ``[1, tokens, width]``.
+        of them are ``[1, tokens, width]``. Later layers come first: the gradients of weights are
+        valid until the backward of the same layer or of a later one.
         """
         self._input.copy_(x)
         self._gradient.copy_(gradient)
@@ -126,11 +131,14 @@ class GraphedLayers:
         """
         Replay a CUDA graph of each :meth:`backward` from now on.
 
-        Raises ``CaptureFailed`` if a layer can't be captured, or another ``RuntimeError``, such as
+        Raises ``CaptureFailed`` if a layer can't be captured, or another exception, such as
         :class:`WrongGradients`; then these layers must not be used.
         """
         with model.training(self.metadata):
-            for layer in self._recomputed:
+            # In the order in which a step replays them: a replay may overwrite the gradients that
+            # graphs captured after it have left, since they got the memory that it uses only while
+            # it runs.
+            for layer in reversed(self._recomputed):
                 layer.capture(stream, pool)
         self._check(model)
 
@@ -153,45 +161,71 @@ class GraphedLayers:
             _GraphedLayer(g, w) for g, w in zip(graphed, self._weights, strict=True)]
         try:
             self._check(model)
-        except RuntimeError:
+        except Exception:
             self._graphed = []
             raise
 
     def _check(self, model: PackedModel) -> None:
         """Compare outputs and gradients with those of the same layers run eagerly."""
-        with _random_adapter(model), model.training(self.metadata):
-            error = max(self._error(index) for index in range(len(self._layers)))
+        error = self.error(model)
         if error > limit(model):
             raise WrongGradients(f'gradients under graphs are off by {error:.2g} (relative)')
 
-    def _error(self, index: int) -> float:
-        """Return the largest relative error of a layer for random values."""
+    def error(self, model: PackedModel) -> float:
+        """
+        Return the largest relative error of a layer's output and gradients, for random values.
+
+        All layers run in the order of a step before any is compared: so what a replay overwrites
+        is found out, too.
+        """
         x, gradient = (torch.randn(
             like.shape, generator=torch.Generator(like.device).manual_seed(seed),
             dtype=like.dtype, device=like.device)
             for seed, like in enumerate((self._input, self._gradient)))
-        weights = self._weights[index]
-        leaf = x.clone().requires_grad_()
+        with random_adapter(model, TRAINING_SLOT), model.training(self.metadata):
+            found = [self._recompute_all(x, gradient)]
+            if self._graphed:
+                found.append(self._run_all(x, gradient))
+            return max(
+                relative_error(ours, theirs)
+                for index, layer in enumerate(self._layers)
+                for expected in [_results(layer, x, gradient, self._weights[index])]
+                for results in found
+                for ours, theirs in zip(results[index], expected, strict=True)
+                if ours is not None and theirs is not None)
 
-        def apart(eager: bool) -> list[Tensor | None]:
-            with torch.enable_grad():
-                y = self.run(index, leaf, eager=eager)
-            return [y.detach(), *torch.autograd.grad(
-                y, (leaf, *weights), gradient, allow_unused=True)]
-
-        def recomputed() -> list[Tensor | None]:
+    def _recompute_all(self, x: Tensor, gradient: Tensor) -> list[_Results]:
+        """Return the results of each layer's :meth:`backward`, without its output."""
+        found: list[_Results] = [()] * len(self._layers)
+        for index in reversed(range(len(self._layers))):
+            weights = self._weights[index]
             for weight in weights:      # a step that was given up may have left some
                 weight.grad = None
-            found: list[Tensor | None] = [
-                None, self.backward(index, x, gradient), *(w.grad for w in weights)]
+            own = self.backward(index, x, gradient).clone()
+            found[index] = (None, own, *(w.grad for w in weights))
             for weight in weights:
                 weight.grad = None
-            return found
+        return found
 
-        expected = apart(eager=True)
-        return max(relative_error(ours, theirs) for found in (apart(eager=False), recomputed())
-                   for ours, theirs in zip(found, expected, strict=True)
-                   if ours is not None and theirs is not None)
+    def _run_all(self, x: Tensor, gradient: Tensor) -> list[_Results]:
+        """Return the results of each layer's :meth:`run` and its backward."""
+        leaf = x.clone().requires_grad_()
+        with torch.enable_grad():
+            outputs = [self.run(index, leaf) for index in range(len(self._layers))]
+        found: list[_Results] = [()] * len(self._layers)
+        for index in reversed(range(len(self._layers))):
+            found[index] = (outputs[index].detach(), *torch.autograd.grad(
+                outputs[index], (leaf, *self._weights[index]), gradient, allow_unused=True))
+        return found
+
+
+def _results(layer: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor,
+             weights: tuple[Tensor, ...]) -> _Results:
+    """Return the results of a layer for the gradient of its output."""
+    leaf = x.clone().requires_grad_()
+    with torch.enable_grad():
+        y = layer(leaf)
+    return (y.detach(), *torch.autograd.grad(y, (leaf, *weights), gradient, allow_unused=True))
 
 
 class _EagerLayer:
@@ -259,19 +293,6 @@ def _adapter_weights(layer: nn.Module) -> tuple[nn.Parameter, ...]:
     """Return the master weights of a decoder layer."""
     return tuple(p for linear in layer.modules() if isinstance(linear, MergedLinear)
                  for s in linear.adapted for p in (s.a, s.b) if p is not None)
-
-
-@contextmanager
-def _random_adapter(model: PackedModel) -> Iterator[None]:
-    """While open, the training slot holds random values: in a fresh one, many gradients are 0."""
-    slots = [x for linear in model.linears if linear.width for x in linear.slot(TRAINING_SLOT)]
-    before = [x.clone() for x in slots]
-    for x in slots:
-        x.normal_(std=0.02)
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(slots, before)
 
 
 def _cloned(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:

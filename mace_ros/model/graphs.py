@@ -58,6 +58,10 @@ class FusedPart(Protocol):
     def name(self) -> str:
         """What it is, for the log."""
 
+    @property
+    def applies(self) -> bool:
+        """Whether the model has such a part."""
+
     def use(self) -> None:
         """Let the model use it from now on."""
 

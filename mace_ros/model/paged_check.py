@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mace_ros.model.graph_check import largest_difference, limit
+from mace_ros.model.checked_passes import CheckedPass, fill_blocks
+from mace_ros.model.graph_check import kernel_limit, largest_difference
 from mace_ros.model.lora_mapping import BASE_SLOT
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.paged_attention import find, PagedAttention
-from mace_ros.model.spans import BLOCK_TOKENS, Span
+from mace_ros.model.spans import BLOCK_TOKENS, PiggybackSpans, Span
 
 # Tokens of the rows of a pass: within a block and a window, at a block's end, and of several
 # splits. Shorter ones if the context or the cache is shorter. One more row is longer than the
@@ -42,7 +43,7 @@ def use_if_right(model: PackedModel, paged: PagedAttention) -> str:
         error = difference(model, paged)
     except Exception as failure:    # of Triton's compilers: no C compiler, no kernel for a GPU
         return f'{type(failure).__name__}: {failure}'
-    if error > limit(model):
+    if error > kernel_limit(model):
         return f'its logits are off by {error:.2g} (relative)'
     model.context.paged = paged
     return ''
@@ -50,33 +51,30 @@ def use_if_right(model: PackedModel, paged: PagedAttention) -> str:
 
 def difference(model: PackedModel, paged: PagedAttention) -> float:
     """Return the relative difference of logits by ``paged`` from those of gathered keys."""
-    def run(spans: Sequence[Span], used: PagedAttention | None) -> Tensor:
+    def run(spans: Sequence[Span], piggyback: PiggybackSpans | None, *,
+            used: PagedAttention | None) -> Tensor:
         kept, graphs = model.context.paged, model.graphs
         model.context.paged, model.graphs = used, None
         try:
-            return model.run(spans)
+            return model.run(spans, piggyback)
         finally:
             model.context.paged, model.graphs = kept, graphs
 
-    return largest_difference(lambda seed: _passes(model, seed), partial(run, used=None),
-                              partial(run, used=paged))[0]
+    return largest_difference(model, lambda seed: _passes(model, seed),
+                              partial(run, used=None), partial(run, used=paged))[0]
 
 
-def _passes(model: PackedModel, seed: int) -> Iterator[tuple[str, list[Span]]]:
+def _passes(model: PackedModel, seed: int) -> Iterator[CheckedPass]:
     """Yield passes of decode rows whose keys and values are random, in scattered blocks."""
     generator = torch.Generator(model.device).manual_seed(seed)
     lengths = _lengths(model)
     counts = list(map(_blocks, lengths))
     blocks = torch.randperm(model.kv_blocks, generator=generator, device=model.device).tolist()
-    slots = model.cache_slots(blocks[:sum(counts)], sum(counts) * BLOCK_TOKENS)
-    for cache in (*model.kv_cache.keys, *model.kv_cache.values):
-        cache.index_copy_(0, slots, torch.randn(
-            len(slots), *cache.shape[1:], generator=generator, device=model.device,
-            dtype=cache.dtype))
+    fill_blocks(model, blocks[:sum(counts)], generator)
     spans = [Span((7 + i,), n - 1, blocks[sum(counts[:i]):sum(counts[:i + 1])], BASE_SLOT, True)
              for i, n in enumerate(lengths)]
-    yield 'long', spans
-    yield 'short', spans[:SHORT]
+    yield CheckedPass('long', spans)
+    yield CheckedPass('short', spans[:SHORT])
 
 
 def _lengths(model: PackedModel) -> list[int]:

@@ -106,7 +106,7 @@ def _serving_errors(model: PackedModel, ids: list[int], reference: Tensor) -> li
     second = model.run([Span(ids[last:], last, one, BASE_SLOT, True),
                        Span(ids[prefix:], prefix, two, BASE_SLOT, True)])
     rows = model.tensor([last - 1, prefix - 1, last, last])
-    return _relative_errors(torch.cat([first, second]), reference[rows])
+    return row_errors(torch.cat([first, second]), reference[rows])
 
 
 def _training_errors(model: PackedModel, ids: list[int], reference: Tensor) -> list[float]:
@@ -125,7 +125,7 @@ def _training_errors(model: PackedModel, ids: list[int], reference: Tensor) -> l
                 f'{model.model.config.model_type}: its layers pass each other more than the '
                 'hidden states, so that they cannot be trained one by one')
         logits = model.shell.logits(hidden[0, [prefix - 1, prefix + len(ids) - 1]])
-    return _relative_errors(logits.float(), reference[[prefix - 1, len(ids) - 1]])
+    return row_errors(logits.float(), reference[[prefix - 1, len(ids) - 1]])
 
 
 def _container_sizes(calls: Sequence[dict[str, Any]]) -> list[int]:
@@ -134,7 +134,7 @@ def _container_sizes(calls: Sequence[dict[str, Any]]) -> list[int]:
             if isinstance(v, MutableMapping | MutableSequence)]
 
 
-def _relative_errors(ours: Tensor, theirs: Tensor) -> list[float]:
+def row_errors(ours: Tensor, theirs: Tensor) -> list[float]:
     """Return the relative error of each row, without a constant offset of all logits."""
     ours, theirs = (x - x.mean(-1, keepdim=True) for x in (ours, theirs))
     errors = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-30)

@@ -48,7 +48,7 @@ def capture_steps(model: PackedModel, monkeypatch: pytest.MonkeyPatch,
     use_fake_graphs(monkeypatch)
     monkeypatch.setattr(graphed_layers, 'captured', captured)
     report = capture(model, max_rows=1, max_tokens=16, max_context=16,
-                     may_continue=lambda: True, free_bytes=lambda: 1.0)
+                     time_left=lambda: 1.0, free_bytes=lambda: 1.0)
     assert (report.steps, report.failures) == ([64, 128], [])
 
 
@@ -56,7 +56,7 @@ def capture_steps(model: PackedModel, monkeypatch: pytest.MonkeyPatch,
 def test_captured_layers_have_the_gradients_of_eager_ones(
         model_and_lora: tuple[PackedModel, LoRAManager], way: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after other steps, since they all use the same memory."""
+    """Also after other steps and other layers, since they all use the same memory."""
     model, lora = model_and_lora
     drive, keep_graphs = DRIVES[way]
     trainer = Trainer(lora, 1e-3)
@@ -123,8 +123,8 @@ def test_a_recomputed_layer_is_one_replay(
     model, lora = model_and_lora
     replays: list[object] = []
 
-    def counted(compute: Callable[[], Results], *_: object) -> Any:
-        replay, result = fake_graph(compute)
+    def counted(compute: Callable[[], Results], *places: Any) -> Any:
+        replay, result = fake_graph(compute, *places)
         return lambda: (replays.append(compute), replay()), result
 
     capture_steps(model, monkeypatch, counted)

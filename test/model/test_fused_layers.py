@@ -21,9 +21,15 @@ from support.kernels import DEVICE, needs_triton
 import torch
 from torch import nn, Tensor
 
-from mace_ros.model import attention, fused_check, graph_check
+from mace_ros.model import attention, checked_passes, fused_check, graph_check
 from mace_ros.model.attention import whole_sequences
-from mace_ros.model.fused_check import difference, update_error, use_fused_layers, use_if_right
+from mace_ros.model.fused_check import (
+    difference,
+    update_error,
+    use_fused_layers,
+    use_if_right,
+    use_part,
+)
 from mace_ros.model.fused_experts import fused_experts
 from mace_ros.model.fused_layers import (
     fused_norms,
@@ -68,7 +74,7 @@ def test_parts_of_most_families_are_known(family: str) -> None:
     assert bool(norms) == (family not in OTHER_NORMS)
     assert len(layers) == (0 if family in UNROTATED else len(model.layers))
     assert len(experts) == (len(model.layers) if family in MIXED else 0)
-    assert bool(FusedChunks(model)) == (family in CHANGED_SCORES)
+    assert FusedChunks(model).applies == (family in CHANGED_SCORES)
     for norm in norms:
         assert norm_kind(norm) == {'relative': family.startswith('gemma'),
                                    'centered': family.startswith('cohere')}
@@ -126,8 +132,8 @@ def test_models_get_the_same_logits_from_all_kernels(
 @needs_triton
 def test_the_check_uses_kernels_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few tokens, since the interpreter is slow."""
-    monkeypatch.setattr(fused_check, 'SAMPLES', 1)
-    monkeypatch.setattr(graph_check, 'TOKENS', 5)
+    monkeypatch.setattr(graph_check, 'SAMPLES', 1)
+    monkeypatch.setattr(checked_passes, 'TOKENS', 5)
     model, _, _ = with_reference(tiny_model('llama', num_hidden_layers=1).to(DEVICE))
     for part in (fused_norms(model), fused_rotary(model)):
         assert use_if_right(model, part, lambda x: difference(model, x), 1e-3) == ''
@@ -167,6 +173,18 @@ def test_a_part_that_is_wrong_is_not_used(
     assert model.fused_parts == []
 
 
+def test_a_part_that_can_not_be_tried_is_not_used() -> None:
+    """Such as norms of an unknown family, whose code takes other arguments."""
+    def unlike_others(_: PackedModel) -> FusedPart:
+        raise TypeError('injected')
+
+    model, _, _ = with_reference(tiny_model('llama'))
+    assert use_part(model, unlike_others) == 'unlike_others: TypeError: injected'
+    assert use_part(model, FusedChunks) == ''       # it has no such part
+    assert model.fused_parts == []
+    assert use_part(model, wrong_norms).startswith('norms: off by')
+
+
 def test_attention_of_chunks_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _ = with_reference(tiny_model('gemma2'))
 
@@ -195,7 +213,7 @@ def test_a_kernel_that_does_not_write_the_cache_is_found_out(
     model, _, _ = with_reference(tiny_model('llama'))
 
     class Forgetful:
-        name = 'forgetful'
+        name, applies = 'forgetful', True
 
         def use(self) -> None:
             monkeypatch.setattr(Tensor, 'index_copy_', lambda self, *_: self)

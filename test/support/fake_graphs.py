@@ -17,16 +17,40 @@ from mace_ros.model import cuda_graph_runner, graphed_layers
 Results = Sequence[Tensor | None] | None
 
 
-def fake_graph(compute: Callable[[], Results], *_: object) -> tuple[Callable[[], None], Results]:
-    """Take the place of ``captured``: each replay overwrites the tensors of the first result."""
+class Pool:
+    """Memory that graphs share: the results of each graph, in the order of the captures."""
+
+    def __init__(self) -> None:
+        self.results: list[Results] = []
+
+
+def fake_graph(compute: Callable[[], Results], stream: object,
+               pool: Pool) -> tuple[Callable[[], None], Results]:
+    """
+    Take the place of ``captured``: each replay overwrites the tensors of the first result.
+
+    It also overwrites the results of all graphs captured later in the same pool: these may lie
+    where this graph has its intermediate values.
+    """
     result = compute()
+    pool.results.append(result)
+    captures = len(pool.results)
 
     def replay() -> None:
+        overwrite(pool.results[captures:])
         for old, new in zip(result or (), compute() or (), strict=True):
             if old is not None:
                 old.copy_(new)
 
     return replay, result
+
+
+def overwrite(results: Sequence[Results]) -> None:
+    """Fill tensors with what no computation gives."""
+    for result in results:
+        for x in result or ():
+            if x is not None:
+                x.fill_(torch.nan)
 
 
 def use_fake_graphs(patch: pytest.MonkeyPatch) -> None:
@@ -35,8 +59,8 @@ def use_fake_graphs(patch: pytest.MonkeyPatch) -> None:
         return callables
 
     patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
-    for name in ('graph_pool_handle', 'Stream'):
-        patch.setattr(torch.cuda, name, lambda: None)
+    patch.setattr(torch.cuda, 'graph_pool_handle', Pool)
+    patch.setattr(torch.cuda, 'Stream', lambda: None)
     patch.setattr(torch.cuda, 'make_graphed_callables', as_they_are)
     patch.setattr(graphed_layers, 'capturing', nullcontext)
     for module in (cuda_graph_runner, graphed_layers):
