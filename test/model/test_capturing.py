@@ -20,7 +20,6 @@ from mace_ros.model.capturing import (
     no_waiting,
     without_collections,
 )
-from mace_ros.model.hardware import release_memory
 
 # Names of the function that ends allocations in a pool, of torch 2.8 and newer, and before.
 NEW, OLD = '_cuda_endAllocateToPool', '_cuda_endAllocateCurrentStreamToPool'

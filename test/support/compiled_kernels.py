@@ -9,6 +9,7 @@ driver that drops each launch, and prints the shared memory of each kernel in by
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import cycle
 import json
@@ -33,8 +34,9 @@ from mace_ros.model.paged_attention import MAX_SPLITS, SPLIT_TOKENS
 
 # Of a GeForce (sm_86, sm_89), which has the least.
 SHARED_BYTES = 99 * 1024
-# An Orin, GPUs of data centres, and a GeForce.
-CAPABILITIES = (87, 90, 89, 80)
+# Of an Orin, for which all kernels are compiled; and of GPUs of data centres and a GeForce, for one
+# kernel of each kind.
+ORIN, OTHERS = 87, (90, 89, 80)
 # Precision, heads, KV heads, head size, splits, softcap and sinks.
 ATTENTION = {
     'llama': (torch.bfloat16, 32, 8, 128, 8, None, False),
@@ -164,17 +166,18 @@ def mix(dtype: torch.dtype, inputs: int, outputs: int, transposed: bool, biased:
 
 
 def main() -> None:
-    """Compile all kernels, for each GPU in turn."""
-    found = {}
-    launches = [(name, partial(launch, *arguments)) for launch, each in (
+    """Compile all kernels."""
+    kinds: list[tuple[Callable[..., None], Mapping[str, tuple[Any, ...]]]] = [
         (attend, ATTENTION), (adapt, ADAPTERS), (rotate, ROTARY), (normalize, NORMS),
-        (attend_chunk, BLOCKS), (mix, EXPERTS))
-        for name, arguments in each.items()]
-    for (name, launch), capability in zip(launches, cycle(CAPABILITIES), strict=False):
-        driver = Driver(capability)
-        triton.runtime.driver.set_active(driver)
-        launch()
-        found[f'{name} on {capability}'] = driver.shared
+        (attend_chunk, BLOCKS), (mix, EXPERTS)]
+    found, others = {}, cycle(OTHERS)
+    for launch, each in kinds:
+        for i, (name, arguments) in enumerate(each.items()):
+            for capability in (ORIN, *([] if i else [next(others)])):
+                driver = Driver(capability)
+                triton.runtime.driver.set_active(driver)
+                launch(*arguments)
+                found[f'{name} on {capability}'] = driver.shared
     print(json.dumps(found))
 
 
