@@ -166,7 +166,8 @@ def alignment(samples: Samples, path: Path) -> None:
         left.set(xlabel='minutes of the trace', ylim=(0, 1),
                  title=f'right of the latest {drift_checks.WINDOW} answers')
         left.legend(loc='lower right', fontsize='small')
-        right.set(xlabel='minutes of device time for learning', xlim=(0, 60), ylim=(0, 1),
+        right.set(xlabel='minutes of device time for learning', ylim=(0, 1),
+                  xlim=(0, 1.3 * max(run['learning_s'] for run in runs.values()) / 60),
                   title='right of all answers')
 
 
