@@ -258,7 +258,8 @@ def build_prefill(kind: RequestKind, ids: Sequence[int], now: float, chat: ChatT
         priority=0 if urgent else BACKGROUND_PRIORITY)
     return ActiveRequest(
         query=Query('', id=request.id), messages=(), ids=list(ids), request=request,
-        sampling=Sampling(), stream=TextStream(chat), kind=kind)
+        sampling=Sampling(), stream=TextStream(chat), kind=kind,
+        adapted_from=len(ids) if kind is RequestKind.PREFIX else 0)
 
 
 def _sampling(query: Query) -> Sampling:

@@ -185,8 +185,20 @@ class RequestManager:
             active.request.block_hashes = BlockHashes(
                 active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
             active.request.shareable_tokens = _shareable_tokens(active)
+            active.request.pass_ends = self._pass_ends(active)
         self._state.waiting.add(active.request)
         return []
+
+    def _pass_ends(self, active: ActiveRequest) -> tuple[int, ...]:
+        """
+        Return where passes end in a prompt: at the full blocks before its first and its last turn.
+
+        Others that begin alike share these blocks. Were they computed in one pass with the turn,
+        its length would decide how they are rounded, and so the answers to other questions.
+        """
+        turns = {self._chat.first_turn(active.ids), active.adapted_from}
+        ends = {turn // BLOCK_TOKENS * BLOCK_TOKENS for turn in turns}
+        return tuple(sorted(ends - {0}))
 
     def _start_others(self, first: ActiveRequest) -> None:
         """Start the other answers to a query, which find the prompt in the prefix cache."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from itertools import takewhile
@@ -165,9 +165,18 @@ class ChatTokenizer:
         0, the whole prompt, if the template has no recognisable user turn. As in activated LoRA
         (arXiv 2504.12397) and PEFT's ``alora_invocation_tokens``.
         """
+        return next(self._turns(prompt, last_first=True), 0)
+
+    def first_turn(self, prompt: Sequence[int]) -> int:
+        """Return the position of the first user turn in a prompt; 0 if there is none."""
+        return next(self._turns(prompt), 0)
+
+    def _turns(self, prompt: Sequence[int], *, last_first: bool = False) -> Iterator[int]:
+        """Yield the positions of the user turns."""
         header = self.invocation
-        starts = range(len(prompt) - len(header), -1, -1) if header else ()
-        return next((i for i in starts if tuple(prompt[i:i + len(header)]) == header), 0)
+        starts = range(len(prompt) - len(header) + 1) if header else range(0)
+        return (i for i in (reversed(starts) if last_first else starts)
+                if tuple(prompt[i:i + len(header)]) == header)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a response's ids, without special tokens."""

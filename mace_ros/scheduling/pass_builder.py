@@ -52,8 +52,12 @@ class PassBuilder:
         The request's prefill should start by ``latest_start``. ``queued`` requests wait to
         prefill, this one included. The KV cache has room for ``room`` tokens.
         """
-        remaining = request.prompt_tokens + request.output_tokens - request.computed_tokens
+        computed = request.computed_tokens
+        remaining = request.prompt_tokens + request.output_tokens - computed
         tokens = limit = min(remaining, self._tokens_left, room)
+        for end in request.pass_ends:
+            if computed < end < computed + limit:
+                tokens = limit = end - computed
         shape = self._shape_with(request, tokens)
         seconds = self._cost.pass_s(*shape)
         upper_s = self._cost.upper_s(seconds)

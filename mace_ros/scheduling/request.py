@@ -53,6 +53,8 @@ class Request:
     shared_blocks: int = 0
     block_hashes: BlockHashes | None = None    # None: shares no blocks
     shareable_tokens: int | None = None     # the most that the prefix cache may provide
+    # Positions at which a pass ends: the tokens before them take the same passes whatever follows.
+    pass_ends: tuple[int, ...] = ()
     adapter_slot: int = 0
 
     @property

@@ -9,8 +9,22 @@ from pathlib import Path
 import pytest
 from support.robot import RANDOM_MODEL, Robot, robot_with, SYSTEM
 
-from mace_ros.api.events import Correction, CorrectionState
+from mace_ros.api.events import ChatMessage, Correction, CorrectionState
 from mace_ros.api.settings import Settings
+from mace_ros.memory.block_pool import BLOCK_TOKENS
+from mace_ros.scheduling.plan import Plan
+from mace_ros.telemetry.observer import IterationObserver
+
+
+class Chunks(IterationObserver):
+    """Collects where the prefill chunks begin and end."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int]] = []
+
+    def planned(self, plan: Plan, in_flight: int) -> None:
+        self.found += [(chunk.request.computed_tokens,
+                        chunk.request.computed_tokens + chunk.tokens) for chunk in plan.prefill]
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +82,31 @@ def test_a_short_question_takes_the_same_pass_each_time(settings: Settings, tmp_
         assert computed('What is the colour of the sea?') == lengths[0]
         long = 'What is the colour of the sky? ' * 10
         assert computed(long) > computed(long)
+
+
+@pytest.mark.parametrize('turns', [('Hm?',), ('And how are you ? ' * 9,), ('Hm?', 'Oh.', 'Why?')],
+                         ids=['short', 'long', 'conversation'])
+def test_a_system_prompt_takes_the_same_pass_whatever_follows(
+        turns: tuple[str, ...], settings: Settings, tmp_path: Path) -> None:
+    """Its keys and values are shared: the first question may not decide how they are rounded."""
+    with robot_with(settings, tmp_path) as one:
+        chat, chunks = one.engine.chat, Chunks()
+        one.engine.observe(chunks)
+        roles = ('user', 'assistant', 'user')
+        messages = [{'role': 'system', 'content': SYSTEM},
+                    *({'role': r, 'content': t} for r, t in zip(roles, turns, strict=False))]
+        answer = one.ask('', messages=tuple(ChatMessage(**m) for m in messages), max_tokens=1)
+        assert not answer.error
+        prompt = chat.prompt(messages)
+        last = chat.adapted_from(prompt) // BLOCK_TOKENS * BLOCK_TOKENS
+        system = chat.adapted_from(chat.prompt(messages[:2])) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert 0 < system <= last
+        ends = list(dict.fromkeys((system, last, len(prompt))))
+        assert chunks.found == list(zip((0, *ends), ends, strict=False))
+        # A prompt is computed in as many passes as it has parts that are not in the cache.
+        chunks.found.clear()
+        one.ask('Well?', system=SYSTEM, max_tokens=1)
+        assert [begin for begin, _ in chunks.found] == [system]
 
 
 def test_prefix_sharing_can_be_switched_while_serving(settings: Settings, tmp_path: Path) -> None:
