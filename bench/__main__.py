@@ -7,15 +7,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import constrained, decode, kernels, publication, report
+from bench import constrained, decode, everywhere, kernels, publication, report
 from bench.colocation import __main__ as colocation
 from bench.durability import __main__ as durability
 from bench.learning import __main__ as learning
 from bench.memory import __main__ as memory
 from bench.operation import __main__ as operation
 
-BENCHMARKS = (kernels, decode, constrained, publication, learning, durability, memory, operation,
-              colocation)
+BENCHMARKS = (kernels, decode, constrained, publication, learning, everywhere, durability, memory,
+              operation, colocation)
 
 
 def main() -> int:

@@ -33,8 +33,9 @@ def options() -> Options:
     result.add('--modes', nargs='+', choices=list(MODES), default=[m for m in MODES if m != 'long'],
                help='parts to run (default: all but long); the samples of other parts and systems '
                'are taken from the last results if these had the same edits, seed and --set')
-    result.add('--systems', nargs='+', choices=list(SYSTEMS), default=list(SYSTEMS),
-               help='systems of the mode sequential (default: all); the other modes run mace')
+    result.add('--systems', nargs='*', choices=list(SYSTEMS), default=list(SYSTEMS),
+               help='systems of the mode sequential (default: all; no name: none but that of '
+               '--earlier); the other modes run mace')
     result.size('--corrections', 100, 3, 'edits of each set')
     result.add('--offset', type=int, default=0, help='edits of each file that are left out first')
     result.add('--seed', type=int, default=0, help='seed of the baselines')
@@ -88,7 +89,7 @@ def measure(run: Run) -> Samples:
     """Run the selected parts; return their samples, with the last ones of the other parts."""
     args = run.args
     conditions = {'corrections': args.corrections, 'offset': args.offset, 'seed': args.seed,
-                  'restart_after': args.restart_after, 'set': args.set, 'cpu': run.recorder.cpu}
+                  'restart_after': args.restart_after, 'set': args.set}
     samples = run.earlier('edits')
     if samples.get('conditions') != conditions:
         samples = {}
@@ -119,7 +120,7 @@ def record(run: Run, samples: Samples, edit_set: EditSet, system: str,
         samples['runs'] = [
             *(row for row in samples['runs'] if not (is_new(row) and row['part'] == part)),
             {**labels, 'part': part, 'commit': commit or run.recorder.commit,
-             'recorded': run.recorder.started[:10]}]
+             'cpu': run.recorder.cpu, 'recorded': run.recorder.started[:10]}]
     run.record(evaluate(samples))
 
 

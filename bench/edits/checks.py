@@ -46,7 +46,7 @@ def tables(samples: Mapping[str, Any]) -> list[Table]:
     if samples.get('scope'):
         found.append(table(samples['scope']))
     if samples.get('runs'):
-        columns = ['set', 'system', 'part', 'recorded', 'commit']
+        columns = ['set', 'system', 'part', 'recorded', 'commit', 'cpu']
         found.append(Table('Runs', columns, [
             [run.get(name) for name in columns] for run in samples['runs']]))
     return found
@@ -80,7 +80,7 @@ def _cells(found: Figures) -> Iterable[float | None]:
 
 def _sequential_checks(samples: Mapping[str, Any]) -> Iterator[Check]:
     earlier = {name: found for name, system, found in grouped(samples, 'edits', 'unrelated')
-               if system == EARLIER}
+               if system == EARLIER and _same_cpu(samples, name)}
     for name, found in _of_mace(samples, 'edits', 'unrelated'):
         count = f'{len(found.rows)} edits, one after the other'
         yield check(f'{name}: right in the end', found.right('end'), '>= 0.97', count)
@@ -105,6 +105,12 @@ def _sequential_checks(samples: Mapping[str, Any]) -> Iterator[Check]:
         right, named = found.explained
         yield check(f'{name}: answers in scope that name their correction',
                     right / named if named else NAN, '>= 0.95', f'{right} of {named}')
+
+
+def _same_cpu(samples: Mapping[str, Any], name: str) -> bool:
+    """Whether the robots of both commits ran on the same CPU, so that seconds compare."""
+    return len({run['cpu'] for run in samples.get('runs', ()) if run['set'] == name
+                and run['part'] == 'edits' and run['system'] in (MACE, EARLIER)}) <= 1
 
 
 def _burst_checks(samples: Mapping[str, Any]) -> Iterator[Check]:

@@ -19,7 +19,6 @@ class Aims:
     facts_after: str        # right after forty
 
 
-AIMS = {
-    'similar': Aims('<= 4', '>= 0.85', '>= 1', '>= 1', '>= 1', '>= 1'),
-    # One adapter acts on every answer there.
-    'everywhere': Aims('<= 30', '>= 0.7', '>= 0.95', '', '>= 0.85', '>= 0.9')}
+SIMILAR = Aims('<= 4', '>= 0.85', '>= 1', '>= 1', '>= 1', '>= 1')
+# One adapter acts on every answer there.
+EVERYWHERE = Aims('<= 30', '>= 0.7', '>= 0.95', '', '>= 0.85', '>= 0.9')

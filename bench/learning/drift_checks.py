@@ -78,9 +78,6 @@ def reported(samples: Mapping[str, Any]) -> list[Reported]:
     """Return numbers without a target that explain the checks."""
     numbers = by_system(samples)
     found = [
-        # Without overload, one job takes nearly all waiting corrections.
-        ('alignment per fine-tune second of mace over that without priority',
-         _per_second(numbers, 'mace', 'mace, no priority')),
         ('alignment of mace over that without drift',
          _ratio(numbers, 'alignment', 'mace', 'mace, no drift')),
         ('alignment of mace over that without priority, overloaded',

@@ -27,5 +27,4 @@ SYSTEMS: Mapping[str, System] = {
     'mace, overloaded': System(overloaded=True),
     'continuous, overloaded': System({'scheduler.policy': 'continuous'}, overloaded=True),
     'mace, overloaded, no priority': System({'finetune.order': 'arrival'}, overloaded=True),
-    'mace, no priority': System({'finetune.order': 'arrival'}),
 }

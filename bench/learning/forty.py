@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.common.results import Check, check
 from bench.common.text import contains_phrase
-from bench.learning.aims import AIMS
+from bench.learning.aims import Aims
 from bench.learning.one import same_words
 
 
@@ -44,11 +44,10 @@ def measure(settings: Any, lessons: Mapping[str, Any], folder: Path, *, count: i
                            {'adapter': 'live', 'value': perplexity}]}
 
 
-def checks(samples: Mapping[str, Any]) -> list[Check]:
+def checks(samples: Mapping[str, Any], aims: Aims) -> list[Check]:
     """Return the checks."""
     taught: Sequence[Mapping[str, Any]] = samples['forty']
     facts: Sequence[Mapping[str, Any]] = samples['forty_facts']
-    aims = AIMS[samples['scope']]
     base, live = (row['value'] for row in samples['perplexity'])
     exact = sum(r['in_the_end'].strip() == r['answer'] for r in taught) / len(taught)
     return [

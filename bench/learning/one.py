@@ -12,7 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 from bench.common.results import Check, check, Reported, Table
 from bench.common.text import contains_phrase
-from bench.learning.aims import AIMS, Aims
+from bench.learning.aims import Aims
 
 if TYPE_CHECKING:
     from bench.systems.interactive import InteractiveEngine
@@ -51,9 +51,9 @@ def teach(robot: InteractiveEngine, lesson: Mapping[str, str]) -> dict[str, Any]
             'after': after, 'after_paraphrase': paraphrased}
 
 
-def checks(samples: Mapping[str, Any]) -> list[Check]:
+def checks(samples: Mapping[str, Any], aims: Aims) -> list[Check]:
     """Return the checks."""
-    taught, facts, aims = samples['corrections'], samples['facts'], AIMS[samples['scope']]
+    taught, facts = samples['corrections'], samples['facts']
     known = len(facts) // len({r['robot'] for r in taught})
     exact = sum(r['after'].strip() == r['answer'] for r in taught) / len(taught)
     return [
@@ -89,14 +89,11 @@ def _phrase_check(name: str, rows: Sequence[Mapping[str, Any]], column: str, tar
 
 def reported(samples: Mapping[str, Any]) -> list[Reported]:
     """Return numbers without a target that explain the checks."""
-    taught, facts = samples['corrections'], samples['facts']
-    same = sum(f['before'] == f['after'] for f in facts) / len(facts)
+    taught = samples['corrections']
     return [
         Reported('corrections still right in the end', sum(
             contains_phrase(r['in_the_end'], r['key']) for r in taught) / len(taught)),
-        Reported('fine-tune steps, of all corrections', samples.get('steps')),
-        *([] if AIMS[samples['scope']].same_words else [
-            Reported('facts answered in the same words', same)])]
+        Reported('fine-tune steps, of all corrections', samples.get('steps'))]
 
 
 def table(samples: Mapping[str, Any]) -> Table:

@@ -242,6 +242,18 @@ def test_checks_compare_with_the_earlier_commit() -> None:
         ['wikibigedit', 'mace'], ['wikibigedit', 'earlier']]
 
 
+def test_seconds_of_different_cpus_are_not_compared() -> None:
+    runs = [{'set': 'zsre', 'system': system, 'part': 'edits', 'cpu': cpu}
+            for system, cpu in (('mace', 'A'), ('earlier', 'B'))]
+    each = [samples_of(lambda: teach(Pupil()), run['system'], 'zsre') for run in runs]
+    both = {kind: [*each[0][kind], *each[1][kind]] for kind in each[0]}
+    device = 'zsre: device s of a correction, over those of the earlier commit'
+    for cpu, ratio in (('A', 1.0), ('B', None)):
+        runs[1]['cpu'] = cpu
+        found = {check.name: check for check in checks({**both, 'runs': runs})}
+        assert found[device].value == ratio
+
+
 def test_noisy_wordings_have_an_aim_of_their_own() -> None:
     aims = {name: {c.name: c.target for c in checks(
         samples_of(lambda: teach(Pupil()), 'mace', name))} for name in ('counterfact', 'zsre')}
@@ -315,3 +327,5 @@ def test_a_quick_run_measures_all_systems_and_modes(tmp_path: Path, model_folder
 def test_the_modes_and_systems_can_be_chosen() -> None:
     args = options().parse(['--quick', '--data', 'x', '--modes', 'long', '--systems', 'mace'])
     assert (args.modes, args.systems, args.long, args.corrections) == (['long'], ['mace'], 4, 3)
+    args = options().parse(['--data', 'x', '--modes', 'sequential', '--systems'])
+    assert args.systems == []

@@ -1,0 +1,147 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Learning for every question, and what each protection of the other answers adds to it.
+
+Under ``adapter.scope: everywhere``, robots learn the corrections of the parts one and forty of
+:mod:`bench.learning`: first with all protections, then without each of them. Results:
+bench/results/everywhere.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+import json
+import statistics
+from typing import Any
+from unittest.mock import patch
+
+from bench.common.load import LESSONS
+from bench.common.options import Options, settings_from
+from bench.common.results import Check, check, Result, Table
+from bench.common.running import Run, run_benchmark, Samples
+from bench.common.text import contains_phrase
+from bench.learning import forty, one
+from bench.learning.aims import EVERYWHERE
+
+FACTS, QUICK_FACTS = 40, 8
+ALL = 'with all protections'
+
+
+def without_interpolation() -> AbstractContextManager[Any]:
+    """Let jobs keep the weights of their last step."""
+    def keep(*_: object) -> Iterator[None]:
+        yield from ()
+
+    return patch('mace_ros.learning.learning_job.interpolate', keep)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Parameters that differ from the defaults, and what differs in the code."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    changed: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+VARIANTS: Mapping[str, Variant] = {
+    ALL: Variant(),
+    'without replay': Variant({'finetune.replay_samples': 0}),
+    'without protected directions': Variant({'finetune.spared_directions': 0}),
+    'without interpolation': Variant(changed=without_interpolation),
+    'without the gate': Variant({'gate.tolerance': 1.0}),
+    'with adapters in all layers': Variant({'adapter.target_modules': 'all-linear'}),
+}
+
+
+def options() -> Options:
+    """Return the options."""
+    result = Options('everywhere', __doc__, quick='two variants, a few corrections')
+    result.size('--corrections', 10, 2, 'corrections of each robot in the part one')
+    result.size('--robots', 4, 1, 'robots of the part one, all without a version at first')
+    result.size('--many', 40, 3, 'corrections of the part forty')
+    result.add('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS),
+               help='what to run (default: all); the last results of the other variants are kept '
+               'if these had the same CPU and --set')
+    result.parameters()
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    run_benchmark(options(), arguments, measure=measure,
+                  evaluate=lambda samples, run: evaluate(samples))
+
+
+def measure(run: Run) -> Samples:
+    """Run the selected variants; return their samples, with the last ones of the others."""
+    args = run.args
+    conditions = {'cpu': run.recorder.cpu, 'set': args.set}
+    lessons = json.loads(LESSONS.read_text())
+    facts = QUICK_FACTS if args.quick else FACTS
+    runs = [each for each in run.earlier('everywhere').get('runs', ())
+            if all(each[name] == value for name, value in conditions.items())]
+    for number, name in enumerate(args.variants):
+        run.say(name)
+        variant, folder = VARIANTS[name], run.folder / str(number)
+        settings = settings_from(args.set).updated(
+            {'adapter.scope': 'everywhere', **variant.values})
+        with variant.changed():
+            found = {**one.measure(settings, lessons, folder / 'one', robots=args.robots,
+                                   count=args.corrections, facts=facts),
+                     **forty.measure(settings, lessons, folder / 'forty', count=args.many,
+                                     facts=facts)}
+        runs = [*(each for each in runs if each['variant'] != name),
+                {'variant': name, 'commit': run.recorder.commit, **conditions, **found}]
+        # A variant takes long: its results are kept even if the next one fails.
+        run.record(evaluate({'runs': runs}))
+    return {'runs': runs}
+
+
+def evaluate(samples: Samples) -> Result:
+    """Return the results of all variants that have samples."""
+    return Result('everywhere', samples, list(checks(samples)), tables=[table(samples)])
+
+
+def checks(samples: Samples) -> Iterator[Check]:
+    """Yield the checks: all targets are met with all protections, but not without each of them."""
+    for each in samples['runs']:
+        found = [*one.checks(each, EVERYWHERE), *forty.checks(each, EVERYWHERE)]
+        if each['variant'] == ALL:
+            yield from found
+        else:
+            missed = [c.name for c in found if not c.holds]
+            yield check(f'targets missed {each["variant"]}', len(missed), '>= 1',
+                        '; '.join(missed))
+
+
+def table(samples: Samples) -> Table:
+    """Return the table with a row for each variant."""
+    rows = []
+    for each in sorted(samples['runs'], key=lambda run: list(VARIANTS).index(run['variant'])):
+        taught, base_live = each['corrections'], [row['value'] for row in each['perplexity']]
+        rows.append([
+            each['variant'], statistics.median(row['seconds'] for row in taught),
+            _share(row['after'].strip() == row['answer'] for row in taught),
+            _share(contains_phrase(row['after_paraphrase'], row['key']) for row in taught),
+            _share(contains_phrase(row['after'], row['key']) for row in each['facts']),
+            _share(row['before'] == row['after'] for row in each['facts']),
+            _share(row['in_the_end'].strip() == row['answer'] for row in each['forty']),
+            _share(contains_phrase(row['after'], row['key']) for row in each['forty_facts']),
+            base_live[1] / base_live[0], each['steps'], each['commit'], each['cpu']])
+    return Table(
+        'Learning for every question', ['', 'median s', 'right', 'paraphrases', 'facts',
+                                        'same words', 'of forty', 'facts then', 'perplexity',
+                                        'steps', 'commit', 'cpu'], rows,
+        'shares of answers; facts: still right, and in the same words; perplexity: of chat text, '
+        'after forty corrections, over that of the base model; steps: of the part one')
+
+
+def _share(found: Iterator[bool]) -> float:
+    return statistics.fmean(found)
+
+
+if __name__ == '__main__':
+    main()
