@@ -28,7 +28,7 @@ STAGES = {
     'scored': ('reading', 'preparing', 'choosing', 'scoring'),
     'trained': ('training', 'interpolating'),
     'judged by the gate': ('judging',),
-    'saved and in force': ('publishing', 'saving')}
+    'saved and published': ('publishing', 'saving')}
 
 
 def corrections(samples: Samples, path: Path) -> None:
@@ -49,7 +49,7 @@ def corrections(samples: Samples, path: Path) -> None:
         median = statistics.median(seconds)
         left.axhline(median, color=GREY, linestyle='--')
         left.set(xlabel='correction, one after the other', ylim=(0, None), xlim=(0, None),
-                 title=f'seconds until it is in force, median {median:.1f}')
+                 title=f'seconds until it takes effect, median {median:.1f}')
         bars = right.barh(list(shares), list(shares.values()), color=[BLUE, BLUE, GREEN, GREEN])
         right.bar_label(bars, [f'{100 * value:.0f}%' for value in shares.values()], padding=3)
         right.invert_yaxis()
