@@ -3,7 +3,7 @@
 """
 Draw the pictures of the documentation from the recorded results, into docs/pictures/.
 
-``python -m bench.report --markdown`` draws them as well.
+``make docs`` and ``python -m bench.report --markdown`` draw them as well.
 """
 
 from __future__ import annotations
