@@ -60,8 +60,11 @@ bench: setup  ## run the benchmarks; BENCH_ARGS goes to them
 	@$(pip) install --quiet 'mace-ros[bench]'
 	@$(RUN) -m bench $(BENCH_ARGS)
 
-docs: setup  ## check the documentation, and build it as a site into build/docs
+docs: setup  ## draw the pictures, check the documentation, and build it as a site into build/docs
 	@$(pip) install --quiet 'mace-ros[docs]'
+	@$(RUN) -m bench.pictures
+	@$(RUN) tools/record_terminal.py docs/pictures/demo.svg --title 'make demo' \
+	  --skip '^   (node \||\.\.\. )' -- $(RUN) -m mace_ros.cli.demo --plain
 	@$(RUN) -m pytest -q test/package/test_documents.py
 	@$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
 

@@ -3,7 +3,7 @@
 """
 Draw the pictures of the documentation from the recorded results, into docs/pictures/.
 
-``python -m bench.report --markdown`` draws them as well.
+``make docs`` and ``python -m bench.report --markdown`` draw them as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGES = {
     'scored': ('reading', 'preparing', 'choosing', 'scoring'),
     'trained': ('training', 'interpolating'),
     'judged by the gate': ('judging',),
-    'saved and in force': ('publishing', 'saving')}
+    'saved and published': ('publishing', 'saving')}
 
 
 def corrections(samples: Samples, path: Path) -> None:
@@ -49,7 +49,7 @@ def corrections(samples: Samples, path: Path) -> None:
         median = statistics.median(seconds)
         left.axhline(median, color=GREY, linestyle='--')
         left.set(xlabel='correction, one after the other', ylim=(0, None), xlim=(0, None),
-                 title=f'seconds until it is in force, median {median:.1f}')
+                 title=f'seconds until it takes effect, median {median:.1f}')
         bars = right.barh(list(shares), list(shares.values()), color=[BLUE, BLUE, GREEN, GREEN])
         right.bar_label(bars, [f'{100 * value:.0f}%' for value in shares.values()], padding=3)
         right.invert_yaxis()
@@ -101,29 +101,38 @@ def latency(samples: Samples, path: Path) -> None:
 
 def device(samples: Samples, path: Path) -> None:
     """Draw what each iteration of a block ran: all of the block, and around an arrival."""
+    from matplotlib.patches import Patch
+
     block = samples['iterations'][0]
     rows = [dict(zip(block['columns'], row, strict=True)) for row in block['rows']]
-    kinds = {'learning': GREEN, 'decoding': BLUE, 'prompts': ORANGE}
-    spans: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-    now, first_prompt, last = 0.0, 0.0, ''
+    kinds = {'prompts': ORANGE, 'decoding': BLUE, 'learning': GREEN}
+    spans: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    now, first_prompt, last = 0.0, 0.0, ('',)
     for row in rows:
-        kind = ('prompts' if row['prefill_tokens'] else
-                'decoding' if row['decode_rows'] else 'learning')
-        if kind == 'prompts' and not first_prompt and now > 5.0:
+        work = (row['prefill_tokens'], row['decode_rows'],
+                row['finetune_tokens'] or row['segments'])
+        ran = tuple(kind for kind, some in zip(kinds, work, strict=True) if some)
+        if 'prompts' in ran and not first_prompt and now > 5.0:
             first_prompt = now
-        begin = spans[kind].pop()[0] if kind == last else now
-        now, last = now + row['wall_ms'] / 1e3, kind
-        spans[kind].append((begin, now - begin))
+        of_kind = spans.setdefault(ran, [])
+        begin = of_kind.pop()[0] if ran == last else now
+        now, last = now + row['wall_ms'] / 1e3, ran
+        of_kind.append((begin, now - begin))
     with figure(path, columns=1, rows=2, size=(9.6, 2.6)) as (_, (whole, part)):
         for axes in (whole, part):
-            for kind, colour in kinds.items():
-                axes.broken_barh(spans[kind], (0, 1), color=colour, label=kind, linewidth=0)
+            for ran, bars in spans.items():
+                for at, kind in enumerate(reversed(ran)):
+                    axes.broken_barh(bars, (at / len(ran), 1 / len(ran)), color=kinds[kind],
+                                     linewidth=0)
             axes.set(yticks=[], ylim=(0, 1))
             axes.spines['left'].set_visible(False)
-        whole.set(xlim=(0, now), title='a block with random arrivals')
-        whole.legend(loc='upper right', ncols=3, bbox_to_anchor=(1, 1.5), fontsize='small')
-        part.set(xlim=(first_prompt - 0.4, first_prompt + 2.1), xlabel='seconds',
-                 title='around one arrival')
+        whole.set(xlim=(0, now))
+        whole.set_title('a block with random arrivals; in two colours: both at once', loc='left')
+        whole.legend([Patch(color=colour) for colour in kinds.values()], kinds,
+                     loc='lower right', ncols=3, bbox_to_anchor=(1, 1), fontsize='small',
+                     borderaxespad=0.0)
+        part.set(xlim=(first_prompt - 0.4, first_prompt + 2.1), xlabel='seconds')
+        part.set_title('around one arrival', loc='left')
 
 
 def memory(samples: Samples, path: Path) -> None:

@@ -1,15 +1,12 @@
 #!/usr/bin/env python3
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-r"""
+"""
 Run a command in a terminal, and save what it prints as a moving SVG.
 
-A line of the picture appears when it did in the terminal, but long waits are shortened.
-
-    .venv/bin/python tools/record_terminal.py docs/pictures/demo.svg --title 'make demo' \
-        --skip '^   (node \||\.\.\. )' -- .venv/bin/python -m mace_ros.cli.demo --plain
-
-The exit code is that of the command; a run that fails is not saved.
+A line of the picture appears when it did in the terminal, but long waits are shortened. ``make
+docs`` records the demo with it. The exit code is that of the command; a run that fails is not
+saved.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ written::
     <!--= edits: wikibigedit: right in the end {:.0%} -->100%<!--/-->
 
 A row is named by its first cells, as many as are needed, separated by commas. The name
-``recorded`` is the day of the run.
+``recorded`` is the day of the run, and ``recorded: PART`` that of a part's samples. If the parts
+were recorded on different days, only the second one is accepted.
 ``python -m bench.report --markdown`` brings all pages up to date, and a test compares them.
 """
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 FIGURE = re.compile(
     r'(?P<begin><!--= (?P<bench>\w+): (?P<name>.+?) (?P<form>\{:[^{}]*\})(?P<unit>[^{}]*?) -->)'
     r'(?P<shown>.*?)<!--/-->')
+RECORDED = 'recorded'
 PART = ' > '
 
 
@@ -53,10 +55,27 @@ def updated(text: str, results: Iterable[Mapping[str, Any]]) -> str:
     return FIGURE.sub(figure, text)
 
 
+def is_day(name: str) -> bool:
+    """Return whether the figure of this name is a day on which something was recorded."""
+    return name == RECORDED or name.startswith(f'{RECORDED}: ') or name.endswith(
+        f'{PART}{RECORDED}')
+
+
+def _days(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the day on which each part of a result was recorded."""
+    earlier = result.get('earlier', {})
+    return {name: earlier.get(name, result)['started'][:10]
+            for name, value in result['samples'].items()
+            # Conditions are what the samples were taken under; single numbers follow from them.
+            if isinstance(value, (list, dict)) and name != 'conditions'}
+
+
 def _values(result: Mapping[str, Any], name: str) -> Iterator[Any]:
     """Yield the checks, reported numbers and cells of tables that have a name."""
-    if name == 'recorded':
-        yield result['started'][:10]
+    if name == RECORDED:
+        yield from {*_days(result).values()}
+    elif name.startswith(f'{RECORDED}: '):
+        yield _days(result).get(name.removeprefix(f'{RECORDED}: '))
     for each in (*result['checks'], *result['reported']):
         if each['name'] == name:
             yield each['value']

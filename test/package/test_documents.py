@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from bench.common.pages import FIGURE, pages, ROOT, UnknownFigure, updated
+from bench.common.pages import FIGURE, is_day, pages, ROOT, UnknownFigure, updated
 from bench.common.recording import FOLDER, read
 from bench.report import REPORT, report
 from tools import messages_page
@@ -142,7 +142,7 @@ def test_figures_equal_their_sources(path: Path) -> None:
 @pytest.mark.parametrize('path', user_pages(), ids=name)
 def test_a_page_says_when_its_figures_were_recorded(path: Path) -> None:
     figures = list(FIGURE.finditer(path.read_text()))
-    dated = {figure['bench'] for figure in figures if figure['name'] == 'recorded'}
+    dated = {figure['bench'] for figure in figures if is_day(figure['name'])}
     undated = {figure['bench'] for figure in figures} - dated
     # Its perplexity links to the report, which has the day.
     assert undated <= ({'decode'} if path.name == 'precisions.md' else set())
@@ -154,6 +154,8 @@ def test_the_report_equals_the_results() -> None:
 
 
 RESULT = {'bench': 'x', 'started': '2026-11-29T10:00:00', 'reported': [],
+          'samples': {'conditions': {}, 'new': [1]},
+          'earlier': {'conditions': {'started': '2026-11-01T10:00:00'}},
           'checks': [{'name': 'a: b, c / d', 'value': 0.123}],
           'tables': [{'title': 'T', 'columns': ['set', 'n', 'p95 s'],
                       'rows': [['one', 1, 4.0], ['one', 2, 5.0]]}]}
@@ -161,17 +163,28 @@ RESULT = {'bench': 'x', 'started': '2026-11-29T10:00:00', 'reported': [],
 
 @pytest.mark.parametrize(('source', 'shown'), [
     ('x: a: b, c / d {:.0%}', '12%'), ('x: a: b, c / d {:.2f} s', '0.12 s'),
-    ('x: T > one, 2 > p95 s {:.1f}', '5.0'), ('x: recorded {:}', '2026-11-29')])
+    ('x: T > one, 2 > p95 s {:.1f}', '5.0'), ('x: recorded {:}', '2026-11-29'),
+    ('x: recorded: new {:}', '2026-11-29')])
 def test_a_figure_is_updated(source: str, shown: str) -> None:
     text = f'It is <!--= {source} -->old<!--/--> today.'
     assert updated(text, [RESULT]) == f'It is <!--= {source} -->{shown}<!--/--> today.'
 
 
 @pytest.mark.parametrize('source', [
-    'y: a {:}', 'x: b {:}', 'x: T > one > p95 s {:}', 'x: T > one, 1 > p99 s {:}'])
+    'y: a {:}', 'x: b {:}', 'x: T > one > p95 s {:}', 'x: T > one, 1 > p99 s {:}',
+    'x: recorded: other {:}'])
 def test_a_figure_without_a_source_is_refused(source: str) -> None:
     with pytest.raises(UnknownFigure, match=source.split(' {')[0]):
         updated(f'<!--= {source} -->1<!--/-->', [RESULT])
+
+
+def test_parts_of_different_days_have_to_be_named() -> None:
+    result = {**RESULT, 'samples': {'new': [1], 'old': [2]},
+              'earlier': {'old': {'started': '2026-11-01T10:00:00'}}}
+    assert updated('<!--= x: recorded: old {:} --><!--/-->', [result]) == (
+        '<!--= x: recorded: old {:} -->2026-11-01<!--/-->')
+    with pytest.raises(UnknownFigure, match='recorded'):
+        updated('<!--= x: recorded {:} --><!--/-->', [result])
 
 
 # -- code --------------------------------------------------------------------------------
