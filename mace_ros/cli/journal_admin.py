@@ -211,8 +211,8 @@ def forget_versions(journal: Journal, profile: str, numbers: Sequence[str]) -> N
             raise Refused(f'profile {profile!r} has no version {number} on disk; '
                           'nothing is deleted')
         if (profile, record.version) in in_use:
-            raise Refused(f'version {number} of profile {profile!r} is live, or a profile begins '
-                          'from it: roll back first (~/rollback); nothing is deleted')
+            raise Refused(f'version {number} of profile {profile!r} is live: roll back first '
+                          '(~/rollback); nothing is deleted')
         journal.forget_version_files(record)
 
 

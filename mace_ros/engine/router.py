@@ -37,14 +37,28 @@ class Router:
         self._live = live
 
     def route(self, profile: str, messages: Messages, settings: AdapterSettings) -> Route:
-        """Return the first version in whose scope the last question of a conversation lies."""
-        asked, nearest, passed_over = questions(messages), 0.0, False
-        for owner in dict.fromkeys((profile, '')):
+        """
+        Return the version that answers the last question of a conversation.
+
+        It is the first one in whose scope the question lies: of the profile, then of the robot. If
+        there is none, a version that was trained for every question answers, in the same order.
+        """
+        asked, nearest = questions(messages), 0.0
+        owners = tuple(dict.fromkeys((profile, '')))
+        for owner in owners:
             found, similarity = self._live.match(owner, asked, settings)
             nearest = max(nearest, similarity)
             if found is not None:
-                correction_id = found.match.correction_id if found.match is not None and (
-                    found.version != BASE) else ''
-                return Route(found.version, correction_id, nearest, passed_over)
-            passed_over = passed_over or self._live.newest(owner) > 0
-        return Route(similarity=nearest, out_of_scope=passed_over)
+                return Route(found.version,
+                             '' if found.version == BASE else found.match.correction_id,
+                             nearest, self._passes_over(profile, owner))
+        for owner in owners:
+            version = self._live.everywhere(owner, settings.scope)
+            if version:
+                return Route(ServedVersion(owner, version), similarity=nearest,
+                             out_of_scope=self._passes_over(profile, owner))
+        return Route(similarity=nearest, out_of_scope=any(map(self._live.newest, owners)))
+
+    def _passes_over(self, profile: str, owner: str) -> bool:
+        """Return whether the profile has versions, but another owner's version answers."""
+        return owner != profile and self._live.newest(profile) > 0

@@ -76,7 +76,8 @@ class ComparisonJob(Job):
         rollback_lineage(journal, profile, suspicion.better)
         older = next((r for r in lineage.versions if r.version == suspicion.continues), None)
         if profile and older is None:   # a profile without a version would be served the robot's
-            older = journal.newest('')
+            robot = journal.live_lineage('')
+            older = next((r for r in robot.live if r.version == robot.everywhere), None)
         return _Versions(*(
             self._context.store.load(r.path, r.sha256) if r else None for r in (live, older)))
 

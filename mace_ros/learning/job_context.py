@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mace_ros.api.policies import LearningTraits, POLICIES
-from mace_ros.api.settings import EVERYWHERE, Settings
+from mace_ros.api.settings import Settings
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.baseline import BaselineScores
@@ -23,7 +23,6 @@ from mace_ros.learning.training import Training
 from mace_ros.learning.training_set import TrainingSetBuilder
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.adapter_store import AdapterStore
-from mace_ros.store.records import CorrectionRecord
 
 
 @dataclass
@@ -51,13 +50,6 @@ class JobContext:
     def scores_first(self) -> bool:
         """Whether corrections are scored before training; see :class:`LearningTraits`."""
         return self.traits.scores_first
-
-    def answers_everything(self, profile: str,
-                           corrections: Sequence[CorrectionRecord] = ()) -> bool:
-        """Return whether a profile's version answers all queries once it has learned these."""
-        default = self.settings.adapter.scope
-        return (self.live.scope(profile).answers_everything(default)
-                or any((c.scope or default) == EVERYWHERE for c in corrections))
 
     @property
     def traits(self) -> LearningTraits:

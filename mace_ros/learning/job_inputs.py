@@ -10,11 +10,10 @@ from typing import TypeVar
 
 from mace_ros.api.events import CorrectionState
 from mace_ros.learning.disk import Disk
-from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.task import on_disk, Task
-from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.store.journal import Journal
-from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
+from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 T = TypeVar('T')
 
@@ -39,42 +38,22 @@ class JobRecords:
     answers: tuple[AnswerRecord, ...] = ()
 
 
-@dataclass(frozen=True)
-class NewestVersion:
-    """The version that answers all queries, with its weights; None is the base model."""
-
-    record: VersionRecord | None
-    weights: Weights | None
-
-
-def read_newest(disk: Disk, store: AdapterStore, profile: str,
-                answers: int) -> Task[tuple[NewestVersion, JobRecords]]:
-    """Read the newest version and up to ``answers`` answers; raises :class:`Unreadable`."""
-    def read(journal: Journal) -> tuple[NewestVersion, JobRecords]:
-        # A profile without a version begins from the robot's at its first correction.
-        live = journal.next_parent(profile)
-        return (
-            NewestVersion(live, store.load(live.path, live.sha256) if live else None),
-            JobRecords(journal.held_by(live),
-                       journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True),
-                       journal.replay_candidates(profile, answers)))
-
-    return (yield from _read(disk, read, 'the live version'))
-
-
-def read_scoped(disk: Disk, profile: str, ids: Collection[str],
-                replaced: Collection[str]) -> Task[JobRecords]:
+def read_records(disk: Disk, profile: str, start: ServedVersion, ids: Collection[str],
+                 replaced: Collection[str], answers: int) -> Task[JobRecords]:
     """
-    Read learned corrections by their ids, and tool calls; raises :class:`Unreadable`.
+    Read what the job of a profile needs; raises :class:`Unreadable`.
 
-    Those that are ``replaced`` by the job's corrections are superseded, and read as well.
+    That is: the corrections of the version that it starts from, by their ids, tool calls, and up
+    to ``answers`` other answers. Corrections that are ``replaced`` by the job's are superseded,
+    and read as well.
     """
     def read(journal: Journal) -> JobRecords:
-        known = journal.scope(profile) if ids else ()
+        known = journal.scope(start.profile) if ids else ()
         return JobRecords(
             tuple(r for r in known if r.id in ids and (
                 r.state is CorrectionState.LEARNED or r.id in replaced)),
-            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True))
+            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True),
+            journal.replay_candidates(profile, answers) if answers else ())
 
     return (yield from _read(disk, read, 'the corrections'))
 

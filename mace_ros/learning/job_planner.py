@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mace_ros.learning.correction_queue import PendingCorrection
 from mace_ros.learning.duty_cycle import DutyCycle
-from mace_ros.learning.grouping import FRESH, group
+from mace_ros.learning.grouping import group, Start
 from mace_ros.learning.job import JobKind
 from mace_ros.learning.job_context import JobContext
 from mace_ros.learning.rehearsal import Rehearsal
@@ -17,15 +17,11 @@ from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS
 
 @dataclass(frozen=True)
 class NextJob:
-    """
-    The corrections of one profile that a job is to learn or to rehearse.
-
-    Under a scope, the job trains on the version that it ``continues``; 0 is a fresh adapter.
-    """
+    """The corrections of one profile that a job is to learn or to rehearse, and its start."""
 
     profile: str
     corrections: list[PendingCorrection]
-    continues: int = FRESH
+    start: Start
     kind: JobKind = JobKind.LEARNING
 
 
@@ -104,11 +100,8 @@ class JobPlanner:
     def _grouped(self, profile: str, chosen: list[PendingCorrection],
                  kind: JobKind) -> NextJob:
         """Keep the corrections that can be learned together with the first one."""
-        context = self._context
-        if context.answers_everything(profile, [c.record for c in chosen]):
-            return NextJob(profile, chosen, kind=kind)
-        continues, together = group(context.live, chosen, context.settings.adapter)
-        return NextJob(profile, together, continues, kind)
+        start, together = group(self._context.live, chosen, self._context.settings.adapter)
+        return NextJob(profile, together, start, kind)
 
     def _rehearse(self, held: str | None) -> NextJob | None:
         profile = self._rehearsal.profile

@@ -285,7 +285,7 @@ class Learner:
             return
         self._start(LearningJob(
             context, self._planner.begun(), job.profile, job.corrections,
-            continues=job.continues, kind=job.kind))
+            start=job.start, kind=job.kind))
 
     def _start(self, job: Job) -> None:
         self._job, self._running = job, job.run()

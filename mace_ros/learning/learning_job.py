@@ -25,18 +25,16 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.criteria import learned_well, RIGHT_MARGIN, StepScores
 from mace_ros.learning.drift import surprise
-from mace_ros.learning.grouping import FRESH, version_of
+from mace_ros.learning.grouping import FRESH, Start, start_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import JobRecords, read_newest, read_scoped, Unreadable
-from mace_ros.learning.live_versions import Weights
+from mace_ros.learning.job_inputs import JobRecords, read_records, Unreadable
 from mace_ros.learning.samples import correction_sample, rejected_samples
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
 from mace_ros.learning.training_set import TrainingSet
-from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.records import CorrectionRecord, VersionRecord
 
@@ -63,23 +61,25 @@ class LearningJob(Job):
     """Learns corrections of one profile together, or rehearses them."""
 
     def __init__(self, context: JobContext, number: int, profile: str,
-                 corrections: Sequence[PendingCorrection], *, continues: int = FRESH,
+                 corrections: Sequence[PendingCorrection], *, start: Start,
                  kind: JobKind = JobKind.LEARNING) -> None:
         """
         Nothing is read or computed before :meth:`run` is resumed.
 
-        Under a scope, the job trains on the version that it ``continues``. Only a job of the kind
-        LEARNING reports states of its corrections: those of a rehearsal are LEARNED already.
+        Only a job of the kind LEARNING reports states of its corrections: those of a rehearsal
+        are LEARNED already.
         """
         super().__init__(kind, number, profile, corrections)
         self._context = context
         self._begun = context.clock()
-        # Whether the version is to answer all queries of its profile.
-        self.everywhere = context.answers_everything(
-            profile, [c.record for c in self.corrections])
+        self._start, self.everywhere = start, start.everywhere
         self._parent = context.live.newest(profile)
-        self._continues = self._parent if self.everywhere else continues
-        self._least_steps = self._finetune.period_steps if kind is JobKind.REHEARSAL else 0
+        self._continues = start.continued_by(profile)
+        # If the robot's version answers right, a profile gets a version of its own all the same: a
+        # question that the profile has learned without a version is the base model's.
+        self._needs_version = start.version.version != self._continues
+        self._least_steps = (self._finetune.period_steps if kind is JobKind.REHEARSAL
+                             else int(self._needs_version))
         self._repaired = False      # trained on once, for samples that a candidate had lost
         self._score_before = math.nan       # of the corrections, live version
 
@@ -90,7 +90,7 @@ class LearningJob(Job):
         Raises :class:`Unreadable`, and whatever the device raises.
         """
         context = self._context
-        records = yield from self._load_live_version()
+        records = yield from self._load_start()
         start = context.training.lora.copies()
         yield from self._choose()
         if not self.corrections:
@@ -129,38 +129,26 @@ class LearningJob(Job):
 
     # -- before training -------------------------------------------------------------
 
-    def _load_live_version(self) -> Task[JobRecords]:
+    def _load_start(self) -> Task[JobRecords]:
         """Load the version to train on; return what it has learned, and answers to keep."""
-        context = self._context
-        weights, records = yield from (
-            self._read_newest() if self.everywhere else self._read_continued())
+        context, version = self._context, self._start.version
+        fresh = version.version == FRESH
+        records = yield from read_records(
+            context.disk, self.profile, version,
+            () if fresh else context.live.learned_by(version),
+            () if self.everywhere else {c.record.replaces for c in self.corrections},
+            self._finetune.replay_samples if self.everywhere else 0)
+        if self.everywhere:
+            self.state = JobState.PREPARING
+            yield from context.anchors.prepare(context.training)
+            context.baseline.begin((self.profile, version.profile, version.version))
+        try:
+            weights = None if fresh else context.live.weights(version)
+        except CorruptVersion as error:
+            raise Unreadable(f'the live version could not be read: {error}') from error
         context.backoff.succeeded()
         context.training.load(weights)
         return records
-
-    def _read_continued(self) -> Task[tuple[Weights | None, JobRecords]]:
-        """Read the continued version, and what it has learned."""
-        context, version = self._context, ServedVersion(self.profile, self._continues)
-        fresh = version.version == FRESH
-        records = yield from read_scoped(
-            context.disk, self.profile, () if fresh else context.live.learned_by(version),
-            {c.record.replaces for c in self.corrections})
-        try:
-            return None if fresh else context.live.weights(version), records
-        except CorruptVersion as error:
-            raise Unreadable(f'the live version could not be read: {error}') from error
-
-    def _read_newest(self) -> Task[tuple[Weights | None, JobRecords]]:
-        """Read the profile's newest version, and the records to replay and guard."""
-        context = self._context
-        live, records = yield from read_newest(
-            context.disk, context.store, self.profile, self._finetune.replay_samples)
-        self.state = JobState.PREPARING
-        yield from context.anchors.prepare(context.training)
-        context.baseline.begin(
-            (self.profile, '', 0) if live.record is None
-            else (self.profile, live.record.profile, live.record.version))
-        return live.weights, records
 
     def _choose(self) -> Task[None]:
         """
@@ -207,7 +195,7 @@ class LearningJob(Job):
                                         - own[1].log_probability * own[1].tokens)
             # A correction that joins is learned in any case: the live version may answer it
             # right, and the one in training no longer.
-            if own[0].margin >= RIGHT_MARGIN and not self.announced:
+            if own[0].margin >= RIGHT_MARGIN and not self.announced and not self._needs_version:
                 right.append(correction)
         return right
 
@@ -216,8 +204,7 @@ class LearningJob(Job):
         context = self._context
         if not self.everywhere:
             return context.scoped_builder.build(
-                self.corrections, records, ServedVersion(self.profile, self._continues),
-                context.settings)
+                self.corrections, records, self._start.version, context.settings)
         self.state = JobState.SCORING
         training_set = context.builder.build(
             self.corrections, records, max_sample_tokens=self._finetune.max_sample_tokens,
@@ -309,10 +296,8 @@ class LearningJob(Job):
     def _may_learn(self, record: CorrectionRecord) -> bool:
         """Return whether this job's version is the one that a correction is to be learned in."""
         context = self._context
-        if self.everywhere or context.answers_everything(self.profile, [record]):
-            return self.everywhere
-        return self._continues == version_of(
-            context.live, record, context.settings.adapter) != FRESH
+        return (self.everywhere or self._continues != FRESH) and self._start == start_of(
+            context.live, record, context.settings.adapter)
 
     def _join(self, joining: Sequence[PendingCorrection], start: dict[str, Tensor],
               records: JobRecords) -> Task[TrainingSet]:
@@ -451,4 +436,4 @@ class LearningJob(Job):
             correction_ids=tuple(c.record.id for c in self.corrections),
             score_before=self._score_before, score_after=score_after,
             train_tokens=self.progress.train_tokens, train_seconds=self.progress.train_seconds,
-            created=time.time())
+            created=time.time(), everywhere=self.everywhere)

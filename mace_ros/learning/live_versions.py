@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from mace_ros.api.settings import AdapterSettings
+from mace_ros.api.settings import AdapterSettings, EVERYWHERE
 from mace_ros.learning.scope import entry, Match, Scope
 from mace_ros.memory.adapter_slots import BASE, ServedVersion
 from mace_ros.store.adapter_store import CorruptVersion
@@ -35,12 +35,14 @@ class LiveSet:
     corrections.
     ``unread`` has a function for each version that was not used since the start: it reads the
     weights.
+    ``everywhere`` is the newest version that was trained to answer every question, 0 without one.
     """
 
     newest: int = 0
     weights: dict[int, Weights] = field(default_factory=dict)
     successors: dict[int, int] = field(default_factory=dict)
     unread: dict[int, Callable[[], Weights]] = field(default_factory=dict)
+    everywhere: int = 0
 
     def drop(self, version: int) -> None:
         """Let the base model answer in place of a version that cannot be read."""
@@ -48,6 +50,8 @@ class LiveSet:
         self.successors = {older: 0 if newer == version else newer
                            for older, newer in self.successors.items()}
         self.newest = max([*self.weights, *self.unread], default=0)
+        if self.everywhere == version:
+            self.everywhere = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class VersionMatch:
     """The version in whose scope a question is, and the correction that it resembles most."""
 
     version: ServedVersion
-    match: Match | None
+    match: Match
 
 
 class LiveVersions:
@@ -105,12 +109,27 @@ class LiveVersions:
         return {known.correction_id for known in self.scope(version.profile)
                 if successors.get(known.learned_in, 0) == version.version}
 
+    def everywhere(self, profile: str, default: str = EVERYWHERE) -> int:
+        """
+        Return the profile's version that answers every question in no scope, 0 if none does.
+
+        It was trained for that, and the ``default`` scope or that of a correction which it has
+        learned is everywhere.
+        """
+        live = self._of(profile)
+        answers = live.everywhere and (default == EVERYWHERE or any(
+            known.scope == EVERYWHERE
+            and live.successors.get(known.learned_in) == live.everywhere
+            for known in self.scope(profile)))
+        return live.everywhere if answers else 0
+
     def publish(self, profile: str, version: int, weights: Weights, *, continues: int,
-                learned: Iterable[CorrectionRecord]) -> None:
+                learned: Iterable[CorrectionRecord], everywhere: bool = False) -> None:
         """
         Serve a version, and the corrections that it has learned.
 
-        It takes the place of the version that it ``continues``; 0 is none.
+        It takes the place of the version that it ``continues``; 0 is none. ``everywhere`` tells
+        that it was trained to answer every question.
         """
         live = self._live.setdefault(profile, LiveSet())
         live.weights.pop(continues, None)
@@ -120,6 +139,8 @@ class LiveVersions:
                 live.successors[older] = version
         live.newest = live.successors[version] = version
         live.weights[version] = weights
+        if everywhere:
+            live.everywhere = version
         self.learned(profile, learned)
 
     def replace(self, profile: str, live: LiveSet, learned: Iterable[CorrectionRecord]) -> None:
@@ -174,11 +195,7 @@ class LiveVersions:
             if best is not None and best.similarity >= settings.scope_threshold:
                 version = self._of(profile).successors.get(best.learned_in, 0)
                 return VersionMatch(_served(profile, version), best), best.similarity
-        nearest = 0.0 if best is None else best.similarity
-        newest = self.newest(profile)
-        if newest and scope.answers_everything(settings.scope):
-            return VersionMatch(ServedVersion(profile, newest), None), nearest
-        return None, nearest
+        return None, 0.0 if best is None else best.similarity
 
     def will_answer(self, version: ServedVersion, questions: Sequence[str],
                     records: Sequence[CorrectionRecord], settings: AdapterSettings) -> bool:

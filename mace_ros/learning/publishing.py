@@ -69,7 +69,8 @@ class Publisher:
             profile: (journal.live_lineage(profile), journal.scope(profile))
             for profile in journal.profiles()}).result()
         for profile, (lineage, scope) in restored.items():
-            live, newest = LiveSet(successors=lineage.successors), None
+            live, newest = LiveSet(
+                successors=lineage.successors, everywhere=lineage.everywhere), None
             for record in reversed(lineage.on_disk):    # the newest one comes last
                 try:
                     # A wrong setting must not cost a profile its version: OtherAdapter is raised.
@@ -129,7 +130,8 @@ class Publisher:
                 saved = saving.result()
                 self._live.publish(
                     job.profile, saved.record.version, saved.weights,
-                    continues=saved.record.continues, learned=saved.learned)
+                    continues=saved.record.continues, everywhere=saved.record.everywhere,
+                    learned=saved.learned)
                 yield from self._published(saved.record, saved.learned)
                 return saved.record
             retry.failed(self._clock())

@@ -76,7 +76,7 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
         taken_back = tuple(
             replace(record, state=VersionState.ROLLED_BACK, reason=reason)
             for record in old.versions if record.version not in new.numbers)
-        journal.return_to(profile, version, [record.version for record in taken_back])
+        journal.make_live(profile, version)
         for record in taken_back:
             journal.set_version_state(profile, record.version, record.state, reason)
         for record in new.versions:

@@ -134,8 +134,9 @@ class RollbackQueue:
             check_same_adapter(record, self._store, self._lora)
             self._lora.checked(weights[record.version])
         outcome = roll_back(journal, request.profile, request.version, request.reason)
-        return _Decided(outcome, LiveSet(request.version, weights, lineage.successors),
-                        journal.scope(request.profile))
+        live = LiveSet(request.version, weights, lineage.successors,
+                       everywhere=lineage.everywhere)
+        return _Decided(outcome, live, journal.scope(request.profile))
 
     def _events(self, outcome: RolledBack) -> list[Event]:
         if not outcome.changed:

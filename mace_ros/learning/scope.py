@@ -20,7 +20,6 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from mace_ros.api.settings import EVERYWHERE
 from mace_ros.learning.question import ASKING, questions, Sentence, sentences
 from mace_ros.store.records import CorrectionRecord
 
@@ -121,11 +120,6 @@ class Scope:
             self._index = _Index(self._frequency)
             for kept in self:
                 self._index.add(kept)
-
-    def answers_everything(self, default: str) -> bool:
-        """Return whether a correction's scope, or the default one, is everywhere."""
-        scopes = [known.scope or default for known in self] or [default]
-        return EVERYWHERE in scopes
 
     def get(self, prompt_ids: tuple[int, ...]) -> Entry | None:
         """Return the correction of a prompt."""

@@ -39,8 +39,8 @@ class CorrectionTable(JournalFile):
                 adapter_version=record.adapter_version, scope=record.scope, hint=record.hint,
                 tools=as_json(record.tools), replaces=record.replaces,
                 question=question_key(record.messages, record.prompt_ids))
-            if record.state not in UNLEARNABLE:
-                self._start_lineage(record)
+            self.execute('INSERT INTO profiles (profile) VALUES (?) ON CONFLICT DO NOTHING',
+                         record.profile)
         return True
 
     def propose(self, correction_id: str, corrected: str, rejected: str) -> None:
@@ -55,26 +55,10 @@ class CorrectionTable(JournalFile):
         with self.transaction():
             self.propose(record.id, record.corrected, record.rejected)
             self.set_correction(record.id, record.state)
-            self._start_lineage(record)
 
     def unanswered_hints(self) -> tuple[CorrectionRecord, ...]:
         """Return the hints whose answer is not known yet, oldest first."""
         return self._select("state = ? AND corrected = ''", int(CorrectionState.PROPOSED))
-
-    def _start_lineage(self, record: CorrectionRecord) -> None:
-        """
-        Let a new profile's lineage start from the robot's live version.
-
-        It starts anew as long as the profile has no version and no other correction pending.
-        """
-        if record.profile:
-            self.execute(
-                'INSERT INTO profiles (profile, fork) VALUES '
-                "(?1, coalesce((SELECT live_version FROM profiles WHERE profile = ''), 0)) "
-                'ON CONFLICT (profile) DO UPDATE SET fork = excluded.fork '
-                'WHERE live_version = 0 AND (fork IS NULL OR NOT EXISTS ('
-                'SELECT 1 FROM corrections AS c WHERE c.profile = ?1 AND c.id <> ?2 '
-                f'AND c.state IN {PENDING_SQL}))', record.profile, record.id)
 
     def supersede(self, newer: CorrectionRecord) -> tuple[str, ...]:
         """

@@ -209,7 +209,7 @@ def _import_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
     imported.numbers[record.profile, record.version] = new.version
     if answered is None or occupied:
         return 'versions'
-    journal.make_live(new)
+    journal.make_live(new.profile, new.version)
     journal.mark_learned(imported.corrections.intersection(answered), new.version)
     return 'live versions'
 

@@ -47,15 +47,14 @@ class Journal(AnswerTable, CorrectionTable, VersionTable):
             raise ValueError(f'version {record.version} is {record.state.name}, not PUBLISHED')
         with self.transaction():
             self.record_version(record)
-            self.make_live(record)
+            self.make_live(record.profile, record.version)
             return self.mark_learned(record.correction_ids, record.version)
 
     def scope(self, profile: str) -> tuple[CorrectionRecord, ...]:
         """
         Return the corrections that define the scope of the profile's live version.
 
-        These are the profile's learned ones, not those that its lineage took over from the
-        robot. One that is superseded stays until its replacement is learned.
+        One that is superseded stays until its replacement is learned.
         """
         lineage = self.live_lineage(profile)
         return *(c for c in self.replaced_later(profile) if lineage.holds(c.adapter_version)), *(
@@ -70,19 +69,3 @@ class Journal(AnswerTable, CorrectionTable, VersionTable):
         held = [c for c in self.trained(profile) if lineage.holds(c.adapter_version)]
         replaced = {c.replaces for c in held}
         return tuple({c.prompt_ids: c for c in held if c.id not in replaced}.values())
-
-    def held_by(self, version: VersionRecord | None) -> tuple[CorrectionRecord, ...]:
-        """
-        Return the corrections that a live version has learned; None is the base model.
-
-        For a profile's version, those of the robot's version that its lineage started from
-        come first.
-        """
-        if version is None:
-            return ()
-        own = tuple(c for c in self.learned(version.profile)
-                    if c.adapter_version <= version.version)
-        if not version.profile:
-            return own
-        robot = self.robot_lineage(version.profile)
-        return *(c for c in self.learned('') if robot.holds(c.adapter_version)), *own

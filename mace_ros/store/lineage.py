@@ -47,6 +47,11 @@ class Lineage:
         return tuple(record for record in self.live if record.sha256)
 
     @property
+    def everywhere(self) -> int:
+        """The newest of them that was trained to answer every question, 0 if none was."""
+        return next((record.version for record in self.on_disk if record.everywhere), 0)
+
+    @property
     def successors(self) -> dict[int, int]:
         """The live version that has what each version has learned, by its number."""
         found: dict[int, int] = {}

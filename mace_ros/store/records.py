@@ -95,6 +95,8 @@ class VersionRecord:
 
     ``parent`` was the newest version before it. ``continues`` is the version whose weights its
     training began from, and whose place it takes; 0 if it began with a fresh adapter.
+    ``everywhere`` tells that it was trained to answer every question: with samples that protect
+    the other answers.
     ``path`` is relative to the storage folder, so that the folder can be moved; ``sha256`` is
     empty once the files are to be deleted. ``created`` is wall-clock seconds since the epoch.
     """
@@ -113,6 +115,7 @@ class VersionRecord:
     sha256: str = ''
     created: float = 0.0
     continues: int = 0
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)

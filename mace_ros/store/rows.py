@@ -14,7 +14,7 @@ from mace_ros.store.records import PENDING
 PENDING_SQL = f'({", ".join(str(int(state)) for state in PENDING)})'
 
 _LISTS = {'prompt_ids', 'messages', 'output_ids', 'correction_ids', 'tools'}
-_NOT_IN_RECORDS = {'number', 'question', 'fork'}
+_NOT_IN_RECORDS = {'number', 'question'}
 
 
 def record_fields(row: sqlite3.Row) -> dict[str, Any]:

@@ -126,5 +126,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # An earlier correction of the same question in other words.
         "ALTER TABLE corrections ADD COLUMN replaces TEXT NOT NULL DEFAULT ''",
     ),
+    (
+        # Whether the version was trained to answer every question.
+        'ALTER TABLE versions ADD COLUMN everywhere INTEGER NOT NULL DEFAULT 0',
+        # A profile's versions begin from what the robot has live then.
+        'ALTER TABLE profiles DROP COLUMN fork',
+        'ALTER TABLE versions DROP COLUMN fork',
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 import math
 import sqlite3
 
@@ -47,7 +46,8 @@ class VersionTable(JournalFile):
             self.insert(
                 'INSERT', 'versions',
                 profile=record.profile, version=record.version, parent=record.parent,
-                continues=record.continues, state=int(record.state), reason=record.reason,
+                continues=record.continues, everywhere=record.everywhere,
+                state=int(record.state), reason=record.reason,
                 correction_ids=as_json(record.correction_ids),
                 score_before=record.score_before, score_after=record.score_after,
                 train_tokens=record.train_tokens, train_seconds=record.train_seconds,
@@ -64,45 +64,12 @@ class VersionTable(JournalFile):
         self.execute('UPDATE versions SET state = ?, reason = ? WHERE profile = ? AND version = ?',
                      int(state), reason, profile, version)
 
-    def make_live(self, record: VersionRecord) -> None:
-        """Make a version that was just recorded live, and remember where its lineage started."""
-        with self.transaction():
-            # The profile's fork is unset if no correction came since it returned to version 0;
-            # its lineage then starts where next_parent() let it start.
-            self.execute(
-                'UPDATE profiles SET live_version = ?1, fork = coalesce(fork, '
-                "(SELECT live_version FROM profiles WHERE profile = '' AND ?2 <> ''), 0) "
-                'WHERE profile = ?2', record.version, record.profile)
-            self.execute(
-                'UPDATE versions SET fork = (SELECT fork FROM profiles WHERE profile = ?1) '
-                'WHERE profile = ?1 AND version = ?2', record.profile, record.version)
-
-    def return_to(self, profile: str, version: int, withdrawn: Collection[int]) -> None:
-        """
-        Make an earlier version live again; ``withdrawn`` are the versions rolled back for it.
-
-        0 is the base model, or for a profile the robot's version.
-        """
-        with self.transaction():
-            self.execute(
-                'INSERT INTO profiles (profile, live_version) VALUES (?, ?) '
-                'ON CONFLICT (profile) DO UPDATE SET live_version = excluded.live_version',
-                profile, version)
-            # The version contains as much of the robot's lineage as its own lineage started with.
-            self.execute(
-                'UPDATE profiles SET fork = coalesce((SELECT fork FROM versions '
-                'WHERE profile = ?1 AND version = ?2), fork) WHERE profile = ?1', profile, version)
-            if not profile:
-                # The lineage of a profile that has no version yet must not start from a
-                # version that was rolled back.
-                self.execute(
-                    'UPDATE profiles SET fork = ? WHERE live_version = 0 '
-                    'AND fork IN (SELECT value FROM json_each(?))',
-                    version, as_json(list(withdrawn)))
-            elif version == 0:
-                # The profile has no version of its own: its next one starts from the robot's
-                # version of that time.
-                self.execute('UPDATE profiles SET fork = NULL WHERE profile = ?', profile)
+    def make_live(self, profile: str, version: int) -> None:
+        """Make a recorded version the newest live one; 0 is none."""
+        self.execute(
+            'INSERT INTO profiles (profile, live_version) VALUES (?, ?) '
+            'ON CONFLICT (profile) DO UPDATE SET live_version = excluded.live_version',
+            profile, version)
 
     def profiles(self) -> tuple[str, ...]:
         """Return all profiles that have had a correction or a version; '' is the robot."""
@@ -126,24 +93,6 @@ class VersionTable(JournalFile):
         return tuple(record for profile in self.profiles()
                      for record in reversed(self.live_lineage(profile).live))
 
-    def next_parent(self, profile: str) -> VersionRecord | None:
-        """
-        Return the version that the profile's next one starts from; None is the base model.
-
-        That is its live version; for a profile without one, the robot's version that was live
-        at the profile's first correction.
-        """
-        row = self.one(
-            "SELECT versions.* FROM profiles JOIN versions ON versions.profile = '' "
-            'AND version = coalesce(profiles.fork, (SELECT live_version FROM profiles '
-            "WHERE profile = '')) WHERE profiles.profile = ? AND live_version = 0", profile)
-        return self.newest(profile) if row is None else _version(row)
-
-    def robot_lineage(self, profile: str) -> Lineage:
-        """Return the robot's versions that the profile's live lineage started from."""
-        row = self.one('SELECT fork FROM profiles WHERE profile = ?', profile)
-        return Lineage(self.versions(''), row['fork'] or 0 if row is not None else 0)
-
     def versions(self, profile: str | None = None) -> tuple[VersionRecord, ...]:
         """Return the recorded versions of a profile, or of all profiles, oldest first."""
         return tuple(map(_version, self.rows(
@@ -152,25 +101,27 @@ class VersionTable(JournalFile):
 
     def versions_in_use(self) -> set[tuple[str, int]]:
         """
-        Return (profile, version) of the live versions and of those a lineage starts from.
+        Return (profile, version) of the live versions.
 
-        A live version whose corrections are all deleted or superseded answers nothing any more.
+        One with a scope whose corrections are all deleted or superseded answers nothing any more.
         """
-        live = {(profile, version) for profile in self.profiles()
+        return {(profile, version) for profile in self.profiles()
                 for version in self.answering(profile, self.live_lineage(profile))}
-        return live | {('', row['fork']) for row in self.rows(
-            'SELECT fork FROM profiles WHERE live_version = 0 AND fork > 0')}
 
     def answering(self, profile: str, lineage: Lineage) -> set[int]:
-        """Return the newest version of a lineage, and all that answer a correction on record."""
+        """
+        Return the versions of a lineage that answer a correction on record, or every question.
+
+        The newest one is among them in any case.
+        """
         successors = lineage.successors
         # Of the superseded ones too: they answer until the newer one is learned.
         rows = self.rows(
             'SELECT DISTINCT adapter_version AS version FROM corrections '
             'WHERE profile = ? AND adapter_version > 0', profile)
-        learned = {successors.get(row['version'], 0) for row in rows}
+        answering = {successors.get(row['version'], 0) for row in rows} | {lineage.everywhere}
         return {record.version for i, record in enumerate(lineage.live)
-                if i == 0 or record.version in learned}
+                if i == 0 or record.version in answering}
 
     def forget_version_files(self, record: VersionRecord) -> None:
         """Mark the files of a version for deletion; its record stays."""
@@ -227,4 +178,5 @@ def _version(row: sqlite3.Row) -> VersionRecord:
     for name in ('score_before', 'score_after'):
         # SQLite stores NaN as NULL.
         values[name] = math.nan if values[name] is None else values[name]
-    return VersionRecord(**values | {'state': VersionState(values['state'])})
+    return VersionRecord(**values | {'state': VersionState(values['state']),
+                                     'everywhere': bool(values['everywhere'])})

@@ -14,6 +14,7 @@ from mace_ros.memory.adapter_slots import BASE
 
 SIMILAR_ONLY = AdapterSettings()
 COLOUR, FOOD, BOTH = 'Favourite colour?', 'Favourite dessert?', 'Shoe size?'
+STYLE = 'Talk like a pirate.'
 
 
 class Bench:
@@ -23,11 +24,13 @@ class Bench:
         self.live = LiveVersions(lambda word: 1e-3 if word in ('favourite', 'size') else 1e-5)
         self.router = Router(self.live)
 
-    def learn(self, profile: str, *questions: str, version: int = 1, continues: int = 0) -> None:
+    def learn(self, profile: str, *questions: str, version: int = 1, continues: int = 0,
+              everywhere: bool = False) -> None:
         """Publish a version of a profile."""
-        self.live.publish(profile, version, {}, continues=continues, learned=[
-            correction(f'{profile}: {q}', q, profile=profile, adapter_version=version)
-            for q in questions])
+        self.live.publish(
+            profile, version, {}, continues=continues, everywhere=everywhere, learned=[
+                correction(f'{profile}: {q}', q, profile=profile, adapter_version=version)
+                for q in questions])
 
     def ask(self, profile: str, text: str,
             settings: AdapterSettings = SIMILAR_ONLY) -> tuple[str | None, str, bool]:
@@ -37,10 +40,10 @@ class Bench:
         return (version.profile if version.version else None, route.correction_id,
                 route.out_of_scope)
 
-    def version(self, text: str) -> int:
+    def version(self, text: str, settings: AdapterSettings = SIMILAR_ONLY) -> int:
         """Return the robot's version that answers."""
         return self.router.route(
-            '', ({'role': 'user', 'content': text},), SIMILAR_ONLY).version.version
+            '', ({'role': 'user', 'content': text},), settings).version.version
 
 
 @pytest.fixture
@@ -62,13 +65,30 @@ def test_the_profile_comes_before_the_robot_and_the_robot_before_the_base_model(
     assert bench.ask(profile, text) == (answers, expected, passed)
 
 
-def test_everywhere_the_profiles_version_answers_everything(bench: Bench) -> None:
-    """As without scopes; what the question resembles is named all the same."""
+def test_scopes_come_before_versions_for_every_question(bench: Bench) -> None:
+    """The profile's scope, the robot's, then the versions of both that answer everything."""
     everywhere = AdapterSettings(scope=EVERYWHERE)
-    assert bench.ask('ann', COLOUR, everywhere) == ('ann', '', False)
+    bench.learn('', STYLE, version=2, everywhere=True)
+    assert bench.ask('ann', 'Who?', everywhere) == ('', '', True)
+    assert bench.ask('bob', 'Who?', everywhere) == ('', '', False)
+    bench.learn('ann', STYLE, version=2, everywhere=True)
     assert bench.ask('ann', FOOD, everywhere) == ('ann', f'ann: {FOOD}', False)
-    assert bench.ask('bob', FOOD, everywhere) == ('', '', False)
-    assert Bench().ask('bob', FOOD, everywhere) == (None, '', False)
+    assert bench.ask('ann', COLOUR, everywhere) == ('', f': {COLOUR}', True)
+    assert bench.ask('ann', 'Who?', everywhere) == ('ann', '', False)
+    assert bench.ask('ann', 'Who?') == (None, '', True)
+    assert bench.ask('ann', STYLE) == ('ann', f'ann: {STYLE}', False)
+
+
+def test_a_version_with_a_scope_never_answers_everything(bench: Bench) -> None:
+    """It was trained without anything that protects the other answers."""
+    assert bench.ask('ann', 'Who?', AdapterSettings(scope=EVERYWHERE)) == (None, '', True)
+
+
+def test_newer_versions_with_a_scope_leave_the_other_questions_alone(bench: Bench) -> None:
+    everywhere = AdapterSettings(scope=EVERYWHERE)
+    bench.learn('', STYLE, version=2, everywhere=True)
+    bench.learn('', 'Which bus goes home?', version=3)
+    assert bench.version('Who?', everywhere) == 2
 
 
 def test_the_nearest_correction_is_reported_out_of_scope_too(bench: Bench) -> None:

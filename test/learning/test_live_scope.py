@@ -268,15 +268,70 @@ def test_scope_and_threshold_are_live_parameters(robot: Robot) -> None:
         return [robot.ask(text).adapter_version for text in (NAME, PARAPHRASE, OTHERS[0])]
 
     assert versions() == [1, 1, 0]
-    assert versions(scope=EVERYWHERE) == [1, 1, 1]
+    assert versions(scope=EVERYWHERE) == [1, 1, 0]      # it was not trained for other questions
     assert versions(scope_threshold=1.0) == [1, 0, 0]
     assert versions(scope_threshold=0.0) == [1, 1, 0]    # without a common word, still not
+    robot.engine.update(plain.updated({'adapter.scope': EVERYWHERE}))
+    learn(robot, 'Arr!', 'Talk like a pirate.', 'style')
+    assert versions(scope=EVERYWHERE) == [1, 1, 2]
+    assert versions() == [1, 1, 0]
 
 
 def test_a_correction_of_style_is_for_every_question(robot: Robot) -> None:
     learn(robot, 'Arr!', 'Talk like a pirate.', 'style', scope=EVERYWHERE)
     answer = robot.ask(OTHERS[0])
     assert (answer.adapter_version, answer.matched_correction_id) == (1, '')
+
+
+def test_a_style_is_learned_apart_from_what_was_learned_before_and_after(
+        settings: Settings, tmp_path: Path) -> None:
+    """Facts stay with their own versions, also after a restart; a style continues a style."""
+    with robot_with(settings, tmp_path) as robot:
+        learn(robot, 'Rover.', NAME, 'name')
+        learn(robot, 'Arr!', 'Talk like a pirate.', 'style', scope=EVERYWHERE)
+        learn(robot, 'Green.', COLOUR, 'colour')
+        assert robot.ask(OTHERS[0]).adapter_version == 2
+        learn(robot, 'Ahoy!', 'Greet like a pirate.', 'greeting', scope=EVERYWHERE)
+        versions = robot.engine.versions('').result(60)
+    with robot_with(settings, tmp_path) as robot:
+        robot.engine.start()
+        assert told(robot.ask(NAME)) == ('Rover.', 1, 'name')
+        assert told(robot.ask(COLOUR)) == ('Green.', 3, 'colour')
+        assert told(robot.ask('Talk like a pirate.')) == ('Arr!', 4, 'style')
+        assert robot.ask(OTHERS[0]).adapter_version == 4
+    assert [v.parent for v in versions] == [0, 1, 2, 3]
+    with Journal(tmp_path / JOURNAL) as journal:
+        assert [(v.continues, v.everywhere) for v in journal.versions('')] == [
+            (0, False), (0, True), (0, False), (2, True)]
+
+
+def test_a_correction_may_keep_to_its_question_whatever_the_parameter_says(
+        settings: Settings, tmp_path: Path) -> None:
+    with robot_with(settings, tmp_path, adapter__scope=EVERYWHERE) as robot:
+        learn(robot, 'Arr!', 'Talk like a pirate.', 'style')
+        learn(robot, 'Rover.', NAME, 'name', scope='similar')
+        assert told(robot.ask(NAME)) == ('Rover.', 2, 'name')
+        assert robot.ask(OTHERS[0]).adapter_version == 1
+    with robot_with(settings, tmp_path) as robot:      # which a version with a scope can't continue
+        learn(robot, 'Aye!', 'Talk like a pirate, please.', 'newer')
+        assert robot.ask('Talk like a pirate, please.').adapter_version == 3
+    with Journal(tmp_path / JOURNAL) as journal:
+        assert [v.continues for v in journal.versions('')] == [0, 0, 0]
+
+
+def test_what_the_robots_version_answers_right_stays_right_for_a_profile(
+        settings: Settings, tmp_path: Path) -> None:
+    """A profile without a version of its own must not be served the base model then."""
+    with robot_with(settings, tmp_path, adapter__scope=EVERYWHERE) as robot:
+        learn(robot, 'Rover.', NAME, 'of all')
+        assert robot.ask(NAME, profile='ann').text == 'Rover.'
+        learn(robot, 'Rover.', NAME, 'of ann', profile='ann')
+        assert robot.ask(NAME, profile='ann').text == 'Rover.'
+    with robot_with(settings, tmp_path, adapter__scope=EVERYWHERE) as robot:
+        robot.engine.start()
+        assert robot.ask(NAME, profile='ann').text == 'Rover.'
+        roll_back(robot, 0)
+        assert told(robot.ask(NAME, profile='ann')) == ('Rover.', 1, 'of ann')
 
 
 def test_an_unknown_scope_is_refused(robot: Robot) -> None:

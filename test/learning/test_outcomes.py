@@ -205,7 +205,8 @@ def with_version(settings: Settings, folder: Path, scale: float) -> tuple[Robot,
     robot.engine.close()
     saved = AdapterStore(folder).save('', 1, tensors, config)
     with Journal(folder / JOURNAL) as journal:
-        journal.publish(VersionRecord('', 1, 0, path=saved.path, sha256=saved.sha256))
+        journal.publish(VersionRecord(
+            '', 1, 0, path=saved.path, sha256=saved.sha256, everywhere=True))
     return Robot(build_engine(settings, storage=folder)), right
 
 

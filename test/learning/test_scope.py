@@ -16,7 +16,7 @@ import time
 import pytest
 from support.records import correction
 
-from mace_ros.api.settings import AdapterSettings, EVERYWHERE, SIMILAR
+from mace_ros.api.settings import AdapterSettings
 from mace_ros.learning.live_versions import LiveSet, LiveVersions
 from mace_ros.learning.scope import entry, Match, Scope
 from mace_ros.model.loading import LoadedModel
@@ -144,20 +144,6 @@ def test_a_question_is_in_scope_from_the_threshold_on(frequency: Callable[[str],
             scope_threshold=threshold)) == expected
     # The corrected question itself is in scope whatever the threshold.
     assert match(scopes, HOURS, settings=AdapterSettings(scope_threshold=1.0))[0]
-
-
-def test_the_scope_everywhere_covers_every_question(frequency: Callable[[str], float]) -> None:
-    """As the default, or of one correction; a correction of its own scope overrides the default."""
-    asked = 'What is the capital of Italy?'
-    everywhere = AdapterSettings(scope=EVERYWHERE)
-    style = scopes_with(frequency, 'Talk like a pirate.', scope=EVERYWHERE)
-    plain = scopes_with(frequency, NAME)
-    narrow = scopes_with(frequency, NAME, scope=SIMILAR)
-    assert match(style, asked)[0] and match(plain, asked, settings=everywhere)[0]
-    assert not match(plain, asked)[0] and not match(narrow, asked, settings=everywhere)[0]
-    assert match(narrow, NAME, settings=everywhere)[0]
-    # A profile without a version answers nothing itself.
-    assert not match(plain, asked, settings=everywhere, profile='ann')[0]
 
 
 def test_the_scope_follows_learned_and_failed_records(frequency: Callable[[str], float]) -> None:

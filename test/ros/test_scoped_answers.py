@@ -47,7 +47,7 @@ def test_the_scope_of_a_node_and_of_a_correction(client: MaceClient) -> None:
     """The parameter is live; a correction of its own scope needs no parameter."""
     assert told(client, SEA)[1] == 0
     assert set_parameters(client, {'adapter.scope': 'everywhere'}) == [(True, '')]
-    assert told(client, SEA)[1] == 1
+    assert told(client, SEA)[1] == 0        # no version was trained for it
     assert set_parameters(client, {'adapter.scope': 'similar'}) == [(True, '')]
     refused = client.correct('Arr!', prompt='Talk like a pirate.', scope='nearby')
     assert 'similar, everywhere' in refused.wait(timeout_s=ANSWER_S).reason

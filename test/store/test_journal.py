@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
-from itertools import chain
 import math
 from pathlib import Path
 import sqlite3
@@ -15,7 +14,6 @@ import pytest
 from support.records import answer, correction
 
 from mace_ros.api.events import CorrectionState, VersionState
-from mace_ros.learning.rollback import roll_back
 from mace_ros.store import answers
 from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import JournalError
@@ -59,7 +57,7 @@ def test_the_file_is_set_up_for_power_failures(journal: Journal, journal_path: P
     """WAL with synchronous=FULL, which kill -9 can't tell from NORMAL."""
     settings = {name: journal.rows(f'PRAGMA {name}')[0][0]
                 for name in ('journal_mode', 'synchronous', 'user_version')}
-    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 10}
+    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 11}
 
 
 def test_a_journal_of_schema_1_is_migrated(journal_path: Path) -> None:
@@ -78,24 +76,6 @@ def test_a_journal_of_schema_1_is_migrated(journal_path: Path) -> None:
         assert journal.next_version('ann') == 3
     with Journal(journal_path) as journal:
         assert journal.answer('q') is not None
-
-
-def test_migration_keeps_where_the_lineage_of_a_profile_started(journal_path: Path) -> None:
-    journal_path.parent.mkdir()
-    with closing(sqlite3.connect(journal_path, isolation_level=None)) as old:
-        for statement in chain.from_iterable(MIGRATIONS[:4]):
-            old.execute(statement)
-        old.execute('PRAGMA user_version = 4')
-        for profile, version in (('', 1), ('', 2), ('ann', 1)):
-            old.execute("INSERT INTO versions VALUES (?, ?, 0, ?, '', '[]', 0, 0, 0, 0, '', 'ab', "
-                        '0)', (profile, version, int(VersionState.PUBLISHED)))
-        old.execute("INSERT INTO profiles VALUES ('', 2, 2, NULL), ('ann', 1, 1, 1)")
-    with Journal(journal_path) as journal:
-        roll_back(journal, 'ann', 0, '')
-        parent = journal.next_parent('ann')
-        assert parent is not None and (parent.profile, parent.version) == ('', 2)
-        roll_back(journal, 'ann', 1, '')
-        assert journal.rows("SELECT fork FROM profiles WHERE profile = 'ann'")[0]['fork'] == 1
 
 
 def test_the_last_answer_of_a_conversation_is_the_one_recorded_last(journal: Journal) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import json
 from pathlib import Path
 import subprocess
@@ -29,15 +30,16 @@ LEARNED = CorrectionState.LEARNED
 SECRET = 'I live in Rosebud Lane.'
 
 
-def publish(journal: Journal, store: AdapterStore, profile: str = '', *corrections: str) -> int:
-    """Save and publish a version; return its number."""
+def publish(journal: Journal, store: AdapterStore, profile: str = '', *corrections: str,
+            **fields: object) -> int:
+    """Save and publish a version, which continues the newest one; return its number."""
     version = journal.next_version(profile)
     live = journal.newest(profile)
     parent = live.version if live else 0
     saved = store.save(profile, version, {'weight': torch.ones(2)}, {})
-    journal.publish(VersionRecord(
-        profile, version, parent, continues=parent, correction_ids=corrections,
-        path=saved.path, sha256=saved.sha256))
+    record = VersionRecord(profile, version, parent, continues=parent, correction_ids=corrections,
+                           path=saved.path, sha256=saved.sha256)
+    journal.publish(replace(record, **fields))  # type: ignore[arg-type]
     return version
 
 
@@ -89,19 +91,19 @@ def test_deleting_a_correction_deletes_answers_that_pending_ones_refer_to(tmp_pa
 
 
 def test_the_newest_versions_and_those_in_use_keep_their_files(tmp_path: Path) -> None:
-    """An old version stays if it is live, or if a profile's lineage starts from it."""
+    """An old version stays if it answers queries: those of its scope, or all others."""
     store = AdapterStore(tmp_path)
     with Journal(tmp_path / JOURNAL) as journal:
-        publish(journal, store)
-        journal.accept(correction('ann', profile='ann'))      # starts from version 1
-        for _ in range(5):
+        for _ in range(6):
             publish(journal, store)
         publish(journal, store, 'bob')
+        for continues, everywhere in ((0, True), (0, False)):
+            publish(journal, store, 'ann', continues=continues, everywhere=everywhere)
         roll_back(journal, '', 3, '')
         journal.forget_old_versions(2)
         remove_files(journal, store)
         assert on_disk(tmp_path) == [
-            '_robot/v000001', '_robot/v000003', '_robot/v000006', 'bob/v000001']
+            '_robot/v000003', '_robot/v000006', 'ann/v000001', 'ann/v000002', 'bob/v000001']
         assert len(journal.versions('')) == 6
         with pytest.raises(RollbackRefused, match=r'version 5 .*storage\.max_versions'):
             roll_back(journal, '', 5, '')
@@ -294,10 +296,7 @@ def test_deleted_texts_are_in_no_file(storage: Path) -> None:
 
 
 def test_deleting_a_version_deletes_its_files_and_keeps_its_record(storage: Path) -> None:
-    """A version from which a profile's lineage starts can't be deleted."""
-    assert 'begins from it' in run(storage, 'delete', 'versions', '1', code=1)
-    with Journal(storage / JOURNAL) as journal:
-        journal.publish(VersionRecord('ann', journal.next_version('ann'), 0))
+    assert 'is live' in run(storage, 'delete', 'versions', '2', code=1)
     run(storage, 'delete', 'versions', '1')
     assert on_disk(storage) == ['_robot/v000002']
     assert 'no files' in run(storage, 'list', 'versions', '--profile', '').splitlines()[0]
@@ -421,21 +420,21 @@ def test_a_robot_without_a_live_version_answers_with_imported_ones(
         journal.forget_corrections(['k3'])
         journal.forget_old_versions(2)
         remove_files(journal, store)
-    assert on_disk(storage) == [f'_robot/v00000{version}' for version in (1, 2, 4, 5)]
+    assert on_disk(storage) == [f'_robot/v00000{version}' for version in (2, 4, 5)]
     other = tmp_path / 'other'
     with Journal(other / JOURNAL) as journal:
         publish(journal, AdapterStore(other), '', 'mine')
         roll_back(journal, '', 0, '')
     (other / MODEL).write_text('a model\n')
     said = run(other, 'import', text=run(storage, 'export', '--weights'))
-    assert '4 versions imported, 0 known' in said
+    assert '3 versions imported, 0 known' in said
     with Journal(other / JOURNAL) as journal:
-        assert [v.version for v in journal.live_lineage('').live] == [5, 3]
+        assert [v.version for v in journal.live_lineage('').live] == [4, 2]
         assert [(c.id, c.adapter_version) for c in journal.learned('')] == [
-            ('k1', 3), ('k4', 5), ('k5', 5)]
+            ('k1', 2), ('k4', 4), ('k5', 4)]
         assert [c.id for c in journal.pending()] == ['k2']
-        assert journal.versions_in_use() == {('', 3), ('', 5)}
-        roll_back(journal, '', 3, '')
+        assert journal.versions_in_use() == {('', 2), ('', 4)}
+        roll_back(journal, '', 2, '')
         assert [c.id for c in journal.scope('')] == ['k1']
 
 
