@@ -19,10 +19,6 @@ from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
-# From this similarity on, two questions are the same one in other words: four of five paraphrases
-# of the benchmark, and one of a hundred questions about another subject (docs/log/).
-SAME_QUESTION = 0.85
-
 USED_ID = 'id: used before, for another correction'
 
 
@@ -146,26 +142,11 @@ def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,
         corrected='', rejected=correction.rejected or answer.text, query_id=answer.query_id,
         conversation_id=answer.conversation_id, profile=correction.profile or answer.profile,
         weight=correction.weight, source=correction.source, received=time.time(),
-        scope=correction.scope, hint=correction.hint, tools=answer.tools,
-        replaces=_source_of(answer, correction.profile or answer.profile, journal))
+        scope=correction.scope, hint=correction.hint, tools=answer.tools)
     if correction.corrected:
         return _checked_texts(record, correction.corrected, chat, settings, longest)
     return replace(record, state=(
         CorrectionState.PROPOSED if correction.hint else CorrectionState.RECORDED))
-
-
-def _source_of(answer: AnswerRecord, profile: str, journal: Journal) -> str:
-    """
-    Return the id of the profile's correction from which a wrong answer was learned, '' if none.
-
-    The answer is that correction's, word for word, and its question the same in other words.
-    """
-    if answer.similarity < SAME_QUESTION:
-        return ''
-    known = journal.correction(answer.matched_correction_id)
-    is_source = known is not None and known.profile == profile and (
-        known.corrected.strip() == answer.text.strip())
-    return answer.matched_correction_id if is_source else ''
 
 
 def _checked_texts(record: CorrectionRecord, corrected: str, chat: ChatTokenizer,

@@ -58,6 +58,20 @@ def read_records(disk: Disk, profile: str, start: ServedVersion, ids: Collection
     return (yield from _read(disk, read, 'the corrections'))
 
 
+def supersede(disk: Disk, newer: CorrectionRecord) -> Task[bool]:
+    """
+    Supersede the correction that ``newer`` replaces; raises :class:`Unreadable`.
+
+    Returns False if that one came later than ``newer``.
+    """
+    def write(journal: Journal) -> bool:
+        journal.supersede(newer)
+        stored = journal.correction(newer.id)
+        return stored is not None and stored.replaces == newer.replaces
+
+    return (yield from _read(disk, write, 'the corrections'))
+
+
 def _read(disk: Disk, read: Callable[[Journal], T], what: str) -> Task[T]:
     reading = disk.submit(read)
     try:

@@ -10,7 +10,7 @@ for; requests are served meanwhile. Closing the generator cancels the job.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import math
 from statistics import fmean
 import time
@@ -29,7 +29,7 @@ from mace_ros.learning.grouping import FRESH, Start, start_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import JobRecords, read_records, Unreadable
+from mace_ros.learning.job_inputs import JobRecords, read_records, supersede, Unreadable
 from mace_ros.learning.samples import correction_sample, rejected_samples
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
@@ -90,6 +90,7 @@ class LearningJob(Job):
         Raises :class:`Unreadable`, and whatever the device raises.
         """
         context = self._context
+        yield from self._supersede(self.corrections)
         records = yield from self._load_start()
         start = context.training.lora.copies()
         yield from self._choose()
@@ -128,6 +129,19 @@ class LearningJob(Job):
             self._train_on(training_set, verdict.lost, MORE_STEPS)
 
     # -- before training -------------------------------------------------------------
+
+    def _supersede(self, corrections: Sequence[PendingCorrection]) -> Task[None]:
+        """Let corrections replace learned ones of the same questions in other words."""
+        context = self._context
+        for correction in corrections if self.kind is JobKind.LEARNING else ():
+            known = context.live.scope(self.profile).same_question(correction.record)
+            if known in ('', correction.record.replaces):
+                continue
+            newer = replace(correction.record, replaces=known)
+            if (yield from supersede(context.disk, newer)):
+                correction.record = newer
+                yield CorrectionStatus(
+                    known, CorrectionState.SUPERSEDED, f'by correction {newer.id}')
 
     def _load_start(self) -> Task[JobRecords]:
         """Load the version to train on; return what it has learned, and answers to keep."""
@@ -305,6 +319,7 @@ class LearningJob(Job):
         context = self._context
         context.queue.remove(joining)
         self.corrections = [*self.corrections, *joining]
+        yield from self._supersede(joining)
         trained = context.training.swap_out(start) if self.progress.steps else None
         self.swapped_out = trained is not None
         yield from self._choose()

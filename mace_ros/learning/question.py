@@ -45,6 +45,15 @@ _ASKING = (
     '\u4ec0\u4e48 \u4ec0 \u4e48 \u54ea\u91cc \u54ea \u600e\u4e48 \u591a\u5c11',
     '\u3069\u3053 \u3067\u3059 \u3059\u304b \u306f \u306b \u3067 \u3059 \u304b')   # Japanese
 ASKING = frozenset(word for line in _ASKING for word in line.split())
+# Those that say what is asked for: "Where was Ann born?" is not "When was Ann born?".
+_DECIDING = (
+    'who whom whose where when why how wer wen wem wo wann warum wie wie waar wanneer waarom hoe',
+    'qui ou quand pourquoi comment combien quien donde cuando como cuanto por',
+    'chi dove quando perche come quanto quem onde',
+    '\u043a\u0442\u043e \u0433\u0434\u0435 \u043a\u043e\u0433\u0434\u0430',
+    '\u043f\u043e\u0447\u0435\u043c\u0443 \u043a\u0430\u043a',
+    '\u54ea\u91cc \u54ea \u600e\u4e48 \u591a\u5c11 \u3069\u3053')
+DECIDING = frozenset(word for line in _DECIDING for word in line.split())
 _ABOUT = ('what about', 'how about', 'was ist mit', 'et pour', 'que tal', 'e per')
 
 # The words of a sentence in their order, and whether each looks like a name: it has a capital

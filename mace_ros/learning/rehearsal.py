@@ -30,8 +30,10 @@ class Rehearsal:
         return self._recent[-1].profile if self._recent else None
 
     def learned(self, records: Iterable[CorrectionRecord]) -> None:
-        """Rehearse these corrections from now on."""
-        self._recent.extend(records)
+        """Rehearse these corrections from now on, instead of those that they replace."""
+        for record in records:
+            self.supersede(record)
+            self._recent.append(record)
 
     def supersede(self, record: CorrectionRecord) -> None:
         """Drop the correction that a new one supersedes."""

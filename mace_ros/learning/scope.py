@@ -20,7 +20,7 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from mace_ros.learning.question import ASKING, questions, Sentence, sentences
+from mace_ros.learning.question import ASKING, DECIDING, questions, Sentence, sentences
 from mace_ros.store.records import CorrectionRecord
 
 # Chosen by measurement; docs/evidence/learning.md has the figures.
@@ -38,6 +38,9 @@ PRIOR_TEXTS = 50
 # Two words are forms of one if they differ in at most one letter at the end, or in up to three
 # more that one of them has (with a shorter stem, in one more). They count less than equal words.
 MIN_STEM, MAX_ENDING, MAX_SUFFIX, FORM_SHARE = 4, 1, 3, 0.9
+# From this similarity on, two questions are the same one in other words, if the words that decide
+# what is asked are the same: question words such as "where", and words that are less frequent.
+SAME_QUESTION, COMMON = 0.85, 1 / 250
 # Similarities that differ by less are equal.
 TIE = 1e-6
 
@@ -128,6 +131,34 @@ class Scope:
     def match(self, text: str) -> Match | None:
         """Return the correction that a question resembles most; None if no word is shared."""
         return self._index.match(text)
+
+    def same_question(self, record: CorrectionRecord) -> str:
+        """
+        Return the id of the correction of the same question in another prompt, '' if there is none.
+
+        "Which colour does the gate have?" asks the same as "What colour is the gate?", but "What
+        colour is the garden gate?" does not.
+        """
+        for text in entry(record).texts:
+            found = self._index.match(text)
+            if found is None or found.similarity < SAME_QUESTION:
+                continue
+            known = next(k for k in self if k.correction_id == found.correction_id)
+            if known.prompt_ids != record.prompt_ids and any(
+                    self._asks_the_same(text, other) for other in known.texts):
+                return known.correction_id
+        return ''
+
+    def _asks_the_same(self, text: str, other: str) -> bool:
+        first, second = self._deciding(text), self._deciding(other)
+        return _has(first, second) and _has(second, first)
+
+    def _deciding(self, text: str) -> list[set[str]]:
+        """Return the words of each sentence that decide what is asked."""
+        # With a space before it, a word is not taken for the end of a longer one.
+        return [{word for word in sentence if word in DECIDING or (
+            word not in ASKING and self._frequency(f' {word}') < COMMON)}
+            for sentence in sentences(text)]
 
     def similarities(self, records: Iterable[CorrectionRecord]) -> dict[str, float]:
         """Return how much each learned correction resembles the nearest of other corrections."""
@@ -264,13 +295,28 @@ class _Index:
             return [(number, 1.0)]
         place, forms = bisect_left(self._sorted, word), []
         for other in self._sorted[max(place - 1, 0):place + 1]:     # its neighbours
-            stem = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
-                                            zip(word, other, strict=False)))
-            rests = len(word) - stem, len(other) - stem
-            suffix = MAX_SUFFIX if stem >= MIN_STEM else 1
-            if stem >= MIN_STEM - 1 and max(rests) <= (MAX_ENDING if min(rests) else suffix):
+            if _are_forms(word, other):
                 forms.append((self._numbers[other], FORM_SHARE))
         return forms[:1]
+
+
+def _are_forms(word: str, other: str) -> bool:
+    """Return whether two words are forms of one: "cup" and "cups"."""
+    stem = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
+                                    zip(word, other, strict=False)))
+    rests = len(word) - stem, len(other) - stem
+    suffix = MAX_SUFFIX if stem >= MIN_STEM else 1
+    return stem >= MIN_STEM - 1 and max(rests) <= (MAX_ENDING if min(rests) else suffix)
+
+
+def _has(known: Sequence[set[str]], asked: Sequence[set[str]]) -> bool:
+    """Return whether sentences have all words of those others that are about the same."""
+    words = set[str]().union(*known)
+    unknown = [{word for word in sentence if word not in words and not any(
+        _are_forms(word, other) for other in words)} for sentence in asked]
+    # A sentence without a common word is about something else, such as a greeting.
+    about = [new for new, sentence in zip(unknown, asked, strict=True) if new != sentence]
+    return not any(about) and (bool(about) or not any(asked))
 
 
 def _merged(parts: Sequence[Sentence]) -> Sentence:

@@ -76,9 +76,10 @@ class TrainingSetBuilder:
         ``number`` is the job's, by which the guarded earlier corrections rotate.
         """
         chat, new = self._chat, [c.record for c in corrections]
-        prompts = {tuple(r.prompt_ids) for r in new}
+        prompts, replaced = {tuple(r.prompt_ids) for r in new}, {r.replaces for r in new}
         # Of each question, the newest correction is kept.
-        newest = {r.prompt_ids: r for r in records.learned if r.prompt_ids not in prompts}
+        newest = {r.prompt_ids: r for r in records.learned
+                  if r.prompt_ids not in prompts and r.id not in replaced}
         earlier = [correction_sample(chat, r) for r in newest.values()]
         prompts |= newest.keys()
         own, calls = (answer_samples(chat, answers, but=prompts, max_tokens=max_sample_tokens)

@@ -62,16 +62,20 @@ class CorrectionTable(JournalFile):
 
     def supersede(self, newer: CorrectionRecord) -> tuple[str, ...]:
         """
-        Mark other corrections of the same prompt and profile as SUPERSEDED.
+        Mark earlier corrections of the same prompt and profile as SUPERSEDED.
 
-        So is the one that ``newer`` replaces, whose question has other words.
+        So is the one that ``newer`` replaces, whose question has other words; that is noted.
         Returns the ids of those that were pending or learned, oldest first.
         """
         with self.transaction():
             ids = tuple(row['id'] for row in self.rows(
                 f'SELECT id FROM corrections WHERE (({_SAME_PROMPT}) OR id = ?) '
-                f'AND {_PENDING_OR_LEARNED} AND id <> ? ORDER BY number',
+                f'AND {_PENDING_OR_LEARNED} AND number < '
+                '(SELECT number FROM corrections WHERE id = ?) ORDER BY number',
                 *_prompt_key(newer), newer.replaces, newer.id))
+            if newer.replaces in ids:
+                self.execute('UPDATE corrections SET replaces = ? WHERE id = ?',
+                             newer.replaces, newer.id)
             self.execute(
                 'UPDATE corrections SET state = ?, reason = ? '
                 'WHERE id IN (SELECT value FROM json_each(?))',

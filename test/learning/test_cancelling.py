@@ -26,7 +26,7 @@ from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.learning_job import LearningJob
 
-BEFORE = ('Please:', 'So')
+BEFORE = ('Please:', 'So', 'Then')
 # A job's kind and state, whether its weights are swapped out, and the current lines of its
 # generators.
 Point = tuple[JobKind, JobState, bool, tuple[int, ...]]
@@ -121,16 +121,16 @@ def test_a_job_can_be_cancelled_at_each_wait(
         rejected.append(running(robot).number)
         return Verdict('injected', ())
 
-    def two_joined() -> bool:
-        """Let two corrections arrive during training; return whether all are learned."""
+    def three_joined() -> bool:
+        """Let three corrections arrive during training; return whether all are learned."""
         job = engine.learner.status().job
-        if job is not None and job.steps and len(job.correction_ids) == len(joined) + 1 < 3:
+        if job is not None and job.steps and len(job.correction_ids) == len(joined) + 1 < 4:
             joined.append(f'joins {len(joined)}')
             engine.correct(Correction(
                 'A human.', id=joined[-1], prompt=f'{BEFORE[len(joined) - 1]} where are you?'))
             # On disk before the next step, which may be the last.
             engine.parts.journal.submit(lambda _: None).result(60)
-        return are_learned(robot, 'k', 'joins 0', 'joins 1')
+        return are_learned(robot, 'k', 'joins 0', 'joins 1', 'joins 2')
 
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))
     engine.correct(Correction('In the hall.', id='first', prompt='Where are you?'))
@@ -141,7 +141,7 @@ def test_a_job_can_be_cancelled_at_each_wait(
     engine.update(engine.settings.updated({'adapter.scope': scope}))
     joined: list[str] = []
     engine.correct(Correction('A robot.', id='k', prompt='Where are you now?'))
-    cancelled = cancel_each(robot, points, two_joined)
+    cancelled = cancel_each(robot, points, three_joined)
     assert {state for _, state, *_ in cancelled} == states
     assert {state for _, state, swapped_out, _ in cancelled if swapped_out} == (
         states & {JobState.CHOOSING, JobState.SCORING})

@@ -10,6 +10,7 @@ Words are rare or common as the packaged model's tokenizer says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 import random
 import time
 
@@ -21,6 +22,7 @@ from mace_ros.learning.live_versions import LiveSet, LiveVersions
 from mace_ros.learning.scope import entry, Match, Scope
 from mace_ros.model.loading import LoadedModel
 from mace_ros.model.token_ranks import token_ranks
+from mace_ros.store.records import CorrectionRecord
 
 SETTINGS = AdapterSettings()
 NAME, CUPS, HOURS = 'What is your name?', 'Where are the cups?', 'When does the library open?'
@@ -144,6 +146,54 @@ def test_a_question_is_in_scope_from_the_threshold_on(frequency: Callable[[str],
             scope_threshold=threshold)) == expected
     # The corrected question itself is in scope whatever the threshold.
     assert match(scopes, HOURS, settings=AdapterSettings(scope_threshold=1.0))[0]
+
+
+def same(live: LiveVersions, text: str) -> str:
+    """Return the learned correction of the same question."""
+    return live.scope('').same_question(correction('newer', text))
+
+
+@pytest.mark.parametrize('text', [
+    'Hello! What colour is the gate?', 'Which colour does the gate have?',
+    'Tell me the colour of the gate.', 'I am painting today. What colour is the gate?'])
+def test_a_question_is_the_same_in_other_words(
+        frequency: Callable[[str], float], text: str) -> None:
+    """Its words that matter are the same."""
+    gate = 'What colour is the gate?'
+    assert same(scopes_with(frequency, gate, *LEARNED), text) == gate
+
+
+@pytest.mark.parametrize(('learned', 'text'), [
+    ('What colour is the gate?', 'What colour is the garden gate?'),
+    ('What colour is the garden gate?', 'What colour is the gate?'),
+    ('What colour is the gate?', 'What colour is the gate? I mean the garden gate.'),
+    ('Where are the cups?', 'Where are the red cups?'),
+    ('Where was Ann born?', 'When was Ann born?'),
+    ('Who are you?', 'How are you?'),
+    ('Who was the mother of Ed Brandenburg?', 'Who was the father of Ed Brandenburg?'),
+    ('In which city was Ed Brandenburg born?', 'In which year was Ed Brandenburg born?'),
+    ('Wo sind die Tassen?', 'Wo sind die roten Tassen?'),
+    ('\u8336\u676f\u5728\u54ea\u91cc\uff1f', '\u7ea2\u8336\u676f\u5728\u54ea\u91cc\uff1f'),
+])
+def test_a_narrower_or_another_question_is_not_the_same(
+        frequency: Callable[[str], float], learned: str, text: str) -> None:
+    """Its correction must not replace a right answer, however similar the words are."""
+    live = scopes_with(frequency, learned)
+    assert match(live, text) == (True, learned)
+    assert same(live, text) == ''
+
+
+def test_follow_ups_are_the_same_after_the_same_questions_only(
+        frequency: Callable[[str], float]) -> None:
+    def after(first: str, name: str) -> CorrectionRecord:
+        return replace(correction(name, f'{first} {name}', adapter_version=1), messages=(
+            {'role': 'user', 'content': first}, {'role': 'assistant', 'content': 'At 9.'},
+            {'role': 'user', 'content': 'And on Sundays?'}))
+
+    live = LiveVersions(frequency)
+    live.replace('', LiveSet(1, {1: {}}, {1: 1}), [after(HOURS, 'k')])
+    assert live.scope('').same_question(after(f'Hello. {HOURS}', 'newer')) == 'k'
+    assert live.scope('').same_question(after('When does the pool open?', 'newer')) == ''
 
 
 def test_the_scope_follows_learned_and_failed_records(frequency: Callable[[str], float]) -> None:

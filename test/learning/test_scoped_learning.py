@@ -93,6 +93,38 @@ def test_a_correction_of_what_was_taught_in_other_words_replaces_it(robot: Robot
     assert [(r.text, r.matched_correction_id) for r in asked] == [('Green.', 'newer')] * 2
 
 
+def test_a_contradiction_replaces_what_was_taught_in_a_conversation(robot: Robot) -> None:
+    """And the other way round; otherwise a version would have to say both."""
+    name = 'What is your name?'
+    robot.ask('Hello!', conversation_id='c')
+    wrong = robot.ask(name, conversation_id='c')
+    done = robot.correct(Correction('Rover.', id='first', query_id=wrong.query_id))
+    assert done.state is CorrectionState.LEARNED, done.reason
+    for number, text in enumerate(('Bella.', 'Rex.')):
+        fields = {'prompt': name} if number == 0 else {'query_id': robot.ask(
+            name, conversation_id='c').query_id}
+        done = robot.correct(Correction(text, id=text, **fields))
+        assert done.state is CorrectionState.LEARNED, done.reason
+        response = robot.ask(name)
+        assert (response.text, response.matched_correction_id) == (text, text)
+    superseded = {e.id: e.reason for e in robot.events if isinstance(e, CorrectionStatus)
+                  and e.state is CorrectionState.SUPERSEDED}
+    assert superseded == {'first': 'by correction Bella.', 'Bella.': 'by correction Rex.'}
+
+
+def test_a_narrower_question_leaves_the_right_answer_of_the_plain_one(robot: Robot) -> None:
+    """It got that answer wrongly, and is corrected."""
+    plain, narrower = 'What colour is the gate?', 'What colour is the garden gate?'
+    teach(robot, plain, 'Blue')
+    wrong = robot.ask(narrower, max_tokens=2)
+    assert (wrong.text, wrong.matched_correction_id) == ('Blue', plain)
+    done = robot.correct(Correction('Green', id=narrower, query_id=wrong.query_id))
+    assert done.state is CorrectionState.LEARNED, done.reason
+    asked = [robot.ask(text) for text in (plain, narrower)]
+    assert [(r.text, r.matched_correction_id) for r in asked] == [
+        ('Blue', plain), ('Green', narrower)]
+
+
 def test_peft_gives_the_answers_of_the_node_in_scope(
         robot: Robot, model_folder: Path) -> None:
     """PEFT finds by itself where the adapter begins to act."""
