@@ -71,9 +71,9 @@ class ComparisonJob(Job):
         suspicion, profile = self.suspicion, self.suspicion.profile
         lineage = journal.live_lineage(profile)
         live = next((r for r in lineage.live if r.version == suspicion.version), None)
-        if live is None or suspicion.better not in {0, *lineage.numbers}:
+        if live is None:
             raise RollbackRefused(f'version {suspicion.version} is not live any more')
-        rollback_lineage(journal, profile, suspicion.better)
+        rollback_lineage(journal, profile, suspicion.suspect, withdraw=True)
         older = next((r for r in lineage.versions if r.version == suspicion.continues), None)
         if profile and older is None:   # a profile without a version would be served the robot's
             robot = journal.live_lineage('')

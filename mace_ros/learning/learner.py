@@ -319,7 +319,8 @@ class Learner:
         """End a job that has returned its result."""
         self._end_job()
         if isinstance(result, SuspectedRegression):
-            self.rollback(result.profile, result.better, result.reason, Future())
+            self._rollbacks.add(result.profile, result.suspect, result.reason, Future(),
+                                withdraw=True)
         elif isinstance(result, VersionRecord):
             self._last_error = ''
             if job.kind is JobKind.LEARNING:

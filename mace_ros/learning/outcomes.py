@@ -51,14 +51,15 @@ class SuspectedRegression:
     """
     A live version whose answers are corrected more often than those before it.
 
-    ``continues`` is the earlier version whose training went on, 0 for none; ``better`` is the
-    version to roll back to, 0 as for a rollback. ``corrections`` are the evidence, oldest first.
+    It contains ``suspect``, which is to be taken back with all that continue it. ``continues`` is
+    the earlier version whose training went on, 0 for none. ``corrections`` are the evidence, oldest
+    first.
     """
 
     profile: str
     version: int
+    suspect: int
     continues: int
-    better: int
     since: Outcomes
     before: Outcomes
     corrections: tuple[CorrectionRecord, ...]
@@ -112,11 +113,10 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
     if sum(outcome.corrected for outcome in outcomes) < MIN_ANSWERS:
         return None
     records, lineage = journal.versions(profile), journal.live_lineage(profile)
-    successors = lineage.successors
+    successors, known = lineage.successors, {0, *lineage.numbers}
     found: list[tuple[float, SuspectedRegression]] = []
     for suspect in lineage.versions[:MAX_SUSPECTS]:
-        if not all(_has_files(records, version)
-                   for version in (suspect.parent, suspect.continues)):
+        if suspect.parent not in known or not _has_files(records, suspect.continues):
             continue
         newer = lineage.continuing(suspect.version)
         own = [o for o in outcomes if o.lineage == profile and o.version in newer]
@@ -131,7 +131,7 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
         evidence = _newest_corrections(journal, own)
         if evidence and got_worse(since, before):
             found.append((p_value(since, before), SuspectedRegression(
-                profile, successors[suspect.version], suspect.continues, suspect.parent,
+                profile, successors[suspect.version], suspect.version, suspect.continues,
                 since, before, evidence)))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 

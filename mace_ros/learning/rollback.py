@@ -38,18 +38,21 @@ class RolledBack:
     corrections: tuple[CorrectionRecord, ...] = ()
 
 
-def rollback_lineage(journal: Journal, profile: str, version: int) -> Lineage:
-    """Return what would be live after a rollback; raise :class:`RollbackRefused`."""
-    records = journal.versions(profile)
-    lineage = Lineage(records, version)
-    if version == 0:
-        return lineage
-    owner = f'profile {profile!r}' if profile else 'the robot'
-    record = next((r for r in records if r.version == version), None)
-    if record is None:
-        raise RollbackRefused(f'{owner} has no version {version} on record')
-    if record.state is VersionState.REJECTED:
-        raise RollbackRefused(f'version {version} never served: {record.reason}')
+def rollback_lineage(
+        journal: Journal, profile: str, version: int, *, withdraw: bool = False) -> Lineage:
+    """
+    Return what would be live after a rollback; raise :class:`RollbackRefused`.
+
+    It is ``version``, with those before it. With ``withdraw``, it is what is live now, without
+    ``version`` and those that continue it.
+    """
+    if withdraw:
+        lineage = journal.live_lineage(profile)
+        if version not in lineage.numbers:
+            raise RollbackRefused(f'version {version} is not live any more')
+        lineage = lineage.without(version)
+    else:
+        lineage = _lineage_of(journal, profile, version)
     answering = journal.answering(profile, lineage)
     for live in lineage.live:
         if live.version in answering and not live.sha256:
@@ -58,11 +61,27 @@ def rollback_lineage(journal: Journal, profile: str, version: int) -> Lineage:
     return lineage
 
 
-def roll_back(journal: Journal, profile: str, version: int, reason: str) -> RolledBack:
+def _lineage_of(journal: Journal, profile: str, version: int) -> Lineage:
+    """Return a version with those before it; raise :class:`RollbackRefused` if it never served."""
+    records = journal.versions(profile)
+    if version == 0:
+        return Lineage(records, version)
+    owner = f'profile {profile!r}' if profile else 'the robot'
+    record = next((r for r in records if r.version == version), None)
+    if record is None:
+        raise RollbackRefused(f'{owner} has no version {version} on record')
+    if record.state is VersionState.REJECTED:
+        raise RollbackRefused(f'version {version} never served: {record.reason}')
+    return Lineage(records, version)
+
+
+def roll_back(journal: Journal, profile: str, version: int, reason: str, *,
+              withdraw: bool = False) -> RolledBack:
     """
     Make an earlier version the newest live one; 0 is the base model, or for a profile the robot's.
 
-    What was live beside it is live again.
+    What was live beside it is live again. With ``withdraw``, take only this version back, and
+    those that continue it: the newer ones beside it stay.
 
     Corrections learned in the versions rolled back become FAILED: learning them again from the
     same version would lead to the same result. Corrections that those had superseded become
@@ -70,24 +89,24 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str) -> Roll
     :class:`RollbackRefused`, having changed nothing.
     """
     with journal.transaction():
-        new = rollback_lineage(journal, profile, version)
+        new = rollback_lineage(journal, profile, version, withdraw=withdraw)
         old = journal.live_lineage(profile)
-        before = journal.newest(profile)
         taken_back = tuple(
             replace(record, state=VersionState.ROLLED_BACK, reason=reason)
             for record in old.versions if record.version not in new.numbers)
-        journal.make_live(profile, version)
+        journal.make_live(profile, new.newest)
         for record in taken_back:
             journal.set_version_state(profile, record.version, record.state, reason)
         for record in new.versions:
+            journal.set_parent(profile, record.version, record.parent)
             if record.state is not VersionState.PUBLISHED:      # an earlier rollback is undone
                 journal.set_version_state(profile, record.version, VersionState.PUBLISHED)
-        target = new.versions[0] if version else None
+        target = new.versions[0] if new.versions else None
         live = None if target is None else replace(
             target, state=VersionState.PUBLISHED,
             reason='' if target.state is VersionState.ROLLED_BACK else target.reason)
         return RolledBack(
-            profile, live, version != (before.version if before else 0), taken_back,
+            profile, live, bool(taken_back) or new.newest != old.newest, taken_back,
             _update_corrections(journal, profile, new, reason))
 
 

@@ -38,6 +38,7 @@ class _Request:
     version: int
     reason: str
     done: Future[RolledBack]
+    withdraw: bool
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ class RollbackQueue:
         self._requests: deque[_Request] = deque()
         self._running: Task[RolledBack] | None = None      # the first request's
 
-    def add(self, profile: str, version: int, reason: str, done: Future[RolledBack]) -> None:
+    def add(self, profile: str, version: int, reason: str, done: Future[RolledBack], *,
+            withdraw: bool = False) -> None:
         """
         Queue a rollback; version 0 is the base model, or for a profile the robot's version.
 
+        See :func:`roll_back` for ``withdraw``.
         ``done`` ends once queries are served that version, or with the reason why not:
         :class:`RollbackRefused`, ``CorruptVersion`` or ``JournalError``.
         """
-        self._requests.append(_Request(profile, version, reason, done))
+        self._requests.append(_Request(profile, version, reason, done, withdraw))
 
     @property
     def profile(self) -> str | None:
@@ -126,15 +129,17 @@ class RollbackQueue:
 
     def _decide(self, journal: Journal, request: _Request) -> _Decided:
         """Read the versions and record the rollback, in the journal's thread."""
-        lineage = rollback_lineage(journal, request.profile, request.version)
+        lineage = rollback_lineage(
+            journal, request.profile, request.version, withdraw=request.withdraw)
         # Read them first: a version that cannot be read must not become live.
         weights: dict[int, Weights] = {}
         for record in lineage.on_disk:
             weights[record.version] = self._store.load(record.path, record.sha256)
             check_same_adapter(record, self._store, self._lora)
             self._lora.checked(weights[record.version])
-        outcome = roll_back(journal, request.profile, request.version, request.reason)
-        live = LiveSet(request.version, weights, lineage.successors,
+        outcome = roll_back(journal, request.profile, request.version, request.reason,
+                            withdraw=request.withdraw)
+        live = LiveSet(lineage.newest, weights, lineage.successors,
                        everywhere=lineage.everywhere)
         return _Decided(outcome, live, journal.scope(request.profile))
 

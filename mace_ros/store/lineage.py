@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from mace_ros.store.records import VersionRecord
 
@@ -13,15 +14,18 @@ class Lineage:
     """A version and those that were the newest ones before it, newest first, of one profile."""
 
     def __init__(self, records: Iterable[VersionRecord], version: int) -> None:
-        """Follow the parents of ``version`` as far as they are among ``records``."""
+        """Follow ``version`` to what was before it, as far as that is among ``records``."""
         by_number = {record.version: record for record in records}
-        line = []
+        numbers = set()
         while version in by_number:
-            line.append(by_number[version])
+            numbers.add(version)
             version = by_number[version].parent
-        self.versions = tuple(line)
-        self.numbers = frozenset(record.version for record in line)
         self._oldest_unrecorded = version    # the records of this one and its parents are deleted
+        for number in tuple(numbers):       # some may continue versions that were withdrawn since
+            while (number := by_number[number].continues) in by_number and number not in numbers:
+                numbers.add(number)
+        self.numbers = frozenset(numbers)
+        self.versions = tuple(by_number[number] for number in sorted(numbers, reverse=True))
 
     def holds(self, version: int) -> bool:
         """Return whether ``version`` is in this lineage, so that its corrections are learned."""
@@ -34,6 +38,21 @@ class Lineage:
             if record.continues in found:
                 found.add(record.version)
         return found
+
+    def without(self, version: int) -> Lineage:
+        """Return what is left without a version and those that continue it."""
+        withdrawn, left = self.continuing(version), self._oldest_unrecorded
+        kept: list[VersionRecord] = []
+        for record in reversed(self.versions):
+            if record.version not in withdrawn:
+                kept.append(replace(record, parent=left))
+                left = record.version
+        return Lineage(kept, left)
+
+    @property
+    def newest(self) -> int:
+        """The newest version, 0 if there is none."""
+        return self.versions[0].version if self.versions else 0
 
     @property
     def live(self) -> tuple[VersionRecord, ...]:

@@ -64,6 +64,11 @@ class VersionTable(JournalFile):
         self.execute('UPDATE versions SET state = ?, reason = ? WHERE profile = ? AND version = ?',
                      int(state), reason, profile, version)
 
+    def set_parent(self, profile: str, version: int, parent: int) -> None:
+        """Note that another version was the newest one before this, of those that are live."""
+        self.execute('UPDATE versions SET parent = ? WHERE profile = ? AND version = ?',
+                     parent, profile, version)
+
     def make_live(self, profile: str, version: int) -> None:
         """Make a recorded version the newest live one; 0 is none."""
         self.execute(

@@ -128,10 +128,11 @@ def test_the_version_that_brought_the_regression_is_found(journal: Journal) -> N
         serve(journal, version, 3, 2)
     found = suspected_regression(journal, '')
     assert found is not None
-    assert (found.version, found.better) == (4, 1)
+    assert (found.version, found.suspect, found.continues) == (4, 2, 1)
     assert found.reason == 'answers got worse: 6 of 8 corrected, 1 of 30 before'
     assert len(found.corrections) == 6
-    roll_back(journal, '', 1, found.reason)
+    roll_back(journal, '', found.suspect, found.reason, withdraw=True)
+    assert journal.live_lineage('').newest == 1
     assert suspected_regression(journal, '') is None
     publish(journal, 5)
     serve(journal, 5, 4, 4)
@@ -172,7 +173,7 @@ def test_a_profiles_first_version_is_compared_with_the_robots(journal: Journal) 
     serve(journal, 1, 8, 8, profile='ann')
     found = suspected_regression(journal, 'ann')
     assert found is not None
-    assert (found.profile, found.version, found.better) == ('ann', 1, 0)
+    assert (found.profile, found.version, found.suspect) == ('ann', 1, 1)
     assert str(found.before) == '0 of 20'
     assert suspected_regression(journal, '') is None
 
@@ -290,7 +291,7 @@ def test_a_suspected_regression_of_a_rolled_back_version_is_dropped(
         record = journal.correction('k')
     assert record is not None
     some = Outcomes(MIN_ANSWERS, MIN_ANSWERS)
-    engine.learner.suspect(SuspectedRegression('', 2, 1, 1, some, some, (record,) * MIN_ANSWERS))
+    engine.learner.suspect(SuspectedRegression('', 2, 2, 1, some, some, (record,) * MIN_ANSWERS))
     last = robot.correct(Correction('In the hall.', id='l', prompt='Where are you?'))
     # It was trained from the base model: version 1 did not become live again.
     assert last.state is CorrectionState.LEARNED
@@ -316,7 +317,7 @@ def test_a_version_that_is_not_worse_stays(
         robot.until(lambda e, name=text: isinstance(e, CorrectionStatus) and e.id == name)  # type: ignore[misc]
     with Journal(tmp_path / JOURNAL) as journal:
         suspicion = suspected_regression(journal, '')
-    assert suspicion is not None and suspicion.better == 0
+    assert suspicion is not None and suspicion.suspect == 1
     robot.engine.update(settings)
     # Versions are compared before anything is learned.
     robot.until(lambda e: isinstance(e, CorrectionStatus)

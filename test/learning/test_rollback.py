@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 import time
 
@@ -46,14 +47,14 @@ def correct(journal: Journal, name: str, question: str = '', profile: str = '',
 
 
 def publish(journal: Journal, version: int, *corrections: str, profile: str = '',
-            parent: int | None = None) -> None:
-    """Publish the next version, by default with the live one as its parent."""
+            continues: int | None = None) -> None:
+    """Publish the next version, by default as a continuation of the live one."""
     live = journal.newest(profile)
-    if parent is None:
-        parent = live.version if live else 0
+    parent = live.version if live else 0
     assert journal.next_version(profile) == version
     journal.publish(VersionRecord(
-        profile, version, parent, continues=parent, correction_ids=corrections,
+        profile, version, parent, correction_ids=corrections,
+        continues=parent if continues is None else continues,
         path=f'adapters/{profile}/v{version}', sha256='ab'))
 
 
@@ -145,6 +146,16 @@ def test_what_was_corrected_in_other_words_becomes_learned_again(journal: Journa
     assert [record.id for record in journal.scope_of(first)] == ['old']
 
 
+def test_an_older_correction_never_supersedes_a_newer_one(journal: Journal) -> None:
+    """Even if it is learned later."""
+    correct(journal, 'old', 'one?')
+    correct(journal, 'new', 'one in other words?')
+    publish(journal, 1, 'new')
+    old = journal.correction('old')
+    assert old is not None and journal.supersede(replace(old, replaces='new')) == ()
+    assert states(journal, 'old', 'new') == [ACCEPTED, LEARNED]
+
+
 def test_only_the_live_lineage_is_rolled_back(journal: Journal) -> None:
     """Versions that were rolled back before are no part of it."""
     for number, name in enumerate('ab', 1):
@@ -156,6 +167,36 @@ def test_only_the_live_lineage_is_rolled_back(journal: Journal) -> None:
     outcome = roll_back(journal, '', 2, '')
     assert [v.version for v in outcome.taken_back] == [3]
     assert states(journal, 'a', 'b', 'c') == [LEARNED, LEARNED, FAILED]
+
+
+def test_a_version_is_withdrawn_with_those_that_continue_it(journal: Journal) -> None:
+    """Newer ones beside it stay, and what it had continued is live again."""
+    for version, name, continues in ((1, 'a', 0), (2, 'b', 1), (3, 'c', 0), (4, 'd', 2),
+                                     (5, 'e', 3), (6, 'f', 4)):
+        correct(journal, name)
+        publish(journal, version, name, continues=continues)
+    outcome = roll_back(journal, '', 2, 'it was rude', withdraw=True)
+    assert [v.version for v in outcome.taken_back] == [6, 4, 2]
+    assert outcome.changed and outcome.live is not None and outcome.live.version == 5
+    assert states(journal, *'abcdef') == [LEARNED, FAILED, LEARNED, FAILED, LEARNED, FAILED]
+    assert journal.live_lineage('').successors == {1: 1, 3: 5, 5: 5}
+    assert [c.id for c in journal.scope('')] == ['a', 'c', 'e']
+    correct(journal, 'g')
+    publish(journal, 7, 'g', continues=0)
+    assert [v.version for v in journal.live_lineage('').live] == [7, 5, 1]
+    with pytest.raises(RollbackRefused, match='not live any more'):
+        roll_back(journal, '', 4, '', withdraw=True)
+    # A rollback to it undoes that.
+    assert [v.version for v in roll_back(journal, '', 6, '').taken_back] == [7]
+    assert states(journal, *'abcdefg') == [LEARNED] * 6 + [FAILED]
+    assert [v.version for v in roll_back(journal, '', 4, '').taken_back] == [6, 5]
+
+
+def test_all_versions_can_be_withdrawn(journal: Journal) -> None:
+    correct(journal, 'a')
+    publish(journal, 1, 'a')
+    assert roll_back(journal, '', 1, '', withdraw=True).live is None
+    assert (live(journal), states(journal, 'a')) == (0, [FAILED])
 
 
 def test_an_impossible_rollback_is_refused_with_a_reason(journal: Journal) -> None:
