@@ -153,12 +153,14 @@ class Scope:
         first, second = self._deciding(text), self._deciding(other)
         return _has(first, second) and _has(second, first)
 
-    def _deciding(self, text: str) -> list[set[str]]:
-        """Return the words of each sentence that decide what is asked."""
+    def _deciding(self, text: str) -> set[str]:
+        """Return the words of a text that decide what is asked."""
+        found = sentences(text)
+        if len(found[0]) == 1:      # "Hello!" makes no difference; "Be brief." does
+            found = found[1:] or found
         # With a space before it, a word is not taken for the end of a longer one.
-        return [{word for word in sentence if word in DECIDING or (
+        return {word for sentence in found for word in sentence if word in DECIDING or (
             word not in ASKING and self._frequency(f' {word}') < COMMON)}
-            for sentence in sentences(text)]
 
     def similarities(self, records: Iterable[CorrectionRecord]) -> dict[str, float]:
         """Return how much each learned correction resembles the nearest of other corrections."""
@@ -309,14 +311,10 @@ def _are_forms(word: str, other: str) -> bool:
     return stem >= MIN_STEM - 1 and max(rests) <= (MAX_ENDING if min(rests) else suffix)
 
 
-def _has(known: Sequence[set[str]], asked: Sequence[set[str]]) -> bool:
-    """Return whether sentences have all words of those others that are about the same."""
-    words = set[str]().union(*known)
-    unknown = [{word for word in sentence if word not in words and not any(
-        _are_forms(word, other) for other in words)} for sentence in asked]
-    # A sentence without a common word is about something else, such as a greeting.
-    about = [new for new, sentence in zip(unknown, asked, strict=True) if new != sentence]
-    return not any(about) and (bool(about) or not any(asked))
+def _has(known: set[str], asked: set[str]) -> bool:
+    """Return whether one set of words has all of the other, or forms of them."""
+    return all(word in known or any(_are_forms(word, other) for other in known)
+               for word in asked)
 
 
 def _merged(parts: Sequence[Sentence]) -> Sentence:
