@@ -182,8 +182,8 @@ class AdapterSettings:
         8, 'Adapter versions that are on the device at the same time; others are loaded when a '
         'question needs them', minimum=1, maximum=64, read_only=True)
     scope: str = _parameter(
-        'similar', 'Questions that an adapter version answers: those that resemble a correction '
-        'it has learned (similar), while the base model answers all others; or every question '
+        'similar', 'Questions for which corrections are learned: those that resemble the corrected '
+        'one (similar), while the base model answers all others; or every question '
         '(everywhere). A correction may have a scope of its own', choices=SCOPES)
     scope_threshold: float = _parameter(
         0.55, 'Similarity, 0 to 1, from which a question resembles a correction: a higher one '
