@@ -21,7 +21,7 @@ from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 # From this similarity on, two questions are the same one in other words: four of five paraphrases
 # of the benchmark, and one of a hundred questions about another subject (docs/log/).
-SAME_QUESTION = 0.85
+SAME_QUESTION = 0.72
 
 USED_ID = 'id: used before, for another correction'
 
