@@ -23,12 +23,10 @@ from mace_ros.learning.question_words import (
     PRONOUNS,
     QUESTION_WORDS,
 )
-from mace_ros.store.records import Messages
+from mace_ros.store.records import MAX_TURNS, Messages
 
 # Of a longer text, the end of this many characters is read.
 MAX_CHARACTERS = 400
-# Maximum number of questions of a conversation that are read together.
-MAX_TURNS = 4
 # A question of more words needs no context; nor does one of more than two that begins otherwise.
 FOLLOW_UP_WORDS = 6
 QUESTION_MARKS = ('?', '\uff1f', '\u061f')

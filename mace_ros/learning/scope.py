@@ -50,8 +50,9 @@ PRIOR_TEXTS = 50
 # more that one of them has (with a shorter stem, in one more). They count less than equal words,
 # and names still less: they often differ in their endings only.
 MIN_STEM, MAX_ENDING, MAX_SUFFIX, FORM_SHARE, NAME_FORM = 4, 1, 3, 0.8, 0.5
-# Similarities that differ by less are equal.
+# Similarities that differ by less are equal, and questions of at least the second have equal words.
 TIE = 1e-6
+SAME = 1.0 - TIE
 
 
 @dataclass(frozen=True)

@@ -126,5 +126,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # An earlier correction of the same question in other words.
         "ALTER TABLE corrections ADD COLUMN replaces TEXT NOT NULL DEFAULT ''",
     ),
+    (
+        # Questions of deleted corrections, which versions that learned them may still know.
+        """
+        CREATE TABLE deleted_questions (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            profile TEXT NOT NULL,
+            wording TEXT NOT NULL,
+            UNIQUE (profile, wording))
+        """,
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

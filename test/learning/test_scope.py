@@ -128,7 +128,8 @@ def test_a_question_about_two_corrections_names_the_nearer_one(
     'I know where the cups are, thanks. Now tell me a joke.', 'I know where the cups are.',
     'Are the cups clean?', 'Where are the cups? Tell me a joke.', 'How many cups are there?',
     'Who washed the cups?', 'Open the library.', 'Is the library open?',
-    'Change the password for guests.', 'Spell your name backwards.', 'Where was Ed Brandenburg born?'])
+    'Change the password for guests.', 'Spell your name backwards.',
+    'Where was Ed Brandenburg born?'])
 def test_something_else_about_the_same_subject_is_out_of_scope(
         frequency: Callable[[str], float], text: str) -> None:
     """A command, a statement, another question, or a question with something else after it."""
