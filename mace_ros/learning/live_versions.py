@@ -153,14 +153,19 @@ class LiveVersions:
             scope.discard_replaced(entry(record))
 
     def forget(self, records: Sequence[CorrectionRecord]) -> None:
-        """Forget deleted corrections; see :meth:`exclude`."""
+        """Take corrections out of the scope."""
         for record in records:
-            if record.adapter_version:
-                self.exclude(record.profile, wording_keys(record.messages))
             scope = self.scope(record.profile)
             known = scope.get(record.prompt_ids)
             if known is not None and known.correction_id == record.id:
                 scope.discard(record.prompt_ids)
+
+    def delete(self, records: Sequence[CorrectionRecord]) -> None:
+        """Forget deleted corrections for good; see :meth:`exclude`."""
+        self.forget(records)
+        for record in records:
+            if record.adapter_version:
+                self.exclude(record.profile, wording_keys(record.messages))
 
     def exclude(self, profile: str, wordings: Iterable[str]) -> None:
         """

