@@ -117,7 +117,7 @@ class Learner:
         """Take a correction that is in the journal; return the events that this causes."""
         record = accepted.record
         if accepted.new:
-            self._live.forget(accepted.deleted)
+            self._live.delete(accepted.deleted)
             if record.query_id and self._context.settings.gate.auto_rollback:
                 self._test_for_regression(record.query_id)
         if not accepted.to_learn:

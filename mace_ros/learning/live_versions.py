@@ -18,10 +18,10 @@ from typing import TypeAlias
 from torch import Tensor
 
 from mace_ros.api.settings import AdapterSettings, EVERYWHERE
-from mace_ros.learning.scope import entry, Match, Scope
+from mace_ros.learning.scope import entry, Match, SAME, Scope
 from mace_ros.memory.adapter_slots import BASE, ServedVersion
 from mace_ros.store.adapter_store import CorruptVersion
-from mace_ros.store.records import CorrectionRecord
+from mace_ros.store.records import CorrectionRecord, wording_key, wording_keys
 
 Weights: TypeAlias = Mapping[str, Tensor]
 
@@ -75,6 +75,8 @@ class LiveVersions:
         self._live: dict[str, LiveSet] = {}
         self._scopes: dict[str, Scope] = {}
         self._nothing = Scope(frequency)
+        # Of each profile, the wordings of questions whose corrections were deleted.
+        self._deleted: dict[str, set[str]] = {}
 
     # -- versions --------------------------------------------------------------------
 
@@ -172,12 +174,28 @@ class LiveVersions:
             scope.discard_replaced(entry(record))
 
     def forget(self, records: Sequence[CorrectionRecord]) -> None:
-        """Forget deleted corrections."""
+        """Take corrections out of the scope."""
         for record in records:
             scope = self.scope(record.profile)
             known = scope.get(record.prompt_ids)
             if known is not None and known.correction_id == record.id:
                 scope.discard(record.prompt_ids)
+
+    def delete(self, records: Sequence[CorrectionRecord]) -> None:
+        """Forget deleted corrections for good; see :meth:`exclude`."""
+        self.forget(records)
+        for record in records:
+            if record.adapter_version:
+                self.exclude(record.profile, wording_keys(record.messages))
+
+    def exclude(self, profile: str, wordings: Iterable[str]) -> None:
+        """
+        Let no version of a profile answer the questions of deleted corrections.
+
+        Otherwise, a correction that resembles a deleted one would bring in a version that has
+        learned both. It ends when a correction of the same question is learned.
+        """
+        self._deleted.setdefault(profile, set()).update(wordings)
 
     def match(self, profile: str, questions: Sequence[str],
               settings: AdapterSettings) -> tuple[VersionMatch | None, float]:
@@ -187,12 +205,15 @@ class LiveVersions:
         The first of ``questions`` that is in a scope decides: the question alone, then the
         question with those before it (:func:`mace_ros.learning.question.questions`).
         """
-        scope, best = self.scope(profile), None
+        scope, best, threshold = self.scope(profile), None, settings.scope_threshold
+        deleted = self._deleted.get(profile)
+        if deleted and questions and wording_key(questions[-1]) in deleted:
+            threshold = SAME
         for question in questions:
             found = scope.match(question)
             if found is not None and (best is None or found.similarity > best.similarity):
                 best = found
-            if best is not None and best.similarity >= settings.scope_threshold:
+            if best is not None and best.similarity >= threshold:
                 version = self._of(profile).successors.get(best.learned_in, 0)
                 return VersionMatch(_served(profile, version), best), best.similarity
         return None, 0.0 if best is None else best.similarity

@@ -66,9 +66,10 @@ class Publisher:
         """
         events: list[Event] = []
         restored = self._disk.submit(lambda journal: {
-            profile: (journal.live_lineage(profile), journal.scope(profile))
+            profile: (journal.live_lineage(profile), journal.scope(profile),
+                      journal.deleted_questions(profile))
             for profile in journal.profiles()}).result()
-        for profile, (lineage, scope) in restored.items():
+        for profile, (lineage, scope, deleted) in restored.items():
             live, newest = LiveSet(
                 successors=lineage.successors, everywhere=lineage.everywhere), None
             for record in reversed(lineage.on_disk):    # the newest one comes last
@@ -87,6 +88,7 @@ class Publisher:
                 events += self._published(newest, [c for c in scope if (
                     c.adapter_version, c.state) == (newest.version, CorrectionState.LEARNED)])
             self._live.replace(profile, live, scope)
+            self._live.exclude(profile, deleted)
         if not self._live.newest(''):
             events.append(AdapterVersion('', 0, 0, VersionState.PUBLISHED))
         return events

@@ -10,16 +10,23 @@ and pairs of them. Case, accents and punctuation make no difference.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 import re
-from typing import TypeAlias
 import unicodedata
 
-from mace_ros.store.records import Messages
+from mace_ros.learning.question_words import (
+    ASKING,
+    AUXILIARIES,
+    Kind,
+    kind_of,
+    NOTHING,
+    PRONOUNS,
+    QUESTION_WORDS,
+)
+from mace_ros.store.records import MAX_TURNS, Messages
 
-# A longer text is read as its first and its last half of this many characters.
-MAX_CHARACTERS = 4000
-# Maximum number of questions of a conversation that are read together.
-MAX_TURNS = 4
+# Of a longer text, the end of this many characters is read.
+MAX_CHARACTERS = 400
 # A question of more words needs no context; nor does one of more than two that begins otherwise.
 FOLLOW_UP_WORDS = 6
 QUESTION_MARKS = ('?', '\uff1f', '\u061f')
@@ -31,36 +38,12 @@ FOLLOW_UP_BEGINNINGS = frozenset({
     'anche', 'poi', 'mas', 'tambem', 'och', 'og',           # Italian, Portuguese, Nordic
     'ale', '\u0430', '\u0438', '\u043d\u043e',               # Polish, Russian
     've', 'ama', '\u0648', '\u0914\u0930'})                 # Turkish, Arabic, Hindi
-# Question words. They are more frequent in questions than in the training text of a tokenizer.
-_ASKING = (
-    'what who whos whom whose which where when why how is are was were be do does did can could',
-    'would will should tell me please know say give the a an of to in for',             # English
-    'was wer wen wem wo wann warum welche welcher welches welchem wie ist sind kannst bitte sag',
-    'mir der die das dem den wat waar wanneer waarom welke hoe zeg mij',        # German, Dutch
-    'que qu quoi qui ou quand pourquoi quel quelle quels quelles comment combien est sont dis moi',
-    'quien donde cuando cual cuales como cuanto por es son dime',               # French, Spanish
-    'che cosa chi dove quando perche quale come quanto sono dimmi quem onde qual diga',
-    '\u0447\u0442\u043e \u043a\u0442\u043e \u0433\u0434\u0435 \u043a\u043e\u0433\u0434\u0430',
-    '\u043f\u043e\u0447\u0435\u043c\u0443 \u043a\u0430\u043a',                     # Russian
-    '\u4ec0\u4e48 \u4ec0 \u4e48 \u54ea\u91cc \u54ea \u600e\u4e48 \u591a\u5c11',
-    '\u3069\u3053 \u3067\u3059 \u3059\u304b \u306f \u306b \u3067 \u3059 \u304b')   # Japanese
-ASKING = frozenset(word for line in _ASKING for word in line.split())
-# Those that say what is asked for: "Where was Ann born?" is not "When was Ann born?".
-_DECIDING = (
-    'who whom whose where when why how wer wen wem wo wann warum wie wie waar wanneer waarom hoe',
-    'qui ou quand pourquoi comment combien quien donde cuando como cuanto por',
-    'chi dove quando perche come quanto quem onde',
-    '\u043a\u0442\u043e \u0433\u0434\u0435 \u043a\u043e\u0433\u0434\u0430',
-    '\u043f\u043e\u0447\u0435\u043c\u0443 \u043a\u0430\u043a',
-    '\u54ea\u91cc \u54ea \u600e\u4e48 \u591a\u5c11 \u3069\u3053')
-DECIDING = frozenset(word for line in _DECIDING for word in line.split())
 _ABOUT = ('what about', 'how about', 'was ist mit', 'et pour', 'que tal', 'e per')
 
-# The words of a sentence in their order, and whether each looks like a name: it has a capital
-# letter, but not only because it is the first one, or a digit.
-Sentence: TypeAlias = dict[str, bool]
-
-_SENTENCE_ENDS = re.compile(r'[.!?;\n\u0964\u061f\u06d4\u3002]+')
+# A full stop within a number or a name ends no sentence.
+_SENTENCE_ENDS = re.compile(r'((?:[!?;\n\u0964\u061f\u06d4\u3002]|\.(?=\s|$))+)')
+# "Hey Ada, where are the cups?"
+_ADDRESS = re.compile(r'^\s*((?:\w+\s+)?[^\W\d_]\w*\s*,)((?:\s+\w+){3}.*)', re.DOTALL)
 # Thai, Lao, Burmese, Khmer, kana and Han; in any plane.
 _UNSPACED = re.compile(
     '[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff'
@@ -81,26 +64,53 @@ class _Characters(dict[int, int | str | None]):
 _CHARACTERS = _Characters()
 
 
+@dataclass(frozen=True)
+class Sentence:
+    """
+    The words of a sentence in their order, and what it asks for.
+
+    Of each word, ``words`` tells whether it looks like a name: it has a digit or a capital letter,
+    but not only because it is the first one. ``follows`` tells that it needs what comes before.
+    """
+
+    words: dict[str, bool]
+    kind: Kind = NOTHING
+    follows: bool = False
+
+    @property
+    def refers_back(self) -> bool:
+        """Whether a word stands for something named before."""
+        return not PRONOUNS.isdisjoint(self.words)
+
+
 def sentences(text: str) -> list[Sentence]:
     """Return the sentences of a text; there is at least one, with at least one word."""
-    if len(text) > MAX_CHARACTERS:
-        text = f'{text[:MAX_CHARACTERS // 2]} {text[-MAX_CHARACTERS // 2:]}'
+    text = text[-MAX_CHARACTERS:]
     if not text.isascii():
         text = unicodedata.normalize('NFKD', text)
-    split = [_words(part) for part in _SENTENCE_ENDS.split(text)]
-    return [words for words in split if words] or [{text.strip(): False}]
+    parts, found = [*_SENTENCE_ENDS.split(text), ''], []
+    for part, end in zip(parts[::2], parts[1::2], strict=True):
+        address = _ADDRESS.match(part) if end and end[0] in QUESTION_MARKS else None
+        if address and address[1].split()[-1][0].isupper():
+            found.append(Sentence(_words(address[1])))
+            part = address[2]
+        if words := _words(part):
+            marked = not set(QUESTION_MARKS).isdisjoint(end)
+            found.append(Sentence(
+                words, kind_of(words, marked=marked), _continues(list(words), marked=marked)))
+    return found or [Sentence({text.strip(): False})]
 
 
 def words(text: str) -> set[str]:
     """Return the words of all sentences of a text; none if it is empty."""
-    return {word for sentence in sentences(text) for word in sentence if word}
+    return {word for sentence in sentences(text) for word in sentence.words if word}
 
 
-def _words(text: str) -> Sentence:
+def _words(text: str) -> dict[str, bool]:
     words = text.translate(_CHARACTERS).split()
-    found: Sentence = {}
+    found: dict[str, bool] = {}
     for place, word in enumerate(words):
-        capital = word[0].isupper() and (place > 0 or _begins_with_name(words))
+        capital = word[0].isupper() and word != 'I' and (place > 0 or _begins_with_name(words))
         named = capital or any(map(str.isdigit, word))
         for part in (word.lower(),) if word.isascii() else _parts(
                 unicodedata.normalize('NFC', word.casefold())):
@@ -129,16 +139,26 @@ def is_follow_up(text: str) -> bool:
     """
     Return whether a question needs the one before it: "and on Sundays?", "Why?".
 
-    It is one of up to two words, or one of up to six that begins like a continuation. Two words
-    that ask nothing are no follow-up: "Thank you."
+    It is a question of up to two words, or one of up to six that begins like a continuation and
+    is not complete, as "And where is the kitchen?" is. Commands and statements are no follow-ups.
     """
-    words = [word for sentence in sentences(text) for word in sentence]
+    return _continues([word for sentence in sentences(text) for word in sentence.words],
+                      marked=text.rstrip().endswith(QUESTION_MARKS))
+
+
+def _continues(words: Sequence[str], *, marked: bool) -> bool:
+    asking = not QUESTION_WORDS.isdisjoint(words)
+    if not asking and not marked:
+        return False
     unspaced = [word for word in words if _UNSPACED.match(word)]
     characters = sum(len(word) == 1 for word in unspaced)
     count = len(words) - len(unspaced) + characters // 2    # a word has about two of them
-    asks = text.rstrip().endswith(QUESTION_MARKS) or not ASKING.isdisjoint(words)
-    return (count <= 2 and asks) or (count <= FOLLOW_UP_WORDS and (
-        words[0] in FOLLOW_UP_BEGINNINGS or ' '.join(words).startswith(_ABOUT)))
+    if count <= 2:
+        return True
+    about = ' '.join(words).startswith(_ABOUT)
+    complete = asking and not AUXILIARIES.isdisjoint(words) and PRONOUNS.isdisjoint(words)
+    return count <= FOLLOW_UP_WORDS and (
+        about or (words[0] in FOLLOW_UP_BEGINNINGS and not complete))
 
 
 def questions(messages: Messages) -> list[str]:

@@ -14,35 +14,47 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from math import log
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mace_ros.learning.question import ASKING, DECIDING, questions, Sentence, sentences
+from mace_ros.learning.question import questions, Sentence, sentences
+from mace_ros.learning.question_words import ASKING, Kind, NOTHING
 from mace_ros.store.records import CorrectionRecord
 
 # Chosen by measurement; docs/evidence/learning.md has the figures.
 # The weight of a word is this power of its information, so that a subject outweighs the words
 # around it.
-POWER = 2.0
+POWER = 1.5
 # Power of the share of the query that the corrected question has: 0 would ignore it.
-FOCUS = 0.4
+FOCUS = 0.35
+# The same for the names of the query alone: another name is another subject. The share is at least
+# the second number, since in German every noun looks like a name.
+NAMES, MIN_NAMES = 0.4, 0.1
+# A question that asks for something else ("When?" is not "Where?"), or a command, counts this much;
+# one with "what" or "which", which may ask for the same, counts more.
+OTHER, MAYBE = 0.4, 0.75
+# The last sentences of a query that are read.
+MAX_SENTENCES = 4
 # Words that look like names count as many times as others.
-NAME_FACTOR = 2.0
+NAME_FACTOR = 2.5
 # Frequency of the words that questions are asked with.
-ASKING_FREQUENCY = 0.25
+ASKING_FREQUENCY = 0.4
 # Added to the number of corrections when a word's frequency among them is computed.
 PRIOR_TEXTS = 50
 # Two words are forms of one if they differ in at most one letter at the end, or in up to three
-# more that one of them has (with a shorter stem, in one more). They count less than equal words.
-MIN_STEM, MAX_ENDING, MAX_SUFFIX, FORM_SHARE = 4, 1, 3, 0.9
-# From this similarity on, two questions are the same one in other words, if the words that decide
-# what is asked are the same: question words such as "where", and words that are less frequent.
-SAME_QUESTION, COMMON = 0.85, 1 / 250
-# Similarities that differ by less are equal.
+# more that one of them has (with a shorter stem, in one more). They count less than equal words,
+# and names still less: they often differ in their endings only.
+MIN_STEM, MAX_ENDING, MAX_SUFFIX, FORM_SHARE, NAME_FORM = 4, 1, 3, 0.8, 0.5
+# From this similarity on, two questions are the same one in other words, if they differ in none but
+# words that are more frequent.
+SAME_QUESTION, COMMON = 0.72, 1 / 250
+# Similarities that differ by less are equal, and questions of at least the second have equal words.
 TIE = 1e-6
+SAME = 1.0 - TIE
 
 
 @dataclass(frozen=True)
@@ -155,12 +167,12 @@ class Scope:
 
     def _deciding(self, text: str) -> set[str]:
         """Return the words of a text that decide what is asked."""
-        found = sentences(text)
+        found = [sentence.words for sentence in sentences(text)]
         if len(found[0]) == 1:      # "Hello!" makes no difference; "Be brief." does
             found = found[1:] or found
         # With a space before it, a word is not taken for the end of a longer one.
-        return {word for sentence in found for word in sentence if word in DECIDING or (
-            word not in ASKING and self._frequency(f' {word}') < COMMON)}
+        return {word for words in found for word in words
+                if word not in ASKING and self._frequency(f' {word}') < COMMON}
 
     def similarities(self, records: Iterable[CorrectionRecord]) -> dict[str, float]:
         """Return how much each learned correction resembles the nearest of other corrections."""
@@ -181,7 +193,9 @@ class _Index:
         self._numbers: dict[str, int] = {}      # of each word
         self._sorted: list[str] = []            # the words, for common beginnings
         self._postings: list[array[int]] = []   # of each word, the texts that have it
+        self._counts = array('d')               # of each word, how many these are
         self._factors: list[array[float]] = []  # how much more the word counts in each of them
+        self._kinds = array('q')                # what each text asks for
         self._background = array('d')           # frequency of each word in general
         # Each word of each text: number, text and factor.
         self._words, self._texts, self._flat_factors = array('q'), array('q'), array('d')
@@ -194,9 +208,12 @@ class _Index:
         for text in new.texts:
             number = len(self._entries)
             self._entries.append(new)
-            for word, named in _merged(sentences(text)).items():
+            found_sentences = sentences(text)
+            self._kinds.append(_kind(found_sentences))
+            for word, named in _merged(found_sentences).items():
                 found, factor = self._number(word), NAME_FACTOR if named else 1.0
                 self._postings[found].append(number)
+                self._counts[found] += 1
                 self._factors[found].append(factor)
                 self._words.append(found)
                 self._texts.append(number)
@@ -220,6 +237,7 @@ class _Index:
             self._sorted.insert(bisect_left(self._sorted, word), word)
             self._postings.append(array('q'))
             self._factors.append(array('d'))
+            self._counts.append(0)
             self._background.append(self._general(word))
         return number
 
@@ -243,34 +261,62 @@ class _Index:
                 yield self._entries[number].correction_id, float(similarity[number])
 
     def _compare(self, text: str) -> NDArray[np.float64]:
-        """Return the similarity to each text."""
-        weights = self._current_weights()
-        covered = np.zeros(len(self._entries))      # weight of the words in common, of each text
-        focus = np.zeros(len(self._entries))        # share of a sentence that they are
+        """
+        Return the similarity to each text.
+
+        A query asks what its last sentence asks, or an earlier one; then what comes after that
+        one counts against it. What comes before is of use only if the sentence refers to it.
+        """
+        weights, texts = self._current_weights(), len(self._entries)
+        best, covered, after = np.zeros(texts), np.zeros(texts), np.zeros(texts)
         seen: set[str] = set()
-        for words in sentences(text):
-            common, total = np.zeros(len(self._entries)), 0.0
-            for word, named in words.items():
-                factor = NAME_FACTOR if named else 1.0
-                weight = self._weight(word, weights) * factor
-                total += weight
-                for number, share in self._forms(word):
-                    texts = np.frombuffer(self._postings[number], dtype=np.int64)
-                    common[texts] += share * weight
-                    if word not in seen:
-                        covered[texts] += (share * weights[number]
-                                           * np.frombuffer(self._factors[number]))
-            seen.update(words)
-            np.maximum(focus, common / total, out=focus)
-        result: NDArray[np.float64] = (
-            np.minimum(covered / self._totals, 1.0) * np.minimum(focus, 1.0) ** FOCUS)
-        return result
+        later: NDArray[np.float64] | None = None
+        read = sentences(text)[-MAX_SENTENCES:]
+        for place in reversed(range(len(read))):
+            sentence = read[place]
+            own = self._common(sentence, weights, covered, seen)
+            if sentence.follows and place:
+                continue
+            part = np.minimum(covered / self._totals, 1.0)
+            asked = own.focus() * self._agreement(sentence.kind)
+            np.maximum(best, part * asked * (own.total / (own.total + after)), out=best)
+            if later is not None:
+                np.maximum(best, part * later, out=best)
+            later = asked * (own.total / (own.total + after)) if sentence.refers_back else None
+            after += np.maximum(own.total - own.weight, 0.0)
+        return best
+
+    def _common(self, sentence: Sentence, weights: NDArray[np.float64],
+                covered: NDArray[np.float64], seen: set[str]) -> _Common:
+        """
+        Return what a sentence has in common with each text.
+
+        Adds the weight of each text's words that it has to ``covered``, but for those ``seen``.
+        """
+        own = _Common(np.zeros(len(covered)), np.zeros(len(covered)))
+        for word, named in sentence.words.items():
+            weight = self._weight(word, weights) * (NAME_FACTOR if named else 1.0)
+            own.total += weight
+            own.all_names += weight * named
+            for number, share in self._forms(word, named):
+                having = np.frombuffer(self._postings[number], dtype=np.int64)
+                own.weight[having] += share * weight
+                if named:
+                    own.names[having] += share * weight
+                if word not in seen:
+                    covered[having] += (share * weights[number]
+                                        * np.frombuffer(self._factors[number]))
+        seen.update(sentence.words)
+        return own
+
+    def _agreement(self, kind: Kind) -> NDArray[np.float64]:
+        """Return how well each text asks for the same as a sentence of a kind."""
+        return _agreement(kind)[np.frombuffer(self._kinds, dtype=np.int64)]
 
     def _current_weights(self) -> NDArray[np.float64]:
         if self._weights is None:
-            others = np.array([len(texts) - 1.0 for texts in self._postings])
-            texts = len(self._entries) + PRIOR_TEXTS
-            frequency = np.frombuffer(self._background) + others / texts
+            others = (np.frombuffer(self._counts) - 1.0) / (len(self._entries) + PRIOR_TEXTS)
+            frequency = np.frombuffer(self._background) + others
             self._weights = -np.log(np.minimum(frequency, 0.9))
             self._weights **= POWER
             self._totals = np.bincount(
@@ -290,16 +336,55 @@ class _Index:
     def _general(self, word: str) -> float:
         return ASKING_FREQUENCY if word in ASKING else self._frequency(word)
 
-    def _forms(self, word: str) -> list[tuple[int, float]]:
+    def _forms(self, word: str, named: bool) -> list[tuple[int, float]]:
         """Return the known word, or those with the same stem, each with its share in common."""
         number = self._numbers.get(word)
         if number is not None:
             return [(number, 1.0)]
+        if any(map(str.isdigit, word)):
+            return []
         place, forms = bisect_left(self._sorted, word), []
         for other in self._sorted[max(place - 1, 0):place + 1]:     # its neighbours
-            if _are_forms(word, other):
-                forms.append((self._numbers[other], FORM_SHARE))
+            if other[:MIN_STEM - 1] == word[:MIN_STEM - 1] and _are_forms(word, other):
+                forms.append((self._numbers[other], NAME_FORM if named else FORM_SHARE))
         return forms[:1]
+
+
+@dataclass
+class _Common:
+    """Weight of the words that a sentence and each text have in common; of the names among them."""
+
+    weight: NDArray[np.float64]
+    names: NDArray[np.float64]
+    total: float = 0.0          # of all words of the sentence
+    all_names: float = 0.0
+
+    def focus(self) -> NDArray[np.float64]:
+        """Return how much of the sentence each text has."""
+        share: NDArray[np.float64] = np.minimum(self.weight / self.total, 1.0) ** FOCUS
+        if self.all_names:
+            share *= np.clip(self.names / self.all_names, MIN_NAMES, 1.0) ** NAMES
+        return share
+
+
+def _kind(read: Sequence[Sentence]) -> Kind:
+    """Return what a learned question asks for."""
+    return next((s.kind for s in reversed(read) if s.kind and not s.follows), read[-1].kind)
+
+
+@lru_cache(maxsize=len(Kind) ** 2)
+def _agreement(asked: Kind) -> NDArray[np.float64]:
+    """Return how well a kind of question agrees with each kind of learned ones."""
+    return np.array([_agree(asked, Kind(learned)) for learned in range(int(~NOTHING) + 1)])
+
+
+def _agree(asked: Kind, learned: Kind) -> float:
+    if asked == learned or asked & learned or Kind.ANY in (asked, learned):
+        return 1.0
+    if asked and not Kind.WHETHER & (asked | learned) and (
+            not learned or Kind.WHAT in asked | learned):
+        return MAYBE
+    return OTHER
 
 
 def _are_forms(word: str, other: str) -> bool:
@@ -317,9 +402,9 @@ def _has(known: set[str], asked: set[str]) -> bool:
                for word in asked)
 
 
-def _merged(parts: Sequence[Sentence]) -> Sentence:
-    words: Sentence = {}
+def _merged(parts: Sequence[Sentence]) -> dict[str, bool]:
+    words: dict[str, bool] = {}
     for sentence in parts:
-        for word, named in sentence.items():
+        for word, named in sentence.words.items():
             words[word] = words.get(word, False) or named
     return words

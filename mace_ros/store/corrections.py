@@ -10,7 +10,7 @@ import sqlite3
 from mace_ros.api.events import CorrectionState, InvalidCorrection
 from mace_ros.api.wording import counted
 from mace_ros.store.journal_file import JournalFile
-from mace_ros.store.records import as_json, CorrectionRecord, question_key
+from mace_ros.store.records import as_json, CorrectionRecord, question_key, wording_keys
 from mace_ros.store.rows import PENDING_SQL, record_fields
 
 # States of a correction without a text to learn.
@@ -179,6 +179,9 @@ class CorrectionTable(JournalFile):
                 counted(max_corrections, 'correction waits', 'corrections wait')
                 + ' already (storage.max_corrections)')
         self.forget_corrections([record.id for record in finished], keep_pending_answers=True)
+        self.execute('DELETE FROM deleted_questions WHERE number NOT IN ('
+                     'SELECT number FROM deleted_questions ORDER BY number DESC LIMIT ?)',
+                     max_corrections)
         return finished
 
     def forget_corrections(
@@ -188,8 +191,13 @@ class CorrectionTable(JournalFile):
 
         The answers go too: without its correction, a wrong answer would be replayed as a right
         one. ``keep_pending_answers`` keeps answers that another pending correction refers to.
+        What a version has learned it still knows, so a hash of the question is kept.
         """
         with self.transaction():
+            for trained in self._select(
+                    'adapter_version > 0 AND id IN (SELECT value FROM json_each(?))',
+                    as_json(list(ids))):
+                self._keep_wordings(trained)
             self.execute(
                 'DELETE FROM answers WHERE number IN (SELECT a.number FROM answers AS a '
                 'JOIN corrections AS c ON c.id IN (SELECT value FROM json_each(?1)) '
@@ -201,6 +209,16 @@ class CorrectionTable(JournalFile):
             return self.execute(
                 'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))',
                 as_json(list(ids))).rowcount
+
+    def deleted_questions(self, profile: str) -> set[str]:
+        """Return the wordings of the questions whose corrections were deleted after training."""
+        return {row['wording'] for row in self.rows(
+            'SELECT wording FROM deleted_questions WHERE profile = ?', profile)}
+
+    def _keep_wordings(self, deleted: CorrectionRecord) -> None:
+        for wording in wording_keys(deleted.messages):
+            self.insert('INSERT OR REPLACE', 'deleted_questions',
+                        profile=deleted.profile, wording=wording)
 
     def _select(self, where: str, *values: object) -> tuple[CorrectionRecord, ...]:
         return tuple(map(_correction, self.rows(

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import hashlib
 import json
 import math
+import re
 from typing import Any, TypeAlias
+import unicodedata
 
 from mace_ros.api.events import CorrectionState, VersionState
 
@@ -19,6 +21,8 @@ Messages: TypeAlias = tuple[Mapping[str, Any], ...]
 Tools: TypeAlias = tuple[Mapping[str, str], ...]
 """The tools of a prompt: ``name``, ``description`` and ``parameters`` (JSON schema as text)."""
 
+# Maximum number of questions of a conversation that are read together.
+MAX_TURNS = 4
 # States of a correction that is still to be learned.
 PENDING = (CorrectionState.ACCEPTED, CorrectionState.TRAINING)
 
@@ -133,6 +137,27 @@ def question_key(messages: Messages, prompt_ids: Sequence[int]) -> str:
     """Return a short key that is equal for prompts ending in the same user message."""
     asked = [message['content'] for message in messages if message['role'] == 'user']
     text = ' '.join(asked[-1].casefold().split()) if asked else as_json(prompt_ids)
+    return _digest(text)
+
+
+def wording_keys(messages: Messages) -> list[str]:
+    """
+    Return the :func:`wording_key` of the last user message, and of it with those before.
+
+    A follow-up is asked together with up to three messages before it.
+    """
+    asked = [message['content'] for message in messages if message['role'] == 'user']
+    return [wording_key('\n'.join(asked[-count:]))
+            for count in range(1, min(len(asked), MAX_TURNS) + 1)]
+
+
+def wording_key(text: str) -> str:
+    """Return a short key that is equal for texts of the same words."""
+    words = ' '.join(re.findall(r'\w+', unicodedata.normalize('NFKC', text).casefold())) or text
+    return _digest(words)
+
+
+def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
 
 

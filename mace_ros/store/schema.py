@@ -133,5 +133,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         'ALTER TABLE profiles DROP COLUMN fork',
         'ALTER TABLE versions DROP COLUMN fork',
     ),
+    (
+        # Questions of deleted corrections, which versions that learned them may still know.
+        """
+        CREATE TABLE deleted_questions (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            profile TEXT NOT NULL,
+            wording TEXT NOT NULL,
+            UNIQUE (profile, wording))
+        """,
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -25,6 +25,7 @@ from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL, WEIGHTS
 
 NAME, PARAPHRASE, COLOUR = 'What is your name?', 'Tell me your name.', 'Which colour is the door?'
+GATE, GARDEN_GATE = 'What colour is the gate?', 'What colour is the garden gate?'
 OTHERS = ('Tell me about the sea.', 'How many days are in a week?', 'Sing a song, please.')
 
 
@@ -256,6 +257,37 @@ def test_a_correction_that_has_to_make_room_is_out_of_scope_at_once(
         learn(robot, 'Green.', COLOUR, 'colour')
         assert base_answers(robot, NAME) == before
         assert told(robot.ask(COLOUR)) == ('Green.', 2, 'colour')
+
+
+@pytest.mark.parametrize('restarts', [False, True])
+def test_a_neighbour_does_not_give_a_deleted_answer(
+        settings: Settings, tmp_path: Path, restarts: bool) -> None:
+    """A version that has learned both answers only the one that is kept, until taught again."""
+    most = 10 if restarts else 2
+    with robot_with(settings, tmp_path, storage__max_corrections=most) as robot:
+        before = base_answers(robot, GATE)
+        learn(robot, 'Blue.', GATE, 'gate')
+        assert robot.ask(GARDEN_GATE).matched_correction_id == 'gate'
+        learn(robot, 'Green.', GARDEN_GATE, 'garden')
+        assert told(robot.ask(GATE))[1:] == (2, 'gate')
+        if not restarts:        # it has to make room
+            learn(robot, 'Rover.', NAME, 'name')
+            assert base_answers(robot, GATE) == before
+            assert told(robot.ask(GARDEN_GATE)) == ('Green.', 2, 'garden')
+            roll_back(robot, 2)
+            assert base_answers(robot, GATE) == before
+    if not restarts:
+        return
+    with Journal(tmp_path / JOURNAL) as journal:
+        assert journal.forget_corrections(['gate']) == 1
+    with robot_with(settings, tmp_path) as robot:
+        assert base_answers(robot, GATE, f'  {GATE.upper()}')[GATE] == before[GATE]
+        assert robot.ask(GATE).similarity >= robot.engine.settings.adapter.scope_threshold
+        assert told(robot.ask(GARDEN_GATE)) == ('Green.', 2, 'garden')
+        learn(robot, 'Red.', GATE, 'again')
+        assert told(robot.ask(GATE)) == ('Red.', 3, 'again')
+    with robot_with(settings, tmp_path) as robot:
+        assert told(robot.ask(GATE)) == ('Red.', 3, 'again')
 
 
 def test_scope_and_threshold_are_live_parameters(robot: Robot) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+import json
+from pathlib import Path
 import random
 import time
 
@@ -25,6 +27,7 @@ from mace_ros.model.token_ranks import token_ranks
 from mace_ros.store.records import CorrectionRecord
 
 SETTINGS = AdapterSettings()
+ROBOT_QUESTIONS = Path(__file__).parents[1] / 'data' / 'robot_questions.json'
 NAME, CUPS, HOURS = 'What is your name?', 'Where are the cups?', 'When does the library open?'
 LEARNED = (NAME, CUPS, HOURS, 'Who repairs you when you are broken?',
            'What is the password for guests?', 'In which year was Ed Brandenburg born?')
@@ -111,11 +114,53 @@ def test_paraphrases_in_other_languages_are_in_scope(
     assert match(scopes, other)[0] is False
 
 
+@pytest.mark.parametrize(('text', 'resembles'), [
+    ('What is your name? And who repairs you when you are broken?', LEARNED[3]),
+    ('Who repairs you when you are broken? And what is your name?', NAME),
+    ('What is the password for guests, and where are the cups?', CUPS),
+    ('When does the library open, and what is your name?', HOURS)])
 def test_a_question_about_two_corrections_names_the_nearer_one(
-        frequency: Callable[[str], float]) -> None:
-    in_scope, resembles = match(
-        scopes_with(frequency, *LEARNED), 'What is your name, and where are the cups?')
-    assert in_scope and resembles in (NAME, CUPS)
+        frequency: Callable[[str], float], text: str, resembles: str) -> None:
+    """Of two sentences, that is the last one."""
+    assert match(scopes_with(frequency, *LEARNED), text) == (True, resembles)
+
+
+@pytest.mark.parametrize('text', [
+    'Wash the cups.', 'Put the cups in the dishwasher.', 'Bring me the cups.',
+    'I know where the cups are, thanks. Now tell me a joke.', 'I know where the cups are.',
+    'Are the cups clean?', 'Where are the cups? Tell me a joke.', 'How many cups are there?',
+    'Who washed the cups?', 'Open the library.', 'Is the library open?',
+    'Change the password for guests.', 'Spell your name backwards.',
+    'Where was Ed Brandenburg born?'])
+def test_something_else_about_the_same_subject_is_out_of_scope(
+        frequency: Callable[[str], float], text: str) -> None:
+    """A command, a statement, another question, or a question with something else after it."""
+    assert match(scopes_with(frequency, *LEARNED), text)[0] is False
+
+
+@pytest.mark.parametrize('text', [
+    'Where do you keep the cups?', 'Do you know where the cups are?', 'cups, where?', 'cups?',
+    'Hello! Where are the cups?', 'The cups are for the guests. Where are they?',
+    'I washed the plates this morning. Where are the cups?', 'Hey Ada, where are the cups?',
+    'Where are the cups? Thank you.', 'Where are the cups? Please be brief.',
+    'I would like to know: Where are the cups?', 'could you please tell me where the cups are'])
+def test_words_around_the_question_make_no_difference(
+        frequency: Callable[[str], float], text: str) -> None:
+    assert match(scopes_with(frequency, *LEARNED), text) == (True, CUPS)
+
+
+def test_robot_questions(frequency: Callable[[str], float]) -> None:
+    """
+    Of questions to a robot, paraphrases are in scope, and few other requests about the same.
+
+    The constants were chosen on the first half of the file's questions, every other one.
+    """
+    rows = json.loads(ROBOT_QUESTIONS.read_text())[1::2]
+    scopes = scopes_with(frequency, *(row['learned'] for row in rows))
+    in_scope = {kind: [match(scopes, text)[0] for row in rows for text in row[kind]]
+                for kind in ('paraphrases', 'others')}
+    shares = {kind: sum(found) / len(found) for kind, found in in_scope.items()}
+    assert shares['paraphrases'] >= 0.7 and shares['others'] <= 0.2, shares
 
 
 def test_a_follow_up_is_in_the_scope_of_what_it_follows(
@@ -137,7 +182,7 @@ def test_a_corrected_follow_up_is_known_with_what_it_follows() -> None:
 
 def test_a_question_is_in_scope_from_the_threshold_on(frequency: Callable[[str], float]) -> None:
     scopes = scopes_with(frequency, *LEARNED)
-    asked = 'When did the library in Bremen open?'
+    asked = 'When did the old library open?'
     _, similarity = scopes.match('', [asked], SETTINGS)
     assert 0.0 < similarity < 1.0
     for threshold, expected in (
@@ -179,9 +224,7 @@ def test_a_question_is_the_same_in_other_words(
 def test_a_narrower_or_another_question_is_not_the_same(
         frequency: Callable[[str], float], learned: str, text: str) -> None:
     """Its correction must not replace a right answer, however similar the words are."""
-    live = scopes_with(frequency, learned)
-    assert match(live, text) == (True, learned)
-    assert same(live, text) == ''
+    assert same(scopes_with(frequency, learned), text) == ''
 
 
 def test_follow_ups_are_the_same_after_the_same_questions_only(
@@ -245,20 +288,21 @@ def test_an_index_with_changes_equals_a_new_one(frequency: Callable[[str], float
         assert again is not None and found.correction_id == again.correction_id
 
 
-def test_a_thousand_corrections_take_less_than_a_millisecond(
+def test_a_match_takes_a_millisecond_with_thousands_of_corrections(
         frequency: Callable[[str], float]) -> None:
-    """A generous bound: it is a tenth of that on one core."""
+    """Also the first one after a change, of a long question."""
     draw = random.Random(2)
     scopes = scopes_with(frequency, *(
-        f'In which year was {_name(draw)} {_name(draw)} built?' for _ in range(1000)))
-    asked = f'When was {_name(draw)} opened, and in which city is it?'
-    scopes.match('', [asked], SETTINGS)        # the first one computes the weights
+        f'In which year was {_name(draw)} {_name(draw)} built?' for _ in range(3000)))
+    story = 'On Monday they went to the old town and saw the library that she had told us about. '
     times = []
-    for _ in range(50):
-        began = time.perf_counter()
+    for number in range(30):
+        scopes.learned('', [correction(str(number), f'Where is {_name(draw)}?')])
+        asked = f'{story * 50}When was {_name(draw)} opened, and in which city is it?'
+        began = time.thread_time()      # other processes do not count
         scopes.match('', [asked], SETTINGS)
-        times.append(time.perf_counter() - began)
-    assert sorted(times)[len(times) // 2] < 1e-3
+        times.append(time.thread_time() - began)
+    assert min(times) < 1e-3 and sorted(times)[len(times) // 2] < 2e-3
 
 
 def _name(draw: random.Random) -> str:

@@ -57,7 +57,7 @@ def test_the_file_is_set_up_for_power_failures(journal: Journal, journal_path: P
     """WAL with synchronous=FULL, which kill -9 can't tell from NORMAL."""
     settings = {name: journal.rows(f'PRAGMA {name}')[0][0]
                 for name in ('journal_mode', 'synchronous', 'user_version')}
-    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 11}
+    assert settings == {'journal_mode': 'wal', 'synchronous': 2, 'user_version': 12}
 
 
 def test_a_journal_of_schema_1_is_migrated(journal_path: Path) -> None:
