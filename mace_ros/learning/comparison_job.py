@@ -18,7 +18,8 @@ from mace_ros.learning.rollback import rollback_lineage, RollbackRefused
 from mace_ros.learning.samples import correction_sample
 from mace_ros.learning.task import on_disk, Task
 from mace_ros.store.journal import Journal
-from mace_ros.store.records import CorrectionRecord
+from mace_ros.store.lineage import VersionLink
+from mace_ros.store.records import CorrectionRecord, VersionRecord
 
 
 @dataclass
@@ -74,7 +75,8 @@ class ComparisonJob(Job):
         if live is None or suspicion.better not in {0, *lineage.numbers}:
             raise RollbackRefused(f'version {suspicion.version} is not live any more')
         rollback_lineage(journal, profile, suspicion.better)
-        older = next((r for r in lineage.versions if r.version == suspicion.continues), None)
+        older: VersionLink | VersionRecord | None = next(
+            (r for r in lineage.versions if r.version == suspicion.continues), None)
         if profile and older is None:   # a profile without a version would be served the robot's
             older = journal.newest('')
         return _Versions(*(

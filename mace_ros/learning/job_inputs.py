@@ -12,7 +12,7 @@ from mace_ros.api.events import CorrectionState
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.task import on_disk, Task
-from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
@@ -23,6 +23,10 @@ TOOL_CALLS = 16     # answers that call a tool and are guarded in one job, the n
 
 class Unreadable(Exception):
     """A job cannot begin because the disk fails; the corrections are not at fault."""
+
+
+class Damaged(Unreadable):
+    """The files of the version that a job is to continue are damaged."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +63,25 @@ def read_newest(disk: Disk, store: AdapterStore, profile: str,
                        journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True),
                        journal.replay_candidates(profile, answers)))
 
-    return (yield from _read(disk, read, 'the live version'))
+    return (yield from _read(disk, read, 'the records of answers'))
 
 
-def read_scoped(disk: Disk, profile: str, ids: Collection[str],
-                replaced: Collection[str]) -> Task[JobRecords]:
+def read_scoped(disk: Disk, store: AdapterStore, profile: str, continues: VersionRecord | None,
+                ids: Collection[str], replaced: Collection[str],
+                ) -> Task[tuple[Weights | None, JobRecords]]:
     """
-    Read learned corrections by their ids, and tool calls; raises :class:`Unreadable`.
+    Read the version that a job continues, corrections that it has learned, and tool calls.
 
-    Those that are ``replaced`` by the job's corrections are superseded, and read as well.
+    The corrections are read by their ``ids``. Those that are ``replaced`` by the job's corrections
+    are superseded, and read as well. Raises :class:`Unreadable`, or :class:`Damaged`.
     """
-    def read(journal: Journal) -> JobRecords:
-        known = journal.scope(profile) if ids else ()
-        return JobRecords(
-            tuple(r for r in known if r.id in ids and (
-                r.state is CorrectionState.LEARNED or r.id in replaced)),
-            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True))
+    def read(journal: Journal) -> tuple[Weights | None, JobRecords]:
+        return (
+            store.load(continues.path, continues.sha256) if continues else None,
+            JobRecords(
+                tuple(r for r in journal.corrections_by_id(ids) if (
+                    r.state is CorrectionState.LEARNED or r.id in replaced)),
+                journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True)))
 
     return (yield from _read(disk, read, 'the corrections'))
 
@@ -83,5 +90,7 @@ def _read(disk: Disk, read: Callable[[Journal], T], what: str) -> Task[T]:
     reading = disk.submit(read)
     try:
         return (yield from on_disk(reading))
+    except CorruptVersion as error:
+        raise Damaged(f'the live version could not be read: {error}') from error
     except Exception as error:
         raise Unreadable(f'{what} could not be read: {error}') from error

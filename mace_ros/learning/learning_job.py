@@ -17,7 +17,7 @@ import time
 
 from torch import Tensor
 
-from mace_ros.api.events import CorrectionState, CorrectionStatus
+from mace_ros.api.events import CorrectionState, CorrectionStatus, VersionState
 from mace_ros.api.settings import FinetuneSettings
 from mace_ros.api.wording import counted
 from mace_ros.finetune.sample import Sample, SampleScore
@@ -29,7 +29,7 @@ from mace_ros.learning.grouping import FRESH, version_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import JobRecords, read_newest, read_scoped, Unreadable
+from mace_ros.learning.job_inputs import Damaged, JobRecords, read_newest, read_scoped, Unreadable
 from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.samples import correction_sample, rejected_samples
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
@@ -37,8 +37,8 @@ from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.memory.adapter_slots import ServedVersion
-from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.records import CorrectionRecord, VersionRecord
+from mace_ros.store.version_info import version_event
 
 MORE_STEPS = 4          # after a rejected candidate, at least
 REPAIR_STEPS = 1        # after one that has lost exact samples, at least
@@ -141,14 +141,20 @@ class LearningJob(Job):
     def _read_continued(self) -> Task[tuple[Weights | None, JobRecords]]:
         """Read the continued version, and what it has learned."""
         context, version = self._context, ServedVersion(self.profile, self._continues)
-        fresh = version.version == FRESH
-        records = yield from read_scoped(
-            context.disk, self.profile, () if fresh else context.live.learned_by(version),
-            {c.record.replaces for c in self.corrections})
+        continues = context.live.records(self.profile).get(self._continues)
+        if continues is None and self._continues != FRESH:
+            raise Unreadable(f'version {self._continues} is not live any more')
         try:
-            return None if fresh else context.live.weights(version), records
-        except CorruptVersion as error:
-            raise Unreadable(f'the live version could not be read: {error}') from error
+            return (yield from read_scoped(
+                context.disk, context.store, self.profile, continues,
+                () if continues is None else context.live.learned_by(version),
+                {c.record.replaces for c in self.corrections}))
+        except Damaged as error:
+            damaged = context.live.drop(version)
+            if damaged is not None:
+                yield version_event(
+                    damaged, context.store, VersionState.REJECTED, str(error.__cause__))
+            raise
 
     def _read_newest(self) -> Task[tuple[Weights | None, JobRecords]]:
         """Read the profile's newest version, and the records to replay and guard."""

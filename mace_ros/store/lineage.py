@@ -5,14 +5,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from mace_ros.store.records import VersionRecord
+from mace_ros.api.events import VersionState
 
 
-class Lineage:
+class Descendant(Protocol):
+    """What a lineage needs to know of a version; see :class:`VersionRecord`."""
+
+    @property
+    def version(self) -> int:
+        """Its number."""
+
+    @property
+    def parent(self) -> int:
+        """The newest version before it."""
+
+    @property
+    def continues(self) -> int:
+        """The version whose place it takes."""
+
+    @property
+    def sha256(self) -> str:
+        """Empty if its files are not kept."""
+
+
+class VersionLink(NamedTuple):
+    """The fields of a :class:`VersionRecord` that a lineage needs; they are read much faster."""
+
+    profile: str
+    version: int
+    parent: int
+    continues: int
+    state: VersionState
+    path: str
+    sha256: str
+
+
+V = TypeVar('V', bound=Descendant)
+
+
+class Lineage(Generic[V]):
     """A version and those that were the newest ones before it, newest first, of one profile."""
 
-    def __init__(self, records: Iterable[VersionRecord], version: int) -> None:
+    def __init__(self, records: Iterable[V], version: int) -> None:
         """Follow the parents of ``version`` as far as they are among ``records``."""
         by_number = {record.version: record for record in records}
         line = []
@@ -36,13 +72,13 @@ class Lineage:
         return found
 
     @property
-    def live(self) -> tuple[VersionRecord, ...]:
+    def live(self) -> tuple[V, ...]:
         """The versions that no other one continues, newest first: all of them answer queries."""
         continued = {record.continues for record in self.versions}
         return tuple(r for r in self.versions if r.version not in continued)
 
     @property
-    def on_disk(self) -> tuple[VersionRecord, ...]:
+    def on_disk(self) -> tuple[V, ...]:
         """The live versions whose files are kept; no correction on record needs the others."""
         return tuple(record for record in self.live if record.sha256)
 
