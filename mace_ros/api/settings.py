@@ -296,6 +296,10 @@ class StorageSettings:
     max_versions: int = _parameter(
         20, 'Versions of each profile whose files are kept for rollback, including the live one',
         minimum=1, maximum=100000, slider=200)
+    min_free_mb: float = _parameter(
+        500.0, 'Space that versions leave free on the disk of the folder: with less, corrections '
+        'are rejected, and those that wait are learned once there is space again', unit='MB',
+        minimum=0.0, maximum=1e7, slider=10000.0)
     model_cache: str = _parameter(
         '', 'Folder of models converted from GGUF; empty for $XDG_CACHE_HOME/mace_ros '
         '(~/.cache/mace_ros by default)', read_only=True)

@@ -25,7 +25,6 @@ from mace_ros.store.export import export, import_lines, InvalidLine, KINDS
 from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import JournalError
 from mace_ros.store.layout import CONFIG, default_folder, JOURNAL, MODEL, WEIGHTS
-from mace_ros.store.lineage import Lineage
 from mace_ros.store.lock import StorageInUse, StorageLock
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 from mace_ros.store.retention import remove_files
@@ -136,7 +135,7 @@ def show_scope(given: argparse.Namespace) -> None:
 
 def scope_lines(journal: Journal, newest: VersionRecord) -> Iterator[str]:
     """Yield a line for each correction that is answered while a version is the newest one."""
-    successors = Lineage(journal.versions(newest.profile), newest.version).successors
+    successors = journal.lineage(newest.profile, newest.version).successors
     for correction in journal.scope_of(newest):
         version = successors.get(correction.adapter_version, newest.version)
         yield format_line(

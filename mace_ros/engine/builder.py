@@ -24,7 +24,6 @@ import torch
 
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import InvalidSetting, Settings
-from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.engine import Engine
 from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.engine.measured_device import MeasuredDevice
@@ -143,7 +142,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         chat=chat, constraints=ConstraintCompiler(Vocabulary(
             loaded.tokenizer, chat.end_tokens, config.vocab_size)),
         hardware=device.hardware, free_bytes=device.free_bytes, lora=lora,
-        live=live, router=Router(live), adapters=AdapterCache(slots, lora, live),
+        live=live, router=Router(live), slots=slots,
         state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,
         paged=PagedKVCache(model, pool, kv_cache, settings.memory.kv_prune), cost=cost,
         measured=measured, journal=journal, store=AdapterStore(folder))

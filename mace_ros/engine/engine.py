@@ -27,6 +27,7 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import MAX_ID
+from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.anchor_requests import recorded_anchors
 from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.background_requests import BackgroundRequests
@@ -35,6 +36,7 @@ from mace_ros.engine.embeddings import Embedding
 from mace_ros.engine.hint_answers import HintAnswers
 from mace_ros.engine.inbox import (
     AbortQuery,
+    AdapterRead,
     AnswerWritten,
     BeginTrace,
     ChangeSettings,
@@ -64,6 +66,8 @@ from mace_ros.telemetry.observer import IterationObserver, Observers
 from mace_ros.telemetry.status import Status
 from mace_ros.telemetry.trace import Record
 
+READ_WAIT_S = 0.02      # longest wait for the file of a version while nothing else is asked
+
 
 class Engine:
     """
@@ -91,9 +95,11 @@ class Engine:
         self._corrections = CorrectionIntake(
             chat=parts.chat, journal=parts.journal, inbox=self._inbox, recorder=self._recorder,
             hints=hints, learner=learner, clock=clock)
+        self._adapters = AdapterCache(
+            parts.slots, parts.lora, parts.live, parts.store, self._inbox)
         self.requests = RequestManager(
             settings, chat=parts.chat, state=parts.state, kv_cache=parts.kv_cache,
-            router=parts.router, adapters=parts.adapters, recorder=self._recorder,
+            router=parts.router, adapters=self._adapters, recorder=self._recorder,
             background=self._background, corrections=self._corrections, memory=parts.memory,
             context_length=parts.model.context_length, vocabulary=parts.constraints.vocabulary,
             answered=learner.answered, clock=clock)
@@ -271,6 +277,11 @@ class Engine:
         with self._observers.timed('receive'):
             for message in self._inbox.drain():
                 yield from self._received(message)
+            if not self.parts.state.has_requests:
+                # A learning slice would take longer than reading the version that a query needs.
+                self._adapters.wait(READ_WAIT_S)
+                for message in self._inbox.drain():
+                    yield from self._received(message)
 
     def _received(self, message: Message) -> list[Event]:
         match message:
@@ -290,6 +301,8 @@ class Engine:
                 self._tracing.begin(message)
             case AnswerWritten():
                 self._recorder.written(message)
+            case AdapterRead(version):
+                return self.requests.version_read(version)
             case EmbedTexts(texts, done):
                 self.requests.embed(texts, done)
             case Publish(event):
@@ -413,6 +426,7 @@ class Engine:
             events = self.pause()
         finally:    # otherwise the folder would stay locked
             self.learner.close('the node is stopping')
+            self._adapters.close()
             self.parts.close()
             gc.unfreeze()
         events += self._receive()    # what the journal has written meanwhile

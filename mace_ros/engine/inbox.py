@@ -16,6 +16,7 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine.embeddings import Embedding
 from mace_ros.learning.acceptance import Accepted
 from mace_ros.learning.rollback import RolledBack
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.model.constraints import Constraint
 from mace_ros.telemetry.trace import Record
 
@@ -49,6 +50,13 @@ class AnswerWritten:
     """The journal has written an answer; ``error`` is empty if that succeeded."""
 
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRead:
+    """The file of a version that queries wait for was read, or cannot be read."""
+
+    version: ServedVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,7 @@ class Publish:
     event: Event
 
 
-Message: TypeAlias = (SubmitQuery | AbortQuery | CorrectionWritten | AnswerWritten
+Message: TypeAlias = (SubmitQuery | AbortQuery | CorrectionWritten | AnswerWritten | AdapterRead
                       | ChangeSettings | RollBack | BeginTrace | EmbedTexts | Publish)
 
 

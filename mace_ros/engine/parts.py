@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import Settings
-from mace_ros.engine.adapter_cache import AdapterCache
 from mace_ros.engine.measured_device import MeasuredDevice
 from mace_ros.engine.paged_kv_cache import PagedKVCache
 from mace_ros.engine.router import Router
 from mace_ros.learning.live_versions import LiveVersions
+from mace_ros.memory.adapter_slots import AdapterSlots
 from mace_ros.memory.block_pool import BlockPool
 from mace_ros.memory.budget import MB
 from mace_ros.model.chat import ChatTokenizer
@@ -41,7 +41,7 @@ class Parts:
     lora: LoRAManager
     live: LiveVersions          # the live versions and their scopes
     router: Router              # chooses the version that answers a query
-    adapters: AdapterCache      # loads the versions that queries need into slots
+    slots: AdapterSlots         # of the device, for the versions that queries need
     state: State                # the scheduler's input
     pool: BlockPool
     kv_cache: KVCacheManager

@@ -35,6 +35,7 @@ from mace_ros.engine.correction_intake import CorrectionIntake
 from mace_ros.engine.early_aborts import EarlyAborts
 from mace_ros.engine.embeddings import Embedding
 from mace_ros.engine.router import Router
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.memory.block_hashes import BlockHashes
 from mace_ros.memory.block_pool import BLOCK_TOKENS
 from mace_ros.model.chat import ChatTokenizer
@@ -45,7 +46,6 @@ from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import Rejection, State
 from mace_ros.scheduling.request import RequestState
-from mace_ros.store.adapter_store import CorruptVersion
 
 SHORT_TURN_TOKENS = 64      # a pass computes them in little more than the time of one token
 
@@ -73,7 +73,8 @@ class RequestManager:
         self._vocabulary = vocabulary
         self._active: dict[str, ActiveRequest] = {}     # by the id of its request
         self._queries: dict[str, ActiveRequest] = {}    # the first answer, until all have ended
-        # Queries whose version is not on the device: running requests hold all slots.
+        # Queries whose version is not on the device: it is read from disk, or running requests
+        # hold all slots.
         self._without_slot: dict[str, ActiveRequest] = {}
         self._early_aborts = EarlyAborts()
 
@@ -172,8 +173,6 @@ class RequestManager:
                     active.query.profile, active.messages, self._settings.adapter)
             try:
                 slot = self._adapters.pin(active.version)
-            except CorruptVersion:      # found at its first use; it is not live any more
-                return self.start(active)
             except Exception as error:      # of the device
                 return self.end(active, FinishReason.ERROR, ErrorCode.INTERNAL,
                                 f'{type(error).__name__}: {error}')
@@ -199,6 +198,18 @@ class RequestManager:
         turns = {self._chat.first_turn(active.ids), active.adapted_from}
         ends = {turn // BLOCK_TOKENS * BLOCK_TOKENS for turn in turns}
         return tuple(sorted(ends - {0}))
+
+    def version_read(self, version: ServedVersion) -> list[Event]:
+        """Start the queries that waited for the file of a version."""
+        events: list[Event] = [*self._adapters.damaged(version)]
+        events += self._start_waiting()
+        self._adapters.forget(version)
+        return events
+
+    def _start_waiting(self) -> list[Event]:
+        """Start the queries without a slot, as far as their versions are on the device now."""
+        return [event for waiting in list(self._without_slot.values())
+                for event in self.start(waiting)]
 
     def _start_others(self, first: ActiveRequest) -> None:
         """Start the other answers to a query, which find the prompt in the prefix cache."""
@@ -322,10 +333,7 @@ class RequestManager:
                 self._record(first, complete=first.outcome in COMPLETE)
             self._corrections.query_ended(query_id)
             events.append(first.response(self._clock()))
-        if had_slot:
-            for waiting in list(self._without_slot.values()):
-                events += self.start(waiting)
-        return events
+        return [*events, *self._start_waiting()] if had_slot else events
 
     def _free(self, active: ActiveRequest) -> None:
         """Take one request out of the engine."""

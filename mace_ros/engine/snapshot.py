@@ -11,6 +11,7 @@ from mace_ros.engine.parts import Parts
 from mace_ros.engine.request_manager import RequestManager
 from mace_ros.memory.budget import MB
 from mace_ros.scheduling.scheduler import Scheduler
+from mace_ros.store.journal_file import free_mb
 from mace_ros.telemetry.status import Status
 
 
@@ -33,5 +34,6 @@ def take_status(parts: Parts, scheduler: Scheduler, requests: RequestManager,
         journal_error=recorder.journal_error, drift_state=learning.drift_state,
         drift_level=learning.drift_level, finetune_budget=learning.budget,
         journal_backlog=parts.journal.backlog, unrecorded=recorder.unrecorded,
+        storage_free_mb=free_mb(parts.store.folder),
         learning_error=learning.last_error,
         base_questions_left=background.anchors_remaining if learner.wants_anchors else 0)

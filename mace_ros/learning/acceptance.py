@@ -17,6 +17,7 @@ from mace_ros.api.settings import Settings
 from mace_ros.api.validation import names_answer, UNNAMED
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.store.journal import Journal
+from mace_ros.store.journal_file import low_space
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
 
 USED_ID = 'id: used before, for another correction'
@@ -71,16 +72,26 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, set
     if known is not None and not _is_on_record(correction, known):
         raise InvalidCorrection(USED_ID)
     if known is not None and known.state is CorrectionState.PROPOSED and correction.corrected:
+        _check_space(journal, settings)
         return _confirm(known, correction.corrected, journal, chat, settings, longest, arrived)
     if known is not None:
         return Accepted(known, False, arrived)
     if not names_answer(correction):
         raise InvalidCorrection(UNNAMED)
+    if correction.corrected or correction.hint:
+        _check_space(journal, settings)
     record = _with_prompt(correction, journal, chat, settings, longest)
     journal.accept(record)
     superseded = (journal.supersede(record) if record.state is CorrectionState.ACCEPTED else ())
     deleted = journal.limit_corrections(settings.storage.max_corrections)
     return Accepted(record, True, arrived, superseded, deleted)
+
+
+def _check_space(journal: Journal, settings: Settings) -> None:
+    """Raise :class:`InvalidCorrection` if the disk has no space for another version."""
+    problem = low_space(journal.path.parent, settings.storage.min_free_mb)
+    if problem:
+        raise InvalidCorrection(f'{problem}, then send the correction again')
 
 
 def _is_on_record(correction: Correction, known: CorrectionRecord) -> bool:

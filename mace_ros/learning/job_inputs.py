@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from mace_ros.api.events import CorrectionState
 from mace_ros.learning.disk import Disk
+from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.task import on_disk, Task
-from mace_ros.memory.adapter_slots import ServedVersion
+from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
-from mace_ros.store.records import AnswerRecord, CorrectionRecord
+from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
 
 T = TypeVar('T')
 
@@ -22,6 +23,10 @@ TOOL_CALLS = 16     # answers that call a tool and are guarded in one job, the n
 
 class Unreadable(Exception):
     """A job cannot begin because the disk fails; the corrections are not at fault."""
+
+
+class Damaged(Unreadable):
+    """The files of the version that a job is to continue are damaged."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,24 @@ class JobRecords:
     answers: tuple[AnswerRecord, ...] = ()
 
 
-def read_records(disk: Disk, profile: str, start: ServedVersion, ids: Collection[str],
-                 replaced: Collection[str], answers: int) -> Task[JobRecords]:
+def read_records(disk: Disk, store: AdapterStore, profile: str, start: VersionRecord | None,
+                 ids: Collection[str], replaced: Collection[str], answers: int,
+                 ) -> Task[tuple[Weights | None, JobRecords]]:
     """
-    Read what the job of a profile needs; raises :class:`Unreadable`.
+    Read what the job of a profile needs; raises :class:`Unreadable`, or :class:`Damaged`.
 
-    That is: the corrections of the version that it starts from, by their ids, tool calls, and up
-    to ``answers`` other answers. Corrections that are ``replaced`` by the job's are superseded,
-    and read as well.
+    That is: the version that it starts from, corrections of that version, by their ``ids``, tool
+    calls, and up to ``answers`` other answers. Corrections that are ``replaced`` by the job's are
+    superseded, and read as well.
     """
-    def read(journal: Journal) -> JobRecords:
-        known = journal.scope(start.profile) if ids else ()
-        return JobRecords(
-            tuple(r for r in known if r.id in ids and (
-                r.state is CorrectionState.LEARNED or r.id in replaced)),
-            journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True),
-            journal.replay_candidates(profile, answers) if answers else ())
+    def read(journal: Journal) -> tuple[Weights | None, JobRecords]:
+        return (
+            store.load(start.path, start.sha256) if start else None,
+            JobRecords(
+                tuple(r for r in journal.corrections_by_id(ids) if (
+                    r.state is CorrectionState.LEARNED or r.id in replaced)),
+                journal.replay_candidates(profile, TOOL_CALLS, calls_tool=True),
+                journal.replay_candidates(profile, answers) if answers else ()))
 
     return (yield from _read(disk, read, 'the corrections'))
 
@@ -76,5 +83,7 @@ def _read(disk: Disk, read: Callable[[Journal], T], what: str) -> Task[T]:
     reading = disk.submit(read)
     try:
         return (yield from on_disk(reading))
+    except CorruptVersion as error:
+        raise Damaged(f'the live version could not be read: {error}') from error
     except Exception as error:
         raise Unreadable(f'{what} could not be read: {error}') from error

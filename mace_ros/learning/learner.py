@@ -76,7 +76,7 @@ class Learner:
         self._queue = CorrectionQueue()
         self._publisher = Publisher(
             model_name=model_name, lora=lora, live=live, disk=self._disk, store=store,
-            clock=clock)
+            min_free_mb=settings.storage.min_free_mb, clock=clock)
         self._rollbacks = RollbackQueue(
             lora=lora, live=live, disk=self._disk, store=store, cancel_job=self._cancel_job,
             wake=wake)
@@ -180,6 +180,7 @@ class Learner:
         """Use other settings from now on."""
         self._context.settings = settings
         self._context.training.update(settings.finetune)
+        self._publisher.min_free_mb = settings.storage.min_free_mb
 
     # -- jobs as the engine sees them ----------------------------------------------
 

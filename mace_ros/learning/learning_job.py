@@ -17,7 +17,7 @@ import time
 
 from torch import Tensor
 
-from mace_ros.api.events import CorrectionState, CorrectionStatus
+from mace_ros.api.events import CorrectionState, CorrectionStatus, VersionState
 from mace_ros.api.settings import FinetuneSettings
 from mace_ros.api.wording import counted
 from mace_ros.finetune.sample import Sample, SampleScore
@@ -29,14 +29,15 @@ from mace_ros.learning.grouping import FRESH, Start, start_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
 from mace_ros.learning.job_context import JobContext
-from mace_ros.learning.job_inputs import JobRecords, read_records, supersede, Unreadable
+from mace_ros.learning.job_inputs import Damaged, JobRecords, read_records, supersede, Unreadable
+from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.samples import correction_sample, rejected_samples
 from mace_ros.learning.selection import candidates, fitting, JOB_CORRECTIONS, ordered
 from mace_ros.learning.step_plan import StepPlan
 from mace_ros.learning.task import Task
 from mace_ros.learning.training_set import TrainingSet
-from mace_ros.store.adapter_store import CorruptVersion
 from mace_ros.store.records import CorrectionRecord, VersionRecord
+from mace_ros.store.version_info import version_event
 
 MORE_STEPS = 4          # after a rejected candidate, at least
 REPAIR_STEPS = 1        # after one that has lost exact samples, at least
@@ -146,23 +147,33 @@ class LearningJob(Job):
     def _load_start(self) -> Task[JobRecords]:
         """Load the version to train on; return what it has learned, and answers to keep."""
         context, version = self._context, self._start.version
-        fresh = version.version == FRESH
-        records = yield from read_records(
-            context.disk, self.profile, version,
-            () if fresh else context.live.learned_by(version),
-            () if self.everywhere else {c.record.replaces for c in self.corrections},
-            self._finetune.replay_samples if self.everywhere else 0)
+        weights, records = yield from self._read_start()
         if self.everywhere:
             self.state = JobState.PREPARING
             yield from context.anchors.prepare(context.training)
             context.baseline.begin((self.profile, version.profile, version.version))
-        try:
-            weights = None if fresh else context.live.weights(version)
-        except CorruptVersion as error:
-            raise Unreadable(f'the live version could not be read: {error}') from error
         context.backoff.succeeded()
         context.training.load(weights)
         return records
+
+    def _read_start(self) -> Task[tuple[Weights | None, JobRecords]]:
+        """Read the version to train on, what it has learned, and answers to keep."""
+        context, version = self._context, self._start.version
+        start = context.live.records(version.profile).get(version.version)
+        if start is None and version.version != FRESH:
+            raise Unreadable(f'version {version.version} is not live any more')
+        try:
+            return (yield from read_records(
+                context.disk, context.store, self.profile, start,
+                () if start is None else context.live.learned_by(version),
+                () if self.everywhere else {c.record.replaces for c in self.corrections},
+                self._finetune.replay_samples if self.everywhere else 0))
+        except Damaged as error:
+            damaged = context.live.drop(version)
+            if damaged is not None:
+                yield version_event(
+                    damaged, context.store, VersionState.REJECTED, str(error.__cause__))
+            raise
 
     def _choose(self) -> Task[None]:
         """

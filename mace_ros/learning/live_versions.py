@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The live versions of each profile: their weights, and which questions they answer.
+The live versions of each profile: their files, and which questions they answer.
 
 A version has learned a few corrections. The next version continues it and takes its place, or
 begins anew and is live beside it. So several versions of a profile may be live, and each
@@ -20,8 +20,7 @@ from torch import Tensor
 from mace_ros.api.settings import AdapterSettings, EVERYWHERE
 from mace_ros.learning.scope import entry, Match, SAME, Scope
 from mace_ros.memory.adapter_slots import BASE, ServedVersion
-from mace_ros.store.adapter_store import CorruptVersion
-from mace_ros.store.records import CorrectionRecord, wording_key, wording_keys
+from mace_ros.store.records import CorrectionRecord, VersionRecord, wording_key, wording_keys
 
 Weights: TypeAlias = Mapping[str, Tensor]
 
@@ -31,25 +30,24 @@ class LiveSet:
     """
     The live versions of one profile; ``newest`` is 0 without a version.
 
+    ``records`` name the files of the live versions. Their weights stay on disk until a query or a
+    job needs them: those of thousands of versions would fill the memory.
     ``successors`` maps each version of the lineage to the live version that contains its
     corrections.
-    ``unread`` has a function for each version that was not used since the start: it reads the
-    weights.
     ``everywhere`` is the newest version that was trained to answer every question, 0 without one.
     """
 
     newest: int = 0
-    weights: dict[int, Weights] = field(default_factory=dict)
+    records: dict[int, VersionRecord] = field(default_factory=dict)
     successors: dict[int, int] = field(default_factory=dict)
-    unread: dict[int, Callable[[], Weights]] = field(default_factory=dict)
     everywhere: int = 0
 
     def drop(self, version: int) -> None:
         """Let the base model answer in place of a version that cannot be read."""
-        self.unread.pop(version, None)
+        self.records.pop(version, None)
         self.successors = {older: 0 if newer == version else newer
                            for older, newer in self.successors.items()}
-        self.newest = max([*self.weights, *self.unread], default=0)
+        self.newest = max(self.records, default=0)
         if self.everywhere == version:
             self.everywhere = 0
 
@@ -89,21 +87,21 @@ class LiveVersions:
         """Return the newest live version of a profile itself, 0 if it has none; any thread."""
         return self._of(profile).newest
 
-    def weights(self, version: ServedVersion) -> Weights:
-        """
-        Return the weights of a live version; raises ``KeyError``.
+    def records(self, profile: str) -> Mapping[int, VersionRecord]:
+        """Return the records of a profile's live versions, by number."""
+        return self._of(profile).records
 
-        Raises ``CorruptVersion`` if it is damaged: then the base model answers in its place.
+    def drop(self, version: ServedVersion) -> VersionRecord | None:
+        """
+        Let the base model answer in place of a version that cannot be read; return its record.
+
+        Returns None if it is not live any more: then it is no loss.
         """
         live = self._of(version.profile)
-        if version.version in live.unread:
-            try:
-                live.weights[version.version] = live.unread[version.version]()
-                del live.unread[version.version]
-            except CorruptVersion:
-                live.drop(version.version)
-                raise
-        return live.weights[version.version]
+        record = live.records.get(version.version)
+        if record is not None:
+            live.drop(version.version)
+        return record
 
     def learned_by(self, version: ServedVersion) -> set[str]:
         """Return the ids of the corrections that a live version answers."""
@@ -125,25 +123,28 @@ class LiveVersions:
             for known in self.scope(profile)))
         return live.everywhere if answers else 0
 
-    def publish(self, profile: str, version: int, weights: Weights, *, continues: int,
-                learned: Iterable[CorrectionRecord], everywhere: bool = False) -> None:
+    def publish(self, record: VersionRecord, learned: Iterable[CorrectionRecord]) -> None:
         """
         Serve a version, and the corrections that it has learned.
 
-        It takes the place of the version that it ``continues``; 0 is none. ``everywhere`` tells
-        that it was trained to answer every question.
+        It takes the place of the version that it continues.
         """
-        live = self._live.setdefault(profile, LiveSet())
-        live.weights.pop(continues, None)
-        live.unread.pop(continues, None)
+        live = self._live.setdefault(record.profile, LiveSet())
+        live.records.pop(record.continues, None)
         for older, successor in live.successors.items():
-            if continues and successor == continues:
-                live.successors[older] = version
-        live.newest = live.successors[version] = version
-        live.weights[version] = weights
-        if everywhere:
-            live.everywhere = version
-        self.learned(profile, learned)
+            if record.continues and successor == record.continues:
+                live.successors[older] = record.version
+        live.newest = live.successors[record.version] = record.version
+        live.records[record.version] = record
+        if record.everywhere:
+            live.everywhere = record.version
+        self.learned(record.profile, learned)
+
+    def roll_back(self, profile: str, live: LiveSet,
+                  forgotten: Sequence[CorrectionRecord]) -> None:
+        """Serve other versions of a profile, which have not learned the ``forgotten`` ones."""
+        self._live[profile] = live
+        self.forget(forgotten)
 
     def replace(self, profile: str, live: LiveSet, learned: Iterable[CorrectionRecord]) -> None:
         """Serve other versions of a profile, with the corrections that they have learned."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import comb
 
 from mace_ros.store.journal import Journal
-from mace_ros.store.records import AnswerOutcome, CorrectionRecord, VersionRecord
+from mace_ros.store.records import AnswerOutcome, CorrectionRecord
 
 # Probability that a version which is as good as those before it is ever suspected.
 FALSE_ALARM_PROBABILITY = 0.01
@@ -112,11 +112,11 @@ def suspected_regression(journal: Journal, profile: str) -> SuspectedRegression 
     outcomes = journal.answer_outcomes(profile, 3 * MAX_ANSWERS)
     if sum(outcome.corrected for outcome in outcomes) < MIN_ANSWERS:
         return None
-    records, lineage = journal.versions(profile), journal.live_lineage(profile)
+    lineage = journal.live_lineage(profile)
     successors, known = lineage.successors, {0, *lineage.numbers}
     found: list[tuple[float, SuspectedRegression]] = []
     for suspect in lineage.versions[:MAX_SUSPECTS]:
-        if suspect.parent not in known or not _has_files(records, suspect.continues):
+        if suspect.parent not in known or not _has_files(journal, profile, suspect.continues):
             continue
         newer = lineage.continuing(suspect.version)
         own = [o for o in outcomes if o.lineage == profile and o.version in newer]
@@ -159,5 +159,6 @@ def _newest_corrections(
     return tuple(newest.values())[-MAX_COMPARED:]
 
 
-def _has_files(records: Sequence[VersionRecord], version: int) -> bool:
-    return version == 0 or any(r.version == version and r.sha256 for r in records)
+def _has_files(journal: Journal, profile: str, version: int) -> bool:
+    record = journal.version(profile, version)
+    return version == 0 or (record is not None and bool(record.sha256))

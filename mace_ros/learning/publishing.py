@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import NamedTuple
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -20,11 +20,13 @@ from mace_ros.api.events import (
 from mace_ros.learning.backoff import Backoff
 from mace_ros.learning.disk import Disk
 from mace_ros.learning.job import Job, JobState
-from mace_ros.learning.live_versions import LiveSet, LiveVersions, Weights
+from mace_ros.learning.live_versions import LiveSet, LiveVersions
 from mace_ros.learning.task import RetryNotice, Task, Until
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
+from mace_ros.store.journal_file import low_space
+from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.version_info import check_same_adapter, peft_config, version_event
 
@@ -35,7 +37,22 @@ class SavedVersion:
 
     record: VersionRecord
     learned: tuple[CorrectionRecord, ...]
-    weights: Weights
+
+
+class _Restored(NamedTuple):
+    """What the journal says about a profile; ``versions`` are the live ones, oldest first."""
+
+    versions: tuple[VersionRecord, ...]
+    lineage: Lineage
+    scope: tuple[CorrectionRecord, ...]
+    deleted_questions: set[str]
+
+    @classmethod
+    def read(cls, journal: Journal, profile: str) -> _Restored:
+        lineage = journal.live_lineage(profile)
+        return cls(
+            journal.versions_numbered(profile, [link.version for link in lineage.on_disk]),
+            lineage, journal.scope(profile), journal.deleted_questions(profile))
 
 
 class Publisher:
@@ -46,12 +63,16 @@ class Publisher:
     """
 
     def __init__(self, *, model_name: str, lora: LoRAManager, live: LiveVersions, disk: Disk,
-                 store: AdapterStore, clock: Callable[[], float]) -> None:
-        """``model_name`` is written into the configuration of each version."""
+                 store: AdapterStore, min_free_mb: float, clock: Callable[[], float]) -> None:
+        """
+        ``model_name`` is written into the configuration of each version.
+
+        Nothing is saved while the disk has less than ``min_free_mb`` of free space.
+        """
         self._model_name, self._lora, self._live = model_name, lora, live
+        self.min_free_mb = min_free_mb
         self._disk, self._store, self._clock = disk, store, clock
         self._rejections: deque[Future[VersionRecord]] = deque()
-        self._damaged: list[AdapterVersion] = []    # found since the last report
 
     def restore(self) -> list[Event]:
         """
@@ -59,20 +80,18 @@ class Publisher:
 
         If the robot has none, an event announces the base model. A version that cannot be read is
         reported as REJECTED, and the base model serves in its place. The weights of a version are
-        read, and their checksum verified, at its first use: those of a thousand versions would
-        take seconds. The corrections of the newest versions are reported again, because the last
-        stop may have come before the report. Blocks; for configuration only. Raises
+        read, and their checksum verified, when a query needs it: those of a thousand versions
+        would take seconds. The corrections of the newest versions are reported again, because the
+        last stop may have come before the report. Blocks; for configuration only. Raises
         ``OtherAdapter``.
         """
         events: list[Event] = []
         restored = self._disk.submit(lambda journal: {
-            profile: (journal.live_lineage(profile), journal.scope(profile),
-                      journal.deleted_questions(profile))
-            for profile in journal.profiles()}).result()
-        for profile, (lineage, scope, deleted) in restored.items():
+            profile: _Restored.read(journal, profile) for profile in journal.profiles()}).result()
+        for profile, (versions, lineage, scope, deleted) in restored.items():
             live, newest = LiveSet(
                 successors=lineage.successors, everywhere=lineage.everywhere), None
-            for record in reversed(lineage.on_disk):    # the newest one comes last
+            for record in versions:     # the newest one comes last
                 try:
                     # A wrong setting must not cost a profile its version: OtherAdapter is raised.
                     check_same_adapter(record, self._store, self._lora)
@@ -81,8 +100,7 @@ class Publisher:
                     events.append(version_event(
                         record, self._store, VersionState.REJECTED, str(error)))
                     continue
-                live.newest, live.unread[record.version] = record.version, partial(
-                    self._read, record)
+                live.newest, live.records[record.version] = record.version, record
                 newest = record
             if newest is not None:
                 events += self._published(newest, [c for c in scope if (
@@ -92,17 +110,6 @@ class Publisher:
         if not self._live.newest(''):
             events.append(AdapterVersion('', 0, 0, VersionState.PUBLISHED))
         return events
-
-    def _read(self, record: VersionRecord) -> Weights:
-        """Return the weights of a version; report and raise ``CorruptVersion`` if damaged."""
-        try:
-            weights = self._store.load(record.path, record.sha256)
-            self._lora.checked(weights)
-        except (CorruptVersion, ValueError) as error:
-            self._damaged.append(version_event(
-                record, self._store, VersionState.REJECTED, str(error)))
-            raise CorruptVersion(str(error)) from error
-        return weights
 
     def versions(self, profile: str) -> Future[list[AdapterVersion]]:
         """Read all versions of a profile from the journal, oldest first."""
@@ -130,10 +137,7 @@ class Publisher:
             error = saving.exception()
             if error is None:
                 saved = saving.result()
-                self._live.publish(
-                    job.profile, saved.record.version, saved.weights,
-                    continues=saved.record.continues, everywhere=saved.record.everywhere,
-                    learned=saved.learned)
+                self._live.publish(saved.record, saved.learned)
                 yield from self._published(saved.record, saved.learned)
                 return saved.record
             retry.failed(self._clock())
@@ -142,9 +146,11 @@ class Publisher:
     def _save(self, record: VersionRecord) -> Future[SavedVersion]:
         """Write the weights in training to disk, then the version to the journal."""
         weights = self._lora.export()
-        config = peft_config(self._lora, self._model_name)
+        config, min_free_mb = peft_config(self._lora, self._model_name), self.min_free_mb
 
         def save(journal: Journal) -> SavedVersion:
+            if problem := low_space(journal.path.parent, min_free_mb):
+                raise OSError(problem)
             while True:
                 version = journal.next_version(record.profile)
                 try:
@@ -152,10 +158,10 @@ class Publisher:
                 except FileExistsError:   # left by a crash before it was recorded
                     continue
                 # Read back first: what is in the journal must be readable.
-                saved = self._store.load(files.path, files.sha256)
+                self._store.load(files.path, files.sha256)
                 done = replace(record, version=version, path=files.path, sha256=files.sha256)
                 learned = [journal.correction(i) for i in journal.publish(done)]
-                return SavedVersion(done, tuple(c for c in learned if c is not None), saved)
+                return SavedVersion(done, tuple(c for c in learned if c is not None))
 
         return self._disk.submit(save)
 
@@ -192,8 +198,8 @@ class Publisher:
         self._rejections.append(self._disk.submit(write))
 
     def rejected(self) -> list[AdapterVersion]:
-        """Return the events of rejections that are in the journal by now, and of damaged files."""
-        events, self._damaged = self._damaged, []
+        """Return the events of rejections that are in the journal by now."""
+        events: list[AdapterVersion] = []
         while self._rejections and self._rejections[0].done():
             written = self._rejections.popleft()
             if written.exception() is None:     # else it is in no record: nothing to report

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mace_ros.api.events import CorrectionState, VersionState
 from mace_ros.store.journal import Journal
 from mace_ros.store.lineage import Lineage
-from mace_ros.store.records import CorrectionRecord, VersionRecord
+from mace_ros.store.records import as_json, CorrectionRecord, VersionRecord
 
 
 class RollbackRefused(ValueError):
@@ -63,16 +63,16 @@ def rollback_lineage(
 
 def _lineage_of(journal: Journal, profile: str, version: int) -> Lineage:
     """Return a version with those before it; raise :class:`RollbackRefused` if it never served."""
-    records = journal.versions(profile)
+    lineage = journal.lineage(profile, version)
     if version == 0:
-        return Lineage(records, version)
+        return lineage
     owner = f'profile {profile!r}' if profile else 'the robot'
-    record = next((r for r in records if r.version == version), None)
+    record = journal.version(profile, version)
     if record is None:
         raise RollbackRefused(f'{owner} has no version {version} on record')
     if record.state is VersionState.REJECTED:
         raise RollbackRefused(f'version {version} never served: {record.reason}')
-    return Lineage(records, version)
+    return lineage
 
 
 def roll_back(journal: Journal, profile: str, version: int, reason: str, *,
@@ -93,15 +93,18 @@ def roll_back(journal: Journal, profile: str, version: int, reason: str, *,
         old = journal.live_lineage(profile)
         taken_back = tuple(
             replace(record, state=VersionState.ROLLED_BACK, reason=reason)
-            for record in old.versions if record.version not in new.numbers)
+            for record in reversed(journal.versions_numbered(
+                profile, old.numbers - new.numbers)))
         journal.make_live(profile, new.newest)
         for record in taken_back:
             journal.set_version_state(profile, record.version, record.state, reason)
-        for record in new.versions:
-            journal.set_parent(profile, record.version, record.parent)
-            if record.state is not VersionState.PUBLISHED:      # an earlier rollback is undone
-                journal.set_version_state(profile, record.version, VersionState.PUBLISHED)
-        target = new.versions[0] if new.versions else None
+        parents = {link.version: link.parent for link in old.versions}
+        for link in new.versions:
+            if link.parent != parents.get(link.version, link.parent):
+                journal.set_parent(profile, link.version, link.parent)
+            if link.state is not VersionState.PUBLISHED:        # an earlier rollback is undone
+                journal.set_version_state(profile, link.version, VersionState.PUBLISHED)
+        target = journal.version(profile, new.newest)
         live = None if target is None else replace(
             target, state=VersionState.PUBLISHED,
             reason='' if target.state is VersionState.ROLLED_BACK else target.reason)
@@ -115,13 +118,13 @@ def _update_corrections(journal: Journal, profile: str, live: Lineage,
     """Set the states that follow from the live lineage; return the changed corrections."""
     pending = journal.pending(profile)
     # Of the pending corrections, and of the live ones seen so far.
-    prompts = {record.prompt_ids for record in pending}
+    prompts = {as_json(record.prompt_ids) for record in pending}
     replaced = {record.replaces for record in pending}
     changed = []
-    for record in reversed(journal.trained(profile)):      # newest first
+    for record in reversed(journal.trained_links(profile)):      # newest first
         if live.holds(record.adapter_version):
-            newest = record.prompt_ids not in prompts and record.id not in replaced
-            prompts.add(record.prompt_ids)
+            newest = record.prompt not in prompts and record.id not in replaced
+            prompts.add(record.prompt)
             replaced.add(record.replaces)
             state = CorrectionState.LEARNED if newest else CorrectionState.SUPERSEDED
             why = '' if newest else record.reason
@@ -133,5 +136,5 @@ def _update_corrections(journal: Journal, profile: str, live: Lineage,
             continue
         if state is not record.state:
             journal.set_correction(record.id, state, why, record.adapter_version)
-            changed.append(replace(record, state=state, reason=why))
-    return tuple(reversed(changed))
+            changed.append(record.id)
+    return journal.corrections_by_id(changed)

@@ -3,21 +3,27 @@
 """
 Rollbacks in progress.
 
-The versions to serve are read from disk in the journal's thread, and put live in the device's
-thread between two iterations. Everything here runs in the device's thread unless it
+The version to serve is read from disk in the journal's thread, and put live in the device's thread
+between two iterations. Everything here runs in the device's thread unless it
 says otherwise.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from mace_ros.api.events import AdapterVersion, CorrectionStatus, Event, VersionState
+from mace_ros.api.events import (
+    AdapterVersion,
+    CorrectionState,
+    CorrectionStatus,
+    Event,
+    VersionState,
+)
 from mace_ros.learning.disk import Disk
-from mace_ros.learning.live_versions import LiveSet, LiveVersions, Weights
+from mace_ros.learning.live_versions import LiveSet, LiveVersions
 from mace_ros.learning.rollback import (
     roll_back,
     rollback_lineage,
@@ -28,7 +34,7 @@ from mace_ros.learning.task import on_disk, Pause, Task
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
-from mace_ros.store.records import CorrectionRecord
+from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.version_info import check_same_adapter, version_event
 
 
@@ -43,11 +49,15 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Decided:
-    """A rollback that is in the journal; ``learned`` are the corrections of the live versions."""
+    """
+    A rollback that is in the journal.
+
+    ``learned`` are the corrections of the live versions; None if corrections were taken back only.
+    """
 
     outcome: RolledBack
     live: LiveSet
-    learned: tuple[CorrectionRecord, ...]
+    learned: tuple[CorrectionRecord, ...] | None
 
 
 class RollbackQueue:
@@ -122,26 +132,40 @@ class RollbackQueue:
     def _roll_back(self, request: _Request) -> Task[RolledBack]:
         while not self._cancel_job(request.profile):
             yield Pause.JOB
+        # They stay as they are until then: no job of this profile runs.
+        live = dict(self._live.records(request.profile))
         decided = yield from on_disk(
-            self._disk.submit(lambda journal: self._decide(journal, request)))
-        self._live.replace(request.profile, decided.live, decided.learned)
-        return decided.outcome
+            self._disk.submit(lambda journal: self._decide(journal, request, live)))
+        outcome = decided.outcome
+        if decided.learned is None:
+            self._live.roll_back(request.profile, decided.live, outcome.corrections)
+        else:
+            self._live.replace(request.profile, decided.live, decided.learned)
+        return outcome
 
-    def _decide(self, journal: Journal, request: _Request) -> _Decided:
-        """Read the versions and record the rollback, in the journal's thread."""
-        lineage = rollback_lineage(
-            journal, request.profile, request.version, withdraw=request.withdraw)
-        # Read them first: a version that cannot be read must not become live.
-        weights: dict[int, Weights] = {}
-        for record in lineage.on_disk:
-            weights[record.version] = self._store.load(record.path, record.sha256)
+    def _decide(self, journal: Journal, request: _Request,
+                live: Mapping[int, VersionRecord]) -> _Decided:
+        """Read the version and record the rollback, in the journal's thread."""
+        profile, withdraw = request.profile, request.withdraw
+        lineage = rollback_lineage(journal, profile, request.version, withdraw=withdraw)
+        newest, numbers = lineage.newest, {link.version for link in lineage.on_disk}
+        # Of thousands of versions, only those that are not live already are looked at.
+        returning = journal.versions_numbered(profile, {newest, *numbers} - live.keys())
+        for record in returning:
             check_same_adapter(record, self._store, self._lora)
-            self._lora.checked(weights[record.version])
-        outcome = roll_back(journal, request.profile, request.version, request.reason,
-                            withdraw=request.withdraw)
-        live = LiveSet(lineage.newest, weights, lineage.successors,
-                       everywhere=lineage.everywhere)
-        return _Decided(outcome, live, journal.scope(request.profile))
+        # A version that cannot be read must not become the newest one. Those beside it are read
+        # when a query needs them, as after a restart.
+        for record in journal.versions_numbered(profile, [newest]):
+            self._lora.checked(self._store.load(record.path, record.sha256))
+        outcome = roll_back(
+            journal, profile, request.version, request.reason, withdraw=withdraw)
+        known = {**live, **{record.version: record for record in returning}}
+        only_taken_back = not journal.replaced_later(profile) and all(
+            c.state is CorrectionState.FAILED for c in outcome.corrections)
+        return _Decided(
+            outcome, LiveSet(newest, {number: known[number] for number in sorted(numbers)},
+                             lineage.successors, everywhere=lineage.everywhere),
+            None if only_taken_back else journal.scope(profile))
 
     def _events(self, outcome: RolledBack) -> list[Event]:
         if not outcome.changed:

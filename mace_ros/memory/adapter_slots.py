@@ -46,6 +46,11 @@ class AdapterSlots:
         """The versions in slots, the least recently used one first."""
         return tuple(self._slots)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether :meth:`assign` has a slot to give."""
+        return bool(self._free) or any(not self._pins[version] for version in self._slots)
+
     def slot_of(self, version: ServedVersion) -> int | None:
         """Return the slot of a version; None if it is in none."""
         return self._base_slot if version == BASE else self._slots.get(version)

@@ -20,14 +20,13 @@ import shutil
 import unicodedata
 
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 import torch
 
 from mace_ros.store.journal_file import make_folder, sync_folder
 from mace_ros.store.layout import CONFIG, MODEL, WEIGHTS
 
 _TEMPORARY = '.tmp-'
-CHUNK_BYTES = 1 << 20     # read at once
 
 
 class OtherModel(ValueError):
@@ -56,8 +55,8 @@ class AdapterStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open the store in a storage folder, which need not exist."""
-        self._folder = Path(folder).absolute()
-        self._adapters = self._folder / 'adapters'
+        self.folder = Path(folder).absolute()
+        self._adapters = self.folder / 'adapters'
         for leftover in self._adapters.glob(f'*/{_TEMPORARY}*'):
             shutil.rmtree(leftover)
 
@@ -96,7 +95,7 @@ class AdapterStore:
             raise
         sync_folder(target.parent)
         return SavedAdapter(
-            target.relative_to(self._folder).as_posix(), hashlib.sha256(weights).hexdigest())
+            target.relative_to(self.folder).as_posix(), hashlib.sha256(weights).hexdigest())
 
     def save_bytes(self, profile: str, version: int, weights: bytes,
                    config: Mapping[str, object]) -> SavedAdapter:
@@ -109,18 +108,17 @@ class AdapterStore:
 
     def load(self, path: str, sha256: str) -> dict[str, torch.Tensor]:
         """
-        Return the tensors of a saved version, mapped from its file.
+        Return the tensors of a saved version.
 
-        They take memory only while they are used. Raises :class:`CorruptVersion` if they are
-        missing or not those that were saved.
+        The file is read, not mapped: a mapped file that is truncated, or whose disk fails, ends
+        the process (SIGBUS). Raises :class:`CorruptVersion` if the tensors are missing or not
+        those that were saved.
         """
-        file = self.absolute(path) / WEIGHTS
+        content = self._read(path, WEIGHTS)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise self._corrupt(path, WEIGHTS, 'its SHA-256 is not the one in the journal')
         try:
-            if _sha256(file) != sha256:
-                raise self._corrupt(path, WEIGHTS, 'its SHA-256 is not the one in the journal')
-            return load_file(file)
-        except OSError as error:
-            raise self._corrupt(path, WEIGHTS, error.strerror or str(error)) from error
+            return load(content)
         except SafetensorError as error:
             raise self._corrupt(path, WEIGHTS, str(error)) from error
 
@@ -136,7 +134,7 @@ class AdapterStore:
 
     def absolute(self, path: str) -> Path:
         """Return the absolute path of a saved version's folder."""
-        return self._folder / path
+        return self.folder / path
 
     def remove(self, path: str) -> None:
         """Delete a saved version, if it exists."""
@@ -151,7 +149,7 @@ class AdapterStore:
 
     def _read(self, path: str, name: str) -> bytes:
         try:
-            return (self._folder / path / name).read_bytes()
+            return (self.folder / path / name).read_bytes()
         except OSError as error:
             raise self._corrupt(path, name, error.strerror or str(error)) from error
 
@@ -159,14 +157,6 @@ class AdapterStore:
         return CorruptVersion(
             f'{self.absolute(path) / name}: {reason}; put back a backup of that folder, or publish '
             'an earlier version')
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, 'rb') as opened:
-        while part := opened.read(CHUNK_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def check_same_model(folder: Path, model: str) -> None:

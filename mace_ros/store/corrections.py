@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 import sqlite3
+from typing import NamedTuple
 
 from mace_ros.api.events import CorrectionState, InvalidCorrection
 from mace_ros.api.wording import counted
@@ -19,6 +20,21 @@ UNLEARNABLE = (CorrectionState.PROPOSED, CorrectionState.RECORDED)
 # Corrections of the prompt that :func:`_prompt_key` describes.
 _SAME_PROMPT = 'profile = ? AND question = ? AND prompt_ids = ?'
 _PENDING_OR_LEARNED = f'(state IN {PENDING_SQL} OR state = {int(CorrectionState.LEARNED)})'
+
+
+class CorrectionLink(NamedTuple):
+    """
+    The fields of a :class:`CorrectionRecord` that decide which one of several is LEARNED.
+
+    They are read much faster. ``prompt`` is the text of ``prompt_ids`` in the journal.
+    """
+
+    id: str
+    prompt: str
+    replaces: str
+    state: CorrectionState
+    reason: str
+    adapter_version: int
 
 
 class CorrectionTable(JournalFile):
@@ -153,10 +169,23 @@ class CorrectionTable(JournalFile):
         return self._select(
             f'profile = ? AND adapter_version > 0 AND state NOT IN {PENDING_SQL}', profile)
 
+    def trained_links(self, profile: str) -> list[CorrectionLink]:
+        """Return what decides about the states of :meth:`trained` corrections, oldest first."""
+        states = {int(state): state for state in CorrectionState}
+        return [CorrectionLink(i, prompt, replaces, states[state], reason, version)
+                for i, prompt, replaces, state, reason, version in self.rows(
+                    'SELECT id, prompt_ids, replaces, state, reason, adapter_version '
+                    'FROM corrections WHERE profile = ? AND adapter_version > 0 '
+                    f'AND state NOT IN {PENDING_SQL} ORDER BY number', profile)]
+
     def corrections_of(self, query_ids: Collection[str]) -> tuple[CorrectionRecord, ...]:
         """Return the corrections of the answers to these queries, oldest first."""
         return self._select(
             'query_id IN (SELECT value FROM json_each(?))', as_json(list(query_ids)))
+
+    def corrections_by_id(self, ids: Collection[str]) -> tuple[CorrectionRecord, ...]:
+        """Return those of these corrections that are on record, oldest first."""
+        return self._select('id IN (SELECT value FROM json_each(?))', as_json(list(ids)))
 
     def limit_corrections(self, max_corrections: int) -> tuple[CorrectionRecord, ...]:
         """

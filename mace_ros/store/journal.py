@@ -16,7 +16,6 @@ from __future__ import annotations
 from mace_ros.api.events import VersionState
 from mace_ros.store.answers import AnswerTable
 from mace_ros.store.corrections import CorrectionTable
-from mace_ros.store.lineage import Lineage
 from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.versions import VersionTable
 
@@ -65,7 +64,7 @@ class Journal(AnswerTable, CorrectionTable, VersionTable):
         profile, newest = version.profile, self.newest(version.profile)
         if newest is not None and newest.version == version.version:
             return self.scope(profile)
-        lineage = Lineage(self.versions(profile), version.version)
+        lineage = self.lineage(profile, version.version)
         held = [c for c in self.trained(profile) if lineage.holds(c.adapter_version)]
         replaced = {c.replaces for c in held}
         return tuple({c.prompt_ids: c for c in held if c.id not in replaced}.values())

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import math
 import os
 from pathlib import Path
+import shutil
 import sqlite3
 import time
 
@@ -181,6 +183,22 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for created in missing:
         sync_folder(created.parent)
+
+
+def low_space(folder: Path, min_free_mb: float) -> str:
+    """Return why nothing more must be written to a folder; '' if its disk has enough space."""
+    free = free_mb(folder)
+    return '' if not free < min_free_mb else (
+        f'{free:.0f} MB are free on the disk of {folder}, less than storage.min_free_mb '
+        f'({min_free_mb:g}): free some space')
+
+
+def free_mb(folder: Path) -> float:
+    """Return the free space on the disk of a folder; NaN if it cannot be read."""
+    try:
+        return shutil.disk_usage(folder).free / 1e6
+    except OSError:
+        return math.nan
 
 
 def sync_folder(folder: Path) -> None:

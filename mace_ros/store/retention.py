@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 def remove_files(journal: Journal, store: AdapterStore) -> None:
     """Delete the files of forgotten versions, after the transaction that forgot them."""
-    for record in journal.versions():
-        if record.path and not record.sha256:
-            store.remove(record.path)
-            journal.version_files_deleted(record)
+    for record in journal.forgotten_files():
+        store.remove(record.path)
+        journal.version_files_deleted(record)
 
 
 def tidy(writer: JournalWriter, store: AdapterStore, max_versions: int) -> None:

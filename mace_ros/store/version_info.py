@@ -59,15 +59,16 @@ def check_same_adapter(record: VersionRecord, store: AdapterStore, adapter: Adap
     A version of another rank could be neither served nor trained on; with another alpha its
     answers would differ from those that passed the gate. Raises ``CorruptVersion``.
     """
-    saved, config = store.config(record.path), peft_config(adapter, '')
-    for key, parameter in (('r', 'adapter.rank'), ('lora_alpha', 'adapter.alpha'),
-                           ('target_modules', 'adapter.target_modules')):
-        if saved.get(key) != config[key]:
+    saved = store.config(record.path)
+    for key, parameter, expected in (
+            ('r', 'adapter.rank', adapter.rank), ('lora_alpha', 'adapter.alpha', adapter.alpha),
+            ('target_modules', 'adapter.target_modules', adapter.target_modules)):
+        if saved.get(key) != expected:
             raise OtherAdapter(
                 f'{store.absolute(record.path)} was learned with {parameter} '
-                f'{_as_text(saved.get(key))}, not {_as_text(config[key])}; set that back, or give '
+                f'{_as_text(saved.get(key))}, not {_as_text(expected)}; set that back, or give '
                 'storage.folder another folder')
-    if saved.get('alora_invocation_tokens') != config['alora_invocation_tokens']:
+    if saved.get('alora_invocation_tokens') != (list(adapter.invocation) or None):
         raise OtherAdapter(
             f'{store.absolute(record.path)} was learned by an adapter that acts on other tokens '
             'of a prompt; give storage.folder another folder, and import the corrections there')

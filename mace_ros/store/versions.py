@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 import math
 import sqlite3
 
 from mace_ros.api.events import VersionState
 from mace_ros.store.journal_file import JournalFile
-from mace_ros.store.lineage import Lineage
+from mace_ros.store.lineage import Lineage, VersionLink
 from mace_ros.store.records import as_json, VersionRecord
 from mace_ros.store.rows import record_fields
 
@@ -88,21 +89,51 @@ class VersionTable(JournalFile):
             'WHERE version = live_version AND profile = ?', profile)
         return None if row is None else _version(row)
 
+    def lineage(self, profile: str, version: int) -> Lineage:
+        """Return a version of a profile with those before it."""
+        return Lineage(self._links(profile), version)
+
     def live_lineage(self, profile: str) -> Lineage:
         """Return the newest live version of a profile with those before it."""
         newest = self.newest(profile)
-        return Lineage(self.versions(profile), 0 if newest is None else newest.version)
+        return self.lineage(profile, 0 if newest is None else newest.version)
 
     def live_versions(self) -> tuple[VersionRecord, ...]:
         """Return the live versions of all profiles, the oldest of each first."""
         return tuple(record for profile in self.profiles()
-                     for record in reversed(self.live_lineage(profile).live))
+                     for record in self.versions_numbered(profile, [
+                         live.version for live in self.live_lineage(profile).live]))
 
     def versions(self, profile: str | None = None) -> tuple[VersionRecord, ...]:
         """Return the recorded versions of a profile, or of all profiles, oldest first."""
         return tuple(map(_version, self.rows(
             'SELECT * FROM versions WHERE profile = coalesce(?, profile) '
             'ORDER BY profile, version', profile)))
+
+    def versions_numbered(
+            self, profile: str, numbers: Collection[int]) -> tuple[VersionRecord, ...]:
+        """Return those of these versions that are on record, oldest first."""
+        return tuple(map(_version, self.rows(
+            'SELECT * FROM versions WHERE profile = ? '
+            'AND version IN (SELECT value FROM json_each(?)) ORDER BY version',
+            profile, as_json(list(numbers)))))
+
+    def version(self, profile: str, number: int) -> VersionRecord | None:
+        """Return a version, None if it is not on record."""
+        return next(iter(self.versions_numbered(profile, [number])), None)
+
+    def _links(self, profile: str) -> list[VersionLink]:
+        states = {int(state): state for state in VersionState}
+        return [VersionLink(profile, version, parent, continues, states[state], path, sha256,
+                            bool(everywhere))
+                for version, parent, continues, state, path, sha256, everywhere in self.rows(
+                    'SELECT version, parent, continues, state, path, sha256, everywhere '
+                    'FROM versions WHERE profile = ? ORDER BY version', profile)]
+
+    def forgotten_files(self) -> list[VersionRecord]:
+        """Return the versions whose files are to be deleted."""
+        return list(map(_version, self.rows(
+            "SELECT * FROM versions WHERE path <> '' AND sha256 = ''")))
 
     def versions_in_use(self) -> set[tuple[str, int]]:
         """
@@ -119,16 +150,16 @@ class VersionTable(JournalFile):
 
         The newest one is among them in any case.
         """
-        successors = lineage.successors
-        # Of the superseded ones too: they answer until the newer one is learned.
-        rows = self.rows(
-            'SELECT DISTINCT adapter_version AS version FROM corrections '
-            'WHERE profile = ? AND adapter_version > 0', profile)
-        answering = {successors.get(row['version'], 0) for row in rows} | {lineage.everywhere}
-        return {record.version for i, record in enumerate(lineage.live)
-                if i == 0 or record.version in answering}
+        return _answering(lineage, self._with_corrections(profile))
 
-    def forget_version_files(self, record: VersionRecord) -> None:
+    def _with_corrections(self, profile: str) -> set[int]:
+        """Return the versions that have learned a correction on record."""
+        # Of the superseded ones too: they answer until the newer one is learned.
+        return {row['version'] for row in self.rows(
+            'SELECT DISTINCT adapter_version AS version FROM corrections '
+            'WHERE profile = ? AND adapter_version > 0', profile)}
+
+    def forget_version_files(self, record: VersionRecord | VersionLink) -> None:
         """Mark the files of a version for deletion; its record stays."""
         self.execute("UPDATE versions SET sha256 = '' WHERE profile = ? AND version = ?",
                      record.profile, record.version)
@@ -146,24 +177,25 @@ class VersionTable(JournalFile):
         rollback to one of them would make live.
         """
         with self.transaction():
-            in_use = self.versions_in_use()
             for profile in self.profiles():
-                self._forget_old_versions(
-                    profile, {version for owner, version in in_use if owner == profile},
-                    max_versions - 1)       # the live version counts as one
+                # The live version counts as one.
+                self._forget_old_versions(profile, max_versions - 1)
 
-    def _forget_old_versions(self, profile: str, in_use: set[int], max_others: int) -> None:
-        records = self.versions(profile)[::-1]      # newest first
+    def _forget_old_versions(self, profile: str, max_others: int) -> None:
+        # With thousands of versions, each of these takes some milliseconds: read them once.
+        records, learned = self._links(profile)[::-1], self._with_corrections(profile)
+        newest = self.newest(profile)
+        lineages = [Lineage(records, 0 if newest is None else newest.version)]
+        in_use = _answering(lineages[0], learned)
         others = [r.version for r in records if r.sha256 and r.version not in in_use][:max_others]
         oldest = min(others, default=math.inf)
-        lineages = [self.live_lineage(profile)]
         for version in others:
             if not any(version in lineage.numbers for lineage in lineages):
                 lineages.append(Lineage(records, version))
         kept = in_use.union(others)
         continued: set[int] = set()     # without their records, a correction's version is unknown
         for lineage in lineages:
-            kept |= self.answering(profile, lineage)
+            kept |= _answering(lineage, learned)
             # A rollback to one of the others makes what was continued since then live again.
             kept |= {r.continues for r in lineage.versions if r.version > oldest}
             if len(lineage.live) > 1:
@@ -176,6 +208,14 @@ class VersionTable(JournalFile):
             elif seen > VERSION_RECORDS and record.version not in continued:
                 self.execute('DELETE FROM versions WHERE profile = ? AND version = ?',
                              profile, record.version)
+
+
+def _answering(lineage: Lineage, with_corrections: set[int]) -> set[int]:
+    """Return the newest version of a lineage, and all that have what these have learned."""
+    successors = lineage.successors
+    learned = {successors.get(version, 0) for version in with_corrections} | {lineage.everywhere}
+    return {record.version for i, record in enumerate(lineage.live)
+            if i == 0 or record.version in learned}
 
 
 def _version(row: sqlite3.Row) -> VersionRecord:

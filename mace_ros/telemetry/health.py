@@ -26,6 +26,7 @@ from mace_ros.telemetry.status import Status
 MIN_REQUESTS = 5          # in the window, to judge the SLO attainment
 # The engine's thread is stalled once a status is this late and this many samples are missing.
 STALLED_S, STALLED_SAMPLES = 10.0, 3
+LOW_SPACE = 2.0           # times storage.min_free_mb, before a warning
 MAX_BACKLOG = 100         # journal writes that wait for the disk, before a warning
 MEMORY_WARN, MEMORY_ERROR = 0.92, 0.98
 
@@ -158,7 +159,13 @@ class Health:
             found.values.update(
                 corrections_waiting=status.corrections_waiting, freshness_s=status.freshness_s,
                 live_version=status.live_version, learning_share=status.statistics.learning_share,
-                journal_backlog=status.journal_backlog)
+                journal_backlog=status.journal_backlog, storage_free_mb=status.storage_free_mb)
+            least = settings.storage.min_free_mb
+            if status.storage_free_mb < LOW_SPACE * least:
+                low = status.storage_free_mb < least
+                found.add(Level.ERROR if low else Level.WARN, (
+                    f'{status.storage_free_mb:.0f} MB are free on the disk of the storage folder; '
+                    f'corrections are rejected below {least:g} (storage.min_free_mb)'))
             if status.journal_error:
                 found.add(Level.ERROR, status.journal_error)
             if status.learning_error:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+import math
 
 from mace_ros.scheduling.scheduler import Statistics
 
@@ -40,5 +41,6 @@ class Status:
     finetune_budget: float = 1.0
     journal_backlog: int = 0    # writes that wait for the disk
     unrecorded: int = 0
+    storage_free_mb: float = math.nan   # on the disk of the storage folder; NaN is unknown
     learning_error: str = ''    # why learning failed and will be retried
     base_questions_left: int = 0

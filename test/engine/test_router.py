@@ -11,6 +11,7 @@ from mace_ros.api.settings import AdapterSettings, EVERYWHERE
 from mace_ros.engine.router import Router
 from mace_ros.learning.live_versions import LiveSet, LiveVersions
 from mace_ros.memory.adapter_slots import BASE
+from mace_ros.store.records import VersionRecord
 
 SIMILAR_ONLY = AdapterSettings()
 COLOUR, FOOD, BOTH = 'Favourite colour?', 'Favourite dessert?', 'Shoe size?'
@@ -28,7 +29,7 @@ class Bench:
               everywhere: bool = False) -> None:
         """Publish a version of a profile."""
         self.live.publish(
-            profile, version, {}, continues=continues, everywhere=everywhere, learned=[
+            VersionRecord(profile, version, 0, continues=continues, everywhere=everywhere), [
                 correction(f'{profile}: {q}', q, profile=profile, adapter_version=version)
                 for q in questions])
 
@@ -114,7 +115,7 @@ def test_each_correction_is_answered_by_the_version_that_has_learned_it_last() -
     bench.learn('', 'Which bus goes home?', version=4, continues=2)
     assert [bench.version(text) for text in (COLOUR, FOOD, BOTH)] == [4, 4, 3]
     assert bench.live.newest('') == 4
-    bench.live.replace('', LiveSet(1, {1: {}}, {1: 1}), [
+    bench.live.replace('', LiveSet(1, {1: VersionRecord('', 1, 0)}, {1: 1}), [
         correction(COLOUR, COLOUR, adapter_version=1)])
     assert [bench.version(text) for text in (COLOUR, FOOD)] == [1, 0]
     bench.live.replace('', LiveSet(), [])

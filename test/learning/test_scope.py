@@ -24,7 +24,7 @@ from mace_ros.learning.live_versions import LiveSet, LiveVersions
 from mace_ros.learning.scope import entry, Match, Scope
 from mace_ros.model.loading import LoadedModel
 from mace_ros.model.token_ranks import token_ranks
-from mace_ros.store.records import CorrectionRecord
+from mace_ros.store.records import CorrectionRecord, VersionRecord
 
 SETTINGS = AdapterSettings()
 ROBOT_QUESTIONS = Path(__file__).parents[1] / 'data' / 'robot_questions.json'
@@ -43,7 +43,7 @@ def scopes_with(frequency: Callable[[str], float], *questions: str, profile: str
                 **fields: object) -> LiveVersions:
     """Return a live version that has learned these questions; each is its own id."""
     live = LiveVersions(frequency)
-    live.replace(profile, LiveSet(1, {1: {}}, {1: 1}), [
+    live.replace(profile, LiveSet(1, {1: VersionRecord(profile, 1, 0)}, {1: 1}), [
         correction(text, text, profile=profile, adapter_version=1, **fields)
         for text in questions])
     return live
@@ -235,7 +235,7 @@ def test_follow_ups_are_the_same_after_the_same_questions_only(
             {'role': 'user', 'content': 'And on Sundays?'}))
 
     live = LiveVersions(frequency)
-    live.replace('', LiveSet(1, {1: {}}, {1: 1}), [after(HOURS, 'k')])
+    live.replace('', LiveSet(1, {1: VersionRecord('', 1, 0)}, {1: 1}), [after(HOURS, 'k')])
     assert live.scope('').same_question(after(f'Hello. {HOURS}', 'newer')) == 'k'
     assert live.scope('').same_question(after('When does the pool open?', 'newer')) == ''
     assert (same(live, HOURS), same(live, f'{HOURS} Sundays?')) == ('', 'k')

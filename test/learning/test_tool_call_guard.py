@@ -23,6 +23,7 @@ from mace_ros.learning.question import questions
 from mace_ros.learning.training_set import TrainingSet
 from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.store.journal import Journal
+from mace_ros.store.records import VersionRecord
 
 WHERE = 'Where is the dock?'
 
@@ -94,6 +95,6 @@ def test_a_call_is_guarded_if_the_version_is_to_answer_its_question() -> None:
     assert live.will_answer(fresh, near, learned, settings)
     assert not live.will_answer(fresh, far, learned, settings)
     assert not live.will_answer(fresh, near, [], settings)
-    live.publish('', 1, {}, continues=0, learned=[replace(learned[0], adapter_version=1)])
+    live.publish(VersionRecord('', 1, 0), [replace(learned[0], adapter_version=1)])
     assert live.will_answer(version, near, [], settings)        # what it has learned already
     assert not live.will_answer(fresh, near, [], settings)

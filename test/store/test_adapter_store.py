@@ -145,6 +145,16 @@ def test_a_failing_disk_leaves_no_version(
         store.save('', 0, TENSORS, SETTINGS)
 
 
+def test_a_loaded_version_does_not_depend_on_its_file(tmp_path: Path) -> None:
+    """Access to a mapped file that is truncated, or whose disk fails, would end the process."""
+    store = AdapterStore(tmp_path)
+    saved = store.save('', 1, TENSORS, SETTINGS)
+    loaded = store.load(saved.path, saved.sha256)
+    assert WEIGHTS not in Path('/proc/self/maps').read_text()
+    os.truncate(store.absolute(saved.path) / WEIGHTS, 0)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
 def test_a_damaged_version_is_refused(tmp_path: Path) -> None:
     """One flipped bit, a truncated file, a missing file, a broken configuration."""
     store = AdapterStore(tmp_path)

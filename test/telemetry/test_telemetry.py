@@ -271,6 +271,8 @@ PROBLEMS = {
     'an overload': ('serving', Level.WARN, '1 query was rejected'),
     'a stalled iteration': ('serving', Level.ERROR, 'the current iteration has taken 40 s'),
     'a full disk': ('learning', Level.ERROR, 'disk is full'),
+    'little space': ('learning', Level.WARN, '700 MB are free on the disk'),
+    'no space': ('learning', Level.ERROR, 'rejected below 500 (storage.min_free_mb)'),
     'failed learning': ('learning', Level.ERROR, 'will be retried: OutOfMemoryError'),
     'a slow disk': ('learning', Level.WARN, '400 writes of the journal wait'),
     'answers that were not recorded': ('learning', Level.WARN, '3 answers were not recorded'),
@@ -304,6 +306,9 @@ def test_a_problem_is_reported(case: str) -> None:
         status = Status(60.0, Statistics())
     elif case == 'a full disk':
         status = Status(100.0, Statistics(), journal_error='disk is full')
+    elif case in ('little space', 'no space'):
+        status = Status(100.0, Statistics(),
+                        storage_free_mb=700.0 if case == 'little space' else 300.0)
     elif case == 'failed learning':
         status = Status(100.0, Statistics(), learning_error='OutOfMemoryError: no')
     elif case == 'a slow disk':
