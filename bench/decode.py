@@ -207,50 +207,60 @@ def perplexity(engine: Any) -> dict[str, Any]:
 # -- checks ------------------------------------------------------------------------------
 
 
+# A precision of ours, a system and a precision to compare with, and the target of the ratio.
+DECODE_TARGETS: tuple[tuple[str, Name, str], ...] = (
+    ('bfloat16', ('hf_generate', 'bfloat16'), '<= 0.85'),
+    ('int4', ('mace_ros', 'int8'), '<= 0.75'),
+    ('int4', ('llama_cpp', 'int4'), '<= 1.5'))
+
+
+def decode_name(precision: str, other: Name) -> str:
+    """Return the name of a ratio of times per token."""
+    system = 'ours' if other[0] == 'mace_ros' else other[0]
+    return f'decode ms/token, ours {precision} / {system} {other[1]}'
+
+
 def checks(samples: Mapping[str, Any]) -> list[Check]:
     """Return the checks."""
     default = samples['default_precision']
+    text = f'{samples["perplexity"][0]["tokens"]} tokens of chat'
     fp32 = ratio(samples, ('mace_ros', 'float32'), ('hf_generate', 'float32'))
     shipped = ratio(samples, ('mace_ros', default), ('hf_generate', 'float32'))
-    worse = perplexity_ratio(samples, default, 'float32')
-    return [
+    found = [
         check('decode ms/token, ours float32 / HF generate with PEFT float32', fp32.median,
               '<= 0.85', fp32.spread),
         check(f'decode ms/token, ours {default} (the default) / HF generate with PEFT float32',
               shipped.median, '<= 0.5', shipped.spread),
-        check(f'perplexity, {default} (the default) / float32', worse, '<= 1.02',
-              f'{samples["perplexity"][0]["tokens"]} tokens of chat'),
-    ]
+        check(f'perplexity, {default} (the default) / float32',
+              perplexity_ratio(samples, default, 'float32'), '<= 1.02', text)]
+    for precision, other, target in DECODE_TARGETS:
+        times = ratio(samples, ('mace_ros', precision), other)
+        found.append(check(decode_name(precision, other), times.median, target, times.spread))
+    return [
+        *found,
+        check('perplexity, int4 / float32', perplexity_ratio(samples, 'int4', 'float32'),
+              '<= 1.005', text),
+        check('memory of the linear layers and the head, int4 / int8', memory_ratio(samples),
+              '<= 0.6')]
 
 
 def reported(samples: Mapping[str, Any]) -> list[Reported]:
     """Return the ratios without a target."""
-    rows = []
     precisions = [p['precision'] for p in samples['perplexity']]
-    for precision in precisions:
-        for peer, aim in (('hf_generate', '0.85'), ('llama_cpp', '1.5'),
-                          ('llama_cpp without adapter', '')):
-            found = ratio(samples, ('mace_ros', precision), (peer, precision))
-            if found.blocks:
-                rows.append(Reported(f'decode ms/token, ours {precision} / {peer} {precision}',
-                                     found.median, aim, found.spread))
-    for precision in ('int8', 'int4'):
-        found = ratio(samples, ('mace_ros', precision), ('hf_generate', 'bfloat16'))
+    pairs: list[tuple[str, Name]] = [
+        (p, (peer, p)) for p in precisions
+        for peer in ('hf_generate', 'llama_cpp', 'llama_cpp without adapter')]
+    pairs += [(p, ('hf_generate', 'bfloat16')) for p in ('int8', 'int4')]
+    rows = []
+    for precision, other in pairs:
+        found = ratio(samples, ('mace_ros', precision), other)
         if found.blocks:
-            rows.append(Reported(f'decode ms/token, ours {precision} / hf_generate bfloat16',
-                                 found.median, '', found.spread))
-    found = ratio(samples, ('mace_ros', 'int4'), ('mace_ros', 'int8'))
-    if found.blocks:
-        rows.append(Reported('decode ms/token, ours int4 / ours int8', found.median, '0.75',
-                             found.spread))
-    rows += [Reported(f'perplexity, {p} / float32', perplexity_ratio(samples, p, 'float32'),
-                      '1.005' if p == 'int4' else '') for p in precisions if p != 'float32']
-    megabytes = {p['precision']: p['weights_mb'] for p in samples['perplexity']
-                 if 'weights_mb' in p}
-    if {'int4', 'int8'} <= megabytes.keys():
-        rows.append(Reported('memory of the linear layers and the head, int4 / int8',
-                             megabytes['int4'] / megabytes['int8'], '0.6'))
-    return rows
+            rows.append(Reported(decode_name(precision, other), found.median,
+                                 '1.5' if other[0] == 'llama_cpp' else '', found.spread))
+    rows += [Reported(f'perplexity, {p} / float32', perplexity_ratio(samples, p, 'float32'))
+             for p in precisions if p != 'float32']
+    checked = {c.name for c in checks(samples)}
+    return [row for row in rows if row.name not in checked]
 
 
 def table(samples: Mapping[str, Any]) -> Table:
@@ -281,6 +291,13 @@ def perplexity_ratio(samples: Mapping[str, Any], above: str, below: str) -> floa
     """Return the ratio of the perplexities of two precisions."""
     found = {p['precision']: p['perplexity'] for p in samples['perplexity']}
     return found[above] / found[below] if above in found and below in found else None
+
+
+def memory_ratio(samples: Mapping[str, Any]) -> float | None:
+    """Return the memory of the weights in 4 bits over that in 8 bits."""
+    found = {p['precision']: p.get('weights_mb') for p in samples['perplexity']}
+    above, below = found.get('int4'), found.get('int8')
+    return above / below if above and below else None
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from bench.common.options import Options
-from bench.common.results import Result
+from bench.common.results import check, Result
 from bench.common.running import Run, run_benchmark, Samples
 import bench.gpu
 from bench.gpu.beside import measure_beside
@@ -71,7 +71,9 @@ def measure(run: Run) -> Samples:
 def evaluate(samples: Samples, run: Run) -> Result:
     """Return the results of the samples."""
     shapes = run.args.shapes
-    return Result('gpu', samples, checks(shapes, samples), reported(shapes, samples),
+    within = '<= 9' if run.args.device == 'cuda' else '<= 5'
+    return Result('gpu', samples, [*checks(shapes, samples), check(
+        'minutes that the run took', run.minutes, within)], reported(shapes, samples),
                   [*tables(samples), verdicts(samples, on_gpu=run.args.device == 'cuda')])
 
 

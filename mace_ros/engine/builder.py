@@ -271,11 +271,16 @@ def _divide_memory(settings: Settings, model: PackedModel, lora: LoRAManager, fr
     return memory
 
 
+def has_graphs(model: PackedModel) -> bool:
+    """Return whether the model's device can capture graphs."""
+    return model.device.type == 'cuda'
+
+
 def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int, room: float,
                     progress: Progress, clock: Callable[[], float]) -> int:
     """Capture device graphs in ``room`` bytes, if there are any on this device; return theirs."""
     model = device.model
-    if model.device.type != 'cuda' or not settings.model.device_graphs:
+    if not (has_graphs(model) and settings.model.device_graphs):
         return 0
     counters = DeviceCounters(device.hardware)
     with reporting(progress, 'capturing device graphs'):
@@ -287,7 +292,7 @@ def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int,
             time_left=lambda: 1.0 - (clock() - began) / CAPTURE_S,
             free_bytes=lambda: free_memory(model.device, counters.read().memory_free_mb))
     progress(str(captured))
-    return captured.nbytes
+    return captured.nbytes + captured.driver_bytes
 
 
 def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> str:

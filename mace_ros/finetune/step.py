@@ -367,6 +367,8 @@ class FinetuneStep:
             return
         gradient = self._output_gradient(index)
         self._hidden.pop()
+        if self._graphed is not None and not self._graphed.holds(self):
+            self._graphs.clear()    # another step has run on the same addresses meanwhile
         if self._graphed is not None and not self._graphs:
             with self.model.training(self.metadata):
                 self._gradient = self._prepared(self._graphed).backward(

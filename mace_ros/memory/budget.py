@@ -46,8 +46,14 @@ class Footprint:
     graphs: tuple[tuple[int, int], ...]    # (tokens, bytes), at least one
     packed: bool = False
     kernels: int = 0         # workspace of matrix products
-    decode_row: int = 0      # of a decode row while a layer attends, beside copies of its keys
-    attended_key: int = 0    # of each key for each token of a chunk, while a layer attends
+    # While a layer attends:
+    decode_row: int = 0      # of a decode row
+    gathered: int = 0        # of decode rows that copy short contexts
+    gathered_key: int = 0    # of each key of a decode row with a long one, beside its copy
+    row_key: int = 0         # of each key for each decode row
+    attended_key: int = 0    # of each key for each token of a chunk
+    observed_key: int = 0    # of each key whose attention is summed up
+    key: int = 0             # of each key
     head_rows: int = HEAD_ROWS
 
     def graph_bytes(self, tokens: int) -> float:
@@ -78,12 +84,18 @@ class Footprint:
         """
         Return what a pass of ``tokens``, ``rows`` of them decoding, takes while it runs.
 
-        Its chunks attend to ``keys``.
+        It attends to ``keys``; their copies are not counted.
         """
         # A layer without gradients needs no more than one that keeps its graph.
         return (self.graph_bytes(tokens) + 2 * tokens * self.hidden_token
-                + rows * (2 * self.logits_row + self.decode_row)
-                + tokens * keys * self.attended_key)
+                + rows * (2 * self.logits_row + self.decode_row) + self.gathered
+                + keys * self.key_bytes(tokens, rows))
+
+    def key_bytes(self, tokens: int, rows: int) -> int:
+        """Return what a pass of ``tokens``, ``rows`` of them decoding, takes for each key."""
+        # Decode rows attend before chunks do.
+        return self.key + rows * self.row_key + max(
+            self.gathered_key, tokens * self.attended_key, self.observed_key)
 
     def step_bytes(self, lengths: Sequence[int], *, keep_graphs: bool, learns: bool = True,
                    chunk_tokens: int | None = None) -> float:
@@ -163,8 +175,11 @@ class MemoryBudget:
 
     def limit_passes(self, tokens: int, rows: int) -> None:
         """Set the size of the largest pass."""
-        self._pass = self._passes * self.footprint.pass_bytes(
-            tokens, rows, self._max_blocks * BLOCK_TOKENS)
+        # The blocks of a cache that grows pay for their own keys.
+        keys = self._max_blocks * BLOCK_TOKENS if self._resident else 0
+        self._pass = self._passes * self.footprint.pass_bytes(tokens, rows, keys)
+        self._keys = 0 if self._resident else (
+            BLOCK_TOKENS * self.footprint.key_bytes(tokens, rows))
 
     @property
     def fixed(self) -> float:
@@ -226,8 +241,8 @@ class MemoryBudget:
     @property
     def _block(self) -> float:
         # While a layer attends, it copies the keys and values that chunks read, and without
-        # paged attention also those of decode rows.
-        return self.footprint.kv_block * (
+        # paged attention also those of a long decode row.
+        return self._keys + self.footprint.kv_block * (
             (0 if self._resident else 1) + 1 / self.footprint.layers)
 
     def _room(self, held_blocks: int) -> float:

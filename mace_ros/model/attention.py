@@ -33,6 +33,10 @@ NAME = 'mace_packed'
 TILED_QUERIES = 64      # from this many queries on, PyTorch multiplies bfloat16 in tiles
 SHAPE_MULTIPLE = 32     # to a multiple of this, lengths are then padded
 
+# Keys that decode rows copy at once, unless a single row has more. For more, copies in a CPU's
+# cache are faster than fewer calls.
+GATHERED_KEYS = 4096
+
 # Arguments of the interface that have no effect here: dropout is off, and the metadata holds
 # positions and masks.
 _REDUNDANT = {'dropout', 'position_ids', 'position_embeddings', 'cache_position',
@@ -50,19 +54,21 @@ class ObservationWindow:
     def accumulate(self, query: Tensor, key: Tensor, scaling: float | None,
                    softcap: float | None, sinks: Tensor | None) -> None:
         """Add one layer's attention, averaged over its heads; shapes as in SDPA."""
-        query, key = query[0, :, self.queries].float(), key[0, :, self.keys].float()
-        (heads, tokens, size), keys = query.shape, key.shape[1]
-        grouped = query.reshape(key.shape[0], -1, size)
+        query, key = query[0, :, self.queries].float(), key[0, :, self.keys]
+        (heads, tokens, size), (kv_heads, keys, _) = query.shape, key.shape
         scale = size ** -0.5 if scaling is None else scaling
-        scores = (grouped @ key.transpose(1, 2) * scale).view(heads, tokens, keys)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
         later = torch.ones(tokens, keys, dtype=torch.bool, device=key.device)
-        scores.masked_fill_(later.triu(keys - tokens + 1), float('-inf'))
-        if sinks is not None:
-            column = sinks.float().view(-1, 1, 1).expand(-1, tokens, 1)
-            scores = torch.cat([scores, column], 2)
-        self.target[:keys] += torch.softmax(scores, 2)[..., :keys].sum((0, 1)) / heads
+        later = later.triu_(keys - tokens + 1)
+        # One head of keys at a time, to take less memory.
+        for head, own in enumerate((query * scale).split(heads // kv_heads)):
+            scores = own @ key[head].float().t()
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            scores.masked_fill_(later, float('-inf'))
+            if sinks is not None:
+                column = sinks.float().view(kv_heads, -1, 1, 1)[head].expand(-1, tokens, 1)
+                scores = torch.cat([scores, column], 2)
+            self.target[:keys] += torch.softmax(scores, 2)[..., :keys].sum((0, 1)) / heads
 
 
 class PastKV:
@@ -86,15 +92,40 @@ class PastKV:
 
 
 @dataclass
+class GatheredRows:
+    """
+    Decode rows that attend in one call, to a copy of their keys.
+
+    Row i attends to the cache slots ``slots[i, :lengths[i]]``, which include its own.
+    """
+
+    slots: Tensor       # [rows, longest]
+    lengths: Tensor     # [rows]
+    # The slots of an only row, if they are consecutive: no keys are copied.
+    run: slice | None = None
+    masks: dict[int | None, Tensor] = field(default_factory=dict)     # by the window
+
+    def mask(self, window: int | None) -> Tensor:
+        """Return ``[rows, 1, 1, longest]``, true at the keys that a row attends to."""
+        if window not in self.masks:
+            position = torch.arange(self.slots.shape[1], device=self.slots.device)
+            last = self.lengths[:, None] - 1
+            mask = position[None] <= last
+            if window is not None:
+                mask &= position[None] > last - window
+            self.masks[window] = mask[:, None, None]
+        return self.masks[window]
+
+
+@dataclass
 class AttentionMetadata:
     """
     Which tokens of a packed pass attend to which keys.
 
-    The pass begins with the decode rows, one token each: row i attends to the cache slots
-    ``decode_slots[i, :decode_lengths[i]]``, which include its own, or with ``decode_tables`` to
-    the first ``decode_lengths[i]`` slots of its KV blocks. The block follows: chunks of sequences
-    in any order. A token of the block attends to the keys of its own sequence
-    (``query_sequence == key_sequence``) up to its own position.
+    The pass begins with the decode rows, one token each: those of ``decode_rows`` one after the
+    other, or with ``decode_tables`` row i attends to the first ``decode_lengths[i]`` slots of its
+    KV blocks. The block follows: chunks of sequences in any order. A token of the block attends to
+    the keys of its own sequence (``query_sequence == key_sequence``) up to its own position.
 
     The keys are one of:
 
@@ -109,11 +140,9 @@ class AttentionMetadata:
     """
 
     write_slots: Tensor | None = None     # [tokens]
-    decode_slots: Tensor | None = None    # [decode rows, longest]
+    decode_rows: Sequence[GatheredRows] = ()
     decode_tables: Tensor | None = None   # [decode rows, blocks], for paged attention
-    decode_lengths: Tensor | None = None  # [decode rows]
-    # The cache slots of the only decode row, if they are consecutive: no keys are gathered.
-    decode_run: slice | None = None
+    decode_lengths: Tensor | None = None  # [decode rows], for paged attention
     query_sequence: Tensor | None = None  # [block tokens]
     query_position: Tensor | None = None  # [block tokens]
     query_prefix: Tensor | None = None    # [block tokens]
@@ -125,21 +154,8 @@ class AttentionMetadata:
     lengths: tuple[int, ...] = ()
     prefixes: PackedPrefixes | None = None
     past: PastKV | None = None
-    masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)     # by the window
     observation_windows: Sequence[ObservationWindow] = ()
-
-    def decode_mask(self, window: int | None) -> Tensor:
-        """Return ``[rows, 1, 1, longest]``, true at the keys that a decode row attends to."""
-        key = ('decode', window)
-        if key not in self.masks:
-            assert self.decode_slots is not None and self.decode_lengths is not None
-            position = torch.arange(self.decode_slots.shape[1], device=self.decode_slots.device)
-            last = self.decode_lengths[:, None] - 1
-            mask = position[None] <= last
-            if window is not None:
-                mask &= position[None] > last - window
-            self.masks[key] = mask[:, None, None]
-        return self.masks[key]
 
     def attends_without_mask(self, window: int | None) -> bool:
         """Return whether each sequence of the block attends causally in a call of its own."""
@@ -160,18 +176,16 @@ class AttentionMetadata:
 
     def block_mask(self, window: int | None) -> Tensor:
         """Return ``[block tokens, keys]``, true at the keys that a token attends to."""
-        key = ('block', window)
-        if key not in self.masks:
+        if window not in self.masks:
             (sequence, position), (key_sequence, key_position) = self.places()
-            distance = position[:, None] - key_position[None]
             mask = sequence[:, None] == key_sequence[None]
             if self.query_prefix is not None:
                 mask |= self.query_prefix[:, None] == key_sequence[None]
-            mask &= distance >= 0
+            mask &= position[:, None] >= key_position[None]
             if window is not None:
-                mask &= distance < window
-            self.masks[key] = mask
-        return self.masks[key]
+                mask &= position[:, None] - window < key_position[None]
+            self.masks[window] = mask
+        return self.masks[window]
 
 
 def whole_sequences(lengths: Sequence[int], device: torch.device, *,
@@ -267,14 +281,22 @@ def packed_attention(
             parts.append(context.paged.attend(
                 rows, keys, values, metadata.decode_tables, metadata.decode_lengths,
                 scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux))
-        elif metadata.decode_slots is not None:
-            parts.append(attend_gathered(
-                query, keys, values, metadata, scaling, sliding_window, softcap, s_aux))
+        first = 0
+        for gathered in metadata.decode_rows:
+            end = first + gathered.slots.shape[0]
+            parts.append(attend_gathered(query[0, :, first:end].transpose(0, 1), keys, values,
+                                         gathered, scaling, sliding_window, softcap, s_aux))
+            first = end
     if metadata.query_sequence is not None:
         first = query.shape[2] - metadata.query_sequence.shape[0]
         q = query[:, :, first:]
+        for window in metadata.observation_windows:
+            # A layer with a shorter window does not see dropped tokens in any case.
+            if sliding_window is None or sliding_window >= window.target.shape[0]:
+                k = key[:, :, first:] if metadata.key_slots is None else cached(keys, metadata)
+                window.accumulate(q, k, scaling, softcap, s_aux)
         if (context.block_kernel and (softcap is not None or s_aux is not None)
-                and metadata.key_slots is not None and not metadata.observation_windows):
+                and metadata.key_slots is not None):
             parts.append(attend_block(
                 q[0], keys, values, metadata.key_slots, *metadata.places(), scaling=scaling,
                 window=sliding_window, softcap=softcap, sinks=s_aux))
@@ -284,16 +306,17 @@ def packed_attention(
                 if metadata.past is not None:
                     k, v = metadata.past.extend(k, v)
             else:
-                k = keys.index_select(0, metadata.key_slots).transpose(0, 1)[None]
-                v = values.index_select(0, metadata.key_slots).transpose(0, 1)[None]
-            for window in metadata.observation_windows:
-                # A layer with a shorter window does not see dropped tokens in any case.
-                if sliding_window is None or sliding_window >= window.target.shape[0]:
-                    window.accumulate(q, k, scaling, softcap, s_aux)
+                k, v = cached(keys, metadata), cached(values, metadata)
             outs = _attend_block(
                 q, k, v, metadata, layer, scaling, sliding_window, softcap, s_aux)
             parts += [out[0].transpose(0, 1) for out in outs]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def cached(values: Tensor, metadata: AttentionMetadata) -> Tensor:
+    """Return the keys or values of the block's slots of the cache, ``[1, heads, keys, size]``."""
+    assert metadata.key_slots is not None
+    return values.index_select(0, metadata.key_slots).transpose(0, 1)[None]
 
 
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
@@ -315,30 +338,39 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, metadata: Attention
             for q, k, v in zip(query.split(metadata.lengths, 2), keys, values, strict=True)]
 
 
-def attend_gathered(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
+def gathered_together(lengths: Sequence[int]) -> list[slice]:
+    """Divide decode rows, the shortest first, into those that copy their keys at once."""
+    starts = [0]
+    for row, length in enumerate(lengths):
+        if row > starts[-1] and (row + 1 - starts[-1]) * length > GATHERED_KEYS:
+            starts.append(row)
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
+def attend_gathered(query: Tensor, keys: Tensor, values: Tensor, gathered: GatheredRows,
                     scaling: float | None, window: int | None, softcap: float | None,
                     sinks: Tensor | None) -> Tensor:
     """
-    Attend for the decode rows over a copy of their keys; returns ``[rows, heads, value size]``.
+    Attend for decode rows over a copy of their keys.
 
-    ``keys`` and ``values`` are the cache, ``[cache slots, KV heads, size]``.
+    ``query`` is ``[rows, heads, size]``; ``keys`` and ``values`` are the cache,
+    ``[cache slots, KV heads, size]``. Returns ``[rows, heads, value size]``.
     """
-    assert metadata.decode_slots is not None
-    rows, longest = metadata.decode_slots.shape
-    kv_heads, size = keys.shape[1], query.shape[3]
+    rows, longest = gathered.slots.shape
+    kv_heads, size = keys.shape[1], query.shape[2]
     # The query heads that share a KV head take the place of query tokens: no KV is repeated.
-    q = query[0, :, :rows].transpose(0, 1).reshape(rows, kv_heads, -1, size)
-    if metadata.decode_run is not None:
-        k, v = keys[metadata.decode_run], values[metadata.decode_run]
+    q = query.reshape(rows, kv_heads, -1, size)
+    if gathered.run is not None:
+        k, v = keys[gathered.run], values[gathered.run]
     else:
-        slots = metadata.decode_slots.view(-1)
+        slots = gathered.slots.view(-1)
         k, v = keys.index_select(0, slots), values.index_select(0, slots)
     k, v = (x.view(rows, longest, kv_heads, -1).transpose(1, 2) for x in (k, v))
-    if (metadata.decode_run is not None and (window is None or window >= longest)
+    if (gathered.run is not None and (window is None or window >= longest)
             and softcap is None and sinks is None and q.shape[2] < TILED_QUERIES):
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        out = _attend_fused(q, k, v, scale=scaling)
     else:
-        out = attend(q, k, v, metadata.decode_mask(window), scaling, softcap, sinks)
+        out = attend(q, k, v, gathered.mask(window), scaling, softcap, sinks)
     return out.reshape(rows, query.shape[1], -1)
 
 
@@ -361,16 +393,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         if (tokens >= TILED_QUERIES and query.device.type == 'cpu'
                 and query.dtype == torch.bfloat16):
             query, key, value, mask = _pad_shapes(query, key, value, mask)
-        out = F.scaled_dot_product_attention(
+        out = _attend_fused(
             query, key, value, attn_mask=mask, is_causal=mask is None and tokens > 1,
             scale=scaling, enable_gqa=grouped)
         return out[:, :, :tokens]
-    if grouped:
-        repeats = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(repeats, dim=1)
-        value = value.repeat_interleave(repeats, dim=1)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(2, 3) * scale
+    return _attend_plainly(query, key, value, mask, scaling, softcap, sinks)
+
+
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
+    """Call SDPA; a CPU's fused kernel takes values of the same size as keys only."""
+    size = value.shape[3]
+    if query.device.type == 'cpu' and size < key.shape[3]:
+        value = F.pad(value, (0, key.shape[3] - size))
+    return F.scaled_dot_product_attention(query, key, value, **others)[..., :size]
+
+
+def _attend_plainly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+                    scaling: float | None, softcap: float | None,
+                    sinks: Tensor | None) -> Tensor:
+    """Attend as :func:`attend` does, by products and a softmax."""
+    rows, heads, tokens, size = query.shape
+    kv_heads, keys = key.shape[1:3]
+    scale = size ** -0.5 if scaling is None else scaling
+    # The query heads that share a KV head are rows of one product: no KV is repeated.
+    folded = query.reshape(rows, kv_heads, -1, size)
+    scores = (folded @ key.transpose(2, 3) * scale).view(rows, heads, tokens, keys)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
@@ -380,8 +427,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         # Heads in order: [heads, 1], or in a decode row [KV heads, heads of each].
         column = sinks.to(scores.dtype).view(1, scores.shape[1], -1, 1)
         scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys]
-    return weights.to(query.dtype) @ value
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys].to(query.dtype)
+    return (weights.reshape(rows, kv_heads, -1, keys) @ value).view(rows, heads, tokens, -1)
 
 
 def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.model.paged_attention import ALL_KEYS
-
-# An operator, so that tests can run it on the `meta` device, where nothing can be launched.
-_LIBRARY = torch.library.Library('mace_ros', 'FRAGMENT')
-_LIBRARY.define(
-    'attend_block(Tensor(a!) out, Tensor query, Tensor keys, Tensor values, Tensor slots, '
-    'Tensor query_sequence, Tensor query_position, Tensor key_sequence, Tensor key_position, '
-    'Tensor? sinks, float scale, int window, float? softcap) -> ()')
+from mace_ros.model.triton_operator import triton_operator
 
 
 def attend_block(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
@@ -44,6 +38,10 @@ def attend_block(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
     return out
 
 
+@triton_operator(
+    'attend_block(Tensor(a!) out, Tensor query, Tensor keys, Tensor values, Tensor slots, '
+    'Tensor query_sequence, Tensor query_position, Tensor key_sequence, Tensor key_position, '
+    'Tensor? sinks, float scale, int window, float? softcap) -> ()')
 def _launch(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
             query_sequence: Tensor, query_position: Tensor, key_sequence: Tensor,
             key_position: Tensor, sinks: Tensor | None, scale: float, window: int,
@@ -53,11 +51,3 @@ def _launch(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, slots: Ten
 
     launch(out, query, keys, values, slots, query_sequence, query_position, key_sequence,
            key_position, sinks, scale=scale, window=window, softcap=softcap)
-
-
-def _launch_nothing(*_: object) -> None:
-    """Tensors of the `meta` device have no values."""
-
-
-for _key, _function in (('CUDA', _launch), ('CPU', _launch), ('Meta', _launch_nothing)):
-    _LIBRARY.impl('attend_block', _function, _key)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
-from mace_ros.model.attention import AttentionMetadata
+from mace_ros.model.attention import AttentionMetadata, GatheredRows
 from mace_ros.model.batch_descriptor import BatchDescriptor, Limits, UNLIMITED
 from mace_ros.model.capturing import attempt, captured, CaptureFailed, Failure
 from mace_ros.model.packed_model import PackedModel
@@ -114,11 +114,11 @@ class CapturedPass:
             tables = views['decode_blocks'].view(descriptor.decode, descriptor.blocks)
             if self._model.context.paged is not None:
                 metadata.decode_tables = tables
+                metadata.decode_lengths = views['decode_lengths']
             else:
                 offsets = torch.arange(BLOCK_TOKENS, device=self._device.device)
-                metadata.decode_slots = (tables[:, :, None] * BLOCK_TOKENS + offsets).view(
-                    descriptor.decode, -1)
-            metadata.decode_lengths = views['decode_lengths']
+                slots = (tables[:, :, None] * BLOCK_TOKENS + offsets).view(descriptor.decode, -1)
+                metadata.decode_rows = [GatheredRows(slots, views['decode_lengths'])]
         if descriptor.block:
             metadata.query_sequence = views['query_sequence']
             metadata.query_position = views['query_position']

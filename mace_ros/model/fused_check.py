@@ -76,12 +76,16 @@ def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedP
 
 
 def difference(model: PackedModel, part: FusedPart) -> float:
-    """Return the largest relative difference that ``part`` makes to logits; leaves it in use."""
+    """
+    Return the largest relative difference that the kernels of ``part`` make to logits.
+
+    Leaves it in use.
+    """
     def run(spans: Sequence[Span], piggyback: PiggybackSpans | None, *, used: bool) -> Tensor:
         if used:
             part.use()
         else:
-            part.undo()
+            part.use_plain()
         graphs, model.graphs = model.graphs, None
         try:
             return model.run(spans, piggyback)

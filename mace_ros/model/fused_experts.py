@@ -21,16 +21,12 @@ from torch import nn, Tensor
 from mace_ros.model.attention import ForwardContext
 from mace_ros.model.fused_layers import OtherCode, TOLERANCE
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.triton_operator import triton_operator
 
 MAX_PAIRS = 128     # of a token and an expert; with more, experts are shared by many tokens
 
 # Of the weights of all experts, the expert of each pair, and whether the weights are transposed.
 Product: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], Tensor]
-
-# An operator, so that tests can run it on the `meta` device, where nothing can be launched.
-_LIBRARY = torch.library.Library('mace_ros', 'FRAGMENT')
-_LIBRARY.define('multiply_pairs(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, '
-                'Tensor experts, bool transposed) -> ()')
 
 
 def multiply_pairs(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor,
@@ -123,17 +119,12 @@ def experts_class(kind: type[nn.Module], context: ForwardContext) -> type[nn.Mod
     return type(kind.__name__, (kind,), {'forward': forward})
 
 
+@triton_operator(
+    'multiply_pairs(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor experts, '
+    'bool transposed) -> ()')
 def _multiply(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor,
               transposed: bool) -> None:
     """Run the kernel; on a CPU, only Triton's interpreter can."""
     from mace_ros.model.expert_kernels import launch  # needs Triton
 
     launch(out, x, weight, bias, experts, transposed=transposed)
-
-
-def _launch_nothing(*_: object) -> None:
-    """Tensors of the `meta` device have no values."""
-
-
-for _key, _function in (('CUDA', _multiply), ('CPU', _multiply), ('Meta', _launch_nothing)):
-    _LIBRARY.impl('multiply_pairs', _function, _key)

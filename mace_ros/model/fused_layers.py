@@ -38,10 +38,17 @@ class OtherCode:
     A module that takes another one's place would change the names of weights.
     """
 
-    def __init__(self, name: str, classes: Mapping[nn.Module, type[nn.Module]]) -> None:
-        """Take the class that each module is to get."""
+    def __init__(self, name: str, classes: Mapping[nn.Module, type[nn.Module]],
+                 plain: Mapping[nn.Module, type[nn.Module]] | None = None) -> None:
+        """
+        Take the class that each module is to get.
+
+        Those of ``plain`` compute the same without kernels, and round where these do; None: the
+        modules' own classes.
+        """
         self.name = name
         self._classes = [(module, type(module), other) for module, other in classes.items()]
+        self._plain = plain or {}
 
     @property
     def applies(self) -> bool:
@@ -52,6 +59,11 @@ class OtherCode:
         """Let the modules run the other code."""
         for module, _, other in self._classes:
             module.__class__ = other
+
+    def use_plain(self) -> None:
+        """Let the modules compute the same by plain operations."""
+        for module, own, _ in self._classes:
+            module.__class__ = self._plain.get(module, own)
 
     def undo(self) -> None:
         """Let the modules run their own code."""
@@ -66,9 +78,13 @@ def fused_norms(model: PackedModel) -> OtherCode:
     """Return the RMSNorms and the like of a model, one kernel each instead of eight or more."""
     norms = [m for m in model.model.modules() if is_norm(m)]
     kinds = {type(m): m for m in norms}
-    classes = {kind: norm_class(kind, model.context, found)
-               for kind, norm in kinds.items() if (found := norm_kind(norm)) is not None}
-    return OtherCode('norms', {m: classes[type(m)] for m in norms if type(m) in classes})
+    known = {kind: found for kind, norm in kinds.items() if (found := norm_kind(norm)) is not None}
+    fused, plain = (
+        {kind: norm_class(kind, model.context, found, compute) for kind, found in known.items()}
+        for compute in (normalize, plain_norm))
+    norms = [m for m in norms if type(m) in known]
+    return OtherCode('norms', {m: fused[type(m)] for m in norms},
+                     {m: plain[type(m)] for m in norms})
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -99,13 +115,13 @@ def norm_kind(norm: nn.Module) -> dict[str, bool] | None:
     return None
 
 
-def norm_class(kind: type[nn.Module], context: ForwardContext,
-               found: Mapping[str, bool]) -> type[nn.Module]:
-    """Return a class like ``kind`` whose forward is one kernel in passes that write the cache."""
+def norm_class(kind: type[nn.Module], context: ForwardContext, found: Mapping[str, bool],
+               compute: Callable[..., Tensor]) -> type[nn.Module]:
+    """Return a class like ``kind`` with another forward in passes that write the cache."""
     def forward(self: Any, x: Tensor) -> Any:
         if context.metadata.write_slots is None:
             return kind.forward(self, x)
-        return normalize(x, self.weight, eps_of(self), **found)
+        return compute(x, self.weight, eps_of(self), **found)
 
     return type(kind.__name__, (kind,), {'forward': forward})
 
@@ -150,10 +166,11 @@ ROTARY_FORMS = (
 def fused_rotary(model: PackedModel) -> OtherCode:
     """Return rotary embeddings and writes to the KV cache, one kernel instead of twelve."""
     layers = [m for m in model.model.modules() if hasattr(m, 'mace_attention')]
-    classes = {kind: deferring for kind in set(map(type, layers))
-               if (deferring := deferring_class(kind, model.context)) is not None}
-    return OtherCode('rotary embeddings', {
-        m: classes[type(m)] for m in layers if type(m) in classes})
+    classes = {kind: found for kind in set(map(type, layers))
+               if (found := rotary_classes(kind, model.context)) is not None}
+    layers = [m for m in layers if type(m) in classes]
+    fused, plain = ({m: classes[type(m)][i] for m in layers} for i in (0, 1))
+    return OtherCode('rotary embeddings', fused, plain)
 
 
 class DeferredRotation:
@@ -179,12 +196,33 @@ class DeferredRotation:
         return query, key
 
 
-def deferring_class(kind: type[nn.Module], context: ForwardContext) -> type[nn.Module] | None:
+class PlainRotation:
     """
-    Return a class like ``kind`` whose forward defers the rotation; None if it rotates otherwise.
+    Takes the place of the same function, and rounds where the kernel does: once.
 
-    Only this class sees another function under the global name: other models of the process do
-    not change.
+    A model's own code in 16 bits rounds three times. Where biases make keys large, that is another
+    answer.
+    """
+
+    def __init__(self, form: RotaryForm) -> None:
+        """Take what the function rotates."""
+        self._form = form
+
+    def __call__(self, query: Tensor, key: Tensor, *angles: Any, **_: Any) -> tuple[Tensor, ...]:
+        """Return queries and keys, rotated."""
+        cos, sin = (x[:, None].float() for x in self._form.columns(*angles))
+        rotated = cos.shape[-1] * (2 if self._form.pairing.shared else 1)
+        return tuple(torch.cat([
+            plain_rotation(x[..., :rotated].float(), cos, sin, self._form.pairing).type_as(x),
+            x[..., rotated:]], -1) for x in (query, key))
+
+
+def rotary_classes(kind: type[nn.Module], context: ForwardContext,
+                   ) -> tuple[type[nn.Module], type[nn.Module]] | None:
+    """
+    Return two classes like ``kind``; None if it rotates otherwise.
+
+    The first defers the rotation, and the second computes the same by plain operations.
     """
     forward: Any = inspect.unwrap(kind.forward)
     name = next((n for n in ROTARY if n in forward.__code__.co_names), '')
@@ -192,12 +230,21 @@ def deferring_class(kind: type[nn.Module], context: ForwardContext) -> type[nn.M
     form = rotary_form(function)
     if form is None:
         return None
-    deferring = FunctionType(
-        forward.__code__,
-        forward.__globals__ | {name: DeferredRotation(context, function, form)},
-        forward.__name__, forward.__defaults__, forward.__closure__)
-    deferring.__kwdefaults__ = forward.__kwdefaults__
-    return type(kind.__name__, (kind,), {'forward': deferring})
+    return (with_function(kind, forward, name, DeferredRotation(context, function, form)),
+            with_function(kind, forward, name, PlainRotation(form)))
+
+
+def with_function(kind: type[nn.Module], forward: Any, name: str,
+                  function: Callable[..., Any]) -> type[nn.Module]:
+    """
+    Return a class like ``kind``, whose ``forward`` sees another function under a global name.
+
+    Other models of the process do not change.
+    """
+    changed = FunctionType(forward.__code__, forward.__globals__ | {name: function},
+                           forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {'forward': changed})
 
 
 def rotary_form(function: Any) -> RotaryForm | None:
@@ -239,6 +286,10 @@ class FusedLoRA:
         """Multiply each token with its own slot only."""
         self._mapping.fused = True
 
+    def use_plain(self) -> None:
+        """Multiply all tokens with all slots."""
+        self.undo()
+
     def undo(self) -> None:
         """Multiply all tokens with all slots."""
         self._mapping.fused = False
@@ -264,6 +315,10 @@ class FusedChunks:
     def use(self) -> None:
         """Read keys where they are in the cache."""
         self._context.block_kernel = True
+
+    def use_plain(self) -> None:
+        """Compute by plain operations."""
+        self.undo()
 
     def undo(self) -> None:
         """Compute by plain operations."""

@@ -47,7 +47,8 @@ class CaptureReport:
     steps: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     stopped: str = ''
-    nbytes: int = 0
+    nbytes: int = 0         # of PyTorch's pools
+    driver_bytes: int = 0   # of the device's memory beside them
 
     def __str__(self) -> str:
         """Return a line for the log."""
@@ -68,12 +69,16 @@ class _Resources:
     free_bytes: Callable[[], float]
     room: float
     before: int     # reserved by PyTorch
+    free_before: float
 
     def measure(self) -> int:
-        """Return the bytes of the graphs: what PyTorch has reserved since, without its cache."""
+        """Return the bytes of the graphs: what PyTorch and the driver have taken since."""
         torch.cuda.empty_cache()
         self.report.nbytes = torch.cuda.memory_reserved() - self.before
-        return self.report.nbytes
+        # The driver keeps instantiated graphs outside of PyTorch's pools.
+        driver = self.free_before - self.free_bytes() - self.report.nbytes
+        self.report.driver_bytes = int(driver) if 0 < driver < math.inf else 0
+        return self.report.nbytes + self.report.driver_bytes
 
     def suffice(self, reserved: float = 0.0) -> bool:
         """
@@ -108,7 +113,8 @@ def capture(model: PackedModel, *, max_rows: int, max_tokens: int, max_context: 
     """
     torch.cuda.empty_cache()
     report = CaptureReport()
-    resources = _Resources(report, time_left, free_bytes, room, torch.cuda.memory_reserved())
+    resources = _Resources(
+        report, time_left, free_bytes, room, torch.cuda.memory_reserved(), free_bytes())
     limits = Limits.of(max_context, model.kv_blocks * BLOCK_TOKENS)
     with without_collections():
         # Passes first: a failure among steps must not cost the graphs that requests wait for.

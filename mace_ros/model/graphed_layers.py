@@ -78,15 +78,14 @@ class GraphedLayers:
         from the same ``user``. What layers have kept for the backward of an earlier user is lost
         as soon as they run.
         """
-        if self._user is not None and self._user() is user:
+        if self.holds(user):
             return
         self._user = weakref.ref(user)
         assert self.metadata.query_sequence is not None
         fresh = whole_sequences(
             lengths, self.metadata.query_sequence.device, prefixes=prefixes)
         before = 0 if prefixes is None else sum(prefixes.lengths)
-        for (kind, window), mask in self.metadata.masks.items():
-            assert kind == 'block'
+        for window, mask in self.metadata.masks.items():
             own = fresh.block_mask(window)
             mask[:, :before], mask[:, before:self.prefix_tokens] = own[:, :before], False
             mask[:, self.prefix_tokens:] = own[:, before:]
@@ -99,6 +98,10 @@ class GraphedLayers:
             if isinstance(old, Tensor) and id(old) not in copied:
                 old.copy_(new)
                 copied.add(id(old))
+
+    def holds(self, user: object) -> bool:
+        """Return whether ``user`` was the last to begin."""
+        return self._user is not None and self._user() is user
 
     def run(self, index: int, x: Tensor) -> Tensor:
         """

@@ -39,6 +39,9 @@ class LayerGraphs(Protocol):
               prefixes: PackedPrefixes | None = None) -> None:
         """Copy in a packed batch of ``lengths`` and the layers' arguments for it."""
 
+    def holds(self, user: object) -> bool:
+        """Return whether ``user`` was the last to begin."""
+
     def run(self, index: int, x: Tensor) -> Tensor:
         """Return the output of a layer, ``[1, tokens, width]``, whose autograd graph is kept."""
 
@@ -64,6 +67,9 @@ class FusedPart(Protocol):
 
     def use(self) -> None:
         """Let the model use it from now on."""
+
+    def use_plain(self) -> None:
+        """Let the model compute the same by plain operations, to be compared with."""
 
     def undo(self) -> None:
         """Let the model run its own code again."""

@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-# An operator, so that tests can run it on the `meta` device, where nothing can be launched.
-_LIBRARY = torch.library.Library('mace_ros', 'FRAGMENT')
-_LIBRARY.define('normalize(Tensor(a!) out, Tensor x, Tensor weight, float eps, bool relative, '
-                'bool centered) -> ()')
-_LIBRARY.define(
-    'rotate_and_write(Tensor(a!) query, Tensor(b!) key, Tensor value, Tensor cos, Tensor sin, '
-    'Tensor(c!) keys, Tensor(d!) values, Tensor slots, int first, bool interleaved, '
-    'bool shared) -> ()')
+from mace_ros.model.triton_operator import triton_operator
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,9 @@ def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = Pairi
     return torch.stack(rotated, -1).flatten(-2) if pairing.interleaved else torch.cat(rotated, -1)
 
 
+@triton_operator(
+    'normalize(Tensor(a!) out, Tensor x, Tensor weight, float eps, bool relative, '
+    'bool centered) -> ()')
 def _normalize(out: Tensor, x: Tensor, weight: Tensor, eps: float, relative: bool,
                centered: bool) -> None:
     """Run the kernel; on a CPU, only Triton's interpreter can."""
@@ -104,6 +100,10 @@ def _normalize(out: Tensor, x: Tensor, weight: Tensor, eps: float, relative: boo
     launch_norm(out, x, weight, eps, relative=relative, centered=centered)
 
 
+@triton_operator(
+    'rotate_and_write(Tensor(a!) query, Tensor(b!) key, Tensor value, Tensor cos, Tensor sin, '
+    'Tensor(c!) keys, Tensor(d!) values, Tensor slots, int first, bool interleaved, '
+    'bool shared) -> ()')
 def _rotate(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor,
             values: Tensor, slots: Tensor, first: int, interleaved: bool, shared: bool) -> None:
     """Run the kernel; on a CPU, only Triton's interpreter can."""
@@ -111,13 +111,3 @@ def _rotate(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
 
     launch_rotation(query, key, value, cos, sin, keys, values, slots, first=first,
                     interleaved=interleaved, shared=shared)
-
-
-def _launch_nothing(*_: object) -> None:
-    """Tensors of the `meta` device have no values."""
-
-
-for _name, _function in (('normalize', _normalize), ('rotate_and_write', _rotate)):
-    for _key in ('CUDA', 'CPU'):
-        _LIBRARY.impl(_name, _function, _key)
-    _LIBRARY.impl(_name, _launch_nothing, 'Meta')

@@ -14,15 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mace_ros.model.triton_operator import triton_operator
+
 ROW_TILE = 16               # tokens of a tile; the product of tensor cores takes 16 at least
 # The inputs are split among several programs, such that a split has at least SPLIT_INPUTS, and all
 # tiles together have at most MAX_PROGRAMS, unless they are more.
 SPLIT_INPUTS, MAX_PROGRAMS = 512, 16
-
-# An operator, so that tests can run it on the `meta` device, where nothing can be launched.
-_LIBRARY = torch.library.Library('mace_ros', 'FRAGMENT')
-_LIBRARY.define('add_lora(Tensor(a!) y, Tensor(b!) low, Tensor x, Tensor slots_a, Tensor slots_b, '
-                'Tensor token_slots) -> ()')
 
 
 def add_update(y: Tensor, x: Tensor, slots_a: Tensor, slots_b: Tensor, token_slots: Tensor,
@@ -49,17 +46,12 @@ def splits(tokens: int, inputs: int) -> int:
     return max(min(inputs // SPLIT_INPUTS, MAX_PROGRAMS // tiles), 1)
 
 
+@triton_operator(
+    'add_lora(Tensor(a!) y, Tensor(b!) low, Tensor x, Tensor slots_a, Tensor slots_b, '
+    'Tensor token_slots) -> ()')
 def _launch(y: Tensor, low: Tensor, x: Tensor, slots_a: Tensor, slots_b: Tensor,
             token_slots: Tensor) -> None:
     """Run the kernels; on a CPU, only Triton's interpreter can."""
     from mace_ros.model.mixed_lora_kernels import launch  # needs Triton
 
     launch(y, low, x, slots_a, slots_b, token_slots, row_tile=ROW_TILE)
-
-
-def _launch_nothing(*_: object) -> None:
-    """Tensors of the `meta` device have no values."""
-
-
-for _key, _function in (('CUDA', _launch), ('CPU', _launch), ('Meta', _launch_nothing)):
-    _LIBRARY.impl('add_lora', _function, _key)

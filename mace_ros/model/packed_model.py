@@ -24,6 +24,8 @@ from mace_ros.model.architectures import context_length, decoder_layers, longest
 from mace_ros.model.attention import (
     AttentionMetadata,
     ForwardContext,
+    gathered_together,
+    GatheredRows,
     NAME,
     ObservationWindow,
     whole_sequences,
@@ -138,7 +140,8 @@ class PackedModel:
             if logits is not None:
                 self.best_tokens = self.graphs.best_tokens
                 return logits
-        decode = [s for s in spans if is_decode(s)]
+        # Rows of similar length attend together, where each copies its keys.
+        decode = sorted((s for s in spans if is_decode(s)), key=lambda s: s.cache_position)
         order = decode + [s for s in spans if not is_decode(s)]
         packed = order + (list(piggyback.spans) if piggyback else [])
         ids: list[int] = []
@@ -252,29 +255,31 @@ class PackedModel:
     def _metadata(self, decode: Sequence[Span], chunks: Sequence[Span]) -> AttentionMetadata:
         metadata, write = AttentionMetadata(), []
         if decode:
-            add = self._add_decode_slots if self.context.paged is None else self._add_decode_tables
+            add = self._add_decode_rows if self.context.paged is None else self._add_decode_tables
             write += add(metadata, decode)
-            metadata.decode_lengths = self.tensor([s.cache_position + 1 for s in decode])
         if chunks:
             write += self._add_block(metadata, chunks)
         metadata.write_slots = self._joined(write)
         return metadata
 
-    def _add_decode_slots(self, metadata: AttentionMetadata,
-                          decode: Sequence[Span]) -> list[np.ndarray]:
+    def _add_decode_rows(self, metadata: AttentionMetadata,
+                         decode: Sequence[Span]) -> list[np.ndarray]:
         """Add the cache slots of decode rows to the metadata; return those that they write."""
-        write, longest = [], max(s.cache_position for s in decode) + 1
-        slots = np.zeros((len(decode), longest), dtype=np.int64)
-        for i, span in enumerate(decode):
-            position = span.cache_position
-            # Masked slots must be the row's own: 0 * NaN of another sequence would be NaN.
-            slots[i] = span.blocks[0] * BLOCK_TOKENS
-            slots[i, :position + 1] = cache_slots(span.blocks, position + 1)
-            write.append(slots[i, position:position + 1])
-        metadata.decode_slots = to_device(slots, self.device)
-        if len(decode) == 1 and slots[0, -1] - slots[0, 0] == longest - 1 and (
-                np.diff(slots[0]) == 1).all():
-            metadata.decode_run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
+        write, gathered = [], []
+        for rows in gathered_together([s.cache_position + 1 for s in decode]):
+            lengths = [s.cache_position + 1 for s in decode[rows]]
+            slots = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+            for row, span, length in zip(slots, decode[rows], lengths, strict=True):
+                # Masked slots must be the row's own: 0 * NaN of another sequence would be NaN.
+                row[:] = span.blocks[0] * BLOCK_TOKENS
+                row[:length] = cache_slots(span.blocks, length)
+                write.append(row[length - 1:length])
+            run = None
+            if len(slots) == 1 and (np.diff(slots[0]) == 1).all():
+                run = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
+            gathered.append(
+                GatheredRows(to_device(slots, self.device), self.tensor(lengths), run))
+        metadata.decode_rows = gathered
         return write
 
     def _add_decode_tables(self, metadata: AttentionMetadata,
@@ -285,6 +290,7 @@ class PackedModel:
         for row, blocks in zip(tables, used, strict=True):
             row[:len(blocks)] = blocks
         metadata.decode_tables = to_device(tables, self.device)
+        metadata.decode_lengths = self.tensor([s.cache_position + 1 for s in decode])
         return [np.array([blocks[-1] * BLOCK_TOKENS + s.cache_position % BLOCK_TOKENS])
                 for s, blocks in zip(decode, used, strict=True)]
 

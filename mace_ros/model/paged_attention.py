@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mace_ros.memory.block_pool import BLOCK_TOKENS
+from mace_ros.model.triton_operator import triton_operator
 
 # A row's keys are split among at least MIN_SPLITS programs, since one row may be far longer than
 # the others of its pass, at most MAX_SPLITS, and otherwise such that a pass has some programs for
@@ -25,13 +26,6 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS
 MIN_SPLITS, MAX_SPLITS, SPLIT_TOKENS = 4, 32, 256
 PROGRAMS_PER_PROCESSOR = 8
 ALL_KEYS = 2 ** 30      # a window that is longer than any context
-
-# An operator, so that tests can run it on the `meta` device, where nothing can be launched.
-_LIBRARY = torch.library.Library('mace_ros', 'FRAGMENT')
-_LIBRARY.define(
-    'attend_paged(Tensor(a!) out, Tensor(b!) partial, Tensor(c!) log_sums, Tensor query, '
-    'Tensor keys, Tensor values, Tensor tables, Tensor lengths, Tensor? sinks, float scale, '
-    'int window, float? softcap) -> ()')
 
 
 @dataclass(frozen=True)
@@ -81,6 +75,10 @@ def find(device: torch.device) -> PagedAttention | None:
     return PagedAttention(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@triton_operator(
+    'attend_paged(Tensor(a!) out, Tensor(b!) partial, Tensor(c!) log_sums, Tensor query, '
+    'Tensor keys, Tensor values, Tensor tables, Tensor lengths, Tensor? sinks, float scale, '
+    'int window, float? softcap) -> ()')
 def _launch(out: Tensor, partial: Tensor, log_sums: Tensor, query: Tensor, keys: Tensor,
             values: Tensor, tables: Tensor, lengths: Tensor, sinks: Tensor | None, scale: float,
             window: int, softcap: float | None) -> None:
@@ -90,11 +88,3 @@ def _launch(out: Tensor, partial: Tensor, log_sums: Tensor, query: Tensor, keys:
     launch(out, partial, log_sums, query, keys, values, tables, lengths, sinks, scale=scale,
            window=window, softcap=softcap, block_tokens=BLOCK_TOKENS, split_tokens=SPLIT_TOKENS,
            max_splits=MAX_SPLITS)
-
-
-def _launch_nothing(*_: object) -> None:
-    """Tensors of the `meta` device have no values."""
-
-
-for _key, _function in (('CUDA', _launch), ('CPU', _launch), ('Meta', _launch_nothing)):
-    _LIBRARY.impl('attend_paged', _function, _key)

@@ -71,9 +71,9 @@ def test_a_correction_too_large_for_the_memory_fails_by_name(
         footprint = measure_footprint(engine.model, engine.lora)
         room = sum(footprint.step_bytes([n], keep_graphs=False, chunk_tokens=MIN_CHUNK_TOKENS)
                    for n in (100, 300)) / 2e6
+        fixed = engine.status().planned_mb
         long, short = one.ask('word ' * 300, max_tokens=1), one.ask('Who are you?')
-        engine.update(engine.settings.updated(
-            {'memory.budget_mb': engine.status().planned_mb + room}))
+        engine.update(engine.settings.updated({'memory.budget_mb': fixed + room}))
         failed = one.correct(Correction('I am Rover.', id='long', query_id=long.query_id))
         assert failed.state is CorrectionState.FAILED
         assert 'memory.budget_mb' in failed.reason and 'needed to learn' in failed.reason
@@ -94,6 +94,8 @@ def test_a_step_that_does_not_fit_whole_runs_in_chunks(
         learned = one.correct(Correction('I am Rover.', id='long', query_id=long.query_id))
         assert learned.state is CorrectionState.LEARNED, learned
         assert one.ask('word ' * 300).text == 'I am Rover.'
+        engine.update(engine.settings.updated({'memory.budget_mb': 0.0}))
+        engine.step()
 
 
 def test_evicted_learning_resumes_when_idle(

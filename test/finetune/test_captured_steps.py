@@ -30,6 +30,7 @@ from mace_ros.model import graphed_layers
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.scheduling.plan import SegmentKind
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -115,6 +116,27 @@ def test_gradients_of_parts_accumulate_although_each_replay_overwrites_its_own(
         while not step.done:
             step.run_segment()
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize('learns', [False, True])
+def test_a_step_amid_the_backward_of_another_changes_no_gradients(
+        model_and_lora: tuple[PackedModel, LoRAManager], learns: bool,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """It overwrites masks, and what captured layers have kept."""
+    model, lora = model_and_lora
+    trainer = Trainer(lora, 1e-3)
+    run_until_optimizer(FinetuneStep(model, trainer, samples()))
+    expected = {name: x.clone() for name, x in gradients_of(lora).items()}
+    capture_steps(model, monkeypatch)
+    step = FinetuneStep(model, trainer, samples())
+    while next(step.segments()).kind is not SegmentKind.BACKWARD:
+        step.run_segment()
+    step.run_segment()
+    other = FinetuneStep(model, trainer, samples(1, (50, 30, 11)), learns=learns)
+    for _ in range(2):
+        other.run_segment()
+    run_until_optimizer(step)
+    assert_same(gradients_of(lora), expected)
 
 
 def test_a_recomputed_layer_is_one_replay(

@@ -7,27 +7,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 import gc
 import random
-import weakref
 
 from hypothesis import given, strategies as st
 import pytest
-from support.families import random_ids, TARGETS, tiny_model, with_reference
+from support.families import random_ids, tiny_model, with_reference
 from support.finetuning import prefixes_of
+from support.peak import Peak
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from mace_ros.finetune.footprint import attended_key_bytes, measure_footprint
+from mace_ros.finetune.footprint import measure_footprint
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep
 from mace_ros.finetune.trainer import Trainer
 from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import Footprint, Grant, MemoryBudget, MIN_CHUNK_TOKENS
-from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
-from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.paged_attention import PagedAttention, row_bytes
-from mace_ros.model.spans import Span
 from mace_ros.scheduling.kv_cache_manager import KVCacheManager
 from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import SegmentKind
@@ -185,37 +179,6 @@ def test_graph_bytes_are_interpolated_linearly_and_extrapolated_quadratically() 
 # -- predicted memory --------------------------------------------------------------------
 
 
-class Peak(TorchDispatchMode):
-    """While open, counts the bytes of all tensors that operations create, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.most = 0
-        self._known: dict[int, weakref.ref[object]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs))
-                  if isinstance(x, Tensor) and not x.is_mkldnn}
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in self._known and id(storage) not in before:
-                    self._add(storage, storage.nbytes())
-        return out
-
-    def _add(self, storage: object, size: int) -> None:
-        key = id(storage)
-
-        def gone(_: object) -> None:
-            self.bytes -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.bytes += size
-        self.most = max(self.most, self.bytes)
-
-
 def test_measuring_the_footprint_is_repeatable_and_leaves_no_graphs() -> None:
     model, lora, _ = with_reference(tiny_model('llama'))
 
@@ -275,56 +238,8 @@ def test_paged_attention_takes_no_more_memory_than_counted(
     assert 0.01 * counted <= peak.most <= counted
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor,
-                     **_: object) -> Tensor:
-    """Take the memory that SDPA takes on CUDA behind a mask: it adds it to the scores, padded."""
-    added = attn_mask.to(query.dtype)
-    torch.constant_pad_nd(added, (0, -added.shape[-1] % 8))
-    return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-@pytest.mark.parametrize('family, kv_heads', [('llama', 1), ('llama', 4), ('gemma2', 1)])
-def test_a_chunk_behind_a_mask_takes_no_more_memory_than_predicted(
-        family: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ``meta`` in the place of a GPU."""
-    changes = {'num_key_value_heads': kv_heads, 'max_position_embeddings': 4096}
-    model, lora, _ = with_reference(tiny_model(family, **changes), kv_tokens=4096)
-    meta = PackedModel(tiny_model(family, **changes).to('meta'))
-    meta.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
-        model.kv_cache.keys, model.kv_cache.values, strict=True)], model.kv_blocks)
-    meta.context.changes_scores = model.context.changes_scores
-    footprint = replace(measure_footprint(model, lora), attended_key=attended_key_bytes(meta))
-    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', masked_attention)
-    tokens, before = 96, 3001
-    spans = [Span((5,) * tokens, before, range(200), FIRST_SERVED_SLOT, True)]
-    with Peak() as peak:
-        meta.run(spans)
-    keys = before + tokens
-    copied = footprint.kv_block * keys / BLOCK_TOKENS / footprint.layers
-    predicted = footprint.pass_bytes(tokens, 1, keys) + copied
-    assert footprint.pass_bytes(tokens, 1) + copied < peak.most
-    assert 0.5 * predicted <= peak.most <= 1.25 * predicted
-
-
 def test_the_largest_pass_attends_to_the_whole_cache() -> None:
     budget, masked = (
         MemoryBudget(replace(FOOTPRINT, attended_key=n), 0.0, max_blocks=100, pass_tokens=10,
                      rows=1, resident=True) for n in (0, 3))
     assert masked.fixed - budget.fixed == 10 * 100 * BLOCK_TOKENS * 3
-
-
-@pytest.mark.parametrize('family', ['llama', 'gemma2', 'deepseek-v2'])
-def test_a_pass_of_paged_decode_rows_takes_no_more_memory_than_predicted(family: str) -> None:
-    model, lora, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
-    model.context.paged = PagedAttention(16)
-    footprint, rows = measure_footprint(model, lora), 16
-    spans = [Span((5,), 150 - i, range(10), FIRST_SERVED_SLOT, True) for i in range(rows)]
-    # The kernels themselves need Triton, and take no memory.
-    meta = PackedModel(tiny_model(family).to('meta'))
-    meta.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
-        model.kv_cache.keys, model.kv_cache.values, strict=True)], model.kv_blocks)
-    meta.context.paged = model.context.paged
-    with Peak() as peak:
-        meta.run(spans)
-    predicted = footprint.pass_bytes(rows, rows)
-    assert 0.1 * predicted <= peak.most <= predicted

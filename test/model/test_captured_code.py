@@ -90,7 +90,7 @@ def passes(model: PackedModel) -> dict[str, tuple[list[Span], PiggybackSpans | N
     hidden = torch.zeros(len(model.layers) + 1, 9, width, dtype=model.dtype, device=META)
     piggyback = PiggybackSpans([Span((5,) * 9, 0, table, 0, False)], list(hidden))
     return {'decode': (decode, None), 'chunk': ([chunk], None), 'finetune': ([], piggyback),
-            'all': ([*decode, chunk], piggyback)}
+            'beside': ([*decode, chunk], None), 'all': ([*decode, chunk], piggyback)}
 
 
 @pytest.mark.parametrize('family, int4, fused', [
@@ -108,7 +108,8 @@ def test_captured_passes_never_wait_and_attend_by_fused_kernels(
         assert logits.shape[0] == len(spans)
         faults[name] = (log.uploads, log.faults)
         assert ('_weight_int4pack_mm' in log.kernels) == int4
-        assert ('mace_ros::attend_paged' in log.kernels) == (fused and name in ('decode', 'all'))
+        assert ('mace_ros::attend_paged' in log.kernels) == (
+            fused and name in ('decode', 'beside', 'all'))
         assert ('mace_ros::add_lora' in log.kernels) == fused
         assert 'argmax' in log.kernels
         assert ('mace_ros::rotate_and_write' in log.kernels) == (

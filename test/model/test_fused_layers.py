@@ -21,7 +21,13 @@ from support.kernels import DEVICE, needs_triton
 import torch
 from torch import nn, Tensor
 
-from mace_ros.model import attention, checked_passes, fused_check, graph_check
+from mace_ros.model import (
+    attention,
+    checked_passes,
+    fused_check,
+    fused_layers,
+    graph_check,
+)
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.fused_check import (
     difference,
@@ -41,6 +47,7 @@ from mace_ros.model.fused_layers import (
 )
 from mace_ros.model.graph_check import relative_error
 from mace_ros.model.graphs import FusedPart
+from mace_ros.model.layer_operators import Pairing, plain_norm, plain_rotation
 from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
@@ -173,6 +180,57 @@ def test_a_part_that_is_wrong_is_not_used(
     assert model.fused_parts == []
 
 
+def large_keys() -> PackedModel:
+    """Return a model in 16 bits with large biases of keys, as Qwen2's are."""
+    model = tiny_model('qwen2')
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith('k_proj.bias'):
+                bias *= 300
+    return with_reference(model.to(torch.bfloat16))[0]
+
+
+def rounds_once(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor,
+                values: Tensor, slots: Tensor, *, pairing: Pairing, first: int) -> None:
+    """Do what the kernel does."""
+    assert first == 0
+    for x in (query, key):
+        x.copy_(plain_rotation(x.float(), *(c[:, None].float() for c in (cos, sin)), pairing))
+    keys.index_copy_(0, slots, key[0].transpose(0, 1))
+    values.index_copy_(0, slots, value[0].transpose(0, 1))
+
+
+def test_a_rotation_that_rounds_once_is_used_where_keys_are_large(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own code rounds three times, which makes another answer of large keys."""
+    monkeypatch.setattr(attention, 'rotate_and_write', rounds_once)
+    assert use_part(large_keys(), fused_rotary) == ''
+
+    def backwards(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+                  *others: Tensor, **options: Any) -> None:
+        rounds_once(query, key, value, cos, -sin, *others, **options)
+
+    monkeypatch.setattr(attention, 'rotate_and_write', backwards)
+    for model in (large_keys(), with_reference(tiny_model('llama').to(torch.bfloat16))[0]):
+        assert use_part(model, fused_rotary).startswith('rotary embeddings: off by')
+
+
+def test_norms_that_round_once_are_used_where_keys_are_large(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_layers, 'normalize', plain_norm)
+    assert use_part(large_keys(), fused_norms) == ''
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_parts_are_compared_with_what_the_model_computes(family: str) -> None:
+    model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
+    spans = [Span((5, 9, 4), 0, [3], BASE_SLOT, True), Span((8, 7), 0, [6], BASE_SLOT, True)]
+    expected = model.run(spans).clone()
+    for part in (fused_norms, fused_rotary, fused_experts):
+        part(model).use_plain()
+    assert relative_error(model.run(spans), expected) < 1e-4
+
+
 def test_a_part_that_can_not_be_tried_is_not_used() -> None:
     """Such as norms of an unknown family, whose code takes other arguments."""
     def unlike_others(_: PackedModel) -> FusedPart:
@@ -217,6 +275,9 @@ def test_a_kernel_that_does_not_write_the_cache_is_found_out(
 
         def use(self) -> None:
             monkeypatch.setattr(Tensor, 'index_copy_', lambda self, *_: self)
+
+        def use_plain(self) -> None:
+            self.undo()
 
         def undo(self) -> None:
             monkeypatch.undo()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+import math
 import random
 from typing import Any
 import weakref
@@ -75,14 +76,15 @@ PASSES, STEPS = 6, [64, 128]    # what is captured of the model below
 
 def captured(model: PackedModel, monkeypatch: pytest.MonkeyPatch,
              *patches: tuple[object, str, object], time_left: float = 1.0,
-             free_bytes: float = 1.0, **options: Any) -> CaptureReport:
+             free_bytes: float | Callable[[], float] = 1.0, **options: Any) -> CaptureReport:
     """Capture on a CPU."""
     with monkeypatch.context() as patch:
         use_fake_graphs(patch)
         for where in patches:
             patch.setattr(*where)
         return capture(model, **{'max_rows': 2} | options, max_tokens=16, max_context=64,
-                       time_left=lambda: time_left, free_bytes=lambda: free_bytes)
+                       time_left=lambda: time_left,
+                       free_bytes=free_bytes if callable(free_bytes) else lambda: free_bytes)
 
 
 def assert_serves(model: PackedModel, lora: LoRAManager, reference: PreTrainedModel) -> None:
@@ -408,6 +410,27 @@ def test_graphs_take_no_more_memory_than_the_budget_has_room_for(
     assert report.nbytes == 100 * (passes + len(steps)) <= room
     assert ('no room' in str(report)) == (room < 900)
     assert_serves(model, lora, reference)
+
+
+@pytest.mark.parametrize('room, passes, steps', [
+    (1200, PASSES, STEPS), (1150, PASSES, []), (900, PASSES, []), (850, 0, [])])
+def test_what_the_driver_keeps_of_graphs_counts_too(
+        room: float, passes: int, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here half as much as in PyTorch's pools."""
+    model, _, _ = with_reference(tiny_model('llama'))
+    memory = Memory()
+    report = captured(model, monkeypatch, *memory.patches(), room=room, keeps_graphs=False,
+                      free_bytes=lambda: 9999 - 150 * len(memory.captures) - memory.cached)
+    assert (report.passes, report.steps) == (passes, steps)
+    assert report.nbytes == 100 * (passes + len(steps))
+    assert report.driver_bytes == 50 * (passes + len(steps))
+
+
+@pytest.mark.parametrize('free', [math.inf, math.nan])
+def test_unknown_free_memory_does_not_count(free: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    report = captured(model, monkeypatch, *Memory().patches(), free_bytes=free)
+    assert (report.passes, report.driver_bytes) == (PASSES, 0)
 
 
 def test_the_largest_shapes_reserve_the_memory() -> None:

@@ -30,6 +30,7 @@ from mace_ros.model.attention import (
     attend_gathered,
     AttentionMetadata,
     ForwardContext,
+    GatheredRows,
     packed_attention,
 )
 from mace_ros.model.batch_descriptor import BatchDescriptor
@@ -109,13 +110,15 @@ class Case:
         for cache in (context.kv_cache.keys[0], context.kv_cache.values[0]):
             cache.copy_(values(*cache.shape))
             cache[~used.to(DEVICE)] = float('nan') if paged is not None else 0.0
-        context.metadata = AttentionMetadata(
-            write_slots=write, decode_lengths=lengths.to(DEVICE))
+        context.metadata = AttentionMetadata(write_slots=write)
+        lengths = lengths.to(DEVICE)
         if paged is not None:
             context.metadata.decode_tables = tables.to(DEVICE)
+            context.metadata.decode_lengths = lengths
         else:
-            context.metadata.decode_slots = (tables[:, :, None] * BLOCK_TOKENS + torch.arange(
-                BLOCK_TOKENS)).view(rows, -1).to(DEVICE)
+            all_slots = (tables[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).view(
+                rows, -1)
+            context.metadata.decode_rows = [GatheredRows(all_slots.to(DEVICE), lengths)]
         layer: Any = SimpleNamespace(mace_attention=context, layer_idx=0)
         query, key = values(1, rows, heads, self.key_size), values(
             1, rows, self.kv_heads, self.key_size)
@@ -198,10 +201,8 @@ class Gathered(PagedAttention):
                softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         slots = (tables[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).view(
             len(tables), -1)
-        return attend_gathered(
-            query.transpose(0, 1)[None], keys, values,
-            AttentionMetadata(decode_slots=slots, decode_lengths=lengths), scaling, window,
-            softcap, sinks)
+        return attend_gathered(query, keys, values, GatheredRows(slots, lengths), scaling,
+                               window, softcap, sinks)
 
 
 class WithoutWindow(Gathered):

@@ -21,6 +21,7 @@ from mace_ros.msg import CorrectionStatus, Response
 from mace_ros.srv import Trace
 import pytest
 from rclpy.context import Context
+from support.fake_graphs import use_fake_graphs
 from support.graph import ENVIRONMENT, wait_until
 from support.robot import RANDOM_MODEL
 from support.ros_graph import (
@@ -33,6 +34,9 @@ from support.ros_graph import (
 
 from mace_ros.engine import builder
 from mace_ros.engine.engine import Engine
+from mace_ros.model.capturing import CaptureFailed
+from mace_ros.model.cuda_graph_runner import CapturedPass
+from mace_ros.model.graphed_layers import GraphedLayers
 from mace_ros.ros.client import MaceClient
 from mace_ros.ros.executor_thread import ExecutorThread
 from mace_ros.ros.node import MaceNode
@@ -367,6 +371,47 @@ def test_a_failed_transition_says_why_and_the_node_can_be_configured_again(
     assert here.diagnosed('serving', DiagnosticStatus.OK, 'active')
     assert here.ask().finish_reason == Response.LENGTH
     assert here.clean_up()
+
+
+# The captures that fail, and the last of them that succeeds before.
+CAPTURES = {'the first pass': (CapturedPass, 'capture', 0), 'a later pass': (
+    CapturedPass, 'capture', 5), 'a step': (GraphedLayers, 'capture', 1),
+    'a step that keeps graphs': (GraphedLayers, 'capture_kept', 0)}
+
+
+@pytest.mark.parametrize('what', CAPTURES)
+def test_a_failed_capture_leaves_a_node_that_serves_and_can_be_configured_again(
+        here: Managed, capfd: pytest.CaptureFixture[str], what: str) -> None:
+    """Device graphs are faked; ``test_graph_capture.py`` has the failures of all captures."""
+    owner, method, successes = CAPTURES[what]
+    done: list[object] = []
+
+    def fails_late(*_: object) -> None:
+        done.append(None)
+        if len(done) > successes:
+            raise CaptureFailed('injected')
+
+    def logged() -> list[str]:
+        return [line for line in capfd.readouterr().err.splitlines()
+                if 'injected' in line or 'pass shapes' in line]
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_fake_graphs(patch)
+        patch.setattr(builder, 'has_graphs', lambda model: True)
+        with patch.context() as fault:
+            fault.setattr(owner, method, fails_late)
+            assert here.activate()
+        [line] = logged()
+        assert 'device graphs: ' in line and 'run eagerly: ' in line
+        assert len(done) == successes + 1       # nothing is captured after a failure
+        assert here.ask().finish_reason == Response.LENGTH
+        assert here.clean_up()
+
+        assert here.activate()
+        [line] = logged()
+        assert 'device graphs: ' in line and 'injected' not in line
+        assert here.ask().finish_reason == Response.LENGTH
+        assert here.clean_up()
 
 
 def test_shutdown_from_inactive(here: Managed) -> None:
