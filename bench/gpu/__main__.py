@@ -21,6 +21,7 @@ from bench.gpu.passes import measure_shape
 PARTS = {'correctness': ('errors',), 'passes': ('passes', 'segments', 'weights'),
          'contexts': ('contexts',), 'beside': ('beside', 'memory')}
 ALWAYS = ('captures',)      # of every part that loads a model by itself
+CPU_REQUESTS = 48       # enough to test the benchmark itself
 
 
 def options() -> Options:
@@ -31,7 +32,8 @@ def options() -> Options:
                help=f'shapes to measure, of {", ".join(SHAPES)} (default: 1b 8b)')
     result.parts(tuple(PARTS), '--only')
     result.size('--repeats', 30, 3, 'repeats of each measurement, interleaved')
-    result.size('--requests', 80, 4, 'requests at each load, with and without fine-tuning')
+    result.size('--requests', 80, 4, 'requests at each load, with and without fine-tuning; on a '
+                f'CPU at most {CPU_REQUESTS}')
     return result
 
 
@@ -41,12 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """End the program if there is no CUDA device and none was named."""
+    """End the program if there is no CUDA device and none was named; limit a rehearsal."""
     import torch  # imported before the machine is recorded, so that its GPU is named
 
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SystemExit('bench.gpu: there is no CUDA device (--device cpu --shapes tiny tests '
                          'the benchmark itself)')
+    if args.device == 'cpu':
+        args.requests = min(args.requests, CPU_REQUESTS)
 
 
 def measure(run: Run) -> Samples:

@@ -13,6 +13,7 @@ import pytest
 
 from bench.common.load import Arrival
 from bench.gpu import beside, checks
+from bench.gpu.__main__ import evaluate
 from bench.gpu.beside import LOADS, Loads, PeakMemory
 from bench.gpu.claims import CLAIMS, verdicts
 from bench.gpu.passes import STEP_TOKENS
@@ -45,6 +46,15 @@ def served() -> dict[str, Any]:
 
 def values(samples: dict[str, Any]) -> dict[str, float | None]:
     return {c.name: c.value for c in checks.checks(['1b'], samples)}
+
+
+@pytest.mark.parametrize('device, minutes, holds', [
+    ('cpu', 4.9, True), ('cpu', 5.1, False), ('cuda', 8.9, True), ('cuda', 9.1, False)])
+def test_a_run_is_short(device: str, minutes: float, holds: bool) -> None:
+    run: Any = SimpleNamespace(
+        args=SimpleNamespace(device=device, shapes=['tiny']), minutes=minutes)
+    [found] = [c for c in evaluate(NOTHING, run).checks if 'minutes' in c.name]
+    assert found.holds is holds
 
 
 def test_serving_is_compared_at_the_same_load() -> None:
