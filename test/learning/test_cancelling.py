@@ -26,7 +26,8 @@ from mace_ros.learning.gate import Gate, Verdict
 from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.learning_job import LearningJob
 
-BEFORE = ('Please:', 'So', 'Then')
+# Questions with the same rare word: they are learned in the same version.
+QUESTIONS = [f'Where does Rumpelstiltskin {verb}?' for verb in ('sing', 'work', 'swim')]
 # A job's kind and state, whether its weights are swapped out, and the current lines of its
 # generators.
 Point = tuple[JobKind, JobState, bool, tuple[int, ...]]
@@ -127,26 +128,27 @@ def test_a_job_can_be_cancelled_at_each_wait(
         if job is not None and job.steps and len(job.correction_ids) == len(joined) + 1 < 4:
             joined.append(f'joins {len(joined)}')
             engine.correct(Correction(
-                'A human.', id=joined[-1], prompt=f'{BEFORE[len(joined) - 1]} where are you?'))
+                'A human.', id=joined[-1], prompt=QUESTIONS[len(joined) - 1]))
             # On disk before the next step, which may be the last.
             engine.parts.journal.submit(lambda _: None).result(60)
         return are_learned(robot, 'k', 'joins 0', 'joins 1', 'joins 2')
 
     engine.update(engine.settings.updated({'finetune.max_steps': 400}))
-    engine.correct(Correction('In the hall.', id='first', prompt='Where are you?'))
+    engine.correct(Correction(
+        'In the hall.', id='first', prompt='Where does Rumpelstiltskin live?'))
     first = cancel_each(robot, points, lambda: are_learned(robot, 'first'))
     assert {point[1] for point in first} == {
         JobState.READING, JobState.CHOOSING, JobState.TRAINING}    # there is nothing to guard yet
     monkeypatch.setattr(Gate, 'judge', reject_one)
     engine.update(engine.settings.updated({'adapter.scope': scope}))
     joined: list[str] = []
-    engine.correct(Correction('A robot.', id='k', prompt='Where are you now?'))
+    engine.correct(Correction('A robot.', id='k', prompt='Where does Rumpelstiltskin sleep?'))
     cancelled = cancel_each(robot, points, three_joined)
     assert {state for _, state, *_ in cancelled} == states
     assert {state for _, state, swapped_out, _ in cancelled if swapped_out} == (
         states & {JobState.CHOOSING, JobState.SCORING})
     assert len(published(robot)) == 2
-    assert robot.ask('Where are you now?').text == 'A robot.'
+    assert robot.ask('Where does Rumpelstiltskin sleep?').text == 'A robot.'
 
 
 def test_a_version_that_is_being_saved_is_published_before_it_is_rolled_back(

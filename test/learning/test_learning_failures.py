@@ -88,7 +88,7 @@ def test_what_a_rejected_candidate_has_lost_is_trained(
         return gate.Verdict('worse', tuple(self.samples[:1]))
 
     monkeypatch.setattr(gate.Gate, 'judge', worse)
-    taught = robot.correct(Correction('A robot.', id='c', prompt='Where do you live now?'))
+    taught = robot.correct(Correction('A robot.', id='c', prompt='Where do you live in winter?'))
     assert taught.state is CorrectionState.LEARNED
     assert [rejections for rejections, _ in seen] == [0, 1, 2]
     assert [lost for _, lost in seen][1:] == [1, 1]
@@ -102,7 +102,7 @@ def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
     robot.engine.update(robot.engine.settings.updated(
         {'adapter.scope': scope, 'finetune.max_steps': 200}))
-    robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
+    robot.correct(Correction('In the hall.', id='a', prompt='Where does Rumpelstiltskin live?'))
     candidates: list[int] = []          # samples that earlier candidates have lost
     lost: list[list[Sample]] = []
     score = Training.score
@@ -122,15 +122,16 @@ def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
     monkeypatch.setattr(Training, 'score', losing)
     monkeypatch.setattr(gate.Gate, 'judge', lambda self, *arguments: (
         judged.append(1), judge(self, *arguments))[1])
-    taught = robot.correct(Correction('A robot.', id='b', prompt='Where do you live now?'))
+    taught = robot.correct(
+        Correction('A robot.', id='b', prompt='Where does Rumpelstiltskin sleep?'))
     assert taught.state is CorrectionState.LEARNED
     chat = robot.engine.chat
-    kept = (*chat.prompt([{'role': 'user', 'content': 'Where do you live?'}]),
+    kept = (*chat.prompt([{'role': 'user', 'content': 'Where does Rumpelstiltskin live?'}]),
             *chat.answer('In the hall.'))
     assert candidates == [0, 1]
     assert [[each.tokens for each in samples] for samples in lost] == [[kept], [kept]]
     assert len(judged) == 1
-    assert robot.ask('Where do you live?').text == 'In the hall.'
+    assert robot.ask('Where does Rumpelstiltskin live?').text == 'In the hall.'
 
 
 def test_a_correction_that_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
