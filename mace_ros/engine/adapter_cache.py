@@ -16,6 +16,8 @@ from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.records import VersionRecord
 from mace_ros.store.version_info import version_event
 
+DAMAGED = (CorruptVersion, ValueError)      # what reading damaged files raises
+
 
 class AdapterCache:
     """
@@ -63,7 +65,7 @@ class AdapterCache:
         From then on the base model answers in its place.
         """
         error = self._reading[version].exception()
-        if not isinstance(error, (CorruptVersion, ValueError)):     # or :meth:`pin` raises it
+        if not isinstance(error, DAMAGED):     # or :meth:`pin` raises it
             return []
         self.forget(version)
         record = self._live.drop(version)
@@ -93,6 +95,8 @@ class AdapterCache:
             self._read(version, self._live.records(version.profile)[version.version])
         if reading is None or not reading.done():
             return None
+        if isinstance(reading.exception(), DAMAGED):
+            return None         # until the event of the read is handled, by :meth:`damaged`
         slot = self._slots.assign(version)
         assert slot is not None
         try:

@@ -144,8 +144,8 @@ class RequestManager:
         for query_id in self._background.abortable:
             if query_id in self._active:
                 events += self.end(self._active[query_id], FinishReason.CANCELLED)
-        events += self.start(active)
         self._corrections.query_admitted(query.id)
+        events += self.start(active)
         if active.request.max_tokens == 0 and query.id in self._queries:
             events += self.end(active, FinishReason.LENGTH)
         return events

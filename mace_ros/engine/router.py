@@ -54,7 +54,7 @@ class Router:
                              nearest, self._passes_over(profile, owner))
         for owner in owners:
             version = self._live.everywhere(owner, settings.scope)
-            if version:
+            if version and not self._live.excludes(owner, asked):
                 return Route(ServedVersion(owner, version), similarity=nearest,
                              out_of_scope=self._passes_over(profile, owner))
         return Route(similarity=nearest, out_of_scope=any(map(self._live.newest, owners)))

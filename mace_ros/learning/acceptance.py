@@ -83,6 +83,8 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, set
     record = _with_prompt(correction, journal, chat, settings, longest)
     journal.accept(record)
     superseded = (journal.supersede(record) if record.state is CorrectionState.ACCEPTED else ())
+    # It may have taken over what a pending correction replaces.
+    record = journal.correction(record.id) or record
     deleted = journal.limit_corrections(settings.storage.max_corrections)
     return Accepted(record, True, arrived, superseded, deleted)
 
@@ -136,7 +138,8 @@ def _confirm(known: CorrectionRecord, text: str, journal: Journal, chat: ChatTok
     record = replace(_checked_texts(known, text, chat, settings, longest),
                      state=CorrectionState.ACCEPTED)
     journal.confirm(record)
-    return Accepted(record, True, arrived, journal.supersede(record))
+    superseded = journal.supersede(record)
+    return Accepted(journal.correction(record.id) or record, True, arrived, superseded)
 
 
 def _with_prompt(correction: Correction, journal: Journal, chat: ChatTokenizer,

@@ -132,7 +132,7 @@ class LiveVersions:
         live = self._live.setdefault(record.profile, LiveSet())
         live.records.pop(record.continues, None)
         for older, successor in live.successors.items():
-            if record.continues and successor == record.continues:
+            if record.continues and record.continues in (successor, older):
                 live.successors[older] = record.version
         live.newest = live.successors[record.version] = record.version
         live.records[record.version] = record
@@ -198,6 +198,11 @@ class LiveVersions:
         """
         self._deleted.setdefault(profile, set()).update(wordings)
 
+    def excludes(self, profile: str, questions: Sequence[str]) -> bool:
+        """Return whether a question is one of a deleted correction."""
+        deleted = self._deleted.get(profile)
+        return bool(deleted and questions and wording_key(questions[-1]) in deleted)
+
     def match(self, profile: str, questions: Sequence[str],
               settings: AdapterSettings) -> tuple[VersionMatch | None, float]:
         """
@@ -207,8 +212,7 @@ class LiveVersions:
         question with those before it (:func:`mace_ros.learning.question.questions`).
         """
         scope, best, threshold = self.scope(profile), None, settings.scope_threshold
-        deleted = self._deleted.get(profile)
-        if deleted and questions and wording_key(questions[-1]) in deleted:
+        if self.excludes(profile, questions):
             threshold = SAME
         for question in questions:
             found = scope.match(question)

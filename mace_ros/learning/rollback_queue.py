@@ -32,7 +32,7 @@ from mace_ros.learning.rollback import (
 )
 from mace_ros.learning.task import on_disk, Pause, Task
 from mace_ros.model.lora_manager import LoRAManager
-from mace_ros.store.adapter_store import AdapterStore
+from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
 from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.version_info import check_same_adapter, version_event
@@ -151,8 +151,7 @@ class RollbackQueue:
         newest, numbers = lineage.newest, {link.version for link in lineage.on_disk}
         # Of thousands of versions, only those that are not live already are looked at.
         returning = journal.versions_numbered(profile, {newest, *numbers} - live.keys())
-        for record in returning:
-            check_same_adapter(record, self._store, self._lora)
+        lost = [record.version for record in returning if not self._is_there(record, newest)]
         # A version that cannot be read must not become the newest one. Those beside it are read
         # when a query needs them, as after a restart.
         for record in journal.versions_numbered(profile, [newest]):
@@ -162,10 +161,22 @@ class RollbackQueue:
         known = {**live, **{record.version: record for record in returning}}
         only_taken_back = not journal.replaced_later(profile) and all(
             c.state is CorrectionState.FAILED for c in outcome.corrections)
+        rolled_back = LiveSet(newest, {number: known[number] for number in sorted(numbers)},
+                              lineage.successors, everywhere=lineage.everywhere)
+        for version in lost:
+            rolled_back.drop(version)
         return _Decided(
-            outcome, LiveSet(newest, {number: known[number] for number in sorted(numbers)},
-                             lineage.successors, everywhere=lineage.everywhere),
-            None if only_taken_back else journal.scope(profile))
+            outcome, rolled_back, None if only_taken_back else journal.scope(profile))
+
+    def _is_there(self, record: VersionRecord, newest: int) -> bool:
+        """Return whether a version's files are there; raise for those of the newest one."""
+        try:
+            check_same_adapter(record, self._store, self._lora)
+        except CorruptVersion:
+            if record.version == newest:
+                raise
+            return False
+        return True
 
     def _events(self, outcome: RolledBack) -> list[Event]:
         if not outcome.changed:

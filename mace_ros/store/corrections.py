@@ -80,18 +80,25 @@ class CorrectionTable(JournalFile):
         """
         Mark earlier corrections of the same prompt and profile as SUPERSEDED.
 
-        So is the one that ``newer`` replaces, whose question has other words; that is noted.
-        Returns the ids of those that were pending or learned, oldest first.
+        So is the one that ``newer`` replaces, whose question has other words; that is noted. A
+        pending correction passes on what it replaces. Returns the ids of those that were pending
+        or learned, oldest first.
         """
         with self.transaction():
+            pending = self.one(
+                f"SELECT replaces FROM corrections WHERE {_SAME_PROMPT} AND replaces != '' "
+                f'AND state IN {PENDING_SQL} AND id != ? ORDER BY number DESC',
+                *_prompt_key(newer), newer.id)
             ids = tuple(row['id'] for row in self.rows(
                 f'SELECT id FROM corrections WHERE (({_SAME_PROMPT}) OR id = ?) '
                 f'AND {_PENDING_OR_LEARNED} AND number < '
                 '(SELECT number FROM corrections WHERE id = ?) ORDER BY number',
                 *_prompt_key(newer), newer.replaces, newer.id))
-            if newer.replaces in ids:
-                self.execute('UPDATE corrections SET replaces = ? WHERE id = ?',
-                             newer.replaces, newer.id)
+            replaces = (newer.replaces if newer.replaces in ids
+                        else '' if pending is None else pending['replaces'])
+            if replaces:
+                self.execute(
+                    'UPDATE corrections SET replaces = ? WHERE id = ?', replaces, newer.id)
             self.execute(
                 'UPDATE corrections SET state = ?, reason = ? '
                 'WHERE id IN (SELECT value FROM json_each(?))',

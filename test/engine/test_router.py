@@ -80,6 +80,17 @@ def test_scopes_come_before_versions_for_every_question(bench: Bench) -> None:
     assert bench.ask('ann', STYLE) == ('ann', f'ann: {STYLE}', False)
 
 
+def test_the_question_of_a_deleted_correction_is_not_answered_by_any_version(bench: Bench) -> None:
+    """Not even by one for every question, which may have learned it."""
+    everywhere = AdapterSettings(scope=EVERYWHERE)
+    bench.learn('', STYLE, version=2, everywhere=True)
+    deleted = correction('deleted', 'Shape of the moon?', adapter_version=2)
+    bench.live.learned('', [deleted])
+    bench.live.delete([deleted])
+    assert bench.ask('bob', 'Shape of the moon?', everywhere) == (None, '', True)
+    assert bench.ask('bob', 'Who?', everywhere) == ('', '', False)
+
+
 def test_a_version_with_a_scope_never_answers_everything(bench: Bench) -> None:
     """It was trained without anything that protects the other answers."""
     assert bench.ask('ann', 'Who?', AdapterSettings(scope=EVERYWHERE)) == (None, '', True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import os
 from pathlib import Path
 import random
+import shutil
 import threading
 
 import pytest
@@ -26,7 +27,10 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine import engine
+from mace_ros.engine.adapter_cache import AdapterCache
+from mace_ros.engine.inbox import Inbox
 from mace_ros.learning import backoff
+from mace_ros.memory.adapter_slots import ServedVersion
 from mace_ros.store.adapter_store import AdapterStore
 from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL, WEIGHTS
@@ -104,6 +108,30 @@ def test_a_file_that_is_truncated_while_the_node_runs_costs_its_version_only(
     assert 'SHA-256' in damaged.reason
     assert {q: robot.ask(q).text for q in (SECOND, THIRD)} == {
         q: LESSONS[q] for q in (SECOND, THIRD)}
+
+
+def test_a_damaged_version_is_no_error_before_the_engine_hears_of_it(
+        robot: Robot, tmp_path: Path) -> None:
+    """The end of another query may start a query that waits for the version meanwhile."""
+    parts, inbox = robot.engine.parts, Inbox(lambda: None)
+    cache = AdapterCache(parts.slots, parts.lora, parts.live, parts.store, inbox)
+    os.truncate(version_folder(tmp_path, 1) / WEIGHTS, 100)
+    version = ServedVersion('', 1)
+    assert cache.pin(version) is None
+    cache.wait(60.0)
+    assert cache.pin(version) is None
+    [event] = cache.damaged(version)
+    assert event.version == 1 and parts.live.records('').keys() == {2, 3}
+    cache.close()
+
+
+def test_a_rollback_does_without_a_lost_version_that_is_not_the_newest(
+        robot: Robot, tmp_path: Path) -> None:
+    shutil.rmtree(version_folder(tmp_path, 1))
+    assert robot.ask(FIRST).adapter_version == 0
+    roll_back(robot, 2)
+    assert robot.ask(SECOND).text == 'In the shed.'
+    assert robot.ask(FIRST).adapter_version == robot.ask(THIRD).adapter_version == 0
 
 
 def test_a_restored_backup_answers_again_after_a_rollback(robot: Robot, tmp_path: Path) -> None:

@@ -146,6 +146,21 @@ def test_what_was_corrected_in_other_words_becomes_learned_again(journal: Journa
     assert [record.id for record in journal.scope_of(first)] == ['old']
 
 
+def test_a_pending_correction_passes_on_what_it_replaces(journal: Journal) -> None:
+    """Otherwise, a later rollback would bring back the old answer to the question."""
+    correct(journal, 'old', 'one?')
+    publish(journal, 1, 'old')
+    correct(journal, 'new', 'one in other words?', replaces='old')
+    correct(journal, 'newest', 'one in other words?')
+    assert states(journal, 'old', 'new', 'newest') == [SUPERSEDED, SUPERSEDED, ACCEPTED]
+    stored = journal.correction('newest')
+    assert stored is not None and stored.replaces == 'old'
+    publish(journal, 2, 'newest')
+    assert [record.id for record in journal.scope('')] == ['newest']
+    roll_back(journal, '', 1, '')
+    assert states(journal, 'old', 'newest') == [LEARNED, FAILED]
+
+
 def test_an_older_correction_never_supersedes_a_newer_one(journal: Journal) -> None:
     """Even if it is learned later."""
     correct(journal, 'old', 'one?')
