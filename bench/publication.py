@@ -4,9 +4,9 @@
 Time to first token around publications.
 
 Questions arrive at random times, half of them in the scope of what is learned, and every 20 s an
-answer is corrected. Compared are questions in the 10 s after a publication with those that arrive
-later, while nothing is learned. All follow a system prompt, whose keys and values all versions
-share. Results: bench/results/publication.json.
+answer is corrected. The benchmark compares questions in the 10 s after a publication with those
+that arrive later, while nothing is learned. All follow a system prompt, whose keys and values all
+versions share. Results: bench/results/publication.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Corrections that are deleted: their questions get the base model's answers at once."""
+"""Corrections that are deleted: their questions get the base model's answers after a restart."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Edits as the scope of a version remembers them."""
+"""Edits as the scope of a profile remembers them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from mace_ros.model.loading import load_model
 def measure(settings: Settings, edits: Sequence[Edit], unrelated: Sequence[Unrelated],
             sizes: Iterable[int]) -> list[Row]:
     """
-    Remember the first edits, as many as each of ``sizes``; return a sample per kind of question.
+    For each size, remember that many edits; return a sample for each kind of question.
 
     A sample has the similarities of its questions, and whether each resembles its own edit most.
     """
