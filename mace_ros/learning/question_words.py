@@ -32,7 +32,6 @@ NOTHING = Kind(0)   # a statement or a command
 SPECIFIC = Kind.WHERE | Kind.WHEN | Kind.WHO | Kind.WHY | Kind.HOW
 
 
-
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 

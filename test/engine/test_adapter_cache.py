@@ -8,23 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.robot import Robot, robot_with
+from support.robot import LESSONS, Robot, robot_with, taught_robot
 
-from mace_ros.api.events import Correction, CorrectionState, FinishReason, Query, Response
+from mace_ros.api.events import Correction, FinishReason, Query, Response
 from mace_ros.api.settings import Settings
 from mace_ros.model.lora_manager import LoRAManager
-
-LESSONS = {'Who built the greenhouse?': 'Ada.', 'Where is the watering can?': 'In the shed.',
-           'What colour is the gate?': 'Blue.'}
 
 
 @pytest.fixture
 def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
     """Return a robot with one slot, and three versions."""
-    with robot_with(settings, tmp_path, adapter__slots=1) as made:
-        for question, answer in LESSONS.items():
-            state = made.correct(Correction(answer, id=question, prompt=question))
-            assert state.state is CorrectionState.LEARNED
+    with taught_robot(settings, tmp_path) as made:
         yield made
 
 

@@ -12,7 +12,7 @@ import shutil
 import threading
 
 import pytest
-from support.robot import Robot, robot_with
+from support.robot import LESSONS, Robot, taught_robot
 import torch
 
 from mace_ros.api.events import (
@@ -37,8 +37,6 @@ from mace_ros.store.layout import JOURNAL, WEIGHTS
 from mace_ros.store.records import VersionRecord
 from mace_ros.store.retention import remove_files
 
-LESSONS = {'Who built the greenhouse?': 'Ada.', 'Where is the watering can?': 'In the shed.',
-           'What colour is the gate?': 'Blue.'}
 FIRST, SECOND, THIRD = LESSONS
 OTHER = 'Tell me about the sea.'
 NO_SPACE = 1e7      # MB
@@ -47,10 +45,7 @@ NO_SPACE = 1e7      # MB
 @pytest.fixture
 def robot(settings: Settings, tmp_path: Path) -> Iterator[Robot]:
     """Return a robot with one slot, and three versions; the slot is empty."""
-    with robot_with(settings, tmp_path, adapter__slots=1) as made:
-        for question, answer in LESSONS.items():
-            state = made.correct(Correction(answer, id=question, prompt=question))
-            assert state.state is CorrectionState.LEARNED
+    with taught_robot(settings, tmp_path) as made:
         yield made
 
 

@@ -36,6 +36,10 @@ NO_END: dict[str, Any] = {'logit_bias_tokens': (0, 2), 'logit_bias_values': (-10
 # A system prompt of several KV blocks.
 SYSTEM = 'You are a robot in a garden. ' + 'Water the plants in the evening. ' * 12
 
+# Questions without a rare word in common: each is learned in a version of its own.
+LESSONS = {'Who built the greenhouse?': 'Ada.', 'Where is the watering can?': 'In the shed.',
+           'What colour is the gate?': 'Blue.'}
+
 DONE = (CorrectionState.LEARNED, CorrectionState.FAILED, CorrectionState.REJECTED,
         CorrectionState.SUPERSEDED)
 
@@ -125,3 +129,13 @@ def robot_with(settings: Settings, folder: Path, **values: object) -> Iterator[R
     engine.step()     # checks all blocks when it has become idle
     assert engine.free_kv_tokens == everything
     engine.close()
+
+
+@contextmanager
+def taught_robot(settings: Settings, folder: Path) -> Iterator[Robot]:
+    """Return a robot with one adapter slot that has learned :data:`LESSONS`, in three versions."""
+    with robot_with(settings, folder, adapter__slots=1) as made:
+        for question, answer in LESSONS.items():
+            state = made.correct(Correction(answer, id=question, prompt=question))
+            assert state.state is CorrectionState.LEARNED
+        yield made
