@@ -4,11 +4,14 @@
 Products of small batches with a weight matrix, in the fastest form on a CPU.
 
 A decode row reads every weight for one token, so memory bandwidth bounds it. Kernels differ by
-a factor of three in how close they come to that bound (``docs/explanation/precisions.md``).
+a factor of three in how close they come to that bound (``docs/explanation/precisions.md``). Which
+one is the fastest depends on the CPU. It is chosen by the CPU's kind and not by a measurement:
+kernels round differently, and a restart must not change answers.
 """
 
 from __future__ import annotations
 
+from functools import cache
 import platform
 
 import torch
@@ -19,8 +22,8 @@ from mace_ros.model.stored_weight import StoredWeight
 
 # Up to this many tokens, reading the weight takes longer than the arithmetic.
 SMALL_BATCH = 8
-# For more tokens, a weight in oneDNN's order is faster than a plain one, or one in 8 bits.
-PLAIN_TOKENS, PLAIN_TOKENS_FP32 = 1, 2
+# For more tokens, a weight in oneDNN's order is faster than one in 8 bits.
+INT8_TOKENS = 1
 ROUNDED_AT_ONCE = 2 ** 17       # values of a weight
 
 
@@ -29,15 +32,30 @@ def is_small_batch(x: Tensor) -> bool:
     return x.device.type == 'cpu' and 0 < x.numel() <= SMALL_BATCH * x.shape[-1]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+@cache
+def prefers_columns() -> bool:
     """
-    Compute ``F.linear`` for ``x`` (``[..., in]``), up to rounding.
+    Return whether fp32 products are faster as ``weight @ x.T`` than as ``x @ weight.T``.
 
-    In fp32, MKL computes ``weight @ x.T`` faster than ``x @ weight.T`` (three times as fast for
-    few tokens), and two columns faster than one.
+    In MKL on an AMD CPU they are, up to four times, and two columns are faster than one. On an
+    Intel CPU they are slower, up to 2.5 times for few tokens.
     """
+    maker = str(torch.cpu.get_capabilities().get('cpu_name', ''))
+    return torch.backends.mkl.is_available() and not maker.startswith('Intel')
+
+
+@cache
+def plain_tokens(dtype: torch.dtype) -> int:
+    """Return up to how many tokens a plain weight is faster than one in oneDNN's order."""
+    if dtype == torch.float32:
+        return 2 if prefers_columns() else 1
+    return 0 if torch.cpu.get_capabilities().get('amx_bf16') else 1
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``F.linear`` for ``x`` (``[..., in]``), up to rounding."""
     if (x.dtype != torch.float32 or x.device.type != 'cpu' or not x.numel()
-            or not torch.backends.mkl.is_available()):
+            or not prefers_columns()):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
@@ -96,7 +114,7 @@ class Int8Weight:
     def is_faster(self, x: Tensor) -> bool:
         """Return whether ``x`` has so few tokens that 16-bit products take longer."""
         if prepacks(self._scales.device, self._scales.dtype):
-            return 0 < x.numel() <= PLAIN_TOKENS * x.shape[-1]
+            return 0 < x.numel() <= INT8_TOKENS * x.shape[-1]
         return is_small_batch(x)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,7 +138,7 @@ class PrepackedWeight(StoredWeight):
     A weight ``[out, in]``, and a copy in oneDNN's order.
 
     Without the copy, each product reorders the weight. For up to eight tokens, that takes longer
-    than the product itself. For one token, other kernels are faster.
+    than the product itself. For one token, other kernels are faster on most CPUs.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -128,8 +146,7 @@ class PrepackedWeight(StoredWeight):
         self.out_features, self.in_features = weight.shape
         self._weight = weight
         self._reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._plain_tokens = (PLAIN_TOKENS_FP32 if weight.dtype == torch.float32
-                              else PLAIN_TOKENS)
+        self._plain_tokens = plain_tokens(weight.dtype)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

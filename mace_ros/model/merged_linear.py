@@ -10,7 +10,7 @@ replay on their addresses.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,22 @@ class LoRAShard:
     size: int       # number of outputs
     a: nn.Parameter | None = None   # [rank, in], fp32; None: the layer is not adapted
     b: nn.Parameter | None = None   # [out, rank], fp32
+
+
+@dataclass(slots=True)
+class _PendingOutputs:
+    """
+    What the shards that a pass has yet to call return.
+
+    It is not in the module itself, since setting an attribute of a module is slow.
+    """
+
+    input: Tensor | None = None     # of all shards
+    outputs: dict[int, Tensor] = field(default_factory=dict)    # by the shard's index
+
+    def clear(self) -> None:
+        """Drop the tensors."""
+        self.input, self.outputs = None, {}
 
 
 class MergedLinear(nn.Module):
@@ -80,8 +96,7 @@ class MergedLinear(nn.Module):
         self.int8: Int8Weight | None = None
         self.stored: StoredWeight | None = None
         self._exact_slots: dict[int, tuple[Tensor, Tensor]] = {}    # views of exact_a.T, exact_b
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._pending = _PendingOutputs()
 
     def round_to_int8(self) -> None:
         """Round the weight in place to 8 bits; use the 8-bit kernel for small batches if any."""
@@ -191,21 +206,20 @@ class MergedLinear(nn.Module):
         """
         if len(self.shards) == 1:
             return self.compute(x)
-        if self._input is not x or index not in self._outputs:
+        pending = self._pending
+        if pending.input is not x or index not in pending.outputs:
             y = self.compute(x)
-            self._input = x
             sizes = [s.size for s in self.shards]
             parts = _Split.apply(y, sizes) if y.requires_grad else y.split(sizes, -1)
-            self._outputs = dict(enumerate(parts))
-        result = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
+            pending.input, pending.outputs = x, dict(enumerate(parts))
+        result = pending.outputs.pop(index)
+        if not pending.outputs:
+            pending.input = None
         return result
 
     def clear(self) -> None:
         """Drop the outputs left by a pass that did not call every shard."""
-        if self._input is not None:     # seldom true, and setting an attribute of a Module is slow
-            self._input, self._outputs = None, {}
+        self._pending.clear()
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the outputs of all shards side by side, each token under its adapter."""

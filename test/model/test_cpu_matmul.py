@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mace_ros.engine.builder import best_weight_dtype
+from mace_ros.model import cpu_matmul
 from mace_ros.model.cpu_matmul import (
     Int8Weight,
     linear,
@@ -19,11 +20,14 @@ from mace_ros.model.cpu_matmul import (
 SHAPES = [(), (0,), (1,), (2,), (SMALL_BATCH,), (SMALL_BATCH + 1,), (1, 1), (1, 5), (2, 3)]
 
 
+@pytest.mark.parametrize('columns', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('shape', SHAPES)
 def test_linear_gives_the_result_of_pytorch(
-        shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+        shape: tuple[int, ...], bias: bool, dtype: torch.dtype, columns: bool,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_matmul, 'prefers_columns', lambda: columns)
     torch.manual_seed(0)
     x, weight = torch.randn(*shape, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype)
     b = torch.randn(33, dtype=dtype) if bias else None
@@ -32,13 +36,16 @@ def test_linear_gives_the_result_of_pytorch(
     torch.testing.assert_close(y, F.linear(x, weight, b))
 
 
+@pytest.mark.parametrize('plain', [0, 1, 2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('shape', [(0,), (1,), (2,), (3,), (SMALL_BATCH + 1,), (1, 1), (2, 3)])
 def test_a_prepacked_weight_gives_the_product_and_the_gradient_of_pytorch(
-        shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+        shape: tuple[int, ...], bias: bool, dtype: torch.dtype, plain: int,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     if not prepacks(torch.device('cpu'), dtype):
         pytest.skip('this CPU multiplies plain weights')
+    monkeypatch.setattr(cpu_matmul, 'plain_tokens', lambda dtype: plain)
     torch.manual_seed(0)
     x, weight = torch.randn(*shape, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype)
     b = torch.randn(33, dtype=dtype) if bias else None
@@ -90,3 +97,19 @@ def test_the_default_weight_dtype_is_the_fastest_one_of_the_cpu(
     monkeypatch.setattr('torch.cpu.get_capabilities', lambda: native)
     assert best_weight_dtype('cpu') == expected
     assert best_weight_dtype('cuda') == 'bfloat16'
+
+
+@pytest.mark.parametrize('cpu, columns, of_float32, of_bfloat16', [
+    ({'cpu_name': 'AMD EPYC', 'avx512_bf16': True}, True, 2, 1),
+    ({'cpu_name': 'Intel Core i7'}, False, 1, 1),
+    ({'cpu_name': 'Intel Xeon', 'amx_bf16': True}, False, 1, 0)])
+def test_the_form_of_a_product_depends_on_the_kind_of_cpu_alone(
+        cpu: dict[str, object], columns: bool, of_float32: int, of_bfloat16: int,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('torch.cpu.get_capabilities', lambda: cpu)
+    monkeypatch.setattr('torch.backends.mkl.is_available', lambda: True)
+    # Without its cache, which would keep the answers for later tests.
+    monkeypatch.setattr(cpu_matmul, 'prefers_columns', cpu_matmul.prefers_columns.__wrapped__)
+    assert cpu_matmul.prefers_columns() == columns
+    assert cpu_matmul.plain_tokens.__wrapped__(torch.float32) == of_float32
+    assert cpu_matmul.plain_tokens.__wrapped__(torch.bfloat16) == of_bfloat16
