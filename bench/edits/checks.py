@@ -117,8 +117,8 @@ def _burst_checks(samples: Mapping[str, Any]) -> Iterator[Check]:
     for name, found in _of_mace(samples, 'burst'):
         yield check(f'{name}: s until all of a burst are live',
                     max(found.seconds, default=NAN), '<= 60',
-                    f'{len(found.rows)} at once, {len(found.live)} of them learned; then '
-                    f'{found.right("end"):.3g} right')
+                    f'{len(found.rows)} at once, {len(found.live)} of them learned; '
+                    f'{found.right("end"):.0%} then answered as corrected')
 
 
 def _long_checks(samples: Mapping[str, Any]) -> Iterator[Check]:
