@@ -36,9 +36,9 @@ class LoRAShard:
 @dataclass(slots=True)
 class _PendingOutputs:
     """
-    What the shards that a pass has yet to call return.
+    Outputs of the shards that the model has yet to call in this pass.
 
-    It is not in the module itself, since setting an attribute of a module is slow.
+    They are not attributes of the module, since setting an attribute of an ``nn.Module`` is slow.
     """
 
     input: Tensor | None = None     # of all shards
