@@ -5,7 +5,8 @@ Print the checks of all benchmarks that have results, failed ones first.
 
 The exit code is 1 if a check fails or if there are no results. ``--markdown`` writes all numbers
 into bench/results/REPORT.md, those that README and docs quote into these pages, and draws the
-pictures in docs/pictures/, so that none is typed or drawn by hand.
+pictures in docs/pictures/, so that none is typed or drawn by hand. ``--stale`` names the results
+that an earlier engine gave instead; the exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bench.common.figures import can_draw
 from bench.common.pages import pages, updated
 from bench.common.recording import FOLDER, QUICK_FOLDER, read
 from bench.common.rendering import markdown, text, text_table
+from bench.common.stale import stale
 from bench.pictures import draw_all
 
 REPORT = FOLDER / 'REPORT.md'
@@ -35,12 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--markdown', action='store_true',
                         help='write bench/results/REPORT.md, and the figures and pictures of the '
                         'documentation')
+    parser.add_argument('--stale', action='store_true',
+                        help='only name the results that an earlier engine gave')
     args = parser.parse_args(arguments)
     folder = args.results or (QUICK_FOLDER if args.quick else FOLDER)
     results = read(folder)
     if not results:
         print(f'no results in {folder}: run python -m bench first', file=sys.stderr)
         return 1
+    if args.stale:
+        lines = list(stale(results))
+        print(*lines, sep='\n')
+        return 1 if lines else 0
     if args.tables:
         for result in results:
             for table in result['tables']:

@@ -43,6 +43,8 @@ def options() -> Options:
                help='edits after which the robot is restarted; 0: never (default: half of them)')
     result.add('--earlier', type=Path, metavar='FOLDER',
                help='a checkout of an earlier commit, whose robot learns the same edits')
+    result.size('--earlier-corrections', 30, 3,
+                'edits that the earlier commit learns: the first ones of each set')
     result.size('--burst', 32, 2, 'edits at once in the mode burst')
     result.size('--deletion', 10, 2, 'edits of the mode deletion, half of which are deleted')
     result.size('--remembered', 1000, 8, 'edits in memory in the mode scope')

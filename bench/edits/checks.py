@@ -95,16 +95,21 @@ def _sequential_checks(samples: Mapping[str, Any]) -> Iterator[Check]:
                   f'{found.first_s("restart"):.3g} s for the first one after a restart')
         yield check(f'{name}: median s until a correction is live', found.median_s, '<= 4', firsts)
         yield check(f'{name}: p95 of it', found.p95_s, '<= 10')
-        before = earlier.get(name)
-        yield check(
-            f'{name}: device s of a correction, over those of the earlier commit',
-            None if before is None else
-            found.per_edit('device_s') / before.per_edit('device_s'), '<= 0.4',
-            '' if before is None else f'{found.per_edit("device_s"):.3g} s and '
-            f'{before.per_edit("device_s"):.3g} s')
+        yield _earlier_check(name, found, earlier.get(name))
         right, named = found.explained
         yield check(f'{name}: answers in scope that name their correction',
                     right / named if named else NAN, '>= 0.95', f'{right} of {named}')
+
+
+def _earlier_check(name: str, found: Figures, before: Figures | None) -> Check:
+    title = f'{name}: device s of a correction, over those of the earlier commit'
+    if before is None:
+        return check(title, None, '<= 0.4')
+    count = len(before.rows)
+    now = Figures(found.rows[:count], ()).per_edit('device_s')
+    then = before.per_edit('device_s')
+    return check(title, now / then, '<= 0.4',
+                 f'{now:.3g} s and {then:.3g} s; the first {count} edits')
 
 
 def _same_cpu(samples: Mapping[str, Any], name: str) -> bool:

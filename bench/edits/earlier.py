@@ -28,7 +28,7 @@ def earlier_robot(args: argparse.Namespace, data: str, folder: Path) -> dict[str
     subprocess.run(
         [sys.executable, str(Path(__file__).resolve()), str(args.earlier.resolve()),
          '--data', data, '--modes', 'sequential', '--systems', 'mace',
-         '--corrections', str(args.corrections), '--offset', str(args.offset),
+         '--corrections', str(args.earlier_corrections), '--offset', str(args.offset),
          '--seed', str(args.seed), '--restart-after', str(args.restart_after),
          '--results', str(folder), *(['--quick'] if args.quick else []),
          *(['--set', *args.set] if args.set else [])], cwd=ROOT, check=True)

@@ -23,6 +23,7 @@ from bench.common.recording import dumps, FOLDER, read
 from bench.common.rendering import markdown, summary
 from bench.common.results import check, Result
 from bench.common.running import Run, run_benchmark
+from bench.common.stale import stale
 from bench.learning import drift
 from bench.learning.__main__ import evaluate
 from bench.memory.budget import least_passes
@@ -41,9 +42,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize('module', [
     'bench', 'bench.colocation', 'bench.constrained', 'bench.decode', 'bench.durability',
-    'bench.edits', 'bench.gpu', 'bench.kernels', 'bench.learning', 'bench.memory',
-    'bench.operation', 'bench.orin', 'bench.pictures', 'bench.publication', 'bench.report',
-    'bench.simulation', 'bench.soak'])
+    'bench.edits', 'bench.everywhere', 'bench.gpu', 'bench.kernels', 'bench.learning',
+    'bench.memory', 'bench.operation', 'bench.orin', 'bench.pictures', 'bench.publication',
+    'bench.report', 'bench.simulation', 'bench.soak'])
 def test_every_benchmark_prints_help(module: str) -> None:
     done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
                           capture_output=True, timeout=200)
@@ -109,6 +110,39 @@ def test_recorded_results_can_be_rendered() -> None:
     assert markdown(results).count('**Checks**') >= 7
     assert '1 of 2 checks hold' in summary(
         Result('x', {}, [check('a', 1.0, '<= 2'), check('b', None, '<= 2')]))
+
+
+def test_results_of_an_earlier_engine_are_named(tmp_path: Path) -> None:
+    engine = tmp_path / 'mace_ros/engine.py'
+    engine.parent.mkdir()
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ['git', '-c', 'user.name=x', '-c', 'user.email=x@example.org', *words], cwd=tmp_path,
+            check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(text: str) -> str:
+        engine.write_text(text)
+        git('add', '.')
+        git('commit', '-m', 'x')
+        return git('rev-parse', '--short=12', 'HEAD')
+
+    git('init')
+    first = commit('def run():\n    """Run."""\n    return 1\n')
+    second = commit('def run():\n    """Run once."""\n    return 1  # pass\n')
+    # Samples of the second run that name an earlier system are meant to be of that commit.
+    results = [
+        {'bench': 'x', 'machine': {'commit': first}, 'samples': {}},
+        {'bench': 'y', 'machine': {'commit': f'{second} and changes'},
+         'earlier': {'old': {'commit': second}},
+         'samples': {'runs': [{'system': 'mace', 'commit': second},
+                              {'system': 'earlier', 'commit': first}]}}]
+    assert not list(stale(results, tmp_path))
+    third = commit('def run():\n    """Run once."""\n    return 2\n')
+    assert list(stale([*results, {'bench': 'z', 'machine': {'commit': third}, 'samples': {}}],
+                      tmp_path)) == [
+        f'x was recorded at {first}; changed since: mace_ros/engine.py',
+        f'y was recorded at {second}; changed since: mace_ros/engine.py']
 
 
 def test_check_compares_value_and_target() -> None:

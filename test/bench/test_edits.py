@@ -234,6 +234,9 @@ def test_checks_compare_with_the_earlier_commit() -> None:
     earlier = samples_of(lambda: teach(Pupil()), 'earlier', 'wikibigedit')
     for row in earlier['edits']:
         row['device_s'] = 4.0
+    # The earlier commit learned only the first edits; those are compared.
+    del earlier['edits'][-1]
+    samples['edits'][-1]['device_s'] = 100.0
     both = {kind: [*samples[kind], *earlier[kind]] for kind in samples}
     found = {each.name: each for each in checks(both)}
     assert found[device].value == 0.25 and found[device].holds

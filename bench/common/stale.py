@@ -1,0 +1,67 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Results that an earlier engine gave: its code has changed since they were recorded."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+import subprocess
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+ENGINE = 'mace_ros'
+EARLIER = 'earlier'     # a system that is meant to be older
+
+
+def stale(results: Iterable[Mapping[str, Any]], root: Path = ROOT) -> Iterator[str]:
+    """
+    Yield a line for each commit of each result whose engine differs from the one in ``root``.
+
+    Comments and docstrings make no difference. Raises ``CalledProcessError`` if the repository in
+    ``root`` does not have the commit.
+    """
+    for result in results:
+        for commit in sorted(_commits(result)):
+            changed = list(_changed(commit, root))
+            if changed:
+                yield (f'{result["bench"]} was recorded at {commit}; '
+                       f'changed since: {", ".join(changed)}')
+
+
+def _commits(result: Mapping[str, Any]) -> set[str]:
+    """Return the commits that gave the samples of a result."""
+    rows = [row for part in result['samples'].values() if isinstance(part, list) for row in part]
+    found = {
+        result['machine']['commit'],
+        *(run['commit'] for part, run in result.get('earlier', {}).items() if part != 'conditions'),
+        *(row['commit'] for row in rows if isinstance(row, dict) and 'commit' in row
+          and row.get('system') != EARLIER)}
+    # What was not committed yet came with the commit that followed.
+    return {commit.removesuffix(' and changes') for commit in found}
+
+
+def _changed(commit: str, root: Path) -> Iterator[str]:
+    """Yield the files of the engine that differ from those of a commit."""
+    for line in _git(root, 'diff', '--no-renames', '--name-status', commit, '--', ENGINE):
+        status, name = line.split('\t')
+        if status != 'M' or not name.endswith('.py'):
+            yield name
+        elif _code((root / name).read_text()) != _code(
+                '\n'.join(_git(root, 'show', f'{commit}:{name}'))):
+            yield name
+
+
+def _code(text: str) -> str:
+    """Return the code of a module without comments and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[ast.get_docstring(node) is not None:]
+    return ast.dump(tree)
+
+
+def _git(root: Path, *words: str) -> list[str]:
+    return subprocess.run(['git', *words], cwd=root, check=True, text=True,
+                          capture_output=True).stdout.splitlines()
