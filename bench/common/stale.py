@@ -46,9 +46,7 @@ def _changed(commit: str, root: Path) -> Iterator[str]:
     """Yield the files of the engine that differ from those of a commit."""
     for line in _git(root, 'diff', '--no-renames', '--name-status', commit, '--', ENGINE):
         status, name = line.split('\t')
-        if status != 'M' or not name.endswith('.py'):
-            yield name
-        elif _code((root / name).read_text()) != _code(
+        if status != 'M' or not name.endswith('.py') or _code((root / name).read_text()) != _code(
                 '\n'.join(_git(root, 'show', f'{commit}:{name}'))):
             yield name
 
