@@ -65,7 +65,7 @@ class AdapterCache:
         From then on the base model answers in its place.
         """
         error = self._reading[version].exception()
-        if not isinstance(error, DAMAGED):     # or :meth:`pin` raises it
+        if not isinstance(error, DAMAGED):     # :meth:`pin` raises any other error
             return []
         self.forget(version)
         record = self._live.drop(version)

@@ -41,7 +41,12 @@ class AnchorRequests:
         self._answers: dict[int, tuple[list[int], list[int]]] = {}
 
     def next(self, state: State, *, overdue: bool) -> list[Query]:
-        """Return the queries to ask now: none before those asked earlier have ended."""
+        """
+        Return the queries to ask now: none before those asked earlier have ended.
+
+        If a correction is ``overdue``, they are served like a user's, and one is asked even while
+        queries wait.
+        """
         if self._asked or (state.waiting and not overdue):
             return []
         count = 1 if overdue and state.waiting else BUSY_BATCH if state.running else IDLE_BATCH

@@ -86,12 +86,13 @@ def build_engine(settings: Settings, *, storage: Path | None = None,
                  clock: Callable[[], float] = time.monotonic,
                  make_learner: MakeLearner | None = None) -> Engine:
     """
-    Load the model and the live adapter versions.
+    Load the model, and serve the adapter versions that are live in the journal.
 
     ``storage`` defaults to the setting. ``wake`` is called, on any thread, when the engine has
     something to do; ``progress`` receives a line for each phase of a long start. Raises
     ``ModelNotFound``, ``UnsupportedModel``, ``InvalidSetting``, ``JournalError``,
-    ``StorageInUse``, ``OtherModel`` or ``OtherAdapter``.
+    ``StorageInUse``, ``OtherModel`` or ``OtherAdapter``, and ``ValueError`` if
+    ``adapter.target_modules`` selects no layer.
     """
     folder = storage or Path(settings.storage.folder).expanduser()
     wake, progress = wake or _ignore_wake, progress or _ignore_progress
@@ -195,7 +196,8 @@ class _LoadedDevice:
 
 def best_weight_dtype(device: str) -> str:
     """Return the dtype that ``model.weight_dtype: auto`` selects on this device."""
-    # On ARM, 8 bits are the fastest; on x86, 16 bits are as fast (PrepackedWeight).
+    # On ARM, 8 bits are the fastest. On x86, bfloat16 is as fast (PrepackedWeight), and a CPU
+    # without bfloat16 has no fast product of float32 with 8 bits (multiplies_int8).
     arm = device == 'cpu' and platform.machine() == 'aarch64'
     return 'int8' if arm else best_dtype(device)
 

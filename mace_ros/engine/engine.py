@@ -4,7 +4,8 @@
 The engine: queries and corrections in, events out, one iteration at a time.
 
 One thread owns the device and calls :meth:`Engine.step`. Other threads put messages into the inbox:
-callers through the methods of the first section, and the journal's thread when a write has ended.
+callers through the methods under "called from any thread", the journal's thread when a write has
+ended, and the adapter cache's thread when the file of a version was read.
 """
 
 from __future__ import annotations

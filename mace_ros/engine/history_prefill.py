@@ -3,9 +3,9 @@
 """
 Which conversations to compute under the base model in idle time.
 
-An adapter acts on the last user turn only. Once an answer of an adapter version has become
-history, its turn is the base model's: its keys and values must be computed again. In idle
-time that costs no query anything.
+An adapter acts on the last user turn only. In the next question's prompt, the turn that an adapter
+version answered is history, and needs keys and values of the base model: those of the adapter are
+of no use. Computed in idle time, they cost no query anything.
 """
 
 from __future__ import annotations

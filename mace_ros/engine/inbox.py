@@ -47,7 +47,7 @@ class CorrectionWritten:
 
 @dataclass(frozen=True, slots=True)
 class AnswerWritten:
-    """The journal has written an answer; ``error`` is empty if that succeeded."""
+    """A write to the journal has failed (``error`` says why), or works again (it is empty)."""
 
     error: str
 

@@ -23,9 +23,9 @@ class LearnerDriver:
     """
     Polls the learner, and lets the scheduler plan its step.
 
-    The learner waits for answers of the base model (to the anchors, and keys and values of
-    prefixes of samples): silent requests compute them. An error of the device fails the learner's
-    job, which is tried again; requests are unaffected.
+    The learner may wait for the base model: for its answers to the anchors, and for its keys and
+    values of the prefixes of samples. Silent requests compute them. An error of the device fails
+    the learner's job, which is tried again; requests are unaffected.
     """
 
     def __init__(self, settings: Settings, parts: Parts, learner: LearnerPort, *,
@@ -113,7 +113,7 @@ class LearnerDriver:
     # -- what the learner waits for --------------------------------------------------
 
     def _start_requests(self) -> list[Event]:
-        """Start the requests that the learner waits for; overdue ones yield to no other."""
+        """Start the requests that the learner waits for; overdue ones are served like queries."""
         overdue = self._scheduler.is_overdue(
             self._state, self._learner.oldest_unlearned_at, self._clock())
         try:

@@ -51,7 +51,7 @@ class LearnerPort(Protocol):
         """When the oldest correction arrived that is not learned; infinity without one."""
 
     def restore(self) -> list[Event]:
-        """Load the live versions and queue the pending corrections. Blocks."""
+        """Put the live versions into force, and queue the pending corrections. Blocks."""
 
     def update(self, settings: Settings) -> None:
         """Put other settings into force."""

@@ -164,7 +164,12 @@ class RequestManager:
             e2e_ms=(self._clock() - arrival) * 1e3, origin=query.origin)
 
     def start(self, active: ActiveRequest) -> list[Event]:
-        """Queue a request for scheduling; it keeps the version in whose scope it is now."""
+        """
+        Queue a request for scheduling; return its last events if the device fails.
+
+        The first answer to a query is routed to a version. Without a slot for that, it is kept
+        aside, and routed again when it is started again. Once it has a slot, it keeps the version.
+        """
         self._active[active.request.id] = active
         if active is active.choices[0]:
             self._queries[active.query.id] = self._without_slot[active.query.id] = active

@@ -19,7 +19,8 @@ from mace_ros.model.spans import OBSERVATION_TOKENS
 
 # Workspace that products of torch 2.13 keep per thread, by mallinfo2() on a Xeon with AMX.
 KERNEL_BYTES = 4_500_000
-# Of a token and a key: the masks of layers with and without a window, and what is compared.
+# For each token and key: the masks of layers with and without a window, and the result of a
+# comparison while a mask is built.
 MASK_BYTES = 2 + 1
 SLOT_BYTES = 8      # of a key: its slot, sequence or position
 LENGTHS = (16, 64, 256, MAX_TOKENS, 512)     # of the sequences whose layer graphs are measured

@@ -146,7 +146,11 @@ class HeadLoss:
         return slices
 
     def run_chunk(self, last_hidden: Tensor) -> None:
-        """Score the next chunk, learn from it, or both; ``last_hidden`` is ``[tokens, width]``."""
+        """
+        Score the next chunk, learn from it, or both.
+
+        ``last_hidden`` is the last layer's output, ``[tokens and padding, width]``.
+        """
         scored = self.scored
         index = self._learned if scored else len(self._scores)
         chunk = self._chunks[index]
@@ -184,7 +188,7 @@ class HeadLoss:
         """
         Store the scores of a chunk, and soft targets if the step does not learn.
 
-        ``values`` are the logits, ``[tokens, vocabulary]``.
+        ``values`` are the logits, ``[tokens, vocabulary]``; those of the targets are overwritten.
         """
         if not self._learns:
             top = values.topk(min(SOFT_TARGET_TOKENS, values.shape[1]), 1)
@@ -193,6 +197,7 @@ class HeadLoss:
         target = values.gather(1, tokens)
         values.scatter_(1, tokens, float('-inf'))
         best_other = values.amax(1, keepdim=True)
+        # Log-sum-exp of the logits: the largest one, less the logarithm of its probability.
         normaliser = torch.maximum(target, best_other) - probabilities.amax(1, keepdim=True).log()
         self._scores.append(torch.cat([target - normaliser, target - best_other], 1))
 

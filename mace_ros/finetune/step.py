@@ -125,7 +125,7 @@ class FinetuneStep:
         self._padded_lengths = (*packed.lengths, padding) if padding else packed.lengths
         self._packed_prefixes = PackedPrefixes.pack(
             self._prefixes, packed.prefix_of + (-1,) * bool(padding)) if self._prefixes else None
-        # `lengths` counts copies of the prefixes; a chunk of that size divides nothing.
+        # Undivided, the chunk is all that `lengths` counts for the budget, also for prefixes.
         self.chunk_tokens = chunk_tokens if chunked else sum(self.lengths)
         self.metadata = (whole_sequences(
             packed.lengths, model.device, prefixes=self._packed_prefixes,
@@ -178,7 +178,7 @@ class FinetuneStep:
         return (*prefixes, *self._packed.lengths) if self.piggyback_tokens else ()
 
     def hold_blocks(self, blocks: list[list[int]]) -> None:
-        """Hold KV blocks for piggybacking, one table for each of :attr:`kv_tokens`."""
+        """Hold KV blocks, a table for each of :attr:`kv_tokens`, and fill those of prefixes."""
         for prefix, table in zip(self._prefixes, blocks, strict=False):
             self.model.kv_cache.write(self.model.cache_slots(table, prefix.tokens), prefix)
         self._blocks = blocks

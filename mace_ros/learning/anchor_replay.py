@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The base model's answers to the anchors: most are replayed, the others guard the gate.
+The base model's answers to the anchors: most are replayed, and the gate guards the others.
 
 Replay trains on soft targets, the base model's own predictions. They are computed once, by the
 first job of a process.

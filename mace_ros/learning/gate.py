@@ -1,11 +1,12 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The gate: a candidate is published only if it loses nothing that the live version has.
+The gate: a candidate is published only if it keeps what the live version has, within limits.
 
-Guarded samples are scored under the live version and under the candidate. Corrections count by
-the share that greedy decoding gives word for word. Other answers count by their probability per
-token, because a small model may change many words and not their meaning.
+Guarded samples are scored under the live version and under the candidate. Earlier corrections and
+tool calls count by the share that greedy decoding gives word for word. Other answers count by
+their probability per token, because a small model may change many words and not their meaning.
+No group's score may fall by more than ``gate.tolerance``, and that of some groups not at all.
 """
 
 from __future__ import annotations

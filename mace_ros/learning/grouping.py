@@ -56,5 +56,6 @@ def start_of(live: LiveVersions, record: CorrectionRecord, settings: AdapterSett
         return Start(ServedVersion(owner, live.everywhere(owner)), everywhere=True)
     found, _ = live.match(profile, questions(record.messages), settings)
     version = FRESH if found is None else found.version.version
-    # That version must keep the other answers, which a job with a scope does not look at.
+    # Never the version that answers every question: a job with a scope does not guard the other
+    # answers, which that version must keep.
     return Start(ServedVersion(profile, FRESH if version == live.everywhere(profile) else version))

@@ -351,9 +351,10 @@ class Learner:
 
     def _cancel_job(self, profile: str) -> bool:
         """
-        Cancel the job that trains a profile's version, or from it; it begins anew later.
+        Cancel a job that trains a profile's version or may begin from it; it begins anew later.
 
-        Returns False, and keeps the job, while it saves a version.
+        Jobs of all profiles may begin from the robot's version (profile ''). Returns False, and
+        keeps the job, while it saves a version.
         """
         # The corrections of a version that is rolled back must not be rehearsed.
         self._rehearsal.forget(profile)
@@ -380,7 +381,7 @@ class Learner:
             answer = journal.answer(query_id)
             return None if answer is None else suspected_regression(journal, answer.lineage)
 
-        # The journal is closed; a later correction repeats the test.
+        # submit() raises if the journal is closed; a later correction repeats the test.
         with suppress(JournalError):
             self._suspicions.append(self._disk.submit(test))
 

@@ -76,8 +76,8 @@ class LearningJob(Job):
         self._start, self.everywhere = start, start.everywhere
         self._parent = context.live.newest(profile)
         self._continues = start.continued_by(profile)
-        # If the robot's version answers right, a profile gets a version of its own all the same: a
-        # question that the profile has learned without a version is the base model's.
+        # A profile that begins from the robot's version gets one of its own even if that one is
+        # right already: the base model answers what a profile has learned without a version.
         self._needs_version = start.version.version != self._continues
         self._least_steps = (self._finetune.period_steps if kind is JobKind.REHEARSAL
                              else int(self._needs_version))
@@ -282,9 +282,10 @@ class LearningJob(Job):
     def _run(self, step: FinetuneStep, *, until_scored: bool = False,
              ) -> Task[list[PendingCorrection]]:
         """
-        Run part of a step; abandon it and return corrections that can join.
+        Run a part of a step to its end, or with ``until_scored`` until its samples are scored.
 
-        Corrections can join before the first update, unless the part piggybacks on inference.
+        Returns corrections that can join the job: the part is then abandoned. Within a part they
+        can join only before the first update, and not while it piggybacks on inference.
         """
         while not step.done:
             joining = [] if self.progress.steps or step.holds_blocks else self._joining()

@@ -194,7 +194,8 @@ class LiveVersions:
         Let no version of a profile answer the questions of deleted corrections.
 
         Otherwise, a correction that resembles a deleted one would bring in a version that has
-        learned both. It ends when a correction of the same question is learned.
+        learned both. From then on, only a learned correction with the same words brings in a
+        version for such a question.
         """
         self._deleted.setdefault(profile, set()).update(wordings)
 

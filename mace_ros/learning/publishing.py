@@ -76,7 +76,7 @@ class Publisher:
 
     def restore(self) -> list[Event]:
         """
-        Load the live versions from disk; return an event for the newest one of each profile.
+        Put the recorded live versions into force; return an event for each profile's newest one.
 
         If the robot has none, an event announces the base model. A version that cannot be read is
         reported as REJECTED, and the base model serves in its place. The weights of a version are

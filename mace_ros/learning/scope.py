@@ -39,7 +39,7 @@ NAMES, MIN_NAMES = 0.4, 0.1
 OTHER, MAYBE = 0.4, 0.75
 # The last sentences of a query that are read.
 MAX_SENTENCES = 4
-# Words that look like names count as many times as others.
+# A word that looks like a name counts this many times as much as another one.
 NAME_FACTOR = 2.5
 # Frequency of the words that questions are asked with.
 ASKING_FREQUENCY = 0.4
@@ -49,10 +49,10 @@ PRIOR_TEXTS = 50
 # more that one of them has (with a shorter stem, in one more). They count less than equal words,
 # and names still less: they often differ in their endings only.
 MIN_STEM, MAX_ENDING, MAX_SUFFIX, FORM_SHARE, NAME_FORM = 4, 1, 3, 0.8, 0.5
-# From this similarity on, two questions are the same one in other words, if they differ in none but
-# words that are more frequent.
+# From the first similarity on, two questions are the same one in other words, if all words in which
+# they differ are at least as frequent as the second number.
 SAME_QUESTION, COMMON = 0.72, 1 / 250
-# Similarities that differ by less are equal, and questions of at least the second have equal words.
+# Similarities that differ by less than TIE are equal. From SAME on, two questions have equal words.
 TIE = 1e-6
 SAME = 1.0 - TIE
 
@@ -262,10 +262,11 @@ class _Index:
 
     def _compare(self, text: str) -> NDArray[np.float64]:
         """
-        Return the similarity to each text.
+        Return the similarity to each text: that of the query's sentence that fits it best.
 
-        A query asks what its last sentence asks, or an earlier one; then what comes after that
-        one counts against it. What comes before is of use only if the sentence refers to it.
+        The sentences are read from the last to the first. Words of later sentences that a text
+        lacks count against an earlier sentence. A sentence with a pronoun may take the words that a
+        text needs from the sentence before it. A follow-up is not compared by itself.
         """
         weights, texts = self._current_weights(), len(self._entries)
         best, covered, after = np.zeros(texts), np.zeros(texts), np.zeros(texts)

@@ -33,8 +33,8 @@ NAME = 'mace_packed'
 TILED_QUERIES = 64      # from this many queries on, PyTorch multiplies bfloat16 in tiles
 SHAPE_MULTIPLE = 32     # to a multiple of this, lengths are then padded
 
-# Keys that decode rows copy at once, unless a single row has more. For more, copies in a CPU's
-# cache are faster than fewer calls.
+# Most keys that decode rows copy for one call, unless a single row has more. A larger copy leaves a
+# CPU's cache, which costs more than another call.
 GATHERED_KEYS = 4096
 
 # Arguments of the interface that have no effect here: dropout is off, and the metadata holds
@@ -134,7 +134,8 @@ class AttentionMetadata:
     - those at the cache slots ``key_slots``: the block's own and the ones before them.
 
     Without ``write_slots`` the cache is not accessed. With ``prefixes``, ``query_prefix`` holds
-    for each token what ``key_sequence`` is for the keys of its prefix: a negative number.
+    for each token what ``key_sequence`` is for the keys of its prefix: a negative number, or the
+    token's own ``query_sequence`` if it has no prefix.
 
     Masks are built on first use and shared by the layers.
     """

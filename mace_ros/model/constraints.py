@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 # At most one space where JSON allows white space, since a model may never stop writing it.
 JSON_OPTIONS: JsonCompileOptions = {'whitespace_pattern': ' ?'}
-# What a format may cost in the thread that receives queries (its lexer, and the first mask), and
-# then in each pass, for which other requests wait: at most some 50 and 20 ms, where a text of many
-# thousand characters is the only one that is possible. Most masks take less than 0.1 ms; those of
-# usual formats need less than a tenth of these limits.
+# Limits of what a format costs: the lexer and the first mask in the thread that receives queries,
+# and then a mask in each pass, for which the other requests wait. The worst case, a format that
+# allows only one text of many thousand characters, takes some 50 ms and some 20 ms. Most masks
+# take less than 0.1 ms; those of usual formats need less than a tenth of these limits.
 LIMITS = LLParserLimits(
     max_grammar_size=100_000, initial_lexer_fuel=100_000, step_lexer_fuel=20_000,
     step_max_items=50_000, verbose_errors=False)

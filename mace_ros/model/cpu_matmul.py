@@ -112,7 +112,7 @@ class Int8Weight:
                 and multiplies_int8(self._scales.dtype))
 
     def is_faster(self, x: Tensor) -> bool:
-        """Return whether ``x`` has so few tokens that 16-bit products take longer."""
+        """Return whether ``x`` has so few tokens that the 8-bit product is the fastest."""
         if prepacks(self._scales.device, self._scales.dtype):
             return 0 < x.numel() <= INT8_TOKENS * x.shape[-1]
         return is_small_batch(x)

@@ -224,7 +224,8 @@ class CudaGraphRunner:
         """
         Compute a pass, as :meth:`PackedModel.run` does.
 
-        Returns None if its descriptor is not prepared, or if it observes attention.
+        Returns None, having computed nothing, if its descriptor is not prepared, if it observes
+        attention, or if more tokens want logits than the descriptor has rows for.
         """
         if any(s.attention is not None for s in spans):
             return None
@@ -241,10 +242,10 @@ class CudaGraphRunner:
         Capture a CUDA graph for each descriptor; yield None for each, or why there is none.
 
         The graphs never run at the same time, and share memory and outputs. They are captured
-        on a stream of their own, because graphs from one stream share a cuBLAS workspace. A pass
-        that fails before its capture, but not for lack of memory, fails for its tokens, such as
-        many that choose experts on the host. Passes of the same kind with as many tokens are not
-        tried after it.
+        on a stream of their own, because graphs from one stream share a cuBLAS workspace. If a pass
+        fails before its capture, and not for lack of memory, its number of tokens is taken for the
+        cause: with many, some models choose experts on the host. Passes of the same kind with as
+        many tokens or more are then not tried.
         """
         descriptors = list(descriptors)
         outputs = attempt(partial(PassOutputs, self._model, descriptors))

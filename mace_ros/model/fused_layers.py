@@ -4,9 +4,9 @@
 Parts of a model's layers that take fewer kernels than in the model's own code.
 
 A decode row keeps a GPU busy for so short a time that each kernel counts. Norms and rotary
-embeddings of transformers are replaced in passes that write the KV cache, where their code computes
-what a kernel here computes: it is asked on random values on the CPU. Training runs the model's own
-code. Whether the device computes the same is for :mod:`mace_ros.model.fused_check`.
+embeddings of transformers are replaced in passes that write the KV cache, if their code computes
+what a kernel here computes, which is tested with random values on the CPU. Training runs the
+model's own code. :mod:`mace_ros.model.fused_check` tests the kernels on the device.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ class RotaryForm:
     """How a function takes its angles, after queries and keys, and what it rotates by them."""
 
     pairing: Pairing
-    columns: Callable[..., tuple[Tensor, Tensor]]   # of its arguments: those of ``pairing``
-    arguments: int = 2
+    # Maps its angle arguments to the cosines and sines that ``pairing`` takes.
+    columns: Callable[..., tuple[Tensor, Tensor]]
+    arguments: int = 2      # number of its angle arguments
 
 
 def as_given(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

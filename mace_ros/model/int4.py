@@ -33,8 +33,9 @@ QUANTIZED_AT_ONCE = 2 ** 22     # values
 # Values that are dequantised at once: as many as a CPU's caches hold. On CUDA, each part is
 # some eight kernels, so larger ones: a pass of an 8B model would otherwise be ten thousand.
 TILE_VALUES, CUDA_TILE_VALUES = 2 ** 22, 2 ** 24
-# For more tokens, dequantised products are faster: on a CPU with and without rows. CUDA's product
-# reads the weight once for this many; int4_limit.py measures up to how many it is the faster way.
+# For more tokens, it is faster to dequantise the weight: on a CPU with and without rows, and on
+# CUDA, whose product reads the weight once for every 16 tokens. The last one is a default:
+# int4_limit.py measures the limit of the device.
 MAX_TOKENS_BESIDE_ROWS = 32
 MAX_CPU_TOKENS = 48
 MAX_CUDA_TOKENS = 16

@@ -101,7 +101,7 @@ def file_for(folder: Path, kernel: Int4Kernel, dtype: torch.dtype) -> Path:
 
 
 def save(checkpoint: Int4Checkpoint, path: Path) -> None:
-    """Write the file at once: a crash leaves the old one, or none."""
+    """Write the file atomically: a crash leaves the old one, or none."""
     tensors = {f'other.{name}': t.contiguous() for name, t in checkpoint.others.items()}
     for name, weight in checkpoint.linears.items():
         tensors[f'packed.{name}'] = weight.packed.cpu()

@@ -107,9 +107,9 @@ def is_gguf(source: str) -> bool:
 
 
 def _plain_model(name: str, dtype: torch.dtype | str, device: str = 'cpu') -> PreTrainedModel:
-    # One tensor after the other goes to another device. Through the CPU, the model would be twice
-    # in memory that both share. It also takes one block there, in which merged layers then find
-    # the room of those that they replace.
+    # With device_map, tensors are loaded one by one onto another device. Loaded on the CPU and then
+    # moved, the model would be in memory twice where both devices share it. With device_map it also
+    # gets one block of device memory, in which merged layers reuse the room of those they replace.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
         attn_implementation='eager', **({} if device == 'cpu' else {'device_map': device}))

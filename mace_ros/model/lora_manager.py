@@ -168,9 +168,9 @@ class LoRAManager:
         """
         Confine later updates of ``layer`` to the null space of ``basis``.
 
-        ``basis`` is orthonormal, ``[in, directions]``. A fresh adapter gets no component along
-        it. A loaded adapter keeps the components that it has: removing them would remove some
-        of what it has learned.
+        ``basis`` is orthonormal, ``[in, directions]``. Call :meth:`reset` or :meth:`load` before
+        the next update. A fresh adapter then gets no component along the basis. A loaded one keeps
+        the components that it has: removing them would remove some of what it has learned.
         """
         self._protected[layer] = basis, [
             basis.new_zeros(layer.rank, basis.shape[1]) for _ in layer.adapted]

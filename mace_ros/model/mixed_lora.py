@@ -17,8 +17,8 @@ from torch import Tensor
 from mace_ros.model.triton_operator import triton_operator
 
 ROW_TILE = 16               # tokens of a tile; the product of tensor cores takes 16 at least
-# The inputs are split among several programs, such that a split has at least SPLIT_INPUTS, and all
-# tiles together have at most MAX_PROGRAMS, unless they are more.
+# The inputs of a tile are split among several programs. A split has at least SPLIT_INPUTS, and the
+# splits of all tiles are at most MAX_PROGRAMS, unless there are more tiles than that.
 SPLIT_INPUTS, MAX_PROGRAMS = 512, 16
 
 

@@ -25,9 +25,9 @@ def pack(model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
     Convert ``model`` in place.
 
     The KV cache holds ``kv_tokens``, or fewer if they need more than ``kv_bytes``. With
-    ``int8``, the weights of the linear layers are rounded to 8 bits. With ``int4``, merged linear
-    layers get the 4-bit weights of their name, which are theirs but for rounding, and the other
-    layers 8 bits.
+    ``int8``, the weights of the linear layers are rounded to 8 bits. With ``int4``, each merged
+    linear layer gets the 4-bit weight under its name, which is its own but for rounding. The other
+    layers are rounded to 8 bits on a CPU, and unchanged elsewhere.
 
     Raises :class:`UnsupportedModel` for an unsupported architecture, and if packed passes or
     training layers do not reproduce the model's own logits on a few random tokens.

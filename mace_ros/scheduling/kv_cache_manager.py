@@ -51,7 +51,8 @@ class KVCacheManager:
         """
         Look up the cached blocks that a waiting request would share.
 
-        At least one of its tokens is left to compute, since sampling needs logits.
+        Updates the request's ``computed_tokens`` and ``shared_blocks``, but acquires no block. At
+        least one of its tokens is left to compute, since sampling needs logits.
         """
         request.computed_tokens = request.shared_blocks = 0
         if not self._sharing or request.block_hashes is None:
@@ -93,7 +94,7 @@ class KVCacheManager:
                 self.pool.cache(request.blocks[i], hashes[i])
 
     def preempt(self, request: Request) -> None:
-        """Release a running request's blocks, and let it wait by its time of arrival."""
+        """Release a running request's blocks, and queue it again; it keeps its output tokens."""
         self.pool.release(request.blocks)
         request.dropped_tokens = 0
         self.state.running.remove(request)
@@ -149,7 +150,7 @@ class KVCacheManager:
         self.pool.release(dropped)
 
     def renumber(self, moved: Mapping[int, int]) -> None:
-        """Replace block numbers in the block tables: new numbers by old ones."""
+        """Renumber the blocks in the block tables; ``moved`` maps old numbers to new ones."""
         for request in self.state.running:
             request.blocks = [moved.get(b, b) for b in request.blocks]
 

@@ -121,7 +121,7 @@ class Mace(Policy):
         """Return the learning in or after a pass of decode rows that takes ``slowdown_s``."""
         pass_s = self._cost.pass_s(*batch.shape, upper=True)
         pending = work.piggyback_tokens
-        # A piggybacked forward takes KV blocks for each of its samples.
+        # Twice the tokens, because a piggybacked forward takes whole KV blocks for each sample.
         if pending and batch.free_tokens >= 2 * pending:
             step, tokens, saving_s = self._saving
             if step is None or step() is not work or tokens != pending:

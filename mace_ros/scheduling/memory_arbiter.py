@@ -140,7 +140,11 @@ class MemoryArbiter:
         return self._evict_step()
 
     def _evict_step(self) -> bool:
-        """Restart the step when there is memory again; return whether that freed any memory."""
+        """
+        Take the memory of the granted step, which begins again when there is memory.
+
+        Returns False, and leaves the step alone, if that frees nothing or the step is almost done.
+        """
         step, pool = self._granted, self._kv_cache.pool
         if step is None or not (step.blocks or pool.limit < self.budget.kv_capacity):
             return False
@@ -161,7 +165,12 @@ class MemoryArbiter:
             for r in self._kv_cache.state.running)
 
     def _limit_kv_cache(self, reserved: float = 0.0) -> None:
-        """Limit the KV cache to the rest of the budget, less unclaimed ``reserved`` bytes."""
+        """
+        Limit the KV cache to the rest of the budget.
+
+        ``reserved`` bytes for a step are left free, too, as far as running requests do not claim
+        them.
+        """
         limit = self.budget.kv_limit
         if reserved:
             limit = min(limit, max(self.budget.kv_beside(reserved), self._claimed_blocks))

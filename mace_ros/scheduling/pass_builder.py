@@ -128,11 +128,11 @@ class PassBuilder:
     def _is_worth_joining(self, request: Request, tokens: int, seconds: float,
                           queued: int) -> bool:
         """
-        Return whether joining saves the queued requests more time than it costs the pass.
+        Return whether joining saves the queued requests more time than it costs others.
 
-        With the chunk, the pass would take ``seconds``. Where a few tokens keep the device busy,
-        two prompts one after the other are better: the first is answered earlier, and the second
-        hardly later.
+        The others are the requests whose first token this pass yields: they wait for the longer
+        pass, which would take ``seconds``. Where a few tokens keep the device busy, two prompts one
+        after the other are better: the first is answered earlier, and the second hardly later.
         """
         rows, context, _, _, _ = self.shape
         longer_s = seconds - self.seconds

@@ -136,7 +136,7 @@ class Plan(NamedTuple):
     2. Waiting requests in ``prefill`` are admitted.
     3. The pass computes ``decode``, ``prefill`` and ``finetune_tokens`` piggybacked tokens.
     4. The first ``segments`` remaining segments of the fine-tune step run. If ``interruptible``,
-       they stop early when a query arrives.
+       they stop early when a query or another message arrives.
 
     An empty plan may set ``wake_at``, the time at which to plan again. ``lacks_memory`` says
     that a request waits or was preempted only for want of KV blocks. ``shape`` is the size of
