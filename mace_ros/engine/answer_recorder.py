@@ -63,7 +63,7 @@ class AnswerRecorder:
     def written(self, message: AnswerWritten) -> None:
         """Take the outcome of writing an answer."""
         self.journal_error = message.error
-        self.unrecorded = self.unrecorded + 1 if message.error else 0
+        self.unrecorded = self.unrecorded + message.lost if message.error else 0
 
 
 def system_prompt(active: ActiveRequest) -> str:

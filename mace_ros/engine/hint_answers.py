@@ -116,7 +116,7 @@ class HintAnswers:
         error = outcome.exception()
         self._inbox.put(
             CorrectionWritten(Correction('', id=record.id), outcome) if error is None
-            else AnswerWritten(str(error)))
+            else AnswerWritten(str(error), lost=0))
 
 
 def with_hint(messages: Messages, hint: str) -> list[dict[str, str]]:

@@ -50,6 +50,7 @@ class AnswerWritten:
     """A write to the journal has failed (``error`` says why), or works again (it is empty)."""
 
     error: str
+    lost: int = 1       # answers that the journal lacks if the write has failed
 
 
 @dataclass(frozen=True, slots=True)

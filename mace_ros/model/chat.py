@@ -116,7 +116,9 @@ class ChatTokenizer:
         ids: list[int] = self.tokenizer.apply_chat_template(
             [self._for_template(m, called) for m in messages],
             tools=self._quoted(for_template(tools)) if tools else None,
-            add_generation_prompt=True, return_dict=False)
+            add_generation_prompt=True, return_dict=False,
+            # A model that can think first (Qwen3, SmolLM3) would spend an answer's time on it.
+            enable_thinking=False)
         return ids
 
     def _for_template(self, message: Message, called: Mapping[str, str]) -> dict[str, Any]:

@@ -18,6 +18,10 @@ def _without_nul(text: str) -> str:
     return text
 
 
+def _all_as_zero(top_k: int) -> int:
+    return max(top_k, 0)    # vLLM's clients also say -1 for all tokens
+
+
 Text = Annotated[str, AfterValidator(_without_nul)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -135,7 +139,7 @@ class Request(Body):
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # Not in OpenAI's API; the names are those of vLLM.
-    top_k: int | None = Field(None, ge=0, le=INT32)
+    top_k: Annotated[int, Field(ge=-1, le=INT32), AfterValidator(_all_as_zero)] | None = None
     min_p: Number | None = Field(None, ge=0, le=1)
     repetition_penalty: Number | None = Field(None, gt=0, le=100)
     # vLLM's constraints, refused unless null: response_format has them, and ignoring them would

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 import shutil
 import time
+from unittest.mock import MagicMock
 
 import pytest
 from support.chat_templates import HERMES
@@ -25,8 +26,9 @@ from mace_ros.api.events import (
     ToolCall,
 )
 from mace_ros.api.settings import Settings
+from mace_ros.engine.answer_recorder import AnswerRecorder
 from mace_ros.engine.hint_answers import HintAnswers
-from mace_ros.engine.inbox import Inbox
+from mace_ros.engine.inbox import AnswerWritten, Inbox
 
 HI, WELL = ChatMessage('user', 'Hi there.'), ChatMessage('user', 'How are you?')
 MOVE = Tool('move', 'Moves to a place.', '{"type": "object", "properties": {"to": {}}}')
@@ -141,6 +143,15 @@ def test_a_hint_keeps_the_tools_and_the_raw_prompt(
                         inbox=Inbox(lambda: None), clock=time.monotonic)
     hints.add(record)
     assert hints.next(4096).ids == list(answer.prompt_ids)
+
+
+def test_only_answers_that_could_not_be_written_count_as_lost() -> None:
+    recorder = AnswerRecorder(journal=MagicMock(), inbox=Inbox(lambda: None))
+    # A hint is answered again at the next start.
+    for message, lost in ((AnswerWritten('disk is full', lost=0), 0),
+                          (AnswerWritten('disk is full'), 1), (AnswerWritten(''), 0)):
+        recorder.written(message)
+        assert (recorder.journal_error, recorder.unrecorded) == (message.error, lost)
 
 
 @pytest.mark.parametrize('choice', ['required', 'stop'])

@@ -5,7 +5,16 @@
 from __future__ import annotations
 
 import pytest
-from support.chat_templates import chat, CHATML, GEMMA, LLAMA, MISTRAL, PHI, PLAIN
+from support.chat_templates import (
+    chat,
+    CHATML,
+    GEMMA,
+    LLAMA,
+    MISTRAL,
+    PHI,
+    PLAIN,
+    THINKING,
+)
 
 
 def conversation(*texts: str) -> list[dict[str, str]]:
@@ -27,6 +36,12 @@ def test_an_adapter_acts_from_the_last_user_turn_on(template: str, header: str) 
         assert tail.startswith(header) and texts[-1].strip() in tail
         assert not any(text.strip() in tail for text in texts[:-1] if text != 'Hi.')
         assert tokenizer.tokenizer.decode(prompt[:first]).count(header) == len(texts) // 2
+
+
+def test_a_model_that_can_think_first_answers_at_once() -> None:
+    tokenizer = chat(THINKING)
+    text = tokenizer.tokenizer.decode(tokenizer.prompt(conversation('Hi.')))
+    assert text.endswith('<|im_start|>assistant\n<think>\n\n</think>\n\n')
 
 
 def test_a_text_cannot_begin_a_turn() -> None:

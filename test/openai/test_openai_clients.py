@@ -107,6 +107,13 @@ def test_null_is_the_default_of_a_field(client: OpenAI) -> None:
     assert all(chunk.choices for chunk in chunks)
 
 
+def test_all_tokens_are_sampled_from_with_the_top_k_of_vllms_clients(client: OpenAI) -> None:
+    replies = [ask(client, 'Hi.', temperature=1.0, seed=7, extra_body={'top_k': top_k})
+               for top_k in (-1, 0)]
+    first, second = (reply.choices[0].message.content for reply in replies)
+    assert first == second != ''
+
+
 def test_eight_streams_at_once_give_the_answers_of_single_ones(client: OpenAI) -> None:
     questions = [f'What is {i} times {i}?' for i in range(8)]
     single = [ask(client, question).choices[0].message.content for question in questions]

@@ -31,6 +31,11 @@ MISTRAL = (
 PHI = (
     '{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}'
     '{% if add_generation_prompt %}<|assistant|>\n{% endif %}')
+# Of a model that can think first, as Qwen3's.
+THINKING = CHATML.replace(
+    'assistant\n{% endif %}',
+    "assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+    '<think>\n\n</think>\n\n{% endif %}{% endif %}')
 PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     '{% if add_generation_prompt %}assistant: {% endif %}')
