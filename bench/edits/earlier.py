@@ -51,6 +51,10 @@ def main(checkout: str, *options: str) -> None:
 
     if Path(mace_ros.__file__).parents[1] != Path(checkout):
         raise SystemExit(f'{checkout} has no mace_ros')
+    from mace_ros.simulation import report
+
+    # Results are written with this function, which was private before.
+    vars(report).setdefault('plain', vars(report).get('_plain'))
     sys.path[0] = str(ROOT)
     from bench.edits.__main__ import main as run
 
