@@ -113,7 +113,7 @@ CLAIMS = (
     Claim(MEMORY, 'The budget counts CUDA graphs, too', 'peak beside the weights / budget', '<= 1',
           _memory(lambda m: used(m) / m['budget_bytes'])),
     Claim(MEMORY, 'On CUDA the cache keeps its size'),
-    Claim('start/questions.md', '1.2 billion parameters on a GPU, calculate with 5 GB',
+    Claim('start/questions.md', '1.2 billion parameters on a GPU, expect about 5 GB',
           'memory on the device, GB', '<= 5', _memory(
               lambda m: (used(m) + m['weights_bytes']) / 1e9, '1b')),
     Claim('reference/parameters.md', 'at the start, which takes up to a minute',
