@@ -32,12 +32,13 @@ def stale(results: Iterable[Mapping[str, Any]], root: Path = ROOT) -> Iterator[s
 
 def _commits(result: Mapping[str, Any]) -> set[str]:
     """Return the commits that gave the samples of a result."""
-    rows = [row for part in result['samples'].values() if isinstance(part, list) for row in part]
+    # Other parts are what the samples were taken under.
+    parts = {name: rows for name, rows in result['samples'].items() if isinstance(rows, list)}
     found = {
         result['machine']['commit'],
-        *(run['commit'] for part, run in result.get('earlier', {}).items() if part != 'conditions'),
-        *(row['commit'] for row in rows if isinstance(row, dict) and 'commit' in row
-          and row.get('system') != EARLIER)}
+        *(run['commit'] for name, run in result.get('earlier', {}).items() if name in parts),
+        *(row['commit'] for rows in parts.values() for row in rows
+          if isinstance(row, dict) and 'commit' in row and row.get('system') != EARLIER)}
     # What was not committed yet came with the commit that followed.
     return {commit.removesuffix(' and changes') for commit in found}
 

@@ -134,9 +134,9 @@ def test_results_of_an_earlier_engine_are_named(tmp_path: Path) -> None:
     results = [
         {'bench': 'x', 'machine': {'commit': first}, 'samples': {}},
         {'bench': 'y', 'machine': {'commit': f'{second} and changes'},
-         'earlier': {'old': {'commit': second}},
-         'samples': {'runs': [{'system': 'mace', 'commit': second},
-                              {'system': 'earlier', 'commit': first}]}}]
+         'earlier': {'old': {'commit': second}, 'conditions': {'commit': first}},
+         'samples': {'old': [], 'conditions': {}, 'runs': [
+             {'system': 'mace', 'commit': second}, {'system': 'earlier', 'commit': first}]}}]
     assert not list(stale(results, tmp_path))
     third = commit('def run():\n    """Run once."""\n    return 2\n')
     assert list(stale([*results, {'bench': 'z', 'machine': {'commit': third}, 'samples': {}}],
