@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ENGINE = 'mace_ros'
-EARLIER = 'earlier'     # a system that is meant to be older
+EARLIER = 'earlier'     # the system in bench.edits that is meant to be older
 
 
 def stale(results: Iterable[Mapping[str, Any]], root: Path = ROOT) -> Iterator[str]:

@@ -35,6 +35,11 @@ def server(tmp_path_factory: pytest.TempPathFactory,
         yield made
 
 
+def test_each_mark_is_followed_by_code() -> None:
+    marks = sum(page.read_text().count('<!-- run beside a node -->') for page in pages())
+    assert len(BLOCKS) == marks > 0
+
+
 @pytest.mark.parametrize(
     ('page', 'language', 'code'), BLOCKS, ids=[f'{page}-{code[:20]}' for page, _, code in BLOCKS])
 def test_code_runs_beside_a_node(

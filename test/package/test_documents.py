@@ -14,6 +14,7 @@ import pytest
 from bench.common.pages import FIGURE, is_day, pages, ROOT, UnknownFigure, updated
 from bench.common.recording import FOLDER, read
 from bench.report import REPORT, report
+from mace_ros.api.settings import PARAMETERS
 from tools import messages_page
 
 DOCS = ROOT / 'docs'
@@ -185,6 +186,15 @@ def test_parts_of_different_days_have_to_be_named() -> None:
         '<!--= x: recorded: old {:} -->2026-11-01<!--/-->')
     with pytest.raises(UnknownFigure, match='recorded'):
         updated('<!--= x: recorded {:} --><!--/-->', [result])
+
+
+def test_the_defaults_on_the_page_of_budgets_are_those_of_the_code() -> None:
+    rows = re.findall(r'^\| `([\w.]+)` \| `?([\w.]+)`? \|',
+                      (DOCS / 'guides/latency.md').read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    for parameter, shown in rows:
+        default = PARAMETERS[parameter].default
+        assert shown == (default if isinstance(default, str) else f'{default:g}'), parameter
 
 
 # -- code --------------------------------------------------------------------------------
