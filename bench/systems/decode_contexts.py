@@ -28,7 +28,7 @@ def measure_contexts(name: str, model: Any, run: Run) -> list[dict[str, Any]]:
     contexts = TINY_CONTEXTS if name.startswith('tiny') else CONTEXTS
     fits = int(KV_BYTES // (cache.slot_bytes * BLOCK_TOKENS))
     needed = max(ROWS) * (max(contexts) // BLOCK_TOKENS + 1)
-    model.graphs, model.graphed_layers = None, []       # they replay on the present cache
+    model.fast_passes, model.graphed_layers = None, []       # they replay on the present cache
     model.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
         cache.keys, cache.values, strict=True)], min(fits, needed))
     for context in contexts:
@@ -61,11 +61,11 @@ def measure_decode(name: str, model: Any, spans: list[Any],
             continue
         model.context.paged = paged if attention == 'paged' else None
         if run.args.device == 'cuda':
-            model.graphs = CudaGraphRunner(model)
+            model.fast_passes = CudaGraphRunner(model)
             run.notes += [f'{name}: {len(spans)} rows, {attention}: {failure.reason}' for failure in
-                          model.graphs.capture([BatchDescriptor.of(spans, None)]) if failure]
+                          model.fast_passes.capture([BatchDescriptor.of(spans, None)]) if failure]
         decode = repeated(timed(model, lambda: model.run(spans).argmax(-1).tolist()), repeats)
         yield from ({'attention': attention, 'ms': ms, 'floor_ms': least}
                     for ms, least in zip(decode, floor, strict=True))
-        model.graphs = None
+        model.fast_passes = None
     model.context.paged = paged

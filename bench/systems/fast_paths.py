@@ -21,8 +21,8 @@ def errors(model: Any) -> list[tuple[str, float]]:
     for each in checked_passes(model):
         fixed.prepare(BatchDescriptor.of(each.spans, each.piggyback))
     found = [('fixed addresses: {1}', largest_error(model, fixed))]
-    if model.graphs is not None:
-        found.append(('graphs: {1}', largest_error(model, model.graphs)))
+    if model.fast_passes is not None:
+        found.append(('graphs: {1}', largest_error(model, model.fast_passes)))
     rows = [(name.format(*worst), worst[0]) for name, worst in found]
     rows += [(f'gradients under graphs: {layers.tokens} tokens', layers.error(model))
              for layers in model.graphed_layers]

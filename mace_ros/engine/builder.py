@@ -39,6 +39,7 @@ from mace_ros.memory.block_pool import BLOCK_TOKENS, BlockPool
 from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.constraints import ConstraintCompiler
+from mace_ros.model.cpu_decode_check import use_cpu_decode
 from mace_ros.model.fused_check import use_fused_layers
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import (
@@ -126,6 +127,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         device = replace(device, free_bytes=free_beside(model, lora, device.hardware))
     for reason in use_fused_layers(model):
         progress(f'layers take more kernels than they need: {reason}')
+    _compile_decode(model, progress)
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
     memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
@@ -300,13 +302,24 @@ def _capture_graphs(settings: Settings, device: _LoadedDevice, max_context: int,
 def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> str:
     """Return all that the times of passes and segments depend on."""
     model, config, kind = device.model, device.loaded.model.config, device.hardware.kind
-    kernels = ((torch.get_num_threads(), torch.cpu.get_capabilities()) if kind == 'cpu'
-               else (model.context.paged is not None, *(part.name for part in model.fused_parts)))
+    kernels = (model.fast_passes is not None, model.context.paged is not None,
+               *(part.name for part in model.fused_parts))
+    cpu = (torch.get_num_threads(), torch.cpu.get_capabilities()) if kind == 'cpu' else ()
     return json.dumps([
-        kind, device.hardware.name, *kernels, torch.__version__, config.to_dict(),
+        kind, device.hardware.name, *kernels, *cpu, torch.__version__, config.to_dict(),
         str(model.dtype), model.weight_dtype, model.kv_blocks, settings.model.device_graphs,
         settings.scheduler.max_batch_tokens, [list(p.shape) for p in lora.parameters()],
     ], default=str)
+
+
+def _compile_decode(model: PackedModel, progress: Progress) -> None:
+    """Let decode rows take a few compiled calls in each layer, if the device is a CPU."""
+    if model.device.type != 'cpu':
+        return
+    with reporting(progress, 'compiling the operations of decode rows'):
+        reason = use_cpu_decode(model)
+    if reason:
+        progress(f'decode rows take more operations than they need: {reason}')
 
 
 def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager,

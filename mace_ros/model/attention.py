@@ -24,6 +24,7 @@ from mace_ros.model import cpu_attention
 from mace_ros.model.block_attention import attend_block
 from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.layer_operators import Pairing, rotate_and_write
+from mace_ros.model.observation_window import ObservationWindow
 from mace_ros.model.paged_attention import PagedAttention
 from mace_ros.model.prefix_kv import PackedPrefixes
 from mace_ros.model.upload import to_device
@@ -41,34 +42,6 @@ GATHERED_KEYS = 4096
 # positions and masks.
 _REDUNDANT = {'dropout', 'position_ids', 'position_embeddings', 'cache_position',
               'past_key_values'}
-
-
-@dataclass(frozen=True)
-class ObservationWindow:
-    """Queries of a block whose attention scores are summed, to choose KV blocks for pruning."""
-
-    queries: slice     # of the block's tokens
-    keys: slice        # of the block's keys, from the sequence's first to that of the last query
-    target: Tensor     # [tokens of the sequence], fp32: the score of each, summed over the layers
-
-    def accumulate(self, query: Tensor, key: Tensor, scaling: float | None,
-                   softcap: float | None, sinks: Tensor | None) -> None:
-        """Add one layer's attention, averaged over its heads; shapes as in SDPA."""
-        query, key = query[0, :, self.queries].float(), key[0, :, self.keys]
-        (heads, tokens, size), (kv_heads, keys, _) = query.shape, key.shape
-        scale = size ** -0.5 if scaling is None else scaling
-        later = torch.ones(tokens, keys, dtype=torch.bool, device=key.device)
-        later = later.triu_(keys - tokens + 1)
-        # One head of keys at a time, to take less memory.
-        for head, own in enumerate((query * scale).split(heads // kv_heads)):
-            scores = own @ key[head].float().t()
-            if softcap is not None:
-                scores.div_(softcap).tanh_().mul_(softcap)
-            scores.masked_fill_(later, float('-inf'))
-            if sinks is not None:
-                column = sinks.float().view(kv_heads, -1, 1, 1)[head].expand(-1, tokens, 1)
-                scores = torch.cat([scores, column], 2)
-            self.target[:keys] += torch.softmax(scores, 2)[..., :keys].sum((0, 1)) / heads
 
 
 class PastKV:
@@ -224,6 +197,21 @@ def whole_sequences(lengths: Sequence[int], device: torch.device, *,
     return metadata
 
 
+@dataclass(frozen=True)
+class ScoreArguments:
+    """How the attention layers of a model compute their weights; as in packed_attention()."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether there is a softcap or sinks."""
+        return self.softcap is not None or self.sinks is not None
+
+
 class ForwardContext:
     """State that the attention layers of one model share: KV cache and current metadata."""
 
@@ -237,9 +225,15 @@ class ForwardContext:
         self.rotation: tuple[Tensor, Tensor, Pairing] | None = None
         # While set, each layer adds its KV shape; the cache is allocated from these shapes.
         self.kv_shapes: dict[int, tuple[int, int, int]] | None = None
-        self.changes_scores = False     # found meanwhile: a layer has a softcap or sinks
+        # Found meanwhile: how each layer's own code calls packed_attention().
+        self.score_arguments: dict[int, ScoreArguments] = {}
         # Names of arguments that layers passed meanwhile and packed_attention() does not support.
         self.unsupported: set[str] = set()
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether a layer has a softcap or sinks."""
+        return any(each.changes_scores for each in self.score_arguments.values())
 
 
 def packed_attention(
@@ -263,7 +257,7 @@ def packed_attention(
         others |= {'attention_mask': attention_mask, 'bidirectional': is_causal is False}
         given = {k for k, v in others.items() if v is not None and v is not False}
         context.unsupported |= given - _REDUNDANT
-        context.changes_scores |= softcap is not None or s_aux is not None
+        context.score_arguments[layer] = ScoreArguments(scaling, sliding_window, softcap, s_aux)
     parts = []
     if metadata.write_slots is not None:
         assert context.kv_cache is not None
@@ -282,12 +276,10 @@ def packed_attention(
             parts.append(context.paged.attend(
                 rows, keys, values, metadata.decode_tables, metadata.decode_lengths,
                 scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux))
-        first = 0
-        for gathered in metadata.decode_rows:
-            end = first + gathered.slots.shape[0]
-            parts.append(attend_gathered(query[0, :, first:end].transpose(0, 1), keys, values,
-                                         gathered, scaling, sliding_window, softcap, s_aux))
-            first = end
+        if metadata.decode_rows:
+            parts.append(attend_decode_rows(
+                query[0].transpose(0, 1), keys, values, metadata,
+                ScoreArguments(scaling, sliding_window, softcap, s_aux)))
     if metadata.query_sequence is not None:
         first = query.shape[2] - metadata.query_sequence.shape[0]
         q = query[:, :, first:]
@@ -346,6 +338,23 @@ def gathered_together(lengths: Sequence[int]) -> list[slice]:
         if row > starts[-1] and (row + 1 - starts[-1]) * length > GATHERED_KEYS:
             starts.append(row)
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
+def attend_decode_rows(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
+                       scores: ScoreArguments) -> Tensor:
+    """
+    Attend with ``metadata.decode_rows``, the first rows of ``query``, ``[tokens, heads, size]``.
+
+    ``keys`` and ``values`` are the cache, ``[cache slots, KV heads, size]``. Returns ``[decode
+    rows, heads, value size]``.
+    """
+    parts, first = [], 0
+    for gathered in metadata.decode_rows:
+        end = first + gathered.slots.shape[0]
+        parts.append(attend_gathered(query[first:end], keys, values, gathered, scores.scaling,
+                                     scores.window, scores.softcap, scores.sinks))
+        first = end
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_gathered(query: Tensor, keys: Tensor, values: Tensor, gathered: GatheredRows,

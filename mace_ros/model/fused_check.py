@@ -86,11 +86,7 @@ def difference(model: PackedModel, part: FusedPart) -> float:
             part.use()
         else:
             part.use_plain()
-        graphs, model.graphs = model.graphs, None
-        try:
-            return model.run(spans, piggyback)
-        finally:
-            model.graphs = graphs
+        return model.run_plainly(spans, piggyback)
 
     return largest_difference(model, lambda seed: checked_passes(model, seed),
                               partial(run, used=False), partial(run, used=True))[0]

@@ -145,7 +145,7 @@ def _capture_passes(model: PackedModel, resources: _Resources, limits: Limits,
         report.failures.insert(0, difference)
     else:
         report.passes = len(runner)
-    model.graphs = runner if report.passes else None
+    model.fast_passes = runner if report.passes else None
     return intact
 
 
@@ -213,6 +213,6 @@ def _keep_within(model: PackedModel, resources: _Resources) -> None:
         report.steps, report.stopped = [], NO_ROOM
         gc.collect()
     if resources.measure() > resources.room:
-        model.graphs, report.passes = None, 0
+        model.fast_passes, report.passes = None, 0
         gc.collect()
         resources.measure()

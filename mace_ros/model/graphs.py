@@ -14,9 +14,9 @@ from mace_ros.model.prefix_kv import PackedPrefixes
 from mace_ros.model.spans import PiggybackSpans, Span
 
 
-class PassGraphs(Protocol):
+class FastPasses(Protocol):
     """
-    Passes of some shapes on fixed addresses.
+    Passes of some shapes, computed in another way than by the model's own code.
 
     ``best_tokens`` are those of the last pass that was computed: for each row of its logits, the
     token of the largest. They are valid until the next pass.

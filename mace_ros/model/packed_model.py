@@ -27,16 +27,16 @@ from mace_ros.model.attention import (
     gathered_together,
     GatheredRows,
     NAME,
-    ObservationWindow,
     whole_sequences,
 )
 from mace_ros.model.cpu_matmul import PrepackedWeight
-from mace_ros.model.graphs import FusedPart, LayerGraphs, PassGraphs
+from mace_ros.model.graphs import FastPasses, FusedPart, LayerGraphs
 from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.kv_cache import KVCache
 from mace_ros.model.lora_linear import replace_head, replace_linears
 from mace_ros.model.lora_mapping import InputObserver, LoRAMapping
 from mace_ros.model.model_shell import hidden_of, ModelShell
+from mace_ros.model.observation_window import ObservationWindow
 from mace_ros.model.spans import (
     BLOCK_TOKENS,
     cache_slots,
@@ -68,7 +68,7 @@ class PackedModel:
         self.window = longest_window(model, self.context_length)
         self.lora_mapping = LoRAMapping()
         self.context = ForwardContext()
-        self.graphs: PassGraphs | None = None
+        self.fast_passes: FastPasses | None = None
         # The best token of each row of the last pass's logits, if its graph has found it; valid
         # until the next pass.
         self.best_tokens: Tensor | None = None
@@ -133,13 +133,18 @@ class PackedModel:
         they are valid until the next pass. The layer inputs of the fine-tune tokens are stored
         in the buffers of ``piggyback``.
         """
-        pooling = any(span.pooled is not None for span in spans)
         self.best_tokens = None
-        if self.graphs is not None and not pooling:
-            logits = self.graphs.run(spans, piggyback)
+        if self.fast_passes is not None and not is_pooled(spans):
+            logits = self.fast_passes.run(spans, piggyback)
             if logits is not None:
-                self.best_tokens = self.graphs.best_tokens
+                self.best_tokens = self.fast_passes.best_tokens
                 return logits
+        return self.run_plainly(spans, piggyback)
+
+    @torch.no_grad()
+    def run_plainly(self, spans: Sequence[Span],
+                    piggyback: PiggybackSpans | None = None) -> Tensor:
+        """Compute a pass as :meth:`run` does, by the model's own code."""
         # Rows of similar length attend together, where each copies its keys.
         decode = sorted((s for s in spans if is_decode(s)), key=lambda s: s.cache_position)
         order = decode + [s for s in spans if not is_decode(s)]
@@ -153,9 +158,9 @@ class PackedModel:
             if span.wants_logits:
                 last[id(span)] = len(ids) - 1
         slots = [slot for span in packed for slot in span.adapter_slots]
-        with self._pooling(packed) if pooling else nullcontext():
+        with self._pooling(packed) if is_pooled(spans) else nullcontext():
             return self.forward_packed(
-                self._metadata(decode, packed[len(decode):]), self.tensor(ids),
+                self.attention_metadata(decode, packed[len(decode):]), self.tensor(ids),
                 self.tensor(positions),
                 slots[0] if len(set(slots)) == 1 else self.tensor(slots),
                 self.tensor([last[id(s)] for s in spans if s.wants_logits]),
@@ -252,7 +257,13 @@ class PackedModel:
 
     # -- building the metadata -------------------------------------------------------
 
-    def _metadata(self, decode: Sequence[Span], chunks: Sequence[Span]) -> AttentionMetadata:
+    def attention_metadata(self, decode: Sequence[Span],
+                           chunks: Sequence[Span]) -> AttentionMetadata:
+        """
+        Return the metadata of a pass.
+
+        ``decode`` are its decode rows, the shortest context first, and ``chunks`` the other spans.
+        """
         metadata, write = AttentionMetadata(), []
         if decode:
             add = self._add_decode_rows if self.context.paged is None else self._add_decode_tables
@@ -359,6 +370,11 @@ class PackedModel:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def is_pooled(spans: Sequence[Span]) -> bool:
+    """Return whether the hidden states of a span are summed."""
+    return any(span.pooled is not None for span in spans)
 
 
 def _observation_windows(chunks: Sequence[Span]) -> Iterator[ObservationWindow]:

@@ -53,12 +53,11 @@ def difference(model: PackedModel, paged: PagedAttention) -> float:
     """Return the relative difference of logits by ``paged`` from those of gathered keys."""
     def run(spans: Sequence[Span], piggyback: PiggybackSpans | None, *,
             used: PagedAttention | None) -> Tensor:
-        kept, graphs = model.context.paged, model.graphs
-        model.context.paged, model.graphs = used, None
+        kept, model.context.paged = model.context.paged, used
         try:
-            return model.run(spans, piggyback)
+            return model.run_plainly(spans, piggyback)
         finally:
-            model.context.paged, model.graphs = kept, graphs
+            model.context.paged = kept
 
     return largest_difference(model, lambda seed: _passes(model, seed),
                               partial(run, used=None), partial(run, used=paged))[0]

@@ -288,12 +288,19 @@ def test_an_index_with_changes_equals_a_new_one(frequency: Callable[[str], float
         assert again is not None and found.correction_id == again.correction_id
 
 
-def test_a_match_takes_a_millisecond_with_thousands_of_corrections(
+@pytest.mark.timeout(60)
+def test_a_match_takes_no_longer_with_thousands_of_corrections(
         frequency: Callable[[str], float]) -> None:
     """Also the first one after a change, of a long question."""
+    few, many = (_match_seconds(frequency, corrections) for corrections in (300, 3000))
+    assert many < 3 * few
+
+
+def _match_seconds(frequency: Callable[[str], float], corrections: int) -> float:
+    """Return the least time of a match beside so many corrections."""
     draw = random.Random(2)
     scopes = scopes_with(frequency, *(
-        f'In which year was {_name(draw)} {_name(draw)} built?' for _ in range(3000)))
+        f'In which year was {_name(draw)} {_name(draw)} built?' for _ in range(corrections)))
     story = 'On Monday they went to the old town and saw the library that she had told us about. '
     times = []
     for number in range(30):
@@ -302,7 +309,7 @@ def test_a_match_takes_a_millisecond_with_thousands_of_corrections(
         began = time.thread_time()      # other processes do not count
         scopes.match('', [asked], SETTINGS)
         times.append(time.thread_time() - began)
-    assert min(times) < 1e-3 and sorted(times)[len(times) // 2] < 2e-3
+    return min(times)
 
 
 def _name(draw: random.Random) -> str:

@@ -192,7 +192,7 @@ def on_gpu(family: str, *, paged: bool = True,
     meta = PackedModel(tiny_model(family, **changes).to(torch.bfloat16).to('meta'))
     meta.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
         model.kv_cache.keys, model.kv_cache.values, strict=True)], model.kv_blocks)
-    meta.context.changes_scores = model.context.changes_scores
+    meta.context.score_arguments = model.context.score_arguments
     if paged:
         meta.context.paged = PagedAttention(16)
     with pytest.MonkeyPatch.context() as patch:

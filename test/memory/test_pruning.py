@@ -171,7 +171,7 @@ def test_decoding_without_dropped_blocks_gives_the_logits_of_transformers(
     dropped = len(hidden) * BLOCK_TOKENS
 
     runner = CudaGraphRunner(model)
-    model.graphs = runner
+    model.fast_passes = runner
     ours, other = [], random_ids(3, 40)
     for i in range(20):     # beside a longer sequence without dropped blocks
         spans = [Span(answer[i:i + 1], PROMPT + i, kept, BASE_SLOT, True, dropped),

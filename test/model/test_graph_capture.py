@@ -109,7 +109,7 @@ def test_shapes_that_can_not_be_captured_run_eagerly(
     steps = where in ('fine-tune steps', 'their layers')
     passes = where in ('passes', 'their inputs', 'their outputs')
     assert (report.steps == []) == steps == (not model.graphed_layers)
-    assert (report.passes == 0) == passes == (not model.graphs)
+    assert (report.passes == 0) == passes == (not model.fast_passes)
     assert 'injected' in report.failures[0]
     assert 'run eagerly' in str(report) and 'injected' in str(report)
     assert_serves(model, lora, reference)
@@ -129,7 +129,7 @@ def test_a_capture_that_fails_at_any_shape_leaves_a_model_that_serves(
             if len(done) == failing + 1:
                 raise error('injected')
 
-        model.graphs, model.graphed_layers = None, []
+        model.fast_passes, model.graphed_layers = None, []
         report = captured(
             model, monkeypatch, (graph_check, 'SAMPLES', 1), (CapturedPass, 'capture', fails),
             *((GraphedLayers, name, fails) for name in ('capture', 'capture_kept')))
@@ -268,7 +268,7 @@ def test_graphs_that_compute_something_else_are_not_used(
     with monkeypatch.context() as patch:
         patch.setattr(CapturedPass, 'run', wrong)
         report = captured(model, monkeypatch)
-    assert (report.passes, report.steps, model.graphs) == (0, STEPS, None)
+    assert (report.passes, report.steps, model.fast_passes) == (0, STEPS, None)
     assert ('injected' if raises else 'off by 0.01') in str(report)
     assert_serves(model, lora, reference)
 
@@ -307,7 +307,7 @@ def test_graphs_that_are_wrong_in_a_part_are_not_used(
     run = CapturedPass.run
     report = captured(model, monkeypatch, (
         CapturedPass, 'run', lambda *args: wrong(run, *args)))
-    assert (report.passes, model.graphs) == (0, None)
+    assert (report.passes, model.fast_passes) == (0, None)
     assert 'under a graph is off by' in report.failures[0]
     for linear in model.linears:        # the check has restored the adapters
         for x in (linear.slots_a, linear.slots_b):
@@ -332,7 +332,7 @@ def test_graphs_that_can_not_be_compared_are_not_used(monkeypatch: pytest.Monkey
     model, _, _ = with_reference(tiny_model('llama'))
     report = captured(model, monkeypatch, *(
         (graph_check, name, lambda *_: ()) for name in ('checked_passes', 'passes_of_shapes')))
-    assert (report.passes, report.steps, model.graphs) == (0, STEPS, None)
+    assert (report.passes, report.steps, model.fast_passes) == (0, STEPS, None)
     assert report.failures == ['no pass under a graph could be compared']
 
 
@@ -341,7 +341,7 @@ def test_a_graph_that_finds_other_tokens_is_not_used(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'argmax', lambda logits, dim, out: out.fill_(logits.argmin()))
         report = captured(model, monkeypatch)
-    assert (report.passes, model.graphs) == (0, None)
+    assert (report.passes, model.fast_passes) == (0, None)
     assert 'the best tokens are not' in str(report)
     assert_serves(model, lora, reference)
 

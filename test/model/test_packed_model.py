@@ -78,7 +78,7 @@ def test_packed_requests_get_the_logits_of_transformers_and_peft(
     model, lora, reference = with_reference(
         tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
     if padded:
-        model.graphs = EveryPass(model)
+        model.fast_passes = EveryPass(model)
     adapters = {}
     for slot in (FIRST_SERVED_SLOT, FIRST_SERVED_SLOT + 1):
         adapters[slot] = publish(tmp_path / f'v{slot}', lora, random_adapter(lora, slot))

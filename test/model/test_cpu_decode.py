@@ -1,0 +1,189 @@
+# Copyright 2026 The mace_ros authors
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled passes of decode rows compute what a model's own code computes, or are not used."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+import random
+from typing import Any
+
+from peft import PeftModel
+import pytest
+from support.families import (
+    FAMILIES,
+    publish,
+    random_adapter,
+    random_ids,
+    relative_error,
+    TARGETS,
+    tiny_model,
+    with_reference,
+)
+from support.serving import assert_response_of, Request, serve
+import torch
+
+from mace_ros.model import cpu_decode, cpu_decode_check, cpu_kernels
+from mace_ros.model.cpu_decode_check import use_cpu_decode
+from mace_ros.model.cpu_matmul import multiplies_int8, SMALL_BATCH
+from mace_ros.model.graph_check import kernel_limit
+from mace_ros.model.int4_kernels import find_kernel
+from mace_ros.model.lora_mapping import BASE_SLOT, FIRST_SERVED_SLOT
+from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.spans import BLOCK_TOKENS, PiggybackSpans, Span
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+# Families of Llama's form, and one that has its modules, but multiplies residuals.
+COVERED = {'llama', 'llama-tied-biased', 'llama3-rope', 'qwen2', 'qwen3', 'mistral', 'smollm3'}
+SIMILAR = {'granite'}
+
+
+def decode_spans(contexts: tuple[int, ...], **others: Any) -> list[Span]:
+    """Return decode rows, each in KV blocks of its own, under the base model and an adapter."""
+    blocks, first = [], 0
+    for context in contexts:
+        count = context // BLOCK_TOKENS + 1
+        blocks.append(range(first, first + count))
+        first += count
+    return [Span((5 + i,), context, own, (FIRST_SERVED_SLOT, BASE_SLOT)[i % 2], True, **others)
+            for i, (context, own) in enumerate(zip(contexts, blocks, strict=True))]
+
+
+def filled(model: PackedModel, blocks: int) -> PackedModel:
+    """Return the model, with keys and values of random prompts in its first KV blocks."""
+    rng = random.Random(0)
+    for block in range(blocks):
+        model.run([Span(random_ids(rng, BLOCK_TOKENS), 0, [block], BASE_SLOT, False)])
+    return model
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_layers_of_llamas_form_are_known(family: str) -> None:
+    model, _, _ = with_reference(tiny_model(family), targets=TARGETS.get(family, 'all-linear'))
+    reason = use_cpu_decode(model)
+    assert (model.fast_passes is not None) == (family in COVERED)
+    assert reason.startswith('its logits are off by') == (family in SIMILAR)
+    assert bool(reason) == (family in SIMILAR)
+
+
+@pytest.mark.parametrize('short', [True, False])
+@pytest.mark.parametrize('family', sorted(COVERED))
+def test_requests_get_the_logits_of_transformers_and_peft(
+        family: str, short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts that are not short attend by PyTorch's kernels."""
+    monkeypatch.setattr(cpu_decode, 'SHORT_CONTEXT', 256 if short else 8)
+    rng = random.Random(family)
+    model, lora, reference = with_reference(tiny_model(family))
+    assert use_cpu_decode(model) == ''
+    path = publish(tmp_path / 'adapter', lora, random_adapter(lora, 1))
+    lora.write_slot(FIRST_SERVED_SLOT)
+    requests = [Request(random_ids(rng, length), slot, 6) for length, slot in zip(
+        (41, 30, 9, 3), (BASE_SLOT, FIRST_SERVED_SLOT) * 2, strict=True)]
+
+    serve(model, requests, rng, chunks=(8, 19))
+
+    peft = PeftModel.from_pretrained(copy.deepcopy(reference), str(path)).eval()
+    for request in requests:
+        assert_response_of(reference if request.slot == BASE_SLOT else peft, request)
+
+
+@pytest.mark.parametrize('weights', ['float32', 'bfloat16', 'int8', 'int4'])
+@pytest.mark.parametrize('contexts', [(40,), (3, 40, 17), (1,) * SMALL_BATCH])
+def test_all_precisions(weights: str, contexts: tuple[int, ...]) -> None:
+    dtype = torch.float32 if weights == 'float32' else torch.bfloat16
+    if weights == 'int8' and not multiplies_int8(dtype):
+        pytest.skip('this CPU multiplies no 8-bit weights')
+    model, lora, _ = with_reference(
+        tiny_model('qwen2').to(dtype), int8=weights == 'int8',
+        int4=find_kernel(torch.device('cpu'), dtype) if weights == 'int4' else None)
+    random_adapter(lora, 0)
+    lora.write_slot(FIRST_SERVED_SLOT)
+    assert use_cpu_decode(model) == ''
+    assert model.fast_passes is not None
+    filled(model, 16)
+    spans = decode_spans(contexts)
+    expected = model.run_plainly(spans).clone()
+    found = model.fast_passes.run(spans, None)
+    assert found is not None
+    assert found.dtype == torch.float32
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) < kernel_limit(model)
+
+
+def test_tokens_whose_neighbours_were_pruned_and_logits_that_are_not_wanted() -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    assert use_cpu_decode(model) == ''
+    filled(model, 8)
+    one, two, three = (
+        Span((7,), position, blocks, BASE_SLOT, wanted, dropped=dropped)
+        for position, blocks, wanted, dropped in (
+            (70, [0, 1], True, 48), (20, [2, 3], False, 0), (33, [4, 5, 6], True, 0)))
+    expected = model.run_plainly([one, two, three])
+    assert model.fast_passes is not None
+    found = model.fast_passes.run([one, two, three], None)
+    assert found is not None
+    assert relative_error(found, expected) < 1e-4
+
+
+def test_other_passes_run_the_models_own_code() -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    assert use_cpu_decode(model) == ''
+    fast = model.fast_passes
+    assert fast is not None
+    chunk = Span((3, 4), 0, [9], BASE_SLOT, True)
+    scored = Span((3,), 0, [9], BASE_SLOT, True, attention=torch.zeros(1))
+    width = model.model.config.hidden_size
+    hidden = [torch.zeros(2, width) for _ in range(len(model.layers) + 1)]
+    rows = decode_spans((3, 40))
+    assert fast.run([*rows, chunk], None) is None
+    assert fast.run([*rows, scored], None) is None
+    assert fast.run(rows, PiggybackSpans([chunk], hidden)) is None
+    assert fast.run(decode_spans((1,) * (SMALL_BATCH + 1)), None) is None
+    assert fast.run([], None) is None
+    assert model.run([*rows, chunk]).shape[0] == 3
+
+
+def test_large_keys_are_no_reason_not_to_use_it() -> None:
+    """As those of Qwen2: its own code rounds them three times, and the kernel once."""
+    model = tiny_model('qwen2')
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith('k_proj.bias'):
+                bias *= 300
+    assert use_cpu_decode(with_reference(model.to(torch.bfloat16))[0]) == ''
+
+
+# -- what goes wrong ---------------------------------------------------------------------
+
+
+def add_too_much(y: Any, *_: Any) -> None:
+    y += 1
+
+
+def fail(*_: object) -> None:
+    raise ValueError('injected\nand a traceback')
+
+
+@pytest.mark.parametrize('kernel, reason', [
+    (add_too_much, 'its logits are off by'), (fail, 'ValueError: injected')])
+def test_kernels_that_are_wrong_are_not_used(
+        kernel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, 'add_update', kernel)
+    model, _, _ = with_reference(tiny_model('llama'))
+    own = [type(m) for m in model.model.modules()]
+    found = use_cpu_decode(model)
+    assert found.startswith(reason)
+    assert '\n' not in found
+    assert model.fast_passes is None
+    assert [type(m) for m in model.model.modules()] == own
+
+
+def test_without_numba_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode_check, 'find_spec',
+                        lambda name: None if name == 'numba' else importlib.util.find_spec(name))
+    model, _, _ = with_reference(tiny_model('llama'))
+    assert use_cpu_decode(model) == 'Numba is not installed'
+    assert model.fast_passes is None
