@@ -52,8 +52,8 @@ def measure(run: Run) -> Samples:
     """Load all systems, run them in turn, and return the samples."""
     from bench.systems.peers.worker import PeerFailed
 
-    run.notes.append(f'{run.args.threads} threads; one request at a time; rank 8 adapter on all '
-                     'linear layers.')
+    run.notes.append(f'{run.args.threads} threads; one request at a time; all systems serve an '
+                     'adapter of the same rank for the same layers.')
     systems = LoadedSystems(run)
     try:
         systems.load()

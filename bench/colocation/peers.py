@@ -132,8 +132,8 @@ def make_peer(system: str, *, model: str, adapter: Path, dtype: str,
         source = packaged_gguf()
         return Server(Worker(
             LlamaCpp, model=str(convert(source, folder / f'{dtype}.gguf', dtype)),
-            adapter=str(write_adapter(source, folder / 'adapter.gguf', settings.adapter.rank,
-                                      settings.adapter.alpha)), threads=threads))
+            adapter=str(write_adapter(source, folder / 'adapter.gguf', adapter)),
+            threads=threads))
     worker = Worker(HfGenerate if system == 'hf_generate' else ContinuousBatching, **files)
     server = Server(worker)
     worker.call('threads', threads)

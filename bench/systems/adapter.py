@@ -36,7 +36,7 @@ class Published:
 
 def publish(settings: Settings, storage: Path, progress: Callable[[str], None]) -> Published:
     """
-    Learn one correction and return the version that the engine publishes.
+    Learn one correction for all questions, and return the version that the engine publishes.
 
     All systems then serve the same file, with weights as on a robot. Raises
     ``RuntimeError`` if the correction is not learned, and ``TimeoutError``.
@@ -44,7 +44,8 @@ def publish(settings: Settings, storage: Path, progress: Callable[[str], None]) 
     engine = InteractiveEngine(settings, storage, progress)
     try:
         engine.engine.correct(Correction(
-            'My name is Rover.', prompt="What is your robot's name?", id='bench'))
+            'My name is Rover.', prompt="What is your robot's name?", id='bench',
+            scope='everywhere'))     # so that it answers all questions of a benchmark
         ended = engine.wait_for(_ends)
         if isinstance(ended, AdapterVersion):
             return Published(storage, Path(ended.path))

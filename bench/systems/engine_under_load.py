@@ -58,6 +58,7 @@ class EngineUnderLoad:
                                    progress=progress, make_learner=make_pending)
         self.engine.chat.end_tokens = frozenset()     # responses have the requested length
         self.learner = learners[0]
+        self._version = self.engine.parts.live.newest('')      # 0: the base model
         self.probe = Probe()
         self.engine.observe(self.probe)
         self._slo = Slo(settings.slo.ttft_ms, settings.slo.tpot_ms)
@@ -81,6 +82,7 @@ class EngineUnderLoad:
             for event in events:
                 if isinstance(event, Response):
                     _check_length(event, unanswered.pop(event.query_id))
+                    _check_version(event, self._version)
             return not unanswered and time.monotonic() >= begun + seconds
 
         self._drive(finished, until=begun + seconds)
@@ -200,6 +202,12 @@ def iteration_rows(system: str, block: int, log: ProbeLog) -> list[dict[str, Any
     """Return the iterations of a log as one sample: ``rows`` with the names in ``columns``."""
     return [{'system': system, 'block': block, 'columns': COLUMNS,
              'rows': [i.row() for i in log.iterations]}]
+
+
+def _check_version(event: Response, version: int) -> None:
+    if event.adapter_version != version:
+        raise AssertionError(
+            f'{event.query_id} was answered by version {event.adapter_version}, not {version}')
 
 
 def _check_length(event: Response, max_tokens: int) -> None:

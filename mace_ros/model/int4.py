@@ -176,6 +176,9 @@ class Int4Weight(StoredWeight):
         self.rows = rows
         self._kernel = kernel
         self.out_features = scales_and_zeros.shape[1]
+        # As the product of a CPU takes it.
+        self._operand = (
+            packed.view(self.out_features, -1) if packed.device.type == 'cpu' else packed)
         self.in_features = packed.numel() * packed.element_size() * 2 // self.out_features
         self._group = self.in_features // scales_and_zeros.shape[0]
         self._max_tokens = 0
@@ -239,7 +242,7 @@ class Int4Weight(StoredWeight):
 
     def packed_product(self, rows: Tensor) -> Tensor:
         """Return the product with the 4 bits, which the kernel must have."""
-        return self._kernel.multiply(rows, self.packed, self._group, self.scales_and_zeros)
+        return self._kernel.multiply(rows, self._operand, self._group, self.scales_and_zeros)
 
     def written_out_product(self, rows: Tensor) -> Tensor:
         """Return the product with the weight as it is dequantised, part by part."""

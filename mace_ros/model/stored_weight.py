@@ -45,14 +45,14 @@ class StoredWeight(ABC):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``[..., out]`` for ``x``, ``[..., in]``, with a gradient of ``x`` only."""
-        rows = x.reshape(-1, self.in_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and rows.requires_grad:
             y: Tensor = _Product.apply(rows, self)
         else:
             y = self.product(rows)
         if bias is not None:
             y.add_(bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
 
 class _Product(torch.autograd.Function):

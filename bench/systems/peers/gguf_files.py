@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ TYPES = {
     'int8': gguf.GGMLQuantizationType.Q8_0,
     'int4': None,       # the source as it is
 }
+
+# Names of linear layers, by those of PEFT.
+LAYERS = {'q_proj': 'attn_q', 'k_proj': 'attn_k', 'v_proj': 'attn_v', 'o_proj': 'attn_output',
+          'gate_proj': 'ffn_gate', 'up_proj': 'ffn_up', 'down_proj': 'ffn_down'}
 
 
 def convert(source: Path, target: Path, dtype: str) -> Path:
@@ -41,20 +46,22 @@ def convert(source: Path, target: Path, dtype: str) -> Path:
     return _write(writer, target)
 
 
-def adapter(source: Path, target: Path, rank: int, alpha: float) -> Path:
+def adapter(source: Path, target: Path, published: Path) -> Path:
     """
-    Write an adapter for all linear layers of the model in a GGUF file.
+    Write an adapter for the model in a GGUF file, of the form of a ``published`` one of PEFT.
 
     Its weights are random and small: only its cost is compared.
     """
+    config = json.loads((published / 'adapter_config.json').read_text())
+    rank, adapted = config['r'], {LAYERS[name] for name in config['target_modules']}
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, _text(reader, 'general.architecture'))
     writer.add_string('general.type', 'adapter')
     writer.add_string('adapter.type', 'lora')
-    writer.add_float32('adapter.lora.alpha', alpha)
+    writer.add_float32('adapter.lora.alpha', config['lora_alpha'])
     rng = np.random.default_rng(0)
     for tensor in reader.tensors:
-        if not tensor.name.startswith('blk.') or len(tensor.shape) < 2:
+        if not adapted & set(tensor.name.split('.')):
             continue
         # GGUF lists the innermost dimension first.
         inputs, outputs = (int(n) for n in tensor.shape)
