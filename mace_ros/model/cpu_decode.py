@@ -3,9 +3,9 @@
 """
 Decode rows on a CPU, with a few compiled calls in each layer.
 
-A model's own code needs some sixty small operations in a layer. Each takes several times as long
-as in a loop of its own, because the weights of the products in between take the place of its code
-in the caches. Here, all that a layer of Llama's form computes beside products and attention is in
+Between products, a model's own code runs some sixty small operations per layer. The weights evict
+their code from the caches, so that each takes several times as long as in a loop of its own. Here,
+all that a layer of Llama's form computes beside products and attention is in
 :mod:`mace_ros.model.cpu_kernels`. Other passes and other forms run the model's own code. Import
 this module only where Numba is installed.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+import math
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,10 @@ ATTENTION = {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
 HEAD_NORMS = {'q_norm', 'k_norm'}
 MLP = {'gate_proj', 'up_proj', 'down_proj', 'act_fn'}
 
-# Up to this many keys, one thread is done before several have begun.
-SHORT_CONTEXT = 256
+# The kernels run in one thread. They are faster than several threads of PyTorch up to so many
+# values: of the products of queries and keys in a layer, and of low-rank inputs of a pass.
+ATTENDED_VALUES = 2 ** 18
+LOW_RANK_VALUES = 512
 
 
 class OtherForm(ValueError):
@@ -49,14 +52,14 @@ class OtherForm(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class Operand:
     """A tensor, and its memory as the kernels take it."""
 
     tensor: Tensor
     array: np.ndarray
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Shared:
+    def of(cls, tensor: Tensor) -> Operand:
         """Return a contiguous tensor with its memory."""
         return cls(tensor, array(tensor))
 
@@ -79,9 +82,9 @@ class AdaptedProduct:
                 array(x).reshape(-1, linear.width, x.shape[1])
                 for x in (linear.exact_a, linear.exact_b))
 
-    def __call__(self, x: Shared, slots: np.ndarray | None) -> Shared:
+    def __call__(self, x: Operand, slots: np.ndarray | None) -> Operand:
         """Return ``[rows, out]`` for ``x``, ``[rows, in]``; ``slots`` are ``[rows]``, if any."""
-        y = Shared.of(self._linear.base_output(x.tensor))
+        y = Operand.of(self._linear.base_output(x.tensor))
         if self._linear.width and slots is not None:
             cpu_kernels.add_update(y.array, x.array, self._a, self._b, slots)
         return y
@@ -111,8 +114,8 @@ class DecoderLayer:
     qkv: AdaptedProduct
     head_norms: Sequence[Norm]      # of queries and keys, or none
     rotates: bool
-    keys: Shared        # of the KV cache, [cache slots, KV heads, size]
-    values: Shared
+    keys: Operand        # of the KV cache, [cache slots, KV heads, size]
+    values: Operand
     scores: ScoreArguments
     out: AdaptedProduct
     middle_norm: Norm
@@ -136,8 +139,9 @@ class DecoderLayer:
         first, middle, *of_heads = map(Norm.of, norms)
         index, cache = attention.layer_idx, context.kv_cache
         assert cache is not None
-        keys, values = Shared.of(cache.keys[index]), Shared.of(cache.values[index])
-        if keys.array.shape != values.array.shape:
+        keys, values = Operand.of(cache.keys[index]), Operand.of(cache.values[index])
+        if (keys.array.shape != values.array.shape
+                or any(len(norm.weight) != keys.array.shape[2] for norm in of_heads)):
             raise OtherForm
         return cls(
             first, merged(attention.q_proj, attention.k_proj, attention.v_proj), of_heads,
@@ -172,7 +176,7 @@ class CpuDecode:
         """
         Take the layers, adapter slots and KV cache of ``model``, which must stay where they are.
 
-        Raises :class:`OtherForm`.
+        Raises :class:`OtherForm` if they have another form than Llama's.
         """
         self._model, decoder = model, model.model.get_decoder()
         try:
@@ -181,12 +185,22 @@ class CpuDecode:
         except AttributeError:
             raise OtherForm from None
         self._layers = [DecoderLayer.of(layer, model.context) for layer in model.layers]
+        width = max(linear.width for linear in model.linears)
+        self._max_rows = min(SMALL_BATCH, LOW_RANK_VALUES // width if width else SMALL_BATCH)
         self._head = model.model.get_output_embeddings()
+
+    @classmethod
+    def of(cls, model: PackedModel) -> CpuDecode | None:
+        """Return the passes of a model; None if it has another form than Llama's."""
+        try:
+            return cls(model)
+        except OtherForm:
+            return None
 
     @torch.no_grad()
     def run(self, spans: Sequence[Span], piggyback: PiggybackSpans | None) -> Tensor | None:
         """Compute a pass as the model does; return None if it is not of a few decode rows."""
-        if (piggyback is not None or not 0 < len(spans) <= SMALL_BATCH
+        if (piggyback is not None or not 0 < len(spans) <= self._max_rows
                 or not all(map(is_decode, spans))):
             return None
         rows = sorted(spans, key=lambda s: s.cache_position)
@@ -194,16 +208,17 @@ class CpuDecode:
         cos, sin = self._rotary(hidden, self._model.tensor([[s.position for s in rows]]))
         slots = np.array([s.adapter_slots[0] for s in rows])
         last = self._run_layers(
-            Shared.of(hidden),
+            Operand.of(hidden),
             _Pass(self._model.attention_metadata(rows, ()), array(cos[0]), array(sin[0])),
             slots if slots.any() else None)
-        logits: Tensor = self._head(last[[rows.index(s) for s in spans if s.wants_logits]])
+        row = {id(span): i for i, span in enumerate(rows)}
+        logits: Tensor = self._head(last[[row[id(s)] for s in spans if s.wants_logits]])
         return logits.float()
 
-    def _run_layers(self, hidden: Shared, attention: _Pass,
+    def _run_layers(self, hidden: Operand, attention: _Pass,
                     slots: np.ndarray | None) -> Tensor:
         """Return the normalized output of the last layer."""
-        x, norm = Shared.of(torch.empty_like(hidden.tensor)), self._layers[0].input_norm
+        x, norm = Operand.of(torch.empty_like(hidden.tensor)), self._layers[0].input_norm
         cpu_kernels.normalize(x.array, hidden.array, norm.weight, norm.eps)
         following = [*(layer.input_norm for layer in self._layers[1:]), self._norm]
         for layer, norm in zip(self._layers, following, strict=True):
@@ -212,7 +227,7 @@ class CpuDecode:
             cpu_kernels.add_and_normalize(
                 x.array, hidden.array, y.array, middle.weight, middle.eps)
             y = layer.gate_and_up(x, slots)
-            gated = Shared.of(y.tensor.new_empty(len(y.array), y.array.shape[1] // 2))
+            gated = Operand.of(y.tensor.new_empty(len(y.array), y.array.shape[1] // 2))
             cpu_kernels.multiply_gate(gated.array, y.array)
             y = layer.down(gated, slots)
             cpu_kernels.add_and_normalize(x.array, hidden.array, y.array, norm.weight, norm.eps)
@@ -229,10 +244,9 @@ class _Pass:
         self._write = metadata.write_slots.numpy()
         first = metadata.decode_rows[0]
         self._slots, self._lengths = first.slots.numpy(), first.lengths.numpy()
-        self._is_short = (
-            len(metadata.decode_rows) == 1 and self._slots.shape[1] <= SHORT_CONTEXT)
+        self._keys = self._slots.size if len(metadata.decode_rows) == 1 else math.inf
 
-    def attend(self, layer: DecoderLayer, y: Shared) -> Shared:
+    def attend(self, layer: DecoderLayer, y: Operand) -> Operand:
         """Return the output of a layer's attention for its queries, keys and values."""
         keys, values, scores = layer.keys, layer.values, layer.scores
         kv_heads, size = keys.array.shape[1:]
@@ -243,15 +257,15 @@ class _Pass:
         rotated = None if layer.rotates else 0      # values of a head; None: as many as cosines
         cpu_kernels.rotate_and_write(y.array, self._cos[:, :rotated], self._sin[:, :rotated],
                                      keys.array, values.array, self._write)
-        if not self._is_short or scores.changes_scores:
+        if self._keys * heads * size > ATTENDED_VALUES or scores.changes_scores:
             query = y.tensor[:, :heads * size].view(-1, heads, size)
             out = attend_decode_rows(
                 query, keys.tensor, values.tensor, self._metadata, scores)
-            return Shared.of(out.reshape(len(query), -1))
+            return Operand.of(out.reshape(len(query), -1))
         out = y.tensor.new_empty(len(y.array), heads * size)
-        result = Shared.of(out)
+        result = Operand.of(out)
         cpu_kernels.attend(
             result.array, y.array, keys.array, values.array, self._slots, self._lengths,
-            SHORT_CONTEXT if scores.window is None else scores.window,
+            self._slots.shape[1] if scores.window is None else scores.window,
             size ** -0.5 if scores.scaling is None else scores.scaling)
         return result

@@ -64,17 +64,16 @@ def largest_error(model: PackedModel, graphs: CudaGraphRunner) -> tuple[float, s
 
 
 def largest_difference(model: PackedModel, passes: Callable[[int], Iterable[CheckedPass]],
-                       plain: Compute, fast: Compute, *, samples: int | None = None,
-                       ) -> tuple[float, str]:
+                       plain: Compute, fast: Compute) -> tuple[float, str]:
     """
     Return the largest relative difference of a row of the results, and the name of its pass.
 
-    ``passes`` maps a seed to passes, of some seeds (default: :data:`SAMPLES`). It is called for
-    each of the two ways to compute, so that each reads the keys and values that it has written
-    itself. Returns infinity and an empty name if no pass was computed in both ways.
+    ``passes`` maps a seed to passes. It is called for each of the two ways to compute, so that
+    each reads the keys and values that it has written itself. Returns infinity and an empty name
+    if no pass was computed in both ways.
     """
     errors: dict[str, list[float]] = {}
-    for seed in range(SAMPLES if samples is None else samples):
+    for seed in range(SAMPLES):
         expected = {each.name: each.results(plain) for each in passes(seed)}
         found = {each.name: each.results(fast) for each in passes(seed)}
         for name, ours in found.items():

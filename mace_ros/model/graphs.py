@@ -19,7 +19,7 @@ class FastPasses(Protocol):
     Passes of some shapes, computed in another way than by the model's own code.
 
     ``best_tokens`` are those of the last pass that was computed: for each row of its logits, the
-    token of the largest. They are valid until the next pass.
+    token of the largest, or None if they were not looked for. They are valid until the next pass.
     """
 
     best_tokens: Tensor | None

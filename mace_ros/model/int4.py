@@ -176,9 +176,7 @@ class Int4Weight(StoredWeight):
         self.rows = rows
         self._kernel = kernel
         self.out_features = scales_and_zeros.shape[1]
-        # As the product of a CPU takes it.
-        self._operand = (
-            packed.view(self.out_features, -1) if packed.device.type == 'cpu' else packed)
+        self._operand = kernel.operand(packed, self.out_features)
         self.in_features = packed.numel() * packed.element_size() * 2 // self.out_features
         self._group = self.in_features // scales_and_zeros.shape[0]
         self._max_tokens = 0

@@ -193,16 +193,23 @@ class Int4Kernel:
         """The memory on the device in which weights are dequantised."""
         return Workspace(self.device)
 
+    def operand(self, packed: Tensor, outputs: int) -> Tensor:
+        """Return a packed weight as the product takes it."""
+        return packed.view(outputs, -1) if self.device.type == 'cpu' else packed
+
     def multiply(self, rows: Tensor, packed: Tensor, group: int,
                  scales_and_zeros: Tensor) -> Tensor:
-        """Return ``[tokens, out]`` for ``rows``, ``[tokens, in]``, in the dtype of ``rows``."""
+        """
+        Return ``[tokens, out]`` for ``rows``, ``[tokens, in]``, in the dtype of ``rows``.
+
+        ``packed`` is what :meth:`operand` returns.
+        """
         # Each call of PyTorch costs a CPU microseconds, in every layer of every token.
         x = rows if rows.dtype == self.dtype else rows.to(self.dtype)
         x = x if x.is_contiguous() else x.contiguous()
         if self.device.type == 'cpu':
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x, packed if packed.dim() == 2 else packed.view(scales_and_zeros.shape[1], -1),
-                group, scales_and_zeros)
+                x, packed, group, scales_and_zeros)
         else:
             y = torch.ops.aten._weight_int4pack_mm(x, packed, group, scales_and_zeros)
         result: Tensor = y if y.dtype == rows.dtype else y.to(rows.dtype)
@@ -260,5 +267,6 @@ def _is_right(kernel: Int4Kernel, inputs: int) -> bool:
     weight = kernel.layout.dequantize(
         packed, scales, slice(0, PROBE_OUTPUTS), torch.float32, kernel.workspace)
     expected = x.float() @ weight.t()
-    error = (kernel.multiply(x, packed, PROBE_GROUP, scales).float() - expected).norm()
+    found = kernel.multiply(x, kernel.operand(packed, PROBE_OUTPUTS), PROBE_GROUP, scales)
+    error = (found.float() - expected).norm()
     return bool(error <= PROBE_ERROR * expected.norm())

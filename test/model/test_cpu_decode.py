@@ -8,6 +8,7 @@ import copy
 import importlib.util
 from pathlib import Path
 import random
+import sys
 from typing import Any
 
 from peft import PeftModel
@@ -17,6 +18,7 @@ from support.families import (
     publish,
     random_adapter,
     random_ids,
+    random_model,
     relative_error,
     TARGETS,
     tiny_model,
@@ -74,7 +76,8 @@ def test_layers_of_llamas_form_are_known(family: str) -> None:
 def test_requests_get_the_logits_of_transformers_and_peft(
         family: str, short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contexts that are not short attend by PyTorch's kernels."""
-    monkeypatch.setattr(cpu_decode, 'SHORT_CONTEXT', 256 if short else 8)
+    if not short:
+        monkeypatch.setattr(cpu_decode, 'ATTENDED_VALUES', 8 * 4 * 16)
     rng = random.Random(family)
     model, lora, reference = with_reference(tiny_model(family))
     assert use_cpu_decode(model) == ''
@@ -156,22 +159,48 @@ def test_large_keys_are_no_reason_not_to_use_it() -> None:
     assert use_cpu_decode(with_reference(model.to(torch.bfloat16))[0]) == ''
 
 
+def test_a_model_that_computes_late_tokens_in_another_way_runs_its_own_code() -> None:
+    """Its layers have the modules of Llama's."""
+    model, _, _ = with_reference(random_model('Ministral3', rope_parameters={
+        'rope_type': 'default', 'rope_theta': 10000.0, 'llama_4_scaling_beta': 0.5,
+        'original_max_position_embeddings': 64}))
+    assert use_cpu_decode(model).startswith('its logits are off by')
+
+
+def test_adapters_of_high_rank_are_not_left_to_one_thread(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = with_reference(tiny_model('llama'))
+    monkeypatch.setattr(
+        cpu_decode, 'LOW_RANK_VALUES', 2 * max(layer.width for layer in model.linears))
+    fast = cpu_decode.CpuDecode.of(model)
+    assert fast is not None
+    assert fast.run(decode_spans((3, 40)), None) is not None
+    assert fast.run(decode_spans((3, 40, 5)), None) is None
+
+
 # -- what goes wrong ---------------------------------------------------------------------
 
 
-def add_too_much(y: Any, *_: Any) -> None:
-    y += 1
+def do_nothing(*_: object) -> None:
+    pass
 
 
 def fail(*_: object) -> None:
     raise ValueError('injected\nand a traceback')
 
 
-@pytest.mark.parametrize('kernel, reason', [
-    (add_too_much, 'its logits are off by'), (fail, 'ValueError: injected')])
+def fail_silently(*_: object) -> None:
+    raise ValueError
+
+
+@pytest.mark.parametrize('kernel', [
+    'add_update', 'normalize', 'add_and_normalize', 'rotate_and_write', 'attend', 'multiply_gate'])
+@pytest.mark.parametrize('wrong, reason', [
+    (do_nothing, 'its logits are off by'), (fail, 'ValueError: injected'),
+    (fail_silently, 'ValueError: ')])
 def test_kernels_that_are_wrong_are_not_used(
-        kernel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, 'add_update', kernel)
+        kernel: str, wrong: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, kernel, wrong)
     model, _, _ = with_reference(tiny_model('llama'))
     own = [type(m) for m in model.model.modules()]
     found = use_cpu_decode(model)
@@ -179,6 +208,14 @@ def test_kernels_that_are_wrong_are_not_used(
     assert '\n' not in found
     assert model.fast_passes is None
     assert [type(m) for m in model.model.modules()] == own
+
+
+def test_numba_that_cannot_be_imported_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a NumPy that it does not know, or without a folder for compiled functions."""
+    monkeypatch.setitem(sys.modules, 'mace_ros.model.cpu_decode', None)
+    model, _, _ = with_reference(tiny_model('llama'))
+    assert use_cpu_decode(model).startswith('ModuleNotFoundError: ')
+    assert model.fast_passes is None
 
 
 def test_without_numba_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

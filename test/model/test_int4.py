@@ -257,6 +257,7 @@ def test_a_kernel_is_compared_in_every_form_of_its_layout(
 
     monkeypatch.setattr(int4_kernels, 'CPU_LAYOUTS', (layout,))
     monkeypatch.setattr(int4_kernels, 'packed_by_torch', layout.pack)
+    monkeypatch.setattr(Int4Kernel, 'operand', lambda _, packed, outputs: packed)
     monkeypatch.setattr(Int4Kernel, 'multiply', multiply)
     assert find_kernel(CPU, torch.bfloat16).has_product == (not wrong)
 

@@ -61,7 +61,7 @@ def adapter(source: Path, target: Path, published: Path) -> Path:
     writer.add_float32('adapter.lora.alpha', config['lora_alpha'])
     rng = np.random.default_rng(0)
     for tensor in reader.tensors:
-        if not adapted & set(tensor.name.split('.')):
+        if not adapted & set(tensor.name.split('.')) or len(tensor.shape) < 2:
             continue
         # GGUF lists the innermost dimension first.
         inputs, outputs = (int(n) for n in tensor.shape)
