@@ -95,7 +95,7 @@ class LoadedSystems:
         if find_spec('llama_cpp') is None:
             self._run.notes.append('llama.cpp was not run: llama_cpp is not installed.')
         else:
-            self._load_llama(settings.adapter.rank, settings.adapter.alpha)
+            self._load_llama(published.path)
         self._load = arrivals(
             lambda text: chat.prompt([{'role': 'user', 'content': text}]), 'decode',
             count=self._args.repeats + 1, seconds=0.0, tokens=self._args.prompt_tokens)
@@ -165,7 +165,7 @@ class LoadedSystems:
             self._peers['hf_generate', dtype] = worker
             worker.call('threads', self._args.threads)
 
-    def _load_llama(self, rank: int, alpha: float) -> None:
+    def _load_llama(self, published: Path) -> None:
         """Load llama.cpp in the precisions of the engines, with and without an adapter."""
         from bench.systems.peers.gguf_files import adapter, convert, TYPES
         from bench.systems.peers.llama import LlamaCpp
@@ -173,7 +173,7 @@ class LoadedSystems:
         from mace_ros.model.loading import packaged_gguf
 
         source, folder = packaged_gguf(), self._run.folder
-        attached = str(adapter(source, folder / 'adapter.gguf', rank, alpha))
+        attached = str(adapter(source, folder / 'adapter.gguf', published))
         for precision in self._engines:
             if precision not in TYPES:
                 continue
