@@ -41,8 +41,9 @@ ATTENTION = {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
 HEAD_NORMS = {'q_norm', 'k_norm'}
 MLP = {'gate_proj', 'up_proj', 'down_proj', 'act_fn'}
 
-# The kernels run in one thread. They are faster than several threads of PyTorch up to so many
-# values: of the products of queries and keys in a layer, and of low-rank inputs of a pass.
+# The kernels run in one thread, and are faster than several threads of PyTorch for little work.
+# At most: rows * keys * heads * head size in the attention of a layer, and rows * the ranks of all
+# shards of a merged layer in its update by adapters.
 ATTENDED_VALUES = 2 ** 18
 LOW_RANK_VALUES = 512
 
@@ -151,7 +152,7 @@ class DecoderLayer:
 
 
 def merged(*linears: nn.Module) -> AdaptedProduct:
-    """Return the product of the merged layer that has just these shards; raises OtherForm."""
+    """Return the product of the merged layer of exactly these shards; raises OtherForm."""
     first = linears[0]
     if not isinstance(first, LoRALinear):
         raise OtherForm

@@ -1,15 +1,19 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that an engine divides."""
+"""What an engine is built of: the memory that it divides, and compiled decoding on a CPU."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from support.families import tiny_model, with_reference
 import torch
 
 from mace_ros.api.hardware import Hardware
+from mace_ros.api.settings import Settings
 from mace_ros.engine import builder
+from mace_ros.model import cpu_decode_check
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -29,3 +33,20 @@ def test_the_memory_of_a_gpu_is_measured_when_its_layers_are_converted(
     assert builder.free_beside(model, lora, Hardware()) == (
         1000.0 + model.kv_cache.nbytes + lora.nbytes)
     assert steps == ['emptied', 'measured']
+
+
+@pytest.mark.parametrize('installed', [True, False])
+def test_on_a_cpu_decode_rows_are_compiled_or_the_log_says_why_not(
+        installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not installed:
+        monkeypatch.setattr(cpu_decode_check, 'find_spec', lambda name: None)
+    lines: list[str] = []
+    engine = builder.build_engine(
+        Settings().updated({'model.device': 'cpu', 'model.weight_dtype': 'float32'}),
+        storage=tmp_path, progress=lines.append)
+    try:
+        assert (engine.model.fast_passes is not None) == installed
+    finally:
+        engine.close()
+    reason = 'decode rows take more operations than they need: Numba is not installed'
+    assert (reason in lines) == (not installed)
