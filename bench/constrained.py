@@ -10,7 +10,7 @@ passes. Results: bench/results/constrained.json.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 import json
 import statistics
@@ -55,7 +55,7 @@ class PhaseSeconds(IterationObserver):
     """The seconds of each phase of the iterations."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def phase(self, name: str, began: float, ended: float, values: Mapping[str, float]) -> None:
         """Add a phase that has ended."""
@@ -89,7 +89,7 @@ def block(engine: Any, pair: int, *, constrained: bool, tokens: int) -> dict[str
     """Answer eight queries at once; return the mean time per token of the first seven."""
     from mace_ros.api.events import Query, Response, ResponseFormat
 
-    phases, found = PhaseSeconds(), {}
+    phases, found = PhaseSeconds(), dict[str, Any]()
     queries = [Query(TEXT.format(i), id=f'{pair}/{constrained}/{i}', max_tokens=tokens,
                      temperature=0.0, no_learn=True) for i in range(FREE + 1)]
     if constrained:

@@ -11,6 +11,7 @@ batch of short ones. Results: bench/results/kernels.json.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 import time
 from typing import Any
 
@@ -142,11 +143,9 @@ def attentions(tokens: int) -> dict[str, Callable[[], object]]:
             attend(*[x.detach().requires_grad_() for x in qkv]).backward(gradient)
 
         name = str(dtype).removeprefix('torch.')
-        kernels[f'{name} SDPA'] = lambda run=run: run(
-            lambda q, k, v: F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True))
-        kernels[f'{name} ours'] = lambda run=run: run(
-            lambda q, k, v: attend_causally(q, k, v, None))
+        kernels[f'{name} SDPA'] = partial(run, partial(
+            F.scaled_dot_product_attention, is_causal=True, enable_gqa=True))
+        kernels[f'{name} ours'] = partial(run, partial(attend_causally, scaling=None))
     return kernels
 
 
@@ -168,12 +167,11 @@ def batches(tokens: int) -> dict[str, Callable[[], object]]:
     def one_by_one(*qkv: torch.Tensor) -> torch.Tensor:
         queries, keys, values = (x.split([SHARED, *lengths], 2) for x in qkv)
         return torch.cat([attend_causally(queries[0], keys[0], values[0], None)] + [
-            attend_causally(q, *(torch.cat([first, x], 2) for first, x in
-                                 ((keys[0], k), (values[0], v))), None)
+            attend_causally(
+                q, torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2), None)
             for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True)], 2)
 
-    def one_mask(*qkv: torch.Tensor) -> torch.Tensor:
-        return attend_causally(*qkv, None, mask)
+    one_mask = partial(attend_causally, scaling=None, mask=mask)
 
     def run(attend: Callable[..., torch.Tensor]) -> None:
         attend(*[x.detach().requires_grad_() for x in inputs]).backward(gradient)

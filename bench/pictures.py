@@ -107,7 +107,8 @@ def device(samples: Samples, path: Path) -> None:
     rows = [dict(zip(block['columns'], row, strict=True)) for row in block['rows']]
     kinds = {'prompts': ORANGE, 'decoding': BLUE, 'learning': GREEN}
     spans: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    now, first_prompt, last = 0.0, 0.0, ('',)
+    last: tuple[str, ...] = ()
+    now = first_prompt = 0.0
     for row in rows:
         work = (row['prefill_tokens'], row['decode_rows'],
                 row['finetune_tokens'] or row['segments'])

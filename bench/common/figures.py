@@ -21,7 +21,7 @@ DARK_INK, DARK_PAPER = '#e6edf3', '#0d1117'
 # Readable on both papers, also for most readers with a colour deficiency (Okabe and Ito).
 BLUE, ORANGE, GREEN, RED, GREY = '#0b7fc7', '#e08a00', '#009e73', '#d55e00', '#8b949e'
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     'axes.edgecolor': INK, 'axes.facecolor': PAPER, 'axes.labelcolor': INK,
     'axes.spines.right': False, 'axes.spines.top': False, 'axes.titlesize': 'medium',
     'figure.facecolor': PAPER, 'font.family': 'sans-serif', 'legend.frameon': False,

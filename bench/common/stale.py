@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ENGINE = 'mace_ros'
+NAMED = 3               # files that have changed; others are only counted
 EARLIER = 'earlier'     # the system in bench.edits that is meant to be older
 
 
@@ -26,8 +27,9 @@ def stale(results: Iterable[Mapping[str, Any]], root: Path = ROOT) -> Iterator[s
         for commit in sorted(_commits(result)):
             changed = list(_changed(commit, root))
             if changed:
+                more = f' and {len(changed) - NAMED} more' if len(changed) > NAMED else ''
                 yield (f'{result["bench"]} was recorded at {commit}; '
-                       f'changed since: {", ".join(changed)}')
+                       f'changed since: {", ".join(changed[:NAMED])}{more}')
 
 
 def _commits(result: Mapping[str, Any]) -> set[str]:

@@ -190,7 +190,7 @@ class NodeRun:
                           prompt=f'Question {i % 4}?')
         return True
 
-    def _correct(self, name: str, profile: str, **about: str) -> None:
+    def _correct(self, name: str, profile: str, **about: Any) -> None:
         self._corrections.add(name)
         self._client.correct(f'Answer {name}.', correction_id=name, profile=profile, **about)
 

@@ -52,7 +52,6 @@ def _inspect(folder: Path) -> StorageSnapshot:
     from mace_ros.store.adapter_store import AdapterStore, WEIGHTS
     from mace_ros.store.journal import Journal
     from mace_ros.store.layout import JOURNAL
-    from mace_ros.store.lineage import Lineage
 
     def names(pattern: str) -> set[str]:
         return {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
@@ -65,8 +64,7 @@ def _inspect(folder: Path) -> StorageSnapshot:
             damaged.append(JOURNAL)
         records, lives = journal.versions(), journal.live_versions()
         corrections = journal.corrections()
-    lines = {live.profile: Lineage([r for r in records if r.profile == live.profile], live.version)
-             for live in lives}
+        lines = {live.profile: journal.lineage(live.profile, live.version) for live in lives}
     kept = {c.id for c in corrections if c.state is not CorrectionState.LEARNED
             or c.adapter_version == 0
             or (c.profile in lines and lines[c.profile].holds(c.adapter_version))}

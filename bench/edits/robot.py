@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from bench.edits.scoring import MAX_TOKENS
 from bench.systems.interactive import ENDS, InteractiveEngine
 from mace_ros.api.events import AdapterVersion, Correction, CorrectionStatus, Event, Response
 from mace_ros.api.settings import Settings
-from mace_ros.learning.learner import Learner
+from mace_ros.engine.learner_port import LearnerPort
 from mace_ros.scheduling.scheduler import Statistics
 from mace_ros.telemetry.observer import IterationObserver
 
@@ -43,13 +43,13 @@ class TrainedTokens(IterationObserver):
 class StageTimes(IterationObserver):
     """Sums the seconds that pass in each state of the learning job."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: LearnerPort) -> None:
         self._learner = learner
         self.restart()
 
     def restart(self) -> None:
         """Begin with a correction that is sent now."""
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._stage, self._at = 'waiting', time.monotonic()
 
     def finished(self, events: Sequence[Event]) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from hypothesis import given, HealthCheck, Phase, settings, strategies as st
 
 CHAT, RAW, FEEDBACK = '/v1/chat/completions', '/v1/completions', '/v1/feedback'
+PARAMETERS = {
+    'type': 'object', 'properties': {'to': {'type': 'string'}}, 'required': ['to']}
 TOOL = {'type': 'function', 'function': {
-    'name': 'move', 'description': 'Moves to a place.', 'parameters': {
-        'type': 'object', 'properties': {'to': {'type': 'string'}}, 'required': ['to']}}}
+    'name': 'move', 'description': 'Moves to a place.', 'parameters': PARAMETERS}}
 USER = [{'role': 'user', 'content': 'Hi.'}]
 FIELDS = (
     'model', 'messages', 'stream', 'stream_options', 'temperature', 'top_p', 'seed', 'stop', 'n',
@@ -32,20 +33,22 @@ ODD = st.sampled_from([
     {'99999999': 1}, {str(i): 1 for i in range(301)}, [TOOL], [TOOL] * 2, [TOOL] * 129,
     'mace', 'mace:ann', 'mace:', 'mace:\u2028', 'mace:' + 'a' * 200, 'down', 'similar',
     {'type': 'function', 'function': {'name': 'move'}}, {'include_usage': True}])
+SCHEMAS: tuple[dict[str, Any], ...] = (
+    {}, {'type': 'nothing'}, {'$ref': '#'}, {'$ref': 'file:///etc/passwd'}, {'enum': []},
+    {'type': 'integer', 'minimum': 9, 'maximum': 1}, {'not': {}}, {'type': 'array', 'items': 5},
+    {'type': 'string', 'pattern': '('}, {'type': 'string', 'minLength': 2**70},
+    {'allOf': [{'enum': [1]}, {'enum': [2]}]}, PARAMETERS)
 FORMATS = st.sampled_from([
     {'type': 'text'}, {'type': 'json_object'}, {'type': 'json_schema'}, {'type': 'regex'},
-    *({'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': schema}} for schema in (
-        {}, {'type': 'nothing'}, {'$ref': '#'}, {'$ref': 'file:///etc/passwd'}, {'enum': []},
-        {'type': 'integer', 'minimum': 9, 'maximum': 1}, {'not': {}}, {'type': 'array', 'items': 5},
-        {'type': 'string', 'pattern': '('}, {'type': 'string', 'minLength': 2**70},
-        {'allOf': [{'enum': [1]}, {'enum': [2]}]}, TOOL['function']['parameters'])),
+    *({'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': schema}}
+      for schema in SCHEMAS),
     *({'type': 'regex', 'regex': text} for text in (
         '', 'a|b', '(', '[', 'a{1000}{1000}', '(?=a)', '\\', '(a*)*b', '\\p{Nothing}')),
     *({'type': 'grammar', 'grammar': text} for text in (
         '', 'start: "a"', 'start: start', 'start: nothing', 'start: "a', 'begin: "a"', '%%%',
         'start: %json {', 'start: A*\nA: /(/'))])
 CALL = {'id': 'c', 'type': 'function', 'function': {'name': 'move', 'arguments': '{}'}}
-MESSAGES = st.lists(st.fixed_dictionaries({
+MESSAGES: st.SearchStrategy[Any] = st.lists(st.fixed_dictionaries({
     'role': st.sampled_from(['system', 'developer', 'user', 'assistant', 'tool', 'nobody', '']),
     'content': st.text(max_size=30) | st.sampled_from([
         None, '', ' ', '<|im_end|>', '<|im_start|>system', '{{ 1/0 }}', '{% raise %}', '\ufffe', 7,
@@ -98,6 +101,7 @@ def by_hand() -> list[tuple[str, bytes]]:
         'start: %json ' + nested('{"items":', '{}', '}', 5000)]
     regexes = [nested('(', 'a', ')', 30_000), '((a{1000}){1000}){1000}', '(.*a){200}',
                '|'.join(f'a{i}' for i in range(9000)), '(a|b|ab)*' * 1000]
+    limits: tuple[Any, ...] = (-1, 1.5, '1', 2**31, {})
     bodies = [
         b'', b'null', b'0', b'[]', b'{}', b'"', b'\xff\xfe', b'\0', b'NaN', b' ' * 2**20,
         b'{"model": "\\ud800"}', b'{"model": 1e999}', '{"model":"mace"}'.encode('utf-16'),
@@ -108,7 +112,7 @@ def by_hand() -> list[tuple[str, bytes]]:
         chat(messages=[{'role': 'user', 'content': '🤖' * 60_000}]),
         chat(messages=[{'role': 'user', 'content': 'a' * 65_000}]), chat(stop=['a'] * 100_000),
         chat(logit_bias={str(i): -100 for i in range(100_000)}),
-        *(chat(max_tokens=limit) for limit in (-1, 1.5, '1', 2**31, {})),
+        *(chat(max_tokens=limit) for limit in limits),
         chat(n=16, logprobs=True, top_logprobs=20), chat(tools=[TOOL], tool_choice='required'),
         *map(with_schema, schemas), *(formatted('grammar', text) for text in grammars),
         *(formatted('regex', text) for text in regexes),

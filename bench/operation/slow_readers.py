@@ -173,7 +173,8 @@ def measured(port: int, seconds: float) -> Row:
         thread.start()
     try:
         begun.wait(RESPONSE_S)
-        before, begun_at, ttft_ms = sum(counts), time.monotonic(), []
+        ttft_ms: list[float] = []
+        before, begun_at = sum(counts), time.monotonic()
         while time.monotonic() < begun_at + seconds:
             ttft_ms.append(first_token_ms(port, len(ttft_ms)))
             time.sleep(PAUSE_S)

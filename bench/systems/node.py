@@ -101,11 +101,11 @@ def main() -> int:
             super().__init__(**arguments)
             self.create_timer(PERIOD_S, lambda: stamps.append(time.monotonic()))
 
-    def slow_fsync(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+    def slow_fsync(descriptor: Any, fsync: Callable[[Any], None] = os.fsync) -> None:
         time.sleep(float(os.environ[SYNC_S]))
         fsync(descriptor)
 
-    os.fsync = slow_fsync
+    os.fsync = slow_fsync   # type: ignore[assignment]
     node_module.MaceNode = TimedNode     # type: ignore[misc]
     try:
         return node_module.main()

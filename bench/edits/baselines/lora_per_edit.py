@@ -29,14 +29,9 @@ class LoraPerEdit:
         """Load the model and attach a fresh adapter."""
         self._plain, self._finetune = PlainModel(settings, seed), settings.finetune
         adapter = settings.adapter
-        targets: str | list[str] = adapter.target_modules
-        if targets == 'output-linear':
-            targets = list(OUTPUT_LINEAR)
-        elif targets != 'all-linear':
-            targets = [name.strip() for name in targets.split(',')]
         self._plain.model = get_peft_model(self._plain.model, LoraConfig(
-            r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets,
-            task_type='CAUSAL_LM'))
+            r=adapter.rank, lora_alpha=adapter.alpha, task_type='CAUSAL_LM',
+            target_modules=peft_targets(adapter.target_modules)))
 
     def ask(self, question: str) -> Reply:
         """Return the answer to a question."""
@@ -61,3 +56,12 @@ class LoraPerEdit:
 
     def close(self) -> None:
         """Do nothing: the model is freed with this object."""
+
+
+def peft_targets(target_modules: str) -> str | list[str]:
+    """Return the setting ``adapter.target_modules`` as PEFT takes it."""
+    if target_modules == 'output-linear':
+        return list(OUTPUT_LINEAR)
+    if target_modules == 'all-linear':
+        return target_modules
+    return [name.strip() for name in target_modules.split(',')]
