@@ -313,10 +313,10 @@ def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> s
 
 
 def _compile_decode(model: PackedModel, progress: Progress) -> None:
-    """Let decode rows take a few compiled calls in each layer, if the device is a CPU."""
+    """Let one compiled function compute passes of decode rows, if the device is a CPU."""
     if model.device.type != 'cpu':
         return
-    with reporting(progress, 'compiling the operations of decode rows'):
+    with reporting(progress, 'compiling passes of decode rows'):
         reason = use_cpu_decode(model)
     if reason:
         progress(f'decode rows take more operations than they need: {reason}')

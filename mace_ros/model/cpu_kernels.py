@@ -1,226 +1,447 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Numba kernels of what a decoder layer computes between its products with weights, for few tokens.
+A pass of decode rows as one compiled function, which several threads run together.
 
-Arrays of ``uint16`` hold bfloat16; each kernel computes in fp32, and rounds what it writes. All
-arrays are contiguous; those named ``y``, ``x``, ``out`` and ``hidden`` are ``[rows, ...]``. Import
-this module only where Numba is installed. The compiled kernels are kept in files, so that only
-the first start compiles them.
+It is written in Numba. The threads take parts of each stage of the pass, such as some outputs of a
+product, until none is left. Arrays of ``uint16`` hold bfloat16; each stage computes in fp32, and
+rounds what it writes. All arrays are contiguous. Those of a model are given by their addresses, in
+records: each has a type and a shape of its own.
+
+Import this module only where Numba is installed. It keeps compiled code in files, and compiles
+again when this file has changed; it does not look at the files that are imported here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import carray, njit
 import numpy as np
+
+from mace_ros.model.cpu_instructions import (
+    current,
+    dot_int4,
+    dot_int4_of_four,
+    fetch_add,
+    give_way,
+    GROUP,
+    GROUP_BYTES,
+    load,
+    pointer,
+    prefetch,
+    store,
+)
+
+# Identifies the content of cpu_instructions.py, so that this file changes whenever that one does.
+# test/model/test_cpu_kernels.py knows the right value.
+INSTRUCTIONS = '0710e55c1011ebdb'
 
 # A sum may be computed in any order, so in vectors. NaN and infinity stay what they are.
 compiled = njit(cache=True, nogil=True, error_model='numpy',
                 fastmath={'reassoc', 'contract', 'arcp', 'nsz'})
 
+# Forms of a weight: in the model's dtype, in 8 bits, and in 4 bits (mace_ros.model.int4_rows).
+DENSE, INT8, INT4 = range(3)
+BLOCK = 16                      # tokens in a block of the KV cache
+GATE_PARTS = 4                  # parts of a row of gates
+# The counters of the parts of a stage that are taken and done; and how often a thread looks
+# whether the others are done, before it lets the system run another thread.
+TAKEN, DONE = range(2)
+LOOKS = 1000
+# How far ahead of a product the weights are requested from the memory, in bytes, and how many of
+# them come at once. Without requests, a core waits for the memory at each output.
+AHEAD, LINE = 2048, 64
 
-def _as_float(context: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-def _as_bits(context: Any, number: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-# Map 32 bits to the fp32 number that they are, and back.
-as_float: Any = intrinsic(_as_float)
-as_bits: Any = intrinsic(_as_bits)
-
-
-def load(values: np.ndarray, i: int) -> Any:
-    """Return element ``i`` in fp32; compiled code only."""
-    raise NotImplementedError
-
-
-@overload(load, inline='always')
-def _load(values, i):  # type: ignore[no-untyped-def]
-    if values.dtype == types.uint16:
-        return lambda values, i: as_float(np.uint32(values[i]) << np.uint32(16))
-    return lambda values, i: values[i]
-
-
-def store(values: np.ndarray, i: int, number: float) -> None:
-    """Round a number of fp32 to the nearest value, and write it; compiled code only."""
-    raise NotImplementedError
+# Records of what a pass reads from a model. An address is 0 where there is nothing.
+NORM = np.dtype([('weight', np.uint64), ('eps', np.float32)], align=True)
+PRODUCT = np.dtype([
+    ('form', np.int64), ('weight', np.uint64), ('scales', np.uint64), ('bias', np.uint64),
+    ('inputs', np.int64), ('outputs', np.int64),
+    ('part', np.int64),                             # outputs that a thread takes at once
+    ('a', np.uint64), ('b', np.uint64),             # fp32, [slots, width, inputs or outputs]
+    ('width', np.int64)], align=True)
+LAYER = np.dtype([
+    ('input_norm', NORM), ('qkv', PRODUCT), ('query_norm', NORM), ('key_norm', NORM),
+    ('rotates', np.int64),
+    ('keys', np.uint64), ('values', np.uint64),     # [cache slots, KV heads, size]
+    ('window', np.int64), ('scale', np.float32),
+    ('out', PRODUCT), ('middle_norm', NORM), ('gate_and_up', PRODUCT), ('down', PRODUCT)],
+    align=True)
+MODEL = np.dtype([
+    ('heads', np.int64), ('kv_heads', np.int64), ('size', np.int64),    # size: of a head
+    ('cache_slots', np.int64), ('norm', NORM), ('head', PRODUCT)], align=True)
 
 
-@overload(store, inline='always')
-def _store(values, i, number):  # type: ignore[no-untyped-def]
-    def rounded(values, i, number):  # type: ignore[no-untyped-def]
-        bits = as_bits(np.float32(number))
-        to_even = np.uint32(0x7fff) + ((bits >> np.uint32(16)) & np.uint32(1))
-        values[i] = np.uint16((bits + to_even) >> np.uint32(16))
-
-    def plain(values, i, number):  # type: ignore[no-untyped-def]
-        values[i] = number
-
-    return rounded if values.dtype == types.uint16 else plain
+# -- memory ------------------------------------------------------------------------------
 
 
 @compiled
-def add_update(y: np.ndarray, x: np.ndarray, a: np.ndarray, b: np.ndarray,
-               slots: np.ndarray) -> None:
-    """
-    Add to each row of ``y`` the update by the adapter in its slot; slot 0 has none.
+def prefetch_lines(address: int, size: int) -> None:
+    """Request ``size`` bytes from an address on."""
+    for i in range(0, size, LINE):
+        prefetch(address + np.uint64(i))
 
-    ``a`` is ``[slots, width, in]`` and ``b``, already scaled, ``[slots, width, out]``, in fp32.
+
+# -- work that threads share -------------------------------------------------------------
+
+
+@compiled
+def take(work: np.ndarray, stage: int) -> int:
+    """Return the number of a part of a stage that no other thread has taken."""
+    return fetch_add(work[TAKEN], stage, 1)
+
+
+@compiled
+def take_next(work: np.ndarray, stage: int) -> int:
+    """Return the number of another part, after one is done."""
+    fetch_add(work[DONE], stage, 1)
+    return take(work, stage)
+
+
+@compiled
+def wait(work: np.ndarray, stage: int, count: int) -> None:
+    """Wait until all ``count`` parts of a stage are done."""
+    looks = 0
+    while current(work[DONE], stage) < count:
+        looks += 1
+        if looks > LOOKS:
+            give_way()
+
+
+# -- products ----------------------------------------------------------------------------
+
+
+@compiled
+def multiply(y: np.ndarray, x: np.ndarray, product: Any, slots: np.ndarray, work: np.ndarray,
+             stage: int) -> None:
     """
-    exact = np.empty(x.shape[1], np.float32)
-    update = np.empty(y.shape[1], np.float32)
+    Multiply the rows of ``x`` with a weight, each under the adapter in its slot.
+
+    Of each row of ``x``, the first values are the inputs; the outputs are the first of ``y``.
+    """
+    rows, inputs = len(slots), product.inputs
+    exact = np.empty((rows, inputs), np.float32)
+    for row in range(rows):
+        for i in range(inputs):
+            exact[row, i] = load(x[row], i)
+    low = low_ranks(exact, product, slots)
+    pairs, sums = paired_inputs(exact, inputs // GROUP if product.form == INT4 else 0)
+    shape = product.outputs, inputs
+    count = -(-product.outputs // product.part)
+    part = take(work, stage)
+    while part < count:
+        first = part * product.part
+        last = min(first + product.part, product.outputs)
+        if product.form == INT4:
+            multiply_int4(y, rows, pairs, sums, product, first, last)
+        elif product.form == INT8:
+            weights = carray(pointer(product.weight), shape, np.int8)
+            multiply_plain(y, x, exact, weights, product, first, last)
+        else:
+            dense = carray(pointer(product.weight), shape, x.dtype)
+            multiply_plain(y, x, exact, dense, product, first, last)
+        for row in range(rows):
+            if product.bias != 0:
+                bias = carray(pointer(product.bias), product.outputs, x.dtype)
+                for i in range(first, last):
+                    store(y[row], i, load(y[row], i) + load(bias, i))
+            if slots[row] != 0 and product.width:
+                add_update(y[row], low[row], product, slots[row], first, last)
+        part = take_next(work, stage)
+    wait(work, stage, count)
+
+
+@compiled
+def multiply_plain(y: np.ndarray, x: np.ndarray, exact: np.ndarray, weights: np.ndarray,
+                   product: Any, first: int, last: int) -> None:
+    """Compute some outputs; they may have scales, of the dtype of ``x``."""
+    size = product.inputs * weights.itemsize
+    scales = carray(pointer(product.scales), product.outputs, x.dtype)
+    for output in range(first, last):
+        prefetch_lines(product.weight + np.uint64(output * size + AHEAD), size)
+        scale = load(scales, output) if product.scales != 0 else np.float32(1)
+        for row in range(len(exact)):
+            total = np.float32(0)
+            for i in range(product.inputs):
+                total += load(weights[output], i) * exact[row, i]
+            store(y[row], output, total * scale)
+
+
+@compiled
+def multiply_int4(y: np.ndarray, rows: int, pairs: np.ndarray, sums: np.ndarray, product: Any,
+                  first: int, last: int) -> None:
+    """Compute some outputs of weights in 4 bits; see :func:`paired_inputs`."""
+    groups = product.inputs // GROUP
+    size = groups * GROUP_BYTES
+    totals = np.empty(4, np.float32)
+    for output in range(first, last):
+        weights = product.weight + np.uint64(output * size)
+        prefetch_lines(weights + np.uint64(AHEAD), size)
+        for four in range(len(pairs)):
+            places = (np.uint64(pairs[four].ctypes.data), np.uint64(sums[four].ctypes.data),
+                      np.uint64(totals.ctypes.data))
+            if rows == 1:
+                dot_int4(weights, *places, groups)
+            else:
+                dot_int4_of_four(weights, *places, groups)
+            for i in range(min(4, rows - 4 * four)):
+                store(y[4 * four + i], output, totals[i])
+
+
+@compiled
+def paired_inputs(exact: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Return rows of inputs in the form for products with weights in 4 bits, and sums of them.
+
+    A byte holds the weights of two inputs: ``low + 16 * high``. It is multiplied as a whole with a
+    16th of the second input, and ``low`` with the first one less that 16th. A single row comes
+    alone, and others come in fours: ``[fours, groups, rows, 2, GROUP / 2]``.
+    """
+    rows = len(exact)
+    together = 1 if rows == 1 else 4
+    pairs = np.zeros((-(-rows // together), groups, together, 2, GROUP // 2), np.float32)
+    sums = np.zeros((len(pairs), groups, together), np.float32)
+    for row in range(rows):
+        four, i = divmod(row, together)
+        for group in range(groups):
+            for pair in range(GROUP // 2):
+                first = exact[row, group * GROUP + 2 * pair]
+                second = exact[row, group * GROUP + 2 * pair + 1]
+                pairs[four, group, i, 0, pair] = first - second / np.float32(16)
+                pairs[four, group, i, 1, pair] = second / np.float32(16)
+                sums[four, group, i] += first + second
+    return pairs, sums
+
+
+@compiled
+def low_ranks(exact: np.ndarray, product: Any, slots: np.ndarray) -> np.ndarray:
+    """Return the products with A of each row's adapter, ``[rows, width]``."""
+    low = np.zeros((len(slots), product.width), np.float32)
     for row in range(len(slots)):
         slot = slots[row]
-        if slot == 0:
-            continue
-        for i in range(len(exact)):
-            exact[i] = load(x[row], i)
-        update[:] = 0
-        for k in range(a.shape[1]):
-            down, up = a[slot, k], b[slot, k]
-            low = np.float32(0)
-            for i in range(len(exact)):
-                low += exact[i] * down[i]
-            for i in range(len(update)):
-                update[i] += low * up[i]
-        for i in range(len(update)):
-            store(y[row], i, load(y[row], i) + update[i])
+        a = carray(pointer(product.a), (slot + 1, product.width, product.inputs), np.float32)
+        for k in range(product.width if slot != 0 else 0):
+            total = np.float32(0)
+            for i in range(product.inputs):
+                total += exact[row, i] * a[slot, k, i]
+            low[row, k] = total
+    return low
 
 
 @compiled
-def normalize(out: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float) -> None:
-    """Divide each row of ``x`` by its root mean square, and multiply it by ``weight``."""
-    for row in range(len(x)):
-        scale_row(out[row], x[row], weight, eps)
+def add_update(y: np.ndarray, low: np.ndarray, product: Any, slot: int, first: int,
+               last: int) -> None:
+    """Add the update by the adapter in a slot to some outputs of a row."""
+    b = carray(pointer(product.b), (slot + 1, product.width, product.outputs), np.float32)
+    update = np.zeros(last - first, np.float32)
+    for k in range(product.width):
+        for i in range(last - first):
+            update[i] += low[k] * b[slot, k, first + i]
+    for i in range(last - first):
+        store(y, first + i, load(y, first + i) + update[i])
+
+
+# -- norms and gates ---------------------------------------------------------------------
 
 
 @compiled
-def add_and_normalize(out: np.ndarray, hidden: np.ndarray, y: np.ndarray, weight: np.ndarray,
-                      eps: float) -> None:
-    """Add ``y`` to ``hidden``, and normalize the sum to ``out``."""
-    for row in range(len(hidden)):
-        for i in range(hidden.shape[1]):
+def normalize_rows(x: np.ndarray, hidden: np.ndarray, y: np.ndarray, adds: bool, norm: Any,
+                   work: np.ndarray, stage: int) -> None:
+    """Normalize the rows of ``hidden`` to ``x``, after adding the first values of ``y``."""
+    row = take(work, stage)
+    while row < len(hidden):
+        for i in range(hidden.shape[1] if adds else 0):
             store(hidden[row], i, load(hidden[row], i) + load(y[row], i))
-        scale_row(out[row], hidden[row], weight, eps)
+        normalize(x[row], hidden[row], norm)
+        row = take_next(work, stage)
+    wait(work, stage, len(hidden))
 
 
 @compiled
-def normalize_heads(y: np.ndarray, first: int, weight: np.ndarray, eps: float,
-                    heads: int) -> None:
-    """Normalize in place the heads of each row that begin with element ``first``."""
-    size = len(weight)
-    for row in range(len(y)):
-        for head in range(heads):
-            own = y[row, first + head * size:first + (head + 1) * size]
-            scale_row(own, own, weight, eps)
-
-
-@compiled
-def scale_row(out: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float) -> None:
-    """Divide ``x`` by its root mean square, and multiply it by ``weight``; all are ``[width]``."""
+def normalize(out: np.ndarray, x: np.ndarray, norm: Any) -> None:
+    """Divide the vector ``x`` by its root mean square, and multiply it by the norm's weight."""
+    weight = carray(pointer(norm.weight), len(x), x.dtype)
     squares = np.float32(0)
     for i in range(len(x)):
         squares += load(x, i) * load(x, i)
-    factor = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + np.float32(eps))
+    factor = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + norm.eps)
     for i in range(len(x)):
         store(out, i, load(x, i) * factor * load(weight, i))
 
 
 @compiled
-def rotate_and_write(y: np.ndarray, cos: np.ndarray, sin: np.ndarray, keys: np.ndarray,
-                     values: np.ndarray, slots: np.ndarray) -> None:
-    """
-    Rotate queries and keys in place, and write keys and values to the cache.
-
-    ``y`` holds the heads of queries, keys and values of each row. ``cos`` and ``sin`` are
-    ``[rows, rotated values of a head]``, of which each in the first half is a pair with one in
-    the second. ``keys`` and ``values`` are the cache, ``[cache slots, KV heads, size]``, and
-    ``slots`` those of the rows.
-    """
-    kv_heads, size = keys.shape[1:]
-    rotated = y.shape[1] // size - kv_heads     # heads of queries and keys
-    first_key, first_value = (rotated - kv_heads) * size, rotated * size
-    half = cos.shape[1] // 2
-    for row in range(len(y)):
-        for head in range(rotated):
-            own = y[row, head * size:(head + 1) * size]
-            for i in range(half):
-                first, second = load(own, i), load(own, i + half)
-                store(own, i, first * load(cos[row], i) - second * load(sin[row], i))
-                store(own, i + half, second * load(cos[row], i + half)
-                      + first * load(sin[row], i + half))
-        for head in range(kv_heads):
-            for i in range(head * size, (head + 1) * size):
-                keys[slots[row], head, i - head * size] = y[row, first_key + i]
-                values[slots[row], head, i - head * size] = y[row, first_value + i]
-
-
-@compiled
-def attend(out: np.ndarray, y: np.ndarray, keys: np.ndarray, values: np.ndarray,
-           slots: np.ndarray, lengths: np.ndarray, window: int, scale: float) -> None:
-    """
-    Attend with the queries at the beginning of each row of ``y``.
-
-    ``out`` is ``[rows, heads * size]``, and ``keys`` and ``values`` are the cache. Row i attends
-    to the last ``window`` of the cache slots ``slots[i, :lengths[i]]``.
-    """
-    kv_heads, size = keys.shape[1:]
-    group = out.shape[1] // size // kv_heads        # heads that share keys and values
-    query = np.empty((group, size), np.float32)
-    shared = np.empty(size, np.float32)             # a key or a value
-    weights = np.empty((group, slots.shape[1]), np.float32)
-    summed = np.empty((group, size), np.float32)
-    for row in range(len(y)):
-        first = max(lengths[row] - window, 0)
-        for kv_head in range(kv_heads):
-            for head in range(group):
-                for i in range(size):
-                    query[head, i] = load(y[row], (kv_head * group + head) * size + i) * scale
-            for t in range(first, lengths[row]):
-                key = keys[slots[row, t], kv_head]
-                for i in range(size):
-                    shared[i] = load(key, i)
-                for head in range(group):
-                    score = np.float32(0)
-                    for i in range(size):
-                        score += query[head, i] * shared[i]
-                    weights[head, t] = score
-            for head in range(group):
-                own = weights[head, first:lengths[row]]
-                own[:] = np.exp(own - own.max())
-                own /= own.sum()
-            summed[:] = 0
-            for t in range(first, lengths[row]):
-                value = values[slots[row, t], kv_head]
-                for i in range(size):
-                    shared[i] = load(value, i)
-                for head in range(group):
-                    weight = weights[head, t]
-                    for i in range(size):
-                        summed[head, i] += weight * shared[i]
-            for head in range(group):
-                for i in range(size):
-                    store(out[row], (kv_head * group + head) * size + i, summed[head, i])
-
-
-@compiled
-def multiply_gate(out: np.ndarray, y: np.ndarray) -> None:
-    """Multiply SiLU of the first half of each row by the second half."""
-    width = out.shape[1]
-    for row in range(len(y)):
-        for i in range(width):
+def multiply_gates(out: np.ndarray, y: np.ndarray, work: np.ndarray, stage: int) -> None:
+    """Multiply SiLU of the first values of each row of ``y`` by as many that follow."""
+    count, width = len(out) * GATE_PARTS, out.shape[1]
+    part = take(work, stage)
+    while part < count:
+        row, place = divmod(part, GATE_PARTS)
+        for i in range(place * width // GATE_PARTS, (place + 1) * width // GATE_PARTS):
             gate = load(y[row], i)
-            store(out[row], i, gate / (np.float32(1) + np.exp(-gate)) * load(y[row], width + i))
+            silu = gate / (np.float32(1) + np.exp(-gate))
+            store(out[row], i, silu * load(y[row], width + i))
+        part = take_next(work, stage)
+    wait(work, stage, count)
+
+
+# -- attention ---------------------------------------------------------------------------
+
+
+@compiled
+def attend_rows(out: np.ndarray, y: np.ndarray, layer: Any, model: Any, cos: np.ndarray,
+                sin: np.ndarray, tables: np.ndarray, lengths: np.ndarray, work: np.ndarray,
+                stage: int) -> None:
+    """
+    Attend with each row of ``y``, after its keys and values are written to the cache.
+
+    A row of ``y`` holds heads of queries, keys and values, and changes. The heads that share keys
+    and values are a part.
+    """
+    shape = model.cache_slots, model.kv_heads, model.size
+    keys = carray(pointer(layer.keys), shape, y.dtype)
+    values = carray(pointer(layer.values), shape, y.dtype)
+    group = model.heads // model.kv_heads * model.size      # values of the heads of a part
+    count = len(out) * model.kv_heads
+    part = take(work, stage)
+    while part < count:
+        row, kv_head = divmod(part, model.kv_heads)
+        key = kv_head * model.size + model.heads * model.size
+        value = key + model.kv_heads * model.size
+        write(keys, values, kv_head, y[row, key:key + model.size],
+              y[row, value:value + model.size], layer, cos[row], sin[row], tables[row],
+              lengths[row])
+        own = slice(kv_head * group, (kv_head + 1) * group)
+        attend(out[row, own], y[row, own], keys, values, kv_head, layer, cos[row], sin[row],
+               tables[row], lengths[row])
+        part = take_next(work, stage)
+    wait(work, stage, count)
+
+
+@compiled
+def write(keys: np.ndarray, values: np.ndarray, kv_head: int, key: np.ndarray, value: np.ndarray,
+          layer: Any, cos: np.ndarray, sin: np.ndarray, table: np.ndarray, length: int) -> None:
+    """Write a key and a value of the last of the ``length`` tokens in a table of KV blocks."""
+    if layer.key_norm.weight != 0:
+        normalize(key, key, layer.key_norm)
+    if layer.rotates:
+        rotate(key, cos, sin)
+    slot = table[(length - 1) // BLOCK] * BLOCK + (length - 1) % BLOCK
+    for i in range(len(key)):
+        keys[slot, kv_head, i], values[slot, kv_head, i] = key[i], value[i]
+
+
+@compiled
+def rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
+    """Rotate the first values of a head, each of their first half with one of their second."""
+    half = len(cos) // 2
+    for i in range(half):
+        first, second = load(head, i), load(head, i + half)
+        store(head, i, first * load(cos, i) - second * load(sin, i))
+        store(head, i + half, second * load(cos, i + half) + first * load(sin, i + half))
+
+
+@compiled
+def attend(out: np.ndarray, y: np.ndarray, keys: np.ndarray, values: np.ndarray, kv_head: int,
+           layer: Any, cos: np.ndarray, sin: np.ndarray, table: np.ndarray, length: int) -> None:
+    """Attend with some heads to the last of the ``length`` tokens in a table of KV blocks."""
+    size = keys.shape[2]
+    heads, first = len(y) // size, max(length - layer.window, 0)
+    queries = np.empty((heads, size), np.float32)
+    for head in range(heads):
+        own = y[head * size:(head + 1) * size]
+        if layer.query_norm.weight != 0:
+            normalize(own, own, layer.query_norm)
+        if layer.rotates:
+            rotate(own, cos, sin)
+        for i in range(size):
+            queries[head, i] = load(own, i) * layer.scale
+    weights = np.empty((heads, length - first), np.float32)
+    cached = np.empty(size, np.float32)             # a key or a value
+    for t in range(first, length):
+        read(cached, keys, kv_head, table, t)
+        for head in range(heads):
+            score = np.float32(0)
+            for i in range(size):
+                score += queries[head, i] * cached[i]
+            weights[head, t - first] = score
+    for head in range(heads):
+        soften(weights[head])
+    summed = np.zeros((heads, size), np.float32)
+    for t in range(first, length):
+        read(cached, values, kv_head, table, t)
+        for head in range(heads):
+            weight = weights[head, t - first]
+            for i in range(size):
+                summed[head, i] += weight * cached[i]
+    for head in range(heads):
+        for i in range(size):
+            store(out, head * size + i, summed[head, i])
+
+
+@compiled
+def read(out: np.ndarray, cache: np.ndarray, kv_head: int, table: np.ndarray, t: int) -> None:
+    """Read a key or a value of token ``t``, and request that of the token a block after it."""
+    block, place = divmod(t, BLOCK)
+    if block + 1 < len(table):
+        after = cache[table[block + 1] * BLOCK + place, kv_head]
+        prefetch_lines(np.uint64(after.ctypes.data), len(after) * after.itemsize)
+    own = cache[table[block] * BLOCK + place, kv_head]
+    for i in range(len(out)):
+        out[i] = load(own, i)
+
+
+@compiled
+def soften(scores: np.ndarray) -> None:
+    """Replace scores by their softmax."""
+    largest, total = scores[0], np.float32(0)
+    for i in range(len(scores)):
+        largest = max(largest, scores[i])
+    for i in range(len(scores)):
+        scores[i] = np.exp(scores[i] - largest)
+        total += scores[i]
+    for i in range(len(scores)):
+        scores[i] /= total
+
+
+# -- the pass ----------------------------------------------------------------------------
+
+
+@compiled
+def run_pass(logits: np.ndarray, hidden: np.ndarray, buffers: Any, cos: np.ndarray,
+             sin: np.ndarray, tables: np.ndarray, lengths: np.ndarray, slots: np.ndarray,
+             layers: np.ndarray, models: np.ndarray, work: np.ndarray) -> None:
+    """
+    Compute the logits of decode rows; each of several threads calls this with the same arguments.
+
+    - ``logits``: ``[rows, vocabulary]``, in fp32.
+    - ``hidden``: the embeddings, ``[rows, width]``; they are overwritten.
+    - ``buffers``: for each row what its norms, products, attention and gates write.
+    - ``cos``, ``sin``: ``[rows, rotated values of a head]``.
+    - ``tables``, ``lengths``: the KV blocks of each row, and its tokens in them, the new one
+      included.
+    - ``slots``: the adapter slot of each row; 0 is the base model's.
+    - ``layers``, ``models``: a :data:`LAYER` for each layer, and one :data:`MODEL`.
+    - ``work``: zeros, ``[2, stages]``; see :func:`stages`.
+    """
+    x, y, attended, gated = buffers
+    model, stage = models[0], 0
+    normalize_rows(x, hidden, y, False, layers[0].input_norm, work, stage)
+    for i in range(len(layers)):
+        layer = layers[i]
+        multiply(y, x, layer.qkv, slots, work, stage + 1)
+        attend_rows(attended, y, layer, model, cos, sin, tables, lengths, work, stage + 2)
+        multiply(y, attended, layer.out, slots, work, stage + 3)
+        normalize_rows(x, hidden, y, True, layer.middle_norm, work, stage + 4)
+        multiply(y, x, layer.gate_and_up, slots, work, stage + 5)
+        multiply_gates(gated, y, work, stage + 6)
+        multiply(y, gated, layer.down, slots, work, stage + 7)
+        norm = layers[i + 1].input_norm if i + 1 < len(layers) else model.norm
+        normalize_rows(x, hidden, y, True, norm, work, stage + 8)
+        stage += 8
+    multiply(logits, x, model.head, slots, work, stage + 1)
+
+
+def stages(layers: int) -> int:
+    """Return the number of stages of a pass."""
+    return 8 * layers + 2

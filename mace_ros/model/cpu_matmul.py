@@ -101,6 +101,11 @@ class Int8Weight:
             part.copy_(values.float().mul_(steps))
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The rounded values, ``[out, in]``, and the scales."""
+        return self._values, self._scales
+
+    @property
     def nbytes(self) -> int:
         """Memory, in bytes."""
         return self._values.nbytes + self._scales.nbytes

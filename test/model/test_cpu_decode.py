@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 import copy
 import importlib.util
 from pathlib import Path
 import random
 import sys
+import threading
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 import pytest
 from support.families import (
@@ -27,7 +30,8 @@ from support.families import (
 from support.serving import assert_response_of, Request, serve
 import torch
 
-from mace_ros.model import cpu_decode, cpu_decode_check, cpu_kernels
+from mace_ros.model import cpu_decode_check, cpu_kernels
+from mace_ros.model.cpu_decode import CpuDecode
 from mace_ros.model.cpu_decode_check import use_cpu_decode
 from mace_ros.model.cpu_matmul import multiplies_int8, SMALL_BATCH
 from mace_ros.model.graph_check import kernel_limit
@@ -71,13 +75,8 @@ def test_layers_of_llamas_form_are_known(family: str) -> None:
     assert bool(reason) == (family in SIMILAR)
 
 
-@pytest.mark.parametrize('short', [True, False])
 @pytest.mark.parametrize('family', sorted(COVERED))
-def test_requests_get_the_logits_of_transformers_and_peft(
-        family: str, short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts that are not short attend by PyTorch's kernels."""
-    if not short:
-        monkeypatch.setattr(cpu_decode, 'ATTENDED_VALUES', 8 * 4 * 16)
+def test_requests_get_the_logits_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
     rng = random.Random(family)
     model, lora, reference = with_reference(tiny_model(family))
     assert use_cpu_decode(model) == ''
@@ -167,22 +166,59 @@ def test_a_model_that_computes_late_tokens_in_another_way_runs_its_own_code() ->
     assert use_cpu_decode(model).startswith('its logits are off by')
 
 
-def test_adapters_of_high_rank_are_not_left_to_one_thread(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _, _ = with_reference(tiny_model('llama'))
-    monkeypatch.setattr(
-        cpu_decode, 'LOW_RANK_VALUES', 2 * max(layer.width for layer in model.linears))
-    fast = cpu_decode.CpuDecode.of(model)
-    assert fast is not None
-    assert fast.run(decode_spans((3, 40)), None) is not None
-    assert fast.run(decode_spans((3, 40, 5)), None) is None
+# -- threads -----------------------------------------------------------------------------
+
+
+def adapted_model() -> PackedModel:
+    """Return a model with an adapter in a slot and keys and values in its cache."""
+    model, lora, _ = with_reference(tiny_model('qwen2'))
+    random_adapter(lora, 0)
+    lora.write_slot(FIRST_SERVED_SLOT)
+    return filled(model, 16)
+
+
+@pytest.mark.parametrize('threads', [2, 5])
+def test_threads_give_the_same_logits_each_time(threads: int) -> None:
+    model, spans = adapted_model(), decode_spans((3, 40, 17))
+    alone = CpuDecode(model).run(spans, None)
+    assert alone is not None
+    torch.set_num_threads(threads)
+    fast = CpuDecode(model)
+    first = fast.run(spans, None)
+    assert first is not None
+    torch.testing.assert_close(first, alone)
+    for _ in range(100):
+        again = fast.run(spans, None)
+        assert again is not None
+        assert torch.equal(first, again)
+
+
+def test_no_pass_waits_for_a_thread_that_does_not_begin() -> None:
+    model, spans = adapted_model(), decode_spans((3, 40, 17))
+    torch.set_num_threads(3)
+    fast = CpuDecode(model)
+    expected = fast.run(spans, None)
+    hurry = threading.Event()
+    with ThreadPoolExecutor(2) as executor:
+        fast._executor = executor
+        for _ in range(2):
+            executor.submit(hurry.wait)
+        try:
+            for _ in range(20):
+                found = fast.run(spans, None)
+                assert found is not None and expected is not None
+                assert torch.equal(found, expected)
+            assert len(fast._helpers) == 2      # they were asked once
+        finally:
+            hurry.set()
+    assert all(x.result() is None for x in fast._helpers)
 
 
 # -- what goes wrong ---------------------------------------------------------------------
 
 
-def do_nothing(*_: object) -> None:
-    pass
+def write_zeros(logits: np.ndarray, *_: object) -> None:
+    logits[:] = 0
 
 
 def fail(*_: object) -> None:
@@ -193,14 +229,12 @@ def fail_silently(*_: object) -> None:
     raise ValueError
 
 
-@pytest.mark.parametrize('kernel', [
-    'add_update', 'normalize', 'add_and_normalize', 'rotate_and_write', 'attend', 'multiply_gate'])
 @pytest.mark.parametrize('wrong, reason', [
-    (do_nothing, 'its logits are off by'), (fail, 'ValueError: injected'),
+    (write_zeros, 'its logits are off by'), (fail, 'ValueError: injected'),
     (fail_silently, 'ValueError: ')])
-def test_kernels_that_are_wrong_are_not_used(
-        kernel: str, wrong: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, kernel, wrong)
+def test_a_pass_that_is_wrong_is_not_used(
+        wrong: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, 'run_pass', wrong)
     model, _, _ = with_reference(tiny_model('llama'))
     own = [type(m) for m in model.model.modules()]
     found = use_cpu_decode(model)

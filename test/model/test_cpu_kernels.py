@@ -1,20 +1,31 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled operations of decode rows compute what PyTorch's operations compute."""
+"""The stages of a compiled pass compute what PyTorch's operations compute, in any threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+import hashlib
+from pathlib import Path
+from typing import Any
 
+from numba import njit
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from mace_ros.model import cpu_kernels
+from mace_ros.model import cpu_instructions, cpu_kernels
 from mace_ros.model.attention import attend_gathered, GatheredRows
-from mace_ros.model.cpu_decode import array
+from mace_ros.model.cpu_decode import address, array
+from mace_ros.model.cpu_kernels import DENSE, INT4, INT8, LAYER, MODEL, NORM, PRODUCT
+from mace_ros.model.cpu_matmul import Int8Weight
+from mace_ros.model.int4 import quantize
+from mace_ros.model.int4_rows import pack_rows
 from mace_ros.model.layer_operators import plain_norm, plain_rotation
+from mace_ros.model.spans import BLOCK_TOKENS, cache_slots
 
 EPS = 1e-5
 dtypes = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -27,104 +38,121 @@ def values(dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
 
 
+def work(stages: int = 1) -> np.ndarray:
+    return np.zeros((2, stages), np.int64)
+
+
+def record(kind: np.dtype[Any], **fields: Any) -> Any:
+    """Return a record whose other fields are 0."""
+    result = np.zeros(1, kind)
+    for name, value in fields.items():
+        result[name] = value
+    return result[0]
+
+
+def norm(weight: Tensor) -> tuple[int, float]:
+    return address(weight), EPS
+
+
+def in_threads(stage: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in three threads at once."""
+    with ThreadPoolExecutor(3) as executor:
+        for each in [executor.submit(stage, *arguments) for _ in range(3)]:
+            each.result()
+
+
 def assert_rounded(found: Tensor, exact: Tensor) -> None:
     """Compare with fp32 values, of which ``found`` are the nearest of their dtype."""
     tolerance = 2 ** -8 if found.dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found.float(), exact, rtol=tolerance, atol=1e-5)
 
 
+# -- products ----------------------------------------------------------------------------
+
+
+def weight_of(form: int, weight: Tensor) -> tuple[tuple[int, int], Tensor, Any]:
+    """Return the addresses of a weight in a form, its values in fp32, and what owns them."""
+    if form == INT8:
+        rounded = Int8Weight(weight.clone())
+        found, scales = rounded.tensors
+        return (address(found), address(scales)), found.float() * scales.float()[:, None], rounded
+    if form == INT4:
+        quantized = quantize(weight.float(), dtype=torch.float16)
+        packed = pack_rows(quantized.q, quantized.scales, quantized.zeros)
+        scale, lowest = packed[:, -4:].contiguous().view(torch.float16).float().unbind(1)
+        exact = quantized.q.view(len(packed), -1) * scale[:, None] + lowest[:, None]
+        return (address(packed), 0), exact.view(weight.shape), packed
+    return (address(weight), 0), weight.float(), weight
+
+
 @dtypes
-def test_each_row_gets_the_update_of_its_own_slot(values: Callable[..., Tensor]) -> None:
-    y, x, slots = values(3, 40), values(3, 24), torch.tensor([2, 0, 1])
-    a, b = torch.randn(3, 5, 24), torch.randn(3, 5, 40)
-    update = torch.einsum('ri,rki,rko->ro', x.float(), a[slots], b[slots])
-    expected = y.float() + torch.where(slots[:, None] > 0, update, 0.0)
-    cpu_kernels.add_update(array(y), array(x), array(a), array(b), array(slots))
+@pytest.mark.parametrize('form', [DENSE, INT8, INT4])
+@pytest.mark.parametrize('count', [1, 2, 4, 5, 8])
+@pytest.mark.parametrize('wide', [False, True])     # outputs in fp32, and buffers that are longer
+def test_products(values: Callable[..., Tensor], form: int, count: int, wide: bool) -> None:
+    inputs, outputs = 96, 128
+    addresses, weight, owner = weight_of(form, values(outputs, inputs))
+    x, y = values(count, inputs + 7 * wide), values(count, outputs + 9 * wide)
+    y = y.float() if wide else y
+    product = record(
+        PRODUCT, form=form, weight=addresses[0], scales=addresses[1], inputs=inputs,
+        outputs=outputs, part=13)
+    in_threads(cpu_kernels.multiply, array(y), array(x), product, np.zeros(count, np.int64),
+               work(), 0)
+    expected = x[:, :inputs].double() @ weight.double().t()
     tolerance = 2 ** -8 if y.dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=1e-4)
+    torch.testing.assert_close(
+        y[:, :outputs].double(), expected, rtol=tolerance, atol=1e-4)
+    assert owner is not None
+
+
+@dtypes
+@pytest.mark.parametrize('form', [DENSE, INT8, INT4])
+def test_each_row_gets_the_bias_and_the_update_of_its_own_slot(
+        values: Callable[..., Tensor], form: int) -> None:
+    addresses, weight, owner = weight_of(form, values(64, 32))
+    x, bias, slots = values(3, 32), values(64), torch.tensor([2, 0, 1])
+    y = x.new_empty(3, 64)
+    a, b = torch.randn(3, 5, 32), torch.randn(3, 5, 64)
+    product = record(
+        PRODUCT, form=form, weight=addresses[0], scales=addresses[1], bias=address(bias),
+        inputs=32, outputs=64, part=10, a=address(a), b=address(b), width=5)
+    in_threads(cpu_kernels.multiply, array(y), array(x), product, array(slots), work(), 0)
+    update = torch.einsum('ri,rki,rko->ro', x.float(), a[slots], b[slots])
+    expected = x.float() @ weight.t() + bias.float() + torch.where(slots[:, None] > 0, update, 0.0)
+    # The product, the bias and the update are rounded one after the other.
+    tolerance = 2 ** -6 if y.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=20 * tolerance)
+    assert owner is not None
+
+
+# -- norms and gates ---------------------------------------------------------------------
 
 
 @dtypes
 @rows
 def test_norms(values: Callable[..., Tensor], count: int) -> None:
-    x, y, weight = values(count, 48), values(count, 48), values(48)
+    x, y, weight = values(count, 48), values(count, 60), values(48)
     out, hidden = torch.empty_like(x), x.clone()
-    cpu_kernels.normalize(array(out), array(x), array(weight), EPS)
+    of_weight = record(NORM, weight=address(weight), eps=EPS)
+    in_threads(cpu_kernels.normalize_rows, array(out), array(hidden), array(y), False, of_weight,
+               work(), 0)
+    assert torch.equal(hidden, x)
     assert_rounded(out, plain_norm(x.float(), weight, EPS, relative=False, centered=False))
-    cpu_kernels.add_and_normalize(array(out), array(hidden), array(y), array(weight), EPS)
-    assert torch.equal(hidden, x + y)
+    in_threads(cpu_kernels.normalize_rows, array(out), array(hidden), array(y), True, of_weight,
+               work(), 0)
+    assert torch.equal(hidden, x + y[:, :48])
     assert_rounded(out, plain_norm(hidden.float(), weight, EPS, relative=False, centered=False))
-
-
-@dtypes
-def test_norms_of_heads_leave_other_heads_alone(values: Callable[..., Tensor]) -> None:
-    y, weight = values(2, 5 * 8), values(8)
-    expected = y.float().view(2, 5, 8)
-    expected[:, 1:3] = plain_norm(
-        expected[:, 1:3], weight, EPS, relative=False, centered=False)
-    cpu_kernels.normalize_heads(array(y), 8, array(weight), EPS, 2)
-    assert_rounded(y, expected.view(2, -1))
-
-
-@dtypes
-@rows
-@pytest.mark.parametrize('rotated', [16, 8, 0])     # values of a head
-def test_rotation_and_write(values: Callable[..., Tensor], count: int, rotated: int) -> None:
-    heads, kv_heads, size = 6, 2, 16
-    y = values(count, (heads + 2 * kv_heads) * size)
-    cos, sin = values(count, rotated), values(count, rotated)
-    cache = [values(40, kv_heads, size) for _ in range(2)]
-    slots = torch.tensor([7, 39, 0])[:count]
-    query, key, value = y.clone().view(count, -1, size).split([heads, kv_heads, kv_heads], 1)
-    before = [x.clone() for x in cache]
-
-    cpu_kernels.rotate_and_write(array(y), array(cos), array(sin), *map(array, cache), array(slots))
-
-    def turned(x: Tensor) -> Tensor:
-        if not rotated:
-            return x.float()
-        first = plain_rotation(
-            x[..., :rotated].float(), cos[:, None].float(), sin[:, None].float())
-        return torch.cat([first, x[..., rotated:].float()], -1)
-
-    assert_rounded(y.view(count, -1, size)[:, :heads], turned(query))
-    assert_rounded(cache[0][slots], turned(key))
-    assert torch.equal(cache[1][slots], value)
-    for x, old in zip(cache, before, strict=True):
-        others = torch.ones(len(x), dtype=torch.bool)
-        others[slots] = False
-        assert torch.equal(x[others], old[others])
 
 
 @dtypes
 @rows
 def test_gates(values: Callable[..., Tensor], count: int) -> None:
-    y = values(count, 2 * 33)
+    y = values(count, 2 * 33 + 5)
     out = y.new_empty(count, 33)
-    cpu_kernels.multiply_gate(array(out), array(y))
-    gate, up = y.float().chunk(2, 1)
+    in_threads(cpu_kernels.multiply_gates, array(out), array(y), work(), 0)
+    gate, up = y[:, :66].float().chunk(2, 1)
     assert_rounded(out, F.silu(gate) * up)
-
-
-@dtypes
-@pytest.mark.parametrize('heads, kv_heads', [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize('window', [None, 1, 5])
-@pytest.mark.parametrize('scaling', [None, 0.4])
-def test_attention(values: Callable[..., Tensor], heads: int, kv_heads: int, window: int | None,
-                   scaling: float | None) -> None:
-    size, lengths = 16, torch.tensor([1, 4, 23])
-    y = values(3, (heads + 2 * kv_heads) * size)
-    keys, values_ = values(64, kv_heads, size), values(64, kv_heads, size)
-    slots = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:23].repeat(3, 1)
-    out = y.new_empty(3, heads * size)
-    cpu_kernels.attend(
-        array(out), array(y), array(keys), array(values_), array(slots), array(lengths),
-        100 if window is None else window, size ** -0.5 if scaling is None else scaling)
-    query = y[:, :heads * size].view(3, heads, size)
-    expected = attend_gathered(
-        query.float(), keys.float(), values_.float(), GatheredRows(slots, lengths), scaling,
-        window, None, None)
-    assert_rounded(out, expected.view(3, -1))
 
 
 @dtypes
@@ -133,11 +161,112 @@ def test_numbers_that_are_none_stay_what_they_are(values: Callable[..., Tensor])
     x, weight = values(2, 16), values(16)
     x[0, 3] = torch.nan
     out = torch.zeros_like(x)
-    cpu_kernels.normalize(array(out), array(x), array(weight), EPS)
+    of_weight = record(NORM, weight=address(weight), eps=EPS)
+    cpu_kernels.normalize_rows(array(out), array(x), array(x), False, of_weight, work(), 0)
     assert out[0].isnan().all()
     assert out[1].isfinite().all()
     y = values(2, 32)
     y[0, 2], y[1, 20] = torch.nan, torch.inf
-    cpu_kernels.multiply_gate(array(out), array(y))
+    cpu_kernels.multiply_gates(array(out), array(y), work(), 0)
     assert out[0, 2].isnan()
     assert out[1, 4].isinf()
+
+
+# -- attention ---------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize('heads, kv_heads', [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize('window', [None, 1, 5])
+@pytest.mark.parametrize('rotated', [0, 8, 16])      # values of a head
+@pytest.mark.parametrize('norms', [False, True])
+def test_attention(values: Callable[..., Tensor], heads: int, kv_heads: int, window: int | None,
+                   rotated: int, norms: bool) -> None:
+    size, lengths, scale = 16, np.array([1, 20, 37]), 0.4
+    tables = np.array([[5, 0, 0], [2, 7, 0], [6, 1, 3]])
+    y = values(3, (heads + 2 * kv_heads) * size)
+    cos, sin = values(3, max(rotated, 2)), values(3, max(rotated, 2))
+    weights = values(2, size)
+    cache = [values(8 * BLOCK_TOKENS, kv_heads, size) for _ in range(2)]
+    before = [x.clone() for x in cache]
+    query, key, value = y.clone().view(3, -1, size).split([heads, kv_heads, kv_heads], 1)
+    out = y.new_empty(3, heads * size)
+    in_threads(
+        cpu_kernels.attend_rows, array(out), array(y),
+        record(LAYER, keys=address(cache[0]), values=address(cache[1]), rotates=rotated > 0,
+               window=1000 if window is None else window, scale=scale,
+               **({'query_norm': norm(weights[0]), 'key_norm': norm(weights[1])} if norms else {})),
+        record(MODEL, heads=heads, kv_heads=kv_heads, size=size, cache_slots=8 * BLOCK_TOKENS),
+        array(cos), array(sin), tables, lengths, work(), 0)
+
+    def prepared(x: Tensor, weight: Tensor) -> Tensor:
+        if norms:
+            x = plain_norm(x, weight, EPS, relative=False, centered=False)
+        if not rotated:
+            return x
+        turned = plain_rotation(x[..., :rotated].float(), cos[:, None].float(),
+                                sin[:, None].float()).to(x.dtype)
+        return torch.cat([turned, x[..., rotated:]], -1)
+
+    written = [cache_slots(table, length) for table, length in zip(tables, lengths, strict=True)]
+    own = torch.tensor([slots[-1] for slots in written])
+    torch.testing.assert_close(cache[0][own], prepared(key, weights[1]), rtol=2 ** -7, atol=2e-2)
+    assert torch.equal(cache[1][own], value)
+    for x, old in zip(cache, before, strict=True):
+        others = torch.ones(len(x), dtype=torch.bool)
+        others[own] = False
+        assert torch.equal(x[others], old[others])
+    slots = np.stack([np.pad(x, (0, lengths.max() - len(x)), mode='edge') for x in written])
+    expected = attend_gathered(
+        prepared(query, weights[0]).float(), *(x.float() for x in cache),
+        GatheredRows(torch.from_numpy(slots), torch.from_numpy(lengths)), scale, window, None,
+        None)
+    torch.testing.assert_close(out.float(), expected.view(3, -1), rtol=2 ** -6, atol=(
+        3e-2 if out.dtype == torch.bfloat16 else 1e-4))
+
+
+# -- threads -----------------------------------------------------------------------------
+
+
+@njit(nogil=True)
+def add_parts(counts: np.ndarray, seen: np.ndarray, thread: int, work: np.ndarray) -> None:
+    """Count each part of some stages, and what is counted once each stage is over."""
+    for stage in range(counts.shape[0]):
+        part = cpu_kernels.take(work, stage)
+        while part < counts.shape[1]:
+            counts[stage, part] += 1
+            part = cpu_kernels.take_next(work, stage)
+        cpu_kernels.wait(work, stage, counts.shape[1])
+        seen[thread, stage] = counts[stage].sum()
+
+
+def test_each_part_is_taken_once_and_no_thread_goes_on_before_all_are_done() -> None:
+    counts, seen, counters = np.zeros((200, 31), int), np.zeros((4, 200), int), work(200)
+    with ThreadPoolExecutor(4) as executor:
+        for each in [executor.submit(add_parts, counts, seen, i, counters) for i in range(4)]:
+            each.result()
+    assert (counts == 1).all()
+    assert (seen == 31).all()
+
+
+def test_a_thread_that_is_late_finds_nothing_to_do() -> None:
+    counts, seen, counters = np.zeros((3, 5), int), np.zeros((2, 3), int), work(3)
+    for thread in range(2):
+        add_parts(counts, seen, thread, counters)
+    assert (counts == 1).all()
+    assert (seen == 5).all()
+
+
+# -- the files ---------------------------------------------------------------------------
+
+
+def test_kernels_are_compiled_again_when_an_instruction_changes() -> None:
+    """Numba looks at the file of the kernels only."""
+    content = Path(cpu_instructions.__file__).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    assert digest == cpu_kernels.INSTRUCTIONS, (
+        f'cpu_instructions.py has changed: set INSTRUCTIONS in cpu_kernels.py to {digest!r}')
+
+
+def test_blocks_are_those_of_the_kv_cache() -> None:
+    assert cpu_kernels.BLOCK == BLOCK_TOKENS
