@@ -319,7 +319,7 @@ def _compile_decode(model: PackedModel, progress: Progress) -> None:
     with reporting(progress, 'compiling passes of decode rows'):
         reason = use_cpu_decode(model)
     if reason:
-        progress(f'decode rows take more operations than they need: {reason}')
+        progress(f'passes of decode rows are not compiled: {reason}')
 
 
 def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager,

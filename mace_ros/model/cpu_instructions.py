@@ -116,7 +116,7 @@ def fetch_add(context: Any, counters: Any, i: Any, number: Any) -> Any:
 
 
 @intrinsic
-def current(context: Any, counters: Any, i: Any) -> Any:
+def load_acquire(context: Any, counters: Any, i: Any) -> Any:
     """Return ``counters[i]``; what other threads wrote before they added to it is then seen."""
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(counters)(context, builder, args[0])

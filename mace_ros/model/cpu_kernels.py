@@ -20,7 +20,6 @@ from numba import carray, njit
 import numpy as np
 
 from mace_ros.model.cpu_instructions import (
-    current,
     dot_int4,
     dot_int4_of_four,
     fetch_add,
@@ -28,6 +27,7 @@ from mace_ros.model.cpu_instructions import (
     GROUP,
     GROUP_BYTES,
     load,
+    load_acquire,
     pointer,
     prefetch,
     store,
@@ -35,7 +35,7 @@ from mace_ros.model.cpu_instructions import (
 
 # Identifies the content of cpu_instructions.py, so that this file changes whenever that one does.
 # test/model/test_cpu_kernels.py knows the right value.
-INSTRUCTIONS = '0710e55c1011ebdb'
+INSTRUCTIONS = '985e876c05492515'
 
 # A sum may be computed in any order, so in vectors. NaN and infinity stay what they are.
 compiled = njit(cache=True, nogil=True, error_model='numpy',
@@ -83,27 +83,57 @@ def prefetch_lines(address: int, size: int) -> None:
         prefetch(address + np.uint64(i))
 
 
+@compiled
+def new_scratch(layers: np.ndarray, model: Any, lengths: np.ndarray) -> Any:
+    """
+    Return memory for what a thread computes within a stage.
+
+    It is allocated before the thread takes a part: one that failed then would leave the others
+    waiting for the part.
+    """
+    rows, inputs, width, part = len(lengths), model.head.inputs, 0, 4
+    for i in range(len(layers)):
+        layer = layers[i]
+        for product in (layer.qkv, layer.out, layer.gate_and_up, layer.down):
+            inputs, width = max(inputs, product.inputs), max(width, product.width)
+            part = max(part, product.part)      # the head has no adapter
+    fours, together = (1, 1) if rows == 1 else (-(-rows // 4), 4)
+    groups, heads = inputs // GROUP, model.heads // model.kv_heads
+    of_products = (
+        np.empty((rows, inputs), np.float32),                   # exact
+        np.empty((rows, width), np.float32),                    # low
+        np.empty((fours, groups, together, GROUP), np.float32),    # pairs
+        np.empty((fours, groups, together), np.float32),        # sums
+        np.empty(part, np.float32))                             # results
+    of_attention = (
+        np.empty((heads, model.size), np.float32),              # queries
+        np.empty((heads, lengths.max()), np.float32),           # scores
+        np.empty((heads, model.size), np.float32),              # sums
+        np.empty(model.size, np.float32))                       # a key or a value
+    return of_products, of_attention
+
+
 # -- work that threads share -------------------------------------------------------------
 
 
 @compiled
-def take(work: np.ndarray, stage: int) -> int:
+def take(counters: np.ndarray, stage: int) -> int:
     """Return the number of a part of a stage that no other thread has taken."""
-    return fetch_add(work[TAKEN], stage, 1)
+    return fetch_add(counters[TAKEN], stage, 1)
 
 
 @compiled
-def take_next(work: np.ndarray, stage: int) -> int:
+def finish_and_take(counters: np.ndarray, stage: int) -> int:
     """Return the number of another part, after one is done."""
-    fetch_add(work[DONE], stage, 1)
-    return take(work, stage)
+    fetch_add(counters[DONE], stage, 1)
+    return take(counters, stage)
 
 
 @compiled
-def wait(work: np.ndarray, stage: int, count: int) -> None:
+def wait(counters: np.ndarray, stage: int, count: int) -> None:
     """Wait until all ``count`` parts of a stage are done."""
     looks = 0
-    while current(work[DONE], stage) < count:
+    while load_acquire(counters[DONE], stage) < count:
         looks += 1
         if looks > LOOKS:
             give_way()
@@ -113,49 +143,54 @@ def wait(work: np.ndarray, stage: int, count: int) -> None:
 
 
 @compiled
-def multiply(y: np.ndarray, x: np.ndarray, product: Any, slots: np.ndarray, work: np.ndarray,
-             stage: int) -> None:
+def multiply(y: np.ndarray, x: np.ndarray, product: Any, slots: np.ndarray, scratch: Any,
+             counters: np.ndarray, stage: int) -> None:
     """
     Multiply the rows of ``x`` with a weight, each under the adapter in its slot.
 
     Of each row of ``x``, the first values are the inputs; the outputs are the first of ``y``.
     """
-    rows, inputs = len(slots), product.inputs
-    exact = np.empty((rows, inputs), np.float32)
-    for row in range(rows):
-        for i in range(inputs):
-            exact[row, i] = load(x[row], i)
-    low = low_ranks(exact, product, slots)
-    pairs, sums = paired_inputs(exact, inputs // GROUP if product.form == INT4 else 0)
-    shape = product.outputs, inputs
+    exact, low, pairs, sums, results = scratch
     count = -(-product.outputs // product.part)
-    part = take(work, stage)
+    part = take(counters, stage)
+    if part < count:        # else the model's memory may be gone, if this thread was late
+        for row in range(len(slots)):
+            for i in range(product.inputs):
+                exact[row, i] = load(x[row], i)
+        multiply_with_a(low, exact, product, slots)
+        if product.form == INT4:
+            pair_inputs(pairs, sums, exact, product.inputs // GROUP)
     while part < count:
         first = part * product.part
         last = min(first + product.part, product.outputs)
+        shape = product.outputs, product.inputs
         if product.form == INT4:
-            multiply_int4(y, rows, pairs, sums, product, first, last)
+            multiply_int4(y, pairs, sums, results, product, len(slots), first, last)
         elif product.form == INT8:
             weights = carray(pointer(product.weight), shape, np.int8)
-            multiply_plain(y, x, exact, weights, product, first, last)
+            multiply_part(y, x, exact, weights, product, first, last)
         else:
             dense = carray(pointer(product.weight), shape, x.dtype)
-            multiply_plain(y, x, exact, dense, product, first, last)
-        for row in range(rows):
+            multiply_part(y, x, exact, dense, product, first, last)
+        for row in range(len(slots)):
             if product.bias != 0:
                 bias = carray(pointer(product.bias), product.outputs, x.dtype)
                 for i in range(first, last):
                     store(y[row], i, load(y[row], i) + load(bias, i))
-            if slots[row] != 0 and product.width:
-                add_update(y[row], low[row], product, slots[row], first, last)
-        part = take_next(work, stage)
-    wait(work, stage, count)
+            if slots[row] != 0 and product.width > 0:
+                add_update(y[row], low[row], results, product, slots[row], first, last)
+        part = finish_and_take(counters, stage)
+    wait(counters, stage, count)
 
 
 @compiled
-def multiply_plain(y: np.ndarray, x: np.ndarray, exact: np.ndarray, weights: np.ndarray,
-                   product: Any, first: int, last: int) -> None:
-    """Compute some outputs; they may have scales, of the dtype of ``x``."""
+def multiply_part(y: np.ndarray, x: np.ndarray, exact: np.ndarray, weights: np.ndarray,
+                  product: Any, first: int, last: int) -> None:
+    """
+    Compute some outputs of a weight that is not in 4 bits, for the inputs ``exact``.
+
+    It may have a scale for each output. The dtype of scales is that of ``x``.
+    """
     size = product.inputs * weights.itemsize
     scales = carray(pointer(product.scales), product.outputs, x.dtype)
     for output in range(first, last):
@@ -169,55 +204,52 @@ def multiply_plain(y: np.ndarray, x: np.ndarray, exact: np.ndarray, weights: np.
 
 
 @compiled
-def multiply_int4(y: np.ndarray, rows: int, pairs: np.ndarray, sums: np.ndarray, product: Any,
-                  first: int, last: int) -> None:
-    """Compute some outputs of weights in 4 bits; see :func:`paired_inputs`."""
+def multiply_int4(y: np.ndarray, pairs: np.ndarray, sums: np.ndarray, results: np.ndarray,
+                  product: Any, rows: int, first: int, last: int) -> None:
+    """Compute some outputs of a weight in 4 bits; see :func:`pair_inputs`."""
     groups = product.inputs // GROUP
     size = groups * GROUP_BYTES
-    totals = np.empty(4, np.float32)
     for output in range(first, last):
         weights = product.weight + np.uint64(output * size)
         prefetch_lines(weights + np.uint64(AHEAD), size)
         for four in range(len(pairs)):
-            places = (np.uint64(pairs[four].ctypes.data), np.uint64(sums[four].ctypes.data),
-                      np.uint64(totals.ctypes.data))
+            addresses = (
+                np.uint64(pairs[four].ctypes.data), np.uint64(sums[four].ctypes.data),
+                np.uint64(results.ctypes.data))
             if rows == 1:
-                dot_int4(weights, *places, groups)
+                dot_int4(weights, *addresses, groups)
             else:
-                dot_int4_of_four(weights, *places, groups)
+                dot_int4_of_four(weights, *addresses, groups)
             for i in range(min(4, rows - 4 * four)):
-                store(y[4 * four + i], output, totals[i])
+                store(y[4 * four + i], output, results[i])
 
 
 @compiled
-def paired_inputs(exact: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+def pair_inputs(pairs: np.ndarray, sums: np.ndarray, exact: np.ndarray, groups: int) -> None:
     """
-    Return rows of inputs in the form for products with weights in 4 bits, and sums of them.
+    Write inputs in the form for products with weights in 4 bits, and the sums of their groups.
 
     A byte holds the weights of two inputs: ``low + 16 * high``. It is multiplied as a whole with a
     16th of the second input, and ``low`` with the first one less that 16th. A single row comes
-    alone, and others come in fours: ``[fours, groups, rows, 2, GROUP / 2]``.
+    alone, and others come in fours: ``[fours, groups, rows, GROUP]``.
     """
-    rows = len(exact)
-    together = 1 if rows == 1 else 4
-    pairs = np.zeros((-(-rows // together), groups, together, 2, GROUP // 2), np.float32)
-    sums = np.zeros((len(pairs), groups, together), np.float32)
-    for row in range(rows):
+    together = pairs.shape[2]
+    pairs[:] = 0
+    sums[:] = 0
+    for row in range(len(exact)):
         four, i = divmod(row, together)
         for group in range(groups):
             for pair in range(GROUP // 2):
                 first = exact[row, group * GROUP + 2 * pair]
                 second = exact[row, group * GROUP + 2 * pair + 1]
-                pairs[four, group, i, 0, pair] = first - second / np.float32(16)
-                pairs[four, group, i, 1, pair] = second / np.float32(16)
+                pairs[four, group, i, pair] = first - second / np.float32(16)
+                pairs[four, group, i, GROUP // 2 + pair] = second / np.float32(16)
                 sums[four, group, i] += first + second
-    return pairs, sums
 
 
 @compiled
-def low_ranks(exact: np.ndarray, product: Any, slots: np.ndarray) -> np.ndarray:
-    """Return the products with A of each row's adapter, ``[rows, width]``."""
-    low = np.zeros((len(slots), product.width), np.float32)
+def multiply_with_a(low: np.ndarray, exact: np.ndarray, product: Any, slots: np.ndarray) -> None:
+    """Multiply each row with A of its adapter."""
     for row in range(len(slots)):
         slot = slots[row]
         a = carray(pointer(product.a), (slot + 1, product.width, product.inputs), np.float32)
@@ -226,15 +258,14 @@ def low_ranks(exact: np.ndarray, product: Any, slots: np.ndarray) -> np.ndarray:
             for i in range(product.inputs):
                 total += exact[row, i] * a[slot, k, i]
             low[row, k] = total
-    return low
 
 
 @compiled
-def add_update(y: np.ndarray, low: np.ndarray, product: Any, slot: int, first: int,
-               last: int) -> None:
+def add_update(y: np.ndarray, low: np.ndarray, update: np.ndarray, product: Any, slot: int,
+               first: int, last: int) -> None:
     """Add the update by the adapter in a slot to some outputs of a row."""
     b = carray(pointer(product.b), (slot + 1, product.width, product.outputs), np.float32)
-    update = np.zeros(last - first, np.float32)
+    update[:last - first] = 0
     for k in range(product.width):
         for i in range(last - first):
             update[i] += low[k] * b[slot, k, first + i]
@@ -247,15 +278,15 @@ def add_update(y: np.ndarray, low: np.ndarray, product: Any, slot: int, first: i
 
 @compiled
 def normalize_rows(x: np.ndarray, hidden: np.ndarray, y: np.ndarray, adds: bool, norm: Any,
-                   work: np.ndarray, stage: int) -> None:
+                   counters: np.ndarray, stage: int) -> None:
     """Normalize the rows of ``hidden`` to ``x``, after adding the first values of ``y``."""
-    row = take(work, stage)
+    row = take(counters, stage)
     while row < len(hidden):
         for i in range(hidden.shape[1] if adds else 0):
             store(hidden[row], i, load(hidden[row], i) + load(y[row], i))
         normalize(x[row], hidden[row], norm)
-        row = take_next(work, stage)
-    wait(work, stage, len(hidden))
+        row = finish_and_take(counters, stage)
+    wait(counters, stage, len(hidden))
 
 
 @compiled
@@ -271,18 +302,18 @@ def normalize(out: np.ndarray, x: np.ndarray, norm: Any) -> None:
 
 
 @compiled
-def multiply_gates(out: np.ndarray, y: np.ndarray, work: np.ndarray, stage: int) -> None:
+def multiply_gates(out: np.ndarray, y: np.ndarray, counters: np.ndarray, stage: int) -> None:
     """Multiply SiLU of the first values of each row of ``y`` by as many that follow."""
     count, width = len(out) * GATE_PARTS, out.shape[1]
-    part = take(work, stage)
+    part = take(counters, stage)
     while part < count:
         row, place = divmod(part, GATE_PARTS)
         for i in range(place * width // GATE_PARTS, (place + 1) * width // GATE_PARTS):
             gate = load(y[row], i)
             silu = gate / (np.float32(1) + np.exp(-gate))
             store(out[row], i, silu * load(y[row], width + i))
-        part = take_next(work, stage)
-    wait(work, stage, count)
+        part = finish_and_take(counters, stage)
+    wait(counters, stage, count)
 
 
 # -- attention ---------------------------------------------------------------------------
@@ -290,8 +321,8 @@ def multiply_gates(out: np.ndarray, y: np.ndarray, work: np.ndarray, stage: int)
 
 @compiled
 def attend_rows(out: np.ndarray, y: np.ndarray, layer: Any, model: Any, cos: np.ndarray,
-                sin: np.ndarray, tables: np.ndarray, lengths: np.ndarray, work: np.ndarray,
-                stage: int) -> None:
+                sin: np.ndarray, tables: np.ndarray, lengths: np.ndarray, scratch: Any,
+                counters: np.ndarray, stage: int) -> None:
     """
     Attend with each row of ``y``, after its keys and values are written to the cache.
 
@@ -301,26 +332,27 @@ def attend_rows(out: np.ndarray, y: np.ndarray, layer: Any, model: Any, cos: np.
     shape = model.cache_slots, model.kv_heads, model.size
     keys = carray(pointer(layer.keys), shape, y.dtype)
     values = carray(pointer(layer.values), shape, y.dtype)
-    group = model.heads // model.kv_heads * model.size      # values of the heads of a part
+    width = model.heads // model.kv_heads * model.size      # of the queries of a part
     count = len(out) * model.kv_heads
-    part = take(work, stage)
+    part = take(counters, stage)
     while part < count:
         row, kv_head = divmod(part, model.kv_heads)
-        key = kv_head * model.size + model.heads * model.size
+        key = (model.heads + kv_head) * model.size
         value = key + model.kv_heads * model.size
-        write(keys, values, kv_head, y[row, key:key + model.size],
-              y[row, value:value + model.size], layer, cos[row], sin[row], tables[row],
-              lengths[row])
-        own = slice(kv_head * group, (kv_head + 1) * group)
+        write_cached(
+            keys, values, kv_head, y[row, key:key + model.size], y[row, value:value + model.size],
+            layer, cos[row], sin[row], tables[row], lengths[row])
+        own = slice(kv_head * width, (kv_head + 1) * width)
         attend(out[row, own], y[row, own], keys, values, kv_head, layer, cos[row], sin[row],
-               tables[row], lengths[row])
-        part = take_next(work, stage)
-    wait(work, stage, count)
+               tables[row], lengths[row], scratch)
+        part = finish_and_take(counters, stage)
+    wait(counters, stage, count)
 
 
 @compiled
-def write(keys: np.ndarray, values: np.ndarray, kv_head: int, key: np.ndarray, value: np.ndarray,
-          layer: Any, cos: np.ndarray, sin: np.ndarray, table: np.ndarray, length: int) -> None:
+def write_cached(keys: np.ndarray, values: np.ndarray, kv_head: int, key: np.ndarray,
+                 value: np.ndarray, layer: Any, cos: np.ndarray, sin: np.ndarray,
+                 table: np.ndarray, length: int) -> None:
     """Write a key and a value of the last of the ``length`` tokens in a table of KV blocks."""
     if layer.key_norm.weight != 0:
         normalize(key, key, layer.key_norm)
@@ -343,11 +375,12 @@ def rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
 
 @compiled
 def attend(out: np.ndarray, y: np.ndarray, keys: np.ndarray, values: np.ndarray, kv_head: int,
-           layer: Any, cos: np.ndarray, sin: np.ndarray, table: np.ndarray, length: int) -> None:
+           layer: Any, cos: np.ndarray, sin: np.ndarray, table: np.ndarray, length: int,
+           scratch: Any) -> None:
     """Attend with some heads to the last of the ``length`` tokens in a table of KV blocks."""
-    size = keys.shape[2]
-    heads, first = len(y) // size, max(length - layer.window, 0)
-    queries = np.empty((heads, size), np.float32)
+    queries, scores, sums, cached = scratch
+    heads, size = queries.shape
+    first = max(length - layer.window, 0)
     for head in range(heads):
         own = y[head * size:(head + 1) * size]
         if layer.query_norm.weight != 0:
@@ -356,31 +389,30 @@ def attend(out: np.ndarray, y: np.ndarray, keys: np.ndarray, values: np.ndarray,
             rotate(own, cos, sin)
         for i in range(size):
             queries[head, i] = load(own, i) * layer.scale
-    weights = np.empty((heads, length - first), np.float32)
-    cached = np.empty(size, np.float32)             # a key or a value
     for t in range(first, length):
-        read(cached, keys, kv_head, table, t)
+        read_cached(cached, keys, kv_head, table, t)
         for head in range(heads):
             score = np.float32(0)
             for i in range(size):
                 score += queries[head, i] * cached[i]
-            weights[head, t - first] = score
+            scores[head, t] = score
     for head in range(heads):
-        soften(weights[head])
-    summed = np.zeros((heads, size), np.float32)
+        softmax(scores[head, first:length])
+    sums[:] = 0
     for t in range(first, length):
-        read(cached, values, kv_head, table, t)
+        read_cached(cached, values, kv_head, table, t)
         for head in range(heads):
-            weight = weights[head, t - first]
+            weight = scores[head, t]
             for i in range(size):
-                summed[head, i] += weight * cached[i]
+                sums[head, i] += weight * cached[i]
     for head in range(heads):
         for i in range(size):
-            store(out, head * size + i, summed[head, i])
+            store(out, head * size + i, sums[head, i])
 
 
 @compiled
-def read(out: np.ndarray, cache: np.ndarray, kv_head: int, table: np.ndarray, t: int) -> None:
+def read_cached(out: np.ndarray, cache: np.ndarray, kv_head: int, table: np.ndarray,
+                t: int) -> None:
     """Read a key or a value of token ``t``, and request that of the token a block after it."""
     block, place = divmod(t, BLOCK)
     if block + 1 < len(table):
@@ -392,7 +424,7 @@ def read(out: np.ndarray, cache: np.ndarray, kv_head: int, table: np.ndarray, t:
 
 
 @compiled
-def soften(scores: np.ndarray) -> None:
+def softmax(scores: np.ndarray) -> None:
     """Replace scores by their softmax."""
     largest, total = scores[0], np.float32(0)
     for i in range(len(scores)):
@@ -410,36 +442,40 @@ def soften(scores: np.ndarray) -> None:
 @compiled
 def run_pass(logits: np.ndarray, hidden: np.ndarray, buffers: Any, cos: np.ndarray,
              sin: np.ndarray, tables: np.ndarray, lengths: np.ndarray, slots: np.ndarray,
-             layers: np.ndarray, models: np.ndarray, work: np.ndarray) -> None:
+             layers: np.ndarray, models: np.ndarray, counters: np.ndarray) -> None:
     """
     Compute the logits of decode rows; each of several threads calls this with the same arguments.
 
+    A thread that begins after the others are done changes nothing, and reads nothing of the model.
+
     - ``logits``: ``[rows, vocabulary]``, in fp32.
     - ``hidden``: the embeddings, ``[rows, width]``; they are overwritten.
-    - ``buffers``: for each row what its norms, products, attention and gates write.
+    - ``buffers``: what norms, products, attention and gates write; each is ``[rows, values]``.
     - ``cos``, ``sin``: ``[rows, rotated values of a head]``.
     - ``tables``, ``lengths``: the KV blocks of each row, and its tokens in them, the new one
       included.
     - ``slots``: the adapter slot of each row; 0 is the base model's.
     - ``layers``, ``models``: a :data:`LAYER` for each layer, and one :data:`MODEL`.
-    - ``work``: zeros, ``[2, stages]``; see :func:`stages`.
+    - ``counters``: zeros, ``[2, stages]``; see :func:`stages`.
     """
     x, y, attended, gated = buffers
     model, stage = models[0], 0
-    normalize_rows(x, hidden, y, False, layers[0].input_norm, work, stage)
+    of_products, of_attention = new_scratch(layers, model, lengths)
+    normalize_rows(x, hidden, y, False, layers[0].input_norm, counters, stage)
     for i in range(len(layers)):
         layer = layers[i]
-        multiply(y, x, layer.qkv, slots, work, stage + 1)
-        attend_rows(attended, y, layer, model, cos, sin, tables, lengths, work, stage + 2)
-        multiply(y, attended, layer.out, slots, work, stage + 3)
-        normalize_rows(x, hidden, y, True, layer.middle_norm, work, stage + 4)
-        multiply(y, x, layer.gate_and_up, slots, work, stage + 5)
-        multiply_gates(gated, y, work, stage + 6)
-        multiply(y, gated, layer.down, slots, work, stage + 7)
+        multiply(y, x, layer.qkv, slots, of_products, counters, stage + 1)
+        attend_rows(attended, y, layer, model, cos, sin, tables, lengths, of_attention, counters,
+                    stage + 2)
+        multiply(y, attended, layer.out, slots, of_products, counters, stage + 3)
+        normalize_rows(x, hidden, y, True, layer.middle_norm, counters, stage + 4)
+        multiply(y, x, layer.gate_and_up, slots, of_products, counters, stage + 5)
+        multiply_gates(gated, y, counters, stage + 6)
+        multiply(y, gated, layer.down, slots, of_products, counters, stage + 7)
         norm = layers[i + 1].input_norm if i + 1 < len(layers) else model.norm
-        normalize_rows(x, hidden, y, True, norm, work, stage + 8)
+        normalize_rows(x, hidden, y, True, norm, counters, stage + 8)
         stage += 8
-    multiply(logits, x, model.head, slots, work, stage + 1)
+    multiply(logits, x, model.head, slots, of_products, counters, stage + 1)
 
 
 def stages(layers: int) -> int:

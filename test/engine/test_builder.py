@@ -48,5 +48,5 @@ def test_on_a_cpu_decode_rows_are_compiled_or_the_log_says_why_not(
         assert (engine.model.fast_passes is not None) == installed
     finally:
         engine.close()
-    reason = 'decode rows take more operations than they need: Numba is not installed'
+    reason = 'passes of decode rows are not compiled: Numba is not installed'
     assert (reason in lines) == (not installed)
