@@ -185,7 +185,8 @@ class RequestManager:
                 return []
             del self._without_slot[active.query.id]
             active.request.adapter_slot = slot
-        if active.kind is not RequestKind.EMBED:    # its hidden states are not in the prefix cache
+        # The hidden states of embeddings are not in the prefix cache.
+        if active.kind is not RequestKind.EMBED and self._settings.memory.prefix_sharing:
             active.request.block_hashes = BlockHashes(
                 active.version.identity, active.ids, BLOCK_TOKENS, active.adapted_from)
             active.request.shareable_tokens = _shareable_tokens(active)

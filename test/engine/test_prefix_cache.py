@@ -109,6 +109,17 @@ def test_a_system_prompt_takes_the_same_pass_whatever_follows(
         assert [begin for begin, _ in chunks.found] == [system]
 
 
+def test_a_prompt_that_shares_nothing_takes_one_pass(settings: Settings, tmp_path: Path) -> None:
+    with robot_with(settings, tmp_path, memory__prefix_sharing=False) as one:
+        chunks = Chunks()
+        one.engine.observe(chunks)
+        for _ in range(2):
+            one.ask('Hm?', system=SYSTEM, max_tokens=1)
+        [first, second] = chunks.found
+        assert first == second
+        assert first[0] == 0
+
+
 def test_prefix_sharing_can_be_switched_while_serving(settings: Settings, tmp_path: Path) -> None:
     """A change of the parameter is in force at the next query."""
     with robot_with(settings, tmp_path) as one:
