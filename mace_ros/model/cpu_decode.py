@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 from mace_ros.model import cpu_kernels
 from mace_ros.model.cpu_matmul import SMALL_BATCH
@@ -29,8 +29,6 @@ from mace_ros.model.spans import BLOCK_TOKENS, is_decode, PiggybackSpans, Span
 class CpuDecode:
     """Computes passes of decode rows only, on a CPU, for models of Llama's form."""
 
-    best_tokens: Tensor | None = None
-
     def __init__(self, model: PackedModel) -> None:
         """
         Take the weights, adapter slots and KV cache of ``model``, which must stay where they are.
@@ -40,9 +38,14 @@ class CpuDecode:
         """
         decoder = model.model.get_decoder()
         try:
-            self._embed, self._rotary, _ = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+            embedding, self._rotary, _ = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
         except AttributeError:
             raise OtherForm from None
+        if type(embedding) is not nn.Embedding:
+            raise OtherForm
+        self._embeddings = array(embedding.weight)      # [vocabulary, width]
+        self._like = embedding.weight.new_empty(0)
+        self.best_tokens: Tensor | None = None
         self._threads = torch.get_num_threads()
         self._records = ModelRecords(model, self._threads)
         self._vocabulary = self._records.model['head']['outputs'][0]
@@ -62,23 +65,25 @@ class CpuDecode:
         if (piggyback is not None or not 0 < len(spans) <= SMALL_BATCH
                 or not all(map(is_decode, spans))):
             return None
-        hidden = self._embed(torch.tensor([s.tokens[0] for s in spans]))
-        cos, sin = self._rotary(hidden, torch.tensor([[s.position for s in spans]]))
+        hidden = self._embeddings[[s.tokens[0] for s in spans]]
+        cos, sin = self._rotary(self._like, torch.tensor([[s.position for s in spans]]))
         blocks = [s.blocks[:s.cache_position // BLOCK_TOKENS + 1] for s in spans]
         tables = np.zeros((len(spans), max(map(len, blocks))), np.int64)
         for table, own in zip(tables, blocks, strict=True):
             table[:len(own)] = own
-        logits = torch.empty(len(spans), self._vocabulary)
+        logits = np.empty((len(spans), self._vocabulary), np.float32)
         records = self._records
+        buffers = tuple(np.empty((len(spans), width), hidden.dtype) for width in records.widths)
         self._run_in_threads(
-            logits.numpy(), array(hidden),
-            tuple(array(hidden.new_empty(len(spans), width)) for width in records.widths),
-            array(cos[0]), array(sin[0]), tables,
+            logits, hidden, buffers, array(cos[0]), array(sin[0]), tables,
             np.array([s.cache_position + 1 for s in spans]),
             np.array([s.adapter_slots[0] for s in spans]), records.layers, records.model,
             np.zeros((2, cpu_kernels.stages(len(records.layers))), np.int64))
         wanted = [i for i, s in enumerate(spans) if s.wants_logits]
-        return logits if len(wanted) == len(spans) else logits[wanted]
+        if len(wanted) < len(spans):
+            logits = logits[wanted]
+        self.best_tokens = torch.from_numpy(logits.argmax(1))
+        return torch.from_numpy(logits)
 
     def _run_in_threads(self, *arguments: Any) -> None:
         """Run a pass in this thread, with the help of the others that begin in time."""

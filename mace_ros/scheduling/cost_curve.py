@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 import math
 from typing import TypeAlias
@@ -27,29 +27,31 @@ class FilterState:
     """
     State of a curve's Kalman filter.
 
-    Levels are relative to ``guess`` (seconds at each knot), context coefficients to ``unit``
+    Levels are relative to ``guess`` (seconds at each knot), coefficients of extra terms to ``unit``
     (seconds); ``unit`` is 0 until the first measurement.
     """
 
-    mean: Vector            # levels of the knots, then coefficients of the contexts
+    mean: Vector            # levels of the knots, then coefficients of the extra terms
     covariance: Vector
     guess: Vector
     unit: float = 0.0
     skips: dict[int, int] = field(default_factory=dict)    # measurements to skip, by tokens
 
     @classmethod
-    def empty(cls, contexts: int) -> FilterState:
+    def empty(cls, terms: int) -> FilterState:
         """Return the state before any measurement."""
-        size = _COUNT + contexts
-        return cls(np.concatenate([np.ones(_COUNT), np.zeros(contexts)]),
+        size = _COUNT + terms
+        return cls(np.concatenate([np.ones(_COUNT), np.zeros(terms)]),
                    np.zeros((size, size)), np.zeros(_COUNT))
 
 
 class Curve:
     """
-    Seconds as a piecewise linear function of tokens, plus a cost per token of each context.
+    Seconds as a piecewise linear function of tokens, plus extra terms.
 
-    A Kalman filter over the levels at the knots and the coefficients of the contexts.
+    An extra term is a coefficient, at least 0, times a number that is given with the tokens, such
+    as the tokens that they attend to. A Kalman filter over the levels at the knots and the
+    coefficients of the terms.
     Neighbouring knots are correlated at first, so that a few measurements shape the whole curve;
     each knot's own measurements then settle it. Every observed quantity is assumed to drift a
     little, so that old measurements are forgotten. A measurement further off than the filter
@@ -63,15 +65,22 @@ class Curve:
     REACH = 4.0           # correlation length of neighbouring levels at first, in knots
     DRIFT = 0.01          # of a level, with each measurement of it
     LEAST = 0.02          # smallest level, relative to the first guess
-    CONTEXT_SPREAD = 0.3  # of a one-token pass's time, for 1000 tokens of context
-    CONTEXT_DRIFT = 0.003
+    TERM_DRIFT = 0.01     # of a coefficient, relative to its spread
     SURE = 0.5            # largest variance of a sure prediction, relative to a measurement's
     SKIPPED = 3           # of four measurements of a sure size that are as expected
 
-    def __init__(self, contexts: int = 0, state: FilterState | None = None) -> None:
-        """Start from ``state``, or without measurements, each with ``contexts`` contexts."""
-        self.state = state if state is not None else FilterState.empty(contexts)
-        self._lowest = np.repeat([self.LEAST, 0.0], [_COUNT, len(self.state.mean) - _COUNT])
+    def __init__(self, spreads: Sequence[float] = (), state: FilterState | None = None) -> None:
+        """
+        Start from ``state``, or without measurements.
+
+        ``spreads`` are the initial standard deviations of the extra terms: of a one-token pass's
+        time, for a number of 1000. Raises ``ValueError`` if ``state`` has another number of them.
+        """
+        self.state = state if state is not None else FilterState.empty(len(spreads))
+        if len(self.state.mean) != _COUNT + len(spreads):
+            raise ValueError(f'not the state of a curve with {len(spreads)} extra terms')
+        self._spreads = spreads
+        self._lowest = np.repeat([self.LEAST, 0.0], [_COUNT, len(spreads)])
         self.coefficients: list[float] = []
         self._levels: list[float] = []
         self._cache_levels()
@@ -83,27 +92,27 @@ class Curve:
 
     @property
     def levels(self) -> list[float]:
-        """Seconds at each knot, without context."""
+        """Seconds at each knot, without extra terms."""
         return self._levels
 
     def at(self, tokens: int) -> float:
-        """Return the seconds for ``tokens`` >= 1 without context; 0 if empty."""
+        """Return the seconds for ``tokens`` >= 1 without extra terms; 0 if empty."""
         index = bisect_right(KNOTS, tokens, 0, _COUNT - 1) - 1
         below = self._levels[index]
         start = KNOTS[index]
         return below + (self._levels[index + 1] - below) * (
             (tokens - start) / (KNOTS[index + 1] - start))
 
-    def observe(self, tokens: int, contexts: tuple[int, ...], seconds: float) -> bool:
+    def observe(self, tokens: int, terms: tuple[int, ...], seconds: float) -> bool:
         """
-        Learn that ``tokens`` with ``contexts`` took ``seconds`` > 0.
+        Learn that ``tokens`` with the numbers of the extra ``terms`` took ``seconds`` > 0.
 
         Returns whether the curve was already sure of its prediction.
         """
         state = self.state
         if self.is_empty:
             self._start(tokens, seconds)
-        elif self._is_as_expected(tokens, contexts, seconds):
+        elif self._is_as_expected(tokens, terms, seconds):
             return True
         mean, covariance = state.mean, state.covariance
         index = bisect_right(KNOTS, tokens, 0, _COUNT - 1) - 1
@@ -112,7 +121,7 @@ class Curve:
         row = [(i, weight) for i, weight in (
             (index, (1.0 - share) * float(state.guess[index])),
             (index + 1, share * float(state.guess[index + 1])),
-            *((_COUNT + i, context * state.unit) for i, context in enumerate(contexts))) if weight]
+            *((_COUNT + i, number * state.unit) for i, number in enumerate(terms))) if weight]
         predicted = sum([weight * float(mean[i]) for i, weight in row])
         gain = row[0][1] * covariance[row[0][0]]
         for i, weight in row[1:]:
@@ -126,22 +135,22 @@ class Curve:
         if bounded == deviation:
             covariance -= gain[:, None] * (gain / (variance + noise))
         for i, _ in row:
-            drift, limit = ((self.DRIFT * float(mean[i]), self.SPREAD) if i < _COUNT
-                            else (self.CONTEXT_DRIFT, self.CONTEXT_SPREAD))
+            limit = self.SPREAD if i < _COUNT else self._spreads[i - _COUNT]
+            drift = self.DRIFT * float(mean[i]) if i < _COUNT else self.TERM_DRIFT * limit
             covariance[i, i] = min(covariance[i, i] + drift ** 2, limit ** 2)
         self._cache_levels()
         sure = variance < self.SURE * noise
         state.skips[tokens] = self.SKIPPED if sure else 0
         return sure
 
-    def _is_as_expected(self, tokens: int, contexts: tuple[int, ...], seconds: float) -> bool:
+    def _is_as_expected(self, tokens: int, terms: tuple[int, ...], seconds: float) -> bool:
         """Return whether to skip a measurement, which saves most of the filter's time."""
         left = self.state.skips.get(tokens, 0)
         if not left:
             return False
         expected = self.at(tokens)
-        for coefficient, context in zip(self.coefficients, contexts, strict=True):
-            expected += coefficient * context
+        for coefficient, number in zip(self.coefficients, terms, strict=True):
+            expected += coefficient * number
         if abs(seconds - expected) > 0.5 * self.NOISE * expected:
             return False
         self.state.skips[tokens] = left - 1
@@ -155,8 +164,8 @@ class Curve:
         covariance = self.state.covariance
         distance = np.abs(np.subtract.outer(np.arange(_COUNT), np.arange(_COUNT)))
         covariance[:_COUNT, :_COUNT] = self.SPREAD ** 2 * np.exp(-distance / self.REACH)
-        for i in range(_COUNT, len(covariance)):
-            covariance[i, i] = self.CONTEXT_SPREAD ** 2
+        for i, spread in enumerate(self._spreads, start=_COUNT):
+            covariance[i, i] = spread ** 2
 
     def _cache_levels(self) -> None:
         """Convert the filter's mean for :meth:`at`, which is called far more often."""

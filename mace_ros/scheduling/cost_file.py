@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mace_ros.scheduling.cost_curve import Curve, FilterState, KNOTS, Ratios
-from mace_ros.scheduling.cost_model import CostModel
+from mace_ros.scheduling.cost_model import CostModel, PASS_SPREADS
 from mace_ros.scheduling.plan import SegmentKind
 
 AnyCostModel = TypeVar('AnyCostModel', bound=CostModel)
@@ -30,10 +30,14 @@ def to_dict(cost: CostModel) -> dict[str, Any]:
 
 
 def from_dict(kind: type[AnyCostModel], data: Mapping[str, Any]) -> AnyCostModel:
-    """Return a cost model of class ``kind`` with what :func:`to_dict` returned."""
+    """
+    Return a cost model of class ``kind`` with what :func:`to_dict` returned.
+
+    Raises ``ValueError`` or ``LookupError`` if that was another version of it.
+    """
     return kind(
-        pass_curve=_curve_from_dict(data['pass']),
-        segment_curves={SegmentKind[name]: _curve_from_dict(curve)
+        pass_curve=_curve_from_dict(data['pass'], PASS_SPREADS),
+        segment_curves={SegmentKind[name]: _curve_from_dict(curve, ())
                         for name, curve in data['segments'].items()},
         pass_ratios=Ratios(data['pass_ratios']),
         segment_ratios={SegmentKind[name]: Ratios(ratios)
@@ -50,7 +54,7 @@ def _curve_to_dict(curve: Curve) -> dict[str, Any]:
         'skips': [[tokens, left] for tokens, left in state.skips.items()]}
 
 
-def _curve_from_dict(data: Mapping[str, Any]) -> Curve:
-    return Curve(state=FilterState(
+def _curve_from_dict(data: Mapping[str, Any], spreads: Sequence[float]) -> Curve:
+    return Curve(spreads, FilterState(
         mean=np.array(data['state']), covariance=np.array(data['covariance']),
         guess=np.array(data['guess']), unit=data['unit'], skips=dict(data['skips'])))

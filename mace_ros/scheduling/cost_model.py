@@ -3,8 +3,9 @@
 """
 Predicts the time of passes and segments from earlier measurements on the same device.
 
-A hybrid pass takes ``pace * (curve(tokens) + a * decode context + b * prefill context)``, a
-segment ``pace * its kind's curve(tokens)``. The curves describe the device and move slowly. The
+A hybrid pass takes ``pace * (curve(tokens) + a * decode context + b * prefill context + c)``, a
+segment ``pace * its kind's curve(tokens)``. ``c`` is 0 for decode rows only, which some devices
+compute in a faster way than other tokens. The curves describe the device and move slowly. The
 pace describes the moment (another process on the machine, a hot chip) and moves quickly. The
 model is our own: MACE (arXiv 2510.03283) publishes no formula for its predictor.
 """
@@ -35,6 +36,11 @@ UNKNOWN_S, UNKNOWN_TOKEN_S = 0.01, 0.001
 # followed within three.
 PACE_OVER = 5
 
+# The extra terms of passes: the contexts of decode rows and of prefills, and what tokens other than
+# decode rows take at all, with a number that is the same for all passes that have some.
+PASS_SPREADS = 0.3, 0.3, 10.0
+OTHERS = 1000
+
 # Part of the pace (an exponent) that is divided out of a time before the curves learn from it.
 # The rest lets a lasting pace become part of the curves; otherwise pace and curves could drift
 # apart without bound while their product stays right.
@@ -60,7 +66,7 @@ class CostModel:
         ``recent`` are its latest ratios of measured time to the curves, ``errors`` its latest
         relative errors, oldest first.
         """
-        self.pass_curve = pass_curve if pass_curve is not None else Curve(contexts=2)
+        self.pass_curve = pass_curve if pass_curve is not None else Curve(PASS_SPREADS)
         self.segment_curves = {kind: Curve() for kind in SegmentKind} | dict(segment_curves or {})
         self.pass_ratios = pass_ratios if pass_ratios is not None else Ratios()
         self.segment_ratios = {
@@ -83,8 +89,10 @@ class CostModel:
         seconds = self.pass_curve.at(tokens)
         if seconds <= 0.0:
             return UNKNOWN_S + UNKNOWN_TOKEN_S * tokens
-        decode_s, prefill_s = self.pass_curve.coefficients
+        decode_s, prefill_s, others_s = self.pass_curve.coefficients
         seconds += decode_s * decode_context + prefill_s * prefill_context
+        if tokens != decode_rows:
+            seconds += others_s * OTHERS
         return seconds * self._pace * (self.pass_ratios.upper if upper else 1.0)
 
     def upper_s(self, seconds: float) -> float:
@@ -174,5 +182,6 @@ class CostModel:
         """Update a curve with a time at pace 1; return whether it was sure already."""
         if isinstance(what, Segment):
             return self.segment_curves[what.kind].observe(what.tokens, (), seconds)
+        others = OTHERS if what.tokens != what.decode_rows else 0
         return self.pass_curve.observe(
-            what.tokens, (what.decode_context, what.prefill_context), seconds)
+            what.tokens, (what.decode_context, what.prefill_context, others), seconds)

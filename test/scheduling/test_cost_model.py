@@ -151,3 +151,18 @@ def test_an_empty_pass_takes_no_time_and_an_unknown_one_some():
     assert cost.pass_s() == 0.0
     assert cost.pass_s(1, 10) > 0.0
     assert all(cost.segment_s(kind, 10) > 0.0 for kind in SegmentKind)
+
+
+def test_tokens_that_are_not_decode_rows_may_take_longer():
+    """As on a CPU, where passes of decode rows only are compiled."""
+    def seconds(shape):
+        return 0.01 * shape.decode_rows if shape.tokens == shape.decode_rows else (
+            0.1 + 0.001 * shape.tokens)
+
+    cost = CostModel()
+    cost.calibrate((shape, seconds(shape)) for shape in (
+        *(PassShape(n, n * 65) for n in (1, 2, 4, 8)),
+        *(PassShape(0, 0, n, n * (n + 1) // 2) for n in (4, 16, 64, 128, 256))) for _ in range(3))
+    for shape in (PassShape(1, 65), PassShape(3, 195), PassShape(8, 520), PassShape(1, 65, 3, 6),
+                  PassShape(3, 195, finetune_tokens=4), PassShape(2, 130, 40, 820)):
+        assert cost.pass_s(*shape) == pytest.approx(seconds(shape), rel=0.2), shape
