@@ -83,7 +83,7 @@ help:  ## list the targets
 # --- The steps of setup; each leaves a stamp, and so is done once.
 
 SOURCES := CMakeLists.txt package.xml pyproject.toml setup.py \
-  $(shell find action cmake config launch mace_ros msg security srv -type f ! -name '*.pyc')
+  $(shell find action cmake config launch mace_ros msg security srv -type f ! -path '*/__pycache__/*')
 
 comma := ,
 say = @printf '\n== %s\n' '$(1)'
