@@ -20,7 +20,7 @@ Measured = tuple[PassShape | Segment, float]
 
 DECODE_ROWS = (1, 2, 4, 8)
 CONTEXT = 64                       # tokens of each decode row
-PREFILL_TOKENS = (4, 16, 64, 128, 256)     # the first ones: as few as decode rows, and more
+PREFILL_TOKENS = (4, 16, 64, 128, 256)     # 4: also a number of DECODE_ROWS
 STEP_TOKENS = (64, 192)
 REPEATS = 3
 

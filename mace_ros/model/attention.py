@@ -277,7 +277,7 @@ def packed_attention(
                 rows, keys, values, metadata.decode_tables, metadata.decode_lengths,
                 scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux))
         if metadata.decode_rows:
-            parts.append(attend_decode_rows(
+            parts.append(_attend_decode_rows(
                 query[0].transpose(0, 1), keys, values, metadata,
                 ScoreArguments(scaling, sliding_window, softcap, s_aux)))
     if metadata.query_sequence is not None:
@@ -340,7 +340,7 @@ def gathered_together(lengths: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
-def attend_decode_rows(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
+def _attend_decode_rows(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
                        scores: ScoreArguments) -> Tensor:
     """
     Attend with ``metadata.decode_rows``, the first rows of ``query``, ``[tokens, heads, size]``.

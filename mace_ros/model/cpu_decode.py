@@ -33,7 +33,7 @@ class CpuDecode:
         """
         Take the weights, adapter slots and KV cache of ``model``, which must stay where they are.
 
-        Raises :class:`OtherForm` if its layers have another form than Llama's, and ``OtherOrder``
+        Raises :class:`OtherForm` if its layers have another form than Llama's, and ``OtherLayout``
         if the kernels can't read its weights.
         """
         decoder = model.model.get_decoder()

@@ -1,9 +1,9 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What Numba's language lacks for the kernels of a pass: instructions of a CPU, written in LLVM's.
+CPU instructions that Numba has no functions for, generated as LLVM IR.
 
-They can only be called in compiled code. Import this module only where Numba is installed. A
+Only compiled code can call them. Import this module only where Numba is installed. A
 change here takes one in :mod:`mace_ros.model.cpu_kernels` as well; see there.
 """
 
@@ -88,7 +88,7 @@ def pointer(context: Any, address: Any) -> Any:
 
 @intrinsic
 def prefetch(context: Any, address: Any) -> Any:
-    """Request the memory at an address, whether there is any or not."""
+    """Prefetch the cache line at an address, which need not be mapped."""
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[number] * 3])
@@ -127,7 +127,7 @@ def load_acquire(context: Any, counters: Any, i: Any) -> Any:
 
 
 @intrinsic
-def give_way(context: Any) -> Any:
+def yield_core(context: Any) -> Any:
     """Let the system run another thread on this core, if one waits for it."""
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [])
@@ -145,7 +145,7 @@ def _dot_int4(rows: int) -> Any:
     Return a function that multiplies an output's weights in 4 bits with ``rows`` rows.
 
     All is given by addresses: that of the weights, those of ``pairs`` and ``sums``, and that of the
-    results, in fp32. In Numba's own loops, LLVM finds no vectors.
+    results, in fp32. LLVM does not vectorise Numba's loops over 4-bit weights.
     """
     number, byte, half, index = ir.FloatType(), ir.IntType(8), ir.HalfType(), ir.IntType(32)
     lanes = GROUP // 2
@@ -161,7 +161,7 @@ def _dot_int4(rows: int) -> Any:
             place = builder.inttoptr(builder.add(address, offset), kind.as_pointer())
             return builder.load(place, align=1 if kind in (pairs_of_weights, half) else 4)
 
-        def in_all_lanes(x: Any) -> Any:
+        def broadcast(x: Any) -> Any:
             nothing = ir.Constant(numbers, ir.Undefined)
             return builder.shuffle_vector(
                 builder.insert_element(nothing, x, index(0)), nothing,
@@ -181,7 +181,7 @@ def _dot_int4(rows: int) -> Any:
                 for i in (0, 2))
             low, whole = (builder.uitofp(x, numbers) for x in (
                 builder.and_(packed, ir.Constant(pairs_of_weights, [15] * lanes)), packed))
-            scales = in_all_lanes(scale)
+            scales = broadcast(scale)
             for row, (total, rest) in enumerate(zip(totals, rests, strict=True)):
                 first, second = (
                     at(pairs, group, 4 * GROUP * rows, 4 * (2 * row + i) * lanes, numbers)

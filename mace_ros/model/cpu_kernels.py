@@ -23,7 +23,6 @@ from mace_ros.model.cpu_instructions import (
     dot_int4,
     dot_int4_of_four,
     fetch_add,
-    give_way,
     GROUP,
     GROUP_BYTES,
     load,
@@ -31,11 +30,12 @@ from mace_ros.model.cpu_instructions import (
     pointer,
     prefetch,
     store,
+    yield_core,
 )
 
 # Identifies the content of cpu_instructions.py, so that this file changes whenever that one does.
 # test/model/test_cpu_kernels.py knows the right value.
-INSTRUCTIONS = '985e876c05492515'
+INSTRUCTIONS = 'cdc6f7111d6f2d65'
 
 # A sum may be computed in any order, so in vectors. NaN and infinity stay what they are.
 compiled = njit(cache=True, nogil=True, error_model='numpy',
@@ -45,12 +45,10 @@ compiled = njit(cache=True, nogil=True, error_model='numpy',
 DENSE, INT8, INT4 = range(3)
 BLOCK = 16                      # tokens in a block of the KV cache
 GATE_PARTS = 4                  # parts of a row of gates
-# The counters of the parts of a stage that are taken and done; and how often a thread looks
-# whether the others are done, before it lets the system run another thread.
-TAKEN, DONE = range(2)
-LOOKS = 1000
-# How far ahead of a product the weights are requested from the memory, in bytes, and how many of
-# them come at once. Without requests, a core waits for the memory at each output.
+TAKEN, DONE = range(2)          # counters of the parts of a stage
+SPINS = 1000                    # polls of a waiting thread before it yields its core
+# How far ahead weights are prefetched, and the size of a cache line, in bytes. Without prefetching,
+# a core waits for memory at each output.
 AHEAD, LINE = 2048, 64
 
 # Records of what a pass reads from a model. An address is 0 where there is nothing.
@@ -78,7 +76,7 @@ MODEL = np.dtype([
 
 @compiled
 def prefetch_lines(address: int, size: int) -> None:
-    """Request ``size`` bytes from an address on."""
+    """Prefetch ``size`` bytes from an address on."""
     for i in range(0, size, LINE):
         prefetch(address + np.uint64(i))
 
@@ -132,11 +130,11 @@ def finish_and_take(counters: np.ndarray, stage: int) -> int:
 @compiled
 def wait(counters: np.ndarray, stage: int, count: int) -> None:
     """Wait until all ``count`` parts of a stage are done."""
-    looks = 0
+    spins = 0
     while load_acquire(counters[DONE], stage) < count:
-        looks += 1
-        if looks > LOOKS:
-            give_way()
+        spins += 1
+        if spins > SPINS:
+            yield_core()
 
 
 # -- products ----------------------------------------------------------------------------
@@ -413,7 +411,7 @@ def attend(out: np.ndarray, y: np.ndarray, keys: np.ndarray, values: np.ndarray,
 @compiled
 def read_cached(out: np.ndarray, cache: np.ndarray, kv_head: int, table: np.ndarray,
                 t: int) -> None:
-    """Read a key or a value of token ``t``, and request that of the token a block after it."""
+    """Read a key or a value of token ``t``, and prefetch that of the token a block later."""
     block, place = divmod(t, BLOCK)
     if block + 1 < len(table):
         after = cache[table[block + 1] * BLOCK + place, kv_head]

@@ -40,8 +40,8 @@ class OtherForm(ValueError):
     """A model's layers have another form than Llama's."""
 
 
-class OtherOrder(ValueError):
-    """A weight lies in an order that the kernels can't read."""
+class OtherLayout(ValueError):
+    """A weight has a layout that the kernels can't read."""
 
 
 class ModelRecords:
@@ -53,7 +53,7 @@ class ModelRecords:
     """
 
     def __init__(self, model: PackedModel, threads: int) -> None:
-        """Raise :class:`OtherForm` or :class:`OtherOrder` if the kernels don't fit the model."""
+        """Raise :class:`OtherForm` or :class:`OtherLayout` if the kernels don't fit the model."""
         self._owner = model     # of the memory at the addresses
         self._dtype, self._threads, self._context = model.dtype, threads, model.context
         self.layers = np.array([self._layer(layer) for layer in model.layers], LAYER)
@@ -134,7 +134,7 @@ class ModelRecords:
                 return DENSE, self._address(weight), 0
             case Int4Weight(rows=Tensor() as rows) if rows.shape[1] == GROUP_BYTES:
                 return INT4, self._address(rows, torch.uint8), 0
-        raise OtherOrder('its weights lie in another order than that of the kernels')
+        raise OtherLayout('its weights have another layout than the kernels read')
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
         """
@@ -145,7 +145,7 @@ class ModelRecords:
         if tensor is None or not tensor.numel():
             return 0
         if tensor.dtype != (dtype or self._dtype) or not tensor.is_contiguous():
-            raise OtherOrder(f'a tensor is {tensor.dtype}, or not contiguous')
+            raise OtherLayout(f'a tensor is {tensor.dtype}, or not contiguous')
         return tensor.data_ptr()
 
 

@@ -160,7 +160,7 @@ class PackedModel:
         slots = [slot for span in packed for slot in span.adapter_slots]
         with self._pooling(packed) if is_pooled(spans) else nullcontext():
             return self.forward_packed(
-                self.attention_metadata(decode, packed[len(decode):]), self.tensor(ids),
+                self._attention_metadata(decode, packed[len(decode):]), self.tensor(ids),
                 self.tensor(positions),
                 slots[0] if len(set(slots)) == 1 else self.tensor(slots),
                 self.tensor([last[id(s)] for s in spans if s.wants_logits]),
@@ -257,7 +257,7 @@ class PackedModel:
 
     # -- building the metadata -------------------------------------------------------
 
-    def attention_metadata(self, decode: Sequence[Span],
+    def _attention_metadata(self, decode: Sequence[Span],
                            chunks: Sequence[Span]) -> AttentionMetadata:
         """
         Return the metadata of a pass.

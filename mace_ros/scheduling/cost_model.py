@@ -36,10 +36,10 @@ UNKNOWN_S, UNKNOWN_TOKEN_S = 0.01, 0.001
 # followed within three.
 PACE_OVER = 5
 
-# The extra terms of passes: the contexts of decode rows and of prefills, and what tokens other than
-# decode rows take at all, with a number that is the same for all passes that have some.
+# The extra terms of passes: the contexts of decode rows and of prefills, and a constant, which is
+# added if a pass has other tokens than decode rows.
 PASS_SPREADS = 0.3, 0.3, 10.0
-OTHERS = 1000
+MIXED = 1000
 
 # Part of the pace (an exponent) that is divided out of a time before the curves learn from it.
 # The rest lets a lasting pace become part of the curves; otherwise pace and curves could drift
@@ -89,10 +89,10 @@ class CostModel:
         seconds = self.pass_curve.at(tokens)
         if seconds <= 0.0:
             return UNKNOWN_S + UNKNOWN_TOKEN_S * tokens
-        decode_s, prefill_s, others_s = self.pass_curve.coefficients
+        decode_s, prefill_s, mixed_s = self.pass_curve.coefficients
         seconds += decode_s * decode_context + prefill_s * prefill_context
         if tokens != decode_rows:
-            seconds += others_s * OTHERS
+            seconds += mixed_s * MIXED
         return seconds * self._pace * (self.pass_ratios.upper if upper else 1.0)
 
     def upper_s(self, seconds: float) -> float:
@@ -182,6 +182,6 @@ class CostModel:
         """Update a curve with a time at pace 1; return whether it was sure already."""
         if isinstance(what, Segment):
             return self.segment_curves[what.kind].observe(what.tokens, (), seconds)
-        others = OTHERS if what.tokens != what.decode_rows else 0
+        mixed = MIXED if what.tokens != what.decode_rows else 0
         return self.pass_curve.observe(
-            what.tokens, (what.decode_context, what.prefill_context, others), seconds)
+            what.tokens, (what.decode_context, what.prefill_context, mixed), seconds)

@@ -111,6 +111,8 @@ def test_all_precisions(weights: str, contexts: tuple[int, ...]) -> None:
     found = model.fast_passes.run(spans, None)
     assert found is not None
     assert found.dtype == torch.float32
+    assert model.fast_passes.best_tokens is not None
+    assert torch.equal(model.fast_passes.best_tokens, found.argmax(1))
     for ours, theirs in zip(found, expected, strict=True):
         assert relative_error(ours, theirs) < kernel_limit(model)
 
@@ -278,12 +280,12 @@ def test_a_pass_that_is_wrong_is_not_used(
     assert [type(m) for m in model.model.modules()] == own
 
 
-def test_weights_in_another_order_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_another_layout_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of int4 on ARM."""
     monkeypatch.setattr(int4_kernels, 'unpacks_rows', lambda device: False)
     model, _, _ = with_reference(tiny_model('llama'), int4=int4_kernels.find_kernel(
         torch.device('cpu'), torch.float32))
-    assert use_cpu_decode(model).startswith('OtherOrder: its weights lie in another order')
+    assert use_cpu_decode(model).startswith('OtherLayout: its weights have another layout')
     assert model.fast_passes is None
 
 
