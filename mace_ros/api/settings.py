@@ -214,7 +214,7 @@ class FinetuneSettings:
         0.1, 'Share of device time for learning while corrections are older than '
         'slo.freshness_s', minimum=0.0, maximum=1.0)
     max_blocking_ms: float = _parameter(
-        50.0, 'Longest learning slice, which an arriving query may have to wait for', unit='ms',
+        50.0, 'Longest part of learning that a query may have to wait for', unit='ms',
         minimum=1.0, maximum=60000.0, slider=500.0)
     period_s: float = _parameter(
         20.0, 'Time between two retrainings of the policy periodic', unit='s',

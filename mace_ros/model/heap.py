@@ -18,7 +18,7 @@ import time
 
 M_MMAP_THRESHOLD = -3       # of malloc.h
 MAPPED_BYTES = 1 << 20
-CHECK_S = 0.25              # between two checks of the process's memory
+CHECK_S = 1.0               # between two checks of the process's memory
 NEAR = 0.97                 # share of the budget from which free memory is returned
 TRIM_SHARE = 0.02           # of the time that returning memory may take
 AFTER_LEARNING_S = 10.0     # delay until the memory of finished fine-tune steps is returned

@@ -151,7 +151,7 @@ class Curve:
         expected = self.at(tokens)
         for coefficient, number in zip(self.coefficients, terms, strict=True):
             expected += coefficient * number
-        if abs(seconds - expected) > 0.5 * self.NOISE * expected:
+        if abs(seconds - expected) > self.NOISE * expected:
             return False
         self.state.skips[tokens] = left - 1
         return True

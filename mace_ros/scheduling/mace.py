@@ -8,7 +8,7 @@ a device has the same idle time however learning is interleaved with serving, so
 interleaving gains nothing and costs latency. At saturation there is no idle time, and only
 interleaving is left. Hence:
 
-- Idle: run segments, up to ``finetune.max_blocking_ms`` at a time; a query interrupts them.
+- Idle: run segments; an arriving query interrupts them.
 - A request waits for its first token: no learning.
 - All requests decode: learning may lengthen each answer by ``scheduler.max_slowdown``, accrued
   over its tokens, and only while every next token meets its deadline. The SLO alone is not
@@ -39,6 +39,10 @@ from mace_ros.scheduling.ledger import Ledger
 from mace_ros.scheduling.plan import FinetuneWork, Plan, State
 from mace_ros.scheduling.policies import Policy
 from mace_ros.scheduling.request import Request
+
+# The longest slice of an idle device, in ``finetune.max_blocking_ms``. A query interrupts it after
+# a segment; the longer a slice is, the less the host works between slices.
+IDLE_SLICE = 4.0
 
 
 class Mace(Policy):
@@ -76,7 +80,7 @@ class Mace(Policy):
         if batch.is_empty:
             if not state.running and (self._accrued_at_start or self._delayed):
                 self._forget()
-            return make_plan(batch, self._next_slice(work, batch, max_s))
+            return make_plan(batch, self._next_slice(work, batch, IDLE_SLICE * max_s))
         learning = EMPTY_SLICE
         if not batch.has_waiting:
             slowdown_s = min(self._slowdown_s(batch, now), max_s)

@@ -300,7 +300,7 @@ def test_serve_late_serves_all():
 @pytest.mark.parametrize(('values', 'shows'), [
     ({'scheduler.policy': 'inference_only'}, lambda plan: not plan.segments),
     ({'finetune.budget': 0.0}, lambda plan: not plan.segments),
-    ({'finetune.max_blocking_ms': 15.0}, lambda plan: plan.segments == 1),
+    ({'finetune.max_blocking_ms': 4.0}, lambda plan: plan.segments == 1),
     ({'finetune.max_blocking_ms': 500.0}, lambda plan: plan.segments > 20),
     ({'scheduler.policy': 'continuous'}, lambda plan: not plan.interruptible),
 ])
@@ -308,7 +308,7 @@ def test_a_change_applies_at_the_next_plan_when_idle(values, shows):
     plans = scheduler()
     state = State(FixedCache(10000), finetune=new_step())
     before = plans.plan(state, 0.0)
-    assert before.segments in (2, 3) and before.interruptible and not shows(before)
+    assert before.segments in range(9, 14) and before.interruptible and not shows(before)
     plans.update(Settings().updated(values))
     assert shows(plans.plan(state, 0.0))
 
