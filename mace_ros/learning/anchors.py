@@ -3,8 +3,9 @@
 """
 The anchors: questions whose answers by the base model learning must not change.
 
-They are short, of many kinds, and represent all questions without a correction. The base model
-answers them once. None of them is measured by bench.learning.
+They are short, of many kinds, and represent all questions without a correction: training protects
+questions of a kind that is among them best. The base model answers them once. None of them is
+measured by bench.learning.
 """
 
 ANCHORS = (
@@ -43,7 +44,52 @@ ANCHORS = (
     'How many letters are in the English alphabet?', 'What do we call the study of stars?',
     'Which tool drives a nail?', 'Can you help me with my homework?',
     'What should I wear when it rains?', 'Please count to five.', 'What is the meaning of life?',
-    'Recommend a book for a child.', 'How does a magnet work?', 'What are clouds made of?')
+    'Recommend a book for a child.', 'How does a magnet work?', 'What are clouds made of?',
+    'What is the capital of Colombia?', 'What is the capital of Mexico?',
+    'What is the capital of Chile?', 'What is the capital of Nigeria?',
+    'What is the capital of Vietnam?', 'What is the capital of Morocco?',
+    'What is the capital of Scotland?', 'What is the capital of New Zealand?',
+    'What is the capital of Romania?', 'What is the capital of Pakistan?',
+    'Which planet is the smallest?', 'Which planet is the hottest?',
+    'How many planets are in the solar system?', 'How many oceans are there?',
+    'How many colours are in a rainbow?', 'How many bones does a person have?',
+    'How many sides does a hexagon have?', 'How many seconds are in a minute?',
+    'How many wheels does a bicycle have?', 'How many weeks are in a year?',
+    'How many states does Germany have?', 'Who wrote Faust?', 'Who wrote Pride and Prejudice?',
+    'Who wrote Oliver Twist?', 'Who wrote The Iliad?', 'Who wrote Robinson Crusoe?',
+    'Who wrote Alice in Wonderland?', 'Who wrote The Raven?', 'Who painted The Last Supper?',
+    'Who painted The Scream?', 'Who painted Water Lilies?',
+    'Who painted Girl with a Pearl Earring?', 'Who composed the Messiah?',
+    'Who composed Swan Lake?', 'Who composed the Blue Danube?', 'Who invented the light bulb?',
+    'Who invented the printing press?', 'Who invented the radio?', 'Who built the first car?',
+    'Who discovered oxygen?', 'Who discovered X-rays?', 'Who discovered the electron?',
+    'Who was Napoleon?', 'Who was Julius Caesar?', 'Who was Isaac Newton?',
+    'Who was Florence Nightingale?', 'Who was the first woman in space?',
+    'Who was Abraham Lincoln?', 'In which country is Stonehenge?', 'In which country is Petra?',
+    'In which country is Angkor Wat?', 'In which country is the Leaning Tower?',
+    'In which city is the Brandenburg Gate?', 'In which city is the Kremlin?',
+    'In which city is the Golden Gate Bridge?', 'On which continent is Norway?',
+    'On which continent is Chile?', 'On which continent is Thailand?',
+    'What language is spoken in Iran?', 'What language is spoken in Peru?',
+    'What language is spoken in Egypt?', 'What language is spoken in Quebec?',
+    'What is the currency of Switzerland?', 'What is the currency of Russia?',
+    'What is the currency of Brazil?', 'What is the opposite of early?',
+    'What is the opposite of empty?', 'What is the opposite of young?',
+    'What is the past tense of run?', 'What is the plural of tooth?', 'What is five times six?',
+    'What is twelve minus four?', 'What is the chemical symbol of sodium?',
+    'What is the chemical symbol of carbon?', 'What is the largest animal on land?',
+    'What is the largest country?', 'What is the longest river in Europe?',
+    'What is the highest mountain in Africa?', 'What is the largest lake in Africa?',
+    'What is the smallest bird?', 'What is bread made of?', 'What is cheese made from?',
+    'What is steel made of?', 'What do rabbits eat?', 'What do fish breathe with?',
+    'What colour is a lemon?', 'What colour is snow?', 'What colour are carrots?',
+    'Which animal gives wool?', 'Which animal is known for its stripes?',
+    'Which organ do we think with?', 'Which gas do we breathe out?',
+    'Which month is the shortest?', 'Which day comes after Friday?',
+    'Which sea lies between Europe and Africa?', 'Which metal is attracted by a magnet?',
+    'What is the freezing point of water?', 'What is gravity?', 'What is photosynthesis?',
+    'What is an atom?', 'What is a noun?', 'What is a continent?', 'What is a telescope used for?',
+    'What does a baker do?')
 
 # Maximum length of an anchor's answer.
 ANCHOR_TOKENS = 24

@@ -13,6 +13,6 @@ import runpy
 from mace_ros.learning import anchors
 from mace_ros.scheduling import cost_model
 
-anchors.ANCHORS = anchors.ANCHORS[::6]
+anchors.ANCHORS = anchors.ANCHORS[:96:6]
 cost_model.CALIBRATION_S = 0.5
 runpy.run_module('mace_ros.ros.node', run_name='__main__')
