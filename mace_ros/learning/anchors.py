@@ -3,9 +3,8 @@
 """
 The anchors: questions whose answers by the base model learning must not change.
 
-They are short, of many kinds, and represent all questions without a correction: training protects
-questions of a kind that is among them best. The base model answers them once. None of them is
-measured by bench.learning.
+They are short, of many kinds, and represent all questions without a correction. The base model
+answers them once. None of them is measured by bench.learning.
 """
 
 ANCHORS = (

@@ -341,7 +341,7 @@ def gathered_together(lengths: Sequence[int]) -> list[slice]:
 
 
 def _attend_decode_rows(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
-                       scores: ScoreArguments) -> Tensor:
+                        scores: ScoreArguments) -> Tensor:
     """
     Attend with ``metadata.decode_rows``, the first rows of ``query``, ``[tokens, heads, size]``.
 

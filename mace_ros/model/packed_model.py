@@ -258,7 +258,7 @@ class PackedModel:
     # -- building the metadata -------------------------------------------------------
 
     def _attention_metadata(self, decode: Sequence[Span],
-                           chunks: Sequence[Span]) -> AttentionMetadata:
+                            chunks: Sequence[Span]) -> AttentionMetadata:
         """
         Return the metadata of a pass.
 
