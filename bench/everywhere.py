@@ -26,7 +26,8 @@ from bench.common.text import contains_phrase
 from bench.learning import forty, one
 from bench.learning.aims import EVERYWHERE
 
-FACTS, QUICK_FACTS = 40, 8
+# Of a few facts the model is so unsure that all robots lose them: forty are too few to tell.
+FACTS, QUICK_FACTS = 77, 8
 ALL = 'with all protections'
 
 
@@ -107,14 +108,14 @@ def evaluate(samples: Samples) -> Result:
 
 def checks(samples: Samples) -> Iterator[Check]:
     """Yield the checks: all targets are met with all protections, but not without each of them."""
-    for each in samples['runs']:
-        found = [*one.checks(each, EVERYWHERE), *forty.checks(each, EVERYWHERE)]
-        if each['variant'] == ALL:
-            yield from found
-        else:
-            missed = [c.name for c in found if not c.holds]
-            yield check(f'targets missed {each["variant"]}', len(missed), '>= 1',
-                        '; '.join(missed))
+    found = {each['variant']: [*one.checks(each, EVERYWHERE), *forty.checks(each, EVERYWHERE)]
+             for each in samples['runs']}
+    yield from found.get(ALL, ())
+    missed_anyway = {c.name for c in found.get(ALL, ()) if not c.holds}
+    for variant in (name for name in found if name != ALL):
+        missed = [c.name for c in found[variant] if not c.holds and c.name not in missed_anyway]
+        yield check(f'targets met {ALL}, but not {variant}', len(missed), '>= 1',
+                    '; '.join(missed))
 
 
 def table(samples: Samples) -> Table:
