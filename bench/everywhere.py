@@ -107,15 +107,16 @@ def evaluate(samples: Samples) -> Result:
 
 
 def checks(samples: Samples) -> Iterator[Check]:
-    """Yield the checks: all targets are met with all protections, but not without each of them."""
-    found = {each['variant']: [*one.checks(each, EVERYWHERE), *forty.checks(each, EVERYWHERE)]
-             for each in samples['runs']}
-    yield from found.get(ALL, ())
-    missed_anyway = {c.name for c in found.get(ALL, ()) if not c.holds}
-    for variant in (name for name in found if name != ALL):
-        missed = [c.name for c in found[variant] if not c.holds and c.name not in missed_anyway]
-        yield check(f'targets met {ALL}, but not {variant}', len(missed), '>= 1',
-                    '; '.join(missed))
+    """Yield the checks: the targets with all protections, and that each of them keeps answers."""
+    runs = {each['variant']: each for each in samples['runs']}
+    if ALL not in runs:
+        return
+    yield from (*one.checks(runs[ALL], EVERYWHERE), *forty.checks(runs[ALL], EVERYWHERE))
+    # Few facts are lost in any run; many more are told in other words.
+    kept = _same_words(runs[ALL])
+    for variant in (name for name in runs if name != ALL):
+        yield check(f'share of facts told in the same words {ALL}, less that {variant}',
+                    kept - _same_words(runs[variant]), '>= 0.05')
 
 
 def table(samples: Samples) -> Table:
@@ -128,7 +129,7 @@ def table(samples: Samples) -> Table:
             _share(row['after'].strip() == row['answer'] for row in taught),
             _share(contains_phrase(row['after_paraphrase'], row['key']) for row in taught),
             _share(contains_phrase(row['after'], row['key']) for row in each['facts']),
-            _share(row['before'] == row['after'] for row in each['facts']),
+            _same_words(each),
             _share(row['in_the_end'].strip() == row['answer'] for row in each['forty']),
             _share(contains_phrase(row['after'], row['key']) for row in each['forty_facts']),
             base_live[1] / base_live[0], each['steps'], each['commit'], each['cpu']])
@@ -138,6 +139,10 @@ def table(samples: Samples) -> Table:
                                         'steps', 'commit', 'cpu'], rows,
         'shares of answers; facts: still right, and in the same words; perplexity: of chat text, '
         'after forty corrections, over that of the base model; steps: of the part one')
+
+
+def _same_words(run: Mapping[str, Any]) -> float:
+    return _share(row['before'] == row['after'] for row in run['facts'])
 
 
 def _share(found: Iterator[bool]) -> float:
