@@ -137,8 +137,9 @@ def table(samples: Samples) -> Table:
         'Learning for every question', ['', 'median s', 'right', 'paraphrases', 'facts',
                                         'same words', 'of forty', 'facts then', 'perplexity',
                                         'steps', 'commit', 'cpu'], rows,
-        'shares of answers; facts: still right; same words: of all facts, in both parts; perplexity: of chat text, '
-        'after forty corrections, over that of the base model; steps: of the part one')
+        'shares of answers; facts: still right; same words: of all facts, in both parts; '
+        'perplexity: of chat text, after forty corrections, over that of the base model; steps: '
+        'of the part one')
 
 
 def _same_words(run: Mapping[str, Any]) -> float:
