@@ -26,8 +26,7 @@ from bench.common.text import contains_phrase
 from bench.learning import forty, one
 from bench.learning.aims import EVERYWHERE
 
-# Of a few facts the model is so unsure that all robots lose them: forty are too few to tell.
-FACTS, QUICK_FACTS = 77, 8
+QUICK_FACTS = 8
 ALL = 'with all protections'
 
 
@@ -81,7 +80,7 @@ def measure(run: Run) -> Samples:
     args = run.args
     conditions = {'cpu': run.recorder.cpu, 'set': args.set}
     lessons = json.loads(LESSONS.read_text())
-    facts = QUICK_FACTS if args.quick else FACTS
+    facts = QUICK_FACTS if args.quick else len(lessons['facts'])
     runs = [each for each in run.earlier('everywhere').get('runs', ())
             if all(each[name] == value for name, value in conditions.items())]
     for number, name in enumerate(args.variants):
