@@ -30,6 +30,17 @@ QUICK_FACTS = 8
 ALL = 'with all protections'
 
 
+def in_same_words(samples: Samples) -> float:
+    """Return the share of all facts, in both parts, that are told in the same words."""
+    facts = [*samples['facts'], *samples['forty_facts']]
+    return _share(fact['before'] == fact['after'] for fact in facts)
+
+
+def right_in_the_end(samples: Samples) -> float:
+    """Return the share of the part forty's corrections that are right in the end."""
+    return _share(row['in_the_end'].strip() == row['answer'] for row in samples['forty'])
+
+
 def without_interpolation() -> AbstractContextManager[Any]:
     """Let jobs keep the weights of their last step."""
     def keep(*_: object) -> Iterator[None]:
@@ -38,12 +49,31 @@ def without_interpolation() -> AbstractContextManager[Any]:
     return patch('mace_ros.learning.learning_job.interpolate', keep)
 
 
+def without_guard() -> AbstractContextManager[Any]:
+    """Let the gate guard no earlier correction."""
+    return patch('mace_ros.learning.training_set.GUARDED', 0)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Answers that should stay, and their share in the samples of a variant."""
+
+    what: str
+    share: Callable[[Samples], float]
+
+
+# Few facts are lost in any run; many more are told in other words.
+FACTS = Kept('facts told in the same words', in_same_words)
+CORRECTIONS = Kept('corrections in a row that are right in the end', right_in_the_end)
+
+
 @dataclass(frozen=True)
 class Variant:
-    """Parameters that differ from the defaults, and what differs in the code."""
+    """Parameters that differ, what differs in the code, and what the missing protection keeps."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     changed: Callable[[], AbstractContextManager[Any]] = nullcontext
+    keeps: Kept = FACTS
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -51,7 +81,7 @@ VARIANTS: Mapping[str, Variant] = {
     'without replay': Variant({'finetune.replay_samples': 0}),
     'without protected directions': Variant({'finetune.spared_directions': 0}),
     'without interpolation': Variant(changed=without_interpolation),
-    'without the gate': Variant({'gate.tolerance': 1.0}),
+    'without guarded corrections': Variant(changed=without_guard, keeps=CORRECTIONS),
     'with adapters in all layers': Variant({'adapter.target_modules': 'all-linear'}),
 }
 
@@ -82,7 +112,8 @@ def measure(run: Run) -> Samples:
     lessons = json.loads(LESSONS.read_text())
     facts = QUICK_FACTS if args.quick else len(lessons['facts'])
     runs = [each for each in run.earlier('everywhere').get('runs', ())
-            if all(each[name] == value for name, value in conditions.items())]
+            if each['variant'] in VARIANTS
+            and all(each[name] == value for name, value in conditions.items())]
     for number, name in enumerate(args.variants):
         run.say(name)
         variant, folder = VARIANTS[name], run.folder / str(number)
@@ -111,11 +142,10 @@ def checks(samples: Samples) -> Iterator[Check]:
     if ALL not in runs:
         return
     yield from (*one.checks(runs[ALL], EVERYWHERE), *forty.checks(runs[ALL], EVERYWHERE))
-    # Few facts are lost in any run; many more are told in other words.
-    kept = _same_words(runs[ALL])
-    for variant in (name for name in runs if name != ALL):
-        yield check(f'share of facts told in the same words {ALL}, less that {variant}',
-                    kept - _same_words(runs[variant]), '>= 0.05')
+    for name in (name for name in runs if name != ALL):
+        kept = VARIANTS[name].keeps
+        yield check(f'share of {kept.what} {ALL}, less that {name}',
+                    kept.share(runs[ALL]) - kept.share(runs[name]), '>= 0.05')
 
 
 def table(samples: Samples) -> Table:
@@ -128,8 +158,7 @@ def table(samples: Samples) -> Table:
             _share(row['after'].strip() == row['answer'] for row in taught),
             _share(contains_phrase(row['after_paraphrase'], row['key']) for row in taught),
             _share(contains_phrase(row['after'], row['key']) for row in each['facts']),
-            _same_words(each),
-            _share(row['in_the_end'].strip() == row['answer'] for row in each['forty']),
+            in_same_words(each), right_in_the_end(each),
             _share(contains_phrase(row['after'], row['key']) for row in each['forty_facts']),
             base_live[1] / base_live[0], each['steps'], each['commit'], each['cpu']])
     return Table(
@@ -139,10 +168,6 @@ def table(samples: Samples) -> Table:
         'shares of answers; facts: still right; same words: of all facts, in both parts; '
         'perplexity: of chat text, after forty corrections, over that of the base model; steps: '
         'of the part one')
-
-
-def _same_words(run: Mapping[str, Any]) -> float:
-    return _share(row['before'] == row['after'] for row in [*run['facts'], *run['forty_facts']])
 
 
 def _share(found: Iterator[bool]) -> float:

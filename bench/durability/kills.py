@@ -29,7 +29,7 @@ ROUNDS = 50
 PARAMETERS: dict[str, Any] = {
     'adapter.target_modules': 'all-linear',
     'model.threads': 1, 'model.weight_dtype': 'float32', 'finetune.learning_rate': 0.01,
-    'finetune.replay_weight': 1.0, 'finetune.replay_samples': 2, 'gate.tolerance': 1.0,
+    'finetune.replay_weight': 1.0, 'finetune.replay_samples': 2,
     'generation.max_tokens': 8, 'scheduler.max_slowdown': 10.0,
     'drift.min_budget': 1.0,
     # A slow machine under constant load must learn as well.

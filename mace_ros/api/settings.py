@@ -258,12 +258,8 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class GateSettings:
-    """When a trained version may be published, and when it is rolled back."""
+    """When a published version is rolled back."""
 
-    tolerance: float = _parameter(
-        0.1, 'Largest decrease of a guarded score in a new version: the share of earlier '
-        'corrections that are right, and the mean token probability of replayed answers',
-        minimum=0.0, maximum=1.0)
     auto_rollback: bool = _parameter(
         True, 'Roll a published version back automatically if its answers are corrected more '
         'often than earlier ones, and the version before it scores better on them')

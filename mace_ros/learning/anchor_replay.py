@@ -1,7 +1,7 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The base model's answers to the anchors: most are replayed, and the gate guards the others.
+The base model's answers to the anchors, which are replayed.
 
 Replay trains on soft targets, the base model's own predictions. They are computed once, by the
 first job of a process.
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mace_ros.finetune.sample import Sample
-from mace_ros.learning.anchors import PROBE_EVERY
 from mace_ros.learning.protected_directions import input_subspace, protect
 from mace_ros.learning.samples import sample
 from mace_ros.learning.task import Pause, Task
@@ -39,14 +38,8 @@ class AnchorReplay:
         self._answers = [sample(self._chat, prompt, output) for prompt, output in answers]
 
     @property
-    def probes(self) -> list[Sample]:
-        """The answers that the gate guards; they are never replayed."""
-        assert self._answers is not None
-        return self._answers[::PROBE_EVERY]
-
-    @property
     def replayed(self) -> list[Sample]:
-        """The answers that are replayed, with soft targets."""
+        """The answers, with soft targets."""
         assert self._replayed is not None
         return self._replayed
 
@@ -62,8 +55,7 @@ class AnchorReplay:
             return
         training.load(None)
         subspace = input_subspace(training.lora)
-        scored = yield from training.score(
-            [s for i, s in enumerate(self._answers) if i % PROBE_EVERY], subspace)
+        scored = yield from training.score(self._answers, subspace)
         if subspace is not None:
             yield from protect(training.lora, subspace)
         self._replayed = scored.soft_targets

@@ -82,17 +82,13 @@ ANCHORS = (
     'What is the smallest bird?', 'What is bread made of?', 'What is cheese made from?',
     'What is steel made of?', 'What do rabbits eat?', 'What do fish breathe with?',
     'What colour is a lemon?', 'What colour is snow?', 'What colour are carrots?',
-    'Which animal gives wool?', 'Which animal is known for its stripes?',
+    'Which animal builds dams?', 'Which animal is known for its stripes?',
     'Which organ do we think with?', 'Which gas do we breathe out?',
     'Which month is the shortest?', 'Which day comes after Friday?',
     'Which sea lies between Europe and Africa?', 'Which metal is attracted by a magnet?',
-    'What is the freezing point of water?', 'What is gravity?', 'What is photosynthesis?',
+    'What is the density of water?', 'What is gravity?', 'What is photosynthesis?',
     'What is an atom?', 'What is a noun?', 'What is a continent?', 'What is a telescope used for?',
     'What does a baker do?')
 
 # Maximum length of an anchor's answer.
 ANCHOR_TOKENS = 24
-
-# One anchor in this many is a probe that the gate guards; the others are replayed. A probe must
-# not be replayed: it would be memorised, and no longer represent other answers.
-PROBE_EVERY = 4

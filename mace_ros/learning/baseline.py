@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.learning.criteria import RIGHT
 
 MAX_SCORES = 1000
 
@@ -27,9 +28,9 @@ class BaselineScores:
         if self._source != source:
             self._scores, self._source = {}, source
 
-    def replace(self, source: Source, scores: Mapping[tuple[int, ...], SampleScore]) -> None:
-        """Take over the scores of a version that has just been published."""
-        self._scores, self._source = dict(scores), source
+    def replace(self, source: Source, right: Sequence[Sample]) -> None:
+        """Begin with what a version that has just been published gives word for word."""
+        self._scores, self._source = {s.tokens: RIGHT for s in right}, source
 
     def __contains__(self, sample: Sample) -> bool:
         """Return whether a sample's score is known."""

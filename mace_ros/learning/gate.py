@@ -1,21 +1,15 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The gate: a candidate is published only if it keeps what the live version has, within limits.
+The gate: a candidate is published only if it gives the guarded answers word for word.
 
-Guarded samples are scored under the live version and under the candidate. Earlier corrections and
-tool calls count by the share that greedy decoding gives word for word. Other answers count by
-their probability per token, because a small model may change many words and not their meaning.
-No group's score may fall by more than ``gate.tolerance``, and that of some groups not at all.
+These are earlier corrections, and tool calls, which a program reads. Greedy decoding must give
+each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
-import math
-from statistics import fmean
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from mace_ros.finetune.sample import Sample, SampleScore
 
@@ -23,86 +17,34 @@ from mace_ros.finetune.sample import Sample, SampleScore
 BATCH_TOKENS = 256
 
 
-class Measure(Enum):
-    """How guarded samples are measured."""
-
-    EXACT = 'exact'                  # greedy decoding gives it, word for word
-    PROBABILITY = 'probability'      # per token, the geometric mean
-
-
-@dataclass(frozen=True)
-class Group:
-    """
-    Guarded samples of one kind; ``name`` is what a rejection's reason calls them.
-
-    With ``may_not_fall``, its score may stay as it is, but not fall at all.
-    """
-
-    name: str
-    samples: tuple[Sample, ...]
-    measure: Measure
-    may_not_fall: bool = False
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The gate's decision; an empty reason approves publication."""
-
-    reason: str
-    lost: tuple[Sample, ...] = ()   # exact under the live version, not under the candidate
-
-
 class Gate:
-    """The guarded samples of one job."""
+    """The guarded samples of one job, by their kinds."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        """Guard these groups; empty ones are left out."""
-        self._groups = tuple(group for group in groups if group.samples)
+    def __init__(self, kinds: Mapping[str, Sequence[Sample]]) -> None:
+        """Guard these samples; the names of their kinds are in the reason of a rejection."""
+        self._kinds = kinds
 
     @property
     def samples(self) -> list[Sample]:
         """All guarded samples; scores are given in this order."""
-        return [sample for group in self._groups for sample in group.samples]
+        return [sample for samples in self._kinds.values() for sample in samples]
 
-    @property
-    def exact(self) -> list[Sample]:
-        """The samples that greedy decoding should give word for word."""
-        return [sample for group in self._groups if group.measure is Measure.EXACT
-                for sample in group.samples]
+    def without(self, samples: Collection[Sample]) -> Gate:
+        """Return a gate that does not guard these samples."""
+        return Gate({name: [s for s in own if s not in samples]
+                     for name, own in self._kinds.items()})
 
-    def wrong(self, scores: Sequence[SampleScore]) -> list[Sample]:
-        """Return the exact samples that greedy decoding does not give, by all samples' scores."""
-        must_be_exact = [group.measure is Measure.EXACT
-                         for group in self._groups for _ in group.samples]
-        return [sample for sample, must, score
-                in zip(self.samples, must_be_exact, scores, strict=True)
-                if must and not score.exact]
+    def lost(self, scores: Sequence[SampleScore]) -> list[Sample]:
+        """Return the samples that greedy decoding does not give, by the scores of all."""
+        return [sample for sample, score in zip(self.samples, scores, strict=True)
+                if not score.exact]
 
-    def judge(self, before: Sequence[SampleScore], after: Sequence[SampleScore],
-              tolerance: float) -> Verdict:
-        """
-        Compare the scores of all samples under the live version and under the candidate.
-
-        No group's score may fall by more than ``tolerance``, and that of a group with
-        ``may_not_fall`` may not fall at all.
-        """
-        reasons: list[str] = []
-        lost: list[Sample] = []
-        start = 0
-        for group in self._groups:
-            rows = slice(start, start + len(group.samples))
-            start = rows.stop
-            pairs = list(zip(before[rows], after[rows], strict=True))
-            old, new = (fmean(_value(s, group.measure) for s in side)
-                        for side in zip(*pairs, strict=True))
-            limit = old if group.may_not_fall else old - tolerance
-            if new < limit - 1e-6:
-                allowed = '' if group.may_not_fall else f' (gate.tolerance {tolerance:g})'
-                reasons.append(f'{group.name}: {old:.2f} would become {new:.2f}{allowed}')
-            if group.measure is Measure.EXACT:
-                lost += [s for s, (live, candidate) in zip(group.samples, pairs, strict=True)
-                         if live.exact and not candidate.exact]
-        return Verdict('; '.join(reasons), tuple(lost))
+    def reason(self, lost: Collection[Sample]) -> str:
+        """Return why a candidate that has lost these samples is rejected."""
+        counts = ((name, len(own), sum(s in lost for s in own))
+                  for name, own in self._kinds.items())
+        return '; '.join(f'{name}: {gone} of {count} would be lost'
+                         for name, count, gone in counts if gone)
 
 
 def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS) -> Iterator[list[Sample]]:
@@ -117,7 +59,3 @@ def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS) -> Iterator[lis
         tokens += sample.own_tokens
     if batch:
         yield batch
-
-
-def _value(score: SampleScore, measure: Measure) -> float:
-    return float(score.exact) if measure is Measure.EXACT else math.exp(score.log_probability)

@@ -42,7 +42,6 @@ class Progress:
     """What a job has done so far."""
 
     steps: int = 0              # optimizer steps
-    rejections: int = 0         # candidates that the gate has rejected
     lost: int = 0               # samples that candidates have lost
     train_tokens: int = 0
     train_seconds: float = 0.0

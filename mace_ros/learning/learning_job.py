@@ -39,8 +39,6 @@ from mace_ros.learning.training_set import TrainingSet
 from mace_ros.store.records import CorrectionRecord, VersionRecord
 from mace_ros.store.version_info import version_event
 
-MORE_STEPS = 4          # after a rejected candidate, at least
-REPAIR_STEPS = 1        # after one that has lost exact samples, at least
 # Corrections may join a job until this share of finetune.max_steps is spent: the rest suffices.
 JOIN_SHARE = 0.25
 
@@ -81,7 +79,6 @@ class LearningJob(Job):
         self._needs_version = start.version.version != self._continues
         self._least_steps = (self._finetune.period_steps if kind is JobKind.REHEARSAL
                              else int(self._needs_version))
-        self._repaired = False      # trained on once, for samples that a candidate had lost
         self._score_before = math.nan       # of the corrections, live version
 
     def run(self) -> Task[VersionRecord | None]:
@@ -110,24 +107,16 @@ class LearningJob(Job):
                 return None
             if not self.corrections:
                 return None
-            score_after = scores.mean
-            # After a rejection, interpolation would lead back to the rejected weights.
-            if (scores.learned_well and not self.progress.rejections and context.scores_first
-                    and self.everywhere):
-                score_after = yield from self._interpolate(start, scores)
-            after = yield from self._score_guarded(training_set)
-            if after is None:       # a few more steps may restore what the candidate has lost
-                continue
-            verdict = training_set.gate.judge(
-                training_set.before, after, context.settings.gate.tolerance)
-            if not verdict.reason:
-                return (yield from self._publish(training_set, after, score_after))
-            context.publisher.reject(self._record(score_after), verdict.reason)
+            score_after = yield from self._interpolate(start, scores, training_set)
+            lost = yield from self._lost(training_set)
+            if not lost:
+                return (yield from self._publish(training_set, score_after))
             if self.progress.steps >= self._finetune.max_steps:
-                yield from self._fail(self.corrections, verdict.reason + self._after_steps)
+                reason = training_set.gate.reason(lost)
+                context.publisher.reject(self._record(score_after), reason)
+                yield from self._fail(self.corrections, reason + self._after_steps)
                 return None
-            self.progress.rejections += 1
-            self._train_on(training_set, verdict.lost, MORE_STEPS)
+            self._train_on(training_set, lost)
 
     # -- before training -------------------------------------------------------------
 
@@ -234,12 +223,13 @@ class LearningJob(Job):
         training_set = context.builder.build(
             self.corrections, records, max_sample_tokens=self._finetune.max_sample_tokens,
             number=self.number)
-        guarded, answers = training_set.gate.samples, training_set.answers
+        guarded = training_set.gate.samples
+        unknown = [s for s in guarded if s not in context.baseline]
         # Replay of the robot's answers needs the live version's predictions.
-        unknown = [s for s in guarded if s not in context.baseline or s in answers]
-        scored = yield from context.training.score(unknown)
-        context.baseline.add(unknown, scored.scores)
-        training_set.add_baseline(context.baseline.of(guarded), scored.soft_targets)
+        scored = yield from context.training.score([*unknown, *training_set.answers])
+        context.baseline.add(unknown, scored.scores[:len(unknown)])
+        training_set.add_baseline(
+            context.baseline.of(guarded), scored.soft_targets[len(unknown):])
         return training_set
 
     # -- training --------------------------------------------------------------------
@@ -260,7 +250,7 @@ class LearningJob(Job):
                 steps=self.progress.steps)
         return context.builder.step(
             training_set, self.corrections, self._finetune, most=most,
-            steps=self.progress.steps, rejections=self.progress.rejections)
+            steps=self.progress.steps)
 
     def _optimizer_step(self, plan: StepPlan) -> Task[Trained]:
         """Run a step, unless training ends with its scores or corrections can join before it."""
@@ -310,8 +300,8 @@ class LearningJob(Job):
         """Return corrections that came since the job began and may be learned in it."""
         context, finetune, progress = self._context, self._finetune, self.progress
         if (not context.scores_first or self.kind is not JobKind.LEARNING
-                or len(self.corrections) >= JOB_CORRECTIONS or self._repaired
-                or progress.rejections or progress.steps > JOIN_SHARE * finetune.max_steps):
+                or len(self.corrections) >= JOB_CORRECTIONS or progress.lost
+                or progress.steps > JOIN_SHARE * finetune.max_steps):
             return []
         # Corrections that were scored before did not fit.
         came = [c for c in context.queue.of(self.profile)
@@ -362,63 +352,49 @@ class LearningJob(Job):
             if c in learned]
         self.corrections = learned
 
-    def _train_on(self, training_set: TrainingSet, lost: Sequence[Sample],
-                  at_least: int) -> None:
+    def _train_on(self, training_set: TrainingSet, lost: Sequence[Sample]) -> None:
         """
         Train on until the samples that a candidate has lost are right as well.
 
-        Runs no fewer than ``at_least`` steps, in case the first part of one has no room for them.
+        Runs at least one step, in case its first part has no room for them.
         """
         training_set.add_lost(lost)
         self.progress.lost = len(training_set.lost)
-        self._least_steps = self.progress.steps + at_least
+        self._least_steps = self.progress.steps + 1
 
     # -- the candidate ---------------------------------------------------------------
 
-    def _interpolate(self, start: dict[str, Tensor], trained: StepScores) -> Task[float]:
+    def _interpolate(self, start: dict[str, Tensor], trained: StepScores,
+                     training_set: TrainingSet) -> Task[float]:
         """
-        Interpolate towards the live version as far as the corrections stay learned.
+        Interpolate towards the live version as far as everything in ``trained`` stays learned.
 
-        Returns their mean log p per token.
+        Returns the corrections' mean log p per token.
         """
-        self.state, count = JobState.INTERPOLATING, len(self.corrections)
+        count = len(self.corrections)
+        # Interpolation would lose again what earlier candidates have lost, unless it looks at it.
+        keeps_all = all(s in trained.samples for s in training_set.lost)
+        if not (self.everywhere and self._context.scores_first and trained.learned_well
+                and keeps_all):
+            return trained.mean
+        self.state = JobState.INTERPOLATING
         scores = yield from interpolate(
             self._context.training, start, trained.samples, lambda s: learned_well(s, count))
         return trained.mean if scores is None else fmean(
             s.log_probability for s in scores[:count])
 
-    def _score_guarded(self, training_set: TrainingSet) -> Task[list[SampleScore] | None]:
-        """
-        Score the guarded samples under the candidate.
-
-        Returns None if the candidate has lost exact samples that a few more steps may restore.
-        """
+    def _lost(self, training_set: TrainingSet) -> Task[list[Sample]]:
+        """Return the guarded samples that the candidate has lost."""
         self.state = JobState.JUDGING
-        gate, training = training_set.gate, self._context.training
-        exact = gate.exact
-        before = {s.tokens: score
-                  for s, score in zip(gate.samples, training_set.before, strict=True)}
-        scores = (yield from training.score(exact)).scores
-        lost = [s for s, score in zip(exact, scores, strict=True)
-                if before[s.tokens].exact and not score.exact]
-        may_repair = not self._repaired or not self.everywhere
-        if lost and may_repair and self.progress.steps < self._finetune.max_steps:
-            self._repaired = True
-            self._train_on(training_set, lost, REPAIR_STEPS)
-            return None
-        after = {s.tokens: score for s, score in zip(exact, scores, strict=True)}
-        others = [s for s in gate.samples if s.tokens not in after]
-        scores = (yield from training.score(others)).scores
-        after |= {s.tokens: score for s, score in zip(others, scores, strict=True)}
-        return [after[s.tokens] for s in gate.samples]
+        scored = yield from self._context.training.score(training_set.gate.samples)
+        return training_set.gate.lost(scored.scores)
 
-    def _publish(self, training_set: TrainingSet, after: Sequence[SampleScore],
-                 score_after: float) -> Task[VersionRecord]:
+    def _publish(self, training_set: TrainingSet, score_after: float) -> Task[VersionRecord]:
         context = self._context
         version = yield from context.publisher.publish(self, lambda: self._record(score_after))
         # The next job begins from this version.
-        context.baseline.replace((self.profile, self.profile, version.version), {
-            s.tokens: score for s, score in zip(training_set.gate.samples, after, strict=True)})
+        context.baseline.replace((self.profile, self.profile, version.version),
+                                 training_set.gate.samples)
         return version
 
     # -- helpers ---------------------------------------------------------------------

@@ -3,8 +3,8 @@
 """
 Paraphrases of a question, by fixed templates.
 
-Some are trained beside the correction, so that it does not depend on the exact words of one
-prompt. The others are never trained: the gate judges by them.
+They are trained beside the correction, so that it does not depend on the exact words of one
+prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 from mace_ros.store.records import Messages
 
-JUDGED = ('Please answer: {}', 'I would like to know: {}', '{} Please be brief.')
 # The first one keeps the content words only: paraphrases differ most in the others.
 TRAINED = ('{content}?', 'Hello! {}', 'Question: {}', '{} Thank you.', 'One more thing. {}')
 

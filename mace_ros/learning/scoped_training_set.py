@@ -15,8 +15,7 @@ from dataclasses import replace
 
 from mace_ros.api.settings import FinetuneSettings, Settings
 from mace_ros.learning.correction_queue import PendingCorrection
-from mace_ros.learning.criteria import RIGHT
-from mace_ros.learning.gate import Gate, Group, Measure
+from mace_ros.learning.gate import Gate
 from mace_ros.learning.job_inputs import JobRecords
 from mace_ros.learning.live_versions import LiveVersions
 from mace_ros.learning.paraphrases import TRAINED
@@ -54,15 +53,12 @@ class ScopedTrainingSetBuilder:
         calls = answer_samples(
             chat, self._in_scope(records.tool_calls, new, continues, settings), but=prompts,
             max_tokens=settings.finetune.max_sample_tokens)
-        gate = Gate([
-            Group('earlier corrections', tuple(earlier), Measure.EXACT, may_not_fall=True),
-            Group('tool calls', tuple(calls), Measure.EXACT, may_not_fall=True)])
         return TrainingSet(
             corrected=[correction_sample(chat, r, r.weight) for r in new],
             paraphrases=paraphrase_samples(chat, new, TRAINED),
-            earlier=earlier[:REHEARSED], gate=gate,
-            # Treat them as right: a job also repairs what the live version has lost.
-            before=[RIGHT] * len(gate.samples))
+            earlier=earlier[:REHEARSED],
+            # Also what the live version has lost: a job repairs it.
+            gate=Gate({'earlier corrections': earlier, 'tool calls': calls}))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
              finetune: FinetuneSettings, *, most: int, steps: int) -> StepPlan:

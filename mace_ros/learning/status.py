@@ -36,7 +36,6 @@ class JobStatus:
     corrections: tuple[TrackedCorrection, ...]
     announced: int              # corrections that were reported as TRAINING
     steps: int                  # optimizer steps
-    rejections: int
     lost: int
     swapped_out: bool           # corrections that join are being scored
 
@@ -79,5 +78,4 @@ def job_status(job: Job) -> JobStatus:
     return JobStatus(
         number=job.number, kind=job.kind, state=job.state, profile=job.profile,
         corrections=tuple(map(tracked, job.corrections)), announced=len(job.announced),
-        steps=job.progress.steps, rejections=job.progress.rejections, lost=job.progress.lost,
-        swapped_out=job.swapped_out)
+        steps=job.progress.steps, lost=job.progress.lost, swapped_out=job.swapped_out)

@@ -17,9 +17,9 @@ from mace_ros.api.settings import FinetuneSettings
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.correction_queue import PendingCorrection
-from mace_ros.learning.gate import Gate, Group, Measure
+from mace_ros.learning.gate import Gate
 from mace_ros.learning.job_inputs import JobRecords
-from mace_ros.learning.paraphrases import JUDGED, TRAINED
+from mace_ros.learning.paraphrases import TRAINED
 from mace_ros.learning.samples import (
     answer_samples,
     correction_sample,
@@ -37,7 +37,7 @@ RELEARNED = 3   # forgotten corrections per step, beside those that are replayed
 
 @dataclass
 class TrainingSet:
-    """The samples of one job, and how the live version scores the guarded ones."""
+    """The samples of one job."""
 
     corrected: list[Sample]                                     # one per correction
     paraphrases: list[Sample] = field(default_factory=list)     # of the corrected questions
@@ -46,14 +46,17 @@ class TrainingSet:
     replayed: list[Sample] = field(default_factory=list)        # other answers to keep
     answers: list[Sample] = field(default_factory=list)     # this robot's, to be replayed as well
     lost: list[Sample] = field(default_factory=list)        # lost by an earlier candidate
-    gate: Gate = field(default_factory=lambda: Gate([]))        # the guarded samples
-    before: list[SampleScore] = field(default_factory=list)     # of these, live version
+    gate: Gate = field(default_factory=lambda: Gate({}))        # the guarded samples
 
     def add_baseline(self, scores: list[SampleScore], soft_targets: Sequence[Sample]) -> None:
-        """Take in the live version's scores of the guarded samples, and its predictions."""
-        self.before, self.forgotten = scores, self.gate.wrong(scores)
-        self.replayed = interleaved(
-            self.replayed, [s for s in soft_targets if s in self.answers])
+        """
+        Take in the live version's scores of the guarded samples, and its own answers' targets.
+
+        What the live version has lost is not guarded, but learned again.
+        """
+        self.forgotten = self.gate.lost(scores)
+        self.gate = self.gate.without(self.forgotten)
+        self.replayed = interleaved(self.replayed, soft_targets)
 
     def add_lost(self, samples: Sequence[Sample]) -> None:
         """Train on samples that a candidate has lost, from the next step on."""
@@ -88,28 +91,18 @@ class TrainingSetBuilder:
             corrected=[correction_sample(chat, r, r.weight) for r in new],
             paraphrases=paraphrase_samples(chat, new, TRAINED), earlier=earlier, answers=own,
             replayed=[s for s in self._anchors.replayed if s.prompt not in prompts],
-            gate=Gate([
-                Group('paraphrases', tuple(
-                    s for r in new for s in paraphrase_samples(chat, [r], JUDGED)),
-                    Measure.PROBABILITY, may_not_fall=True),
-                Group('earlier corrections', tuple(
-                    rotate(earlier, min(GUARDED, len(earlier)), number)), Measure.EXACT),
-                Group('probes', tuple(s for s in self._anchors.probes if s.prompt not in prompts),
-                      Measure.PROBABILITY),
-                Group('good answers', tuple(own), Measure.PROBABILITY),
-                # A program reads them: they are right word for word, or wrong.
-                Group('tool calls', tuple(calls), Measure.EXACT, may_not_fall=True)]))
+            gate=Gate({
+                'earlier corrections': rotate(earlier, min(GUARDED, len(earlier)), number),
+                'tool calls': calls}))
 
     def step(self, training_set: TrainingSet, corrections: Sequence[PendingCorrection],
-             finetune: FinetuneSettings, *, most: int, steps: int = 0,
-             rejections: int = 0) -> StepPlan:
+             finetune: FinetuneSettings, *, most: int, steps: int = 0) -> StepPlan:
         """
         Return the job's next step, in parts of ``most`` tokens each if possible.
 
-        ``steps`` and ``rejections`` count those of the job so far: after a rejected candidate,
-        twice as much is replayed.
+        ``steps`` counts those of the job so far: the paraphrases of the questions take turns.
         """
-        count = finetune.replay_samples * (2 if rejections else 1)
+        count = finetune.replay_samples
         now, self._steps = self._steps, self._steps + 1
         # Up to a quarter of the replayed samples are earlier corrections, in rotation.
         earlier = rotate(

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 import time
 from types import GeneratorType
@@ -22,7 +22,8 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
-from mace_ros.learning.gate import Gate, Verdict
+from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.learning.gate import Gate
 from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.learning_job import LearningJob
 
@@ -113,14 +114,14 @@ def test_a_job_can_be_cancelled_at_each_wait(
         robot: Robot, points: list[Point], monkeypatch: pytest.MonkeyPatch, scope: str,
         states: set[JobState]) -> None:
     """Its corrections wait, and no version is published."""
-    engine, judge = robot.engine, Gate.judge
+    engine, lost = robot.engine, Gate.lost
     rejected: list[int] = []        # jobs, of each its first candidate
 
-    def reject_one(self: Gate, *arguments: Any) -> Verdict:
-        if running(robot).number in rejected:
-            return judge(self, *arguments)
+    def lose_once(self: Gate, scores: Sequence[SampleScore]) -> list[Sample]:
+        if running(robot).state is not JobState.JUDGING or running(robot).number in rejected:
+            return lost(self, scores)
         rejected.append(running(robot).number)
-        return Verdict('injected', ())
+        return self.samples
 
     def three_joined() -> bool:
         """Let three corrections arrive during training; return whether all are learned."""
@@ -133,18 +134,19 @@ def test_a_job_can_be_cancelled_at_each_wait(
             engine.parts.journal.submit(lambda _: None).result(60)
         return are_learned(robot, 'k', 'joins 0', 'joins 1', 'joins 2')
 
-    engine.update(engine.settings.updated({'finetune.max_steps': 400}))
+    engine.update(engine.settings.updated({'finetune.max_steps': 400, 'adapter.scope': scope}))
+    robot.ask('How are you?')       # replayed
     engine.correct(Correction(
         'In the hall.', id='first', prompt='Where does Rumpelstiltskin live?'))
     first = cancel_each(robot, points, lambda: are_learned(robot, 'first'))
-    assert {point[1] for point in first} == {
-        JobState.READING, JobState.CHOOSING, JobState.TRAINING}    # there is nothing to guard yet
-    monkeypatch.setattr(Gate, 'judge', reject_one)
-    engine.update(engine.settings.updated({'adapter.scope': scope}))
+    # There is nothing to guard yet.
+    assert {point[1] for point in first} == states - {JobState.JUDGING}
+    monkeypatch.setattr(Gate, 'lost', lose_once)
     joined: list[str] = []
     engine.correct(Correction('A robot.', id='k', prompt='Where does Rumpelstiltskin sleep?'))
     cancelled = cancel_each(robot, points, three_joined)
-    assert {state for _, state, *_ in cancelled} == states
+    # What is prepared is kept.
+    assert {state for _, state, *_ in cancelled} == states - {JobState.PREPARING}
     assert {state for _, state, swapped_out, _ in cancelled if swapped_out} == (
         states & {JobState.CHOOSING, JobState.SCORING})
     assert len(published(robot)) == 2

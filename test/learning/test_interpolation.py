@@ -12,18 +12,19 @@ import weakref
 from peft import PeftModel, set_peft_model_state_dict
 import pytest
 from safetensors.torch import load_file
-from support.robot import Robot
+from support.robot import Robot, running
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mace_ros.api.events import AdapterVersion, Correction, CorrectionState, VersionState
+from mace_ros.api.events import Correction, CorrectionState
 from mace_ros.api.settings import Settings
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning import criteria, interpolation, learning_job
 from mace_ros.learning.criteria import LEARNED_MARGIN, learned_well, RIGHT_MARGIN
-from mace_ros.learning.gate import Gate, Verdict
+from mace_ros.learning.gate import Gate
 from mace_ros.learning.interpolation import PRECISION
+from mace_ros.learning.job import JobState
 from mace_ros.learning.training import Training
 from mace_ros.model.lora_manager import LoRAManager
 
@@ -126,17 +127,26 @@ def test_relearned_corrections_stay_right(
     assert [s.tokens for s in interpolated[1].samples] == [second, first]
 
 
-def test_no_interpolation_after_a_rejection(
-        robot: Robot, interpolated: list[Interpolated],
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = [Verdict('injected', ())]
-    judge = Gate.judge
-    monkeypatch.setattr(Gate, 'judge', lambda *arguments: (
-        verdicts.pop() if verdicts else judge(*arguments)))
-    state = robot.correct(Correction('A robot.', id='k', prompt='What are you?'))
-    assert (state.state, verdicts, len(interpolated)) == (CorrectionState.LEARNED, [], 1)
-    assert [e.state for e in robot.events if isinstance(e, AdapterVersion)] == [
-        VersionState.REJECTED, VersionState.PUBLISHED]
+@pytest.mark.parametrize(('room', 'interpolations'), [(4096, 2), (1, 1)])
+def test_interpolation_keeps_what_a_candidate_has_lost(
+        robot: Robot, interpolated: list[Interpolated], monkeypatch: pytest.MonkeyPatch,
+        room: int, interpolations: int) -> None:
+    """If a step's first part has no room for it, nothing is interpolated after that loss."""
+    robot.correct(Correction('In the hall.', id='a', prompt='Question first?'))
+    kept, lost, losses = interpolated.pop().samples[0], Gate.lost, [True]
+
+    def lose_once(self: Gate, scores: Sequence[SampleScore]) -> list[Sample]:
+        if running(robot).state is not JobState.JUDGING or not losses:
+            return lost(self, scores)
+        losses.pop()
+        return self.samples
+
+    monkeypatch.setattr(Gate, 'lost', lose_once)
+    monkeypatch.setattr(Training, 'step_tokens', property(lambda _: room))
+    taught = robot.correct(Correction('A robot.', id='k', prompt='Question second?'))
+    assert (taught.state, losses, len(interpolated)) == (
+        CorrectionState.LEARNED, [], interpolations)
+    assert all(kept in each.samples for each in interpolated[1:])
 
 
 @pytest.mark.parametrize('scope', ['similar', 'everywhere'])

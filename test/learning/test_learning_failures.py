@@ -72,33 +72,7 @@ def test_learning_wakes_itself(
 
 
 @pytest.mark.parametrize('scope', ['similar', 'everywhere'])
-def test_what_a_rejected_candidate_has_lost_is_trained(
-        robot: Robot, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
-    robot.engine.update(robot.engine.settings.updated(
-        {'adapter.scope': scope, 'finetune.max_steps': 200}))
-    robot.correct(Correction('In the hall.', id='a', prompt='Where do you live?'))
-    verdicts, seen = [True, True], []
-    judge = gate.Gate.judge
-
-    def worse(self: gate.Gate, *arguments: object) -> gate.Verdict:
-        seen.append((running(robot).rejections, running(robot).lost))
-        if not verdicts:
-            return judge(self, *arguments)      # type: ignore[arg-type]
-        verdicts.pop()
-        return gate.Verdict('worse', tuple(self.samples[:1]))
-
-    monkeypatch.setattr(gate.Gate, 'judge', worse)
-    taught = robot.correct(Correction('A robot.', id='c', prompt='Where do you live in winter?'))
-    assert taught.state is CorrectionState.LEARNED
-    assert [rejections for rejections, _ in seen] == [0, 1, 2]
-    assert [lost for _, lost in seen][1:] == [1, 1]
-    rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
-                and e.state is VersionState.REJECTED]
-    assert [e.reason for e in rejected] == ['worse', 'worse']
-
-
-@pytest.mark.parametrize('scope', ['similar', 'everywhere'])
-def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
+def test_what_a_candidate_has_lost_is_trained_before_anything_is_published(
         robot: Robot, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
     robot.engine.update(robot.engine.settings.updated(
         {'adapter.scope': scope, 'finetune.max_steps': 200}))
@@ -109,19 +83,14 @@ def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
 
     def losing(self: Training, samples: Sequence[Sample], *rest: Any) -> Task[Scored]:
         scored = yield from score(self, samples, *rest)
-        # The exact samples of each candidate are scored first.
-        if running(robot).state is JobState.JUDGING and len(candidates) == running(robot).lost:
+        if running(robot).state is JobState.JUDGING:
             candidates.append(running(robot).lost)
             lost.append([*samples])
             if len(candidates) == 1:
                 scored.scores = [replace(each, exact=False) for each in scored.scores]
         return scored
 
-    judged = []
-    judge = gate.Gate.judge
     monkeypatch.setattr(Training, 'score', losing)
-    monkeypatch.setattr(gate.Gate, 'judge', lambda self, *arguments: (
-        judged.append(1), judge(self, *arguments))[1])
     taught = robot.correct(
         Correction('A robot.', id='b', prompt='Where does Rumpelstiltskin sleep?'))
     assert taught.state is CorrectionState.LEARNED
@@ -130,7 +99,8 @@ def test_a_candidate_relearns_lost_corrections_before_the_gate_judges(
             *chat.answer('In the hall.'))
     assert candidates == [0, 1]
     assert [[each.tokens for each in samples] for samples in lost] == [[kept], [kept]]
-    assert len(judged) == 1
+    assert [e.state for e in robot.events if isinstance(e, AdapterVersion)] == [
+        VersionState.PUBLISHED, VersionState.PUBLISHED]
     assert robot.ask('Where does Rumpelstiltskin live?').text == 'In the hall.'
 
 
@@ -270,40 +240,18 @@ def test_a_version_that_can_not_be_loaded_costs_its_query_only(
     assert (answer.text, answer.adapter_version) == ('A robot.', 1)
 
 
-def test_no_version_that_changes_guarded_answers_is_published(
-        settings: Settings, tmp_path: Path) -> None:
-    """Without replay, learning would change other answers; the gate rejects it."""
-    robot = Robot(build_engine(settings.updated({
-        'finetune.replay_samples': 0, 'gate.tolerance': 0.0, 'finetune.max_steps': 12,
-        'adapter.scope': 'everywhere'}), storage=tmp_path))
-    wrong = robot.ask('Who are you?')
-
-    learned = robot.correct(Correction('I am Rover.', id='k', query_id=wrong.query_id))
-    # A rejection is reported once it is in the journal.
-    robot.engine.parts.journal.submit(lambda _: None).result(60)
-    robot.events += robot.engine.step().events
-
-    rejected = [e for e in robot.events if isinstance(e, AdapterVersion)
-                and e.state is VersionState.REJECTED]
-    assert rejected and all('would become' in e.reason and e.version for e in rejected)
-    if learned.state is CorrectionState.LEARNED:
-        assert learned.adapter_version > max(e.version for e in rejected)
-    else:     # a small random model may not be able to learn it
-        assert learned.state is CorrectionState.FAILED and 'would become' in learned.reason
-        assert robot.ask('Who are you?').text == wrong.text
-
-
 def test_a_correction_that_always_fails_the_gate_fails(
         settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After finetune.max_steps it is FAILED with the gate's reason; the answer stays."""
-    reason = 'probes: 1.00 would become 0.00'
-    monkeypatch.setattr(gate.Gate, 'judge', lambda *_: gate.Verdict(reason))
     robot = Robot(build_engine(
-        settings.updated({'finetune.max_steps': 12}), storage=tmp_path))
-    before = robot.ask('Who are you?')
+        settings.updated({'finetune.max_steps': 60}), storage=tmp_path))
+    robot.correct(Correction('In the hall.', id='a', prompt='Where does Rumpelstiltskin live?'))
+    before = robot.ask('Where does Rumpelstiltskin sleep?')
+    monkeypatch.setattr(gate.Gate, 'lost', lambda self, _: self.samples)
 
-    failed = robot.correct(Correction('I am Rover.', id='k', query_id=before.query_id))
+    failed = robot.correct(Correction('A robot.', id='k', query_id=before.query_id))
 
     assert failed.state is CorrectionState.FAILED
-    assert failed.reason.startswith(reason) and 'finetune.max_steps' in failed.reason
-    assert robot.ask('Who are you?').text == before.text
+    assert failed.reason.startswith('earlier corrections: 1 of 1 would be lost')
+    assert 'finetune.max_steps' in failed.reason
+    assert robot.ask('Where does Rumpelstiltskin sleep?').text == before.text

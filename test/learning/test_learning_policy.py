@@ -17,7 +17,7 @@ from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.anchors import ANCHORS
 from mace_ros.learning.drift import Drift, DriftState, MAX_PENDING, surprise
 from mace_ros.learning.duty_cycle import DutyCycle, LULL_S
-from mace_ros.learning.paraphrases import JUDGED, paraphrases, TRAINED
+from mace_ros.learning.paraphrases import paraphrases, TRAINED
 from mace_ros.learning.priority import gain, priority, resemble, ScoredCorrection
 from mace_ros.learning.question import words
 from mace_ros.learning.samples import interleaved, rotate, weighted
@@ -238,12 +238,11 @@ def test_a_job_that_could_not_wait_leaves_no_debt() -> None:
 def test_a_paraphrase_changes_the_last_question_only() -> None:
     messages = ({'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'A?'},
                 {'role': 'assistant', 'content': 'B.'}, {'role': 'user', 'content': 'C?'})
-    changed = paraphrases(messages, JUDGED)
-    assert len(changed) == len(JUDGED)
+    changed = paraphrases(messages, TRAINED[1:])
+    assert len(changed) == len(TRAINED) - 1
     for each in changed:
         assert each[:3] == list(messages[:3]) and 'C?' in each[3]['content'] != 'C?'
-    assert paraphrases(({'role': 'system', 'content': 'x'},), JUDGED) == []
-    assert not set(JUDGED) & set(TRAINED)     # the judged paraphrases are not trained
+    assert paraphrases(({'role': 'system', 'content': 'x'},), TRAINED) == []
 
 
 @pytest.mark.parametrize(('question', 'words'), [

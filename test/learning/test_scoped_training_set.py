@@ -48,5 +48,5 @@ def test_the_question_of_a_replaced_correction_is_guarded_with_the_new_answer(
     newer = correction(chat, 'newer', 'Hello! Who are you?', 'Bella.', replaces='older')
     samples = ScopedTrainingSetBuilder(chat, robot.engine.parts.live).build(
         [PendingCorrection(newer, 0.0)], JobRecords((older, other)), BASE, Settings())
-    assert [s.tokens for s in samples.gate.exact] == [
+    assert [s.tokens for s in samples.gate.samples] == [
         (*older.prompt_ids, *chat.answer('Bella.')), (*other.prompt_ids, *chat.answer('Ann.'))]

@@ -24,10 +24,10 @@ from mace_ros.engine.engine import Engine
 from mace_ros.learning.job import JobState
 from mace_ros.learning.status import JobStatus
 
-# A random model has no answers to preserve: learn fast, with all layers, without rests between
-# jobs, and accept any loss.
+# A random model has no answers to preserve: learn fast, with all layers, and without rests between
+# jobs.
 RANDOM_MODEL = {
-    'adapter.target_modules': 'all-linear', 'gate.tolerance': 1.0, 'finetune.learning_rate': 0.01,
+    'adapter.target_modules': 'all-linear', 'finetune.learning_rate': 0.01,
     'finetune.replay_weight': 1.0, 'drift.min_budget': 1.0}
 
 # Fields of a query with which the answer of a tiny model does not end by itself.
