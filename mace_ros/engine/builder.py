@@ -125,9 +125,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         invocation=chat.invocation)
     if model.device.type == 'cuda':
         device = replace(device, free_bytes=free_beside(model, lora, device.hardware))
-    for reason in use_fused_layers(model):
-        progress(f'layers take more kernels than they need: {reason}')
-    _compile_decode(model, progress)
+    _use_fast_kernels(model, progress)
     pool = BlockPool(model.kv_blocks, BLOCK_TOKENS)
     kv_cache = KVCacheManager(pool, sharing=settings.memory.prefix_sharing)
     memory = _divide_memory(settings, model, lora, device.free_bytes, kv_cache)
@@ -312,14 +310,15 @@ def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> s
     ], default=str)
 
 
-def _compile_decode(model: PackedModel, progress: Progress) -> None:
-    """Let one compiled function compute passes of decode rows, if the device is a CPU."""
-    if model.device.type != 'cpu':
-        return
-    with reporting(progress, 'compiling passes of decode rows'):
-        reason = use_cpu_decode(model)
-    if reason:
-        progress(f'passes of decode rows are not compiled: {reason}')
+def _use_fast_kernels(model: PackedModel, progress: Progress) -> None:
+    """Compute passes and steps with fewer kernels than the model's own code, where checked."""
+    if model.device.type == 'cpu':
+        with reporting(progress, 'compiling passes of decode rows'):
+            reason = use_cpu_decode(model)
+        if reason:
+            progress(f'passes of decode rows are not compiled: {reason}')
+    for reason in use_fused_layers(model):
+        progress(f'layers take more kernels than they need: {reason}')
 
 
 def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager,

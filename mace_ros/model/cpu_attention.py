@@ -10,6 +10,7 @@ to compute behind one mask than in separate calls (``docs/explanation/precisions
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ MAX_TOKENS = 384       # of one sequence, or of several behind one mask
 def causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:
     """Return ``[tokens, keys]``, true at the keys that a sequence's last tokens attend to."""
     return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
+
+
+# All layers of a step have the same mask, and so have most steps of a job.
+kept_mask = lru_cache(maxsize=4)(causal_mask)
 
 
 def prefers_one_mask(tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -45,7 +50,7 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float | 
     """
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if mask is None:
-        mask = causal_mask(query.shape[2], key.shape[2], query.device)
+        mask = kept_mask(query.shape[2], key.shape[2], query.device)
     result: Tensor = _CausalAttention.apply(query, key, value, mask, scale)
     return result
 

@@ -12,21 +12,27 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mace_ros.model.checked_passes import checked_passes
+from mace_ros.model.attention import whole_sequences
+from mace_ros.model.checked_passes import checked_passes, random_ids
+from mace_ros.model.cpu_decode_check import DTYPES as COMPILED_DTYPES
 from mace_ros.model.fused_experts import fused_experts
 from mace_ros.model.fused_layers import fused_norms, fused_rotary, FusedChunks, FusedLoRA
 from mace_ros.model.graph_check import kernel_limit, largest_difference, relative_error
 from mace_ros.model.graphs import FusedPart
 from mace_ros.model.mixed_lora import add_update
+from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import PiggybackSpans, Span
 
 # Of the update of an adapter, relative: in 16 bits it is rounded twice.
 MAX_ERROR, MAX_ERROR_FP32 = 0.02, 1e-3
 TOKENS = (1, 5, 40)     # of passes that mix adapters: part of a tile, and several
+GRADIENT_TOKENS = 24    # of a sequence whose gradients are compared
 
 # Takes a model, and returns a part of it.
 MakePart: TypeAlias = Callable[[PackedModel], FusedPart]
+# Returns the relative error of a part.
+ErrorOf: TypeAlias = Callable[[PackedModel, FusedPart], float]
 PARTS: tuple[MakePart, ...] = (fused_norms, fused_rotary, fused_experts, FusedChunks, FusedLoRA)
 
 
@@ -37,14 +43,42 @@ def use_fused_layers(model: PackedModel) -> list[str]:
     Returns a line for each part for which it can't. Overwrites KV blocks, so call it before the
     first request, after the adapter slots were allocated, and before graphs are captured.
     """
-    if model.device.type != 'cuda':
-        return []
+    if model.device.type == 'cpu':
+        return _use_compiled_layers(model)
     if find_spec('triton') is None:
         return ['Triton is not installed']
     return [reason for make in PARTS if (reason := use_part(model, make))]
 
 
-def use_part(model: PackedModel, make: MakePart) -> str:
+def _use_compiled_layers(model: PackedModel) -> list[str]:
+    if find_spec('numba') is None or model.dtype not in COMPILED_DTYPES:
+        return []       # the engine reports that decoding is not compiled, either
+    try:
+        from mace_ros.model.cpu_layers import compiled_norms, compiled_rotary  # needs Numba
+    except Exception as failure:    # of Numba or its compiler
+        return [f'{type(failure).__name__}: {failure}']
+    return [reason for make in (compiled_norms, compiled_rotary)
+            if (reason := use_part(model, make, trained_difference))]
+
+
+def difference(model: PackedModel, part: FusedPart) -> float:
+    """
+    Return the largest relative difference that the kernels of ``part`` make to logits.
+
+    Leaves it in use.
+    """
+    def run(spans: Sequence[Span], piggyback: PiggybackSpans | None, *, used: bool) -> Tensor:
+        if used:
+            part.use()
+        else:
+            part.use_plain()
+        return model.run_plainly(spans, piggyback)
+
+    return largest_difference(model, lambda seed: checked_passes(model, seed),
+                              partial(run, used=False), partial(run, used=True))[0]
+
+
+def use_part(model: PackedModel, make: MakePart, error_of: ErrorOf = difference) -> str:
     """Use a part if the model has it and it is right; return why not, if it is wrong."""
     try:
         part = make(model)
@@ -55,7 +89,7 @@ def use_part(model: PackedModel, make: MakePart) -> str:
     if isinstance(part, FusedLoRA):
         most = MAX_ERROR_FP32 if model.dtype == torch.float32 else MAX_ERROR
         return use_if_right(model, part, lambda _: update_error(model), most)
-    return use_if_right(model, part, partial(difference, model), kernel_limit(model))
+    return use_if_right(model, part, partial(error_of, model), kernel_limit(model))
 
 
 def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedPart], float],
@@ -75,21 +109,31 @@ def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedP
     return ''
 
 
-def difference(model: PackedModel, part: FusedPart) -> float:
+def trained_difference(model: PackedModel, part: FusedPart) -> float:
     """
-    Return the largest relative difference that the kernels of ``part`` make to logits.
+    Return the largest relative difference that ``part`` makes to logits, and to a gradient.
 
-    Leaves it in use.
+    That is of the first layer's input. Leaves the part in use.
     """
-    def run(spans: Sequence[Span], piggyback: PiggybackSpans | None, *, used: bool) -> Tensor:
-        if used:
-            part.use()
-        else:
-            part.use_plain()
-        return model.run_plainly(spans, piggyback)
+    tokens = min(GRADIENT_TOKENS, model.context_length)
+    ids = model.tensor([random_ids(model, tokens, 0)])
+    generator = torch.Generator(model.device).manual_seed(0)
 
-    return largest_difference(model, lambda seed: checked_passes(model, seed),
-                              partial(run, used=False), partial(run, used=True))[0]
+    def gradient() -> Tensor:
+        with model.training(whole_sequences((tokens,), model.device)):
+            with torch.no_grad():
+                hidden, calls = model.shell.call_layers(ids, model.tensor([[*range(tokens)]]))
+            hidden.requires_grad_()
+            with torch.enable_grad():
+                y = run_layer(model.layers[0], hidden, calls[0])
+        given = torch.randn(y.shape, generator=generator.manual_seed(0), dtype=y.dtype,
+                            device=y.device)
+        return torch.autograd.grad(y, hidden, given)[0].float()
+
+    part.use_plain()
+    expected = gradient()
+    part.use()
+    return max(relative_error(gradient(), expected), difference(model, part))
 
 
 def update_error(model: PackedModel) -> float:

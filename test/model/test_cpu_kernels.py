@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from mace_ros.model import cpu_instructions, cpu_kernels
+from mace_ros.model import cpu_instructions, cpu_kernels, cpu_layer_kernels
 from mace_ros.model.attention import attend_gathered, GatheredRows
 from mace_ros.model.cpu_decode import array
 from mace_ros.model.cpu_kernels import DENSE, INT4, INT8, LAYER, MODEL, NORM
@@ -269,8 +269,10 @@ def test_kernels_are_compiled_again_when_an_instruction_changes() -> None:
     """Numba looks at the file of the kernels only."""
     content = Path(cpu_instructions.__file__).read_bytes()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    assert digest == cpu_kernels.INSTRUCTIONS, (
-        f'cpu_instructions.py has changed: set INSTRUCTIONS in cpu_kernels.py to {digest!r}')
+    for module in (cpu_kernels, cpu_layer_kernels):
+        assert digest == module.INSTRUCTIONS, (
+            f'cpu_instructions.py has changed: set INSTRUCTIONS in {module.__file__} to '
+            f'{digest!r}')
 
 
 def test_blocks_are_those_of_the_kv_cache() -> None:

@@ -285,7 +285,8 @@ def test_a_kernel_that_does_not_write_the_cache_is_found_out(
     assert difference(model, Forgetful()) > 0.01
 
 
-def test_a_cpu_runs_the_models_own_code() -> None:
+def test_a_cpu_without_numba_runs_the_models_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_check, 'find_spec', lambda _: None)
     model, _, _ = with_reference(tiny_model('llama'))
     own = [type(m) for m in model.model.modules()]
     assert use_fused_layers(model) == []
