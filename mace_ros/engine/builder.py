@@ -317,7 +317,9 @@ def _use_fast_kernels(model: PackedModel, progress: Progress) -> None:
             reason = use_cpu_decode(model)
         if reason:
             progress(f'passes of decode rows are not compiled: {reason}')
-    for reason in use_fused_layers(model):
+    with reporting(progress, 'compiling parts of layers'):
+        reasons = use_fused_layers(model)
+    for reason in reasons:
         progress(f'layers take more kernels than they need: {reason}')
 
 

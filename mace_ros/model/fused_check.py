@@ -22,12 +22,13 @@ from mace_ros.model.graphs import FusedPart
 from mace_ros.model.mixed_lora import add_update
 from mace_ros.model.model_shell import run_layer
 from mace_ros.model.packed_model import PackedModel
+from mace_ros.model.self_check import row_errors
 from mace_ros.model.spans import PiggybackSpans, Span
 
 # Of the update of an adapter, relative: in 16 bits it is rounded twice.
 MAX_ERROR, MAX_ERROR_FP32 = 0.02, 1e-3
 TOKENS = (1, 5, 40)     # of passes that mix adapters: part of a tile, and several
-GRADIENT_TOKENS = 24    # of a sequence whose gradients are compared
+TRAINED_TOKENS = 24     # of a sequence that is computed as in training
 
 # Takes a model, and returns a part of it.
 MakePart: TypeAlias = Callable[[PackedModel], FusedPart]
@@ -111,29 +112,32 @@ def use_if_right(model: PackedModel, part: FusedPart, error_of: Callable[[FusedP
 
 def trained_difference(model: PackedModel, part: FusedPart) -> float:
     """
-    Return the largest relative difference that ``part`` makes to logits, and to a gradient.
+    Return the largest relative difference that ``part`` makes to logits and to a gradient.
 
-    That is of the first layer's input. Leaves the part in use.
+    They are those of a sequence as in training, and the gradient that of the first layer's input.
+    Leaves the part in use.
     """
-    tokens = min(GRADIENT_TOKENS, model.context_length)
-    ids = model.tensor([random_ids(model, tokens, 0)])
-    generator = torch.Generator(model.device).manual_seed(0)
-
-    def gradient() -> Tensor:
-        with model.training(whole_sequences((tokens,), model.device)):
-            with torch.no_grad():
-                hidden, calls = model.shell.call_layers(ids, model.tensor([[*range(tokens)]]))
-            hidden.requires_grad_()
-            with torch.enable_grad():
-                y = run_layer(model.layers[0], hidden, calls[0])
-        given = torch.randn(y.shape, generator=generator.manual_seed(0), dtype=y.dtype,
-                            device=y.device)
-        return torch.autograd.grad(y, hidden, given)[0].float()
-
     part.use_plain()
-    expected = gradient()
+    expected = _train(model)
     part.use()
-    return max(relative_error(gradient(), expected), difference(model, part))
+    return max(error for ours, theirs in zip(_train(model), expected, strict=True)
+               for error in row_errors(ours, theirs))
+
+
+def _train(model: PackedModel) -> tuple[Tensor, Tensor]:
+    """Return logits, and the gradient of the first layer's input; both begin with ``[tokens]``."""
+    tokens = min(TRAINED_TOKENS, model.context_length)
+    with torch.no_grad(), model.training(whole_sequences((tokens,), model.device)):
+        first, calls = model.shell.call_layers(
+            model.tensor([random_ids(model, tokens, 0)]), model.tensor([[*range(tokens)]]))
+        with torch.enable_grad():
+            y = run_layer(model.layers[0], first.requires_grad_(), calls[0])
+        given = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        gradient, = torch.autograd.grad(y, first, given)
+        hidden = y.detach()
+        for layer, call in zip(model.layers[1:], calls[1:], strict=True):
+            hidden = run_layer(layer, hidden, call)
+        return model.shell.logits(hidden[0]).float(), gradient[0].float()
 
 
 def update_error(model: PackedModel) -> float:
