@@ -311,7 +311,7 @@ def _identity(settings: Settings, device: _LoadedDevice, lora: LoRAManager) -> s
 
 
 def _use_fast_kernels(model: PackedModel, progress: Progress) -> None:
-    """Compute passes and steps with fewer kernels than the model's own code, where checked."""
+    """Let passes and steps take fewer kernels than the model's own code, where a check allows."""
     if model.device.type == 'cpu':
         with reporting(progress, 'compiling passes of decode rows'):
             reason = use_cpu_decode(model)

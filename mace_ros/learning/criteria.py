@@ -31,13 +31,12 @@ class StepScores:
     """
     Scores of the samples that must be right, from the forward of a step.
 
-    The corrections come first, and ``paraphrases`` of their questions last.
+    The corrections come first.
     """
 
     samples: tuple[Sample, ...]
     scores: tuple[SampleScore, ...]
     corrections: int
-    paraphrases: int = 0
 
     @property
     def learned_well(self) -> bool:
@@ -48,12 +47,6 @@ class StepScores:
     def right(self) -> list[bool]:
         """Which of the corrections are right."""
         return [s.margin >= RIGHT_MARGIN for s in self.scores[:self.corrections]]
-
-    @property
-    def keeps(self) -> bool:
-        """Whether earlier samples that were right are still right."""
-        others = self.scores[self.corrections:len(self.scores) - self.paraphrases]
-        return all(s.margin >= RIGHT_MARGIN for s in others)
 
     @property
     def mean(self) -> float:

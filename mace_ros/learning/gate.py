@@ -26,7 +26,7 @@ class Gate:
 
     @property
     def samples(self) -> list[Sample]:
-        """All guarded samples; scores are given in this order."""
+        """All guarded samples."""
         return [sample for samples in self._kinds.values() for sample in samples]
 
     def without(self, samples: Collection[Sample]) -> Gate:
@@ -34,17 +34,17 @@ class Gate:
         return Gate({name: [s for s in own if s not in samples]
                      for name, own in self._kinds.items()})
 
-    def lost(self, scores: Sequence[SampleScore]) -> list[Sample]:
-        """Return the samples that greedy decoding does not give, by the scores of all."""
-        return [sample for sample, score in zip(self.samples, scores, strict=True)
-                if not score.exact]
-
     def reason(self, lost: Collection[Sample]) -> str:
         """Return why a candidate that has lost these samples is rejected."""
         counts = ((name, len(own), sum(s in lost for s in own))
                   for name, own in self._kinds.items())
         return '; '.join(f'{name}: {gone} of {count} would be lost'
                          for name, count, gone in counts if gone)
+
+
+def wrong(samples: Sequence[Sample], scores: Sequence[SampleScore]) -> list[Sample]:
+    """Return the samples that greedy decoding does not give, by their scores."""
+    return [sample for sample, score in zip(samples, scores, strict=True) if not score.exact]
 
 
 def batches(samples: Sequence[Sample], most: int = BATCH_TOKENS) -> Iterator[list[Sample]]:

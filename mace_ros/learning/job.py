@@ -31,7 +31,7 @@ class JobState(Enum):
     SCORING = 'scoring'             # the guarded samples under the live version
     TRAINING = 'training'
     INTERPOLATING = 'interpolating'
-    JUDGING = 'judging'             # the gate compares the candidate with the live version
+    JUDGING = 'judging'             # the gate scores the candidate
     PUBLISHING = 'publishing'       # waits to try the disk again
     SAVING = 'saving'               # cannot be cancelled: the journal may have the version
     COMPARING = 'comparing'

@@ -25,6 +25,7 @@ from mace_ros.finetune.step import FinetuneStep
 from mace_ros.learning.correction_queue import PendingCorrection, texts
 from mace_ros.learning.criteria import learned_well, RIGHT_MARGIN, StepScores
 from mace_ros.learning.drift import surprise
+from mace_ros.learning.gate import wrong
 from mace_ros.learning.grouping import FRESH, Start, start_of
 from mace_ros.learning.interpolation import interpolate
 from mace_ros.learning.job import Job, JobKind, JobState
@@ -287,7 +288,7 @@ class LearningJob(Job):
     def _assess(self, step: FinetuneStep, plan: StepPlan) -> StepScores:
         scores = StepScores(
             step.samples[:plan.must_be_right], tuple(step.scores()[:plan.must_be_right]),
-            len(self.corrections), plan.paraphrases)
+            len(self.corrections))
         if self.progress.steps == 0:
             self._score_before = scores.mean
         return scores
@@ -339,14 +340,9 @@ class LearningJob(Job):
     def _give_up_unlearned(self, scores: StepScores,
                            training_set: TrainingSet) -> Task[None]:
         """Report the corrections that are not learned as FAILED, and go on without them."""
-        learned: list[PendingCorrection] = []
-        reason = 'not learned without losing what was right before'
-        if scores.keeps:
-            reason = 'not learned'
-            learned = [c for c, right in zip(self.corrections, scores.right, strict=True)
-                       if right]
+        learned = [c for c, right in zip(self.corrections, scores.right, strict=True) if right]
         yield from self._fail([c for c in self.corrections if c not in learned],
-                              reason + self._after_steps)
+                              'not learned' + self._after_steps)
         training_set.corrected = [
             s for s, c in zip(training_set.corrected, self.corrections, strict=True)
             if c in learned]
@@ -372,10 +368,11 @@ class LearningJob(Job):
         Returns the corrections' mean log p per token.
         """
         count = len(self.corrections)
-        # Interpolation would lose again what earlier candidates have lost, unless it looks at it.
-        keeps_all = all(s in trained.samples for s in training_set.lost)
+        # Interpolation would lose again what earlier candidates have lost, unless it scores that.
+        # In the last round, there is no other chance for what it may lose.
         if not (self.everywhere and self._context.scores_first and trained.learned_well
-                and keeps_all):
+                and all(s in trained.samples for s in training_set.lost)
+                and self.progress.steps < self._finetune.max_steps):
             return trained.mean
         self.state = JobState.INTERPOLATING
         scores = yield from interpolate(
@@ -384,10 +381,19 @@ class LearningJob(Job):
             s.log_probability for s in scores[:count])
 
     def _lost(self, training_set: TrainingSet) -> Task[list[Sample]]:
-        """Return the guarded samples that the candidate has lost."""
+        """
+        Return guarded samples that the candidate has lost.
+
+        If it has lost some again that earlier candidates had lost, the others are not scored.
+        """
         self.state = JobState.JUDGING
-        scored = yield from self._context.training.score(training_set.gate.samples)
-        return training_set.gate.lost(scored.scores)
+        before = training_set.lost
+        for samples in before, [s for s in training_set.gate.samples if s not in before]:
+            scored = yield from self._context.training.score(samples)
+            lost = wrong(samples, scored.scores)
+            if lost:
+                return lost
+        return []
 
     def _publish(self, training_set: TrainingSet, score_after: float) -> Task[VersionRecord]:
         context = self._context

@@ -73,7 +73,7 @@ class ScopedTrainingSetBuilder:
         return plan_step(
             self._chat, corrections, [*training_set.corrected, *training_set.lost, *paraphrases],
             [s for s in training_set.earlier if s not in training_set.lost], finetune,
-            most=most, at_least=len(training_set.corrected), paraphrases=len(paraphrases))
+            most=most, at_least=len(training_set.corrected))
 
     def _nearest_first(self, learned: Sequence[CorrectionRecord], new: Sequence[CorrectionRecord],
                        profile: str) -> list[CorrectionRecord]:

@@ -21,24 +21,22 @@ class StepPlan:
     The samples of an optimizer step, in parts that run one after the other.
 
     The first part has the preferences, and begins with the ``must_be_right`` samples that
-    must be right before the job may end. The last of them may be ``paraphrases`` of the
-    corrected questions, which do not fail a job that has run out of steps.
+    must be right before training may end.
     """
 
     parts: tuple[list[Sample], ...]
     must_be_right: int
     preferences: tuple[Preference, ...] = ()
-    paraphrases: int = 0
 
 
 def plan_step(chat: ChatTokenizer, corrections: Sequence[PendingCorrection],
               needed: Sequence[Sample], others: Iterable[Sample], finetune: FinetuneSettings, *,
-              most: int, at_least: int, paraphrases: int = 0) -> StepPlan:
+              most: int, at_least: int) -> StepPlan:
     """
     Divide the samples of a step into parts of ``most`` tokens each if possible.
 
     ``needed`` are those that must be right, as many as the first part has room for, but
-    ``at_least`` the first ones, which are the corrections; the last ones are ``paraphrases``.
+    ``at_least`` the first ones, which are the corrections.
     Under ``finetune.objective: dpo``, the rejected answers of ``corrections`` come behind them.
     """
     pairs = [(i, c.reference, s) for i, c in enumerate(corrections)
@@ -52,5 +50,4 @@ def plan_step(chat: ChatTokenizer, corrections: Sequence[PendingCorrection],
     return StepPlan(
         ([*first, *beside], *batches(rest[len(beside):], most)), len(must_be_right),
         tuple(Preference(i, len(must_be_right) + k, reference, finetune.dpo_beta)
-              for k, (i, reference, _) in enumerate(pairs)),
-        paraphrases=max(len(must_be_right) - (len(needed) - paraphrases), 0))
+              for k, (i, reference, _) in enumerate(pairs)))

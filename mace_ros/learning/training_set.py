@@ -4,7 +4,7 @@
 The training set of a job: the samples that it trains on, and those that the gate guards.
 
 :class:`TrainingSetBuilder` makes that of a version that answers all queries. It can change every
-answer, so that answers of the base model and of this robot are replayed and guarded as well.
+answer, so that answers of the base model and of this robot are replayed.
 :mod:`mace_ros.learning.scoped_training_set` makes that of a version with a scope.
 """
 
@@ -17,7 +17,7 @@ from mace_ros.api.settings import FinetuneSettings
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning.anchor_replay import AnchorReplay
 from mace_ros.learning.correction_queue import PendingCorrection
-from mace_ros.learning.gate import Gate
+from mace_ros.learning.gate import Gate, wrong
 from mace_ros.learning.job_inputs import JobRecords
 from mace_ros.learning.paraphrases import TRAINED
 from mace_ros.learning.samples import (
@@ -54,7 +54,7 @@ class TrainingSet:
 
         What the live version has lost is not guarded, but learned again.
         """
-        self.forgotten = self.gate.lost(scores)
+        self.forgotten = wrong(self.gate.samples, scores)
         self.gate = self.gate.without(self.forgotten)
         self.replayed = interleaved(self.replayed, soft_targets)
 
@@ -67,7 +67,7 @@ class TrainingSetBuilder:
     """Turns corrections, earlier corrections and answers to keep into samples."""
 
     def __init__(self, chat: ChatTokenizer, anchors: AnchorReplay) -> None:
-        """Replay and guard the answers to these anchors."""
+        """Replay the answers to these anchors."""
         self._chat, self._anchors = chat, anchors
         self._steps = 0     # of all jobs: a job continues the rotation of the one before it
 

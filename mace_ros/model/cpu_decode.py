@@ -6,7 +6,8 @@ Decode rows on a CPU, in one compiled function for the whole pass.
 A model's own code runs some two thousand operations for each token. The weights evict their code
 from the caches, so that each takes several times as long as in a loop of its own. Here, a whole
 pass of a model of Llama's form is one function (:mod:`mace_ros.model.cpu_kernels`). Other passes
-and other forms run the model's own code. Import this module only where Numba is installed.
+and other forms run the model's own code, but for norms and rotations
+(:mod:`mace_ros.model.cpu_layers`). Import this module only where Numba is installed.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def normalize(out: np.ndarray, factors: np.ndarray, x: np.ndarray, weight: np.nd
     """
     Divide each row of ``x`` by its root mean square, and multiply it by ``weight``.
 
-    ``x`` is ``[rows, width]``. Notes in ``factors``, ``[rows]`` in fp32, by what it multiplies.
+    ``x`` is ``[rows, width]``. Writes each row's factor to ``factors``, ``[rows]`` in fp32.
     """
     width = x.shape[1]
     for row in range(len(x)):

@@ -83,7 +83,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        out, factors = torch.empty_like(rows), torch.empty(len(rows))
+        out, factors = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.float32)
         kernels.normalize(array(out), array(factors), array(rows), array(weight.detach()),
                           np.float32(eps))
         ctx.save_for_backward(rows, factors)
@@ -135,15 +135,14 @@ class CompiledRotation:
         """Keep the model's own function for other arguments."""
         self._function = function
 
-    def __call__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor,
-                 **others: Any) -> Any:
+    def __call__(self, query: Tensor, key: Tensor, *angles: Any, **others: Any) -> Any:
         """Return queries and keys, ``[1, heads, tokens, size]``, rotated."""
         shape = (1, query.shape[2], query.shape[3])
-        if (others or len(query) != 1 or {cos.shape, sin.shape} != {shape}
-                or {key.dtype, cos.dtype, sin.dtype} != {query.dtype}
-                or key.shape[2:] != query.shape[2:]):
-            return self._function(query, key, cos, sin, **others)
-        return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
+        if (others or len(angles) != 2 or len(query) != 1 or key.shape[2:] != query.shape[2:]
+                or {x.shape for x in angles} != {shape}
+                or {x.dtype for x in (key, *angles)} != {query.dtype}):
+            return self._function(query, key, *angles, **others)
+        return _Rotation.apply(query, *angles), _Rotation.apply(key, *angles)
 
 
 class _Rotation(torch.autograd.Function):

@@ -5,8 +5,9 @@ Parts of a model's layers that take fewer kernels than in the model's own code.
 
 A decode row keeps a GPU busy for so short a time that each kernel counts. Norms and rotary
 embeddings of transformers are replaced in passes that write the KV cache, if their code computes
-what a kernel here computes, which is tested with random values on the CPU. Training runs the
-model's own code. :mod:`mace_ros.model.fused_check` tests the kernels on the device.
+what a kernel here computes, which is tested with random values on the CPU. On CUDA, training runs
+the model's own code; for CPUs see :mod:`mace_ros.model.cpu_layers`.
+:mod:`mace_ros.model.fused_check` tests the kernels on the device.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.finetune.sample import Sample, SampleScore
-from mace_ros.learning.gate import Gate
+from mace_ros.learning import learning_job
+from mace_ros.learning.gate import wrong
 from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.learning_job import LearningJob
 
@@ -114,14 +115,14 @@ def test_a_job_can_be_cancelled_at_each_wait(
         robot: Robot, points: list[Point], monkeypatch: pytest.MonkeyPatch, scope: str,
         states: set[JobState]) -> None:
     """Its corrections wait, and no version is published."""
-    engine, lost = robot.engine, Gate.lost
-    rejected: list[int] = []        # jobs, of each its first candidate
+    engine = robot.engine
+    lost: list[int] = []        # jobs whose first candidate loses what is guarded
 
-    def lose_once(self: Gate, scores: Sequence[SampleScore]) -> list[Sample]:
-        if running(robot).state is not JobState.JUDGING or running(robot).number in rejected:
-            return lost(self, scores)
-        rejected.append(running(robot).number)
-        return self.samples
+    def lose_once(samples: Sequence[Sample], scores: Sequence[SampleScore]) -> list[Sample]:
+        if not samples or running(robot).number in lost:
+            return wrong(samples, scores)
+        lost.append(running(robot).number)
+        return list(samples)
 
     def three_joined() -> bool:
         """Let three corrections arrive during training; return whether all are learned."""
@@ -141,7 +142,7 @@ def test_a_job_can_be_cancelled_at_each_wait(
     first = cancel_each(robot, points, lambda: are_learned(robot, 'first'))
     # There is nothing to guard yet.
     assert {point[1] for point in first} == states - {JobState.JUDGING}
-    monkeypatch.setattr(Gate, 'lost', lose_once)
+    monkeypatch.setattr(learning_job, 'wrong', lose_once)
     joined: list[str] = []
     engine.correct(Correction('A robot.', id='k', prompt='Where does Rumpelstiltskin sleep?'))
     cancelled = cancel_each(robot, points, three_joined)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from hypothesis import given, strategies as st
 
 from mace_ros.finetune.sample import Sample, SampleScore
-from mace_ros.learning.gate import BATCH_TOKENS, batches, Gate
+from mace_ros.learning.gate import BATCH_TOKENS, batches, Gate, wrong
 
 
 def sample(tokens: int, name: int = 0) -> Sample:
@@ -30,16 +30,15 @@ def test_samples_that_are_not_given_word_for_word_are_lost() -> None:
     a, b, c = (sample(3, i) for i in range(3))
     gate = Gate({'corrections': [a, b], 'none': [], 'calls': [c]})
     assert gate.samples == [a, b, c]
-    assert gate.lost(scores(True, True, True)) == []
-    assert gate.lost(scores(True, False, False)) == [b, c]
+    assert wrong(gate.samples, scores(True, True, True)) == []
+    assert wrong(gate.samples, scores(True, False, False)) == [b, c]
     assert gate.reason([b, c]) == (
         'corrections: 1 of 2 would be lost; calls: 1 of 1 would be lost')
     assert gate.reason([c]) == 'calls: 1 of 1 would be lost'
 
 
-def test_what_is_not_guarded_cannot_be_lost() -> None:
+def test_what_is_not_guarded_is_not_counted() -> None:
     a, b, c = (sample(3, i) for i in range(3))
     gate = Gate({'corrections': [a, b], 'calls': [c]}).without([a])
     assert gate.samples == [b, c]
-    assert gate.lost(scores(False, True)) == [b]
     assert gate.reason([b]) == 'corrections: 1 of 1 would be lost'

@@ -12,7 +12,7 @@ import weakref
 from peft import PeftModel, set_peft_model_state_dict
 import pytest
 from safetensors.torch import load_file
-from support.robot import Robot, running
+from support.robot import Robot
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,9 +22,8 @@ from mace_ros.api.settings import Settings
 from mace_ros.finetune.sample import Sample, SampleScore
 from mace_ros.learning import criteria, interpolation, learning_job
 from mace_ros.learning.criteria import LEARNED_MARGIN, learned_well, RIGHT_MARGIN
-from mace_ros.learning.gate import Gate
+from mace_ros.learning.gate import wrong
 from mace_ros.learning.interpolation import PRECISION
-from mace_ros.learning.job import JobState
 from mace_ros.learning.training import Training
 from mace_ros.model.lora_manager import LoRAManager
 
@@ -133,15 +132,15 @@ def test_interpolation_keeps_what_a_candidate_has_lost(
         room: int, interpolations: int) -> None:
     """If a step's first part has no room for it, nothing is interpolated after that loss."""
     robot.correct(Correction('In the hall.', id='a', prompt='Question first?'))
-    kept, lost, losses = interpolated.pop().samples[0], Gate.lost, [True]
+    kept, losses = interpolated.pop().samples[0], [True]
 
-    def lose_once(self: Gate, scores: Sequence[SampleScore]) -> list[Sample]:
-        if running(robot).state is not JobState.JUDGING or not losses:
-            return lost(self, scores)
+    def lose_once(samples: Sequence[Sample], scores: Sequence[SampleScore]) -> list[Sample]:
+        if not samples or not losses:
+            return wrong(samples, scores)
         losses.pop()
-        return self.samples
+        return list(samples)
 
-    monkeypatch.setattr(Gate, 'lost', lose_once)
+    monkeypatch.setattr(learning_job, 'wrong', lose_once)
     monkeypatch.setattr(Training, 'step_tokens', property(lambda _: room))
     taught = robot.correct(Correction('A robot.', id='k', prompt='Question second?'))
     assert (taught.state, losses, len(interpolated)) == (

@@ -29,7 +29,7 @@ from mace_ros.api.settings import Settings
 from mace_ros.engine.builder import build_engine
 from mace_ros.finetune.sample import Sample
 from mace_ros.finetune.step import FinetuneStep
-from mace_ros.learning import backoff, gate, learner
+from mace_ros.learning import backoff, learner, learning_job
 from mace_ros.learning.job import JobState
 from mace_ros.learning.task import Task
 from mace_ros.learning.training import Scored, Training
@@ -83,7 +83,7 @@ def test_what_a_candidate_has_lost_is_trained_before_anything_is_published(
 
     def losing(self: Training, samples: Sequence[Sample], *rest: Any) -> Task[Scored]:
         scored = yield from score(self, samples, *rest)
-        if running(robot).state is JobState.JUDGING:
+        if running(robot).state is JobState.JUDGING and samples:
             candidates.append(running(robot).lost)
             lost.append([*samples])
             if len(candidates) == 1:
@@ -247,7 +247,7 @@ def test_a_correction_that_always_fails_the_gate_fails(
         settings.updated({'finetune.max_steps': 60}), storage=tmp_path))
     robot.correct(Correction('In the hall.', id='a', prompt='Where does Rumpelstiltskin live?'))
     before = robot.ask('Where does Rumpelstiltskin sleep?')
-    monkeypatch.setattr(gate.Gate, 'lost', lambda self, _: self.samples)
+    monkeypatch.setattr(learning_job, 'wrong', lambda samples, _: list(samples))
 
     failed = robot.correct(Correction('A robot.', id='k', query_id=before.query_id))
 

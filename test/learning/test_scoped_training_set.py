@@ -33,8 +33,8 @@ def test_the_paraphrases_of_a_question_take_turns(robot: Robot) -> None:
     count = len(samples.paraphrases)
     assert count > PARAPHRASES_PER_STEP
     plans = [builder.step(samples, waiting, finetune, most=4096, steps=n) for n in range(count)]
-    assert {(plan.must_be_right, plan.paraphrases, len(plan.parts)) for plan in plans} == {
-        (1 + PARAPHRASES_PER_STEP, PARAPHRASES_PER_STEP, 1)}
+    assert {(plan.must_be_right, len(plan.parts)) for plan in plans} == {
+        (1 + PARAPHRASES_PER_STEP, 1)}
     assert all(plan.parts[0][0] == samples.corrected[0] for plan in plans)
     trained = Counter(s for plan in plans for s in plan.parts[0][1:])
     assert trained == dict.fromkeys(samples.paraphrases, PARAPHRASES_PER_STEP)

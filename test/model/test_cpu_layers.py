@@ -58,7 +58,7 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     norm = LlamaRMSNorm(shape[-1], eps=1e-3).to(dtype)
     norm.weight.data = torch.randn(shape[-1], generator=generator).to(dtype)
     x = torch.randn(shape, generator=generator).to(dtype)
-    # Also of inputs whose rows are no array, such as the heads of queries beside keys.
+    # Also of inputs that are not contiguous, such as the heads of queries beside keys.
     wider = torch.cat([x, x], -1)[..., :shape[-1]]
     exact = results(norm.float(), x.float())
     norm.to(dtype)
@@ -95,8 +95,9 @@ def test_rotations_of_other_arguments_are_the_models_own() -> None:
     rotate(query, key, angles[..., :4], angles[..., :4])        # of a part of each head
     rotate(query, key, angles.double(), angles.double())
     rotate(query, key, angles, angles, unsqueeze_dim=2)
+    rotate(query, key, angles, angles, None)
     rotate(torch.zeros(2, 2, 3, 8), key, angles, angles)
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -109,6 +110,13 @@ def test_families_keep_their_logits_and_gradients(family: str) -> None:
     assert len(model.fused_parts) == (family not in OTHER_NORMS) + (family not in OTHER_ROTATIONS)
     for ours, theirs in zip(logits_and_gradient(model), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen3', 'qwen3-moe'])
+def test_rounding_to_16_bits_is_no_error(family: str) -> None:
+    model, _, _ = with_reference(tiny_model(family).to(torch.bfloat16))
+    assert use_fused_layers(model) == []
+    assert [part.name for part in model.fused_parts] == ['norms', 'rotary embeddings']
 
 
 def logits_and_gradient(model: PackedModel) -> tuple[Tensor, Tensor]:
