@@ -82,6 +82,7 @@ class MaceClient:
         # Weak, since a proposal that is never confirmed has no final status.
         self._corrections: WeakValueDictionary[str, CorrectionHandle] = WeakValueDictionary()
         self._versions: dict[str, AdapterVersion] = {}      # live, by profile
+        self._announced_at: dict[str, float] = {}           # when each of them arrived
         # Handles given up at the next poll, after the node's last messages have arrived.
         self._leaving: list[AnswerHandle | CorrectionHandle] = []
         self.node = Node(
@@ -279,6 +280,7 @@ class MaceClient:
                 self.presence.version_announced(time.monotonic())
                 self._poll_presence()
                 self._versions[message.profile] = message
+                self._announced_at[message.profile] = time.monotonic()
                 self._changed.notify_all()
 
     def _on_timer(self) -> None:
@@ -296,6 +298,8 @@ class MaceClient:
     def _poll_presence(self) -> None:
         endpoints = self.node.get_publishers_info_by_topic(f'{self.name}/response')
         if self.presence.poll(endpoints, time.monotonic()):
-            self._versions.clear()
+            self._versions = {
+                profile: version for profile, version in self._versions.items()
+                if self._announced_at[profile] >= self.presence.serving_since}
             self._leaving += self._answers.values()
             self._leaving += (c for c in self._corrections.values() if not c.statuses)

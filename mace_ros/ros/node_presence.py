@@ -30,6 +30,7 @@ class NodePresence:
         self.named: set[bytes] = set()          # those of them whose node name is known
         self._newcomers: set[bytes] = set()     # named ones that appeared beside earlier ones
         self._announced_at = -math.inf
+        self.serving_since = -math.inf      # versions announced before are of an earlier node
 
     def version_announced(self, now: float) -> None:
         """Note that an adapter version was published, which only a serving node does."""
@@ -50,8 +51,11 @@ class NodePresence:
         # may be one that can't start beside the present node.
         self._newcomers = (self._newcomers | appeared if before - appeared else set()) & named
         announced = now < self._announced_at + NAMED_WITHIN_S
-        gone = bool(before) and (not before & present or (announced and bool(self._newcomers)))
+        replaced = announced and bool(self._newcomers)
+        gone = bool(before) and (not before & present or replaced)
         if gone:
+            # The version of a newcomer may have arrived before its name was known.
+            self.serving_since = now - NAMED_WITHIN_S if replaced else now
             self._newcomers = set()
         self.publishers, self.named = present or before, named
         return gone

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.robot import Robot, robot_with
+from support.robot import NO_END, Robot, robot_with
 
 from mace_ros.api.events import (
     AdapterVersion,
@@ -51,7 +51,7 @@ def roll_back(robot: Robot, version: int, profile: str = '') -> None:
     """Make a version live."""
     done = robot.engine.rollback(profile, version)
     while not done.done():
-        robot.engine.step()
+        robot.events += robot.engine.step().events
     done.result()
 
 
@@ -412,9 +412,9 @@ def test_answers_on_record_say_what_they_drew_on(
 def test_a_query_on_its_way_keeps_its_version(robot: Robot) -> None:
     """The decision is made once, when it arrives."""
     learn(robot, 'Rover. ' * 4, NAME, 'k')
-    robot.engine.submit(Query(NAME, id='q', max_tokens=12))
-    robot.engine.step()
+    robot.engine.submit(Query(NAME, id='q', max_tokens=12, **NO_END))
+    robot.events += robot.engine.step().events
     roll_back(robot, 0)
-    response = robot.response('q')
+    response = robot.answer('q')
     assert (response.adapter_version, response.matched_correction_id) == (1, 'k')
     assert robot.ask(NAME).adapter_version == 0

@@ -181,6 +181,31 @@ def test_a_newcomer_that_announces_a_version_replaces_a_killed_node(
         following.end()
 
 
+def test_the_version_of_a_newcomer_stays_once_its_name_is_known(
+        client: MaceClient, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latched version may arrive first; it is not announced again."""
+    lost = client.ask('One?')
+    endpoints = client.node.get_publishers_info_by_topic
+    known = {bytes(i.endpoint_gid) for i in endpoints('/mace/response')}
+    hidden = [True]
+    monkeypatch.setattr(client.node, 'get_publishers_info_by_topic', lambda topic: [
+        i if bytes(i.endpoint_gid) in known or not hidden else SimpleNamespace(
+            node_namespace='_NODE_NAMESPACE_UNKNOWN_', node_name='_NODE_NAME_UNKNOWN_',
+            endpoint_gid=i.endpoint_gid) for i in endpoints(topic)])
+    following = ScriptedNode()
+    following.publish(AdapterVersion(version=2, state=AdapterVersion.PUBLISHED))
+    try:
+        client.wait_for_version(2, timeout_s=SOON_S)
+        assert not lost.is_complete()
+        hidden.clear()
+        with pytest.raises(ConnectionError):
+            lost.result(SOON_S)
+        assert client.version().version == 2
+        assert client.is_ready()
+    finally:
+        following.end()
+
+
 def test_a_query_sent_before_the_nodes_name_is_known_waits(
         client: MaceClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """The middleware announces a publisher a moment before the name of its node."""
