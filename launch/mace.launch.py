@@ -7,6 +7,7 @@ Start the language model node, and optionally a monitor.
 """
 
 from pathlib import Path
+from shlex import quote
 
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction
@@ -142,8 +143,12 @@ def start_monitor(context: LaunchContext) -> list[ExecuteProcess]:
         namespace = make_namespace_absolute(prefix_namespace(
             context.launch_configurations.get('ros_namespace', ''),
             LaunchConfiguration('namespace').perform(context)))
-        shown = perspective(context, f'{namespace.rstrip("/")}/{name}')
-        return [ExecuteProcess(cmd=['rqt', '--perspective-file', str(shown)], output='log')]
+        node = f'{namespace.rstrip("/")}/{name}'
+        # rqt_plot draws only topics that exist when it starts.
+        return [ExecuteProcess(
+            cmd=[f'until ros2 node list | grep -qx {quote(node)}; do sleep 1; done; '
+                 f'exec rqt --perspective-file {quote(str(perspective(context, node)))}'],
+            shell=True, output='log')]
     return []
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.common.figures import figure
@@ -42,13 +43,15 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str,
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the shares at the threshold of the node."""
+    """Return the shares at the threshold of the node, and the time that a question takes."""
     return Table(
         'Scope, without the device',
-        ['set', 'edits', 'threshold', *(title for title, _ in KINDS.values()), 'own edit named'],
+        ['set', 'edits', 'threshold', *(title for title, _ in KINDS.values()), 'own edit named',
+         'median ms'],
         [[name, size, found['rephrase']['threshold'],
           *(share(found[kind], found[kind]['threshold']) for kind in KINDS),
-          own_named(found['rephrase'])]
+          own_named(found['rephrase']),
+          median(ms for kind in KINDS for ms in found[kind]['ms'])]
          for (name, size), found in groups(rows).items()])
 
 

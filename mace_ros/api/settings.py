@@ -160,7 +160,7 @@ class MemorySettings:
         unit='MB', minimum=0.0, maximum=1e7, slider=16384.0)
     prefix_sharing: bool = _parameter(
         True, 'Keep the KV cache of earlier prompts and answers while memory allows, and share '
-        'it with requests of the same prefix and adapter version')
+        'it with requests of the same prefix, whose beginning all adapter versions share')
     kv_prune: float = _parameter(
         0.0, 'Share of the KV cache of a prompt of 512 tokens or more that is dropped before '
         'decoding: the entries that the end of the prompt attends to least. 0 keeps all; more '
@@ -237,15 +237,18 @@ class FinetuneSettings:
         40, 'Maximum number of optimizer steps, after which a correction fails',
         minimum=1, maximum=10000, slider=400)
     replay_samples: int = _parameter(
-        8, 'Earlier answers that are trained along with the corrections in each step, so that '
-        'they are not forgotten', minimum=0, maximum=256)
+        8, 'Other answers that are trained along with the corrections in each step, so that '
+        'they are not forgotten; only for corrections with the scope everywhere',
+        minimum=0, maximum=256)
     replay_weight: float = _parameter(
         3.0, 'Loss weight of a token of a replayed answer relative to one of a correction: more '
-        'forgets less, and takes more steps', minimum=0.01, maximum=100.0, slider=20.0)
+        'forgets less, and takes more steps; only for corrections with the scope everywhere',
+        minimum=0.01, maximum=100.0, slider=20.0)
     spared_directions: int = _parameter(
         128, 'Main input directions of each layer, measured while the base model answers, that '
         'updates leave unchanged (null-space projection), so that other answers are kept; at '
-        'most 1/16 of the input size', minimum=0, maximum=4096, read_only=True)
+        'most 1/16 of the input size; only for corrections with the scope everywhere',
+        minimum=0, maximum=4096, read_only=True)
     recompute: str = _parameter(
         'auto', "Whether a layer's backward recomputes its forward (less memory) or keeps the "
         'graph of it (less time): auto keeps the graph when the forward ran alone; never also '

@@ -120,26 +120,28 @@ def show_scope(given: argparse.Namespace) -> None:
     with opened(given.folder) as journal, journal.snapshot():
         if given.version is None:
             profiles = journal.profiles() if given.profile is None else (given.profile,)
-            newest = [v for v in map(journal.newest, profiles) if v is not None]
+            lines = [line for profile in profiles
+                     for line in scope_lines(journal, profile, journal.newest(profile))]
         else:
             profile = given.profile or ''
-            newest = [v for v in journal.versions(profile) if v.version == given.version]
-            if not newest:
+            newest = journal.version(profile, given.version)
+            if newest is None:
                 raise Refused(f'profile {profile!r} has no version {given.version} on record')
-        lines = [line for version in newest for line in scope_lines(journal, version)]
+            lines = list(scope_lines(journal, profile, newest))
     for line in lines:
         print(line)
     if not lines:
         print(f'{given.folder}: nothing is learned yet', file=sys.stderr)
 
 
-def scope_lines(journal: Journal, newest: VersionRecord) -> Iterator[str]:
+def scope_lines(journal: Journal, profile: str,
+                newest: VersionRecord | None) -> Iterator[str]:
     """Yield a line for each correction that is answered while a version is the newest one."""
-    successors = journal.lineage(newest.profile, newest.version).successors
-    for correction in journal.scope_of(newest):
-        version = successors.get(correction.adapter_version, newest.version)
+    successors = {} if newest is None else journal.lineage(profile, newest.version).successors
+    for correction in journal.scope(profile) if newest is None else journal.scope_of(newest):
+        version = successors.get(correction.adapter_version, 0)     # 0: the base model
         yield format_line(
-            newest.profile, f'version {version}', correction.id,
+            profile, f'version {version}', correction.id,
             correction.scope or 'adapter.scope', last_question(correction),
             correction.corrected, correction.source)
 
@@ -180,24 +182,25 @@ def import_records(given: argparse.Namespace) -> None:
 
 def delete_records(given: argparse.Namespace) -> None:
     """Delete records, all or none."""
+    superseded: set[str] = set()        # corrections that are deleted with the given ones
     with opened(given.folder) as journal, locked(given.folder):
         with journal.transaction():
             if given.what == 'versions':
                 forget_versions(journal, given.profile or '', given.id)
             else:
-                forget = (journal.forget_corrections if given.what == 'corrections'
-                          else journal.forget_answers)
-                count = forget(given.id)
-                if count < len(set(given.id)):
-                    raise Refused(f'{len(set(given.id)) - count} of these are not on record; '
-                                  'nothing is deleted')
+                deleted = ({r.id for r in journal.forget_corrections(given.id).records}
+                           if given.what == 'corrections' else journal.forget_answers(given.id))
+                if missing := set(given.id) - deleted:
+                    raise Refused(f'{len(missing)} of these are not on record; nothing is deleted')
+                superseded = deleted - set(given.id)
         if given.what == 'versions':
             from mace_ros.store.adapter_store import AdapterStore
             remove_files(journal, AdapterStore(given.folder))
         if not journal.compact():
             raise Refused('deleted, but another process reads the journal, whose log still '
                           'contains it: end that process, and run this again or start the node')
-    print(counted(len(set(given.id)), given.what.removesuffix('s')), 'deleted')
+    print(counted(len(set(given.id)), given.what.removesuffix('s')), 'deleted'
+          + (f', and {len(superseded)} superseded before' if superseded else ''))
 
 
 def forget_versions(journal: Journal, profile: str, numbers: Sequence[str]) -> None:
@@ -228,9 +231,9 @@ def parser() -> argparse.ArgumentParser:
     list_.set_defaults(run=list_records)
 
     scope = commands.add_parser('scope', help='print what versions have learned', description=(
-        'Print one line for each correction in the scope of a version: profile, version, id, '
-        'scope, question, answer and source. Questions that resemble none of them are answered by '
-        'the base model (see adapter.scope).'))
+        'Print one line for each correction in the scope of a version: profile, version (0: the '
+        'base model), id, scope, question, answer and source. Questions that resemble none of them '
+        'are answered by the base model (see adapter.scope).'))
     scope.add_argument('--version', type=int, help='default: the live ones')
     scope.set_defaults(run=show_scope)
 
@@ -253,9 +256,10 @@ def parser() -> argparse.ArgumentParser:
 
     delete = commands.add_parser('delete', help='delete records for good', description=(
         'Delete records for good, all or none. Deleting a correction also deletes all answers to '
-        'its question, which the base model answers from then on (unless a version answers '
-        'everything: adapter.scope); the weights keep what they have learned from it until that '
-        'version is rolled back and deleted. Deleting a version deletes its files; its record '
+        'its question, and the corrections that it has superseded. From the next start on, the '
+        "base model (or, for a profile, the robot's version) answers that question in the same "
+        'words. The weights keep what they learned until that version is rolled back and '
+        'deleted. Deleting a version deletes its files; its record '
         'stays.'))
     delete.add_argument('what', choices=RECORDS)
     delete.add_argument('id', nargs='+', help='id of a correction or query; number of a version')

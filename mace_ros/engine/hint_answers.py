@@ -9,7 +9,7 @@ hint's correction. Hints that were not answered are in the journal, and resumed 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from mace_ros.model.tool_call_stream import text_stream
 from mace_ros.scheduling.request import Request
 from mace_ros.store.journal_writer import JournalWriter
 from mace_ros.store.records import CorrectionRecord, Messages
+
+MAX_TRIES = 3       # of a hint whose request is rejected, or fails
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class HintAnswers:
         self._inbox, self._clock = inbox, clock
         self._waiting = deque(journal.submit(lambda j: j.unanswered_hints()).result())
         self._asked: _Hint | None = None
+        self._tries: Counter[str] = Counter()       # that failed, by correction
 
     def update(self, settings: Settings) -> None:
         """Use other settings from now on."""
@@ -79,12 +82,19 @@ class HintAnswers:
         """Take the outcome of the request."""
         hint, self._asked = self._asked, None
         assert hint is not None
-        if reason is FinishReason.CANCELLED:     # the node is deactivated
-            self._waiting.appendleft(hint.record)
+        if reason is FinishReason.CANCELLED or self._is_retried(hint, reason):
+            self._waiting.appendleft(hint.record)       # cancelled: the node is deactivated
         elif reason is FinishReason.LENGTH:
             self._answered(hint, '', 'the answer does not end within generation.max_tokens')
         else:
             self._answered(hint, active.stream.text, error)
+
+    def _is_retried(self, hint: _Hint, reason: FinishReason) -> bool:
+        """Return whether the request is to be sent again, after an overload or a device error."""
+        if reason not in (FinishReason.REJECTED, FinishReason.ERROR):
+            return False
+        self._tries[hint.record.id] += 1
+        return self._tries[hint.record.id] < MAX_TRIES
 
     def _request(self, hint: _Hint, ids: list[int]) -> ActiveRequest:
         record, settings = hint.record, self._settings
@@ -92,7 +102,7 @@ class HintAnswers:
             id=f'{PREFILL_ID}{RequestKind.HINT.name}', arrival=self._clock(),
             prompt_tokens=len(ids),
             max_tokens=min(settings.generation.max_tokens, hint.longest - len(ids)),
-            ttft_slo=settings.slo.ttft_ms / 1e3, tpot_slo=settings.slo.tpot_ms / 1e3, priority=0)
+            ttft_slo=settings.slo.freshness_s, tpot_slo=settings.slo.tpot_ms / 1e3, priority=0)
         return ActiveRequest(
             query=Query('', id=request.id, profile=record.profile),
             # Without the hint, because these decide which version's scope the question is in.
@@ -104,6 +114,7 @@ class HintAnswers:
     def _answered(self, hint: _Hint, text: str, problem: str) -> None:
         """Write the answer to the journal, or the reason why there is none."""
         record, settings, now = hint.record, self._settings, self._clock()
+        self._tries.pop(record.id, None)
         if not text.strip() and not problem:
             problem = 'the answer is empty'
         written: Future[Accepted] = self._journal.submit(lambda journal: take_hint_answer(

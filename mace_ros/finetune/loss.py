@@ -40,12 +40,11 @@ class HeadLoss:
     """Computes scores and gradients from the last hidden states, one chunk at a time."""
 
     def __init__(self, model: PackedModel, packed: PackedSamples, *, head_tokens: int,
-                 learns: bool, preferences: Sequence[Preference], imitation: float,
+                 learns: bool, preferences: Sequence[Preference],
                  total_weight: float | None) -> None:
         """
         Split the weighted tokens into chunks of ``head_tokens``.
 
-        ``imitation`` weighs the cross-entropy of samples that are ``better`` in a preference.
         ``total_weight`` normalises the cross-entropy; None is the weight of these samples.
         """
         self._model = model
@@ -54,7 +53,7 @@ class HeadLoss:
         self._preferences = tuple(preferences)
         imitated = [1.0] * len(self._samples)
         for pair in self._preferences:
-            imitated[pair.better], imitated[pair.worse] = imitation, 0.0
+            imitated[pair.worse] = 0.0
         self._columns = self._gather(packed, imitated, total_weight)
         self._chunks = self._split(head_tokens)
         self._workspace = Workspace(model.device)

@@ -55,7 +55,7 @@ class FinetuneStep:
     def __init__(self, model: PackedModel, trainer: Trainer, samples: Sequence[Sample], *,
                  head_tokens: int | None = None, keep_graphs: bool = True,
                  may_piggyback: bool = True, learns: bool = True,
-                 preferences: Sequence[Preference] = (), imitation: float = 1.0,
+                 preferences: Sequence[Preference] = (),
                  window: AccumulationWindow | None = None, chunk_tokens: int | None = None,
                  oldest_correction_at: float = 0.0, observer: InputObserver | None = None,
                  pauses_when_scored: bool = False,
@@ -70,7 +70,6 @@ class FinetuneStep:
         - ``may_piggyback``: the forward may run in inference passes.
         - ``learns``: if false, the step ends after scoring.
         - ``preferences``: pairs of samples; all pairs of an optimizer step must be in one part.
-        - ``imitation``: weight of the cross-entropy of samples that are ``better`` in a pair.
         - ``window``: the optimizer step of which this is a part; None: the step is whole.
         - ``chunk_tokens``: a longer step runs alone, in chunks, and recomputes each layer.
         - ``oldest_correction_at``: arrival of the oldest correction in the step, in seconds.
@@ -106,7 +105,7 @@ class FinetuneStep:
             model, self._packed, learns=learns,
             head_tokens=head_tokens or (
                 head_rows(model.device.type) if self.keep_graphs else MIN_HEAD_ROWS),
-            preferences=self.preferences, imitation=imitation,
+            preferences=self.preferences,
             total_weight=None if window is None else window.weight)
         self._segments = self._plan_segments()
 

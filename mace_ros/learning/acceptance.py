@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 import time
 
 from mace_ros.api.events import (
@@ -16,6 +16,7 @@ from mace_ros.api.events import (
 from mace_ros.api.settings import Settings
 from mace_ros.api.validation import names_answer, UNNAMED
 from mace_ros.model.chat import ChatTokenizer
+from mace_ros.store.corrections import Deleted
 from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import low_space
 from mace_ros.store.records import AnswerRecord, CorrectionRecord
@@ -38,7 +39,7 @@ class Accepted:
     new: bool
     arrived: float
     superseded: tuple[str, ...] = ()
-    deleted: tuple[CorrectionRecord, ...] = ()
+    deleted: Deleted = field(default_factory=Deleted)
     proposed: bool = False
 
     @property

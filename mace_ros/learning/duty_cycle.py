@@ -3,10 +3,9 @@
 """
 The duty cycle: how long learning rests after a job to stay within its share of device time.
 
-A running job is not slowed down, which would delay its corrections and save nothing. While
-learning rests, corrections gather and are learned together. That costs less than one by one,
-because they share the replayed and the guarded samples. Time that was left unused before a job
-counts, so that a correction after a lull is learned at once.
+A running job is not slowed down, which would delay its corrections and save nothing. Corrections
+that gather while learning rests are learned together if they train the same adapter. Time that was
+left unused before a job counts, so that a correction after a lull is learned at once.
 """
 
 from __future__ import annotations

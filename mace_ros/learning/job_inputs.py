@@ -14,7 +14,7 @@ from mace_ros.learning.live_versions import Weights
 from mace_ros.learning.task import on_disk, Task
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
-from mace_ros.store.records import AnswerRecord, CorrectionRecord, VersionRecord
+from mace_ros.store.records import AnswerRecord, CorrectionRecord, PENDING, VersionRecord
 
 T = TypeVar('T')
 
@@ -69,9 +69,12 @@ def supersede(disk: Disk, newer: CorrectionRecord) -> Task[bool]:
     """
     Supersede the correction that ``newer`` replaces; raises :class:`Unreadable`.
 
-    Returns False if that one came later than ``newer``.
+    Returns False if that one came later than ``newer``, or if ``newer`` is superseded itself.
     """
     def write(journal: Journal) -> bool:
+        stored = journal.correction(newer.id)
+        if stored is None or stored.state not in PENDING:
+            return False
         journal.supersede(newer)
         stored = journal.correction(newer.id)
         return stored is not None and stored.replaces == newer.replaces

@@ -125,14 +125,19 @@ class LearningJob(Job):
         """Let corrections replace learned ones of the same questions in other words."""
         context = self._context
         for correction in corrections if self.kind is JobKind.LEARNING else ():
-            known = context.live.scope(self.profile).same_question(correction.record)
-            if known in ('', correction.record.replaces):
-                continue
-            newer = replace(correction.record, replaces=known)
-            if (yield from supersede(context.disk, newer)):
-                correction.record = newer
-                yield CorrectionStatus(
-                    known, CorrectionState.SUPERSEDED, f'by correction {newer.id}')
+            renewed = True
+            while renewed:
+                record = correction.record
+                known = context.live.scope(self.profile).same_question(record)
+                if known in ('', record.replaces):
+                    break
+                newer = replace(record, replaces=known)
+                superseded = yield from supersede(context.disk, newer)
+                renewed = correction.record is not record
+                if superseded:
+                    correction.record = correction.record if renewed else newer
+                    yield CorrectionStatus(
+                        known, CorrectionState.SUPERSEDED, f'by correction {newer.id}')
 
     def _load_start(self) -> Task[JobRecords]:
         """Load the version to train on; return what it has learned, and answers to keep."""
@@ -143,7 +148,7 @@ class LearningJob(Job):
             yield from context.anchors.prepare(context.training)
             context.baseline.begin((self.profile, version.profile, version.version))
         context.backoff.succeeded()
-        context.training.load(weights)
+        context.training.load(weights, protecting=self.everywhere)
         return records
 
     def _read_start(self) -> Task[tuple[Weights | None, JobRecords]]:
@@ -202,8 +207,10 @@ class LearningJob(Job):
             own = [next(remaining) for _ in texts(correction.record)]
             if not correction.log_probabilities:
                 self._context.drift.outcome(surprise(own[0].log_probability))
-                self._context.regression_check.scored(
-                    correction.record.id, own[0].log_probability)
+                # The base model, from which a fresh adapter begins, may not have given the answer.
+                if self._start.version.version != FRESH:
+                    self._context.regression_check.scored(
+                        correction.record.id, own[0].log_probability)
             correction.log_probabilities = tuple(s.log_probability for s in own)
             if len(own) > 1:
                 correction.reference = (own[0].log_probability * own[0].tokens

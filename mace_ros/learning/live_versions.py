@@ -18,9 +18,10 @@ from typing import TypeAlias
 from torch import Tensor
 
 from mace_ros.api.settings import AdapterSettings, EVERYWHERE
-from mace_ros.learning.scope import entry, Match, SAME, Scope
+from mace_ros.learning.scope import entry, Match, Scope
 from mace_ros.memory.adapter_slots import BASE, ServedVersion
-from mace_ros.store.records import CorrectionRecord, VersionRecord, wording_key, wording_keys
+from mace_ros.store.corrections import Deleted
+from mace_ros.store.records import CorrectionRecord, VersionRecord, wording_key
 
 Weights: TypeAlias = Mapping[str, Tensor]
 
@@ -182,20 +183,19 @@ class LiveVersions:
             if known is not None and known.correction_id == record.id:
                 scope.discard(record.prompt_ids)
 
-    def delete(self, records: Sequence[CorrectionRecord]) -> None:
+    def delete(self, deleted: Deleted) -> None:
         """Forget deleted corrections for good; see :meth:`exclude`."""
-        self.forget(records)
-        for record in records:
-            if record.adapter_version:
-                self.exclude(record.profile, wording_keys(record.messages))
+        self.forget(deleted.records)
+        for profile, wording in deleted.questions:
+            self.exclude(profile, [wording])
 
     def exclude(self, profile: str, wordings: Iterable[str]) -> None:
         """
         Let no version of a profile answer the questions of deleted corrections.
 
         Otherwise, a correction that resembles a deleted one would bring in a version that has
-        learned both. From then on, only a learned correction with the same words brings in a
-        version for such a question.
+        learned both. From then on, only a learned correction of the same question, in these or
+        other words, brings in a version for it.
         """
         self._deleted.setdefault(profile, set()).update(wordings)
 
@@ -212,14 +212,14 @@ class LiveVersions:
         The first of ``questions`` that is in a scope decides: the question alone, then the
         question with those before it (:func:`mace_ros.learning.question.questions`).
         """
-        scope, best, threshold = self.scope(profile), None, settings.scope_threshold
-        if self.excludes(profile, questions):
-            threshold = SAME
+        scope, excluded = self.scope(profile), self.excludes(profile, questions)
+        best, asked = None, ''
         for question in questions:
             found = scope.match(question)
             if found is not None and (best is None or found.similarity > best.similarity):
-                best = found
-            if best is not None and best.similarity >= threshold:
+                best, asked = found, question
+            if best is not None and best.similarity >= settings.scope_threshold and not (
+                    excluded and not scope.is_of_same_question(asked, best)):
                 version = self._of(profile).successors.get(best.learned_in, 0)
                 return VersionMatch(_served(profile, version), best), best.similarity
         return None, 0.0 if best is None else best.similarity

@@ -52,9 +52,8 @@ MIN_STEM, MAX_ENDING, MAX_SUFFIX, FORM_SHARE, NAME_FORM = 4, 1, 3, 0.8, 0.5
 # From the first similarity on, two questions are the same one in other words, if all words in which
 # they differ are at least as frequent as the second number.
 SAME_QUESTION, COMMON = 0.72, 1 / 250
-# Similarities that differ by less than TIE are equal. From SAME on, two questions have equal words.
+# Similarities that differ by less than TIE are equal.
 TIE = 1e-6
-SAME = 1.0 - TIE
 
 
 @dataclass(frozen=True)
@@ -153,13 +152,19 @@ class Scope:
         """
         for text in entry(record).texts:
             found = self._index.match(text)
-            if found is None or found.similarity < SAME_QUESTION:
-                continue
-            known = next(k for k in self if k.correction_id == found.correction_id)
-            if known.prompt_ids != record.prompt_ids and any(
-                    self._asks_the_same(text, other) for other in known.texts):
-                return known.correction_id
+            if found is not None and self.is_of_same_question(text, found):
+                known = self._known(found)
+                if known.prompt_ids != record.prompt_ids:
+                    return known.correction_id
         return ''
+
+    def is_of_same_question(self, text: str, found: Match) -> bool:
+        """Return whether a match is the correction of a text's question in these or other words."""
+        return found.similarity >= SAME_QUESTION and any(
+            self._asks_the_same(text, other) for other in self._known(found).texts)
+
+    def _known(self, found: Match) -> Entry:
+        return next(k for k in self if k.correction_id == found.correction_id)
 
     def _asks_the_same(self, text: str, other: str) -> bool:
         first, second = self._deciding(text), self._deciding(other)

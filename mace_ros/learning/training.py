@@ -70,8 +70,13 @@ class Training:
 
     # -- weights ---------------------------------------------------------------------
 
-    def load(self, tensors: Mapping[str, Tensor] | None) -> None:
-        """Load a version, None for the base model, with a fresh optimizer."""
+    def load(self, tensors: Mapping[str, Tensor] | None, *, protecting: bool = False) -> None:
+        """
+        Load a version, None for the base model, with a fresh optimizer.
+
+        With ``protecting``, updates leave the protected directions alone.
+        """
+        self.lora.protecting = protecting
         if tensors is None:
             self.lora.reset()
         else:

@@ -102,7 +102,11 @@ class ConstraintCompiler:
         # Copies share the library's state of the format, and so also its limits: after one breaks,
         # the format is compiled again.
         return Constraint(
-            matcher.deep_copy(), broken=partial(self._compiled.pop, (kind, schema), None))
+            matcher.deep_copy(), broken=partial(self._forget, (kind, schema)))
+
+    def _forget(self, compiled: tuple[int, str]) -> None:
+        with self._lock:
+            self._compiled.pop(compiled, None)
 
     def _matcher(self, kind: int, schema: str) -> LLMatcher:
         try:

@@ -49,6 +49,8 @@ class LoRAManager:
         # Slots are overwritten in place; making a view takes as long as copying to it.
         self._slot_views: dict[int, list[tuple[LoRAShard, Tensor, Tensor]]] = {}
         self._protected_directions = protected_directions
+        # Whether updates leave the protected directions alone.
+        self.protecting = False
         # Per layer, the protected basis, and the components along it that each A keeps.
         self._protected: dict[MergedLinear, tuple[Tensor, list[Tensor]]] = {}
         self.reset()
@@ -166,7 +168,7 @@ class LoRAManager:
 
     def protect(self, layer: MergedLinear, basis: Tensor) -> None:
         """
-        Confine later updates of ``layer`` to the null space of ``basis``.
+        Confine later updates of ``layer`` to the null space of ``basis`` while ``protecting``.
 
         ``basis`` is orthonormal, ``[in, directions]``. Call :meth:`reset` or :meth:`load` before
         the next update. A fresh adapter then gets no component along the basis. A loaded one keeps
@@ -178,6 +180,8 @@ class LoRAManager:
     @torch.no_grad()
     def project_update(self) -> None:
         """Remove the component along protected directions from the last update."""
+        if not self.protecting:
+            return
         for layer, (basis, components) in self._protected.items():
             for shard, component in zip(layer.adapted, components, strict=True):
                 assert shard.a is not None

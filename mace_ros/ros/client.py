@@ -218,6 +218,7 @@ class MaceClient:
             if handle is None or handle.lost or handle in self._leaving:
                 handle = self._corrections[correction.id] = CorrectionHandle(
                     correction.id, self._changed, watch)
+            handle.sent_at = time.monotonic()
         self._correction.publish(correction)
         return handle
 
@@ -301,5 +302,7 @@ class MaceClient:
             self._versions = {
                 profile: version for profile, version in self._versions.items()
                 if self._announced_at[profile] >= self.presence.serving_since}
-            self._leaving += self._answers.values()
-            self._leaving += (c for c in self._corrections.values() if not c.statuses)
+            sent: list[AnswerHandle | CorrectionHandle] = [
+                *self._answers.values(),
+                *(c for c in self._corrections.values() if not c.statuses)]
+            self._leaving += (handle for handle in sent if handle.sent_at < self.presence.since)

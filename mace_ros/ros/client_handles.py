@@ -24,6 +24,7 @@ class Handle:
                  watch: Callable[[], None] | None) -> None:
         """``watch`` is called in the client's thread after each change."""
         self.id, self.lost = sent_id, ''
+        self.sent_at = time.monotonic()
         self._changed, self._watch = changed, watch
 
     def notify(self) -> None:
@@ -37,15 +38,14 @@ class AnswerHandle(Handle):
     """
     A query that was sent; iterate over it for the text of its answer as it arrives.
 
-    ``chunks`` and ``response`` are the messages received so far. ``asked_at`` and
-    ``first_text_at`` are seconds of ``time.monotonic()``.
+    ``chunks`` and ``response`` are the messages received so far. ``first_text_at`` is
+    in seconds of ``time.monotonic()``, as ``sent_at``.
     """
 
     def __init__(self, query_id: str, changed: threading.Condition,
                  cancel: Callable[[str], None], watch: Callable[[], None] | None = None) -> None:
         """``watch`` is called in the client's thread after each change."""
         super().__init__(query_id, changed, watch)
-        self.asked_at = time.monotonic()
         self.first_text_at: float | None = None
         self.chunks: list[ResponseChunk] = []
         self.response: Response | None = None

@@ -29,8 +29,10 @@ class NodePresence:
         self.publishers: set[bytes] = set()
         self.named: set[bytes] = set()          # those of them whose node name is known
         self._newcomers: set[bytes] = set()     # named ones that appeared beside earlier ones
+        self._seen_at: dict[bytes, float] = {}  # when each present publisher appeared
         self._announced_at = -math.inf
-        self.serving_since = -math.inf      # versions announced before are of an earlier node
+        # What was sent to, and what versions were announced by an earlier node came before these.
+        self.since = self.serving_since = -math.inf
 
     def version_announced(self, now: float) -> None:
         """Note that an adapter version was published, which only a serving node does."""
@@ -46,6 +48,7 @@ class NodePresence:
         unnamed = {gid for gid, name in names.items() if name.endswith(UNNAMED)}
         before = self.publishers - (names.keys() - named - unnamed)
         present, appeared = named | unnamed, named - self.named
+        self._seen_at = {gid: self._seen_at.get(gid, now) for gid in present}
         # A killed node stays in the graph until its lease ends, but only one node of a name
         # serves: a newcomer that announces a version has replaced it. A newcomer that does not
         # may be one that can't start beside the present node.
@@ -54,8 +57,9 @@ class NodePresence:
         replaced = announced and bool(self._newcomers)
         gone = bool(before) and (not before & present or replaced)
         if gone:
-            # The version of a newcomer may have arrived before its name was known.
-            self.serving_since = now - NAMED_WITHIN_S if replaced else now
+            self.since = min((self._seen_at[gid] for gid in self._newcomers), default=now)
+            # The version of a newcomer may arrive before its publisher is seen.
+            self.serving_since = self.since - NAMED_WITHIN_S if replaced else now
             self._newcomers = set()
         self.publishers, self.named = present or before, named
         return gone

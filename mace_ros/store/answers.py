@@ -77,35 +77,34 @@ class AnswerTable(JournalFile):
         return tuple(map(_answer, self.rows(
             'SELECT * FROM answers WHERE profile = coalesce(?, profile) ORDER BY number', profile)))
 
-    def forget_answers(self, query_ids: Collection[str]) -> int:
-        """Delete answers; return how many were on record."""
+    def forget_answers(self, query_ids: Collection[str]) -> set[str]:
+        """Delete answers; return the ids of those that were on record."""
+        among = 'query_id IN (SELECT value FROM json_each(?))'
         with self.transaction():
-            return self.execute(
-                'DELETE FROM answers WHERE query_id IN (SELECT value FROM json_each(?))',
-                as_json(list(query_ids))).rowcount
+            found = self.rows(f'SELECT query_id FROM answers WHERE {among}',
+                              as_json(list(query_ids)))
+            self.execute(f'DELETE FROM answers WHERE {among}', as_json(list(query_ids)))
+        return {row['query_id'] for row in found}
 
     def replay_candidates(
-        self, profile: str, limit: int, exclude_query_ids: Collection[str] = (), *,
-        calls_tool: bool = False,
+        self, profile: str, limit: int, *, calls_tool: bool = False,
     ) -> tuple[AnswerRecord, ...]:
         """
         Return up to ``limit`` answers of a profile that seem to be right.
 
-        Newest first, one per question. Excluded are answers with ``no_learn``, those in
-        ``exclude_query_ids``, and those to a question that was ever corrected in this profile:
-        a wrong answer is often given several times but corrected once. With ``calls_tool``, only
-        answers that call a tool are returned.
+        Newest first, one per question. Excluded are answers with ``no_learn``, and those to a
+        question that was ever corrected in this profile: a wrong answer is often given several
+        times but corrected once. With ``calls_tool``, only answers that call a tool are returned.
         """
         return tuple(map(_answer, self.rows(
             'SELECT * FROM answers WHERE number IN ('
             'SELECT max(number) FROM answers AS a WHERE profile = ? AND no_learn = 0 '
             'AND calls_tool >= ? '
-            'AND query_id NOT IN (SELECT value FROM json_each(?)) '
             'AND NOT EXISTS (SELECT 1 FROM corrections AS c WHERE c.query_id = a.query_id) '
             'AND NOT EXISTS (SELECT 1 FROM corrections AS c '
             'WHERE c.profile = a.profile AND c.question = a.question) '
             'GROUP BY question ORDER BY 1 DESC LIMIT ?) ORDER BY number DESC',
-            profile, calls_tool, as_json(list(exclude_query_ids)), max(limit, 0))))
+            profile, calls_tool, max(limit, 0))))
 
     def answer_outcomes(self, profile: str, limit: int) -> tuple[AnswerOutcome, ...]:
         """

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 import sqlite3
 from typing import NamedTuple
 
@@ -16,6 +16,27 @@ from mace_ros.store.rows import PENDING_SQL, record_fields
 
 # States of a correction without a text to learn.
 UNLEARNABLE = (CorrectionState.PROPOSED, CorrectionState.RECORDED)
+
+# The given corrections with those that they have superseded, one after the other.
+_WITH_SUPERSEDED = """
+    WITH RECURSIVE found AS (
+        SELECT * FROM corrections WHERE id IN (SELECT value FROM json_each(?))
+        UNION
+        SELECT older.* FROM corrections AS older JOIN found AS newer
+        ON older.profile = newer.profile AND older.state = ? AND older.number < newer.number
+        AND (older.id = newer.replaces
+             OR (older.question = newer.question AND older.prompt_ids = newer.prompt_ids)))
+    SELECT * FROM found ORDER BY number"""
+# The given correction with those that superseded it, one after the other.
+_WITH_NEWER = """
+    WITH RECURSIVE found AS (
+        SELECT * FROM corrections WHERE id = ?
+        UNION
+        SELECT newer.* FROM corrections AS newer JOIN found AS older
+        ON newer.profile = older.profile AND newer.number > older.number
+        AND (newer.replaces = older.id
+             OR (newer.question = older.question AND newer.prompt_ids = older.prompt_ids)))
+    SELECT id FROM found"""
 
 # Corrections of the prompt that :func:`_prompt_key` describes.
 _SAME_PROMPT = 'profile = ? AND question = ? AND prompt_ids = ?'
@@ -35,6 +56,17 @@ class CorrectionLink(NamedTuple):
     state: CorrectionState
     reason: str
     adapter_version: int
+
+
+class Deleted(NamedTuple):
+    """
+    Deleted corrections, oldest first, and the questions that no version may answer any more.
+
+    These are pairs of a profile and the key of a wording, as in :func:`.wording_key`.
+    """
+
+    records: tuple[CorrectionRecord, ...] = ()
+    questions: tuple[tuple[str, str], ...] = ()
 
 
 class CorrectionTable(JournalFile):
@@ -194,9 +226,9 @@ class CorrectionTable(JournalFile):
         """Return those of these corrections that are on record, oldest first."""
         return self._select('id IN (SELECT value FROM json_each(?))', as_json(list(ids)))
 
-    def limit_corrections(self, max_corrections: int) -> tuple[CorrectionRecord, ...]:
+    def limit_corrections(self, max_corrections: int) -> Deleted:
         """
-        Delete the oldest finished corrections above ``max_corrections``; return them.
+        Delete the oldest finished corrections above ``max_corrections``.
 
         Those in no live version go first, then the learned ones. Raises
         :class:`InvalidCorrection` if too many are pending, or are hints without an answer yet:
@@ -205,35 +237,44 @@ class CorrectionTable(JournalFile):
         row = self.one('SELECT count(*) FROM corrections')
         surplus = (row[0] if row is not None else 0) - max_corrections
         if surplus <= 0:
-            return ()
-        finished = tuple(map(_correction, self.rows(
-            f'SELECT * FROM corrections WHERE state NOT IN {PENDING_SQL} '
+            return Deleted()
+        finished = tuple(row['id'] for row in self.rows(
+            f'SELECT id FROM corrections WHERE state NOT IN {PENDING_SQL} '
             "AND NOT (state = ? AND corrected = '') ORDER BY state = ?, number LIMIT ?",
-            int(CorrectionState.PROPOSED), int(CorrectionState.LEARNED), surplus)))
+            int(CorrectionState.PROPOSED), int(CorrectionState.LEARNED), surplus))
         if len(finished) < surplus:
             raise InvalidCorrection(
                 counted(max_corrections, 'correction waits', 'corrections wait')
                 + ' already (storage.max_corrections)')
-        self.forget_corrections([record.id for record in finished], keep_pending_answers=True)
+        deleted = self.forget_corrections(finished, keep_pending_answers=True)
         self.execute('DELETE FROM deleted_questions WHERE number NOT IN ('
                      'SELECT number FROM deleted_questions ORDER BY number DESC LIMIT ?)',
                      max_corrections)
-        return finished
+        return deleted
 
     def forget_corrections(
-            self, ids: Collection[str], *, keep_pending_answers: bool = False) -> int:
+            self, ids: Collection[str], *, keep_pending_answers: bool = False) -> Deleted:
         """
-        Delete corrections and all answers to their questions; return how many were on record.
+        Delete corrections and all answers to their questions.
 
         The answers go too: without its correction, a wrong answer would be replayed as a right
         one. ``keep_pending_answers`` keeps answers that another pending correction refers to.
+        So do the corrections that these have superseded: a rollback would make them LEARNED again.
         What a version has learned it still knows, so a hash of the question is kept.
         """
         with self.transaction():
-            for trained in self._select(
-                    'adapter_version > 0 AND id IN (SELECT value FROM json_each(?))',
-                    as_json(list(ids))):
-                self._keep_wordings(trained)
+            found = tuple(map(_correction, self.rows(
+                _WITH_SUPERSEDED, as_json(list(ids)), int(CorrectionState.SUPERSEDED))))
+            older = as_json([record.id for record in found])
+            records = tuple(record for record in found
+                            if record.id in ids or not self._is_replaced(record, older))
+            doomed = as_json([record.id for record in records])
+            # Of an imported correction that is superseded, it is not known whether it was trained.
+            questions = tuple(
+                (record.profile, wording) for record in records
+                if record.adapter_version or record.state is CorrectionState.SUPERSEDED
+                for wording in wording_keys(record.messages))
+            self.exclude_questions(questions)
             self.execute(
                 'DELETE FROM answers WHERE number IN (SELECT a.number FROM answers AS a '
                 'JOIN corrections AS c ON c.id IN (SELECT value FROM json_each(?1)) '
@@ -241,20 +282,27 @@ class CorrectionTable(JournalFile):
                 'OR (a.profile = c.profile AND a.question = c.question))) '
                 'AND NOT (?2 AND query_id IN (SELECT query_id FROM corrections '
                 f'WHERE state IN {PENDING_SQL} AND id NOT IN (SELECT value FROM json_each(?1))))',
-                as_json(list(ids)), keep_pending_answers)
-            return self.execute(
-                'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))',
-                as_json(list(ids))).rowcount
+                doomed, keep_pending_answers)
+            self.execute(
+                'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))', doomed)
+        return Deleted(records, questions)
 
     def deleted_questions(self, profile: str) -> set[str]:
         """Return the wordings of the questions whose corrections were deleted after training."""
         return {row['wording'] for row in self.rows(
             'SELECT wording FROM deleted_questions WHERE profile = ?', profile)}
 
-    def _keep_wordings(self, deleted: CorrectionRecord) -> None:
-        for wording in wording_keys(deleted.messages):
+    def exclude_questions(self, questions: Iterable[tuple[str, str]]) -> None:
+        """Add pairs of a profile and a wording to the :meth:`deleted_questions`."""
+        for profile, wording in questions:
             self.insert('INSERT OR REPLACE', 'deleted_questions',
-                        profile=deleted.profile, wording=wording)
+                        profile=profile, wording=wording)
+
+    def _is_replaced(self, record: CorrectionRecord, others: str) -> bool:
+        """Return whether a correction that is not among the ``others`` has superseded it."""
+        return self.one(
+            f'SELECT 1 FROM corrections WHERE {_PENDING_OR_LEARNED} AND id IN ({_WITH_NEWER}) '
+            'AND id NOT IN (SELECT value FROM json_each(?))', record.id, others) is not None
 
     def _select(self, where: str, *values: object) -> tuple[CorrectionRecord, ...]:
         return tuple(map(_correction, self.rows(

@@ -6,7 +6,8 @@ The journal as lines of JSON, for reading, backup or transfer to another robot.
 The first line names the base model, without which token ids are meaningless. Every other line
 is a record with its field names and a ``kind``: answer, correction or version. The line of a
 version may include its files: ``weights``, in base64, and PEFT's ``config``. That of a live one
-then has the ids of the corrections that it answers, as ``live``.
+then has the ids of the corrections that it answers, as ``live``. The last lines are then the
+questions whose corrections were deleted: what versions have learned of them, they still know.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mace_ros.store.layout import vocabulary_of
 from mace_ros.store.records import AnswerRecord, CorrectionRecord, PENDING, VersionRecord
 
 KINDS = ('answer', 'correction', 'version')
+DELETED = 'deleted question'    # with files of versions
 # States of a correction that an import keeps: it was given up, or nothing is learned from it.
 KEPT_STATES = (CorrectionState.SUPERSEDED, CorrectionState.REJECTED, CorrectionState.FAILED,
                CorrectionState.PROPOSED, CorrectionState.RECORDED)
@@ -83,6 +85,10 @@ def export(journal: Journal, model: str, kinds: Collection[str] = KINDS,
                         files['live'] = answered
                 yield json.dumps({'kind': kind, **_plain(asdict(record)), **files},
                                  ensure_ascii=False)
+        with_versions = read is not None and 'version' in kinds
+        for owner in journal.profiles() if profile is None else (profile,):
+            for wording in sorted(journal.deleted_questions(owner) if with_versions else ()):
+                yield json.dumps({'kind': DELETED, 'profile': owner, 'wording': wording})
 
 
 def _live(journal: Journal) -> dict[tuple[str, int], list[str]]:
@@ -127,6 +133,7 @@ def import_lines(journal: Journal, lines: Iterable[str], model: str,
                     raise ValueError(f'its base model must come first, and be {model!r}')
                 model_named = True
                 what = (_import_version(journal, values, save, imported) if kind == 'version'
+                        else _import_deleted(journal, values, imported) if kind == DELETED
                         else _import_record(journal, kind, values, token_ids))
                 counts[what] += 1
                 if what == 'corrections':
@@ -212,6 +219,21 @@ def _import_version(journal: Journal, values: dict[str, Any], save: SaveFiles,
     journal.make_live(new.profile, new.version)
     journal.mark_learned(imported.corrections.intersection(answered), new.version)
     return 'live versions'
+
+
+def _import_deleted(journal: Journal, values: dict[str, Any], imported: _Imported) -> str:
+    """
+    Exclude a question from the imported versions; return what to count it as.
+
+    The versions of a profile that had some before may have learned it themselves.
+    """
+    profile, wording = values['profile'], values['wording']
+    _check_texts('profile', [profile])
+    _check_texts('wording', [wording])
+    checked_correction(Correction('.', prompt='.', profile=profile))
+    if profile not in imported.occupied:
+        journal.exclude_questions([(profile, wording)])
+    return 'deleted questions'
 
 
 def _record(kind: type[_Record], values: dict[str, Any], token_ids: range = range(0)) -> _Record:

@@ -11,7 +11,8 @@ from mace_ros.api.settings import AdapterSettings, EVERYWHERE
 from mace_ros.engine.router import Router
 from mace_ros.learning.live_versions import LiveSet, LiveVersions
 from mace_ros.memory.adapter_slots import BASE
-from mace_ros.store.records import VersionRecord
+from mace_ros.store.corrections import Deleted
+from mace_ros.store.records import VersionRecord, wording_key
 
 SIMILAR_ONLY = AdapterSettings()
 COLOUR, FOOD, BOTH = 'Favourite colour?', 'Favourite dessert?', 'Shoe size?'
@@ -86,7 +87,7 @@ def test_the_question_of_a_deleted_correction_is_not_answered_by_any_version(ben
     bench.learn('', STYLE, version=2, everywhere=True)
     deleted = correction('deleted', 'Shape of the moon?', adapter_version=2)
     bench.live.learned('', [deleted])
-    bench.live.delete([deleted])
+    bench.live.delete(Deleted((deleted,), (('', wording_key('Shape of the moon?')),)))
     assert bench.ask('bob', 'Shape of the moon?', everywhere) == (None, '', True)
     assert bench.ask('bob', 'Who?', everywhere) == ('', '', False)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.robot import Robot, robot_with
+import torch
 
 from mace_ros.api.events import Correction, CorrectionState, CorrectionStatus
 from mace_ros.api.settings import Settings
@@ -119,6 +121,25 @@ def test_a_hint_that_leads_nowhere_fails_with_a_reason(
         taught.engine.update(taught.engine.settings.updated({'generation.max_tokens': 1}))
     taught.engine.correct(Correction('', id='hint', query_id='q', **{'hint': HINT, **fields}))
     assert reason in until(taught, 'hint', FAILED, PROPOSED).reason
+
+
+@pytest.mark.parametrize(('failures', 'state'), [(2, PROPOSED), (3, FAILED)])
+def test_a_hint_is_answered_again_after_a_device_error(
+        taught: Robot, monkeypatch: pytest.MonkeyPatch, failures: int,
+        state: CorrectionState) -> None:
+    """A few times: it might be what the device fails at."""
+    run, failed = taught.engine.model.run, []
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if len(failed) < failures:
+            failed.append(1)
+            raise torch.OutOfMemoryError('injected')
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(taught.engine.model, 'run', fails)
+    taught.engine.correct(Correction('', id='hint', query_id='q', hint=HINT))
+    assert until(taught, 'hint', PROPOSED, FAILED).state is state
+    assert len(failed) == failures
 
 
 def test_a_hint_is_answered_after_a_restart(everywhere: Settings, tmp_path: Path) -> None:

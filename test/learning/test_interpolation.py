@@ -12,7 +12,7 @@ import weakref
 from peft import PeftModel, set_peft_model_state_dict
 import pytest
 from safetensors.torch import load_file
-from support.robot import Robot
+from support.robot import Robot, robot_with, running
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -146,6 +146,33 @@ def test_interpolation_keeps_what_a_candidate_has_lost(
     assert (taught.state, losses, len(interpolated)) == (
         CorrectionState.LEARNED, [], interpolations)
     assert all(kept in each.samples for each in interpolated[1:])
+
+
+def test_only_a_version_for_every_question_leaves_directions_alone(robot: Robot) -> None:
+    """Scopes protect the other answers of the rest."""
+    protecting = {}
+    for name, scope in (('style', 'everywhere'), ('fact', 'similar'), ('again', 'everywhere')):
+        robot.correct(Correction('A robot.', id=name, prompt=f'Question {name}?', scope=scope))
+        protecting[name] = robot.engine.lora.protecting
+    assert protecting == {'style': True, 'fact': False, 'again': True}
+
+
+def test_nothing_is_interpolated_in_the_last_round(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no other chance for what the interpolation may lose."""
+    steps: list[int] = []       # optimizer steps before each interpolation
+
+    def noted(*arguments: Any) -> Any:
+        steps.append(running(robot).steps)
+        return interpolation.interpolate(*arguments)
+
+    monkeypatch.setattr(learning_job, 'interpolate', noted)
+    correction = Correction('A robot.', id='k', prompt='What are you?')
+    with robot_with(settings, tmp_path / 'first') as robot:
+        robot.correct(correction)
+    with robot_with(settings, tmp_path / 'second', finetune__max_steps=steps[0]) as robot:
+        assert robot.correct(correction).state is CorrectionState.LEARNED
+    assert len(steps) == 1
 
 
 @pytest.mark.parametrize('scope', ['similar', 'everywhere'])

@@ -104,6 +104,37 @@ def test_what_a_candidate_has_lost_is_trained_before_anything_is_published(
     assert robot.ask('Where does Rumpelstiltskin live?').text == 'In the hall.'
 
 
+@pytest.mark.parametrize('scope', ['similar', 'everywhere'])
+def test_what_is_lost_again_spares_the_scores_of_the_rest(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    robot.engine.update(robot.engine.settings.updated(
+        {'adapter.scope': scope, 'adapter.scope_threshold': 0.2, 'finetune.max_steps': 200}))
+    learned = {'In the hall.': 'Where does Rumpelstiltskin live?',
+               'At the table.': 'Where does Rumpelstiltskin eat?'}
+    for text, prompt in learned.items():
+        robot.correct(Correction(text, id=text, prompt=prompt))
+    judged: list[list[str]] = []        # the answers that were scored of each candidate
+    score = Training.score
+
+    def losing_one_twice(self: Training, samples: Sequence[Sample], *rest: Any) -> Task[Scored]:
+        scored = yield from score(self, samples, *rest)
+        if running(robot).state is JobState.JUDGING and samples:
+            texts = [next(t for t in learned if each.tokens[len(each.prompt):]
+                          == tuple(robot.engine.chat.answer(t))) for each in samples]
+            judged.append(sorted(texts))
+            if len(judged) <= 2:
+                scored.scores = [replace(each, exact=text != 'In the hall.')
+                                 for each, text in zip(scored.scores, texts, strict=True)]
+        return scored
+
+    monkeypatch.setattr(Training, 'score', losing_one_twice)
+    taught = robot.correct(
+        Correction('A robot.', id='b', prompt='Where does Rumpelstiltskin sleep?'))
+    assert taught.state is CorrectionState.LEARNED
+    assert judged[:4] == [['At the table.', 'In the hall.'], ['In the hall.'],
+                          ['In the hall.'], ['At the table.']]
+
+
 def test_a_correction_that_cannot_be_learned_fails_with_a_reason(robot: Robot) -> None:
     """If max_steps do not suffice, the correction is FAILED and serving continues."""
     robot.engine.update(robot.engine.settings.updated(

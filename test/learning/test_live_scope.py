@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,13 @@ from mace_ros.api.events import (
 )
 from mace_ros.api.settings import EVERYWHERE, Settings
 from mace_ros.cli import journal_admin
-from mace_ros.learning import backoff
+from mace_ros.learning import backoff, learning_job
+from mace_ros.learning.disk import Disk
+from mace_ros.learning.job_inputs import supersede
+from mace_ros.learning.task import Pause, Task
 from mace_ros.store.journal import Journal
 from mace_ros.store.layout import JOURNAL, WEIGHTS
+from mace_ros.store.records import CorrectionRecord
 
 NAME, PARAPHRASE, COLOUR = 'What is your name?', 'Tell me your name.', 'Which colour is the door?'
 GATE, GARDEN_GATE = 'What colour is the gate?', 'What colour is the garden gate?'
@@ -137,7 +142,7 @@ def test_a_rollback_to_the_base_model_can_be_undone(settings: Settings, tmp_path
             learn(robot, 'Green.', text, f'other{number}')
         roll_back(robot, 0)
     with Journal(tmp_path / JOURNAL) as journal:
-        assert journal.forget_corrections(['name']) == 1
+        journal.forget_corrections(['name'])
     for _ in range(2):      # the first start deletes the files of version 1
         with robot_with(settings, tmp_path, storage__max_versions=2) as robot:
             roll_back(robot, 4)
@@ -243,7 +248,7 @@ def test_a_deleted_correction_is_out_of_scope(settings: Settings, tmp_path: Path
         learn(robot, 'Rover.', NAME, 'name')
         learn(robot, 'Green.', COLOUR, 'colour')
     with Journal(tmp_path / JOURNAL) as journal:
-        assert journal.forget_corrections(['name']) == 1
+        journal.forget_corrections(['name'])
     with robot_with(settings, tmp_path) as robot:
         assert base_answers(robot, NAME, PARAPHRASE) == before
         assert told(robot.ask(COLOUR)) == ('Green.', 2, 'colour')
@@ -279,7 +284,7 @@ def test_a_neighbour_does_not_give_a_deleted_answer(
     if not restarts:
         return
     with Journal(tmp_path / JOURNAL) as journal:
-        assert journal.forget_corrections(['gate']) == 1
+        journal.forget_corrections(['gate'])
     with robot_with(settings, tmp_path) as robot:
         assert base_answers(robot, GATE, f'  {GATE.upper()}')[GATE] == before[GATE]
         assert robot.ask(GATE).similarity >= robot.engine.settings.adapter.scope_threshold
@@ -288,6 +293,65 @@ def test_a_neighbour_does_not_give_a_deleted_answer(
         assert told(robot.ask(GATE)) == ('Red.', 3, 'again')
     with robot_with(settings, tmp_path) as robot:
         assert told(robot.ask(GATE)) == ('Red.', 3, 'again')
+
+
+def test_a_correction_that_is_repeated_while_it_takes_the_place_of_another_is_learned(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn(robot, 'Blue.', GATE, 'older')
+    again = Correction('Red.', id='again', prompt='Which colour does the gate have?')
+
+    def repeated(disk: Disk, newer: CorrectionRecord) -> Task[bool]:
+        robot.engine.correct(again)
+        while not any(isinstance(e, CorrectionStatus) and e.id == 'again' for e in robot.events):
+            yield Pause.NEXT_POLL
+        return (yield from supersede(disk, newer))
+
+    monkeypatch.setattr(learning_job, 'supersede', repeated)
+    robot.engine.correct(replace(again, id='first'))
+    robot.until(lambda e: isinstance(e, CorrectionStatus) and e.id == 'again'
+                and e.state is CorrectionState.LEARNED)
+    assert told(robot.ask(GATE))[1:] == (2, 'again')
+
+
+def test_a_rollback_brings_back_no_answer_that_a_deleted_one_replaced(
+        settings: Settings, tmp_path: Path) -> None:
+    with robot_with(settings, tmp_path) as robot:
+        before = base_answers(robot, NAME)
+        learn(robot, 'Rover.', NAME, 'older')
+        learn(robot, 'Bella.', NAME, 'newer')
+        learn(robot, 'Green.', COLOUR, 'colour')
+    with Journal(tmp_path / JOURNAL) as journal:
+        journal.forget_corrections(['newer'])
+    with robot_with(settings, tmp_path) as robot:
+        roll_back(robot, 2)
+        assert base_answers(robot, NAME) == before
+
+
+def test_a_question_that_was_asked_in_other_words_stays_in_scope(
+        settings: Settings, tmp_path: Path) -> None:
+    """Also once the correction in the other words is deleted, to make room."""
+    with robot_with(settings, tmp_path, storage__max_corrections=2) as robot:
+        learn(robot, 'Blue.', GATE, 'older')
+        learn(robot, 'Red.', 'Which colour does the gate have?', 'newer')
+        assert robot.ask(GATE).matched_correction_id == 'newer'
+        learn(robot, 'Rover.', NAME, 'name')
+        assert robot.ask(GATE).matched_correction_id == 'newer'
+
+
+def test_a_deleted_answer_does_not_come_back_with_a_rollback(
+        settings: Settings, tmp_path: Path) -> None:
+    """Nor with a neighbour, once the correction that had replaced it is deleted, too."""
+    everywhere = {'adapter__scope': EVERYWHERE}
+    with robot_with(settings, tmp_path, **everywhere) as robot:
+        before = base_answers(robot, GATE)
+        learn(robot, 'Blue.', GATE, 'older')
+        learn(robot, 'Red.', GATE, 'newer')
+    with Journal(tmp_path / JOURNAL) as journal:
+        journal.forget_corrections(['older'])
+    with robot_with(settings, tmp_path, **everywhere) as robot:
+        assert told(robot.ask(GATE)) == ('Red.', 2, 'newer')
+        roll_back(robot, 1)
+        assert base_answers(robot, GATE) == before
 
 
 def test_scope_and_threshold_are_live_parameters(robot: Robot) -> None:

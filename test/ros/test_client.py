@@ -197,11 +197,15 @@ def test_the_version_of_a_newcomer_stays_once_its_name_is_known(
     try:
         client.wait_for_version(2, timeout_s=SOON_S)
         assert not lost.is_complete()
+        kept = client.ask('Two?', query_id='two')
         hidden.clear()
         with pytest.raises(ConnectionError):
             lost.result(SOON_S)
         assert client.version().version == 2
         assert client.is_ready()
+        time.sleep(POLLS_S)     # long enough for it to be given up
+        following.publish(Response(query_id='two', text='Yes.'))
+        assert kept.result(SOON_S).text == 'Yes.'
     finally:
         following.end()
 

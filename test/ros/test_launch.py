@@ -158,11 +158,15 @@ def test_openais_api_is_served_for_the_node_of_the_namespace(tmp_path):
         assert urlopen(Request(models, headers={'Authorization': 'Bearer a key'}), timeout=20.0)
 
 
-def test_rqt_shows_the_topics_of_the_namespace(tmp_path):
-    # A replacement of rqt, which needs a screen.
-    rqt = tmp_path / 'rqt'
-    rqt.write_text('#!/bin/sh\n[ "$1" = --perspective-file ] && cp "$2" "$ROS_HOME.shown"\n')
-    rqt.chmod(0o755)
+def test_rqt_shows_the_topics_of_the_namespace_once_the_node_has_them(tmp_path):
+    # Replacements of rqt, which needs a screen, and of `ros2 node list`, which first lists nothing.
+    for name, lines in {
+            'rqt': '[ "$1" = --perspective-file ] && [ -e "$ROS_HOME.asked" ] '
+                   '&& cp "$2" "$ROS_HOME.shown"',
+            'ros2': '[ -e "$ROS_HOME.asked" ] && echo /robot1/mace\n: > "$ROS_HOME.asked"'}.items():
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\n{lines}\n')
+        program.chmod(0o755)
     shown = tmp_path / 'home.shown'
     with launched(tmp_path, 'namespace:=robot1 autostart:=false monitor:=rqt') as printed:
         assert wait_until(shown.exists, START_S), printed()
