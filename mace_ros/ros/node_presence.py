@@ -57,7 +57,7 @@ class NodePresence:
         replaced = announced and bool(self._newcomers)
         gone = bool(before) and (not before & present or replaced)
         if gone:
-            self.since = min((self._seen_at[gid] for gid in self._newcomers), default=now)
+            self.since = max((self._seen_at[gid] for gid in self._newcomers), default=now)
             # The version of a newcomer may arrive before its publisher is seen.
             self.serving_since = self.since - NAMED_WITHIN_S if replaced else now
             self._newcomers = set()

@@ -27,13 +27,14 @@ _WITH_SUPERSEDED = """
         AND (older.id = newer.replaces
              OR (older.question = newer.question AND older.prompt_ids = newer.prompt_ids)))
     SELECT * FROM found ORDER BY number"""
-# The given correction with those that superseded it, one after the other.
+# The given correction with those, but for some, that superseded it, one after the other.
 _WITH_NEWER = """
     WITH RECURSIVE found AS (
         SELECT * FROM corrections WHERE id = ?
         UNION
         SELECT newer.* FROM corrections AS newer JOIN found AS older
         ON newer.profile = older.profile AND newer.number > older.number
+        AND newer.id NOT IN (SELECT value FROM json_each(?))
         AND (newer.replaces = older.id
              OR (newer.question = older.question AND newer.prompt_ids = older.prompt_ids)))
     SELECT id FROM found"""
@@ -255,24 +256,27 @@ class CorrectionTable(JournalFile):
     def forget_corrections(
             self, ids: Collection[str], *, keep_pending_answers: bool = False) -> Deleted:
         """
-        Delete corrections and all answers to their questions.
+        Delete corrections, those that they have superseded, and all answers to their questions.
 
-        The answers go too: without its correction, a wrong answer would be replayed as a right
-        one. ``keep_pending_answers`` keeps answers that another pending correction refers to.
-        So do the corrections that these have superseded: a rollback would make them LEARNED again.
-        What a version has learned it still knows, so a hash of the question is kept.
+        The superseded ones go too, unless another correction has superseded them as well: a
+        rollback would make them LEARNED again. So do the answers: without its correction, a wrong
+        answer would be replayed as a right one. ``keep_pending_answers`` keeps answers that another
+        pending correction refers to. What a version has learned it still knows, so a hash of the
+        question is kept.
         """
         with self.transaction():
             found = tuple(map(_correction, self.rows(
                 _WITH_SUPERSEDED, as_json(list(ids)), int(CorrectionState.SUPERSEDED))))
-            older = as_json([record.id for record in found])
+            given, all_found = set(ids), as_json([record.id for record in found])
             records = tuple(record for record in found
-                            if record.id in ids or not self._is_replaced(record, older))
+                            if record.id in given or not self._is_replaced(record, all_found))
             doomed = as_json([record.id for record in records])
-            # Of an imported correction that is superseded, it is not known whether it was trained.
+            # Of imported ones that are superseded, it is not known whether they were trained.
+            trained = any(record.adapter_version for record in records)
             questions = tuple(
                 (record.profile, wording) for record in records
-                if record.adapter_version or record.state is CorrectionState.SUPERSEDED
+                if record.adapter_version or (
+                    trained and record.state is CorrectionState.SUPERSEDED)
                 for wording in wording_keys(record.messages))
             self.exclude_questions(questions)
             self.execute(
@@ -301,8 +305,8 @@ class CorrectionTable(JournalFile):
     def _is_replaced(self, record: CorrectionRecord, others: str) -> bool:
         """Return whether a correction that is not among the ``others`` has superseded it."""
         return self.one(
-            f'SELECT 1 FROM corrections WHERE {_PENDING_OR_LEARNED} AND id IN ({_WITH_NEWER}) '
-            'AND id NOT IN (SELECT value FROM json_each(?))', record.id, others) is not None
+            f'SELECT 1 FROM corrections WHERE {_PENDING_OR_LEARNED} AND id IN ({_WITH_NEWER})',
+            record.id, others) is not None
 
     def _select(self, where: str, *values: object) -> tuple[CorrectionRecord, ...]:
         return tuple(map(_correction, self.rows(

@@ -340,7 +340,7 @@ def test_a_question_that_was_asked_in_other_words_stays_in_scope(
 
 def test_a_deleted_answer_does_not_come_back_with_a_rollback(
         settings: Settings, tmp_path: Path) -> None:
-    """Nor with a neighbour, once the correction that had replaced it is deleted, too."""
+    """Neither from the scope nor from the version that answers every question."""
     everywhere = {'adapter__scope': EVERYWHERE}
     with robot_with(settings, tmp_path, **everywhere) as robot:
         before = base_answers(robot, GATE)

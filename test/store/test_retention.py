@@ -86,6 +86,21 @@ def test_a_deleted_correction_takes_those_that_it_superseded_with_it(tmp_path: P
             ('k4', CorrectionState.FAILED)]
 
 
+def test_a_deleted_correction_in_a_row_of_them_brings_no_earlier_one_back(tmp_path: Path) -> None:
+    with Journal(tmp_path / JOURNAL) as journal:
+        for number, question in enumerate(('Name?', 'Name?', 'Called?', 'Who?'), 1):
+            record = correction(f'k{number}', question, replaces='k2' if number == 3 else '')
+            journal.accept(record)
+            journal.supersede(record)
+            journal.publish(VersionRecord(
+                '', number, number - 1, continues=number - 1, correction_ids=(f'k{number}',),
+                path=f'v{number}', sha256='ab'))
+        journal.forget_corrections(['k2'])
+        roll_back(journal, '', 3, '')
+        assert [(c.id, c.state) for c in journal.corrections()] == [
+            ('k3', LEARNED), ('k4', CorrectionState.FAILED)]
+
+
 def test_a_deleted_correction_leaves_what_another_one_superseded(tmp_path: Path) -> None:
     """A thumbs-down has superseded nothing, and neither has one that a rollback took back."""
     with Journal(tmp_path / JOURNAL) as journal:
