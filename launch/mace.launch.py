@@ -148,7 +148,7 @@ def start_monitor(context: LaunchContext) -> list[ExecuteProcess]:
         return [ExecuteProcess(
             cmd=[f'until ros2 node list | grep -qx {quote(node)}; do sleep 1; done; '
                  f'exec rqt --perspective-file {quote(str(perspective(context, node)))}'],
-            shell=True, output='log')]
+            name='rqt', shell=True, output='log')]
     return []
 
 

@@ -34,12 +34,6 @@ def own_named(row: Mapping[str, Any]) -> float | None:
     return sum(own) / len(own) if own else None
 
 
-def median_ms(found: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the median time of a question; None if an earlier run did not measure it."""
-    times = [ms for kind in KINDS for ms in found[kind].get('ms', ())]
-    return median(times) if times else None
-
-
 def groups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     """Return the samples by edit set and number of edits in memory, then by kind."""
     result: dict[tuple[str, int], dict[str, Any]] = {}
@@ -57,7 +51,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         [[name, size, found['rephrase']['threshold'],
           *(share(found[kind], found[kind]['threshold']) for kind in KINDS),
           own_named(found['rephrase']),
-          median_ms(found)]
+          median(ms for kind in KINDS for ms in found[kind]['ms'])]
          for (name, size), found in groups(rows).items()])
 
 

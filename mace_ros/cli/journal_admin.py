@@ -200,7 +200,7 @@ def delete_records(given: argparse.Namespace) -> None:
             raise Refused('deleted, but another process reads the journal, whose log still '
                           'contains it: end that process, and run this again or start the node')
     print(counted(len(set(given.id)), given.what.removesuffix('s')), 'deleted'
-          + (f', with {len(superseded)} superseded before' if superseded else ''))
+          + (f', and {len(superseded)} superseded by that' if superseded else ''))
 
 
 def forget_versions(journal: Journal, profile: str, numbers: Sequence[str]) -> None:
@@ -259,8 +259,8 @@ def parser() -> argparse.ArgumentParser:
         'its question, and the corrections that it has superseded. From the next start on, the '
         "base model (or, for a profile, the robot's version) answers that question in the same "
         'words, unless a newer correction of the question is kept. The weights keep what they '
-        'learned until that version is rolled back and '
-        'deleted. Deleting a version deletes its files; its record '
+        'learned until that version is rolled back and deleted. Deleting a version deletes its '
+        'files; its record '
         'stays.'))
     delete.add_argument('what', choices=RECORDS)
     delete.add_argument('id', nargs='+', help='id of a correction or query; number of a version')

@@ -125,19 +125,19 @@ class LearningJob(Job):
         """Let corrections replace learned ones of the same questions in other words."""
         context = self._context
         for correction in corrections if self.kind is JobKind.LEARNING else ():
-            renewed = True
-            while renewed:
+            while True:
                 record = correction.record
                 known = context.live.scope(self.profile).same_question(record)
                 if known in ('', record.replaces):
                     break
                 newer = replace(record, replaces=known)
                 superseded = yield from supersede(context.disk, newer)
-                renewed = correction.record is not record
                 if superseded:
-                    correction.record = correction.record if renewed else newer
                     yield CorrectionStatus(
                         known, CorrectionState.SUPERSEDED, f'by correction {newer.id}')
+                if correction.record is record:     # otherwise an equal one has taken its place
+                    correction.record = newer if superseded else record
+                    break
 
     def _load_start(self) -> Task[JobRecords]:
         """Load the version to train on; return what it has learned, and answers to keep."""

@@ -31,7 +31,8 @@ class NodePresence:
         self._newcomers: set[bytes] = set()     # named ones that appeared beside earlier ones
         self._seen_at: dict[bytes, float] = {}  # when each present publisher appeared
         self._announced_at = -math.inf
-        # What was sent to, and what versions were announced by an earlier node came before these.
+        # What a client sent before ``since`` went to an earlier node, and the versions that it
+        # received before ``serving_since`` came from one.
         self.since = self.serving_since = -math.inf
 
     def version_announced(self, now: float) -> None:

@@ -27,7 +27,7 @@ _WITH_SUPERSEDED = """
         AND (older.id = newer.replaces
              OR (older.question = newer.question AND older.prompt_ids = newer.prompt_ids)))
     SELECT * FROM found ORDER BY number"""
-# The given correction with those, but for some, that superseded it, one after the other.
+# The given correction with those that superseded it, one after the other, except for some ids.
 _WITH_NEWER = """
     WITH RECURSIVE found AS (
         SELECT * FROM corrections WHERE id = ?
@@ -265,20 +265,9 @@ class CorrectionTable(JournalFile):
         question is kept.
         """
         with self.transaction():
-            found = tuple(map(_correction, self.rows(
-                _WITH_SUPERSEDED, as_json(list(ids)), int(CorrectionState.SUPERSEDED))))
-            given, all_found = set(ids), as_json([record.id for record in found])
-            records = tuple(record for record in found
-                            if record.id in given or not self._is_replaced(record, all_found))
-            doomed = as_json([record.id for record in records])
-            # Of imported ones that are superseded, it is not known whether they were trained.
-            trained = any(record.adapter_version for record in records)
-            questions = tuple(
-                (record.profile, wording) for record in records
-                if record.adapter_version or (
-                    trained and record.state is CorrectionState.SUPERSEDED)
-                for wording in wording_keys(record.messages))
-            self.exclude_questions(questions)
+            deleted = self._to_delete(set(ids))
+            self.exclude_questions(deleted.questions)
+            deleted_ids = as_json([record.id for record in deleted.records])
             self.execute(
                 'DELETE FROM answers WHERE number IN (SELECT a.number FROM answers AS a '
                 'JOIN corrections AS c ON c.id IN (SELECT value FROM json_each(?1)) '
@@ -286,10 +275,24 @@ class CorrectionTable(JournalFile):
                 'OR (a.profile = c.profile AND a.question = c.question))) '
                 'AND NOT (?2 AND query_id IN (SELECT query_id FROM corrections '
                 f'WHERE state IN {PENDING_SQL} AND id NOT IN (SELECT value FROM json_each(?1))))',
-                doomed, keep_pending_answers)
+                deleted_ids, keep_pending_answers)
             self.execute(
-                'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))', doomed)
-        return Deleted(records, questions)
+                'DELETE FROM corrections WHERE id IN (SELECT value FROM json_each(?))', deleted_ids)
+        return deleted
+
+    def _to_delete(self, given: set[str]) -> Deleted:
+        """Return what is to be deleted with the given corrections."""
+        found = tuple(map(_correction, self.rows(
+            _WITH_SUPERSEDED, as_json(list(given)), int(CorrectionState.SUPERSEDED))))
+        found_ids = as_json([record.id for record in found])
+        records = tuple(record for record in found
+                        if record.id in given or not self._is_replaced(record, found_ids))
+        # An import does not tell which of the superseded ones its versions have learned.
+        trained = any(record.adapter_version for record in records)
+        return Deleted(records, tuple(
+            (record.profile, wording) for record in records
+            if record.adapter_version or (trained and record.state is CorrectionState.SUPERSEDED)
+            for wording in wording_keys(record.messages)))
 
     def deleted_questions(self, profile: str) -> set[str]:
         """Return the wordings of the questions whose corrections were deleted after training."""
@@ -302,11 +305,11 @@ class CorrectionTable(JournalFile):
             self.insert('INSERT OR REPLACE', 'deleted_questions',
                         profile=profile, wording=wording)
 
-    def _is_replaced(self, record: CorrectionRecord, others: str) -> bool:
-        """Return whether a correction that is not among the ``others`` has superseded it."""
+    def _is_replaced(self, record: CorrectionRecord, except_for: str) -> bool:
+        """Return whether a pending or learned correction supersedes it, ``except_for`` some ids."""
         return self.one(
             f'SELECT 1 FROM corrections WHERE {_PENDING_OR_LEARNED} AND id IN ({_WITH_NEWER})',
-            record.id, others) is not None
+            record.id, except_for) is not None
 
     def _select(self, where: str, *values: object) -> tuple[CorrectionRecord, ...]:
         return tuple(map(_correction, self.rows(

@@ -67,16 +67,21 @@ def test_deleting_a_correction_deletes_answers_that_pending_ones_refer_to(tmp_pa
         assert [record.id for record in journal.pending()] == ['waits']
 
 
+def teach_a_name_three_times(journal: Journal) -> None:
+    """Publish four versions: of k1 to k3, of which each supersedes the one before, and of k4."""
+    for number, question in enumerate(('Name?', 'Name?', 'Called?', 'Who?'), 1):
+        record = correction(f'k{number}', question, replaces='k2' if number == 3 else '')
+        journal.accept(record)
+        journal.supersede(record)
+        journal.publish(VersionRecord(
+            '', number, number - 1, continues=number - 1, correction_ids=(record.id,),
+            path=f'v{number}', sha256='ab'))
+
+
 def test_a_deleted_correction_takes_those_that_it_superseded_with_it(tmp_path: Path) -> None:
     """A rollback would make them LEARNED again, in a version that has learned the newer one."""
     with Journal(tmp_path / JOURNAL) as journal:
-        for number, question in enumerate(('Name?', 'Name?', 'Called?', 'Who?'), 1):
-            record = correction(f'k{number}', question, replaces='k2' if number == 3 else '')
-            journal.accept(record)
-            journal.supersede(record)
-            journal.publish(VersionRecord(
-                '', number, number - 1, continues=number - 1 if number < 4 else 0,
-                correction_ids=(f'k{number}',), path=f'v{number}', sha256='ab'))
+        teach_a_name_three_times(journal)
         deleted = journal.forget_corrections(['k3'])
         assert [record.id for record in deleted.records] == ['k1', 'k2', 'k3']
         assert journal.deleted_questions('') == {wording_key('Name?'), wording_key('Called?')}
@@ -88,13 +93,7 @@ def test_a_deleted_correction_takes_those_that_it_superseded_with_it(tmp_path: P
 
 def test_a_deleted_correction_in_a_row_of_them_brings_no_earlier_one_back(tmp_path: Path) -> None:
     with Journal(tmp_path / JOURNAL) as journal:
-        for number, question in enumerate(('Name?', 'Name?', 'Called?', 'Who?'), 1):
-            record = correction(f'k{number}', question, replaces='k2' if number == 3 else '')
-            journal.accept(record)
-            journal.supersede(record)
-            journal.publish(VersionRecord(
-                '', number, number - 1, continues=number - 1, correction_ids=(f'k{number}',),
-                path=f'v{number}', sha256='ab'))
+        teach_a_name_three_times(journal)
         journal.forget_corrections(['k2'])
         roll_back(journal, '', 3, '')
         assert [(c.id, c.state) for c in journal.corrections()] == [
