@@ -10,6 +10,8 @@ from pathlib import Path
 import subprocess
 from typing import Any
 
+from bench.common.imports import files_of
+
 ROOT = Path(__file__).parents[2]
 ENGINE = 'mace_ros'
 NAMED = 3               # files that have changed; others are only counted
@@ -20,12 +22,13 @@ def stale(results: Iterable[Mapping[str, Any]], root: Path = ROOT) -> Iterator[s
     """
     Yield a line for each commit of each result whose engine differs from the one in ``root``.
 
-    Comments and docstrings make no difference. Raises ``CalledProcessError`` if the repository in
-    ``root`` does not have the commit.
+    Only those files of the engine count that the benchmark runs, without comments and docstrings.
+    Raises ``CalledProcessError`` if the repository in ``root`` does not have the commit.
     """
     for result in results:
+        runs = files_of(f'bench.{result["bench"]}', root)
         for commit in sorted(_commits(result)):
-            changed = list(_changed(commit, root))
+            changed = [name for name in _changed(commit, root) if Path(name) in runs]
             if changed:
                 more = f' and {len(changed) - NAMED} more' if len(changed) > NAMED else ''
                 yield (f'{result["bench"]} was recorded at {commit}; '

@@ -115,6 +115,14 @@ def test_recorded_results_can_be_rendered() -> None:
 def test_results_of_an_earlier_engine_are_named(tmp_path: Path) -> None:
     engine = tmp_path / 'mace_ros/engine.py'
     engine.parent.mkdir()
+    (tmp_path / 'bench/z').mkdir(parents=True)
+    for name, code in (
+            ('w.py', 'import mace_ros'),        # does not run the engine
+            ('x.py', 'from mace_ros import engine'),
+            ('y.py', 'import bench.common'),
+            ('common.py', "start(['python', '-m', 'mace_ros.engine'])"),
+            ('z/__main__.py', 'from mace_ros.engine import run')):
+        (tmp_path / 'bench' / name).write_text(code)
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -139,10 +147,13 @@ def test_results_of_an_earlier_engine_are_named(tmp_path: Path) -> None:
              {'system': 'mace', 'commit': second}, {'system': 'earlier', 'commit': first}]}}]
     assert not list(stale(results, tmp_path))
     third = commit('def run():\n    """Run once."""\n    return 2\n')
-    assert list(stale([*results, {'bench': 'z', 'machine': {'commit': third}, 'samples': {}}],
-                      tmp_path)) == [
+    results += [{'bench': 'z', 'machine': {'commit': third}, 'samples': {}},
+                {'bench': 'w', 'machine': {'commit': first}, 'samples': {}}]
+    assert list(stale(results, tmp_path)) == [
         f'x was recorded at {first}; changed since: mace_ros/engine.py',
         f'y was recorded at {second}; changed since: mace_ros/engine.py']
+    assert list(stale([{**results[-2], 'machine': {'commit': first}}], tmp_path)) == [
+        f'z was recorded at {first}; changed since: mace_ros/engine.py']
 
 
 def test_check_compares_value_and_target() -> None:
