@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cache
+import json
 from pathlib import Path
 import subprocess
 from typing import Any
@@ -15,6 +17,8 @@ from bench.common.imports import files_of
 ROOT = Path(__file__).parents[2]
 ENGINE = 'mace_ros'
 NAMED = 3               # files that have changed; others are only counted
+# Commits, in full, that change the engine but no figure, each with the reason.
+UNAFFECTED = Path('bench/unaffected.json')
 EARLIER = 'earlier'     # the system in bench.edits that is meant to be older
 
 
@@ -22,13 +26,14 @@ def stale(results: Iterable[Mapping[str, Any]], root: Path = ROOT) -> Iterator[s
     """
     Yield a line for each commit of each result whose engine differs from the one in ``root``.
 
-    Only those files of the engine count that the benchmark runs, without comments and docstrings.
+    Only those files of the engine count that the benchmark runs, without comments and docstrings,
+    and only those changes that ``bench/unaffected.json`` does not list.
     Raises ``CalledProcessError`` if the repository in ``root`` does not have the commit.
     """
     for result in results:
         runs = files_of(f'bench.{result["bench"]}', root)
         for commit in sorted(_commits(result)):
-            changed = [name for name in _changed(commit, root) if Path(name) in runs]
+            changed = list(_changed(commit, root, runs))
             if changed:
                 more = f' and {len(changed) - NAMED} more' if len(changed) > NAMED else ''
                 yield (f'{result["bench"]} was recorded at {commit}; '
@@ -48,17 +53,34 @@ def _commits(result: Mapping[str, Any]) -> set[str]:
     return {commit.removesuffix(' and changes') for commit in found}
 
 
-def _changed(commit: str, root: Path) -> Iterator[str]:
-    """Yield the files of the engine that differ from those of a commit."""
-    for line in _git(root, 'diff', '--no-renames', '--name-status', commit, '--', ENGINE):
-        status, name = line.split('\t')
-        if status != 'M' or not name.endswith('.py') or _code((root / name).read_text()) != _code(
-                '\n'.join(_git(root, 'show', f'{commit}:{name}'))):
+def _changed(commit: str, root: Path, runs: Container[Path]) -> Iterator[str]:
+    """Yield the files of the engine that a program runs and that differ from a commit's."""
+    path = root / UNAFFECTED
+    unaffected = json.loads(path.read_text()) if path.exists() else {}
+    for name in _git(root, 'diff', '--no-renames', '--name-only', commit, '--', ENGINE):
+        if Path(name) not in runs:
+            continue
+        now = _code(name, (root / name).read_text()) if (root / name).exists() else ''
+        if now != _code_at(commit, name, root) and (
+                now != _code_at('HEAD', name, root)     # not committed yet
+                or any(later not in unaffected
+                       and _code_at(f'{later}^', name, root) != _code_at(later, name, root)
+                       for later in _git(root, 'log', '--format=%H', f'{commit}..', '--', name))):
             yield name
 
 
-def _code(text: str) -> str:
-    """Return the code of a module without comments and docstrings."""
+@cache
+def _code_at(commit: str, name: str, root: Path) -> str:
+    """Return the code of a file at a commit; none if it is not there."""
+    if not _git(root, 'ls-tree', '--name-only', commit, '--', name):
+        return ''
+    return _code(name, '\n'.join(_git(root, 'show', f'{commit}:{name}')))
+
+
+def _code(name: str, text: str) -> str:
+    """Return the code of a file, of a Python module without comments and docstrings."""
+    if not name.endswith('.py'):
+        return text.rstrip('\n')
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

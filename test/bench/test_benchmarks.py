@@ -152,8 +152,14 @@ def test_results_of_an_earlier_engine_are_named(tmp_path: Path) -> None:
     assert list(stale(results, tmp_path)) == [
         f'x was recorded at {first}; changed since: mace_ros/engine.py',
         f'y was recorded at {second}; changed since: mace_ros/engine.py']
-    assert list(stale([{**results[-2], 'machine': {'commit': first}}], tmp_path)) == [
+    results[-2]['machine'] = {'commit': first}
+    assert list(stale(results[-2:], tmp_path)) == [
         f'z was recorded at {first}; changed since: mace_ros/engine.py']
+    listed = tmp_path / 'bench/unaffected.json'
+    listed.write_text(json.dumps({git('rev-parse', 'HEAD'): 'It returns what nobody uses.'}))
+    assert not list(stale(results, tmp_path))
+    engine.write_text('def run():\n    return 3\n')       # not committed yet
+    assert len(list(stale(results, tmp_path))) == 3
 
 
 def test_check_compares_value_and_target() -> None:
