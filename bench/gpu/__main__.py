@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from bench.common.options import Options
 from bench.common.results import check, Result
@@ -57,10 +58,12 @@ def measure(run: Run) -> Samples:
     """Measure all shapes, and serving beside fine-tuning with the first one."""
     args = run.args
     earlier = run.earlier('gpu') if len(args.only) < len(PARTS) else {}
-    samples: Samples = {kind: [] if part in args.only else earlier.get(kind, [])
-                        for part, kinds in PARTS.items() for kind in kinds}
     of_shapes = args.only != ['beside']
-    samples |= {kind: [] if of_shapes else earlier.get(kind, []) for kind in ALWAYS}
+    measured = {kind for part in args.only for kind in PARTS[part]} | {
+        kind for kind in ALWAYS if of_shapes}
+    samples: Samples = {
+        kind: of_others(earlier.get(kind, ()), args.shapes) if kind in measured
+        else earlier.get(kind, []) for kinds in (*PARTS.values(), ALWAYS) for kind in kinds}
     for shape in args.shapes if of_shapes else ():
         for weights in WEIGHTS:
             run.say(f'{shape} {weights}')
@@ -70,6 +73,11 @@ def measure(run: Run) -> Samples:
         run.say(f'{args.shapes[0]}: serving beside fine-tuning')
         samples['beside'], samples['memory'] = measure_beside(args.shapes[0], run)
     return samples
+
+
+def of_others(rows: Sequence[dict[str, Any]], shapes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the samples of other shapes, which a run in several sittings has measured before."""
+    return [row for row in rows if 'shape' in row and row['shape'].split()[0] not in shapes]
 
 
 def evaluate(samples: Samples, run: Run) -> Result:

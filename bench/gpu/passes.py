@@ -11,7 +11,7 @@ from typing import Any
 from bench.common.running import Run, Samples
 from bench.gpu.models import packed, random_model, RANK
 from bench.systems.decode_contexts import measure_contexts
-from bench.systems.device_timing import repeated, timed, weight_bytes
+from bench.systems.device_timing import reading, repeated, timed, weight_bytes
 
 CONTEXT, STEP_TOKENS = 512, 128
 UNLEARNED = 64      # tokens at the start of a sample that have no loss
@@ -61,14 +61,16 @@ def measure_shape(shape: str, weights: str, run: Run, samples: Samples) -> None:
 
 def capture_graphs(name: str, model: Any, run: Run) -> dict[str, Any]:
     """Capture CUDA graphs as an engine does; return how many, their memory and the time."""
-    import torch
-
     from mace_ros.model.graph_capture import capture
+    from mace_ros.model.hardware import free_memory, hardware
+    from mace_ros.telemetry.device_counters import DeviceCounters
 
+    counters = DeviceCounters(hardware(model.device))
     began = time.monotonic()
     captured = capture(model, max_rows=4, max_tokens=256, max_context=1024,
                        time_left=lambda: 1.0 - (time.monotonic() - began) / CAPTURE_S,
-                       free_bytes=lambda: torch.cuda.mem_get_info()[0])
+                       free_bytes=lambda: free_memory(
+                           model.device, counters.read().memory_free_mb))
     seconds = time.monotonic() - began
     run.notes.append(
         f'{name}: {captured}; {captured.nbytes / 1e6:.0f} MB, {seconds:.1f} s')
@@ -86,8 +88,6 @@ def stored_weights(name: str, model: Any) -> dict[str, Any]:
 
 def measure_passes(name: str, model: Any, lora: Any, run: Run, samples: Samples) -> None:
     """Time passes and reading the weights, interleaved; then segments."""
-    import torch
-
     from mace_ros.finetune.sample import Sample
     from mace_ros.finetune.step import FinetuneStep
     from mace_ros.finetune.trainer import Trainer
@@ -107,9 +107,8 @@ def measure_passes(name: str, model: Any, lora: Any, run: Run, samples: Samples)
     step = FinetuneStep(model, trainer, [sample])
     step.hold_blocks([list(range(STEP_BLOCK, STEP_BLOCK + STEP_TOKENS // BLOCK_TOKENS))])
     rows = step.piggyback_spans(STEP_TOKENS)
-    words = torch.zeros(weight_bytes(model) // 4, dtype=torch.float32, device=args.device)
     timers: dict[str, Callable[[], float]] = {
-        'floor': timed(model, lambda: words.sum()),
+        'floor': timed(model, reading(weight_bytes(model), args.device)),
         'decode': timed(model, lambda: int(model.run([span]).argmax())),
         'prefill': timed(model, lambda: int(model.run([prompt]).argmax())),
         'finetune forward': timed(model, lambda: model.run((), rows)),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench.common.running import Run
-from bench.systems.device_timing import repeated, timed, weight_bytes
+from bench.systems.device_timing import reading, repeated, timed, weight_bytes
 
 # Rows and tokens of context of each; as far as the KV cache has room.
 ROWS, CONTEXTS = (1, 4, 16), (512, 4096, 16384)
@@ -21,6 +21,7 @@ KV_BYTES = 4e9      # of the KV cache of long contexts: with 8B weights, for a c
 def measure_contexts(name: str, model: Any, run: Run) -> list[dict[str, Any]]:
     """Time decode passes of several rows over long contexts, and reading what they read."""
     from mace_ros.memory.block_pool import BLOCK_TOKENS
+    from mace_ros.model.hardware import release_memory
     from mace_ros.model.lora_mapping import FIRST_SERVED_SLOT
     from mace_ros.model.spans import Span
 
@@ -29,6 +30,7 @@ def measure_contexts(name: str, model: Any, run: Run) -> list[dict[str, Any]]:
     fits = int(KV_BYTES // (cache.slot_bytes * BLOCK_TOKENS))
     needed = max(ROWS) * (max(contexts) // BLOCK_TOKENS + 1)
     model.fast_passes, model.graphed_layers = None, []       # they replay on the present cache
+    release_memory()
     model.allocate_kv_cache([(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(
         cache.keys, cache.values, strict=True)], min(fits, needed))
     for context in contexts:
@@ -46,15 +48,12 @@ def measure_contexts(name: str, model: Any, run: Run) -> list[dict[str, Any]]:
 def measure_decode(name: str, model: Any, spans: list[Any],
                    run: Run) -> Iterator[dict[str, Any]]:
     """Yield the times of a decode pass by each kind of attention, and of reading what it reads."""
-    import torch
-
     from mace_ros.model.batch_descriptor import BatchDescriptor
     from mace_ros.model.cuda_graph_runner import CudaGraphRunner
 
     repeats = max(run.args.repeats // 3, 1)
     read = weight_bytes(model) + sum(s.position for s in spans) * model.kv_cache.slot_bytes
-    words = torch.zeros(read // 4, dtype=torch.float32, device=model.device)
-    floor = repeated(timed(model, lambda: words.sum()), repeats)
+    floor = repeated(timed(model, reading(read, model.device)), repeats)
     paged = model.context.paged
     for attention in ATTENTION:
         if attention == 'paged' and paged is None:

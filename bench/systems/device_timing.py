@@ -6,13 +6,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import time
-from typing import Any
+from typing import Any, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Read again and again for a floor: more than a cache holds, and little beside the weights.
+BUFFER_BYTES = 2 ** 30
 
 
 def weight_bytes(model: Any) -> int:
     """Return the bytes of the weights that a token reads, adapters not counted."""
     layers = [*model.linears, *model.head]
     return sum(x.stored.nbytes if x.stored is not None else x.weight.nbytes for x in layers)
+
+
+def reading(nbytes: int, device: str) -> Callable[[], Tensor]:
+    """Return a function that lets a device read ``nbytes`` of its memory, the least of a pass."""
+    import torch
+
+    buffer = torch.zeros(min(nbytes, BUFFER_BYTES) // 4, dtype=torch.float32, device=device)
+    times, rest = divmod(nbytes // 4, len(buffer))
+
+    def read() -> Tensor:
+        for _ in range(times):
+            buffer.sum()
+        return buffer[:rest].sum()
+
+    return read
 
 
 def repeated(timer: Callable[[], float], repeats: int) -> list[float]:

@@ -121,6 +121,7 @@ class EngineUnderLoad:
             step = self.learner.new_step()
             while not step.done:
                 step.run_segment()
+            self.engine.model.synchronize()
             seconds.append(time.monotonic() - began)
         return seconds
 

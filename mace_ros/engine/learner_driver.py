@@ -61,7 +61,9 @@ class LearnerDriver:
         return events
 
     def fail(self, error: Exception) -> list[Event]:
-        """Let the learner retry its job."""
+        """Let the learner retry its job, unless the device is lost: the corrections then wait."""
+        if not self._runner.survives(error):
+            return []
         return self._fail(f'{type(error).__name__}: {error}')
 
     def _fail(self, reason: str) -> list[Event]:

@@ -27,7 +27,7 @@ from mace_ros.scheduling.request import Request
 from mace_ros.telemetry.observer import Observers
 
 PHASES = {kind: f'fine-tune {kind.name.lower()}' for kind in SegmentKind}   # for observers
-MAX_FAILED_PASSES = 10      # failed passes in a row after which the device counts as broken
+MAX_FAILED_PASSES = 10      # failed passes in a row after which the device counts as lost
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,23 @@ class ModelRunner:
         return self._unfinished is not None and self._unfinished.plan.segments > 0
 
     def check(self) -> None:
-        """Raise the last error once :data:`MAX_FAILED_PASSES` passes in a row have failed."""
+        """Raise the error that has lost the device, or the last of many failed passes in a row."""
         if self._fatal_error is not None:
             raise self._fatal_error
+
+    def survives(self, error: Exception) -> bool:
+        """
+        Return whether the device still works after an error; if not, :meth:`check` raises it.
+
+        After an illegal address or a failed launch, CUDA returns the same error to every call of
+        the process: nothing can be tried again.
+        """
+        try:
+            self._model.synchronize()
+        except Exception:
+            self._fatal_error = error
+            return False
+        return True
 
     # -- passes ----------------------------------------------------------------------
 
@@ -272,7 +286,7 @@ class ModelRunner:
     def _failed(self, plan: Plan, batch: PackedBatch | None, error: Exception) -> PassResult:
         """Return the result of a pass that failed; the step fails too if it took part."""
         self._failures += 1
-        if self._failures >= MAX_FAILED_PASSES:
+        if self.survives(error) and self._failures >= MAX_FAILED_PASSES:
             self._fatal_error = error
         took_part = plan.finetune_tokens > 0 if batch is None else batch.piggyback is not None
         return PassResult(plan, error=error, learning_error=(

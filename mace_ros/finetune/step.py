@@ -350,7 +350,9 @@ class FinetuneStep:
             y = self._run_layer(index, x)
         if self.keep_graphs:
             self._graphs.append((x, y))
-        self._hidden.append(y.detach()[0])
+        # What a graph returns is overwritten when another step runs the same layers.
+        output = y.detach()[0]
+        self._hidden.append(output if self._graphed is None else output.clone())
 
     def _forward_chunk(self, layers: ChunkedLayers, index: int) -> None:
         x = self._hidden[index]

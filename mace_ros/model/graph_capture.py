@@ -29,6 +29,7 @@ from mace_ros.model.spans import BLOCK_TOKENS
 
 # Tokens of a fine-tune step for which layers are captured; a longer step runs eagerly.
 STEP_TOKENS = (64, 128, 256, 512)
+LONGER = 2                  # times as long as the one before
 STEPS_SHARE = 1 / 3         # of the time, which passes leave for the layers of steps
 FREE_MEMORY_SHARE = 0.15    # of the device's memory that capturing leaves free for other users
 MAX_FAILURES = 3            # shapes in a row that do not fit into the memory
@@ -60,7 +61,7 @@ class CaptureReport:
         return text
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Resources:
     """What capturing may use: a share of the time, 1 to 0, and memory in bytes."""
 
@@ -70,28 +71,35 @@ class _Resources:
     room: float
     before: int     # reserved by PyTorch
     free_before: float
+    growth: int = 0     # by the last capture
 
     def measure(self) -> int:
         """Return the bytes of the graphs: what PyTorch and the driver have taken since."""
+        earlier = self.report.nbytes + self.report.driver_bytes
         torch.cuda.empty_cache()
         self.report.nbytes = torch.cuda.memory_reserved() - self.before
         # The driver keeps instantiated graphs outside of PyTorch's pools.
         driver = self.free_before - self.free_bytes() - self.report.nbytes
         self.report.driver_bytes = int(driver) if 0 < driver < math.inf else 0
-        return self.report.nbytes + self.report.driver_bytes
+        nbytes = self.report.nbytes + self.report.driver_bytes
+        if nbytes > earlier:
+            self.growth = nbytes - earlier
+        return nbytes
 
-    def suffice(self, reserved: float = 0.0) -> bool:
+    def suffice(self, reserved: float = 0.0, *, times: float = 1.0) -> bool:
         """
         Return whether there is memory, and more than the share ``reserved`` of the time.
 
-        If not, the report says why.
+        The next capture is expected to take ``times`` as much memory as the last one: graphs share
+        a pool, so one that turns out too large can't be given up without the others. If there is
+        too little, the report says why.
         """
         reason, nbytes = '', self.measure()
         if self.time_left() <= reserved:
             reason = 'the time for capturing was over'
         elif (free := self.free_bytes()) <= FREE_MEMORY_SHARE * torch.cuda.mem_get_info()[1]:
             reason = f'only {free / MB:.0f} MB of memory were free'
-        elif nbytes >= self.room:
+        elif nbytes + max(times * self.growth, 1) > self.room:
             reason = NO_ROOM
         self.report.stopped = self.report.stopped or reason
         return not reason
@@ -169,7 +177,7 @@ def _capture_steps(model: PackedModel, resources: _Resources, keeps_graphs: bool
     # Graphs of all lengths share memory and a stream: only one step runs at a time.
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     for tokens in STEP_TOKENS:
-        if tokens > model.context_length or not resources.suffice():
+        if tokens > model.context_length or not resources.suffice(times=LONGER):
             break
         layers = attempt(partial(_captured_layers, model, tokens, stream, pool))
         if isinstance(layers, Failure):      # includes lack of memory
@@ -196,7 +204,7 @@ def _capture_kept(model: PackedModel, resources: _Resources,
                   found: Iterable[GraphedLayers]) -> None:
     """Capture forwards and backwards apart, until one fails; the others run eagerly."""
     for layers in found:
-        if not resources.suffice():
+        if not resources.suffice(times=LONGER):
             return
         failure = attempt(partial(layers.capture_kept, model))
         if failure is not None:      # includes lack of memory

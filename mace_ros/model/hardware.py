@@ -26,6 +26,15 @@ def limit_kernel_caches() -> None:
         os.environ.setdefault(name, str(CACHED_KERNELS))
 
 
+def avoid_cudnn_attention() -> None:
+    """
+    Keep PyTorch from cuDNN's attention, which builds a plan for each new shape.
+
+    That takes tens of milliseconds: passes run at every length of a prompt and its context.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def hardware(device: torch.device) -> Hardware:
     """Return the identity by which telemetry finds the counters of a device."""
     if device.type != 'cuda':

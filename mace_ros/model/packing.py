@@ -14,6 +14,7 @@ from mace_ros.model import self_check
 from mace_ros.model.architectures import check_supported, context_length, UnsupportedModel
 from mace_ros.model.attention import whole_sequences
 from mace_ros.model.cpu_matmul import prepacks
+from mace_ros.model.hardware import avoid_cudnn_attention
 from mace_ros.model.int4 import Int4Weight
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.model.spans import BLOCK_TOKENS
@@ -32,6 +33,8 @@ def pack(model: PreTrainedModel, *, kv_tokens: int, kv_bytes: float = math.inf,
     Raises :class:`UnsupportedModel` for an unsupported architecture, and if packed passes or
     training layers do not reproduce the model's own logits on a few random tokens.
     """
+    if model.device.type == 'cuda':
+        avoid_cudnn_attention()
     check_supported(model)
     model.eval().requires_grad_(False)
     context = context_length(model)

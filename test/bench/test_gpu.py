@@ -10,13 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bench.common.load import Arrival
 from bench.gpu import beside, checks
-from bench.gpu.__main__ import evaluate
+from bench.gpu.__main__ import evaluate, of_others
 from bench.gpu.beside import LOADS, Loads, PeakMemory
 from bench.gpu.claims import CLAIMS, verdicts
 from bench.gpu.passes import STEP_TOKENS
+from bench.systems import device_timing
+from bench.systems.device_timing import reading
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING: dict[str, Any] = {kind: [] for kind in (
@@ -81,6 +84,23 @@ def test_peak_memory_without_the_weights_is_compared_with_the_budget(
     samples = served()
     samples['memory'][0]['peak_bytes'] = peak
     assert values(samples)['1b: peak memory beside the weights / the budget'] == ratio
+
+
+def test_what_a_floor_reads_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_timing, 'BUFFER_BYTES', 400)
+    ones, sums = torch.ones, []
+    monkeypatch.setattr(torch, 'zeros', lambda *args, **kwargs: ones(*args, **kwargs))
+    total = torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, 'sum', lambda x: sums.append(x.numel()) or total(x))
+    assert reading(1000, 'cpu')() == 50.0
+    assert sums == [100, 100, 50]       # 1000 bytes, 400 at a time
+    assert reading(40, 'cpu')() == 0.0 and sums[3:] == [10, 0]
+
+
+def test_a_shape_that_is_measured_again_keeps_the_samples_of_others() -> None:
+    rows = [{'shape': '1b int4', 'ms': 1.0}, {'shape': '8b int4', 'ms': 2.0}]
+    assert of_others(rows, ['8b']) == rows[:1]
+    assert of_others([block('mace', 0.5)], ['8b']) == []    # of one shape at a time
 
 
 def test_a_peak_is_unknown_without_a_gpu() -> None:

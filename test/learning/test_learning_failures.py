@@ -34,6 +34,7 @@ from mace_ros.learning.job import JobState
 from mace_ros.learning.task import Task
 from mace_ros.learning.training import Scored, Training
 from mace_ros.model.lora_manager import LoRAManager
+from mace_ros.model.packed_model import PackedModel
 from mace_ros.store.adapter_store import AdapterStore, CorruptVersion
 from mace_ros.store.journal import Journal
 from mace_ros.store.journal_file import JournalError
@@ -184,6 +185,42 @@ def test_learning_that_always_fails_is_given_up(
         state = robot.correct(Correction('A robot.', id='k', query_id=wrong.query_id))
     assert state.state is CorrectionState.FAILED and 'injected' in state.reason
     assert robot.ask('Who are you?').text == wrong.text
+
+
+@pytest.mark.parametrize('where', ['segment', 'pass'])
+def test_a_lost_device_fails_no_correction(
+        settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """As after an illegal address on CUDA, where each later call fails: a new process learns it."""
+    robot = Robot(build_engine(settings, storage=tmp_path))
+    lost: list[int] = []
+
+    def fail(*_: object) -> None:
+        lost.append(1)
+        raise RuntimeError('CUDA error: an illegal memory access was encountered')
+
+    def synchronize(_: PackedModel) -> None:
+        if lost:
+            fail()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedModel, 'synchronize', synchronize)
+        patch.setattr(*((FinetuneStep, 'run_segment', fail) if where == 'segment'
+                        else (PackedModel, 'run', fail)))
+        robot.engine.correct(Correction('A robot.', id='k', prompt='Who are you?'))
+        if where == 'pass':
+            robot.engine.submit(Query('Who are you?', id='q'))
+        with pytest.raises(RuntimeError, match='illegal memory access'):
+            robot.until(lambda _: False)
+        with pytest.raises(RuntimeError, match='illegal memory access'):    # nor is it tried again
+            robot.engine.step()
+        robot.engine.close()
+    if where == 'pass':
+        assert robot.answer('q').finish_reason == FinishReason.ERROR
+    assert CorrectionState.FAILED not in {
+        e.state for e in robot.events if isinstance(e, CorrectionStatus)}
+    again = Robot(build_engine(settings, storage=tmp_path))
+    again.until(lambda e: isinstance(e, CorrectionStatus) and e.state is CorrectionState.LEARNED)
+    again.engine.close()
 
 
 @pytest.mark.parametrize('waits', [True, False])

@@ -400,20 +400,22 @@ class Memory:
 
 
 @pytest.mark.parametrize('room, passes, steps', [
-    (900, PASSES, STEPS), (750, PASSES, []), (650, PASSES, []), (250, 0, []), (50, 0, [])])
+    (1000, PASSES, STEPS), (850, PASSES, STEPS[:1]), (750, PASSES, []), (650, PASSES, []),
+    (250, 2, []), (50, 0, [])])
 def test_graphs_take_no_more_memory_than_the_budget_has_room_for(
         room: float, passes: int, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is free but cached does not count. Graphs beyond the budget are given up."""
+    """What is free but cached does not count. Those that fit stay."""
     model, lora, reference = with_reference(tiny_model('llama'))
     report = captured(model, monkeypatch, *Memory().patches(), room=room)
     assert (report.passes, report.steps) == (passes, steps)
     assert report.nbytes == 100 * (passes + len(steps)) <= room
-    assert ('no room' in str(report)) == (room < 900)
+    assert ('no room' in str(report)) == (room < 1000)
     assert_serves(model, lora, reference)
 
 
 @pytest.mark.parametrize('room, passes, steps', [
-    (1200, PASSES, STEPS), (1150, PASSES, []), (900, PASSES, []), (850, 0, [])])
+    (1350, PASSES, STEPS), (1200, PASSES, STEPS[:1]), (1150, PASSES, []), (850, 5, []),
+    (100, 0, [])])
 def test_what_the_driver_keeps_of_graphs_counts_too(
         room: float, passes: int, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Here half as much as in PyTorch's pools."""

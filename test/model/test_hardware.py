@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mace_ros.api.hardware import Hardware
-from mace_ros.model.hardware import hardware, release_memory
+from mace_ros.model.hardware import avoid_cudnn_attention, hardware, release_memory
 
 
 @pytest.mark.parametrize('properties, integrated', [
@@ -33,3 +33,13 @@ def test_a_closed_engine_leaves_no_workspaces_of_its_streams(
                         lambda: freed.append('workspaces'), raising=False)
     release_memory()
     assert freed == ['workspaces', 'cache']
+
+
+def test_attention_needs_no_plan_for_each_shape() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        avoid_cudnn_attention()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)

@@ -53,15 +53,33 @@ def overwrite(results: Sequence[Results]) -> None:
                 x.fill_(torch.nan)
 
 
+def with_static_output(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a layer whose outputs share their memory, as those of a graph do."""
+    static: list[Tensor] = []
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            if not static:
+                static.append(torch.empty_like(y))
+            return static[0].copy_(y).detach()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    return lambda *args: Replayed.apply(layer(*args))
+
+
 def use_fake_graphs(patch: pytest.MonkeyPatch) -> None:
     """Let passes and layers of fine-tune steps be captured on a CPU."""
-    def as_they_are(callables: Any, *_: object, **__: object) -> Any:
-        return callables
+    def graphed(callables: Any, *_: object, **__: object) -> Any:
+        return [with_static_output(layer) for layer in callables]
 
     patch.setattr(torch.cuda, 'mem_get_info', lambda: (1, 1))
     patch.setattr(torch.cuda, 'graph_pool_handle', Pool)
     patch.setattr(torch.cuda, 'Stream', lambda: None)
-    patch.setattr(torch.cuda, 'make_graphed_callables', as_they_are)
+    patch.setattr(torch.cuda, 'make_graphed_callables', graphed)
     patch.setattr(graphed_layers, 'capturing', nullcontext)
     for module in (cuda_graph_runner, graphed_layers):
         patch.setattr(module, 'captured', fake_graph)
