@@ -26,7 +26,7 @@ from rich.text import Text
 
 ESCAPE = re.compile(r'\x1b\[[0-9;]*m')
 LONGEST_WAIT_S = 2.0    # between two lines of the picture
-HOLD_S = 4.0            # how long the last line stays before the picture begins again
+HOLD_S = 4.0            # how long the last line stays; the picture begins with it
 
 
 def record(command: list[str]) -> tuple[int, list[tuple[float, str]]]:
@@ -52,7 +52,7 @@ def record(command: list[str]) -> tuple[int, list[tuple[float, str]]]:
 
 
 def picture(lines: list[tuple[float, str]], title: str, width: int) -> str:
-    """Return the SVG of the lines; each appears at its time, and all stay at the end."""
+    """Return the SVG of the lines: first all of them, and then each at its time."""
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
     begins: list[float] = []        # of each line on the screen, which may be a part of a line
     for seconds, line in lines:
@@ -71,7 +71,8 @@ def with_motion(svg: str, begins: list[float]) -> str:
     length = begins[-1] + HOLD_S
     rules = [f'@keyframes line-{n} {{ 0%, {100 * begin / length:.2f}% {{ opacity: 0 }} '
              f'{min(100 * begin / length + 0.01, 100):.2f}%, 100% {{ opacity: 1 }} }}\n'
-             f'.line-{n} {{ animation: line-{n} {length:.1f}s step-end infinite }}'
+             f'.line-{n} {{ animation: line-{n} {length:.1f}s step-end {HOLD_S - length:.1f}s '
+             'infinite }'
              for n, begin in enumerate(begins)]
     style = ('<style>@media (prefers-reduced-motion: no-preference) {\n'
              + '\n'.join(rules) + '\n}</style>')
