@@ -16,5 +16,5 @@ import os
 
 # This must be set before torch is loaded, as the node does; it applies to all compared systems.
 # OpenMP threads spin only briefly while they wait for each other: long spinning makes each step
-# many times longer as soon as another process runs, and sleeping at once halves the speed.
-os.environ.setdefault('GOMP_SPINCOUNT', '20000')
+# many times longer as soon as another process runs.
+os.environ.setdefault('GOMP_SPINCOUNT', '4000')
