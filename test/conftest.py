@@ -88,7 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
     own = cores[int(worker['workerid'].removeprefix('gw'))::count]
     if own:
         os.sched_setaffinity(0, own)
-        torch.set_num_threads(len(own))
+    torch.set_num_threads(len(own) or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
