@@ -1,6 +1,6 @@
 # Copyright 2026 The mace_ros authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of the repository a program runs: those that its modules import or start."""
+"""The files of the repository that a program runs: its modules, and those they import or start."""
 
 from __future__ import annotations
 

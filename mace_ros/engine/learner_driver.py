@@ -25,7 +25,7 @@ class LearnerDriver:
 
     The learner may wait for the base model: for its answers to the anchors, and for its keys and
     values of the prefixes of samples. Silent requests compute them. An error of the device fails
-    the learner's job, which is tried again; requests are unaffected.
+    the learner's job, which is tried again if the device survives; requests are unaffected.
     """
 
     def __init__(self, settings: Settings, parts: Parts, learner: LearnerPort, *,

@@ -131,7 +131,7 @@ class ModelRunner:
         return self._unfinished is not None and self._unfinished.plan.segments > 0
 
     def check(self) -> None:
-        """Raise the error that has lost the device, or the last of many failed passes in a row."""
+        """Raise the error with which the device was lost, or the last of many failed passes."""
         if self._fatal_error is not None:
             raise self._fatal_error
 

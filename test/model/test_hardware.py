@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mace_ros.api.hardware import Hardware
-from mace_ros.model.hardware import avoid_cudnn_attention, hardware, release_memory
+from mace_ros.model import packing
+from mace_ros.model.architectures import UnsupportedModel
+from mace_ros.model.hardware import hardware, release_memory
 
 
 @pytest.mark.parametrize('properties, integrated', [
@@ -35,11 +37,19 @@ def test_a_closed_engine_leaves_no_workspaces_of_its_streams(
     assert freed == ['workspaces', 'cache']
 
 
-def test_attention_needs_no_plan_for_each_shape() -> None:
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+@pytest.mark.parametrize('device, enabled', [('cuda', False), ('cpu', True)])
+def test_attention_on_cuda_builds_no_plan_for_each_shape(
+        device: str, enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing a model switches cuDNN's attention off before the first pass."""
+    def stop(_: object) -> None:
+        raise UnsupportedModel('packing ends here')
+
+    monkeypatch.setattr(packing, 'check_supported', stop)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        avoid_cudnn_attention()
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        with pytest.raises(UnsupportedModel):
+            packing.pack(SimpleNamespace(device=torch.device(device)), kv_tokens=1)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        torch.backends.cuda.enable_cudnn_sdp(before)
