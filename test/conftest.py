@@ -103,7 +103,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope='session', autouse=True)
-def in_haste() -> Iterator[None]:
+def in_haste(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     Calibrate once in this process for each kind of engine, for half a second, on fewer anchors.
 
@@ -125,6 +125,9 @@ def in_haste() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anchor_requests, 'ANCHORS', ANCHORS[:96:6])
         patch.setattr(builder, 'measure', measure_once)
+        # Nor does it depend on what other tests have measured.
+        patch.setattr(builder, 'cache_folder', lambda setting: (
+            Path(setting) if setting else tmp_path_factory.mktemp('cache')))
         yield
 
 

@@ -9,15 +9,14 @@ from dataclasses import asdict
 
 from bench.edits.edit_set import Edit
 from bench.edits.edited_model import EditedModel
-from bench.edits.sequential import ask_all, Row, sample
+from bench.edits.sequential import ask_all, near_answers, Row, sample
 
 
 def measure(model: EditedModel, edits: Sequence[Edit]) -> list[Row]:
     """Teach all edits at once; return a sample of each."""
-    before = {edit.near_miss: model.ask(edit.near_miss).text for edit in edits if edit.near_miss}
+    before = near_answers(model, edits)
     rows = [sample(edit, before) for edit in edits]
     for row, learned in zip(rows, model.learn(edits), strict=True):
         row |= asdict(learned)
-    for row in rows:
-        ask_all(model, row, 'end')
+    ask_all(model, rows, 'end')
     return rows

@@ -15,11 +15,14 @@ def measure(robot: Robot, edits: Sequence[Edit]) -> list[Row]:
     """Teach the edits, delete every other one of them; return a sample of each."""
     rows = []
     for edit in edits:
+        asked = {'prompt': edit.prompt, 'rephrase': edit.rephrase} if edit.rephrase else {
+            'prompt': edit.prompt}
+        before = robot.ask([*asked.values()])
         row = sample(edit, {}) | {
-            f'{column}_before': robot.ask(text).text
-            for column, text in (('prompt', edit.prompt), ('rephrase', edit.rephrase)) if text}
+            f'{column}_before': reply.text for column, reply in zip(asked, before, strict=True)}
         learn_one(robot, edit, row, '')
-        row['now'] = robot.ask(edit.prompt).text
+        [reply] = robot.ask([edit.prompt])
+        row['now'] = reply.text
         rows.append(row)
     live = [row for row in rows if row['correction_id'] and row['state'] == 'LEARNED']
     deleted = [row['correction_id'] for row in live[::2]]
@@ -27,5 +30,5 @@ def measure(robot: Robot, edits: Sequence[Edit]) -> list[Row]:
     for row in rows:
         row['deleted'] = row['correction_id'] in deleted
         row['near_miss'] = ''
-        ask_all(robot, row, 'end')
+    ask_all(robot, rows, 'end')
     return rows

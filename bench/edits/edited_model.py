@@ -38,10 +38,10 @@ class Learned:
 
 
 class EditedModel(Protocol):
-    """A model that can be edited, and asked one question at a time."""
+    """A model that can be edited and asked."""
 
-    def ask(self, question: str) -> Reply:
-        """Return the answer to a question that is a conversation by itself."""
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        """Return the answers to questions, each of which is a conversation by itself."""
 
     def learn(self, edits: Sequence[Edit]) -> list[Learned]:
         """Learn edits that come at the same time."""

@@ -79,25 +79,26 @@ def _remaining(model: EditedModel, samples: SampleFile, edits: Sequence[Edit],
                unrelated: Sequence[Unrelated], say: Callable[[str], None]) -> Iterator[None]:
     """Take the steps that are missing; yields after each of them."""
     for kind, question in unrelated[len(samples.of('before')):]:
-        samples.add('before', {
-            'kind': kind, 'question': question, 'before': model.ask(question).text})
+        [reply] = model.ask([question])
+        samples.add('before', {'kind': kind, 'question': question, 'before': reply.text})
         yield
     first_of = 'restart' if samples.of('edit') else 'new robot'
     for number in range(len(samples.of('edit')), len(edits)):
         row = sample(edits[number], {}) | {'number': number}
         learned = learn_one(model, edits[number], row, first_of)
         first_of = first_of if learned.seconds is None else ''
-        row['now'] = model.ask(edits[number].prompt).text
+        [reply] = model.ask([edits[number].prompt])
+        row['now'] = reply.text
         samples.add('edit', row)
         say(f'{number + 1}/{len(edits)} {told(learned)} {row["now"]!r}')
         yield
     for row in samples.of('edit')[len(samples.of('end')):]:
         asked = row | {'near_miss': ''}
-        ask_all(model, asked, 'end')
+        ask_all(model, [asked], 'end')
         samples.add('end', {name: value for name, value in asked.items()
                             if name == 'number' or name.startswith('end')})
         yield
     for row in samples.of('before')[len(samples.of('unrelated')):]:
-        samples.add('unrelated', {
-            'question': row['question'], 'end': model.ask(row['question']).text})
+        [reply] = model.ask([row['question']])
+        samples.add('unrelated', {'question': row['question'], 'end': reply.text})
         yield

@@ -86,9 +86,9 @@ class Robot:
         self.close()
         self._start()
 
-    def ask(self, question: str) -> Reply:
-        """Ask without learning from it."""
-        return _reply(self._engine.ask(question))
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        """Ask one question after the other, without learning from them."""
+        return [_reply(self._engine.ask(question)) for question in questions]
 
     def learn(self, edits: Sequence[Edit]) -> list[Learned]:
         """Ask each prompt, correct all answers at once, and wait until each correction ends."""

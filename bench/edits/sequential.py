@@ -29,9 +29,10 @@ def measure(model: EditedModel, edits: Sequence[Edit], unrelated: Sequence[Unrel
     A model that learns all edits ``at_once`` has no answers in between. After ``restart_after``
     edits the model is restarted; 0: never.
     """
-    before = {edit.near_miss: model.ask(edit.near_miss).text for edit in edits if edit.near_miss}
-    others = [{'kind': kind, 'question': question, 'before': model.ask(question).text}
-              for kind, question in unrelated]
+    before = near_answers(model, edits)
+    questions = [question for _, question in unrelated]
+    others = [{'kind': kind, 'question': question, 'before': reply.text}
+              for (kind, question), reply in zip(unrelated, model.ask(questions), strict=True)]
     say(f'{len(before) + len(others)} questions answered before the first edit')
     rows = [sample(edit, before) for edit in edits]
     if at_once:
@@ -45,12 +46,11 @@ def measure(model: EditedModel, edits: Sequence[Edit], unrelated: Sequence[Unrel
                 first_of = 'restart'
             learned = learn_one(model, edit, row, first_of)
             first_of = first_of if learned.seconds is None else ''
-            ask_all(model, row, 'now')
+            ask_all(model, [row], 'now')
             say(f'{number + 1}/{len(edits)} {told(learned)} {row["now"]!r}')
-    for row in rows:
-        ask_all(model, row, 'end')
-    for row in others:
-        row['end'] = model.ask(row['question']).text
+    ask_all(model, rows, 'end')
+    for row, reply in zip(others, model.ask(questions), strict=True):
+        row['end'] = reply.text
     return rows, others
 
 
@@ -67,13 +67,21 @@ def learn_one(model: EditedModel, edit: Edit, row: Row, first_of: str) -> Learne
     return learned
 
 
-def ask_all(model: EditedModel, row: Row, when: str) -> None:
-    """Ask an edit's questions; ``when`` begins the names of the columns."""
-    for question, column in (('prompt', when), ('rephrase', f'{when}_rephrase'),
-                             ('near_miss', f'{when}_near')):
-        if row[question]:
-            reply = model.ask(row[question])
-            row |= {column: reply.text, f'{column}_drew_on': reply.drew_on}
+def near_answers(model: EditedModel, edits: Sequence[Edit]) -> dict[str, str]:
+    """Return the answers to the near misses of edits."""
+    questions = [edit.near_miss for edit in edits if edit.near_miss]
+    replies = model.ask(questions)
+    return {question: reply.text for question, reply in zip(questions, replies, strict=True)}
+
+
+def ask_all(model: EditedModel, rows: Sequence[Row], when: str) -> None:
+    """Ask the questions of edits; ``when`` begins the names of the columns."""
+    asked = [(row, question, column) for row in rows for question, column in (
+        ('prompt', when), ('rephrase', f'{when}_rephrase'), ('near_miss', f'{when}_near'))
+        if row[question]]
+    replies = model.ask([row[question] for row, question, _ in asked])
+    for (row, _, column), reply in zip(asked, replies, strict=True):
+        row |= {column: reply.text, f'{column}_drew_on': reply.drew_on}
 
 
 def told(learned: Learned) -> str:

@@ -54,6 +54,7 @@ from mace_ros.model.int4_limit import with_measured_limit
 from mace_ros.model.loading import (
     best_device,
     best_dtype,
+    cache_folder,
     load_model,
     LoadedModel,
     Progress,
@@ -73,11 +74,11 @@ from mace_ros.scheduling.memory_arbiter import MemoryArbiter
 from mace_ros.scheduling.plan import SegmentKind
 from mace_ros.store.adapter_store import AdapterStore, check_same_model
 from mace_ros.store.journal_writer import JournalWriter
-from mace_ros.store.layout import DEVICE, JOURNAL, model_note
+from mace_ros.store.layout import JOURNAL, model_note
 from mace_ros.telemetry.device_counters import DeviceCounters
 
 CUDA_KV_SHARE = 0.5        # largest share of the budget for a KV cache that can't shrink
-REFRESH_S = 2.0            # longest measurement of a device that was measured at an earlier start
+REFRESH_S = 2.0            # longest measurement of a device that another start has measured
 CAPTURE_S = 45.0           # longest time for graph capture; the rest runs eagerly
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 
@@ -136,7 +137,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
     longest = min(model.context_length, memory.max_request_tokens)
     memory.charge_graphs(_capture_graphs(
         settings, device, longest, memory.budget.total - memory.budget.minimum, progress, clock))
-    measured = MeasuredDevice(folder / DEVICE, _identity(settings, device, lora))
+    measured = MeasuredDevice(
+        cache_folder(settings.storage.model_cache), _identity(settings, device, lora))
     cost = _calibrate(settings, model, lora, measured, progress, clock)
     return Parts(
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
@@ -326,7 +328,7 @@ def _use_fast_kernels(model: PackedModel, progress: Progress) -> None:
 def _calibrate(settings: Settings, model: PackedModel, lora: LoRAManager,
                measured: MeasuredDevice, progress: Progress,
                clock: Callable[[], float]) -> CostModel:
-    """Measure the device, more briefly if an earlier start has measured it."""
+    """Measure the device, more briefly if another start has measured it."""
     known = measured.load()
     cost, limit_s = (CostModel(), CALIBRATION_S) if known is None else (
         known, min(REFRESH_S, CALIBRATION_S))

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
+import hashlib
 import json
 import os
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from mace_ros.scheduling.cost_file import from_dict, to_dict
 from mace_ros.scheduling.cost_model import CostModel
@@ -15,28 +17,30 @@ from mace_ros.scheduling.cost_model import CostModel
 
 class MeasuredDevice:
     """
-    The file of a cost model in the storage folder.
+    The file of a cost model, which all nodes of this device share that run it in the same way.
 
     It only saves time: without it, or with one that cannot be read, a start measures again.
     """
 
-    def __init__(self, path: Path, identity: str) -> None:
-        """``identity`` names all that the times depend on; another one's file is not used."""
-        self._path, self._identity = path, identity
+    def __init__(self, folder: Path, identity: str) -> None:
+        """``identity`` names all that the times depend on; each has a file of its own."""
+        name = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self._path = folder / f'device-{name}.json'
 
     def load(self) -> CostModel | None:
         """Return what was known at the last :meth:`save`, if anything."""
         try:
             data = json.loads(self._path.read_text())
             # The pace is that of the moment, which is over.
-            return (from_dict(CostModel, data['cost'] | {'recent': []})
-                    if data['identity'] == self._identity else None)
+            return from_dict(CostModel, data | {'recent': []})
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
     def save(self, cost: CostModel) -> None:
         """Write the file, or leave the old one if that fails."""
-        temporary = self._path.with_suffix('.part')
         with suppress(OSError):
-            temporary.write_text(json.dumps({'identity': self._identity, 'cost': to_dict(cost)}))
-            os.replace(temporary, self._path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # A name of its own: another node may save at the same moment.
+            with NamedTemporaryFile('w', dir=self._path.parent, delete=False) as file:
+                file.write(json.dumps(to_dict(cost)))
+            os.replace(file.name, self._path)

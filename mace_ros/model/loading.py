@@ -177,7 +177,7 @@ def packaged_gguf() -> Path:
 
 
 def cache_folder(setting: str) -> Path:
-    """Return the folder for converted models."""
+    """Return the folder for what can be made again, such as converted models."""
     if setting:
         return Path(setting).expanduser()
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mace_ros'

@@ -10,7 +10,6 @@ import re
 
 JOURNAL = 'journal.sqlite'
 MODEL = 'model.txt'         # describes the base model, whose token ids and layers the rest uses
-DEVICE = 'device.json'      # what passes and segments take on this device
 # The files of a version, under PEFT's names.
 WEIGHTS = 'adapter_model.safetensors'
 CONFIG = 'adapter_config.json'

@@ -42,7 +42,10 @@ class Pupil:
         self.restarts = 0
         self._forgets_at, self._changes = forgets_at, changes
 
-    def ask(self, question: str) -> Reply:
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        return [self._answer(question) for question in questions]
+
+    def _answer(self, question: str) -> Reply:
         self.asked.append(question)
         if question == self._changes and self.known:
             return Reply('something else')

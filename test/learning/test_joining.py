@@ -150,8 +150,10 @@ def test_corrections_in_training_stay_if_joining_finds_too_little_memory(
     monkeypatch.setattr(Training, 'swap_out', shrink)
     robot.engine.correct(Correction('A cat.', id='third', prompt='Question third?'))
     written(robot)
+    while not shrunk or running(robot).swapped_out:
+        robot.events += robot.engine.step().events
+    monkeypatch.undo()      # with as little memory, the rest of this test would be slow
     version = robot.until(lambda e: isinstance(e, AdapterVersion))
-    assert shrunk, 'it did not try to join'
     assert isinstance(version, AdapterVersion) and version.correction_ids == ('first', 'second')
     learned(robot, 'first', 'second')
     until_learned(robot, 'third')

@@ -173,7 +173,7 @@ def test_get_state_answers_during_configuration(managed: Managed) -> None:
     while changing.is_alive():
         reply = resolved(service.call_async(GetState.Request()), START_S)
         states.append(reply.current_state.id)
-        time.sleep(0.02)
+        time.sleep(0.2)
     changing.join()
     managed.client.node.destroy_client(service)
     assert State.TRANSITION_STATE_CONFIGURING in states
@@ -338,7 +338,9 @@ def here(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterat
             patch.setenv(name, value)
         made = Managed(NodeHere(**{
             'model.source': model_folder, 'model.threads': 1, 'storage.folder': folder / 'storage',
-            'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192}))
+            'model.weight_dtype': 'float32', 'memory.kv_cache_tokens': 8192,
+            # Few shapes to capture.
+            'scheduler.max_requests': 4, 'scheduler.max_batch_tokens': 64}))
         yield made
         made.close()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import time
 
-from bench.edits.baselines.plain_model import PlainModel
+from bench.edits.baselines.plain_model import Conversation, PlainModel, user_turn
 from bench.edits.edit_set import Edit
 from bench.edits.edited_model import Learned, Reply
 from bench.edits.memory import EditMemory
@@ -28,14 +28,16 @@ class InPrompt:
         self._memory = EditMemory(self._plain.chat.tokenizer)
         self._threshold = settings.adapter.scope_threshold
 
-    def ask(self, question: str) -> Reply:
-        """Return the answer to a question."""
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        """Return the answers to questions."""
+        return self._plain.ask([self._conversation(question) for question in questions])
+
+    def _conversation(self, question: str) -> Conversation:
         edit, similarity = self._memory.nearest(question)
         if edit is None or similarity < self._threshold:
-            return Reply(self._plain.answer(question))
-        return Reply(self._plain.answer(question, [
-            {'role': 'user', 'content': edit.prompt},
-            {'role': 'assistant', 'content': edit.target}]))
+            return [user_turn(question)]
+        return [user_turn(edit.prompt), {'role': 'assistant', 'content': edit.target},
+                user_turn(question)]
 
     def learn(self, edits: Sequence[Edit]) -> list[Learned]:
         """Remember the edits."""

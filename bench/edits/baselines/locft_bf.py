@@ -14,7 +14,7 @@ import random
 
 import torch
 
-from bench.edits.baselines.plain_model import LEARNED_LOSS, PlainModel, Stopwatch
+from bench.edits.baselines.plain_model import LEARNED_LOSS, PlainModel, Stopwatch, user_turn
 from bench.edits.edit_set import Edit
 from bench.edits.edited_model import Learned, Reply
 from mace_ros.api.settings import Settings
@@ -37,9 +37,9 @@ class LocFtBf:
         self._weight = layers[int(LAYER_SHARE * len(layers))].mlp.down_proj.weight
         self._weight.requires_grad_(True)
 
-    def ask(self, question: str) -> Reply:
-        """Return the answer to a question."""
-        return Reply(self._plain.answer(question))
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        """Return the answers to questions."""
+        return self._plain.ask([[user_turn(question)] for question in questions])
 
     def learn(self, edits: Sequence[Edit]) -> list[Learned]:
         """Learn all edits; each of them waits for all, and has its share of the cost."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from peft import get_peft_model, LoraConfig
 import torch
 
-from bench.edits.baselines.plain_model import LEARNED_LOSS, PlainModel, Stopwatch
+from bench.edits.baselines.plain_model import LEARNED_LOSS, PlainModel, Stopwatch, user_turn
 from bench.edits.edit_set import Edit
 from bench.edits.edited_model import Learned, Reply
 from mace_ros.api.settings import Settings
@@ -33,9 +33,9 @@ class LoraPerEdit:
             r=adapter.rank, lora_alpha=adapter.alpha, task_type='CAUSAL_LM',
             target_modules=peft_targets(adapter.target_modules)))
 
-    def ask(self, question: str) -> Reply:
-        """Return the answer to a question."""
-        return Reply(self._plain.answer(question))
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        """Return the answers to questions."""
+        return self._plain.ask([[user_turn(question)] for question in questions])
 
     def learn(self, edits: Sequence[Edit]) -> list[Learned]:
         """Learn one edit after the other."""

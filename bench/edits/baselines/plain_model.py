@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 import os
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn, Tensor
@@ -15,13 +15,22 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from bench.edits.edit_set import Edit
+from bench.edits.edited_model import Reply
 from bench.edits.scoring import MAX_TOKENS
 from mace_ros.api.settings import Settings
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.loading import load_model
 
 IGNORED = -100          # label of a token without a loss
+BATCH = 16              # conversations that are answered at once
 LEARNED_LOSS = 1e-2     # below it a batch is not trained, as in LocFT and EasyEdit
+
+Conversation: TypeAlias = Sequence[Mapping[str, str]]   # without the system prompt
+
+
+def user_turn(text: str) -> Mapping[str, str]:
+    """Return a turn of the user."""
+    return {'role': 'user', 'content': text}
 
 
 class PlainModel:
@@ -47,14 +56,21 @@ class PlainModel:
             max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=sorted(self.chat.end_tokens),
             pad_token_id=min(self.chat.end_tokens))
 
+    def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
+        """Return the answers to the last turns of conversations."""
+        batches = [conversations[i:i + BATCH] for i in range(0, len(conversations), BATCH)]
+        return [Reply(text) for batch in batches for text in self._answers(batch)]
+
     @torch.inference_mode()
-    def answer(self, question: str, turns: Sequence[Mapping[str, str]] = ()) -> str:
-        """Return the answer to a question, after earlier ``turns`` of the conversation."""
-        prompt = torch.tensor([self._prompt(question, turns)], device=self.model.device)
+    def _answers(self, conversations: Iterable[Conversation]) -> list[str]:
+        prompts = [torch.tensor(self._prompt(turns)) for turns in conversations]
+        ids, mask = (pad_sequence(rows, batch_first=True, padding_side='left')
+                     for rows in (prompts, [torch.ones_like(row) for row in prompts]))
+        device = self.model.device
         output = self.model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt),
+            input_ids=ids.to(device), attention_mask=mask.to(device),
             generation_config=self._greedy)
-        return self.chat.decode(output[0, prompt.shape[1]:].tolist())
+        return [self.chat.decode(row) for row in output[:, ids.shape[1]:].tolist()]
 
     def loss(self, edits: Iterable[Edit]) -> Tensor:
         """Return the mean over edits of the loss per token of the new answer."""
@@ -82,13 +98,13 @@ class PlainModel:
             optimizer.step()
         return loss.item()
 
-    def _prompt(self, question: str, turns: Sequence[Mapping[str, str]] = ()) -> list[int]:
+    def _prompt(self, turns: Conversation) -> list[int]:
         system = [{'role': 'system', 'content': self._system}] if self._system else []
-        return self.chat.prompt([*system, *turns, {'role': 'user', 'content': question}])
+        return self.chat.prompt([*system, *turns])
 
     def _sequence(self, edit: Edit) -> tuple[Tensor, Tensor]:
         """Return the token ids of prompt and new answer, and their labels."""
-        prompt, answer = self._prompt(edit.prompt), self.chat.answer(edit.target)
+        prompt, answer = self._prompt([user_turn(edit.prompt)]), self.chat.answer(edit.target)
         return (torch.tensor([*prompt, *answer]),
                 torch.tensor([IGNORED] * len(prompt) + answer))
 
