@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from mace_ros.api.wording import counted
-from mace_ros.cli.common import parse, parser, print_stream, run, wait_until_ready
+from mace_ros.cli.common import length, parse, parser, print_stream, run, wait_until_ready
 from mace_ros.msg import Response
 from mace_ros.ros.client import MaceClient
 
@@ -23,9 +23,10 @@ def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient)
     if response.finish_reason not in (Response.STOP, Response.LENGTH):
         print(f'no answer: {response.error or "cancelled"}', file=sys.stderr)
         return 1
-    learned = (f' (correction {response.matched_correction_id})'
+    learned = (f'correction {response.matched_correction_id}, '
                if response.matched_correction_id else '')
-    print(f'query {response.query_id}: adapter version {response.adapter_version}{learned}, '
+    print(f'query {response.query_id}: adapter version {response.adapter_version} '
+          f'({learned}similarity {response.similarity:.2f}), '
           f'first token after {response.ttft_ms:.0f} ms, '
           f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each',
           file=sys.stderr)
@@ -41,10 +42,11 @@ def main() -> int:
                            help='conversation whose earlier turns are the context')
     arguments.add_argument('--profile', default='', help='profile whose adapter answers')
     arguments.add_argument('--system', default='', metavar='PROMPT', help='system prompt')
-    arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
-                           help='maximum length of the answer')
+    arguments.add_argument('--max-tokens', type=length, default=-1, metavar='N',
+                           help='maximum length of the answer (default: the parameter '
+                           'generation.max_tokens)')
     arguments.add_argument('--no-learn', action='store_true',
-                           help='never replay this answer in learning')
+                           help='never train on this answer')
     given = parse(arguments)
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'profile': given.profile, 'system': given.system, 'max_tokens': given.max_tokens,

@@ -49,6 +49,14 @@ def seconds(text: str) -> float:
     return min(value, threading.TIMEOUT_MAX)
 
 
+def length(text: str) -> int:
+    """Return the length of an answer in tokens."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
 def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the arguments of the command line that are not ROS's; :func:`run` uses those."""
     try:

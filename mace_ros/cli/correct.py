@@ -64,7 +64,7 @@ def weight(text: str) -> float:
 def main() -> int:
     """Run the program; return the exit code."""
     arguments = parser('mace_correct', __doc__, timeout_s=600.0)
-    arguments.add_argument('corrected', nargs='?', default='',
+    arguments.add_argument('corrected', nargs='?',
                            help='the right answer; none for a hint or a thumbs-down')
     arguments.add_argument('--hint', default='', metavar='TEXT',
                            help='how to answer: the robot proposes an answer that follows it')
@@ -87,11 +87,14 @@ def main() -> int:
     arguments.add_argument('--no-wait', action='store_true',
                            help='return once the correction is on disk')
     given = parse(arguments)
+    # Such as that of an unset variable of a shell, which does not mean a thumbs-down.
+    if given.corrected is not None and not given.corrected.strip():
+        arguments.error('the corrected text is empty (for a hint or a thumbs-down, leave it out)')
     fields = {'query_id': given.id, 'conversation_id': given.conversation,
               'prompt': given.prompt, 'profile': given.profile, 'rejected': given.rejected,
               'weight': given.weight, 'source': given.source, 'scope': given.scope,
               'hint': given.hint, 'correction_id': given.correction_id}
-    return run(partial(correct, given.corrected, fields, given.timeout, not given.no_wait),
+    return run(partial(correct, given.corrected or '', fields, given.timeout, not given.no_wait),
                given.node)
 
 

@@ -191,7 +191,8 @@ def delete_records(given: argparse.Namespace) -> None:
                 deleted = ({r.id for r in journal.forget_corrections(given.id).records}
                            if given.what == 'corrections' else journal.forget_answers(given.id))
                 if missing := set(given.id) - deleted:
-                    raise Refused(f'{len(missing)} of these are not on record; nothing is deleted')
+                    raise Refused(
+                        f'not on record: {", ".join(sorted(missing))}; nothing is deleted')
                 superseded = deleted - set(given.id)
         if given.what == 'versions':
             from mace_ros.store.adapter_store import AdapterStore

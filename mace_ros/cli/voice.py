@@ -22,7 +22,15 @@ import threading
 from typing import Any
 import uuid
 
-from mace_ros.cli.common import cancelled_on_leaving, parse, parser, run, STATES, wait_until_ready
+from mace_ros.cli.common import (
+    cancelled_on_leaving,
+    length,
+    parse,
+    parser,
+    run,
+    STATES,
+    wait_until_ready,
+)
 from mace_ros.cli.speech import listener, RECOGNISERS, SpeechError
 from mace_ros.cli.utterances import Utterances
 from mace_ros.msg import CorrectionStatus, Response
@@ -173,7 +181,7 @@ def main() -> int:
                            help='conversation to continue; empty: each query stands alone '
                                 '(default: a new conversation)')
     arguments.add_argument('--profile', default='', help='profile whose adapter answers and learns')
-    arguments.add_argument('--max-tokens', type=int, default=-1, metavar='N',
+    arguments.add_argument('--max-tokens', type=length, default=-1, metavar='N',
                            help='maximum length of an answer')
     given = parse(arguments)
     barge_in = (sys.stdin.isatty() and not given.wav if given.barge_in is None

@@ -96,6 +96,16 @@ def test_rejections_have_a_reason_and_exit_code_1(client: MaceClient) -> None:
     assert corrected.stdout.startswith('REJECTED query_id: no answer to')
 
 
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['ask', 'Hi', '--max-tokens', '0'], "invalid length value: '0'"),
+    (['correct', ' ', '--id', 'q'], 'the corrected text is empty')])
+def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
+    done = program(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, '')
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize(('node', 'code', 'message'), [
     ('/unknown', 1, '/unknown: the node is not ready after 1.0 s'), ('/a b', 2, 'a b')])
 def test_an_unreachable_or_invalid_node_is_named(

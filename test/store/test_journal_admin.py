@@ -115,7 +115,8 @@ def test_a_command_that_fails_says_why_and_changes_nothing(storage: Path) -> Non
     assert 'invalid choice' in run(storage, 'burn', code=2)
     assert 'no storage folder' in run(storage / 'nowhere', 'list', 'answers', code=1)
     assert not (storage / 'nowhere').exists()
-    assert 'not on record' in run(storage, 'delete', 'corrections', 'k1', 'unknown', code=1)
+    assert 'not on record: unknown;' in run(
+        storage, 'delete', 'corrections', 'k1', 'unknown', code=1)
     assert 'no version 7' in run(storage, 'delete', 'versions', '7', code=1)
     assert '~/rollback' in run(storage, 'delete', 'versions', '1', '2', code=1)
     assert len(run(storage, 'list', 'corrections').splitlines()) == 2
