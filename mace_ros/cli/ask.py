@@ -25,7 +25,8 @@ def ask(text: str, fields: dict[str, Any], timeout_s: float, client: MaceClient)
         return 1
     learned = (f'correction {response.matched_correction_id}, '
                if response.matched_correction_id else '')
-    print(f'query {response.query_id}: adapter version {response.adapter_version} '
+    profile = f' of {response.adapter_profile}' if response.adapter_profile else ''
+    print(f'query {response.query_id}: adapter version {response.adapter_version}{profile} '
           f'({learned}similarity {response.similarity:.2f}), '
           f'first token after {response.ttft_ms:.0f} ms, '
           f'{counted(response.output_tokens, "token")} at {response.tpot_ms:.0f} ms each',

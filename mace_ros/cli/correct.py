@@ -40,7 +40,8 @@ def correct(corrected: str, fields: dict[str, Any], timeout_s: float, wait: bool
                 break
     except (KeyboardInterrupt, TimeoutError):
         if handle.status is not None:
-            print('an ACCEPTED correction is kept, and learned without waiting', file=sys.stderr)
+            print('the robot keeps an ACCEPTED correction, and learns it without this program',
+                  file=sys.stderr)
         raise
     return 0
 

@@ -78,7 +78,7 @@ def accept(correction: Correction, journal: Journal, *, chat: ChatTokenizer, set
     if known is not None:
         return Accepted(known, False, arrived)
     if not names_answer(correction):
-        raise InvalidCorrection(UNNAMED)
+        raise InvalidCorrection(f'id: no correction {correction.id!r} is on record; {UNNAMED}')
     if correction.corrected or correction.hint:
         _check_space(journal, settings)
     record = _with_prompt(correction, journal, chat, settings, longest)

@@ -10,6 +10,7 @@ from copy import deepcopy
 from functools import cached_property
 from itertools import takewhile
 import json
+from pathlib import Path
 import re
 from typing import Any
 
@@ -92,9 +93,8 @@ class ChatTokenizer:
         if messages[0].get('raw'):
             return self.raw_prompt(messages[0]['content'])
         if tools and self.tool_format is None:
-            raise TemplateRefusal(
-                f'tools: the chat template of {self.tokenizer.name_or_path or "the model"} '
-                'does not render tools')
+            name = Path(self.tokenizer.name_or_path).name or 'the model'
+            raise TemplateRefusal(f'tools: the chat template of {name} does not render tools')
         if self.tokenizer.chat_template is None:
             lines = [f'{m["role"].capitalize()}: {self._quoted(m["content"])}' for m in messages]
             return self.tokenizer.encode('\n'.join([*lines, 'Assistant:']))

@@ -85,8 +85,9 @@ def error_of_body(error: ValidationError) -> ApiError:
     """Return the error of an invalid request body."""
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     where = [_field(problem['loc']) for problem in problems]
-    message = '; '.join(f'{place}: {problem["msg"]}' if place else problem['msg']
-                        for place, problem in list(zip(where, problems, strict=True))[:5])
+    what = [problem['msg'].removeprefix('Value error, ') for problem in problems]
+    message = '; '.join(f'{place}: {text}' if place else text
+                        for place, text in list(zip(where, what, strict=True))[:5])
     return ApiError(400, message, code='invalid_body', param=where[0] or None)
 
 

@@ -111,6 +111,8 @@ def _rejection(reason: str) -> ApiError:
         return ApiError(429, reason, kind='rate_limit_error', code='rejected')
     if reason.startswith('id: used'):
         return ApiError(409, reason, code='duplicate_id', param='feedback_id')
+    unknown = reason.startswith('query_id: no answer')
+    reason = reason.removeprefix('query_')      # called id here
     param = reason.partition(':')[0]
-    return ApiError(404 if reason.startswith('query_id: no answer') else 400, reason,
-                    code='rejected', param=param if param.isidentifier() else None)
+    return ApiError(404 if unknown else 400, reason, code='rejected',
+                    param=param if param.isidentifier() else None)

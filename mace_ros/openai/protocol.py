@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -18,11 +19,26 @@ def _without_nul(text: str) -> str:
     return text
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError('empty')
+    return text
+
+
+def _null(value: object, *, advice: str = '') -> None:
+    if value is not None:
+        raise ValueError(f'not supported{advice}')
+
+
 def _all_as_zero(top_k: int) -> int:
     return max(top_k, 0)    # vLLM's clients also say -1 for all tokens
 
 
 Text = Annotated[str, AfterValidator(_without_nul)]
+FilledText = Annotated[Text, AfterValidator(_not_blank)]
+# Refused unless null, since ignoring them would change the meaning of a request.
+Unsupported = Annotated[None, BeforeValidator(_null)]
+OtherFormat = Annotated[None, BeforeValidator(partial(_null, advice='; use response_format'))]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
@@ -142,13 +158,11 @@ class Request(Body):
     top_k: Annotated[int, Field(ge=-1, le=INT32), AfterValidator(_all_as_zero)] | None = None
     min_p: Number | None = Field(None, ge=0, le=1)
     repetition_penalty: Number | None = Field(None, gt=0, le=100)
-    # vLLM's constraints, refused unless null: response_format has them, and ignoring them would
-    # give an answer without.
-    structured_outputs: None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
+    structured_outputs: OtherFormat = None      # the constraints of vLLM
+    guided_json: OtherFormat = None
+    guided_regex: OtherFormat = None
+    guided_choice: OtherFormat = None
+    guided_grammar: OtherFormat = None
     # Fields of the node; see Query.msg.
     priority: int | None = Field(None, ge=-INT32 - 1, le=INT32)
     ttft_slo_ms: Milliseconds | None = None
@@ -166,10 +180,9 @@ class ChatRequest(Request):
     response_format: FormatParam | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    # Refused unless null, since ignoring them would change the meaning of the request.
-    functions: None = None
-    function_call: None = None
-    audio: None = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
 
 
 class CompletionRequest(Request):
@@ -178,7 +191,7 @@ class CompletionRequest(Request):
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] | None = None
-    suffix: None = None
+    suffix: Unsupported = None
     best_of: Literal[1] | None = None
 
 
@@ -192,8 +205,8 @@ class FeedbackRequest(Body):
 
     id: Text = Field(min_length=1)
     feedback_id: str | None = Field(None, pattern=r'^[\w.:-]{1,128}$')
-    corrected: Text | None = None
-    hint: Text | None = None
+    corrected: FilledText | None = None
+    hint: FilledText | None = None
     rating: Literal['down'] | None = None
     weight: Number | None = Field(None, gt=0, le=100)
     scope: Text | None = None

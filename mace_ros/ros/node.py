@@ -271,7 +271,8 @@ class MaceNode(LifecycleNodeMixin, Node):
         self._bond.stop()
         self._engine_thread.idle()
         self._publish(engine.pause())
-        self.get_logger().info('inactive: queries are refused, and pending corrections wait')
+        self.get_logger().info(
+            'inactive: queries and corrections are refused, and pending corrections wait')
 
     def _unload(self) -> None:
         self._gate.close(STOPPING if self._stopping else NOT_ACTIVE)

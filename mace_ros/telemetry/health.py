@@ -141,6 +141,8 @@ class Health:
         found.values.update(
             requests=attainment.requests, slo_attainment=attainment.slo_attainment,
             ttft_p95_ms=attainment.ttft_p95_ms, tpot_p95_ms=attainment.tpot_p95_ms)
+        if self.state is not NodeState.ACTIVE:
+            return found
         if attainment.errors:
             found.add(Level.ERROR, counted(
                 attainment.errors, 'query', 'queries') + f' failed: {attainment.error}')
@@ -154,7 +156,9 @@ class Health:
         return found
 
     def _learning(self, status: Status | None, settings: Settings, now: float) -> Finding:
-        found = Finding('learning', ok_message='frozen' if self.frozen else 'OK')
+        found = Finding('learning')
+        if self.frozen:     # on request: worth a mention, but no problem
+            found.add(Level.OK, 'learning is frozen')
         if status is not None:
             found.values.update(
                 corrections_waiting=status.corrections_waiting, freshness_s=status.freshness_s,
@@ -171,7 +175,7 @@ class Health:
             if status.learning_error:
                 found.add(Level.ERROR, 'learning failed and will be retried: '
                           f'{status.learning_error}')
-            if status.base_questions_left and not self.frozen:
+            if status.base_questions_left:
                 found.ok_message = (
                     counted(status.base_questions_left, 'question')
                     + ' left for the base model, whose answers learning must preserve; '
@@ -186,8 +190,7 @@ class Health:
             if status.freshness_s > settings.slo.freshness_s:
                 found.add(Level.WARN, counted(
                     status.corrections_waiting, 'correction waits', 'corrections wait')
-                    + f', the oldest for {status.freshness_s:.0f} s'
-                    + (': learning is frozen' if self.frozen else ''))
+                    + f', the oldest for {status.freshness_s:.0f} s')
         with self._lock:
             self._problems = [
                 s for s in self._problems if s[0] > now - settings.monitor.window_s]

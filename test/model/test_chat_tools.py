@@ -38,7 +38,7 @@ def test_tools_calls_and_results_are_rendered() -> None:
 def test_tools_are_refused_by_the_name_of_the_model() -> None:
     tokenizer = chat(CHATML)
     tokenizer.tokenizer.name_or_path = 'models/plain'
-    with pytest.raises(TemplateRefusal, match=r'tools: .* models/plain does not render tools'):
+    with pytest.raises(TemplateRefusal, match=r'tools: .* of plain does not render tools'):
         tokenizer.prompt(HI, TOOLS)
 
 

@@ -109,6 +109,7 @@ def test_without_a_node_requests_are_to_be_tried_again(server: ServerProcess) ->
     ('/v1/completions', {'model': 'mace', 'prompt': 'a', 'echo': True}, 400, 'invalid_body',
      'echo'),
     ('/v1/feedback', {'id': 'x', 'rating': 'up'}, 400, 'invalid_body', 'rating'),
+    ('/v1/feedback', {'id': 'x', 'corrected': ' '}, 400, 'invalid_body', 'corrected'),
     ('/v1/elsewhere', HI, 404, 'not_found', None)])
 def test_an_invalid_request_is_refused_naming_the_field(
         server: ServerProcess, path: str, body: object, status: int, code: str | None,

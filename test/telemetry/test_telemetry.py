@@ -255,6 +255,7 @@ def test_a_healthy_node_has_ok_findings() -> None:
 
 def test_missed_slos_are_a_warning() -> None:
     health = Health()
+    health.state = NodeState.ACTIVE
     for met in [True] * 8 + [False] * 2:
         health.note(outcome(slo_met=met), 100.0)
     found = findings(health)['serving']
@@ -263,6 +264,8 @@ def test_missed_slos_are_a_warning() -> None:
     lenient = SETTINGS.updated({'monitor.slo_target': 0.75})
     assert findings(health, settings=lenient)['serving'].level is Level.OK
     assert findings(health, now=1000.0)['serving'].level is Level.OK    # long ago
+    health.state = NodeState.INACTIVE
+    assert findings(health)['serving'].message == 'inactive'
 
 
 PROBLEMS = {
@@ -290,6 +293,15 @@ def test_pending_base_questions_are_reported_but_no_problem() -> None:
     status = Status(100.0, Statistics(), base_questions_left=12)
     learning = findings(Health(), status)['learning']
     assert learning.level is Level.OK and learning.message.startswith('12 questions left')
+
+
+def test_frozen_learning_is_named_beside_problems() -> None:
+    health = Health()
+    health.frozen = True
+    assert findings(health)['learning'].message == 'learning is frozen'
+    health.note(CorrectionStatus('c', CorrectionState.FAILED, 'too long'), 99.0)
+    learning = findings(health)['learning']
+    assert learning.level is Level.WARN and learning.message.endswith('; learning is frozen')
 
 
 @pytest.mark.parametrize('case', PROBLEMS)
