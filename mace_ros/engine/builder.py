@@ -78,7 +78,7 @@ from mace_ros.store.layout import JOURNAL, model_note
 from mace_ros.telemetry.device_counters import DeviceCounters
 
 CUDA_KV_SHARE = 0.5        # largest share of the budget for a KV cache that can't shrink
-REFRESH_S = 2.0            # longest measurement of a device that another start has measured
+REFRESH_S = 1.0            # longest measurement of a device that another start has measured
 CAPTURE_S = 45.0           # longest time for graph capture; the rest runs eagerly
 MAX_STEP_TOKENS = 4096     # of a fine-tune step, however fast the device
 
