@@ -85,7 +85,8 @@ def test_no_request_starves_and_every_plan_is_valid(
                 'finetune.period_s': 2.0})
     assert len(engine.finished) == len(queries)
     assert all(r.output_tokens == r.max_tokens for r in engine.finished)
-    assert engine.pool.free_blocks == engine.pool.num_blocks
+    # A step that piggybacks at the end still holds blocks.
+    assert engine.pool.free_blocks + engine.blocks_of_step == engine.pool.num_blocks
     for step in engine.steps:
         whole = [s.kind for s in new_step(recompute=recompute).left]
         ran = [SegmentKind.BACKWARD if s.kind is SegmentKind.BACKWARD_RECOMPUTED and not recompute

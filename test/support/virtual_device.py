@@ -158,6 +158,11 @@ class CheckedEngine(VirtualEngine):
         self._queries = sorted(requests, key=lambda r: r.arrival)
         super().run(requests, until, changes)
 
+    @property
+    def blocks_of_step(self) -> int:
+        """KV blocks that a step holds while its forward piggybacks."""
+        return len(self._step_blocks)
+
     def _planned(self, plan: Plan) -> None:
         self._check(plan)
         self.plans.append((self.now, plan))
