@@ -125,7 +125,7 @@ def in_haste(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anchor_requests, 'ANCHORS', ANCHORS[:96:6])
         patch.setattr(builder, 'measure', measure_once)
-        # Nor does it depend on what other tests have measured.
+        # Each engine starts on an unknown device, whatever others have measured.
         patch.setattr(builder, 'cache_folder', lambda setting: (
             Path(setting) if setting else tmp_path_factory.mktemp('cache')))
         yield

@@ -300,8 +300,8 @@ class StorageSettings:
         'are rejected, and those that wait are learned once there is space again', unit='MB',
         minimum=0.0, maximum=1e7, slider=10000.0)
     model_cache: str = _parameter(
-        '', 'Folder of models converted from GGUF and of how fast this device is; empty for '
-        '$XDG_CACHE_HOME/mace_ros (~/.cache/mace_ros by default)', read_only=True)
+        '', 'Folder of models converted from GGUF and of the measured speed of this device; '
+        'empty for $XDG_CACHE_HOME/mace_ros (~/.cache/mace_ros by default)', read_only=True)
 
 
 @dataclass(frozen=True)

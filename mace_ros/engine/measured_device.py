@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 from mace_ros.scheduling.cost_file import from_dict, to_dict
 from mace_ros.scheduling.cost_model import CostModel
@@ -41,6 +41,7 @@ class MeasuredDevice:
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # A name of its own: another node may save at the same moment.
-            with NamedTemporaryFile('w', dir=self._path.parent, delete=False) as file:
-                file.write(json.dumps(to_dict(cost)))
-            os.replace(file.name, self._path)
+            with TemporaryDirectory(dir=self._path.parent) as folder:
+                written = Path(folder, self._path.name)
+                written.write_text(json.dumps(to_dict(cost)))
+                os.replace(written, self._path)

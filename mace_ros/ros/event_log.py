@@ -30,8 +30,9 @@ def log_event(log: RcutilsLogger, event: Event) -> None:
             log.info(f'{text} is live: {counted(len(event.correction_ids), "correction")} in '
                      f'{event.train_seconds:.1f} s, {event.path}')
         else:
-            log.info('the base model answers' if not event.profile else
-                     f'profile {event.profile!r}: the versions of the robot answer')
+            log.info(f'profile {event.profile!r} has no live version: '
+                     + ('the versions of the robot answer' if event.profile else
+                        'the base model answers'))
     elif isinstance(event, CorrectionStatus):
         text = f'correction {printable(event.id)}: {event.state.name} {event.reason}'.rstrip()
         if event.state in (CorrectionState.REJECTED, CorrectionState.FAILED):

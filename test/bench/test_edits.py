@@ -14,16 +14,19 @@ from typing import Any
 
 import pytest
 from support.robot import RANDOM_MODEL
+import torch
 
 from bench.edits import long, sequential
 from bench.edits.__main__ import evaluate, main, options
+from bench.edits.baselines.plain_model import PlainModel, user_turn
 from bench.edits.checks import checks
 from bench.edits.edit_set import Edit, edit_from, EditSet, read_edits
 from bench.edits.edited_model import Learned, Reply
 from bench.edits.figures import Figures
-from bench.edits.scoring import is_right, normalised
+from bench.edits.scoring import is_right, MAX_TOKENS, normalised
 from bench.edits.systems import SYSTEMS
 from bench.edits.unrelated import Unrelated, unrelated_questions
+from mace_ros.api.settings import Settings
 from mace_ros.learning.anchors import ANCHORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,3 +338,23 @@ def test_the_modes_and_systems_can_be_chosen() -> None:
     assert (args.modes, args.systems, args.long, args.corrections) == (['long'], ['mace'], 4, 3)
     args = options().parse(['--data', 'x', '--modes', 'sequential', '--systems'])
     assert args.systems == []
+
+
+# -- baselines ---------------------------------------------------------------------------
+
+
+def test_baselines_answer_in_batches_as_alone(tiny_settings: Settings) -> None:
+    model = PlainModel(tiny_settings, seed=0)
+    conversations = [[user_turn(text)] for text in (
+        'Hi', 'Who built the Lura tower, and what is on its roof today?', 'Where is Quen?')]
+    alone = []
+    for conversation in conversations:
+        prompt = torch.tensor([model.chat.prompt([
+            {'role': 'system', 'content': tiny_settings.generation.system}, *conversation]
+            if tiny_settings.generation.system else conversation)])
+        output = model.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=MAX_TOKENS,
+            do_sample=False, pad_token_id=0)
+        alone.append(model.chat.decode(output[0, prompt.shape[1]:].tolist()))
+    assert [reply.text for reply in model.ask(conversations)] == alone
+    assert len(set(alone)) == len(alone)

@@ -283,13 +283,17 @@ def test_feedback_changes_the_next_answer(client: OpenAI, server: ServerProcess)
         mace.wait_until_ready(30.0)
         mace.correct(correction_id='of-ros', query_id=wrong.id).wait(
             CorrectionStatus.RECORDED, 60.0)
-    for body, status in (({'id': 'chatcmpl-unknown', 'corrected': 'Red.'}, 404),
-                         ({'id': wrong.id, 'corrected': 'Red.', 'feedback_id': 'of-ros'}, 409),
-                         ({'id': wrong.id}, 400),
-                         ({'id': wrong.id, 'corrected': 'Red.', 'rating': 'down'}, 400)):
+    for body, status, param in (
+            ({'id': 'chatcmpl-unknown', 'corrected': 'Red.'}, 404, 'id'),
+            ({'id': wrong.id, 'corrected': 'Red.', 'feedback_id': 'of-ros'}, 409, 'feedback_id'),
+            ({'id': wrong.id}, 400, 'corrected'),
+            ({'id': wrong.id, 'corrected': 'Red.', 'rating': 'down'}, 400, 'corrected')):
+        def refused(body: object = body, status: int = status, param: str = param) -> bool:
+            got, reply, _ = server.request('POST', '/v1/feedback', body)
+            return got == status and reply['error']['param'] == param
+
         # Of a slow node the refusal comes after the reply, a 202.
-        assert wait_until(lambda b=body, s=status: server.request(
-            'POST', '/v1/feedback', b)[0] == s, 60.0)
+        assert wait_until(refused, 60.0)
 
 
 def test_a_thumbs_down_is_a_bad_outcome_and_never_replayed(
