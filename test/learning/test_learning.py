@@ -121,7 +121,8 @@ def test_correction_sent_twice_is_learned_once(robot: Robot) -> None:
 @pytest.mark.parametrize(('changes', 'word'), [
     ({'query_id': 'unknown'}, 'unknown'),
     ({'query_id': '', 'conversation_id': 'unknown'}, 'conversation_id'),
-    ({'query_id': ''}, 'one of them'),
+    ({'query_id': '', 'id': ''}, 'one of them'),
+    ({'query_id': ''}, "no correction 'k' is on record"),
     ({'corrected': 'same', 'rejected': 'same'}, 'equal'),
     ({'weight': math.nan}, 'weight'),
     ({'weight': 0.0}, 'weight'),
