@@ -38,8 +38,8 @@ endif
 
 RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
-# OpenMP's threads soon sleep while they wait: spinning, they would starve what else runs here.
-export GOMP_SPINCOUNT ?= 4000
+# OpenMP's threads spin only for a moment while they wait, for the good of what else runs here.
+export GOMP_SPINCOUNT ?= 20000
 export ROS_AUTOMATIC_DISCOVERY_RANGE := LOCALHOST
 # Humble knows only this one.
 ifeq ($(ROS_DISTRO),humble)

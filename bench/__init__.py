@@ -15,6 +15,6 @@ measured and how.
 import os
 
 # This must be set before torch is loaded, as the node does; it applies to all compared systems.
-# OpenMP threads spin only briefly while they wait for each other: long spinning makes each step
-# many times longer as soon as another process runs.
-os.environ.setdefault('GOMP_SPINCOUNT', '4000')
+# OpenMP threads spin for a moment while they wait for each other: waking them takes longer, but
+# they must not spin for long while a system under test runs beside the bench.
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')

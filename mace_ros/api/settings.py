@@ -67,7 +67,7 @@ class ModelSettings:
         True, 'On CUDA, capture forward passes and fine-tune layers as CUDA graphs at the start, '
         'which takes up to a minute', read_only=True)
     threads: int = _parameter(
-        0, 'CPU threads of the compute pool; 0 for one per core',
+        0, 'CPU threads that compute together; 0 for one per core that other programs leave free',
         minimum=0, maximum=1024, read_only=True)
 
 

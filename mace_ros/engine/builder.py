@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 import json
 import math
-import os
 from pathlib import Path
 import platform
 import time
@@ -40,6 +39,7 @@ from mace_ros.memory.budget import MB, MemoryBudget
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.constraints import ConstraintCompiler
 from mace_ros.model.cpu_decode_check import use_cpu_decode
+from mace_ros.model.cpu_threads import CpuThreads
 from mace_ros.model.fused_check import use_fused_layers
 from mace_ros.model.graph_capture import capture
 from mace_ros.model.hardware import (
@@ -139,6 +139,8 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         settings, device, longest, memory.budget.total - memory.budget.minimum, progress, clock))
     measured = MeasuredDevice(
         cache_folder(settings.storage.model_cache), _identity(settings, device, lora))
+    if device.threads:      # not before: these records and footprints allow for all threads
+        device.threads.adapt()
     cost = _calibrate(settings, model, lora, measured, progress, clock)
     return Parts(
         model=model, model_name=loaded.name, weights_digest=weights_digest(loaded.model),
@@ -148,7 +150,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         live=live, router=Router(live), slots=slots,
         state=kv_cache.state, pool=pool, kv_cache=kv_cache, memory=memory,
         paged=PagedKVCache(model, pool, kv_cache, settings.memory.kv_prune), cost=cost,
-        measured=measured, journal=journal, store=AdapterStore(folder))
+        threads=device.threads, measured=measured, journal=journal, store=AdapterStore(folder))
 
 
 class EngineStepCost:
@@ -194,6 +196,7 @@ class _LoadedDevice:
     model: PackedModel
     hardware: Hardware
     free_bytes: float
+    threads: CpuThreads | None
 
 
 def best_weight_dtype(device: str) -> str:
@@ -207,13 +210,13 @@ def best_weight_dtype(device: str) -> str:
 def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
     model = settings.model
     device = best_device() if model.device == 'auto' else model.device
+    threads = None
     # auto is never int4, which decodes faster, but prefills and learns more slowly.
     dtype = best_weight_dtype(device) if model.weight_dtype == 'auto' else model.weight_dtype
     if dtype == 'int8' and device != 'cpu':
         raise InvalidSetting(f'model.weight_dtype: int8 is for CPUs only, not for {device}')
     if device == 'cpu':
-        # The affinity instead of cpu_count(): cores that the node is not pinned to stay free.
-        torch.set_num_threads(model.threads or len(os.sched_getaffinity(0)))
+        threads = CpuThreads(model.threads)
         limit_kernel_caches()
         limit_heap()
     loaded = load_model(
@@ -238,7 +241,7 @@ def _load_model(settings: Settings, progress: Progress) -> _LoadedDevice:
         progress(f'no paged attention, so decoding copies keys and values: {reason}')
     if device == 'cpu':     # without the memory of the 8-bit weights
         free = free_memory(packed.device, counters.read().memory_free_mb)
-    return _LoadedDevice(loaded, packed, kind, free)
+    return _LoadedDevice(loaded, packed, kind, free, threads)
 
 
 def free_beside(model: PackedModel, lora: LoRAManager, kind: Hardware) -> float:

@@ -213,6 +213,8 @@ class Engine:
     def step(self) -> Iteration:
         """Run one iteration: receive, learn, plan, run, commit."""
         self.runner.check()
+        if self.parts.threads:
+            self.parts.threads.adapt()
         with self._observed() as events:
             if self.runner.has_segments:        # the events of their pass are published by now
                 events += self._finish_plan()

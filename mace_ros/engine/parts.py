@@ -17,6 +17,7 @@ from mace_ros.memory.block_pool import BlockPool
 from mace_ros.memory.budget import MB
 from mace_ros.model.chat import ChatTokenizer
 from mace_ros.model.constraints import ConstraintCompiler
+from mace_ros.model.cpu_threads import CpuThreads
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 from mace_ros.scheduling.cost_model import CostModel
@@ -48,6 +49,7 @@ class Parts:
     memory: MemoryArbiter
     paged: PagedKVCache
     cost: CostModel
+    threads: CpuThreads | None  # on a CPU
     measured: MeasuredDevice    # keeps it for the next start
     journal: JournalWriter
     store: AdapterStore

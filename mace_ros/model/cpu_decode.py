@@ -88,8 +88,9 @@ class CpuDecode:
 
     def _run_in_threads(self, *arguments: Any) -> None:
         """Run a pass in this thread, with the help of the others that begin in time."""
+        threads = min(self._threads, torch.get_num_threads())
         helpers = [self._executor.submit(cpu_kernels.run_pass, *arguments)
-                   for _ in range(self._threads - 1)]
+                   for _ in range(threads - 1)]
         cpu_kernels.run_pass(*arguments)
         for helper in helpers:
             helper.cancel()     # if it has not begun: nothing is left to do

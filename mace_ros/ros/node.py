@@ -232,9 +232,9 @@ class MaceNode(LifecycleNodeMixin, Node):
     def _load(self) -> None:
         log = self.get_logger()
         log.info('loading the libraries')
-        # OpenMP threads spin for a moment before they sleep. Longer spins make learning a tenth
-        # faster, and several times slower where other processes need a core.
-        os.environ.setdefault('GOMP_SPINCOUNT', '4000')
+        # OpenMP threads spin for a moment before they sleep, since waking them takes longer. By
+        # default they spin for longer, at the cost of other programs.
+        os.environ.setdefault('GOMP_SPINCOUNT', '20000')
         os.environ.setdefault('TQDM_DISABLE', '1')    # no progress bars in the log
         # Imported here, since torch takes seconds to load and parameters are served meanwhile.
         from mace_ros.engine.builder import build_engine

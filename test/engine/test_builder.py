@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+import time
 
 import pytest
 from support.families import tiny_model, with_reference
+from support.robot import Robot
 import torch
 
 from mace_ros.api.hardware import Hardware
 from mace_ros.api.settings import Settings
 from mace_ros.engine import builder
-from mace_ros.model import cpu_decode_check
+from mace_ros.model import cpu_decode_check, cpu_threads
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -50,3 +53,32 @@ def test_on_a_cpu_decode_rows_are_compiled_or_the_log_says_why_not(
         engine.close()
     reason = 'passes of decode rows are not compiled: Numba is not installed'
     assert (reason in lines) == (not installed)
+
+
+def test_an_engine_takes_the_threads_that_other_programs_leave(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = 0.0         # cores
+
+    def used(cores: frozenset[int]) -> float:
+        return taken * time.monotonic()
+
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1, 2})
+    monkeypatch.setattr(cpu_threads, 'used_by_others', used)
+    monkeypatch.setattr(cpu_threads, 'INTERVAL_S', 0.0)
+    engine = builder.build_engine(Settings().updated({
+        'model.device': 'cpu', 'model.weight_dtype': 'float32', 'finetune.budget': 0.0}),
+        storage=tmp_path)
+    robot = Robot(engine)
+    try:
+        answer = robot.ask('Who?', max_tokens=4).text
+        assert torch.get_num_threads() == 3
+        taken = 2.0
+        engine.step()
+        assert robot.ask('Who?', max_tokens=4).text == answer
+        assert torch.get_num_threads() == 1
+        taken = 0.0
+        engine.step()
+        assert robot.ask('Who?', max_tokens=4).text == answer
+        assert torch.get_num_threads() == 3
+    finally:
+        engine.close()
