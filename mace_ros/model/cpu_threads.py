@@ -51,7 +51,9 @@ class CpuThreads:
         self._decided += passed
         self._used_then = used
         free = int(len(self._cores) - taken + SMALL_SHARE)
-        torch.set_num_threads(min(max(free, 1), len(self._cores)))
+        threads = min(max(free, 1), len(self._cores))
+        if threads != torch.get_num_threads():      # setting it empties oneDNN's cache of kernels
+            torch.set_num_threads(threads)
 
 
 def used_by_others(cores: frozenset[int]) -> float:

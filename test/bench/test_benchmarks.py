@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 import json
 from pathlib import Path
+from runpy import run_module
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -45,11 +46,13 @@ ROOT = Path(__file__).resolve().parents[2]
     'bench.edits', 'bench.everywhere', 'bench.gpu', 'bench.kernels', 'bench.learning',
     'bench.memory', 'bench.operation', 'bench.orin', 'bench.pictures', 'bench.publication',
     'bench.report', 'bench.simulation', 'bench.soak'])
-def test_every_benchmark_prints_help(module: str) -> None:
-    done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, text=True,
-                          capture_output=True, timeout=200)
-    assert done.returncode == 0
-    assert done.stdout.startswith(f'usage: python -m {module} ')
+def test_every_benchmark_prints_help(
+        module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, 'argv', [module, '--help'])
+    with pytest.raises(SystemExit) as ended:
+        run_module(module, run_name='__main__')
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith(f'usage: python -m {module} ')
 
 
 # -- options and results -----------------------------------------------------------------

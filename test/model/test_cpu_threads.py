@@ -68,6 +68,16 @@ def test_each_decision_counts_only_what_was_used_since_the_last_one(
         assert torch.get_num_threads() == expected
 
 
+def test_the_same_number_is_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting it empties oneDNN's cache of kernels."""
+    machine = Machine(monkeypatch)
+    threads = machine.threads()
+    monkeypatch.setattr(torch, 'set_num_threads', None)     # would raise
+    machine.passes(INTERVAL_S, 0.0)
+    threads.adapt()
+    assert torch.get_num_threads() == CORES
+
+
 def test_a_fixed_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     threads = machine.threads(3)
