@@ -29,6 +29,11 @@ from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 
 
+# Share of the learning rate with which adapters for every question are trained: they must also
+# preserve all other answers.
+EVERYWHERE_SHARE = 0.6
+
+
 class StepCost(Protocol):
     """The cost of a fine-tune step on this device."""
 
@@ -74,14 +79,20 @@ class Training:
         """
         Load a version, None for the base model, with a fresh optimizer.
 
-        With ``protecting``, updates leave the protected directions alone.
+        With ``protecting``, for an adapter for every question, updates leave the protected
+        directions alone and are smaller.
         """
         self.lora.protecting = protecting
         if tensors is None:
             self.lora.reset()
         else:
             self.lora.load(tensors)
-        self._loaded = Trainer(self.lora, self._settings.learning_rate)
+        self._loaded = Trainer(self.lora, self._learning_rate)
+
+    @property
+    def _learning_rate(self) -> float:
+        share = EVERYWHERE_SHARE if self.lora.protecting else 1.0
+        return self._settings.learning_rate * share
 
     @property
     def _trainer(self) -> Trainer:
@@ -116,7 +127,7 @@ class Training:
                            if k or i not in worse for w in s.weights[1:])
         tokens = sum(s.own_tokens for part in plan.parts for s in part)
         chunk_tokens = max(self.step_tokens, MIN_CHUNK_TOKENS)
-        self._trainer.set_learning_rate(self._settings.learning_rate)
+        self._trainer.set_learning_rate(self._learning_rate)
         for k, samples in enumerate(plan.parts):
             recompute = self._settings.recompute
             yield FinetuneStep(

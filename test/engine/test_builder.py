@@ -40,13 +40,12 @@ def test_the_memory_of_a_gpu_is_measured_when_its_layers_are_converted(
 
 @pytest.mark.parametrize('installed', [True, False])
 def test_on_a_cpu_decode_rows_are_compiled_or_the_log_says_why_not(
-        installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        installed: bool, tiny_settings: Settings, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     if not installed:
         monkeypatch.setattr(cpu_decode_check, 'find_spec', lambda name: None)
     lines: list[str] = []
-    engine = builder.build_engine(
-        Settings().updated({'model.device': 'cpu', 'model.weight_dtype': 'float32'}),
-        storage=tmp_path, progress=lines.append)
+    engine = builder.build_engine(tiny_settings, storage=tmp_path, progress=lines.append)
     try:
         assert (engine.model.fast_passes is not None) == installed
     finally:
@@ -56,7 +55,7 @@ def test_on_a_cpu_decode_rows_are_compiled_or_the_log_says_why_not(
 
 
 def test_an_engine_takes_the_threads_that_other_programs_leave(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = 0.0         # cores
 
     def used(cores: frozenset[int]) -> float:
@@ -65,9 +64,8 @@ def test_an_engine_takes_the_threads_that_other_programs_leave(
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1, 2})
     monkeypatch.setattr(cpu_threads, 'used_by_others', used)
     monkeypatch.setattr(cpu_threads, 'INTERVAL_S', 0.0)
-    engine = builder.build_engine(Settings().updated({
-        'model.device': 'cpu', 'model.weight_dtype': 'float32', 'finetune.budget': 0.0}),
-        storage=tmp_path)
+    engine = builder.build_engine(
+        tiny_settings.updated({'model.threads': 0, 'finetune.budget': 0.0}), storage=tmp_path)
     robot = Robot(engine)
     try:
         answer = robot.ask('Who?', max_tokens=4).text

@@ -29,7 +29,7 @@ from mace_ros.learning.job import JobKind, JobState
 from mace_ros.learning.learning_job import LearningJob
 
 # Questions with the same rare word: they are learned in the same version.
-QUESTIONS = [f'Where does Rumpelstiltskin {verb}?' for verb in ('sing', 'work', 'swim')]
+QUESTIONS = [f'Where does Rumpelstiltskin {verb}?' for verb in ('sing', 'work')]
 # A job's kind and state, whether its weights are swapped out, and the current lines of its
 # generators.
 Point = tuple[JobKind, JobState, bool, tuple[int, ...]]
@@ -124,16 +124,16 @@ def test_a_job_can_be_cancelled_at_each_wait(
         lost.append(running(robot).number)
         return list(samples)
 
-    def three_joined() -> bool:
-        """Let three corrections arrive during training; return whether all are learned."""
+    def both_joined() -> bool:
+        """Let two corrections arrive during training; return whether all are learned."""
         job = engine.learner.status().job
-        if job is not None and job.steps and len(job.correction_ids) == len(joined) + 1 < 4:
+        if job is not None and job.steps and len(job.correction_ids) == len(joined) + 1 < 3:
             joined.append(f'joins {len(joined)}')
             engine.correct(Correction(
                 'A human.', id=joined[-1], prompt=QUESTIONS[len(joined) - 1]))
             # On disk before the next step, which may be the last.
             engine.parts.journal.submit(lambda _: None).result(60)
-        return are_learned(robot, 'k', 'joins 0', 'joins 1', 'joins 2')
+        return are_learned(robot, 'k', 'joins 0', 'joins 1')
 
     engine.update(engine.settings.updated({'finetune.max_steps': 400, 'adapter.scope': scope}))
     robot.ask('How are you?')       # replayed
@@ -145,7 +145,7 @@ def test_a_job_can_be_cancelled_at_each_wait(
     monkeypatch.setattr(learning_job, 'wrong', lose_once)
     joined: list[str] = []
     engine.correct(Correction('A robot.', id='k', prompt='Where does Rumpelstiltskin sleep?'))
-    cancelled = cancel_each(robot, points, three_joined)
+    cancelled = cancel_each(robot, points, both_joined)
     # What is prepared is kept.
     assert {state for _, state, *_ in cancelled} == states - {JobState.PREPARING}
     assert {state for _, state, swapped_out, _ in cancelled if swapped_out} == (

@@ -13,6 +13,7 @@ from bench.edits.baselines.plain_model import LEARNED_LOSS, PlainModel, Stopwatc
 from bench.edits.edit_set import Edit
 from bench.edits.edited_model import Learned, Reply
 from mace_ros.api.settings import Settings
+from mace_ros.learning.training import EVERYWHERE_SHARE
 
 # The layers that 'output-linear' stands for in most families.
 OUTPUT_LINEAR = ('o_proj', 'down_proj')
@@ -22,7 +23,8 @@ class LoraPerEdit:
     """
     Trains each edit until its loss is low, with an optimizer of its own.
 
-    Rank, layers, learning rate and the limit of steps are those of the node.
+    Rank, layers, learning rate and the limit of steps are those of the node's adapters for every
+    question.
     """
 
     def __init__(self, settings: Settings, seed: int) -> None:
@@ -45,7 +47,7 @@ class LoraPerEdit:
         watch = Stopwatch(self._plain)
         optimizer = torch.optim.AdamW(
             [p for p in self._plain.model.parameters() if p.requires_grad],
-            lr=self._finetune.learning_rate, weight_decay=0.0)
+            lr=self._finetune.learning_rate * EVERYWHERE_SHARE, weight_decay=0.0)
         learned = any(self._plain.step(optimizer, [edit]) < LEARNED_LOSS
                       for _ in range(self._finetune.max_steps))
         seconds, tokens = watch.read()
