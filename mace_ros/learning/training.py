@@ -28,7 +28,6 @@ from mace_ros.memory.budget import MIN_CHUNK_TOKENS
 from mace_ros.model.lora_manager import LoRAManager
 from mace_ros.model.packed_model import PackedModel
 
-
 # Share of the learning rate with which adapters for every question are trained: they must also
 # preserve all other answers.
 EVERYWHERE_SHARE = 0.6
