@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
     'bench.edits', 'bench.everywhere', 'bench.gpu', 'bench.kernels', 'bench.learning',
     'bench.memory', 'bench.operation', 'bench.orin', 'bench.pictures', 'bench.publication',
     'bench.report', 'bench.simulation', 'bench.soak'])
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules:RuntimeWarning')
 def test_every_benchmark_prints_help(
         module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, 'argv', [module, '--help'])
