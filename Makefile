@@ -38,7 +38,7 @@ endif
 
 RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
-# OpenMP's threads spin only for a moment while they wait, for the good of what else runs here.
+# OpenMP's threads spin for a moment before they sleep; by default they would spin for longer.
 export GOMP_SPINCOUNT ?= 20000
 export ROS_AUTOMATIC_DISCOVERY_RANGE := LOCALHOST
 # Humble knows only this one.

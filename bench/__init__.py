@@ -15,6 +15,6 @@ measured and how.
 import os
 
 # This must be set before torch is loaded, as the node does; it applies to all compared systems.
-# OpenMP threads spin for a moment while they wait for each other: waking them takes longer, but
-# they must not spin for long while a system under test runs beside the bench.
+# OpenMP's threads spin for a moment before they sleep; by default they would spin for longer, and
+# take the cores from other processes of the bench.
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')

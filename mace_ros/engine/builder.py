@@ -139,7 +139,7 @@ def load_parts(settings: Settings, folder: Path, journal: JournalWriter, progres
         settings, device, longest, memory.budget.total - memory.budget.minimum, progress, clock))
     measured = MeasuredDevice(
         cache_folder(settings.storage.model_cache), _identity(settings, device, lora))
-    if device.threads:      # not before: these records and footprints allow for all threads
+    if device.threads:      # after what is sized for the highest number of threads
         device.threads.adapt()
     cost = _calibrate(settings, model, lora, measured, progress, clock)
     return Parts(

@@ -3,9 +3,10 @@
 """
 How many threads compute on a CPU: as many as other programs leave cores.
 
-Threads that share an operation wait for each other. If another program takes the core of one, the
-others spin until it gets the core back, in each of thousands of operations. One thread less is then
-several times faster (docs/log/2026-12-01-threads-and-cores.md).
+The threads of an operation wait for each other. If another program takes the core of one thread,
+the other threads spin until that thread has a core again, in each of thousands of operations.
+Computing with one thread less is then several times faster
+(docs/log/2026-12-01-threads-and-cores.md).
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ BUSY = 0, 1, 2, 5, 6, 7     # columns: user, nice, system, irq, softirq, steal (
 
 
 class CpuThreads:
-    """Sets the number of threads of the calling thread's operations."""
+    """Sets how many threads compute the operations that the calling thread starts."""
 
     def __init__(self, fixed: int = 0, *, clock: Callable[[], float] = time.monotonic,
                  used: Callable[[frozenset[int]], float] | None = None) -> None:
         """
-        Take ``fixed`` threads for good; if that is 0, one per core of this process for now.
+        Set ``fixed`` threads for good; if that is 0, one for each core of this process for now.
 
-        ``used`` replaces :func:`used_by_others`.
+        ``used`` is called instead of :func:`used_by_others`.
         """
         # The affinity instead of cpu_count(): cores that the node is not pinned to stay free.
         self._cores = frozenset(os.sched_getaffinity(0))
@@ -60,7 +61,7 @@ def used_by_others(cores: frozenset[int]) -> float:
     """
     Return the seconds of CPU time that other programs have used on some cores since the boot.
 
-    Only differences mean something. Always 0 where the system has no ``/proc/stat``.
+    Only the difference of two results has a meaning. Returns 0 if there is no ``/proc/stat``.
     """
     try:
         lines = Path('/proc/stat').read_text().splitlines()

@@ -232,8 +232,8 @@ class MaceNode(LifecycleNodeMixin, Node):
     def _load(self) -> None:
         log = self.get_logger()
         log.info('loading the libraries')
-        # OpenMP threads spin for a moment before they sleep, since waking them takes longer. By
-        # default they spin for longer, at the cost of other programs.
+        # OpenMP's threads spin for a moment before they sleep, since waking them takes longer. By
+        # default they would spin for longer, and take the cores from other programs.
         os.environ.setdefault('GOMP_SPINCOUNT', '20000')
         os.environ.setdefault('TQDM_DISABLE', '1')    # no progress bars in the log
         # Imported here, since torch takes seconds to load and parameters are served meanwhile.

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from mace_ros.api.events import Correction, CorrectionState
 from mace_ros.api.settings import Settings
 from mace_ros.finetune.sample import Sample, SampleScore
+from mace_ros.finetune.trainer import Trainer
 from mace_ros.learning import criteria, interpolation, learning_job
 from mace_ros.learning.criteria import LEARNED_MARGIN, learned_well, RIGHT_MARGIN
 from mace_ros.learning.gate import wrong
@@ -148,13 +149,23 @@ def test_interpolation_keeps_what_a_candidate_has_lost(
     assert all(kept in each.samples for each in interpolated[1:])
 
 
-def test_only_a_version_for_every_question_leaves_directions_alone(robot: Robot) -> None:
-    """Scopes protect the other answers of the rest."""
-    protecting = {}
+def test_only_a_version_for_every_question_is_trained_with_care(
+        robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves directions alone, and takes smaller steps: no scope protects other answers."""
+    protecting, rates = {}, {}
+    set_rate = Trainer.set_learning_rate
+
+    def noted(self: Trainer, rate: float) -> None:
+        rates[robot.engine.lora.protecting] = rate
+        set_rate(self, rate)
+
+    monkeypatch.setattr(Trainer, 'set_learning_rate', noted)
     for name, scope in (('style', 'everywhere'), ('fact', 'similar'), ('again', 'everywhere')):
         robot.correct(Correction('A robot.', id=name, prompt=f'Question {name}?', scope=scope))
         protecting[name] = robot.engine.lora.protecting
     assert protecting == {'style': True, 'fact': False, 'again': True}
+    usual = robot.engine.settings.finetune.learning_rate
+    assert rates == {True: pytest.approx(0.6 * usual), False: usual}
 
 
 def test_nothing_is_interpolated_in_the_last_round(

@@ -203,6 +203,24 @@ def test_threads_give_the_same_logits_each_time(threads: int) -> None:
         assert torch.equal(first, again)
 
 
+def test_a_pass_takes_no_more_threads_than_are_set_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, spans = adapted_model(), decode_spans((3, 40, 17))
+    torch.set_num_threads(3)
+    fast, begun = CpuDecode(model), []
+    submit = fast._executor.submit
+
+    def noted(*arguments: Any) -> Any:
+        begun.append(arguments[0])
+        return submit(*arguments)
+
+    monkeypatch.setattr(fast._executor, 'submit', noted)
+    for threads, helpers in ((3, 2), (1, 0), (5, 2)):
+        torch.set_num_threads(threads)
+        fast.run(spans, None)
+        assert len(begun) == helpers
+        del begun[:]
+
+
 def test_no_pass_waits_for_a_thread_that_does_not_begin() -> None:
     model, spans = adapted_model(), decode_spans((3, 40, 17))
     torch.set_num_threads(3)
